@@ -1,0 +1,277 @@
+#!/usr/bin/env python
+"""The door. Each stage is imported inside its command, so that ``--help`` is quick."""
+
+import os
+import signal
+import sys
+import types
+import typing
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, Field, fields
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+from click.core import ParameterSource
+
+
+class Numbers(click.ParamType[tuple[int, ...]]):
+    """Whole numbers with commas between: ``600,680,750``."""
+
+    name = "N,N,..."
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(int(part) for part in str(value).split(",") if part.strip())
+        except ValueError:
+            self.fail(f"{value!r} is not whole numbers with commas between", param, ctx)
+
+
+class StageCommand(click.Command):
+    """A command whose options are the fields of a stage's settings (``"module:Class"``).
+
+    The settings are the one place that knows names, types, defaults and help. They import no
+    torch, and are imported when the options are first asked for.
+    """
+
+    def __init__(self, *args: Any, settings: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._settings = settings
+        self._options: dict[str, click.Parameter] = {}
+
+    @property
+    def settings(self) -> Any:
+        module, name = self._settings.split(":")
+        return getattr(import_module(module), name)
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        if not self._options:
+            hints = typing.get_type_hints(self.settings)
+            for one in fields(self.settings):
+                self._options[one.name] = _parameter(one, hints[one.name])
+        return [*self._options.values(), *super().get_params(ctx)]
+
+    def make_settings(self, ctx: click.Context, values: dict[str, Any], recipe: Path | None) -> Any:
+        """The settings from flags and, where none is given, from a recipe file."""
+        given = {
+            name: value
+            for name, value in values.items()
+            if ctx.get_parameter_source(name) == ParameterSource.COMMANDLINE
+        }
+        if recipe is not None:
+            for name, value in import_module("train.config").read_recipe(recipe).items():
+                given.setdefault(name, _from_toml(self._options[name], value, recipe, ctx))
+        for one in fields(self.settings):
+            if one.default is MISSING and one.name not in given:
+                raise click.MissingParameter(ctx=ctx, param=self._options[one.name])
+        return self.settings(**given)
+
+
+def _parameter(one: Field[Any], hint: Any) -> click.Parameter:
+    """The click option of a settings field; a field without help is an argument."""
+    kind = _click_type(hint)
+    if "help" not in one.metadata:
+        return click.Argument([one.name], type=kind, required=False)
+    flag = "--" + one.name.replace("_", "-")
+    flags = f"{flag}/--no-{flag[2:]}" if kind is click.BOOL else flag
+    required = one.default is MISSING
+    shown = not required and one.default not in ((), None) and one.default is not False
+    return click.Option(
+        [flags, one.name],
+        type=kind,
+        default=None if required else one.default,
+        show_default=shown,
+        help=one.metadata["help"] + ("  [required]" if required else ""),
+    )
+
+
+def _click_type(hint: Any) -> click.ParamType[Any]:
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        (hint,) = (part for part in typing.get_args(hint) if part is not type(None))
+    if typing.get_origin(hint) is Literal:
+        return click.Choice(typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        return Numbers()
+    simple = {bool: click.BOOL, int: click.INT, float: click.FLOAT, str: click.STRING}
+    return simple.get(hint) or click.Path(path_type=Path)
+
+
+def _from_toml(option: click.Parameter, value: Any, recipe: Path, ctx: click.Context) -> Any:
+    is_flag = option.type is click.BOOL
+    if isinstance(value, bool) != is_flag or isinstance(value, dict):
+        raise ValueError(f"{recipe}: {option.name} cannot be {value!r}")
+    if is_flag:
+        return value
+    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    try:
+        return option.type.convert(text, option, ctx)
+    except click.BadParameter as error:
+        raise ValueError(f"{recipe}: {option.name}: {error.message}") from None
+
+
+class BadInput(click.ClickException):
+    exit_code = 2
+
+
+@contextmanager
+def door(debug: bool) -> Iterator[None]:
+    """An error leaves as one line: exit code 2 for bad input, 1 for the machine's."""
+    warnings.simplefilter("ignore")
+    warnings.filterwarnings("default", module=r"(precompute|train|infer|shards|sdxl)\.")
+    warnings.showwarning = lambda message, *_, **__: click.echo(f"Warning: {message}", err=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if debug:
+            raise
+        kind = BadInput if isinstance(error, ValueError) else click.ClickException
+        raise kind(" ".join(str(error).split())) from error
+    except KeyboardInterrupt:
+        click.echo("Interrupted; the same command goes on from here.", err=True)
+        sys.exit(130)
+
+
+def stage(name: str, settings: str) -> Callable[[Callable[..., None]], click.Command]:
+    """Declare a stage's command."""
+
+    def declare(function: Callable[..., None]) -> click.Command:
+        debug = click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+        return commands.command(name, cls=StageCommand, settings=settings)(
+            click.pass_context(debug(function))
+        )
+
+    return declare
+
+
+def _settings(ctx: click.Context, values: dict[str, Any], recipe: Path | None = None) -> Any:
+    assert isinstance(ctx.command, StageCommand)
+    return ctx.command.make_settings(ctx, values, recipe)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+def commands() -> None:
+    """Fine-tune SDXL from precomputed shards: encode once, train, generate."""
+    # Libraries' own chatter; their real errors reach us as exceptions.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@stage("encode", "precompute.settings:EncodeSettings")
+def encode(ctx: click.Context, debug: bool, **values: Any) -> None:
+    """Encode the captioned pictures of the folder DATASET into a cache of shards.
+
+    DATASET holds x.jpg beside x.txt, or a captions.jsonl or metadata.jsonl (file_name, text); with
+    train/ and val/ in it, each becomes a cache of its own. Run again, it goes on where it was.
+    """
+    with door(debug):
+        settings = _settings(ctx, values)
+        from precompute.encode import encode as run
+
+        for report in run(settings):
+            _tell_encoded(report)
+        click.echo(
+            f"next: python cli.py train {settings.out} --base {settings.base} --out RUN --epochs 10"
+        )
+
+
+def _tell_encoded(report: Any) -> None:
+    click.echo(
+        f"\n{report.folder}: {report.num_samples} pictures in {report.num_shards} shards, "
+        f"{report.num_bytes / 1e6:.1f} MB ({report.num_encoded} encoded now, "
+        f"{report.num_adopted} kept)"
+    )
+    for bucket, count in report.buckets.items():
+        click.echo(
+            f"  {bucket:>9}  {count:6d}  {'#' * round(40 * count / max(1, report.num_samples))}"
+        )
+    for number, what in (
+        (report.num_upscaled, "smaller than their bucket, so enlarged"),
+        (report.num_cut_captions, "captions cut at 77 tokens"),
+    ):
+        if number:
+            click.echo(f"  {number} {what}")
+    if report.causes:
+        click.echo(f"  earlier shards were encoded again, changed: {', '.join(report.causes)}")
+    if report.rejected:
+        first = report.rejected[0]
+        click.echo(
+            f"  {len(report.rejected)} rejected, see {report.folder / 'rejected.jsonl'}; "
+            f"e.g. {first.path}: {first.reason}"
+        )
+
+
+@stage("train", "train.config:TrainConfig")
+@click.option(
+    "--config",
+    "recipe",
+    type=click.Path(path_type=Path),
+    help="Options from a TOML file; flags win.",
+)
+def train(ctx: click.Context, debug: bool, recipe: Path | None, **values: Any) -> None:
+    """Fine-tune a LoRA, or the whole UNet, from the shards in CACHE."""
+    with door(debug):
+        config = _settings(ctx, values, recipe)
+        from train.loop import train as run
+
+        path = run(config)
+        if os.environ.get("RANK", "0") == "0":
+            how = f"--unet {path}" if config.full else f"--lora {path}"
+            click.echo(
+                f"{path}\nnext: python cli.py generate --base {config.base} {how} "
+                "--prompt TEXT --out PICTURES"
+            )
+
+
+@stage("generate", "infer.settings:GenerateSettings")
+def generate(ctx: click.Context, debug: bool, **values: Any) -> None:
+    """Draw pictures from prompts, with a LoRA, a fine-tuned UNet, or the base alone."""
+    with door(debug):
+        settings = _settings(ctx, values)
+        from infer.generate import generate as run
+
+        report = run(settings)
+        click.echo(
+            f"{report.num_drawn} pictures drawn, {report.num_kept} kept, in {settings.out}; "
+            f"all of them at a glance: {report.sheet}"
+        )
+
+
+@commands.command()
+@click.argument("cache", type=click.Path(path_type=Path))
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def verify(cache: Path, debug: bool) -> None:
+    """Hash every byte of CACHE again; name what is damaged, and exit with 1 if anything is."""
+    with door(debug):
+        from tqdm import tqdm
+
+        from shards.manifest import read_manifest
+        from shards.verify import verify as check
+
+        parts = [
+            cache / name for name in ("train", "val") if (cache / name / "manifest.json").exists()
+        ]
+        faults = []
+        for folder in parts if parts and not (cache / "manifest.json").exists() else [cache]:
+            manifest = read_manifest(folder)
+            total = len(manifest["shards"]) + 1
+            for found in tqdm(check(folder, manifest), total=total, unit="shard", desc=folder.name):
+                faults += found
+            if not faults:
+                click.echo(
+                    f"{folder}: {manifest['num_samples']} samples in {total - 1} shards, all whole"
+                )
+        for fault in faults:
+            click.echo(fault)
+        if faults:
+            raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    commands()

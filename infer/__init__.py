@@ -1,0 +1,1 @@
+"""Drawing pictures from prompts with a fine-tuned model."""

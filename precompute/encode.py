@@ -1,0 +1,249 @@
+"""The stage: plan the shards, adopt what is whole, encode what is missing, mark it."""
+
+import hashlib
+import json
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from tqdm import tqdm
+
+from precompute.placement import PlannedShard, place, plan_pictures
+from precompute.recipe import read_recipe
+from precompute.samples import Encoders, Notes, encode_members
+from precompute.settings import EncodeSettings
+from precompute.sources import Rejected, Source, read_data_set
+from sdxl.latent_rgb import LatentSums
+from shards import CacheError
+from shards.buckets import bucket_name
+from shards.durable import PARTIAL, write_durable
+from shards.index import Index
+from shards.manifest import MANIFEST, content_digest, read_manifest, write_manifest
+from shards.sample import DTYPES, Layout, Sample
+from shards.writer import write_shard
+
+UNCONDITIONAL = "unconditional.safetensors"
+REJECTED = "rejected.jsonl"
+
+
+@dataclass
+class Report:
+    """What one cache came to."""
+
+    folder: Path
+    buckets: dict[str, int] = field(default_factory=dict)  # pictures by bucket
+    num_shards: int = 0
+    num_bytes: int = 0
+    num_encoded: int = 0  # in this run
+    num_adopted: int = 0  # from an earlier run
+    num_upscaled: int = 0
+    num_cut_captions: int = 0
+    rejected: list[Rejected] = field(default_factory=list)
+    causes: list[str] = field(default_factory=list)  # why earlier shards were encoded again
+
+    @property
+    def num_samples(self) -> int:
+        return self.num_encoded + self.num_adopted
+
+
+def encode(settings: EncodeSettings) -> list[Report]:
+    """Encode a data set into ``settings.out``, or its ``train`` and ``val``; a report for each.
+
+    Raises:
+        ValueError: the data set, the base or the settings cannot be used.
+    """
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    sources = read_data_set(settings.dataset, settings.val_share)
+    recipe = read_recipe(settings)
+    encoders = Encoders(settings)
+    _check_out(settings.out, set(sources))
+    return [
+        encode_source(source, settings.out / name, encoders, recipe)
+        for name, source in sources.items()
+    ]
+
+
+def encode_source(
+    source: Source, folder: Path, encoders: Encoders, recipe: dict[str, Any]
+) -> Report:
+    """One cache, from nothing or from what an earlier run left."""
+    settings, report = encoders.settings, Report(folder)
+    planned, unreadable = plan_pictures(source.records, settings)
+    shards = place(planned, settings.shard_size)
+    folder.mkdir(parents=True, exist_ok=True)
+    text_is_whole = _unconditional_is_whole(folder, recipe)
+    indexes = _adopt(folder, shards, recipe, report)
+    if not text_is_whole:
+        _write_unconditional(folder, encoders, recipe)
+    with tqdm(
+        total=len(planned), initial=report.num_adopted, unit="img", desc=f"encode {folder.name}"
+    ) as bar:
+        for shard in shards:
+            if shard.name not in indexes:
+                indexes[shard.name] = _write_shard(shard, folder, encoders, recipe, bar)
+                report.num_encoded += len(indexes[shard.name])
+    failed = [Rejected(*row) for index in indexes.values() for row in index.header["rejected"]]
+    report.rejected = sorted([*source.rejected, *unreadable, *failed], key=lambda one: one.key)
+    if not report.num_samples:
+        warnings.warn(f"{folder}: no picture could be encoded; {REJECTED} says why", stacklevel=2)
+    _write_rejected(folder, report.rejected)
+    _write_manifest(folder, recipe, [indexes[shard.name] for shard in shards])
+    report.num_upscaled = sum(p.geometry.is_upscaled for p in planned)
+    return _count(report, indexes)
+
+
+def _count(report: Report, indexes: dict[str, Index]) -> Report:
+    for name in sorted(indexes):
+        index = indexes[name]
+        bucket = bucket_name(index.header["bucket"])
+        report.buckets[bucket] = report.buckets.get(bucket, 0) + len(index)
+        report.num_cut_captions += index.header["num_cut_captions"]
+        report.num_bytes += index.header["tar_bytes"]
+    report.num_shards = len(indexes)
+    return report
+
+
+def _check_out(out: Path, parts: set[str]) -> None:
+    """Refuse to mix a cache with anything else."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise ValueError(f"{out}: not a folder")
+    is_cache = (out / UNCONDITIONAL).exists() or (out / MANIFEST).exists()
+    is_split = any((out / name / UNCONDITIONAL).exists() for name in ("train", "val"))
+    if parts == {""} and is_split:
+        raise ValueError(f"{out}: holds train/ and val/ caches; give another --out")
+    if parts != {""} and is_cache:
+        raise ValueError(f"{out}: is one cache, without train/ and val/; give another --out")
+    names = [path.name for path in out.iterdir() if path.suffix != PARTIAL]
+    if names and not is_cache and not is_split and not set(names) <= {"train", "val"}:
+        raise ValueError(f"{out}: not empty and no cache (holds {names[0]}); give another --out")
+
+
+def _adopt(
+    folder: Path, shards: list[PlannedShard], recipe: dict[str, Any], report: Report
+) -> dict[str, Index]:
+    """The whole shards of an earlier run that this one would write alike; the rest is removed."""
+    wanted = {shard.name: shard for shard in shards}
+    adopted: dict[str, Index] = {}
+    stale: dict[str, str] = {}
+    for name in sorted({path.stem for end in ("tar", "index") for path in folder.glob(f"*.{end}")}):
+        cause = _stale_because(folder, wanted[name], recipe) if name in wanted else "pictures"
+        if cause:
+            stale[name] = cause
+        else:
+            adopted[name] = Index(folder / f"{name}.index")
+    for path in folder.glob("*" + PARTIAL):
+        path.unlink()
+    if stale or len(adopted) < len(shards):
+        (folder / MANIFEST).unlink(missing_ok=True)  # it is about to be untrue
+    for name in stale:
+        # The mark goes first: a tar without an index is nothing.
+        (folder / f"{name}.index").unlink(missing_ok=True)
+        (folder / f"{name}.tar").unlink(missing_ok=True)
+    report.causes = sorted(set(stale.values()))
+    report.num_adopted = sum(len(index) for index in adopted.values())
+    return adopted
+
+
+def _stale_because(folder: Path, shard: PlannedShard, recipe: dict[str, Any]) -> str:
+    """Why a shard of an earlier run cannot stay; empty if it can."""
+    try:
+        index = Index(folder / f"{shard.name}.index")
+        size = (folder / f"{shard.name}.tar").stat().st_size
+    except (CacheError, OSError):
+        return "unfinished or damaged shards"
+    if size != index.header["tar_bytes"]:
+        return "unfinished or damaged shards"
+    for cause, value in recipe.items():
+        if index.header["recipe"].get(cause) != value:
+            return cause
+    return "" if index.header["members"] == shard.digest else "pictures"
+
+
+def _write_shard(
+    shard: PlannedShard, folder: Path, encoders: Encoders, recipe: dict[str, Any], bar: Any
+) -> Index:
+    settings = encoders.settings
+    text = _text_shape(folder)
+    layout = Layout(
+        dtype=settings.dtype,
+        latent=(encoders.latents.channels, shard.bucket[1] // 8, shard.bucket[0] // 8),
+        prompt=(text["tokens"], text["depth"]),
+        pooled=text["pooled"],
+    )
+    notes = Notes(LatentSums.empty(encoders.latents.channels))
+    about: dict[str, Any] = {
+        "bucket": shard.bucket,
+        "repeats": 1,
+        "recipe": recipe,
+        "members": shard.digest,
+        "made_with": {"batch_size": settings.batch_size, "threads": torch.get_num_threads()},
+    }
+
+    def samples() -> Iterator[Sample]:
+        yield from encode_members(shard.members, encoders, notes, bar)
+        about.update(notes.to_json())
+
+    write_shard(folder, shard.name, samples(), layout, about)
+    return Index(folder / f"{shard.name}.index")
+
+
+def _text_causes(recipe: dict[str, Any]) -> str:
+    return content_digest([recipe[c] for c in ("text_encoder", "text_encoder_2", "storage")])
+
+
+def _write_unconditional(folder: Path, encoders: Encoders, recipe: dict[str, Any]) -> None:
+    """The empty prompt both ways; with it come the shapes of the text tensors."""
+    settings = encoders.settings
+    empty = encoders.text.encode([""], settings.batch_size).to(DTYPES[settings.dtype])
+    zeros = empty.zeros_like()
+    tensors = {
+        "empty.prompt_embeds": empty.prompt,
+        "empty.pooled_prompt_embeds": empty.pooled,
+        "zeros.prompt_embeds": zeros.prompt,
+        "zeros.pooled_prompt_embeds": zeros.pooled,
+    }
+    data = safetensors.torch.save(tensors, metadata={"causes": _text_causes(recipe)})
+    write_durable(folder / UNCONDITIONAL, data)
+
+
+def _unconditional_is_whole(folder: Path, recipe: dict[str, Any]) -> bool:
+    """Whether an earlier run's manifest vouches for these very bytes."""
+    try:
+        digest = read_manifest(folder)["side_files"][UNCONDITIONAL]
+        data = (folder / UNCONDITIONAL).read_bytes()
+    except (CacheError, KeyError, OSError):
+        return False
+    return hashlib.sha256(data).hexdigest() == digest and _text_causes(recipe).encode() in data
+
+
+def _text_shape(folder: Path) -> dict[str, int]:
+    tensors = safetensors.torch.load((folder / UNCONDITIONAL).read_bytes())
+    _, tokens, depth = tensors["empty.prompt_embeds"].shape
+    return {
+        "tokens": tokens,
+        "depth": depth,
+        "pooled": tensors["empty.pooled_prompt_embeds"].shape[1],
+    }
+
+
+def _write_rejected(folder: Path, rejected: list[Rejected]) -> None:
+    rows = [{"key": one.key, "path": one.path, "reason": one.reason} for one in rejected]
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    write_durable(folder / REJECTED, "".join(lines).encode())
+
+
+def _write_manifest(folder: Path, recipe: dict[str, Any], indexes: list[Index]) -> None:
+    about: dict[str, Any] = {"recipe": recipe, "text": _text_shape(folder)}
+    sums = [LatentSums.from_json(index.header["sums"]) for index in indexes if len(index)]
+    if sums:
+        total = sum(sums[1:], start=sums[0])
+        about["latents"] = {"channels": len(total.gram) - 1, **total.statistics()}
+        about["latent_rgb"] = total.fit()
+    write_manifest(folder, about, indexes)

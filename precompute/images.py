@@ -1,0 +1,76 @@
+"""Bytes to pixels: open whole, orient, colour, resize, crop."""
+
+import io
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from shards.buckets import Geometry, Size
+
+ORIENTATION = 0x0112  # EXIF tag; 5 to 8 lie on their side
+
+
+def picture_size(data: bytes) -> Size:
+    """(width, height) after EXIF orientation, from the header alone.
+
+    Raises:
+        Exception: whatever Pillow raises of a file it cannot read.
+    """
+    with Image.open(io.BytesIO(data)) as image:
+        width, height = image.size
+        turned = image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
+    return (height, width) if turned else (width, height)
+
+
+def open_picture(data: bytes) -> Image.Image:
+    """The whole picture, upright, in RGB; transparency becomes white.
+
+    Raises:
+        Exception: whatever Pillow raises of a file it cannot read.
+    """
+    with Image.open(io.BytesIO(data)) as image:
+        image.load()
+        return to_rgb(ImageOps.exif_transpose(image))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow mode to RGB, alpha onto white."""
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        image = _to_8_bits(image)
+    if image.mode in ("La", "RGBa"):
+        image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
+    if image.has_transparency_data:
+        upper = image.convert("RGBA")
+        image = Image.new("RGBA", upper.size, "white")
+        image.alpha_composite(upper)
+    if image.mode == "LAB":
+        from PIL import ImageCms
+
+        profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        converted = ImageCms.profileToProfile(image, *profiles, outputMode="RGB")
+        assert converted is not None
+        return converted
+    return image.convert("RGB")
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Integers above 255 are 16 bits; floats up to 1 are shares of white."""
+    values = np.asarray(image).astype(np.float64)
+    if image.mode == "F":
+        values = values * (255 if values.max(initial=0) <= 1 else 1)
+    elif image.mode != "I" or values.max(initial=0) > 255:
+        values = values / 257
+    return Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
+
+
+def render(image: Image.Image, geometry: Geometry) -> torch.Tensor:
+    """The cropped bucket of an RGB picture: [3, H, W] fp32 in -1..1."""
+    if image.size != geometry.original:
+        raise ValueError(f"its size is {image.size}, where its header said {geometry.original}")
+    left, top = geometry.crop
+    width, height = geometry.target
+    resized = image.resize(geometry.resized, Image.Resampling.LANCZOS)
+    cropped = resized.crop((left, top, left + width, top + height))
+    pixels = torch.from_numpy(np.array(cropped, dtype=np.uint8))
+    return pixels.permute(2, 0, 1).float() / 127.5 - 1

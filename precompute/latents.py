@@ -1,0 +1,61 @@
+"""Pictures to scaled latents, by the VAE."""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sdxl.load import load_vae
+from sdxl.sampling import scale_mean, scale_std
+
+
+@dataclass(frozen=True, eq=False)
+class Posterior:
+    """The scaled posterior of N pictures: ``mean`` and ``std`` [N, C, h, w] fp32, on the CPU."""
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    @property
+    def finite(self) -> torch.Tensor:
+        """[N] bool."""
+        both = torch.stack([self.mean, self.std])
+        return both.isfinite().all(dim=0).flatten(1).all(dim=1)
+
+
+class LatentEncoder:
+    """The VAE's half of the stage, at one fixed batch size."""
+
+    def __init__(self, vae: str, dtype: torch.dtype, device: torch.device, batch_size: int) -> None:
+        self._vae: Any = load_vae(vae, dtype).to(device)
+        self._upcast: Any = None
+        self.batch_size = batch_size
+
+    @property
+    def channels(self) -> int:
+        return int(self._vae.config.latent_channels)
+
+    def encode(self, pictures: torch.Tensor) -> Posterior:
+        """Up to ``batch_size`` pictures [N, 3, H, W] in -1..1.
+
+        The batch is always filled up: a VAE's last bits change with the batch size, but not with
+        what else is in the batch. What is not finite is encoded again in fp32.
+        """
+        posterior = self._encode(self._vae, pictures)
+        if self._vae.dtype == torch.float32 or bool(posterior.finite.all()):
+            return posterior
+        if self._upcast is None:
+            self._upcast = copy.deepcopy(self._vae).float()
+        again, rows = self._encode(self._upcast, pictures), ~posterior.finite
+        posterior.mean[rows], posterior.std[rows] = again.mean[rows], again.std[rows]
+        return posterior
+
+    @torch.inference_mode()
+    def _encode(self, vae: Any, pictures: torch.Tensor) -> Posterior:
+        count = len(pictures)
+        filled = pictures.new_zeros((self.batch_size, *pictures.shape[1:]))
+        filled[:count] = pictures
+        found = vae.encode(filled.to(vae.device, vae.dtype)).latent_dist
+        mean, std = found.mean[:count].float().cpu(), found.std[:count].float().cpu()
+        return Posterior(scale_mean(vae.config, mean), scale_std(vae.config, std))

@@ -1,0 +1,42 @@
+"""All that decides the tensors besides pictures and captions, by cause."""
+
+from typing import Any
+
+from precompute.settings import EncodeSettings
+from sdxl.base import component_folder, model_config, read_config
+from sdxl.fingerprint import tokenizer_digest, weights_digest
+from sdxl.load import vae_folder
+
+VAE_CONFIG = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+
+
+def read_recipe(settings: EncodeSettings) -> dict[str, Any]:
+    """All that decides the tensors besides pictures and captions, by cause."""
+    vae = vae_folder(settings.vae or settings.base)
+    config = read_config(vae)
+    mode = "square" if settings.square else "squash" if settings.squash else "buckets"
+    preprocessing: dict[str, Any] = {
+        "mode": mode,
+        "resolution": settings.resolution,
+        "resample": "lanczos",
+    }
+    if mode == "buckets":
+        preprocessing["bucket_step"] = settings.bucket_step
+    recipe: dict[str, Any] = {
+        "preprocessing": preprocessing,
+        "vae": {
+            "digest": weights_digest(vae),
+            "of_base": settings.vae is None,
+            "dtype": settings.vae_dtype,
+            **{name: config.get(name) for name in VAE_CONFIG},
+        },
+        "storage": {"dtype": settings.dtype, "mean_only": settings.mean_only},
+    }
+    for name in ("text_encoder", "text_encoder_2"):
+        folder, _ = model_config(settings.base, name)
+        tokenizer = component_folder(settings.base, name.replace("text_encoder", "tokenizer"))
+        recipe[name] = {
+            "digest": weights_digest(folder),
+            "tokenizer": tokenizer_digest(tokenizer),
+        }
+    return recipe

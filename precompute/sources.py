@@ -1,0 +1,198 @@
+"""What the user has, as stable records: a path, a file, captions. Nothing is opened but text."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shards.sample import sample_key
+
+PICTURES = frozenset(
+    [
+        ".jpg",
+        ".jpeg",
+        ".jpe",
+        ".jfif",
+        ".png",
+        ".webp",
+        ".bmp",
+        ".gif",
+        ".tif",
+        ".tiff",
+        ".avif",
+        ".jp2",
+        ".ppm",
+        ".pgm",
+        ".heic",
+    ]
+)
+LISTS = ("captions.jsonl", "metadata.jsonl")
+FILE_FIELDS = ("file_name", "file", "image")
+TEXT_FIELDS = ("text", "caption")
+
+
+@dataclass(frozen=True)
+class Record:
+    """A picture with its captions. ``path`` is relative, posix; the key comes from it alone."""
+
+    path: str
+    file: Path
+    captions: tuple[str, ...]
+
+    @property
+    def key(self) -> str:
+        return sample_key(self.path)
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A picture that is not encoded, and why."""
+
+    path: str
+    reason: str
+
+    @property
+    def key(self) -> str:
+        return sample_key(self.path)
+
+
+@dataclass
+class Source:
+    """All that one cache is made from."""
+
+    records: list[Record]
+    rejected: list[Rejected]
+
+    @property
+    def num_pictures(self) -> int:
+        return len(self.records) + len(self.rejected)
+
+
+def read_data_set(root: Path, val_share: float) -> dict[str, Source]:
+    """The sources by the sub-folder of the cache they belong in: "" alone, or train and val.
+
+    Raises:
+        ValueError: no such folder, nothing in it, or one that can be read in two ways.
+    """
+    if not root.is_dir():
+        raise ValueError(f"{root}: no such folder" if not root.exists() else f"{root}: no folder")
+    is_split = (root / "train").is_dir() and (root / "val").is_dir()
+    if is_split and not any((root / name).is_file() for name in LISTS):
+        loose = [path.name for path in sorted(root.iterdir()) if _is_picture(path)]
+        if loose:
+            raise ValueError(f"{root}: {loose[0]} lies beside train/ and val/: in which is it?")
+        if val_share:
+            raise ValueError(f"{root}: has its own val/; leave --val-share out")
+        return {name: read_source(root / name) for name in ("train", "val")}
+    source = read_source(root)
+    return split(source, val_share) if val_share else {"": source}
+
+
+def split(source: Source, val_share: float) -> dict[str, Source]:
+    """Split by key: a picture stays on its side whatever joins or leaves the set."""
+
+    def is_val(key: str) -> bool:
+        return int(key[:8], 16) / 2**32 < val_share
+
+    parts = {}
+    for name in ("train", "val"):
+        wanted = name == "val"
+        parts[name] = Source(
+            [record for record in source.records if is_val(record.key) == wanted],
+            [rejected for rejected in source.rejected if is_val(rejected.key) == wanted],
+        )
+        if not parts[name].records:
+            raise ValueError(f"--val-share {val_share} leaves no picture for {name}")
+    return parts
+
+
+def read_source(folder: Path) -> Source:
+    """Records of one folder: by its list, else by a text file beside each picture."""
+    lists = [folder / name for name in LISTS if (folder / name).is_file()]
+    if len(lists) > 1:
+        raise ValueError(f"{folder}: both {LISTS[0]} and {LISTS[1]}; keep one")
+    pictures = {
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if _is_picture(path)
+    }
+    found = [*(_listed(lists[0]) if lists else _with_text_files(folder, pictures))]
+    named = {item.path for item in found}
+    if lists:
+        why = f"not named in {lists[0].name}, so it has no caption"
+        found += [Rejected(path, why) for path in pictures - named]
+    if not found:
+        raise ValueError(f"{folder}: no pictures in it ({' '.join(sorted(PICTURES))})")
+    records = [item for item in found if isinstance(item, Record)]
+    rejected = [item for item in found if isinstance(item, Rejected)]
+    return Source(sorted(records, key=lambda r: r.key), sorted(rejected, key=lambda r: r.key))
+
+
+def _is_picture(path: Path) -> bool:
+    # A hidden name such as ".png" has no suffix for pathlib, but it is a name like any other.
+    return path.suffix.lower() in PICTURES and path.is_file()
+
+
+def _with_text_files(folder: Path, pictures: set[str]) -> Iterator[Record | Rejected]:
+    for path in sorted(pictures):
+        file = folder / path
+        text = file.with_suffix(".txt")
+        try:
+            caption = text.read_text("utf-8-sig").strip()
+        except FileNotFoundError:
+            yield Rejected(path, f"no caption: {text.name} is missing")
+        except UnicodeDecodeError:
+            yield Rejected(path, f"no caption: {text.name} is not UTF-8 text")
+        except OSError as error:
+            yield Rejected(path, f"no caption: {text.name}: {error.strerror}")
+        else:
+            yield _record(path, file, caption)
+
+
+def _record(path: str, file: Path, caption: str) -> Record | Rejected:
+    return Record(path, file, (caption,)) if caption else Rejected(path, "its caption is empty")
+
+
+def _listed(listing: Path) -> Iterator[Record | Rejected]:
+    seen: set[str] = set()
+    try:
+        lines = listing.read_text("utf-8-sig").split("\n")
+    except UnicodeDecodeError:
+        raise ValueError(f"{listing}: not UTF-8 text") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        item = _listed_one(listing, number, line)
+        if item.path in seen:
+            where = f"{listing.name}:{number}"
+            item = Rejected(where, f"{item.path} is named a second time")
+        seen.add(item.path)
+        yield item
+
+
+def _listed_one(listing: Path, number: int, line: str) -> Record | Rejected:
+    where = f"{listing.name}:{number}"
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        return Rejected(where, f"not valid JSON: {error}")
+    if not isinstance(row, dict):
+        return Rejected(where, "not a JSON object")
+    name, caption = _field(row, FILE_FIELDS), _field(row, TEXT_FIELDS)
+    if not isinstance(name, str) or not name:
+        return Rejected(where, f"names no picture: none of {', '.join(FILE_FIELDS)} is text")
+    root = listing.parent
+    for file in (root / name, root / "images" / name):
+        if file.is_file():
+            break
+    else:
+        return Rejected(name, f"{where}: no such file, nor in images/")
+    if not file.resolve().is_relative_to(root.resolve()):
+        return Rejected(name, f"{where}: lies outside the data set")
+    path = file.relative_to(root).as_posix()
+    if not isinstance(caption, str):
+        return Rejected(path, f"{where}: no caption: none of {', '.join(TEXT_FIELDS)} is text")
+    return _record(path, file, caption.strip())
+
+
+def _field(row: dict[str, Any], names: tuple[str, ...]) -> Any:
+    return next((row[name] for name in names if name in row), None)

@@ -1,0 +1,153 @@
+"""Where the parts of a base model lie, and whether they are SDXL's. Imports no torch."""
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ENCODERS = ("vae", "text_encoder", "text_encoder_2")
+MODELS = ("unet", *ENCODERS)
+_CLASSES = {
+    "unet": "UNet2DConditionModel",
+    "vae": "AutoencoderKL",
+    "text_encoder": "CLIPTextModel",
+    "text_encoder_2": "CLIPTextModelWithProjection",
+}
+_CONFIGS = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
+
+
+class BaseError(ValueError):
+    """A base model that is missing, incomplete or no SDXL. One clear line."""
+
+
+def component_folder(base: str, component: str) -> Path:
+    """The folder of one component of a diffusers folder or hub id.
+
+    Of a hub id only this component is downloaded, as safetensors and configs, or taken from the
+    local hub cache.
+
+    Raises:
+        BaseError: no such base, or it has no such component.
+    """
+    if Path(base).is_file():
+        raise BaseError(f"{base}: a file; a base is a diffusers folder or a hub id")
+    folder = Path(base) if Path(base).exists() else _download(base, component)
+    if not (folder / component).is_dir():
+        found = sorted(path.name for path in folder.iterdir())[:12] if folder.is_dir() else []
+        raise BaseError(f"{base}: no SDXL base: it has no {component}/ (found: {_listing(found)})")
+    return folder / component
+
+
+def _listing(names: list[str]) -> str:
+    return ", ".join(names) or "nothing"
+
+
+def _download(base: str, component: str) -> Path:
+    if not re.fullmatch(r"[\w][\w.-]*/[\w.-]+", base):
+        raise BaseError(f"{base}: no such folder")
+    from huggingface_hub import snapshot_download
+
+    patterns = [f"{component}/*.{end}" for end in ("json", "txt", "safetensors")]
+    try:
+        folder = snapshot_download(
+            base,
+            allow_patterns=["model_index.json", *patterns],
+            ignore_patterns=["*.fp16.*", "*.non_ema.*"],
+        )
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BaseError(f"{base}: no such folder, and not had from the hub: {reason}") from error
+    return Path(folder)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A component's JSON config.
+
+    Raises:
+        BaseError: missing or unreadable.
+    """
+    path = folder / _CONFIGS.get(folder.name.removesuffix("_2"), "config.json")
+    try:
+        config = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise BaseError(f"{path}: missing; is this a whole diffusers folder?") from None
+    except ValueError as error:
+        raise BaseError(f"{path}: not valid JSON ({error})") from None
+    return dict(config)
+
+
+def model_config(base: str, component: str) -> tuple[Path, dict[str, Any]]:
+    """Folder and config of a model, refused where it is not of SDXL's architecture.
+
+    Raises:
+        BaseError: says what was found.
+    """
+    folder = component_folder(base, component)
+    config = read_config(folder)
+    found = config.get("_class_name") or ", ".join(config.get("architectures") or ["nothing"])
+    if found != _CLASSES[component]:
+        raise BaseError(f"{folder}: no SDXL: a {found}, where SDXL has {_CLASSES[component]}")
+    if component == "unet":
+        addition, channels = config.get("addition_embed_type"), config.get("in_channels")
+        if addition != "text_time":
+            raise BaseError(
+                f"{folder}: no SDXL: its addition_embed_type is {addition} (SDXL: text_time) and "
+                f"its cross_attention_dim {config.get('cross_attention_dim')} (SDXL: 2048)"
+            )
+        if channels != config.get("out_channels"):
+            raise BaseError(f"{folder}: takes {channels} channels: an inpainting UNet?")
+    return folder, config
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The safetensors files of one model, and the ``variant`` that names them."""
+
+    variant: str | None
+    files: tuple[Path, ...]
+
+
+def find_weights(folder: Path) -> Weights:
+    """The files that loading takes: the plain ones, else the fp16 ones; never a pickle.
+
+    Raises:
+        BaseError: there are none.
+    """
+    for variant in (None, "fp16"):
+        dot = f".{variant}" if variant else ""
+        for stem in ("diffusion_pytorch_model", "model"):
+            whole = folder / f"{stem}{dot}.safetensors"
+            listing = folder / f"{stem}.safetensors.index{dot}.json"
+            if whole.is_file():
+                return Weights(variant, (whole,))
+            if listing.is_file():
+                names = sorted(set(json.loads(listing.read_bytes())["weight_map"].values()))
+                missing = [name for name in names if not (folder / name).is_file()]
+                if missing:
+                    raise BaseError(f"{folder}: {missing[0]} is missing")
+                return Weights(variant, tuple(folder / name for name in names))
+    pickles = [path.name for path in folder.glob("*.bin")] + [p.name for p in folder.glob("*.pt")]
+    if pickles:
+        raise BaseError(
+            f"{folder}: only {pickles[0]}, a pickle: never loaded; convert it to safetensors"
+        )
+    raise BaseError(f"{folder}: no .safetensors file")
+
+
+def has_component(base: str, component: str) -> bool:
+    """Whether a local base has this component; False for a hub id that is not in the cache."""
+    if Path(base).exists():
+        return (Path(base) / component).is_dir()
+    offline = os.environ.get("HF_HUB_OFFLINE")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    try:
+        return component_folder(base, component).is_dir()
+    except BaseError:
+        return False
+    finally:
+        if offline is None:
+            del os.environ["HF_HUB_OFFLINE"]
+        else:
+            os.environ["HF_HUB_OFFLINE"] = offline

@@ -1,0 +1,74 @@
+"""Prompts to embeddings, by the SDXL pipeline's own ``encode_prompt``."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sdxl.load import load_text_encoders, load_tokenizers
+
+
+@dataclass(frozen=True, eq=False)
+class Conditioning:
+    """``prompt`` [N, 77, D]: the penultimate hidden states of both encoders side by side;
+    ``pooled`` [N, P]: the second encoder's projected embedding."""
+
+    prompt: torch.Tensor
+    pooled: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.prompt)
+
+    def __getitem__(self, rows: Any) -> "Conditioning":
+        return Conditioning(self.prompt[rows], self.pooled[rows])
+
+    def zeros_like(self) -> "Conditioning":
+        return Conditioning(torch.zeros_like(self.prompt), torch.zeros_like(self.pooled))
+
+    def to(self, *args: Any, **kwargs: Any) -> "Conditioning":
+        return Conditioning(self.prompt.to(*args, **kwargs), self.pooled.to(*args, **kwargs))
+
+
+class TextEncoders:
+    """Both text encoders and tokenizers of a base, on one device."""
+
+    def __init__(self, base: str, dtype: torch.dtype, device: torch.device) -> None:
+        from diffusers import StableDiffusionXLPipeline
+
+        one, two = load_text_encoders(base, dtype)
+        self.tokenizers = load_tokenizers(base)
+        self.device = device
+        self._pipeline: Any = StableDiffusionXLPipeline(
+            vae=None,
+            unet=None,
+            scheduler=None,
+            text_encoder=one.to(device),
+            text_encoder_2=two.to(device),
+            tokenizer=self.tokenizers[0],
+            tokenizer_2=self.tokenizers[1],
+            add_watermarker=False,
+        )
+
+    @torch.inference_mode()
+    def encode(self, prompts: list[str], batch_size: int) -> Conditioning:
+        """N prompts to embeddings on the CPU, in batches of exactly ``batch_size``.
+
+        Short batches are filled with empty prompts: the last bits of a text encoder depend on the
+        batch size, but not on who else is in the batch. Text beyond 77 tokens is cut.
+        """
+        found = []
+        for start in range(0, len(prompts), batch_size):
+            part = prompts[start : start + batch_size]
+            padded = part + [""] * (batch_size - len(part))
+            prompt, _, pooled, _ = self._pipeline.encode_prompt(
+                padded, device=self.device, do_classifier_free_guidance=False
+            )
+            found.append(Conditioning(prompt[: len(part)].cpu(), pooled[: len(part)].cpu()))
+        return Conditioning(
+            torch.cat([part.prompt for part in found]), torch.cat([part.pooled for part in found])
+        )
+
+    def is_cut(self, prompt: str) -> bool:
+        """Whether the prompt has more tokens than the encoders take."""
+        tokenizer = self.tokenizers[0]
+        return bool(len(tokenizer(prompt).input_ids) > tokenizer.model_max_length)

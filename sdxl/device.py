@@ -1,0 +1,46 @@
+"""Where to compute, and in which precision."""
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` is CUDA, else MPS, else the CPU.
+
+    Raises:
+        ValueError: the device asked for is not there.
+    """
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        name = next(device for device, there in available.items() if there)
+    if not available.get(name.split(":")[0], False):
+        raise ValueError(f"--device {name}: torch finds no such device here")
+    return torch.device(name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precision:
+    """``dtype`` of the forward pass; with ``autocast`` under ``torch.autocast``."""
+
+    dtype: torch.dtype
+    autocast: bool
+    scaler: bool  # GradScaler: fp16 gradients underflow without it
+
+
+def pick_precision(name: str, device: torch.device, allow_cpu: bool = False) -> Precision:
+    """``auto`` is bf16 on CUDA, else fp32. A CPU computes in fp32 unless ``allow_cpu``."""
+    if name == "auto":
+        name = "bf16" if device.type == "cuda" else "fp32"
+    if device.type == "cpu" and name != "fp32" and not allow_cpu:
+        warnings.warn(f"--precision {name} on a CPU: computing in fp32 instead", stacklevel=2)
+        name = "fp32"
+    half = name != "fp32"
+    return Precision(dtype=PRECISIONS[name], autocast=half, scaler=name == "fp16")

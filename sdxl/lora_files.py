@@ -1,0 +1,87 @@
+"""LoRA files as diffusers reads them: peft's names and, always, the adapter's own settings.
+
+Without the settings a reader takes alpha = rank, and the strength is silently wrong.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from peft import get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+
+PREFIX = "unet."
+METADATA_KEY = "lora_adapter_metadata"  # diffusers.loaders.lora_base
+_SETTINGS = (
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "use_dora",
+    "bias",
+    "lora_dropout",
+)
+
+
+def lora_state(unet: Any) -> dict[str, torch.Tensor]:
+    """The adapter's weights under diffusers' names, fp32, on the CPU."""
+    state = get_peft_model_state_dict(unet)
+    return {PREFIX + name: t.detach().float().cpu().contiguous() for name, t in state.items()}
+
+
+def lora_bytes(unet: Any) -> bytes:
+    """A LoRA file: what ``load_lora_weights`` takes, at its right strength."""
+    config = unet.peft_config["default"].to_dict()
+    settings = {PREFIX + name: _plain(config[name]) for name in _SETTINGS}
+    metadata = {METADATA_KEY: json.dumps(settings, sort_keys=True)}
+    return safetensors.torch.save(lora_state(unet), metadata=metadata)
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set) else value
+
+
+def load_lora(unet: Any, path: Path) -> None:
+    """Put the adapter of a LoRA file on ``unet``, by diffusers' own loader.
+
+    Raises:
+        ValueError: no LoRA file, or one of another architecture.
+    """
+    from diffusers import StableDiffusionXLPipeline
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: no LoRA file in safetensors format ({error})") from None
+    if not any("lora" in name for name in names):
+        raise ValueError(f"{path}: holds no LoRA weights (e.g. {names[:1]})")
+    try:
+        state, alphas, metadata = StableDiffusionXLPipeline.lora_state_dict(
+            str(path), unet_config=unet.config, return_lora_metadata=True
+        )
+        theirs = {name for name in state if name.startswith(PREFIX)}
+        if not theirs:
+            raise ValueError(f"it has no weights for the UNet (e.g. {names[0]})")
+        _check_modules(unet, state)
+        alphas = None if metadata else alphas
+        unet.load_lora_adapter(state, network_alphas=alphas, prefix="unet", metadata=metadata)
+    except (ValueError, RuntimeError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{path}: does not fit this base: {reason}") from error
+
+
+def _check_modules(unet: Any, state: dict[str, torch.Tensor]) -> None:
+    modules = dict(unet.named_modules())
+    for name, tensor in state.items():
+        module, _, part = name.removeprefix(PREFIX).partition(".lora_")
+        if name.startswith(PREFIX) and module not in modules:
+            raise ValueError(f"it adapts {module}, which this UNet does not have")
+        if part == "A.weight" and tensor.ndim == 2:
+            width = modules[module].in_features
+            if tensor.shape[1] != width:
+                raise ValueError(f"{module} takes {width} features, and not {tensor.shape[1]}")

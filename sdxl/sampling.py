@@ -1,0 +1,114 @@
+"""Embeddings to latents: the denoising loop of the SDXL pipeline, with the UNet alone.
+
+Legend: N pictures, C latent channels, h w latent height and width.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from sdxl.conditioning import Conditioning
+
+
+def starting_noise(generators: list[torch.Generator], shape: tuple[int, int, int]) -> torch.Tensor:
+    """[N, C, h, w] fp32, each picture from its own generator, whatever the batch.
+
+    As ``diffusers.utils.torch_utils.randn_tensor`` does: the same seeds give the same noise there.
+    """
+    return torch.cat([torch.randn((1, *shape), generator=generator) for generator in generators])
+
+
+def default_time_ids(num: int, width: int, height: int) -> torch.Tensor:
+    """[N, 6]: original and target size are the picture's, and nothing is cropped."""
+    return torch.tensor([[height, width, 0, 0, height, width]] * num)
+
+
+@torch.inference_mode()
+def sample_latents(
+    unet: Any,
+    scheduler: Any,
+    prompt: Conditioning,
+    negative: Conditioning,
+    *,
+    noise: torch.Tensor,
+    time_ids: torch.Tensor,
+    num_steps: int,
+    guidance_scale: float,
+    generators: list[torch.Generator],
+    on_step: Callable[[], object] = lambda: None,
+) -> torch.Tensor:
+    """Denoise ``noise`` [N, C, h, w] with classifier-free guidance (off at a scale <= 1).
+
+    ``prompt`` and ``negative`` have N rows, ``time_ids`` is [N, 6]. ``generators``, one a picture,
+    serve samplers that add noise on the way. Returns scaled latents in the
+    UNet's dtype, on its device.
+    """
+    guided = guidance_scale > 1
+    parts = [negative, prompt] if guided else [prompt]
+    place = {"device": unet.device, "dtype": unet.dtype}
+    states = torch.cat([part.prompt for part in parts]).to(**place)
+    added = {
+        "text_embeds": torch.cat([part.pooled for part in parts]).to(**place),
+        "time_ids": torch.cat([time_ids] * len(parts)).to(**place),
+    }
+    scheduler.set_timesteps(num_steps, device=unet.device)
+    latents: torch.Tensor = noise.to(**place) * scheduler.init_noise_sigma
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(0)
+    takes = inspect.signature(scheduler.step).parameters
+    extra = {"generator": generators} if "generator" in takes else {}
+    for t in scheduler.timesteps:
+        model_input = scheduler.scale_model_input(torch.cat([latents] * len(parts)), t)
+        predicted = unet(
+            model_input,
+            t,
+            encoder_hidden_states=states,
+            added_cond_kwargs=added,
+            return_dict=False,
+        )[0]
+        if guided:
+            without, with_prompt = predicted.chunk(2)
+            predicted = without + guidance_scale * (with_prompt - without)
+        stepped: torch.Tensor = scheduler.step(predicted, t, latents, **extra, return_dict=False)[0]
+        latents = stepped.to(unet.dtype)
+        on_step()
+    return latents
+
+
+@torch.inference_mode()
+def decode_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
+    """Scaled latents [N, C, h, w] to pictures [N, 3, 8h, 8w] in 0..1, fp32, on the CPU."""
+    latents = unscale(vae.config, latents.to(vae.device, vae.dtype))
+    pictures: torch.Tensor = vae.decode(latents, return_dict=False)[0]
+    return (pictures.float().cpu() / 2 + 0.5).clamp(0, 1)
+
+
+def _normalisation(config: Any, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(shift, scale) with scaled = (latent - shift) * scale, from the VAE's config."""
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is None or std is None:
+        mean, std = [config.get("shift_factor") or 0.0], [1.0]
+    shape = (1, -1, 1, 1)
+    return (
+        like.new_tensor(mean).view(shape),
+        config["scaling_factor"] / like.new_tensor(std).view(shape),
+    )
+
+
+def scale_mean(config: Any, latents: torch.Tensor) -> torch.Tensor:
+    """A VAE's latents [N, C, h, w] as the UNet sees them."""
+    shift, scale = _normalisation(config, latents)
+    return (latents - shift) * scale
+
+
+def scale_std(config: Any, std: torch.Tensor) -> torch.Tensor:
+    """The posterior's standard deviation, scaled like its mean."""
+    return std * _normalisation(config, std)[1]
+
+
+def unscale(config: Any, latents: torch.Tensor) -> torch.Tensor:
+    """The way back from ``scale_mean``, as the pipeline does before it decodes."""
+    shift, scale = _normalisation(config, latents)
+    return latents / scale + shift

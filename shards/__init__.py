@@ -1,0 +1,57 @@
+"""The contract between the stages: a cache of encoded pictures, and the order they are read in.
+
+Format ``shardtune-cache``, version 1
+=====================================
+
+A cache is a folder::
+
+    manifest.json               what the cache is; derived from the indexes, written last
+    832x1216-000000.tar         a plain webdataset tar; all its samples have one bucket
+    832x1216-000000.index       the mark of a whole shard, written after the tar is in place
+    unconditional.safetensors   the empty prompt both ways: zeros, and the encoded ""
+    rejected.jsonl              each picture that was not encoded, and why; sorted by key
+
+Legend: V variants (crops, flips), C captions, k chunks of 77 tokens, h w latent height and width,
+D width of the prompt embeddings (SDXL: 2048), P width of the pooled embedding (SDXL: 1280).
+
+Sample: two tar members, ``KEY.json`` and ``KEY.safetensors``. KEY is the first 20 hex digits of
+sha256(relative posix path, with its extension, as UTF-8): webdataset ends a key at the first dot,
+so no name of the user's can be one. The JSON holds ``path``, ``captions``, ``weight`` and
+``digests`` (sha256 of the picture's bytes and of the captions). The tensors are
+
+    latents.mean           [V, 4, h, w]     scaled as the UNet sees them
+    latents.std            [V, 4, h, w]     of the VAE's posterior, scaled; absent in mean-only
+    prompt_embeds          [C, 77k, D]
+    pooled_prompt_embeds   [C, P]
+    sizes                  [V, 6]  int32    original h, w; crop top, left (after resize);
+                                            target h, w
+    mask                   [V, 1, h, w]     optional
+
+in one of float16, bfloat16, float32 (``sizes`` apart).
+
+Index: binary, little endian, made to be memory-mapped (see ``shards.index``)::
+
+    16 bytes   b"shardtune-index\\n"
+    8 bytes    u64, length n of the header
+    n bytes    header: JSON (sorted keys), padded with spaces so that the records start at 64
+    records    one of RECORD_DTYPE per sample, in key order: where its members and tensors are
+    digests    u64 each: xxh3-64 of every part that is read alone; a record names its first
+    32 bytes   sha256 of all that stands before
+
+The parts of a sample, in digest order: the JSON; the safetensors header (with its length); then
+per variant mean, std, mask, sizes (those that exist); then per caption prompt, pooled.
+
+The index header carries the shard's name, bucket, repeats, the tar's size and sha256, the recipe's
+digest (settings and weights that made it) and sums from which the manifest's statistics come.
+
+Manifest: canonical JSON (sorted keys, two spaces, one newline at the end) with a ``digest`` over
+the rest, so that any changed byte shows. It lists each shard with its index's sha256, and the
+sha256 of each side file: whoever trusts the manifest can check every byte of the folder.
+"""
+
+FORMAT = "shardtune-cache"
+VERSION = 1
+
+
+class CacheError(ValueError):
+    """A cache that is missing, damaged, unfinished or of another version. One clear line."""

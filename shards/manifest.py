@@ -1,0 +1,94 @@
+"""The manifest: what a cache is, derived from its indexes, written last, checked when read."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from shards import FORMAT, VERSION, CacheError
+from shards.durable import write_durable
+from shards.index import Index
+
+MANIFEST = "manifest.json"
+SIDE_FILES = ("unconditional.safetensors", "prompts.safetensors", "rejected.jsonl")
+
+
+def canonical_json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False) + "\n"
+
+
+def content_digest(value: Any) -> str:
+    """sha256 of a JSON value in its canonical form."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def write_manifest(folder: Path, about: dict[str, Any], indexes: list[Index]) -> dict[str, Any]:
+    """Write ``manifest.json`` from what lies in the folder; returns it.
+
+    ``about`` is the encode stage's part: recipe, statistics, latent-to-RGB map.
+    """
+    shards = [
+        {
+            "name": index.header["shard"],
+            "bucket": index.header["bucket"],
+            "repeats": index.header["repeats"],
+            "count": len(index),
+            "bytes": index.header["tar_bytes"],
+            "index_sha256": index.sha256,
+        }
+        for index in sorted(indexes, key=lambda index: str(index.header["shard"]))
+    ]
+    side_files = {
+        name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        for name in SIDE_FILES
+        if (folder / name).exists()
+    }
+    manifest = {
+        "format": FORMAT,
+        "version": VERSION,
+        **about,
+        "shards": shards,
+        "side_files": side_files,
+        "num_samples": sum(shard["count"] for shard in shards),
+    }
+    manifest["digest"] = content_digest(manifest)
+    write_durable(folder / MANIFEST, canonical_json(manifest).encode())
+    return manifest
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a finished cache.
+
+    Raises:
+        CacheError: no cache, an unfinished one, another version, or a damaged manifest.
+    """
+    path = folder / MANIFEST
+    try:
+        data = path.read_bytes()
+    except OSError:
+        raise CacheError(_why_no_manifest(folder)) from None
+    try:
+        manifest = json.loads(data)
+        digest = manifest.pop("digest")
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        raise CacheError(f"{path}: the manifest is damaged (not what encode wrote)") from None
+    whole = content_digest(manifest) == digest
+    if manifest.get("format") == FORMAT and manifest.get("version") != VERSION and whole:
+        raise CacheError(
+            f"{path}: cache format version {manifest.get('version')}; this shardtune reads "
+            f"version {VERSION}. Encode the data set again, or update shardtune."
+        )
+    manifest["digest"] = digest
+    if not whole or canonical_json(manifest).encode() != data:
+        raise CacheError(f"{path}: the manifest is damaged (its digest differs)")
+    if manifest.get("format") != FORMAT:
+        raise CacheError(f"{path}: not a shardtune cache (format {manifest.get('format')!r})")
+    return dict(manifest)
+
+
+def _why_no_manifest(folder: Path) -> str:
+    if not folder.is_dir():
+        return f"{folder}: no such cache folder"
+    if any(folder.glob("*.index")) or any(folder.glob("*.partial")):
+        return f"{folder}: the cache is unfinished; run the same encode again, it goes on there"
+    return f"{folder}: not a cache (no {MANIFEST}); make one with `python cli.py encode`"

@@ -1,0 +1,70 @@
+"""A small random SDXL, a few drawn pictures and caches of them, made once and not changed."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from precompute.encode import encode
+from precompute.settings import EncodeSettings
+from tools.draw_pictures import draw_pictures
+from tools.random_base import make_random_base
+
+torch.set_num_threads(2)
+Encode = Callable[..., Path]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_fingerprints(tmp_path_factory: pytest.TempPathFactory) -> None:
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("xdg-cache"))
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random-weight SDXL in diffusers layout. Copy it before you change it."""
+    folder = tmp_path_factory.mktemp("base")
+    make_random_base(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """14 captioned pictures: 64x64, 85x53 and 53x85 pixels."""
+    folder = tmp_path_factory.mktemp("pictures")
+    draw_pictures(folder, count=14, size=64)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def encode_to(base: Path) -> Encode:
+    """``encode_to(dataset, out, **settings)``: a cache at 64 pixels, buckets in steps of 16."""
+
+    def run(dataset: Path, out: Path, **settings: Any) -> Path:
+        defaults: dict[str, Any] = {"base": str(base), "resolution": 64, "bucket_step": 16}
+        encode(EncodeSettings(dataset=dataset, out=out, **{**defaults, **settings}))
+        return out
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory, pictures: Path, encode_to: Encode) -> Path:
+    """The 14 pictures, in fp32: 3 buckets of 5, 5 and 4. Copy it before you change it."""
+    return encode_to(pictures, tmp_path_factory.mktemp("cache") / "cache", dtype="fp32")
+
+
+@pytest.fixture(scope="session")
+def split_cache(
+    tmp_path_factory: pytest.TempPathFactory, pictures: Path, encode_to: Encode
+) -> Path:
+    """The same in fp16, split into train and val."""
+    out = tmp_path_factory.mktemp("split") / "cache"
+    return encode_to(pictures, out, val_share=0.3)

@@ -1,0 +1,75 @@
+"""The house rules that can be tested: who imports whom, and what the door loads."""
+
+import ast
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ROOMS = {"precompute", "train", "infer", "shards", "sdxl", "cli", "tools", "tests", "benchmarks"}
+ALLOWED = {
+    "precompute": {"shards", "sdxl"},
+    "train": {"shards", "sdxl"},
+    "infer": {"sdxl"},
+    "shards": set(),
+    "sdxl": set(),
+}
+
+
+def imported(path: Path) -> set[str]:
+    """The rooms of ours that a file imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.add((node.module or "").split(".")[0])
+    return names & ROOMS
+
+
+@pytest.mark.parametrize("room", ALLOWED)
+def test_each_room_imports_only_those_it_may(room: str) -> None:
+    files = sorted((ROOT / room).rglob("*.py"))
+    assert files
+    for path in files:
+        assert imported(path) <= ALLOWED[room] | {room}, path
+
+
+def test_the_door_imports_stages_inside_its_commands_only() -> None:
+    tree = ast.parse((ROOT / "cli.py").read_text())
+    outside = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    modules = {getattr(n, "module", None) or n.names[0].name for n in outside}
+    assert not {module.split(".")[0] for module in modules} & ROOMS
+
+
+@pytest.mark.parametrize("command", ["", "encode", "train", "generate", "verify"])
+def test_help_loads_no_torch(command: str) -> None:
+    code = (
+        "import sys, cli\n"
+        f"try: cli.commands({[*command.split(), '--help']!r})\n"
+        "except SystemExit as stop: assert not stop.code, stop.code\n"
+        "assert not {'torch', 'diffusers', 'transformers'} & set(sys.modules)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "Usage: " in run.stdout
+
+
+def test_it_is_an_application_and_installs_no_package() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert project["tool"]["setuptools"] == {"packages": [], "py-modules": []}
+
+
+def test_constraints_pin_every_direct_dependency() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = project["dependencies"] + project["optional-dependencies"]["dev"]
+    pinned = {
+        line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().split()
+    }
+    for dependency in wanted:
+        name = dependency.split(">")[0].split("<")[0].lower()
+        assert name in pinned, name

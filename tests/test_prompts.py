@@ -1,0 +1,130 @@
+"""The prompt-file parser: what it takes, and the one line it answers a mistake with."""
+
+import subprocess
+import sys
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+
+import pytest
+
+from infer.prompts import Prompt, parse_prompt, read_prompts
+
+
+def test_every_option() -> None:
+    line = "a red cat, sitting --n blurry, low quality --w 768 --h 512 --d 0 --s 1 --l 7.5"
+    assert parse_prompt(line) == Prompt(
+        text="a red cat, sitting",
+        negative="blurry, low quality",
+        width=768,
+        height=512,
+        seed=0,
+        num_steps=1,
+        guidance_scale=7.5,
+    )
+
+
+def test_defaults_are_none_and_prompts_are_frozen() -> None:
+    prompt = parse_prompt("  a cat \t")
+    assert prompt == Prompt(text="a cat")
+    assert {value for name, value in vars(prompt).items() if name != "text"} == {None}
+    with pytest.raises(FrozenInstanceError):
+        prompt.text = "a dog"  # type: ignore[misc]
+
+
+def test_options_come_in_any_order() -> None:
+    assert parse_prompt("a cat\t--l  0   --h 8 --n dogs") == Prompt(
+        text="a cat", negative="dogs", height=8, guidance_scale=0.0
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["rain -- then sun", "a --- b", "well--known", "a cat --", "a - b", "-- a cat", "naïve 🐈 #1"],
+)
+def test_prose_stays_text(text: str) -> None:
+    assert parse_prompt(text) == Prompt(text=text)
+    assert parse_prompt(f"a cat --n {text} --w 64") == Prompt(text="a cat", negative=text, width=64)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("a --x 1", "unknown option --x (known: --n --w --h --d --s --l)"),
+        ("a --w=64", "unknown option --w=64 (known: --n --w --h --d --s --l)"),
+        ("a --7.5", "unknown option --7.5 (known: --n --w --h --d --s --l)"),
+        ("a --w 64 --w 64", "option --w is given more than once"),
+        ("a --n", "option --n has no value"),
+        ("a --w --h 64", "option --w has no value"),
+        ("--w 64", "the prompt is empty: text must come before the options"),
+        ("", "the prompt is empty: text must come before the options"),
+        ("a --w 100", "option --w must be a positive multiple of 8, not '100'"),
+        ("a --h 0", "option --h must be a positive multiple of 8, not '0'"),
+        ("a --h -64", "option --h must be a positive multiple of 8, not '-64'"),
+        ("a --w 64.0", "option --w must be a positive multiple of 8, not '64.0'"),
+        ("a --w 64 px", "option --w must be a positive multiple of 8, not '64 px'"),
+        ("a --d -1", f"option --d must be a whole number from 0 to {2**64 - 1}, not '-1'"),
+        ("a --d 1_0", f"option --d must be a whole number from 0 to {2**64 - 1}, not '1_0'"),
+        ("a --s 0", "option --s must be a whole number of at least 1, not '0'"),
+        ("a --s ten", "option --s must be a whole number of at least 1, not 'ten'"),
+        ("a --l -1", "option --l must be a number of at least 0, such as 7.5, not '-1'"),
+        ("a --l nan", "option --l must be a number of at least 0, such as 7.5, not 'nan'"),
+        ("a --l inf", "option --l must be a number of at least 0, such as 7.5, not 'inf'"),
+    ],
+)
+def test_a_mistake_is_one_clear_line(line: str, message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        parse_prompt(line)
+    assert str(caught.value) == message
+
+
+def test_the_largest_seed() -> None:
+    assert parse_prompt(f"a --d {2**64 - 1}").seed == 2**64 - 1
+    with pytest.raises(ValueError, match=f"not '{2**64}'"):
+        parse_prompt(f"a --d {2**64}")
+
+
+@pytest.mark.parametrize("newline", [b"\n", b"\r\n", b"\r"])
+def test_a_file_skips_blanks_and_comments(tmp_path: Path, newline: bytes) -> None:
+    lines = ["\ufeffa cat --d 1", "", "  # a note --x", "#--y", " ", "a dog \u2028 --n café", ""]
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(newline.join(line.encode() for line in lines))
+    assert read_prompts(path) == [
+        Prompt(text="a cat", seed=1),
+        Prompt(text="a dog", negative="café"),
+    ]
+
+
+def test_a_mistake_names_file_and_line(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("a cat\n# note\na dog --x 1\n", encoding="utf-8")
+    with pytest.raises(ValueError) as caught:
+        read_prompts(path)
+    assert str(caught.value) == (
+        f"{path}, line 3: unknown option --x (known: --n --w --h --d --s --l)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", ": no prompts found (one a line; blank and # lines are skipped)"),
+        (b"\n# only a note\n", ": no prompts found (one a line; blank and # lines are skipped)"),
+        (b"a cat\ncaf\xe9\n", ", line 2: not UTF-8; save the file as UTF-8"),
+        ("a cat".encode("utf-16"), ", line 1: not UTF-8; save the file as UTF-8"),
+        (None, ": cannot be read (No such file or directory)"),
+    ],
+)
+def test_a_bad_file_is_one_clear_line(tmp_path: Path, content: bytes | None, message: str) -> None:
+    path = tmp_path / "prompts.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError) as caught:
+        read_prompts(path)
+    # The whole text: a bare UnicodeDecodeError is a ValueError too.
+    assert str(caught.value) == f"{path}{message}"
+
+
+def test_reading_prompts_needs_no_torch() -> None:
+    code = "import sys, infer.prompts; sys.exit('torch' in sys.modules)"
+    root = Path(__file__).parents[1]
+    subprocess.run([sys.executable, "-c", code], cwd=root, check=True)

@@ -1,0 +1,1 @@
+"""Stage 2: shards to weights. Only the UNet lives here: no VAE, no text encoder."""

@@ -1,0 +1,31 @@
+"""LoRA on the UNet's transformers, through peft."""
+
+from typing import Any
+
+import torch
+from peft import LoraConfig
+
+from train.config import TrainConfig
+
+_ATTENTION = ["to_k", "to_out.0", "to_q", "to_v"]
+TARGETS = {
+    "attention": _ATTENTION,
+    "attention-out": ["to_out.0"],
+    "all": [*_ATTENTION, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"],
+}
+
+
+def add_lora(unet: Any, config: TrainConfig) -> None:
+    """Put an adapter on ``unet``: its weights in fp32, drawn from the run's seed, output zero."""
+    torch.manual_seed(config.seed)
+    unet.add_adapter(
+        LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=TARGETS[config.targets])
+    )
+    for parameter in unet.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def trainable(unet: Any) -> dict[str, torch.nn.Parameter]:
+    """The trained parameters by name."""
+    return {name: p for name, p in unet.named_parameters() if p.requires_grad}

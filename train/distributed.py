@@ -1,0 +1,59 @@
+"""The processes of a run: one, or those that torchrun started."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from sdxl.device import pick_device
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among ``size``, and its device."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """``values`` summed over all ranks."""
+        if self.size > 1:
+            values = values.clone()
+            dist.all_reduce(values)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is up on any rank; every rank must ask."""
+        if self.size == 1:
+            return flag
+        return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
+
+    def wait(self) -> None:
+        """Until every rank is here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+def start_world(device: str) -> World:
+    """Join the process group that torchrun's environment names, if it does."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return World(pick_device(device))
+    rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
+    picked = pick_device(device)
+    if picked.type == "cuda":
+        picked = torch.device("cuda", local)
+        torch.cuda.set_device(picked)
+    dist.init_process_group("nccl" if picked.type == "cuda" else "gloo")
+    return World(picked, rank, size)
+
+
+def stop_world(world: World) -> None:
+    if world.size > 1:
+        dist.destroy_process_group()

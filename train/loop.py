@@ -1,0 +1,252 @@
+"""A run, in the order in which it happens."""
+
+import json
+import shutil
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+from sdxl.base import component_folder
+from sdxl.fingerprint import weights_digest
+from shards.durable import write_durable
+from shards.plan import Plan, Share
+from shards.reader import Cache, read_epochs
+from train.adapters import trainable
+from train.checkpoint import load_checkpoint, newest_checkpoint, write_checkpoint
+from train.config import TrainConfig, flag
+from train.distributed import World, start_world, stop_world
+from train.interrupt import Interrupt
+from train.learner import Learner, build_learner, evaluate, train_step
+from train.log import METRICS, RunLog
+from train.optim import learning_rate
+from train.unet import (
+    check_cache,
+    check_encoders,
+    open_cache,
+    open_val,
+)
+from train.weights import publish
+
+FIXED = ("full", "rank", "alpha", "targets", "prediction_type", "seed")  # over a resume
+
+
+@dataclass(kw_only=True)
+class Run:
+    """A run that is ready to step."""
+
+    config: TrainConfig
+    caches: list[Cache]
+    val: Cache | None
+    plan: Plan
+    share: Share
+    learner: Learner
+    log: RunLog
+    identity: dict[str, str]  # what a resumed run must find again, by name
+    start: int  # steps done before
+    num_steps: int
+
+
+def train(config: TrainConfig) -> Path:
+    """Train, and return the LoRA file or the UNet folder.
+
+    Raises:
+        ValueError: the cache, the base, the run's folder or the settings cannot be used.
+        SystemExit: 130 or 143, after Ctrl-C or SIGTERM and a checkpoint.
+    """
+    world = start_world(config.device)
+    try:
+        cache, val = _open_data(config)
+        identity = _identity(config, cache)
+        state = _prepare_run(config, world)
+        plan, share = _plan(config, cache, world, state)
+        learner = build_learner(config, world)
+        start = _restore(config, identity, plan, learner, state)
+        num_steps = _num_steps(config, plan)
+        about = _describe(config, plan, learner, num_steps)
+        if world.is_main:
+            write_durable(config.out / "config.json", (json.dumps(about, indent=2) + "\n").encode())
+        log = RunLog(config, world, start, num_steps, about)
+        try:
+            run = Run(
+                config=config,
+                caches=[cache],
+                val=val,
+                plan=plan,
+                share=share,
+                learner=learner,
+                log=log,
+                identity=identity,
+                start=start,
+                num_steps=num_steps,
+            )
+            _steps(run)
+            if not world.is_main:
+                return config.out
+            path = publish(learner.unet, config.full, config.out)
+            log.artifact(path)
+            return path
+        finally:
+            log.close()
+    finally:
+        stop_world(world)
+
+
+def _open_data(config: TrainConfig) -> tuple[Cache, Cache | None]:
+    cache = open_cache(config.cache, "train")
+    val = open_val(config, cache)
+    check_encoders(cache, config.base)
+    for one in [cache] if val is None else [cache, val]:
+        check_cache(one, config.base)
+    return cache, val
+
+
+def _prepare_run(config: TrainConfig, world: World) -> dict[str, Any] | None:
+    """The run's folder, and where ``--resume`` goes on (None: from the start)."""
+    out = config.out
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out}: not a folder")
+    names = {path.name for path in out.iterdir()} if out.exists() else set()
+    if names and not config.resume:
+        if not config.overwrite:
+            raise ValueError(f"{out}: not empty; --resume goes on there, --overwrite deletes it")
+        if not names & {METRICS, "config.json", "checkpoints"}:
+            raise ValueError(f"{out}: --overwrite deletes runs only, and this is none")
+    found = newest_checkpoint(out) if config.resume else None
+    world.wait()  # all ranks have looked before one writes
+    if world.is_main:
+        if config.overwrite:
+            shutil.rmtree(out, ignore_errors=True)
+        out.mkdir(parents=True, exist_ok=True)
+    world.wait()
+    return {**found[1], "path": found[0]} if found else None
+
+
+def _plan(
+    config: TrainConfig, cache: Cache, world: World, state: dict[str, Any] | None
+) -> tuple[Plan, Share]:
+    """The plan; a resumed run keeps its global batch, whatever the number of processes."""
+    share = Share(batch_size=config.batch_size, world=world.size, rank=world.rank)
+    at_once = config.batch_size * world.size
+    size = at_once * config.accumulate
+    if state is not None:
+        size = state["global_batch"]
+        if size % at_once:
+            raise ValueError(
+                f"--batch-size {config.batch_size} x {world.size} processes does not divide the "
+                f"run's global batch of {size}"
+            )
+    return Plan(cache.groups(), config.seed, size), share
+
+
+def _identity(config: TrainConfig, cache: Cache) -> dict[str, str]:
+    base = weights_digest(component_folder(config.base, "unet"))
+    return {"cache": cache.manifest["digest"], "base UNet": base}
+
+
+def _num_steps(config: TrainConfig, plan: Plan) -> int:
+    if config.steps is not None:
+        return config.steps
+    assert config.epochs is not None
+    return ceil(config.epochs * plan.num_batches)
+
+
+def _restore(
+    config: TrainConfig,
+    identity: dict[str, str],
+    plan: Plan,
+    learner: Learner,
+    state: dict[str, Any] | None,
+) -> int:
+    """Put the checkpoint's state in place; returns the steps done."""
+    if state is None:
+        return 0
+    for name, value in identity.items():
+        if state[name] != value:
+            raise ValueError(f"{config.out}: cannot resume: the {name} is not the run's any more")
+    for name in FIXED:
+        if state["config"][name] != getattr(config, name):
+            raise ValueError(
+                f"{config.out}: cannot resume with {flag(name)} {getattr(config, name)}: the run "
+                f"has {state['config'][name]}"
+            )
+    assert state["plan"] == plan.digest, "same cache, seed and global batch, and another plan"
+    load_checkpoint(state["path"], learner.unet, config.full, learner.optimizer)
+    learner.scaler.load_state_dict(state["scaler"])
+    return int(state["step"])
+
+
+def _describe(config: TrainConfig, plan: Plan, learner: Learner, num_steps: int) -> dict[str, Any]:
+    settings = {name: _plain(value) for name, value in asdict(config).items()}
+    return {
+        **settings,
+        "num_steps": num_steps,
+        "global_batch": plan.global_batch,
+        "num_samples": plan.num_entries,
+        "steps_per_epoch": plan.num_batches,
+        "num_trained_parameters": sum(p.numel() for p in trainable(learner.unet).values()),
+        "resolved_prediction_type": learner.prediction_type,
+        "resolved_dtype": str(learner.precision.dtype).removeprefix("torch."),
+    }
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+def _steps(run: Run) -> None:
+    """Steps ``start`` to ``num_steps``, with evals and checkpoints on the way."""
+    config, learner, world = run.config, run.learner, run.learner.world
+    batches = read_epochs(
+        run.caches,
+        run.plan,
+        run.share,
+        start=divmod(run.start, run.plan.num_batches),
+        threads=config.reader_threads,
+        pin=world.device.type == "cuda",
+    )
+    if run.start == 0:
+        _evaluate(run, 0)
+    with closing(batches), Interrupt() as interrupt:
+        for step in range(run.start, run.num_steps):
+            lr = learning_rate(config, step, run.num_steps)
+            loss, grad_norm, num_samples = train_step(learner, batches, lr)
+            done, last = step + 1, step + 1 == run.num_steps
+            run.log.step(done, lr, loss, grad_norm, num_samples)
+            at_log = last or _is_due(done, config.log_every)
+            # A rank alone must not stop: the others would wait for its gradients for ever.
+            stop = (world.size == 1 or at_log) and world.any(interrupt.signal is not None)
+            due = done in config.checkpoint_at or _is_due(done, config.checkpoint_every)
+            if at_log or stop or due:
+                run.log.flush()
+            if last or _is_due(done, config.eval_every):
+                _evaluate(run, done)
+            if last or stop or due:
+                _write_checkpoint(run, done)
+            if stop and not last:
+                raise SystemExit(interrupt.exit_code)
+
+
+def _write_checkpoint(run: Run, step: int) -> None:
+    learner = run.learner
+    if learner.world.is_main:
+        state = {
+            **run.identity,
+            "plan": run.plan.digest,
+            "global_batch": run.plan.global_batch,
+            "config": {name: getattr(run.config, name) for name in FIXED},
+            "scaler": learner.scaler.state_dict(),
+        }
+        config = run.config
+        write_checkpoint(config.out, step, learner.unet, config.full, learner.optimizer, state)
+
+
+def _evaluate(run: Run, step: int) -> None:
+    if run.val is not None:
+        run.log.flush()
+        run.log.eval(step, evaluate(run.learner, run.val, run.config))
+
+
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
