@@ -249,28 +249,39 @@ def generate(ctx: click.Context, debug: bool, **values: Any) -> None:
 def verify(cache: Path, debug: bool) -> None:
     """Hash every byte of CACHE again; name what is damaged, and exit with 1 if anything is."""
     with door(debug):
-        from tqdm import tqdm
+        from shards.manifest import MANIFEST
 
-        from shards.manifest import read_manifest
-        from shards.verify import verify as check
-
-        parts = [
-            cache / name for name in ("train", "val") if (cache / name / "manifest.json").exists()
-        ]
-        faults = []
-        for folder in parts if parts and not (cache / "manifest.json").exists() else [cache]:
-            manifest = read_manifest(folder)
-            total = len(manifest["shards"]) + 1
-            for found in tqdm(check(folder, manifest), total=total, unit="shard", desc=folder.name):
-                faults += found
-            if not faults:
-                click.echo(
-                    f"{folder}: {manifest['num_samples']} samples in {total - 1} shards, all whole"
-                )
-        for fault in faults:
-            click.echo(fault)
-        if faults:
+        parts = [cache / name for name in ("train", "val") if (cache / name).is_dir()]
+        if (cache / MANIFEST).exists() or not parts:
+            parts = [cache]
+        if not all([_verify_one(folder) for folder in parts]):
             raise SystemExit(1)
+
+
+def _verify_one(folder: Path) -> bool:
+    """Say what is damaged in one cache; whether nothing is."""
+    from tqdm import tqdm
+
+    from shards import CacheError
+    from shards.manifest import MANIFEST, read_manifest
+    from shards.verify import verify as check
+
+    try:
+        manifest = read_manifest(folder)
+    except CacheError as error:
+        if not (folder / MANIFEST).exists() and folder.name not in ("train", "val"):
+            raise  # no cache at all: bad input, not damage
+        click.echo(str(error))
+        return False
+    num_shards = len(manifest["shards"])
+    checks = tqdm(check(folder, manifest), total=num_shards + 1, unit="shard", desc=folder.name)
+    faults = [fault for found in checks for fault in found]
+    for fault in faults:
+        click.echo(fault)
+    if not faults:
+        samples = manifest["num_samples"]
+        click.echo(f"{folder}: {samples} samples in {num_shards} shards, all whole")
+    return not faults
 
 
 if __name__ == "__main__":

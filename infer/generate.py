@@ -78,7 +78,7 @@ def generate(settings: GenerateSettings) -> Report:
     dtype = pick_precision(name, device).dtype
     weights = _weights(settings) | {"dtype": str(dtype).removeprefix("torch.")}
     settings.out.mkdir(parents=True, exist_ok=True)
-    wanted = [one for one in drawings if not _is_drawn(settings.out, one, weights)]
+    wanted = _missing(settings.out, drawings, weights)
     if wanted:
         conditioning = _encode_prompts(settings, wanted, dtype, device)
         _draw_all(settings, wanted, conditioning, weights, dtype, device)
@@ -148,25 +148,30 @@ def _unet_folder(path: Path) -> Path:
     return path / "unet" if (path / "unet" / "config.json").is_file() else path
 
 
-def _is_drawn(out: Path, drawing: Drawing, weights: dict[str, Any]) -> bool:
-    """Whether the picture is there, with these very settings recorded in it."""
-    path = out / drawing.name
+def _missing(out: Path, drawings: list[Drawing], weights: dict[str, Any]) -> list[Drawing]:
+    """The drawings that are not there as asked; warns of those that are there otherwise."""
+    stale = {one: _stale_because(out / one.name, _record(one, weights)) for one in drawings}
+    for reason in sorted({why for why in stale.values() if why}):
+        names = [one.name for one, why in stale.items() if why == reason]
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        warnings.warn(f"{out / names[0]}{more}: drawn again: {reason}", stacklevel=2)
+    return [one for one, why in stale.items() if why is not None]
+
+
+def _stale_because(path: Path, asked: dict[str, Any]) -> str | None:
+    """Why a picture must be drawn (again); empty where it is missing, None where it is as asked."""
     if not path.exists():
-        return False
+        return ""
     try:
         with Image.open(path) as image:
             recorded = json.loads(image.info[SETTINGS_KEY])
             image.load()
     except (OSError, SyntaxError, ValueError):
-        warnings.warn(f"{path}: damaged; drawn again", stacklevel=2)
-        return False
+        return "damaged"
     except KeyError:
         raise ValueError(f"{path}: not drawn by shardtune; give another --out") from None
-    asked = _record(drawing, weights)
     changed = sorted(name for name in asked if recorded.get(name) != asked[name])
-    if changed:
-        warnings.warn(f"{path}: drawn again: {', '.join(changed)} changed", stacklevel=2)
-    return not changed
+    return f"{', '.join(changed)} changed" if changed else None
 
 
 def _record(drawing: Drawing, weights: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,8 @@ def picture_size(data: bytes) -> Size:
     """
     with Image.open(io.BytesIO(data)) as image:
         width, height = image.size
-        turned = image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
+        # Of a TIFF, Pillow gives the size as it will be after loading: upright.
+        turned = image.format != "TIFF" and image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
     return (height, width) if turned else (width, height)
 
 
@@ -37,7 +38,11 @@ def open_picture(data: bytes) -> Image.Image:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any Pillow mode to RGB, alpha onto white."""
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        clear = image.info.get("transparency")  # one grey value, in the picture's own depth
+        alpha = None if clear is None else Image.fromarray(np.asarray(image) != clear)
         image = _to_8_bits(image)
+        if alpha is not None:
+            image.putalpha(alpha.convert("L"))
     if image.mode in ("La", "RGBa"):
         image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
     if image.has_transparency_data:

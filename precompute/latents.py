@@ -1,6 +1,5 @@
 """Pictures to scaled latents, by the VAE."""
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +28,7 @@ class LatentEncoder:
 
     def __init__(self, vae: str, dtype: torch.dtype, device: torch.device, batch_size: int) -> None:
         self._vae: Any = load_vae(vae, dtype).to(device)
+        self._source = vae
         self._upcast: Any = None
         self.batch_size = batch_size
 
@@ -45,11 +45,13 @@ class LatentEncoder:
         posterior = self._encode(self._vae, pictures)
         if self._vae.dtype == torch.float32 or bool(posterior.finite.all()):
             return posterior
-        if self._upcast is None:
-            self._upcast = copy.deepcopy(self._vae).float()
-        again, rows = self._encode(self._upcast, pictures), ~posterior.finite
-        posterior.mean[rows], posterior.std[rows] = again.mean[rows], again.std[rows]
-        return posterior
+        if self._upcast is None:  # from the files: the weights at hand are rounded, if not infinite
+            self._upcast = load_vae(self._source, torch.float32).to(self._vae.device)
+        again, finite = self._encode(self._upcast, pictures), posterior.finite.view(-1, 1, 1, 1)
+        return Posterior(
+            torch.where(finite, posterior.mean, again.mean),
+            torch.where(finite, posterior.std, again.std),
+        )
 
     @torch.inference_mode()
     def _encode(self, vae: Any, pictures: torch.Tensor) -> Posterior:

@@ -1,6 +1,8 @@
 """What the user has, as stable records: a path, a file, captions. Nothing is opened but text."""
 
 import json
+import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +86,9 @@ def read_data_set(root: Path, val_share: float) -> dict[str, Source]:
             raise ValueError(f"{root}: {loose[0]} lies beside train/ and val/: in which is it?")
         if val_share:
             raise ValueError(f"{root}: has its own val/; leave --val-share out")
+        for path in sorted(root.iterdir()):
+            if path.is_dir() and path.name not in ("train", "val"):
+                warnings.warn(f"{path}: not read: only train/ and val/ are", stacklevel=2)
         return {name: read_source(root / name) for name in ("train", "val")}
     source = read_source(root)
     return split(source, val_share) if val_share else {"": source}
@@ -119,7 +124,7 @@ def read_source(folder: Path) -> Source:
     named = {item.path for item in found}
     if lists:
         why = f"not named in {lists[0].name}, so it has no caption"
-        found += [Rejected(path, why) for path in pictures - named]
+        found += [Rejected(_shown(path), why) for path in pictures - named]
     if not found:
         raise ValueError(f"{folder}: no pictures in it ({' '.join(sorted(PICTURES))})")
     records = [item for item in found if isinstance(item, Record)]
@@ -129,12 +134,15 @@ def read_source(folder: Path) -> Source:
 
 def _is_picture(path: Path) -> bool:
     # A hidden name such as ".png" has no suffix for pathlib, but it is a name like any other.
-    return path.suffix.lower() in PICTURES and path.is_file()
+    return path.name.lower().endswith(tuple(PICTURES)) and path.is_file()
 
 
 def _with_text_files(folder: Path, pictures: set[str]) -> Iterator[Record | Rejected]:
     for path in sorted(pictures):
         file = folder / path
+        if not _is_text(path):
+            yield Rejected(_shown(path), "its name is not UTF-8 text")
+            continue
         text = file.with_suffix(".txt")
         try:
             caption = text.read_text("utf-8-sig").strip()
@@ -146,6 +154,20 @@ def _with_text_files(folder: Path, pictures: set[str]) -> Iterator[Record | Reje
             yield Rejected(path, f"no caption: {text.name}: {error.strerror}")
         else:
             yield _record(path, file, caption)
+
+
+def _shown(path: str) -> str:
+    """A file's name as text, whatever its bytes are."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def _is_text(text: str) -> bool:
+    """Whether it can be written as UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _record(path: str, file: Path, caption: str) -> Record | Rejected:
@@ -173,20 +195,23 @@ def _listed_one(listing: Path, number: int, line: str) -> Record | Rejected:
     where = f"{listing.name}:{number}"
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return Rejected(where, f"not valid JSON: {error}")
     if not isinstance(row, dict):
         return Rejected(where, "not a JSON object")
     name, caption = _field(row, FILE_FIELDS), _field(row, TEXT_FIELDS)
     if not isinstance(name, str) or not name:
         return Rejected(where, f"names no picture: none of {', '.join(FILE_FIELDS)} is text")
-    root = listing.parent
+    if not _is_text(name) or (isinstance(caption, str) and not _is_text(caption)):
+        return Rejected(where, "its name or caption holds half a character (a lone surrogate)")
+    root = Path(os.path.abspath(listing.parent))
     for file in (root / name, root / "images" / name):
-        if file.is_file():
+        if os.path.isfile(file):  # False, where pathlib raises, of a name that is too long
             break
     else:
         return Rejected(name, f"{where}: no such file, nor in images/")
-    if not file.resolve().is_relative_to(root.resolve()):
+    file = Path(os.path.abspath(file))  # no detours: one picture, one name
+    if not file.is_relative_to(root):
         return Rejected(name, f"{where}: lies outside the data set")
     path = file.relative_to(root).as_posix()
     if not isinstance(caption, str):

@@ -66,7 +66,11 @@ def load_tokenizers(base: str) -> tuple[Any, Any]:
 
     def load(name: str) -> Any:
         folder = component_folder(base, name)
-        tokenizer = CLIPTokenizer.from_pretrained(str(folder))
+        try:
+            tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+        except Exception as error:  # transformers raises anything of a folder it cannot read
+            reason = str(error).strip().splitlines()[0]
+            raise BaseError(f"{folder}: no tokenizer can be read from it: {reason}") from error
         encoder = name.replace("tokenizer", "text_encoder")
         expected = model_config(base, encoder)[1]["vocab_size"]
         if len(tokenizer) != expected:

@@ -39,15 +39,16 @@ def _check_side_files(folder: Path, manifest: dict[str, Any]) -> Iterator[str]:
 
 
 def _check_shard(folder: Path, shard: dict[str, Any]) -> list[str]:
-    tar, faults = folder / f"{shard['name']}.tar", []
+    tar = folder / f"{shard['name']}.tar"
     try:
         index = Index(folder / f"{shard['name']}.index")
     except CacheError as error:
         return [str(error)]
     if index.sha256 != shard["index_sha256"]:
-        faults.append(f"{tar.with_suffix('.index')}: whole, but not the one the manifest names")
+        return [f"{tar.with_suffix('.index')}: whole, but not the one the manifest names"]
     if not tar.is_file():
-        return [*faults, f"{tar}: missing"]
+        return [f"{tar}: missing"]
+    faults = []
     if (size := tar.stat().st_size) != index.header["tar_bytes"]:
         faults.append(f"{tar}: {size} bytes where {index.header['tar_bytes']} were written")
     if _sha256(tar) != index.header["tar_sha256"]:

@@ -9,6 +9,9 @@ import pytest
 import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # children compute with the same bits; small models gain nothing
+)
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -18,7 +21,7 @@ from precompute.settings import EncodeSettings
 from tools.draw_pictures import draw_pictures
 from tools.random_base import make_random_base
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 Encode = Callable[..., Path]
 
 

@@ -29,6 +29,7 @@ from train.unet import (
 )
 from train.weights import publish
 
+CONFIG = "config.json"
 FIXED = ("full", "rank", "alpha", "targets", "prediction_type", "seed")  # over a resume
 
 
@@ -59,14 +60,13 @@ def train(config: TrainConfig) -> Path:
     try:
         cache, val = _open_data(config)
         identity = _identity(config, cache)
-        state = _prepare_run(config, world)
+        state = _find_start(config)
         plan, share = _plan(config, cache, world, state)
         learner = build_learner(config, world)
         start = _restore(config, identity, plan, learner, state)
         num_steps = _num_steps(config, plan)
         about = _describe(config, plan, learner, num_steps)
-        if world.is_main:
-            write_durable(config.out / "config.json", (json.dumps(about, indent=2) + "\n").encode())
+        _make_folder(config, world, about)
         log = RunLog(config, world, start, num_steps, about)
         try:
             run = Run(
@@ -96,14 +96,14 @@ def train(config: TrainConfig) -> Path:
 def _open_data(config: TrainConfig) -> tuple[Cache, Cache | None]:
     cache = open_cache(config.cache, "train")
     val = open_val(config, cache)
-    check_encoders(cache, config.base)
     for one in [cache] if val is None else [cache, val]:
         check_cache(one, config.base)
+    check_encoders(cache, config.base)
     return cache, val
 
 
-def _prepare_run(config: TrainConfig, world: World) -> dict[str, Any] | None:
-    """The run's folder, and where ``--resume`` goes on (None: from the start)."""
+def _find_start(config: TrainConfig) -> dict[str, Any] | None:
+    """Where ``--resume`` goes on (None: from the start), once the run's folder may be used."""
     out = config.out
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: not a folder")
@@ -111,16 +111,22 @@ def _prepare_run(config: TrainConfig, world: World) -> dict[str, Any] | None:
     if names and not config.resume:
         if not config.overwrite:
             raise ValueError(f"{out}: not empty; --resume goes on there, --overwrite deletes it")
-        if not names & {METRICS, "config.json", "checkpoints"}:
+        if not names & {METRICS, CONFIG, "checkpoints"}:
             raise ValueError(f"{out}: --overwrite deletes runs only, and this is none")
     found = newest_checkpoint(out) if config.resume else None
+    return {**found[1], "path": found[0]} if found else None
+
+
+def _make_folder(config: TrainConfig, world: World, about: dict[str, Any]) -> None:
+    """The run's folder with its config. The last thing before the first step: what made it this
+    far will not be refused, so only now may an older run be deleted."""
     world.wait()  # all ranks have looked before one writes
     if world.is_main:
         if config.overwrite:
-            shutil.rmtree(out, ignore_errors=True)
-        out.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(config.out, ignore_errors=True)
+        config.out.mkdir(parents=True, exist_ok=True)
+        write_durable(config.out / CONFIG, (json.dumps(about, indent=2) + "\n").encode())
     world.wait()
-    return {**found[1], "path": found[0]} if found else None
 
 
 def _plan(

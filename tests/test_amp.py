@@ -1,0 +1,166 @@
+"""Precisions take the paths they are named for, as seen in dtypes, the scale and gradients."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sdxl.device import pick_precision
+from shards.plan import Plan, Share
+from shards.reader import Cache, read_epochs
+from train.config import TrainConfig
+from train.distributed import World
+from train.learner import Learner, build_learner, train_step
+
+CPU = torch.device("cpu")
+
+
+def learner_of(cache: Path, base: Path, **settings: Any) -> Learner:
+    config = TrainConfig(
+        cache=cache, base=str(base), out=Path("unused"), steps=1, device="cpu", **settings
+    )
+    return build_learner(config, World(CPU))
+
+
+def batches_of(cache: Path) -> Any:
+    opened = Cache(cache)
+    share = Share(batch_size=2, world=1, rank=0)
+    return read_epochs([opened], Plan(opened.groups(), 0, 2), share)
+
+
+def seen_dtypes(learner: Learner) -> dict[str, set[torch.dtype]]:
+    """Record what one linear and the last convolution give while a step runs."""
+    seen: dict[str, set[torch.dtype]] = {"linear": set(), "out": set()}
+    unet = learner.unet
+    linear = next(m for n, m in unet.named_modules() if n.endswith("attn1.to_q"))
+    for name, module in (("linear", linear), ("out", unet.conv_out)):
+        module.register_forward_hook(lambda m, i, out, name=name: seen[name].add(out.dtype))
+    return seen
+
+
+def trained_dtypes(learner: Learner) -> tuple[set[torch.dtype], set[torch.dtype]]:
+    parameters = list(learner.unet.parameters())
+    return (
+        {p.dtype for p in parameters if p.requires_grad},
+        {p.dtype for p in parameters if not p.requires_grad},
+    )
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_cpu_computes_in_fp32_whatever_was_asked(cache: Path, base: Path, precision: str) -> None:
+    with pytest.warns(UserWarning, match=f"--precision {precision} on a CPU.* fp32") as caught:
+        learner = learner_of(cache, base, precision=precision)
+    assert len(caught) == 1
+    assert not learner.scaler.is_enabled() and not learner.precision.autocast
+    seen, batches = seen_dtypes(learner), batches_of(cache)
+    train_step(learner, batches, 1e-3)
+    batches.close()
+    assert seen == {"linear": {torch.float32}, "out": {torch.float32}}
+    assert trained_dtypes(learner) == ({torch.float32}, {torch.float32})
+
+
+def test_auto_on_a_cpu_is_fp32_and_says_nothing(cache: Path, base: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert learner_of(cache, base).precision.dtype == torch.float32
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_bf16_is_autocast_without_a_scaler(cache: Path, base: Path, full: bool) -> None:
+    learner = learner_of(cache, base, precision="bf16", allow_cpu_bf16=True, full=full)
+    assert not learner.scaler.is_enabled()
+    base_dtypes = set() if full else {torch.bfloat16}
+    assert trained_dtypes(learner) == ({torch.float32}, base_dtypes)
+    seen, batches = seen_dtypes(learner), batches_of(cache)
+    loss, norm, _ = train_step(learner, batches, 1e-3)
+    batches.close()
+    assert seen == {"linear": {torch.bfloat16}, "out": {torch.bfloat16}}
+    assert loss.dtype == torch.float32 and torch.isfinite(loss) and norm > 0
+    for group in learner.optimizer.param_groups:
+        assert all(
+            learner.optimizer.state[p]["exp_avg"].dtype == torch.float32 for p in group["params"]
+        )
+
+
+def test_half_precision_losses_are_near_those_of_fp32(cache: Path, base: Path) -> None:
+    found = {}
+    for precision in ("fp32", "bf16", "fp16"):
+        learner = learner_of(cache, base, precision=precision, allow_cpu_bf16=True)
+        batches = batches_of(cache)
+        found[precision] = [float(train_step(learner, batches, 1e-3)[0]) for _ in range(3)]
+        batches.close()
+    for precision, tolerance in (("bf16", 2e-2), ("fp16", 4e-3)):
+        assert found[precision] != found["fp32"]
+        for ours, exact in zip(found[precision], found["fp32"], strict=True):
+            assert ours == pytest.approx(exact, rel=tolerance)
+
+
+def test_fp16_is_autocast_with_a_scaler_that_is_undone_before_clipping(
+    cache: Path, base: Path
+) -> None:
+    norms = {}
+    for precision in ("fp32", "fp16"):
+        learner = learner_of(cache, base, precision=precision, allow_cpu_bf16=True)
+        learner.max_grad_norm = 1e-3
+        seen, batches = seen_dtypes(learner), batches_of(cache)
+        grads: list[torch.Tensor] = []
+        parameters = learner.optimizer.param_groups[0]["params"]
+        step = learner.optimizer.step
+
+        def spy(
+            *args: Any, parameters: Any = parameters, grads: Any = grads, step: Any = step
+        ) -> Any:
+            grads.append(torch.stack([p.grad.norm() for p in parameters]).norm())
+            return step(*args)
+
+        learner.optimizer.step = spy  # type: ignore[method-assign]
+        _, norm, _ = train_step(learner, batches, 1e-3)
+        batches.close()
+        norms[precision] = float(norm)
+        assert float(grads[0]) == pytest.approx(1e-3, rel=1e-2)  # clipped, in true units
+    assert seen == {"linear": {torch.float16}, "out": {torch.float16}}
+    assert learner.scaler.is_enabled() and learner.scaler.get_scale() == 2.0**16
+    assert norms["fp16"] == pytest.approx(norms["fp32"], rel=0.05)
+
+
+def test_an_overflow_skips_the_step_and_halves_the_scale(cache: Path, base: Path) -> None:
+    learner = learner_of(cache, base, precision="fp16", allow_cpu_bf16=True)
+    learner.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    before = [p.detach().clone() for p in learner.optimizer.param_groups[0]["params"]]
+    batches = batches_of(cache)
+    train_step(learner, batches, 1e-3)
+    after = learner.optimizer.param_groups[0]["params"]
+    assert all(torch.equal(one, two) for one, two in zip(before, after, strict=True))
+    assert learner.scaler.get_scale() == 2.0**39
+    for _ in range(30):
+        train_step(learner, batches, 1e-3)
+    batches.close()
+    assert learner.scaler.get_scale() < 2.0**39
+    assert not all(torch.equal(one, two) for one, two in zip(before, after, strict=True))
+    assert all(bool(p.isfinite().all()) for p in after)
+
+
+def test_cuda_takes_bf16_by_default_and_a_scaler_for_fp16_only() -> None:
+    cuda = torch.device("cuda")
+    for asked, dtype, autocast, scaler in (
+        ("auto", torch.bfloat16, True, False),
+        ("bf16", torch.bfloat16, True, False),
+        ("fp16", torch.float16, True, True),
+        ("fp32", torch.float32, False, False),
+    ):
+        found = pick_precision(asked, cuda)
+        assert (found.dtype, found.autocast, found.scaler) == (dtype, autocast, scaler)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA card")
+def test_a_step_on_cuda(cache: Path, base: Path) -> None:
+    config = TrainConfig(cache=cache, base=str(base), out=Path("unused"), steps=1, device="cuda")
+    learner = build_learner(config, World(torch.device("cuda")))
+    batches = batches_of(cache)
+    loss, norm, _ = train_step(learner, batches, 1e-3)
+    batches.close()
+    assert torch.isfinite(loss) and norm > 0
+    assert learner.precision.dtype == torch.bfloat16

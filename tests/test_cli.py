@@ -1,0 +1,178 @@
+"""Bad input at the door: one clear line, exit code 2, no traceback."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+import cli
+
+
+@pytest.fixture(autouse=True)
+def _keep_signals_and_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(cli.warnings, "simplefilter", lambda *_: None)
+    monkeypatch.setattr(cli.warnings, "filterwarnings", lambda *_, **__: None)
+
+
+def run(*arguments: Any) -> tuple[int, str]:
+    result = CliRunner().invoke(cli.commands, [str(argument) for argument in arguments])
+    return result.exit_code, result.output
+
+
+def refused(*arguments: Any) -> str:
+    """The one line of an error; usage hints of click's own stand before it."""
+    code, output = run(*arguments)
+    assert code == 2, output
+    assert "Traceback" not in output
+    lines = [line for line in output.splitlines() if line.startswith("Error: ")]
+    assert len(lines) == 1, output
+    return lines[0]
+
+
+def test_data_sets(base: Path, tmp_path: Path) -> None:
+    out = ["--base", base, "--out", tmp_path / "out"]
+    assert "nowhere: no such folder" in refused("encode", tmp_path / "nowhere", *out)
+    (tmp_path / "empty").mkdir()
+    assert "empty: no pictures in it" in refused("encode", tmp_path / "empty", *out)
+    assert "Missing argument" in refused("encode", *out)
+
+
+def test_encode_settings(base: Path, pictures: Path, tmp_path: Path) -> None:
+    common = ["encode", pictures, "--base", base, "--out", tmp_path / "out"]
+    assert "--square and --squash exclude" in refused(*common, "--square", "--squash")
+    assert "--batch-size must be at least 1, not 0" in refused(*common, "--batch-size", 0)
+    assert "--val-share must be in 0..1" in refused(*common, "--val-share", "1.5")
+    assert "multiple of bucket-step 64, not 104" in refused(*common, "--resolution", 104)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("dear")
+    common[-1] = tmp_path / "full"
+    assert "not empty and no cache (holds thesis.txt)" in refused(*common, "--resolution", 64)
+
+
+def test_bases(base: Path, pictures: Path, tmp_path: Path) -> None:
+    def encode(folder: Path) -> str:
+        return refused("encode", pictures, "--base", folder, "--out", tmp_path / "out")
+
+    assert "nowhere: no such folder" in encode(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    assert "no SDXL base: it has no vae/ (found: nothing)" in encode(tmp_path / "empty")
+    copy = tmp_path / "copy"
+    shutil.copytree(base, copy)
+    config = copy / "text_encoder" / "config.json"
+    text = config.read_text()
+    config.write_text(text.replace("CLIPTextModel", "T5EncoderModel"))
+    assert "no SDXL: a T5EncoderModel, where SDXL has CLIPTextModel" in encode(copy)
+    config.write_text(text[:20])
+    assert "config.json: not valid JSON" in encode(copy)
+    config.write_text(text)
+    (copy / "tokenizer" / "vocab.json").unlink()
+    (copy / "tokenizer" / "tokenizer.json").unlink()
+    assert "tokenizer: no tokenizer can be read from it" in encode(copy)
+    tokens = {"<|startoftext|>": 0, "<|endoftext|>": 1}
+    (copy / "tokenizer" / "vocab.json").write_text(json.dumps(tokens))
+    (copy / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
+    assert "tokenizer: 2 tokens, where text_encoder has 519" in encode(copy)
+
+
+def test_a_unet_of_stable_diffusion_1(cache: Path, base: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(base, copy)
+    config = copy / "unet" / "config.json"
+    config.write_text(config.read_text().replace('"text_time"', "null"))
+    line = refused("train", cache, "--base", copy, "--out", tmp_path / "run", "--steps", 1)
+    assert "no SDXL: its addition_embed_type is None (SDXL: text_time)" in line
+
+
+def test_caches(cache: Path, base: Path, tmp_path: Path) -> None:
+    def train(folder: Path) -> str:
+        return refused("train", folder, "--base", base, "--out", tmp_path / "run", "--steps", 2)
+
+    assert "nowhere: no such cache folder" in train(tmp_path / "nowhere")
+    assert "not a cache (no manifest.json)" in train(base)
+    copy = tmp_path / "copy"
+    shutil.copytree(cache, copy)
+    for tar in copy.glob("*.tar"):
+        with open(tar, "r+b") as file:
+            file.truncate(tar.stat().st_size // 2)
+    line = train(copy)
+    assert ".tar: truncated or replaced: " in line and "bytes where" in line
+    assert not list((tmp_path / "run").rglob("*.safetensors"))
+
+
+def test_train_settings(cache: Path, base: Path, tmp_path: Path) -> None:
+    common = ["train", cache, "--base", base, "--out", tmp_path / "run"]
+    assert "either --steps or --epochs" in refused(*common)
+    assert "--steps must be at least 1, not 0" in refused(*common, "--steps", 0)
+    assert "--lr must be above 0" in refused(*common, "--steps", 1, "--lr", 0)
+    assert "whole numbers with commas" in refused(*common, "--checkpoint-at", "6,x")
+    assert "--device tpu: torch finds no such device" in refused(
+        *common, "--steps", 1, "--device", "tpu"
+    )
+
+
+def test_recipes(cache: Path, base: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    common = ["train", cache, "--base", base, "--out", tmp_path / "run", "--config", recipe]
+    assert "recipe.toml: cannot be read" in refused(*common)
+    recipe.write_text("steps = 1\nlearning_rate = 1.0\n")
+    line = refused(*common)
+    assert "unknown option learning-rate (known: " in line and "weight-decay" in line
+    recipe.write_text("steps = 1.5\n")
+    assert "recipe.toml: steps: '1.5' is not a valid integer" in refused(*common)
+    recipe.write_text('full = "yes"\n')
+    assert "full cannot be 'yes'" in refused(*common)
+    recipe.write_text("steps = [")
+    assert "recipe.toml: not valid TOML" in refused(*common)
+
+
+def test_flags_win_over_the_recipe(cache: Path, base: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        f'base = "{base}"\nsteps = 3\nrank = 2\nlr = 2e-4\ncheckpoint-at = [1]\ntargets = "all"\n'
+        'precision = "fp32"\ngradient_checkpointing = true\n'
+    )
+    out = tmp_path / "run"
+    code, output = run("train", cache, "--out", out, "--config", recipe, "--steps", 2)
+    assert code == 0, output
+    config = json.loads((out / "config.json").read_text())
+    names = ("steps", "rank", "lr", "checkpoint_at", "targets", "gradient_checkpointing", "alpha")
+    assert [config[name] for name in names] == [2, 2, 2e-4, [1], "all", True, 32.0]
+    assert (out / "checkpoints" / "checkpoint-1").is_dir()
+    assert f"next: python cli.py generate --base {base} --lora {out}" in output
+
+
+def test_prompts(base: Path, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("# mine\na cat --w 64\na dog --x 3\n")
+    common = ["generate", "--base", base, "--out", tmp_path / "out"]
+    line = refused(*common, "--prompts", file)
+    assert "prompts.txt, line 3: unknown option --x (known: --n --w --h --d --s --l)" in line
+    assert "either --prompts FILE or --prompt TEXT" in refused(*common)
+    assert "--size must be N or WxH" in refused(*common, "--prompt", "a cat", "--size", "65")
+    assert "no such LoRA file" in refused(*common, "--prompt", "a cat", "--lora", tmp_path / "x")
+    both = ["--lora", tmp_path, "--unet", tmp_path]
+    assert "--lora and --unet exclude" in refused(*common, "--prompt", "a cat", *both)
+
+
+def test_debug_shows_the_traceback(tmp_path: Path, base: Path) -> None:
+    arguments = ["encode", tmp_path / "no", "--base", base, "--out", tmp_path / "out", "--debug"]
+    result = CliRunner().invoke(cli.commands, [str(argument) for argument in arguments])
+    assert isinstance(result.exception, ValueError)
+
+
+def test_one_bad_picture_never_costs_the_rest(pictures: Path, base: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(pictures, data)
+    (data / "bad.png").write_bytes((data / "000.png").read_bytes()[:60])
+    (data / "bad.txt").write_text("half a picture")
+    (data / "000.txt").unlink()
+    settings = ["--out", tmp_path / "out", "--resolution", 64, "--bucket-step", 16]
+    code, output = run("encode", data, "--base", base, *settings)
+    assert code == 0, output
+    assert "13 pictures in" in output and "2 rejected, see" in output
+    code, output = run("verify", tmp_path / "out")
+    assert code == 0 and "13 samples in" in output

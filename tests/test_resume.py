@@ -1,0 +1,196 @@
+"""A run that was stopped and resumed is the run that was not."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from train.checkpoint import newest_checkpoint, read_state
+from train.config import TrainConfig
+from train.loop import train
+
+ROOT = Path(__file__).parent.parent
+LORA = "pytorch_lora_weights.safetensors"
+
+
+def run(cache: Path, base: Path, out: Path, **settings: Any) -> Path:
+    defaults: dict[str, Any] = {"lr": 1e-3, "batch_size": 2, "device": "cpu", "targets": "all"}
+    return train(TrainConfig(cache=cache, base=str(base), out=out, **{**defaults, **settings}))
+
+
+def losses(out: Path) -> list[tuple[int, float]]:
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row["train/loss"]) for row in rows if "train/loss" in row]
+
+
+def same_weights(one: Path, two: Path) -> bool:
+    first, second = safetensors.torch.load_file(one), safetensors.torch.load_file(two)
+    return first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
+
+
+@pytest.fixture(scope="module")
+def straight(cache: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20 steps without a stop; 8 make an epoch (14 samples in buckets of 5, 5 and 4)."""
+    out = tmp_path_factory.mktemp("straight")
+    run(cache, base, out, steps=20)
+    assert [step for step, _ in losses(out)] == list(range(1, 21))
+    return out
+
+
+@pytest.mark.parametrize(
+    "stops",
+    [[10], [2, 5], [8], [16], [1, 8, 9, 19]],
+    ids=["10+10", "twice in an epoch", "at an epoch's end", "at the second's", "four times"],
+)
+def test_stopped_and_resumed_is_bit_equal(
+    straight: Path, cache: Path, base: Path, tmp_path: Path, stops: list[int]
+) -> None:
+    for number, steps in enumerate([*stops, 20]):
+        run(cache, base, tmp_path, steps=steps, resume=number > 0)
+    assert losses(tmp_path) == losses(straight)
+    assert same_weights(tmp_path / LORA, straight / LORA)
+
+
+def test_full_with_accumulation_and_cosine_is_bit_equal(
+    cache: Path, base: Path, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {
+        "full": True,
+        "accumulate": 2,
+        "lr_schedule": "cosine",
+        "warmup_steps": 2,
+        "steps": 6,
+        "checkpoint_at": (3,),
+    }
+    run(cache, base, tmp_path / "one", **settings)
+    run(cache, base, tmp_path / "two", **settings)
+    last = tmp_path / "two" / "checkpoints" / "checkpoint-6"
+    (last / "state.json").unlink()  # as if the run had died before it
+    with pytest.warns(UserWarning, match="checkpoint-6.*missing or damaged"):
+        run(cache, base, tmp_path / "two", **settings, resume=True)
+    assert losses(tmp_path / "one") == losses(tmp_path / "two")
+    name = "unet/diffusion_pytorch_model.safetensors"
+    assert same_weights(tmp_path / "one" / name, tmp_path / "two" / name)
+
+
+def command(cache: Path, base: Path, out: Path, *more: str) -> list[str]:
+    settings = (
+        "--lr 1e-3 --batch-size 2 --device cpu --targets all --checkpoint-every 2 --log-every 1"
+    )
+    given = ["--base", str(base), "--out", str(out), *settings.split(), *more]
+    return [sys.executable, "cli.py", "train", str(cache), *given]
+
+
+def start_and_signal(arguments: list[str], out: Path, number: int) -> subprocess.Popen[str]:
+    """Send the signal once three steps are in the metrics."""
+    child = subprocess.Popen(
+        arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    deadline = time.monotonic() + 120
+    metrics = out / "metrics.jsonl"
+    while time.monotonic() < deadline and child.poll() is None:
+        if metrics.exists() and len(metrics.read_text().splitlines()) >= 3:
+            child.send_signal(number)
+            break
+        time.sleep(0.01)
+    return child
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)]
+)
+def test_a_killed_run_resumes_bit_equal(
+    straight: Path, cache: Path, base: Path, tmp_path: Path, number: int, code: int
+) -> None:
+    child = start_and_signal(command(cache, base, tmp_path, "--steps", "400"), tmp_path, number)
+    output, _ = child.communicate(timeout=120)
+    assert child.returncode == code, output
+    assert "Traceback" not in output
+    found = newest_checkpoint(tmp_path)
+    done = found[1]["step"] if found else 0
+    assert 2 <= done < 20, "the signal came too late for this test"
+    run(cache, base, tmp_path, steps=20, resume=True)
+    assert losses(tmp_path) == losses(straight)
+    assert same_weights(tmp_path / LORA, straight / LORA)
+
+
+def test_a_damaged_checkpoint_is_passed_over_by_name(
+    straight: Path, cache: Path, base: Path, tmp_path: Path
+) -> None:
+    run(cache, base, tmp_path, steps=12, checkpoint_every=4)
+    path = tmp_path / "checkpoints" / "checkpoint-12" / "optimizer.safetensors"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"checkpoint-12/optimizer.safetensors: damaged"):
+        read_state(path.parent)
+    with pytest.warns(UserWarning, match="passed over: .*checkpoint-12"):
+        run(cache, base, tmp_path, steps=20, resume=True)
+    assert losses(tmp_path) == losses(straight)
+    assert same_weights(tmp_path / LORA, straight / LORA)
+
+
+def test_checkpoints_are_where_they_were_asked_for(cache: Path, base: Path, tmp_path: Path) -> None:
+    run(cache, base, tmp_path, steps=7, checkpoint_every=3, checkpoint_at=(4,))
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == [f"checkpoint-{step}" for step in (3, 4, 6, 7)]
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".pt", ".bin", ".pkl")]
+
+
+def test_a_run_that_cannot_be_resumed_is_refused_by_name(
+    cache: Path, split_cache: Path, base: Path, tmp_path: Path
+) -> None:
+    run(cache, base, tmp_path, steps=1)
+    for settings, message in (
+        ({}, "not empty; --resume goes on there"),
+        ({"resume": True, "rank": 4}, "--rank 4: the run has 8"),
+        ({"resume": True, "seed": 5}, "--seed 5: the run has 0"),
+        ({"resume": True, "batch_size": 3}, "does not divide the run's global batch of 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(cache, base, tmp_path, steps=2, **settings)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="the cache is not the run's any more"):
+        run(split_cache, base, tmp_path, steps=2, resume=True)
+
+
+def test_overwrite_deletes_runs_only(cache: Path, base: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("dear")
+    with pytest.raises(ValueError, match="deletes runs only"):
+        run(cache, base, tmp_path, steps=1, overwrite=True)
+    assert (tmp_path / "thesis.txt").read_text() == "dear"
+    run(cache, base, tmp_path / "run", steps=2)
+    run(cache, base, tmp_path / "run", steps=1, overwrite=True)
+    assert len(losses(tmp_path / "run")) == 1
+
+
+def test_a_half_written_row_is_cut(cache: Path, base: Path, tmp_path: Path) -> None:
+    run(cache, base, tmp_path, steps=2)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "train/loss": 1.0}\n{"step": 4, "tra')
+    run(cache, base, tmp_path, steps=3, resume=True)
+    assert [step for step, _ in losses(tmp_path)] == [1, 2, 3]
+    assert os.path.getsize(tmp_path / "metrics.jsonl") > 0
+
+
+def test_a_refused_run_leaves_the_old_one(cache: Path, base: Path, tmp_path: Path) -> None:
+    """``--overwrite`` deletes only when nothing can be refused any more."""
+    run(cache, base, tmp_path / "run", steps=1)
+    before = sorted(path.name for path in (tmp_path / "run").iterdir())
+    shutil.copytree(base, tmp_path / "base")
+    file = tmp_path / "base" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = safetensors.torch.load_file(file)
+    weights.popitem()
+    safetensors.torch.save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="1 tensors missing"):
+        run(cache, tmp_path / "base", tmp_path / "run", steps=1, overwrite=True)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
