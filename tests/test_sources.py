@@ -288,6 +288,18 @@ def test_refused_texts(tmp_path: Path) -> None:
     assert [r.key for r in source.rejected] == sorted(map(key_of, reasons(source)))
 
 
+def test_a_link_is_a_picture_like_any_other(tmp_path: Path) -> None:
+    """In a list as in a folder: big sets are often made of links to one store."""
+    put(tmp_path / "store" / "x.png", data=picture("PNG", 8))
+    for name in ("listed", "loose"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "link.png").symlink_to(tmp_path / "store" / "x.png")
+    put_list(tmp_path / "listed", {"file_name": "link.png", "text": "x"})
+    (tmp_path / "loose" / "link.txt").write_text("x")
+    for name in ("listed", "loose"):
+        assert [record.path for record in read_source(tmp_path / name).records] == ["link.png"]
+
+
 BAD_LINES: list[tuple[Any, str, str]] = [
     ('{"file_name": "a.png", ', "captions.jsonl:{}", "not valid JSON: "),
     ("a.png a cat", "captions.jsonl:{}", "not valid JSON: "),
@@ -304,7 +316,6 @@ BAD_LINES: list[tuple[Any, str, str]] = [
     ({"file_name": "null.png", "text": None}, "null.png", "captions.jsonl:{}: no caption"),
     ({"file_name": "bare.png"}, "bare.png", "captions.jsonl:{}: no caption"),
     ({"file_name": "../x.png", "text": "x"}, "../x.png", "lies outside the data set"),
-    ({"file_name": "link.png", "text": "x"}, "link.png", "lies outside the data set"),
     ({"file_name": "broken.png", "text": "x"}, "broken.png", "not a picture that Pillow can read"),
     ({"file_name": "text.md", "text": "x"}, "text.md", "not a picture that Pillow can read"),
     ({"file_name": "half.jpg", "text": "x"}, "half.jpg", "truncated"),
@@ -321,7 +332,6 @@ def refused(tmp_path: Path) -> Path:
         put(folder / name, data=whole)
     put(tmp_path / "x.png", data=whole)
     (folder / "sub").mkdir()
-    (folder / "link.png").symlink_to(tmp_path / "x.png")
     put(folder / "broken.png", data=b"\x89P and then nothing of the kind")
     put(folder / "text.md", data=b"# Not a picture")
     for name, form in (("half.jpg", "JPEG"), ("half.png", "PNG")):
