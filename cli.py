@@ -118,13 +118,22 @@ class BadInput(click.ClickException):
     exit_code = 2
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: what Ctrl-C does, with an exit code of its own."""
+
+
+def _terminate(*_: Any) -> None:
+    raise Terminated
+
+
 @contextmanager
 def door(debug: bool) -> Iterator[None]:
     """An error leaves as one line: exit code 2 for bad input, 1 for the machine's."""
     warnings.simplefilter("ignore")
-    warnings.filterwarnings("default", module=r"(precompute|train|infer|shards|sdxl)\.")
+    if os.environ.get("RANK", "0") == "0":
+        warnings.filterwarnings("default", module=r"(precompute|train|infer|shards|sdxl)\.")
     warnings.showwarning = lambda message, *_, **__: click.echo(f"Warning: {message}", err=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         yield
     except (ValueError, OSError) as error:
@@ -132,9 +141,9 @@ def door(debug: bool) -> Iterator[None]:
             raise
         kind = BadInput if isinstance(error, ValueError) else click.ClickException
         raise kind(" ".join(str(error).split())) from error
-    except KeyboardInterrupt:
-        click.echo("Interrupted; the same command goes on from here.", err=True)
-        sys.exit(130)
+    except KeyboardInterrupt as stop:
+        click.echo("\nInterrupted; the same command goes on from here.", err=True)
+        sys.exit(143 if isinstance(stop, Terminated) else 130)
 
 
 def stage(name: str, settings: str) -> Callable[[Callable[..., None]], click.Command]:

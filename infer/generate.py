@@ -226,6 +226,7 @@ def _draw_all(
     vae = load_vae(settings.base, torch.float32).to(device)
     with tqdm(total=len(drawings), unit="img", desc="draw") as bar:
         for batch in _batches(drawings, settings.batch_size):
+            bar.set_postfix_str(f"{batch[0].num_steps} steps at {batch[0].width}x{batch[0].height}")
             pictures = draw(settings.base, unet, vae, batch, conditioning)
             for drawing, picture in zip(batch, pictures, strict=True):
                 _save(settings.out / drawing.name, picture, drawing, weights)

@@ -1,7 +1,6 @@
 """Where the parts of a base model lie, and whether they are SDXL's. Imports no torch."""
 
 import json
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,20 +133,3 @@ def find_weights(folder: Path) -> Weights:
             f"{folder}: only {pickles[0]}, a pickle: never loaded; convert it to safetensors"
         )
     raise BaseError(f"{folder}: no .safetensors file")
-
-
-def has_component(base: str, component: str) -> bool:
-    """Whether a local base has this component; False for a hub id that is not in the cache."""
-    if Path(base).exists():
-        return (Path(base) / component).is_dir()
-    offline = os.environ.get("HF_HUB_OFFLINE")
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    try:
-        return component_folder(base, component).is_dir()
-    except BaseError:
-        return False
-    finally:
-        if offline is None:
-            del os.environ["HF_HUB_OFFLINE"]
-        else:
-            os.environ["HF_HUB_OFFLINE"] = offline

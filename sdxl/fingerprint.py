@@ -79,13 +79,17 @@ def tokenizer_digest(folder: Path) -> str:
 
 
 def encoder_digests_elsewhere(base: str) -> dict[str, str | None]:
-    """Digests of the base's VAE and text encoders, None where it has none, by another process."""
+    """Digests of the base's VAE and text encoders, None where it has none, by another process.
+
+    Of a hub id only what lies in the local hub cache counts: nothing is downloaded to be compared.
+    """
     root = Path(__file__).resolve().parent.parent
     run = subprocess.run(
         [sys.executable, "-m", "sdxl.fingerprint", str(_absolute(base))],
         cwd=root,
         capture_output=True,
         text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
     if run.returncode:
         raise BaseError(run.stderr.strip().splitlines()[-1] if run.stderr.strip() else base)
@@ -114,13 +118,11 @@ def _remember(store: Path, known: dict[str, str]) -> None:
 def _main(base: str) -> None:
     digests: dict[str, str | None] = {}
     for component in ENCODERS:
-        present = (Path(base) / component).is_dir() or not Path(base).exists()
-        digests[component] = None
-        if present:
-            try:
-                folder = component_folder(base, component)
-            except BaseError:
-                continue  # a hub id that holds or gives no such component
+        try:
+            folder = component_folder(base, component)
+        except BaseError:
+            digests[component] = None
+        else:
             digests[component] = weights_digest(folder)
     sys.stdout.write(json.dumps(digests))
 

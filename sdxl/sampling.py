@@ -4,7 +4,6 @@ Legend: N pictures, C latent channels, h w latent height and width.
 """
 
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,7 +36,6 @@ def sample_latents(
     num_steps: int,
     guidance_scale: float,
     generators: list[torch.Generator],
-    on_step: Callable[[], object] = lambda: None,
 ) -> torch.Tensor:
     """Denoise ``noise`` [N, C, h, w] with classifier-free guidance (off at a scale <= 1).
 
@@ -73,7 +71,6 @@ def sample_latents(
             predicted = without + guidance_scale * (with_prompt - without)
         stepped: torch.Tensor = scheduler.step(predicted, t, latents, **extra, return_dict=False)[0]
         latents = stepped.to(unet.dtype)
-        on_step()
     return latents
 
 

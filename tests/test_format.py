@@ -3,8 +3,10 @@
 import gc
 import hashlib
 import json
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from shards.reader import Cache
 from shards.sample import Layout, Sample, sample_key
 from shards.verify import verify
 from shards.writer import write_shard
+from tools.draw_pictures import draw_pictures
 
 ROOT = Path(__file__).parent.parent
 
@@ -263,3 +266,35 @@ def test_a_vae_that_overflows_in_half_precision_is_retried_in_fp32(
             shard.read_into(one, at, "latents.mean")
             theirs.read_into(two, there, "latents.mean")
             assert torch.equal(one, two)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)]
+)
+def test_an_interrupted_encode_goes_on_to_the_same_bytes(
+    base: Path, encode_to: Encode, tmp_path: Path, number: int, code: int
+) -> None:
+    draw_pictures(tmp_path / "data", count=60, size=64)
+    settings = {"shard_size": 5, "batch_size": 1}
+    out = tmp_path / "cache"
+    given = [str(tmp_path / "data"), "--base", str(base), "--out", str(out)]
+    given += ["--resolution", "64", "--bucket-step", "16", "--shard-size", "5", "--batch-size", "1"]
+    child = subprocess.Popen(
+        [sys.executable, "cli.py", "encode", *given],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    while child.poll() is None and len(list(out.glob("*.index"))) < 3:
+        time.sleep(0.005)
+    child.send_signal(number)
+    output, _ = child.communicate(timeout=60)
+    assert child.returncode == code, output
+    assert "Traceback" not in output
+    assert bool(list(out.glob("*.partial"))) <= (number == signal.SIGKILL)
+    assert 3 <= len(list(out.glob("*.index"))) < 12 and not (out / "manifest.json").exists()
+    encode_to(tmp_path / "data", out, **settings)
+    assert faults(out) == []
+    assert contents(out) == contents(encode_to(tmp_path / "data", tmp_path / "whole", **settings))

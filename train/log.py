@@ -83,9 +83,13 @@ class RunLog:
     def eval(self, step: int, loss: float) -> None:
         """Note an evaluation after ``step`` steps."""
         self._write([{"step": step, "eval/loss": loss}])
-        if self.world.is_main:
-            tqdm.write(f"step {step}: eval loss {loss:.5f}")
+        self.say(f"step {step}: eval loss {loss:.5f}")
         self._since = time.perf_counter()
+
+    def say(self, line: str) -> None:
+        """One line above the bar."""
+        if self.world.is_main:
+            tqdm.write(line)
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
         if not self.world.is_main:

@@ -58,7 +58,7 @@ def train(config: TrainConfig) -> Path:
     """
     world = start_world(config.device)
     try:
-        cache, val = _open_data(config)
+        cache, val = _open_data(config, world)
         identity = _identity(config, cache)
         state = _find_start(config)
         plan, share = _plan(config, cache, world, state)
@@ -93,12 +93,13 @@ def train(config: TrainConfig) -> Path:
         stop_world(world)
 
 
-def _open_data(config: TrainConfig) -> tuple[Cache, Cache | None]:
+def _open_data(config: TrainConfig, world: World) -> tuple[Cache, Cache | None]:
     cache = open_cache(config.cache, "train")
     val = open_val(config, cache)
     for one in [cache] if val is None else [cache, val]:
         check_cache(one, config.base)
-    check_encoders(cache, config.base)
+    if world.is_main:
+        check_encoders(cache, config.base)
     return cache, val
 
 
@@ -179,7 +180,8 @@ def _restore(
             )
     assert state["plan"] == plan.digest, "same cache, seed and global batch, and another plan"
     load_checkpoint(state["path"], learner.unet, config.full, learner.optimizer)
-    learner.scaler.load_state_dict(state["scaler"])
+    if state["scaler"]:  # empty where the run had none
+        learner.scaler.load_state_dict(state["scaler"])
     return int(state["step"])
 
 
@@ -231,6 +233,7 @@ def _steps(run: Run) -> None:
             if last or stop or due:
                 _write_checkpoint(run, done)
             if stop and not last:
+                run.log.say(f"stopped after step {done}; --resume goes on from its checkpoint")
                 raise SystemExit(interrupt.exit_code)
 
 
