@@ -159,6 +159,9 @@ def test_a_run_that_cannot_be_resumed_is_refused_by_name(
     ):
         with pytest.raises(ValueError, match=message):
             run(cache, base, tmp_path, steps=2, **settings)  # type: ignore[arg-type]
+    run(cache, base, tmp_path, steps=3, resume=True)
+    with pytest.raises(ValueError, match="has 3 steps behind it, over 2"):
+        run(cache, base, tmp_path, steps=2, resume=True)
     with pytest.raises(ValueError, match="the cache is not the run's any more"):
         run(split_cache, base, tmp_path, steps=2, resume=True)
 

@@ -65,6 +65,8 @@ def train(config: TrainConfig) -> Path:
         learner = build_learner(config, world)
         start = _restore(config, identity, plan, learner, state)
         num_steps = _num_steps(config, plan)
+        if start > num_steps:
+            raise ValueError(f"{config.out}: the run has {start} steps behind it, over {num_steps}")
         about = _describe(config, plan, learner, num_steps)
         _make_folder(config, world, about)
         log = RunLog(config, world, start, num_steps, about)
