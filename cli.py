@@ -65,11 +65,15 @@ class StageCommand(click.Command):
         }
         if recipe is not None:
             for name, value in import_module("train.config").read_recipe(recipe).items():
-                given.setdefault(name, _from_toml(self._options[name], value, recipe, ctx))
+                if _RIVALS.get(name) not in given:
+                    given.setdefault(name, _from_toml(self._options[name], value, recipe, ctx))
         for one in fields(self.settings):
             if one.default is MISSING and one.name not in given:
                 raise click.MissingParameter(ctx=ctx, param=self._options[one.name])
         return self.settings(**given)
+
+
+_RIVALS = {"steps": "epochs", "epochs": "steps"}  # a flag replaces the recipe's other one too
 
 
 def _parameter(one: Field[Any], hint: Any) -> click.Parameter:
@@ -141,8 +145,13 @@ def door(debug: bool) -> Iterator[None]:
             raise
         kind = BadInput if isinstance(error, ValueError) else click.ClickException
         raise kind(" ".join(str(error).split())) from error
+    except RuntimeError as error:
+        if debug or type(error).__name__ != "OutOfMemoryError":
+            raise
+        hint = "out of memory: try a smaller --batch-size, or --gradient-checkpointing in training"
+        raise click.ClickException(f"{hint} ({' '.join(str(error).split())[:200]})") from error
     except KeyboardInterrupt as stop:
-        click.echo("\nInterrupted; the same command goes on from here.", err=True)
+        click.echo("\nInterrupted.", err=True)
         sys.exit(143 if isinstance(stop, Terminated) else 130)
 
 

@@ -1,5 +1,6 @@
 """The stage: prompts to pictures. All text first, then the UNet and the VAE; each PNG says how."""
 
+import copy
 import gc
 import json
 import os
@@ -19,8 +20,8 @@ from infer.settings import GenerateSettings
 from infer.sheet import contact_sheet
 from sdxl.base import component_folder, model_config, read_config
 from sdxl.conditioning import Conditioning, TextEncoders
-from sdxl.device import pick_device, pick_precision
-from sdxl.fingerprint import file_digest, weights_digest
+from sdxl.device import exact_fp32, pick_device, pick_precision
+from sdxl.fingerprint import config_digest, file_digest, weights_digest
 from sdxl.load import load_scheduler, load_unet, load_unet_folder, load_vae
 from sdxl.lora_files import load_lora
 from sdxl.sampling import decode_latents, default_time_ids, sample_latents, starting_noise
@@ -77,6 +78,8 @@ def generate(settings: GenerateSettings) -> Report:
     name = "fp16" if settings.precision == "auto" and device.type == "cuda" else settings.precision
     dtype = pick_precision(name, device).dtype
     weights = _weights(settings) | {"dtype": str(dtype).removeprefix("torch.")}
+    if any(part.exists() and not part.is_dir() for part in (settings.out, *settings.out.parents)):
+        raise ValueError(f"{settings.out}: not a folder")
     settings.out.mkdir(parents=True, exist_ok=True)
     wanted = _missing(settings.out, drawings, weights)
     if wanted:
@@ -103,6 +106,7 @@ def plan_drawings(
         turn, which = divmod(number, len(prompts))
         prompt = prompts[which]
         seed = settings.seed + number if prompt.seed is None else prompt.seed + turn
+        seed %= 2**63
         drawings.append(
             Drawing(
                 number=number,
@@ -133,7 +137,11 @@ def _weights(settings: GenerateSettings) -> dict[str, Any]:
     digests["unet"] = weights_digest(unet)
     if settings.lora is not None:
         digests["lora"] = file_digest(_lora_file(settings.lora))
-    digests["sampler"] = read_config(component_folder(base, "scheduler"))["_class_name"]
+    scheduler = read_config(component_folder(base, "scheduler"))
+    digests["sampler"] = scheduler.get("_class_name")
+    for part in ("text_encoder", "text_encoder_2", "vae"):
+        digests[f"{part}_config"] = config_digest(model_config(base, part)[1])
+    digests["scheduler_config"] = config_digest(scheduler)
     return digests
 
 
@@ -205,7 +213,11 @@ def _zeros_for_empty(base: str) -> bool:
     index = component_folder(base, "unet").parent / "model_index.json"
     if not index.is_file():
         return True
-    return bool(json.loads(index.read_bytes()).get("force_zeros_for_empty_prompt", True))
+    try:
+        config = json.loads(index.read_bytes())
+        return bool(config.get("force_zeros_for_empty_prompt", True))
+    except (ValueError, AttributeError):
+        raise ValueError(f"{index}: not a pipeline's JSON") from None
 
 
 def _draw_all(
@@ -224,10 +236,12 @@ def _draw_all(
         load_lora(unet, _lora_file(settings.lora))
     unet.to(device=device, dtype=dtype)
     vae = load_vae(settings.base, torch.float32).to(device)
+    scheduler = load_scheduler(settings.base)
+    exact_fp32()
     with tqdm(total=len(drawings), unit="img", desc="draw") as bar:
         for batch in _batches(drawings, settings.batch_size):
             bar.set_postfix_str(f"{batch[0].num_steps} steps at {batch[0].width}x{batch[0].height}")
-            pictures = draw(settings.base, unet, vae, batch, conditioning)
+            pictures = draw(scheduler, unet, vae, batch, conditioning)
             for drawing, picture in zip(batch, pictures, strict=True):
                 _save(settings.out / drawing.name, picture, drawing, weights)
             bar.update(len(batch))
@@ -242,7 +256,7 @@ def _batches(drawings: list[Drawing], size: int) -> Iterator[list[Drawing]]:
 
 
 def draw(
-    base: str,
+    scheduler: Any,
     unet: Any,
     vae: Any,
     batch: list[Drawing],
@@ -254,7 +268,7 @@ def draw(
     shape = (unet.config.in_channels, height // 8, width // 8)
     latents = sample_latents(
         unet,
-        load_scheduler(base),
+        copy.deepcopy(scheduler),
         _stack([conditioning[one.prompt] for one in batch]),
         _stack([conditioning[one.negative] for one in batch]),
         noise=starting_noise(generators, shape),

@@ -44,6 +44,8 @@ class GenerateSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+        if self.num_steps > 1000:
+            raise ValueError(f"--num-steps must be at most 1000, not {self.num_steps}")
         if not 0 <= self.guidance_scale < float("inf"):
             raise ValueError(f"--guidance-scale must be at least 0, not {self.guidance_scale}")
         if not 0 <= self.seed < 2**63:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from precompute.recipe import read_recipe
 from precompute.samples import Encoders, Notes, encode_members
 from precompute.settings import EncodeSettings
 from precompute.sources import Rejected, Source, read_data_set
+from sdxl.device import exact_fp32
 from sdxl.latent_rgb import LatentSums
 from shards import CacheError
 from shards.buckets import bucket_name
@@ -28,6 +30,7 @@ from shards.writer import write_shard
 
 UNCONDITIONAL = "unconditional.safetensors"
 REJECTED = "rejected.jsonl"
+SHARD_NAME = re.compile(r"\d+x\d+-\d{6}")
 
 
 @dataclass
@@ -61,7 +64,11 @@ def encode(settings: EncodeSettings) -> list[Report]:
     sources = read_data_set(settings.dataset, settings.val_share)
     recipe = read_recipe(settings)
     encoders = Encoders(settings)
-    _check_out(settings.out, set(sources))
+    for name in sources:
+        _check_out(settings.out / name, settings.dataset / name)
+    if "" not in sources and (settings.out / MANIFEST).exists():
+        raise ValueError(f"{settings.out}: is one cache, not train/ and val/; give another --out")
+    exact_fp32()
     return [
         encode_source(source, settings.out / name, encoders, recipe)
         for name, source in sources.items()
@@ -77,7 +84,14 @@ def encode_source(
     shards = place(planned, settings.shard_size)
     folder.mkdir(parents=True, exist_ok=True)
     text_is_whole = _unconditional_is_whole(folder, recipe)
-    indexes = _adopt(folder, shards, recipe, report)
+    indexes, stale = _adopt(folder, shards, recipe)
+    report.causes = sorted(set(stale.values()))
+    report.num_adopted = sum(len(index) for index in indexes.values())
+    if stale or len(indexes) < len(shards):
+        encoders.load()  # what cannot be encoded is refused before anything is removed
+        (folder / MANIFEST).unlink(missing_ok=True)
+    for path in folder.glob("*" + PARTIAL):
+        path.unlink()
     if not text_is_whole:
         _write_unconditional(folder, encoders, recipe)
     with tqdm(
@@ -87,6 +101,8 @@ def encode_source(
             if shard.name not in indexes:
                 indexes[shard.name] = _write_shard(shard, folder, encoders, recipe, bar)
                 report.num_encoded += len(indexes[shard.name])
+    for name in stale.keys() - indexes.keys():
+        _remove_shard(folder, name)
     failed = [Rejected(*row) for index in indexes.values() for row in index.header["rejected"]]
     report.rejected = sorted([*source.rejected, *unreadable, *failed], key=lambda one: one.key)
     if not report.num_samples:
@@ -108,47 +124,41 @@ def _count(report: Report, indexes: dict[str, Index]) -> Report:
     return report
 
 
-def _check_out(out: Path, parts: set[str]) -> None:
+def _check_out(folder: Path, source: Path) -> None:
     """Refuse to mix a cache with anything else."""
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise ValueError(f"{out}: not a folder")
-    is_cache = (out / UNCONDITIONAL).exists() or (out / MANIFEST).exists()
-    is_split = any((out / name / UNCONDITIONAL).exists() for name in ("train", "val"))
-    if parts == {""} and is_split:
-        raise ValueError(f"{out}: holds train/ and val/ caches; give another --out")
-    if parts != {""} and is_cache:
-        raise ValueError(f"{out}: is one cache, without train/ and val/; give another --out")
-    names = [path.name for path in out.iterdir() if path.suffix != PARTIAL]
-    if names and not is_cache and not is_split and not set(names) <= {"train", "val"}:
-        raise ValueError(f"{out}: not empty and no cache (holds {names[0]}); give another --out")
+    if folder.resolve() == source.resolve():
+        raise ValueError(f"{folder}: is the data set; give another --out")
+    if any(part.exists() and not part.is_dir() for part in (folder, *folder.parents)):
+        raise ValueError(f"{folder}: not a folder")
+    names = [path.name for path in folder.iterdir()] if folder.exists() else []
+    foreign = [name for name in names if not name.endswith(PARTIAL)]
+    if foreign and UNCONDITIONAL not in names and MANIFEST not in names:
+        raise ValueError(
+            f"{folder}: not empty and no cache (holds {min(foreign)}); give another --out"
+        )
 
 
 def _adopt(
-    folder: Path, shards: list[PlannedShard], recipe: dict[str, Any], report: Report
-) -> dict[str, Index]:
-    """The whole shards of an earlier run that this one would write alike; the rest is removed."""
+    folder: Path, shards: list[PlannedShard], recipe: dict[str, Any]
+) -> tuple[dict[str, Index], dict[str, str]]:
+    """The whole shards of an earlier run that this one would write alike; the others, and why."""
     wanted = {shard.name: shard for shard in shards}
     adopted: dict[str, Index] = {}
     stale: dict[str, str] = {}
-    for name in sorted({path.stem for end in ("tar", "index") for path in folder.glob(f"*.{end}")}):
+    files = (path for path in folder.iterdir() if path.suffix in (".tar", ".index"))
+    for name in sorted({path.stem for path in files if SHARD_NAME.fullmatch(path.stem)}):
         cause = _stale_because(folder, wanted[name], recipe) if name in wanted else "pictures"
         if cause:
             stale[name] = cause
         else:
             adopted[name] = Index(folder / f"{name}.index")
-    for path in folder.glob("*" + PARTIAL):
-        path.unlink()
-    if stale or len(adopted) < len(shards):
-        (folder / MANIFEST).unlink(missing_ok=True)  # it is about to be untrue
-    for name in stale:
-        # The mark goes first: a tar without an index is nothing.
-        (folder / f"{name}.index").unlink(missing_ok=True)
-        (folder / f"{name}.tar").unlink(missing_ok=True)
-    report.causes = sorted(set(stale.values()))
-    report.num_adopted = sum(len(index) for index in adopted.values())
-    return adopted
+    return adopted, stale
+
+
+def _remove_shard(folder: Path, name: str) -> None:
+    """The mark goes first: a tar without an index is nothing."""
+    (folder / f"{name}.index").unlink(missing_ok=True)
+    (folder / f"{name}.tar").unlink(missing_ok=True)
 
 
 def _stale_because(folder: Path, shard: PlannedShard, recipe: dict[str, Any]) -> str:
@@ -156,7 +166,7 @@ def _stale_because(folder: Path, shard: PlannedShard, recipe: dict[str, Any]) ->
     try:
         index = Index(folder / f"{shard.name}.index")
         size = (folder / f"{shard.name}.tar").stat().st_size
-    except (CacheError, OSError):
+    except (CacheError, FileNotFoundError):
         return "unfinished or damaged shards"
     if size != index.header["tar_bytes"]:
         return "unfinished or damaged shards"
@@ -190,6 +200,7 @@ def _write_shard(
         yield from encode_members(shard.members, encoders, notes, bar)
         about.update(notes.to_json())
 
+    _remove_shard(folder, shard.name)
     write_shard(folder, shard.name, samples(), layout, about)
     return Index(folder / f"{shard.name}.index")
 

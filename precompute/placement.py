@@ -61,6 +61,9 @@ def plan_pictures(
     def plan_one(record: Record) -> Planned | Rejected:
         try:
             data = record.file.read_bytes()
+        except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+            return Rejected(record.path, describe(error))
+        try:
             size = picture_size(data)
             target = (resolution, resolution) if square else nearest_bucket(size, buckets)
             return Planned(record, hashlib.sha256(data).hexdigest(), fit(size, target))

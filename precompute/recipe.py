@@ -4,7 +4,7 @@ from typing import Any
 
 from precompute.settings import EncodeSettings
 from sdxl.base import component_folder, model_config, read_config
-from sdxl.fingerprint import tokenizer_digest, weights_digest
+from sdxl.fingerprint import config_digest, tokenizer_digest, weights_digest
 from sdxl.load import vae_folder
 
 VAE_CONFIG = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
@@ -26,6 +26,7 @@ def read_recipe(settings: EncodeSettings) -> dict[str, Any]:
         "preprocessing": preprocessing,
         "vae": {
             "digest": weights_digest(vae),
+            "config": config_digest(config),
             "of_base": settings.vae is None,
             "dtype": settings.vae_dtype,
             **{name: config.get(name) for name in VAE_CONFIG},
@@ -33,10 +34,11 @@ def read_recipe(settings: EncodeSettings) -> dict[str, Any]:
         "storage": {"dtype": settings.dtype, "mean_only": settings.mean_only},
     }
     for name in ("text_encoder", "text_encoder_2"):
-        folder, _ = model_config(settings.base, name)
+        folder, config = model_config(settings.base, name)
         tokenizer = component_folder(settings.base, name.replace("text_encoder", "tokenizer"))
         recipe[name] = {
             "digest": weights_digest(folder),
+            "config": config_digest(config),
             "tokenizer": tokenizer_digest(tokenizer),
         }
     return recipe

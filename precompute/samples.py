@@ -32,6 +32,10 @@ class Encoders:
         self._latents: LatentEncoder | None = None
         self._text: TextEncoders | None = None
 
+    def load(self) -> None:
+        """Load what is not loaded yet, so that it is refused now or not at all."""
+        assert self.latents and self.text
+
     @property
     def latents(self) -> LatentEncoder:
         if self._latents is None:
@@ -89,9 +93,14 @@ def encode_members(
 
 
 def _open_member(planned: Planned) -> torch.Tensor | str:
-    """The picture's pixels, or why there are none."""
+    """The picture's pixels, or why there are none.
+
+    Raises:
+        OSError: the file cannot be read now. That is no property of the picture: the run ends, and
+            goes on from there the next time.
+    """
+    data = planned.record.file.read_bytes()
     try:
-        data = planned.record.file.read_bytes()
         if hashlib.sha256(data).hexdigest() != planned.digest:
             return "it changed while the data set was encoded; encode again"
         return render(open_picture(data), planned.geometry)

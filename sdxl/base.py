@@ -14,6 +14,14 @@ _CLASSES = {
     "text_encoder": "CLIPTextModel",
     "text_encoder_2": "CLIPTextModelWithProjection",
 }
+_NEEDED = (
+    "addition_embed_type",
+    "addition_time_embed_dim",
+    "cross_attention_dim",
+    "in_channels",
+    "projection_class_embeddings_input_dim",
+    "sample_size",
+)
 _CONFIGS = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
 
 
@@ -30,6 +38,8 @@ def component_folder(base: str, component: str) -> Path:
     Raises:
         BaseError: no such base, or it has no such component.
     """
+    if not base:
+        raise BaseError("--base: empty; give a diffusers folder or a hub id")
     if Path(base).is_file():
         raise BaseError(f"{base}: a file; a base is a diffusers folder or a hub id")
     folder = Path(base) if Path(base).exists() else _download(base, component)
@@ -49,12 +59,12 @@ def _download(base: str, component: str) -> Path:
     from huggingface_hub import snapshot_download
 
     patterns = [f"{component}/*.{end}" for end in ("json", "txt", "safetensors")]
+    patterns.append("model_index.json")
+    halves = ["*.fp16.*"]  # taken only where there is nothing else
     try:
-        folder = snapshot_download(
-            base,
-            allow_patterns=["model_index.json", *patterns],
-            ignore_patterns=["*.fp16.*", "*.non_ema.*"],
-        )
+        folder = snapshot_download(base, allow_patterns=patterns, ignore_patterns=halves)
+        if component in MODELS and not any((Path(folder) / component).glob("*.safetensors")):
+            folder = snapshot_download(base, allow_patterns=patterns)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BaseError(f"{base}: no such folder, and not had from the hub: {reason}") from error
@@ -74,7 +84,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise BaseError(f"{path}: missing; is this a whole diffusers folder?") from None
     except ValueError as error:
         raise BaseError(f"{path}: not valid JSON ({error})") from None
-    return dict(config)
+    if not isinstance(config, dict):
+        raise BaseError(f"{path}: not a JSON object")
+    return config
 
 
 def model_config(base: str, component: str) -> tuple[Path, dict[str, Any]]:
@@ -89,6 +101,8 @@ def model_config(base: str, component: str) -> tuple[Path, dict[str, Any]]:
     if found != _CLASSES[component]:
         raise BaseError(f"{folder}: no SDXL: a {found}, where SDXL has {_CLASSES[component]}")
     if component == "unet":
+        if missing := [key for key in _NEEDED if key not in config]:
+            raise BaseError(f"{folder}: no SDXL: its config has no {', '.join(missing)}")
         addition, channels = config.get("addition_embed_type"), config.get("in_channels")
         if addition != "text_time":
             raise BaseError(

@@ -1,11 +1,18 @@
 """Where to compute, and in which precision."""
 
+import re
 import warnings
 from dataclasses import dataclass
 
 import torch
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def exact_fp32() -> None:
+    """Make fp32 mean fp32 on NVIDIA cards: cuDNN's convolutions are TF32 (10 bits) by default."""
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
 
 
 def pick_device(name: str) -> torch.device:
@@ -21,7 +28,8 @@ def pick_device(name: str) -> torch.device:
     }
     if name == "auto":
         name = next(device for device, there in available.items() if there)
-    if not available.get(name.split(":")[0], False):
+    known = re.fullmatch(r"(cuda|mps|cpu)(:\d+)?", name)
+    if not known or not available[known[1]]:
         raise ValueError(f"--device {name}: torch finds no such device here")
     return torch.device(name)
 
@@ -35,12 +43,15 @@ class Precision:
     scaler: bool  # GradScaler: fp16 gradients underflow without it
 
 
-def pick_precision(name: str, device: torch.device, allow_cpu: bool = False) -> Precision:
+def pick_precision(
+    name: str, device: torch.device, allow_cpu: bool = False, quiet: bool = False
+) -> Precision:
     """``auto`` is bf16 on CUDA, else fp32. A CPU computes in fp32 unless ``allow_cpu``."""
     if name == "auto":
         name = "bf16" if device.type == "cuda" else "fp32"
     if device.type == "cpu" and name != "fp32" and not allow_cpu:
-        warnings.warn(f"--precision {name} on a CPU: computing in fp32 instead", stacklevel=2)
+        if not quiet:
+            warnings.warn(f"--precision {name} on a CPU: computing in fp32 instead", stacklevel=2)
         name = "fp32"
     half = name != "fp32"
     return Precision(dtype=PRECISIONS[name], autocast=half, scaler=name == "fp16")

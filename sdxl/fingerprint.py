@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from sdxl.base import ENCODERS, BaseError, component_folder, find_weights
 
@@ -69,6 +70,13 @@ def file_digest(path: Path) -> str:
     """sha256 of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def config_digest(config: dict[str, Any]) -> str:
+    """sha256 of what a model's config decides; who saved it, and in which dtype, is left out."""
+    left_out = ("transformers_version", "torch_dtype", "dtype")
+    kept = {k: v for k, v in config.items() if not k.startswith("_") and k not in left_out}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def tokenizer_digest(folder: Path) -> str:

@@ -4,6 +4,7 @@ Without the settings a reader takes alpha = rank, and the strength is silently w
 """
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +69,11 @@ def load_lora(unet: Any, path: Path) -> None:
         if not theirs:
             raise ValueError(f"it has no weights for the UNet (e.g. {names[0]})")
         _check_modules(unet, state)
+        if others := len(state) - len(theirs):
+            warnings.warn(f"{path}: {others} text encoder weights in it are not used", stacklevel=2)
         alphas = None if metadata else alphas
         unet.load_lora_adapter(state, network_alphas=alphas, prefix="unet", metadata=metadata)
-    except (ValueError, RuntimeError, KeyError) as error:
+    except (ValueError, RuntimeError, KeyError, TypeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{path}: does not fit this base: {reason}") from error
 
@@ -79,7 +82,9 @@ def _check_modules(unet: Any, state: dict[str, torch.Tensor]) -> None:
     modules = dict(unet.named_modules())
     for name, tensor in state.items():
         module, _, part = name.removeprefix(PREFIX).partition(".lora_")
-        if name.startswith(PREFIX) and module not in modules:
+        if not name.startswith(PREFIX):
+            continue
+        if module not in modules:
             raise ValueError(f"it adapts {module}, which this UNet does not have")
         if part == "A.weight" and tensor.ndim == 2:
             width = modules[module].in_features

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import mmap
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -88,7 +87,7 @@ def write_index(
 
 
 class Index:
-    """A checked, memory-mapped index file.
+    """A checked index file.
 
     ``header`` is the JSON, ``records`` a structured array of RECORD_DTYPE, ``digests`` [M] u64.
 
@@ -98,27 +97,28 @@ class Index:
 
     def __init__(self, path: Path) -> None:
         try:
-            with open(path, "rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:
-            raise CacheError(f"{path}: the index cannot be read ({error})") from None
-        view = memoryview(self._map)
+            self._data = path.read_bytes()
+        except FileNotFoundError:
+            raise CacheError(f"{path}: the index is missing") from None
+        view = memoryview(self._data)
         if view[: len(MAGIC)] != MAGIC or len(view) < len(MAGIC) + 8 + SHA_BYTES:
             raise CacheError(f"{path}: not a shardtune index, or its first bytes are damaged")
-        if hashlib.sha256(view[:-SHA_BYTES]).digest() != view[-SHA_BYTES:]:
+        digest = hashlib.sha256(view[:-SHA_BYTES])
+        if digest.digest() != view[-SHA_BYTES:]:
             raise CacheError(f"{path}: the index is damaged (sha256 differs)")
+        digest.update(view[-SHA_BYTES:])
+        self.sha256 = digest.hexdigest()
         (length,) = struct.unpack_from("<Q", view, len(MAGIC))
         start = len(MAGIC) + 8
-        self.sha256 = hashlib.sha256(view).hexdigest()
         self.header: dict[str, Any] = json.loads(bytes(view[start : start + length]))
         if f"{self.header['shard']}.index" != path.name:
             raise CacheError(f"{path}: this is the index of another shard ({self.header['shard']})")
         start += length
         count = self.header["count"]
-        self.records = np.frombuffer(self._map, RECORD_DTYPE, count, start)
+        self.records = np.frombuffer(self._data, RECORD_DTYPE, count, start)
         start += self.records.nbytes
         num_digests = (len(view) - SHA_BYTES - start) // 8
-        self.digests = np.frombuffer(self._map, "<u8", num_digests, start)
+        self.digests = np.frombuffer(self._data, "<u8", num_digests, start)
         self.layout = Layout(
             dtype=self.header["dtype"],
             latent=tuple(self.header["latent"]),

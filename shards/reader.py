@@ -21,7 +21,7 @@ from shards.index import Index, Part
 from shards.manifest import read_manifest
 from shards.plan import Entry, GlobalBatch, Group, Plan, Share, sample_generator
 
-MAX_OPEN_SHARDS = 256  # each holds two mappings; the usual limit of open files is 1024
+MAX_OPEN_SHARDS = 256  # each holds a file; the usual limit is 1024
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -76,6 +76,7 @@ class Cache:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.manifest = read_manifest(folder)
+        self._index_sha256 = {s["name"]: s["index_sha256"] for s in self.manifest["shards"]}
         self._groups: dict[tuple[Size, int], list[dict[str, Any]]] = {}
         for shard in self.manifest["shards"]:
             if shard["count"]:
@@ -102,8 +103,7 @@ class Cache:
         return self._open(shard["name"]), row - (int(ends[which - 1]) if which else 0)
 
     def _open_shard(self, name: str) -> Shard:
-        (row,) = (shard for shard in self.manifest["shards"] if shard["name"] == name)
-        return Shard(self.folder, name, row["index_sha256"])
+        return Shard(self.folder, name, self._index_sha256[name])
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -170,14 +170,20 @@ class Draws:
 
 
 def read_batch(
-    caches: Sequence[Cache], plan: Plan, batch: GlobalBatch, share: Share, micro: int
+    caches: Sequence[Cache],
+    plan: Plan,
+    batch: GlobalBatch,
+    share: Share,
+    micro: int,
+    total: float | None = None,
 ) -> Batch:
     """One rank's micro-batch, with its noise and times. A dummy of weight 0 where it has none.
+
+    ``total`` is the batch's ``total_weight``, where it is known already.
 
     Raises:
         CacheError: the data read is damaged; names the shard and the sample.
     """
-    total = sum(_weight(caches, plan, entry) for entry in batch.entries)
     entries = share.entries(batch, micro)
     real = bool(entries)
     entries = entries or batch.entries[:1]
@@ -188,7 +194,7 @@ def read_batch(
     return Batch(
         **stacked,
         keys=tuple(key for key, _ in rows) if real else (),
-        total_weight=total,
+        total_weight=total_weight(caches, plan, batch) if total is None else total,
         num_entries=len(batch.entries),
         epoch=batch.epoch,
         number=batch.number,
@@ -197,10 +203,14 @@ def read_batch(
     )
 
 
-def _weight(caches: Sequence[Cache], plan: Plan, entry: Entry) -> float:
-    group = plan.groups[entry.group]
-    shard, row = caches[group.cache].locate(group, entry.row)
-    return float(shard.index.records[row]["weight"])
+def total_weight(caches: Sequence[Cache], plan: Plan, batch: GlobalBatch) -> float:
+    """The samples' weights over all ranks and micro-batches of a global batch."""
+    total = 0.0
+    for entry in batch.entries:
+        group = plan.groups[entry.group]
+        shard, row = caches[group.cache].locate(group, entry.row)
+        total += float(shard.index.records[row]["weight"])
+    return total
 
 
 def _read_sample(
@@ -248,6 +258,8 @@ def read_epochs(
     ``Batch.to`` a GPU does not wait.
     """
 
+    totals = functools.lru_cache(maxsize=64)(functools.partial(total_weight, caches, plan))
+
     def places() -> Iterator[tuple[GlobalBatch, int]]:
         epoch, done = start
         for number in count(epoch * plan.num_batches + done):
@@ -255,7 +267,7 @@ def read_epochs(
             yield from ((batch, micro) for micro in range(share.num_micros(batch)))
 
     def read(place: tuple[GlobalBatch, int]) -> Batch:
-        batch = read_batch(caches, plan, place[0], share, place[1])
+        batch = read_batch(caches, plan, place[0], share, place[1], totals(place[0]))
         return batch.map(torch.Tensor.pin_memory) if pin else batch
 
     return read_ahead(read, places(), threads, ahead=2 * threads)

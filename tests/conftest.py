@@ -51,7 +51,12 @@ def encode_to(base: Path) -> Encode:
     """``encode_to(dataset, out, **settings)``: a cache at 64 pixels, buckets in steps of 16."""
 
     def run(dataset: Path, out: Path, **settings: Any) -> Path:
-        defaults: dict[str, Any] = {"base": str(base), "resolution": 64, "bucket_step": 16}
+        defaults: dict[str, Any] = {
+            "base": str(base),
+            "resolution": 64,
+            "bucket_step": 16,
+            "batch_size": 4,
+        }
         encode(EncodeSettings(dataset=dataset, out=out, **{**defaults, **settings}))
         return out
 

@@ -147,6 +147,25 @@ def test_the_schedule_is_ddpms(kind: str) -> None:
     assert torch.equal(target_of("epsilon", latents, noise, alphas), noise)
 
 
+def test_zero_terminal_snr_is_ddpms() -> None:
+    config: dict[str, Any] = {
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "rescale_betas_zero_snr": True,
+    }
+    ours, reference = alphas_cumprod(config), DDPMScheduler(**config).alphas_cumprod
+    assert ours[-1] == 0
+    assert torch.allclose(ours[:-1], reference[:-1], atol=1e-6, rtol=1e-3)
+
+
+@pytest.mark.parametrize("change", [{"beta_start": None}, {"beta_schedule": "squaredcos_cap_v2"}])
+def test_an_unknown_schedule_is_refused(change: dict[str, Any]) -> None:
+    config = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "linear"}
+    with pytest.raises(ValueError, match="the base's scheduler has"):
+        alphas_cumprod({**config, **change})
+
+
 def test_times_cover_all_timesteps_evenly() -> None:
     assert timesteps_of(torch.tensor([0.0, 0.0009, 0.001, 0.9995, 1.0]), 1000).tolist() == [
         0,

@@ -3,6 +3,7 @@
 import gc
 import hashlib
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 import webdataset as wds
 from conftest import Encode
@@ -133,7 +135,6 @@ def find(cache: Cache, key: str) -> Any:
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 def test_webdataset_alone_feeds_a_training_loop(cache: Path, base: Path) -> None:
     """No code of ours between the tars and the UNet, and the loss falls."""
-    import safetensors.torch
     from diffusers import DDPMScheduler, UNet2DConditionModel
 
     tars = sorted(str(path) for path in cache.glob("64x64-*.tar"))
@@ -179,7 +180,13 @@ def test_a_rerun_adopts_what_is_whole(
     with pytest.raises(CacheError, match="unfinished; run the same encode again"):
         Cache(out)
     settings = EncodeSettings(
-        dataset=pictures, base=str(base), out=out, resolution=64, bucket_step=16, dtype="fp32"
+        dataset=pictures,
+        base=str(base),
+        out=out,
+        resolution=64,
+        bucket_step=16,
+        dtype="fp32",
+        batch_size=4,
     )
     (report,) = encode(settings)
     assert (report.num_encoded, report.num_adopted) == (5, 9)
@@ -238,10 +245,6 @@ def test_a_vae_that_overflows_in_half_precision_is_retried_in_fp32(
     pictures: Path, base: Path, tmp_path: Path
 ) -> None:
     """fp16 latents of a VAE whose activations pass 65,504 are NaN; the cache's are not."""
-    import shutil
-
-    import safetensors.torch
-
     other = tmp_path / "vae"
     shutil.copytree(base / "vae", other)
     file = other / "diffusion_pytorch_model.safetensors"
@@ -298,3 +301,56 @@ def test_an_interrupted_encode_goes_on_to_the_same_bytes(
     encode_to(tmp_path / "data", out, **settings)
     assert faults(out) == []
     assert contents(out) == contents(encode_to(tmp_path / "data", tmp_path / "whole", **settings))
+
+
+def test_a_rerun_that_is_refused_leaves_the_cache(
+    pictures: Path, encode_to: Encode, base: Path, tmp_path: Path
+) -> None:
+    """A VAE that does not load is refused before any shard of the old one is removed."""
+    out = encode_to(pictures, tmp_path / "cache")
+    before = contents(out)
+    shutil.copytree(base / "vae", tmp_path / "vae")
+    file = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
+    weights = safetensors.torch.load_file(file)
+    weights.popitem()
+    safetensors.torch.save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="1 tensors missing"):
+        encode_to(pictures, out, vae=str(tmp_path / "vae"))
+    assert contents(out) == before
+
+
+def test_files_of_the_user_stay(pictures: Path, encode_to: Encode, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    for name in ("train", "val"):
+        shutil.copytree(pictures, data / name)
+    (data / "train" / "originals.tar").write_bytes(b"precious")
+    with pytest.raises(ValueError, match="train: is the data set; give another --out"):
+        encode_to(data, data)
+    with pytest.raises(ValueError, match=r"not empty and no cache \(holds 000.png\)"):
+        encode_to(pictures, data / "train")
+    out = encode_to(pictures, tmp_path / "cache")
+    (out / "backup.tar").write_bytes(b"precious")
+    encode_to(pictures, out, dtype="fp32")
+    assert (out / "backup.tar").read_bytes() == b"precious"
+    assert [line.split(": ")[0] for line in faults(out)] == [str(out / "backup.tar")]
+
+
+def test_a_read_error_ends_the_run_and_rejects_nothing(
+    pictures: Path, encode_to: Encode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that fails for a moment says nothing about the picture."""
+    real, reads = Path.read_bytes, []
+
+    def failing(path: Path) -> bytes:
+        if path.name == "004.png":
+            reads.append(path)
+            if len(reads) == 2:  # the first is the planning pass
+                raise OSError(5, "Input/output error", str(path))
+        return real(path)
+
+    monkeypatch.setattr(Path, "read_bytes", failing)
+    with pytest.raises(OSError, match="Input/output error"):
+        encode_to(pictures, tmp_path / "cache")
+    encode_to(pictures, tmp_path / "cache")
+    assert read_manifest(tmp_path / "cache")["num_samples"] == 14
+    assert (tmp_path / "cache" / "rejected.jsonl").read_bytes() == b""

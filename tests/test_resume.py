@@ -168,8 +168,12 @@ def test_a_run_that_cannot_be_resumed_is_refused_by_name(
 
 def test_overwrite_deletes_runs_only(cache: Path, base: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("dear")
-    with pytest.raises(ValueError, match="deletes runs only"):
+    with pytest.raises(ValueError, match="not empty, and no run of shardtune"):
         run(cache, base, tmp_path, steps=1, overwrite=True)
+    (tmp_path / "config.json").write_text("{}")
+    for how in ({"overwrite": True}, {"resume": True}):
+        with pytest.raises(ValueError, match="not empty, and no run of shardtune"):
+            run(cache, base, tmp_path, steps=1, **how)
     assert (tmp_path / "thesis.txt").read_text() == "dear"
     run(cache, base, tmp_path / "run", steps=2)
     run(cache, base, tmp_path / "run", steps=1, overwrite=True)
@@ -197,3 +201,33 @@ def test_a_refused_run_leaves_the_old_one(cache: Path, base: Path, tmp_path: Pat
     with pytest.raises(ValueError, match="1 tensors missing"):
         run(cache, tmp_path / "base", tmp_path / "run", steps=1, overwrite=True)
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
+
+
+def test_a_loss_that_is_not_finite_reaches_no_checkpoint(
+    cache: Path, base: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"step \d: the loss or its gradient is not finite"):
+        run(cache, base, tmp_path, steps=6, lr=1e6, checkpoint_every=1, max_grad_norm=0.0)
+    found = newest_checkpoint(tmp_path)
+    if found is not None:
+        weights = safetensors.torch.load_file(found[0] / LORA)
+        assert all(bool(tensor.isfinite().all()) for tensor in weights.values())
+    assert not (tmp_path / LORA).exists()
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+def test_another_schedule_of_the_base_is_refused_at_resume(
+    cache: Path, base: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "base"
+    shutil.copytree(base, copy)
+    run(cache, copy, tmp_path / "run", steps=1)
+    config = copy / "scheduler" / "scheduler_config.json"
+    text = config.read_text()
+    config.write_text(text.replace('"epsilon"', '"v_prediction"'))
+    with pytest.raises(ValueError, match="the prediction type is not the run's any more"):
+        run(cache, copy, tmp_path / "run", steps=2, resume=True)
+    config.write_text(text.replace("0.012", "0.02"))
+    with pytest.raises(ValueError, match="the noise schedule is not the run's any more"):
+        run(cache, copy, tmp_path / "run", steps=2, resume=True)

@@ -1,5 +1,6 @@
 """LoRA on the UNet's transformers, through peft."""
 
+import math
 from typing import Any
 
 import torch
@@ -21,9 +22,10 @@ def add_lora(unet: Any, config: TrainConfig) -> None:
     unet.add_adapter(
         LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=TARGETS[config.targets])
     )
-    for parameter in unet.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+    for name, parameter in trainable(unet).items():
+        parameter.data = parameter.data.float()
+        if ".lora_A." in name:  # again in fp32: peft drew it in the base's precision
+            torch.nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
 
 
 def trainable(unet: Any) -> dict[str, torch.nn.Parameter]:

@@ -34,8 +34,9 @@ def write_checkpoint(
 ) -> Path:
     """Write checkpoint-STEP; ``state`` is plain JSON."""
     final = run / "checkpoints" / f"checkpoint-{step}"
+    for left in final.parent.glob("*" + PARTIAL):  # by a run that was killed
+        shutil.rmtree(left)
     partial = final.with_name(final.name + PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     write_weights(unet, full, partial)
     safetensors.torch.save_file(optimizer_tensors(unet, optimizer), partial / OPTIMIZER)
@@ -44,9 +45,11 @@ def write_checkpoint(
     about = {"step": step, **state, "files": digests}
     (partial / STATE).write_text(json.dumps(about, indent=2, sort_keys=True) + "\n")
     sync_files(partial)
+    replaced = final.with_name(f"{final.name}.replaced{PARTIAL}")
     if final.exists():  # an earlier run went this far, and was resumed from before
-        shutil.rmtree(final)
+        os.replace(final, replaced)
     os.replace(partial, final)
+    shutil.rmtree(replaced, ignore_errors=True)
     fsync_folder(final.parent)
     return final
 
@@ -63,8 +66,9 @@ def optimizer_tensors(unet: Any, optimizer: torch.optim.Optimizer) -> dict[str, 
 
 def newest_checkpoint(run: Path) -> tuple[Path, dict[str, Any]] | None:
     """The newest whole checkpoint and its state; warns of those it passes over, and why."""
-    found = (run / "checkpoints").glob("checkpoint-*[0-9]")
-    for path in sorted(found, key=lambda p: int(p.name.split("-")[1]), reverse=True):
+    found = (run / "checkpoints").glob("checkpoint-*")
+    numbered = {int(path.name[11:]): path for path in found if path.name[11:].isdecimal()}
+    for _, path in sorted(numbered.items(), reverse=True):
         try:
             return path, read_state(path)
         except ValueError as error:

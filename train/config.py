@@ -1,5 +1,6 @@
 """What a training run can be told. Imports no torch: ``--help`` is made from it."""
 
+import math
 import tomllib
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -66,10 +67,15 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{flag(name)} must be at least {least}, not {value}")
-        for name in ("lr", "alpha", "epochs"):
+        for name, most in (("lr", 1e6), ("alpha", 1e6), ("epochs", 1e6)):
             value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise ValueError(f"{flag(name)} must be above 0, not {value}")
+            if value is not None and not 0 < value <= most:
+                raise ValueError(f"{flag(name)} must be above 0 and finite, not {value}")
+        for name in ("weight_decay", "max_grad_norm"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{flag(name)} must be finite, not {getattr(self, name)}")
+        if self.seed >= 2**63:
+            raise ValueError(f"--seed must be below 2**63, not {self.seed}")
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give the length of the run: either --steps or --epochs")
         if self.resume and self.overwrite:

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -45,12 +46,16 @@ def start_world(device: str) -> World:
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return World(pick_device(device))
+    if "RANK" not in os.environ:
+        raise ValueError("WORLD_SIZE is set and RANK is not: start several processes by torchrun")
     rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
     picked = pick_device(device)
     if picked.type == "cuda":
         picked = torch.device("cuda", local)
         torch.cuda.set_device(picked)
-    dist.init_process_group("nccl" if picked.type == "cuda" else "gloo")
+    # While one rank writes a checkpoint of 30 GB the others wait.
+    backend = "nccl" if picked.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(hours=2))
     return World(picked, rank, size)
 
 

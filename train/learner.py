@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from sdxl.device import Precision, pick_precision
+from sdxl.device import Precision, exact_fp32, pick_precision
 from shards.plan import Plan, Share
 from shards.reader import Batch, Cache, read_ahead, read_batch
 from train.adapters import trainable
@@ -47,6 +47,8 @@ def build_learner(config: TrainConfig, world: World) -> Learner:
     """UNet, adapters and optimizer, on this rank's device."""
     scheduler = scheduler_config(config.base)
     precision = pick_precision(config.precision, world.device, config.allow_cpu_bf16)
+    if precision.dtype == torch.float32:
+        exact_fp32()
     unet = build_unet(config, precision.dtype, world.device)
     forward = unet
     if world.size > 1:

@@ -4,6 +4,7 @@ Losses stay on the device until ``flush``: between two flushes the host never wa
 """
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ def cut_metrics(run: Path, last_step: int) -> None:
     kept = []
     for line in path.read_text("utf-8").splitlines():
         try:
-            if json.loads(line)["step"] <= last_step:
+            step = json.loads(line)["step"]
+            if step <= last_step and last_step > 0:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue
@@ -41,6 +43,7 @@ class RunLog:
         self, config: TrainConfig, world: World, start: int, num_steps: int, run_config: Any
     ) -> None:
         self.config, self.world = config, world
+        self.skips_overflows = False  # a GradScaler leaves steps out whose gradients overflow
         self._pending: list[tuple[int, float, torch.Tensor, torch.Tensor, int]] = []
         self._since = time.perf_counter()
         self._wandb: Any = None
@@ -68,8 +71,13 @@ class RunLog:
         values = torch.stack([losses, torch.stack([row[3] for row in self._pending])]).tolist()
         now = time.perf_counter()
         rate = sum(row[4] for row in self._pending) / max(now - self._since, 1e-9)
-        rows = [
-            {"step": step, "train/loss": loss, "train/lr": lr, "train/grad_norm": norm}
+        rows: list[dict[str, Any]] = [
+            {
+                "step": step,
+                "train/loss": _json(loss),
+                "train/lr": lr,
+                "train/grad_norm": _json(norm),
+            }
             for (step, lr, _, _, _), loss, norm in zip(self._pending, *values, strict=True)
         ]
         rows[-1]["train/images_per_second"] = round(rate, 3)
@@ -79,6 +87,8 @@ class RunLog:
         self.bar.set_postfix(loss=f"{mean:.4f}", img_s=f"{rate:.1f}")
         self._write(rows)
         self._pending, self._since = [], now
+        if not self.skips_overflows:
+            _check_finite(rows)
 
     def eval(self, step: int, loss: float) -> None:
         """Note an evaluation after ``step`` steps."""
@@ -121,6 +131,20 @@ class RunLog:
             self._wandb.finish()
 
 
+def _json(value: float) -> float | None:
+    return value if math.isfinite(value) else None  # JSON has no NaN
+
+
+def _check_finite(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        if row["train/loss"] is None or row["train/grad_norm"] is None:
+            raise ValueError(
+                f"step {row['step']}: the loss or its gradient is not finite; the run stops before "
+                "that reaches a checkpoint. A smaller --lr may help, or --precision bf16 or fp32; "
+                "--resume goes on from the last checkpoint"
+            )
+
+
 def _without_step(row: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in row.items() if name != "step"}
 
@@ -131,15 +155,18 @@ def _start_wandb(config: TrainConfig, run_config: Any) -> Any:
 
     path = config.out / WANDB_ID
     known = json.loads(path.read_text())["id"] if path.exists() else None
-    run = wandb.init(
-        project=config.wandb_project,
-        dir=str(config.out),
-        mode=config.wandb,
-        id=known,
-        resume="allow" if known else None,
-        config=run_config,
-        settings=wandb.Settings(silent=True),
-    )
+    try:
+        run = wandb.init(
+            project=config.wandb_project,
+            dir=str(config.out),
+            mode=config.wandb,
+            id=known,
+            resume="allow" if known else None,
+            config=run_config,
+            settings=wandb.Settings(silent=True),
+        )
+    except wandb.errors.Error as error:
+        raise ValueError(f"--wandb {config.wandb}: {error}") from error
     run.define_metric("*", step_metric="trainer/step")
     path.write_text(json.dumps({"id": run.id}) + "\n")
     return run

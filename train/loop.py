@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from math import ceil
@@ -9,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from sdxl.base import component_folder
+from sdxl.device import pick_precision
 from sdxl.fingerprint import weights_digest
 from shards.durable import write_durable
+from shards.manifest import content_digest
 from shards.plan import Plan, Share
 from shards.reader import Cache, read_epochs
 from train.adapters import trainable
@@ -19,18 +22,22 @@ from train.config import TrainConfig, flag
 from train.distributed import World, start_world, stop_world
 from train.interrupt import Interrupt
 from train.learner import Learner, build_learner, evaluate, train_step
-from train.log import METRICS, RunLog
+from train.log import RunLog
+from train.objective import alphas_cumprod
 from train.optim import learning_rate
 from train.unet import (
     check_cache,
     check_encoders,
     open_cache,
     open_val,
+    prediction_type,
+    scheduler_config,
 )
 from train.weights import publish
 
 CONFIG = "config.json"
-FIXED = ("full", "rank", "alpha", "targets", "prediction_type", "seed")  # over a resume
+FIXED = ("full", "rank", "alpha", "targets", "seed")  # over a resume
+STOP_EVERY = 10  # steps between looks at whether any of several ranks was told to stop
 
 
 @dataclass(kw_only=True)
@@ -59,7 +66,7 @@ def train(config: TrainConfig) -> Path:
     world = start_world(config.device)
     try:
         cache, val = _open_data(config, world)
-        identity = _identity(config, cache)
+        identity = _identity(config, cache, world)
         state = _find_start(config)
         plan, share = _plan(config, cache, world, state)
         learner = build_learner(config, world)
@@ -70,6 +77,7 @@ def train(config: TrainConfig) -> Path:
         about = _describe(config, plan, learner, num_steps)
         _make_folder(config, world, about)
         log = RunLog(config, world, start, num_steps, about)
+        log.skips_overflows = learner.scaler.is_enabled()
         try:
             run = Run(
                 config=config,
@@ -110,23 +118,33 @@ def _find_start(config: TrainConfig) -> dict[str, Any] | None:
     out = config.out
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: not a folder")
-    names = {path.name for path in out.iterdir()} if out.exists() else set()
-    if names and not config.resume:
-        if not config.overwrite:
+    if out.exists() and any(out.iterdir()):
+        if not _is_run(out):
+            raise ValueError(f"{out}: not empty, and no run of shardtune; give another --out")
+        if not (config.resume or config.overwrite):
             raise ValueError(f"{out}: not empty; --resume goes on there, --overwrite deletes it")
-        if not names & {METRICS, CONFIG, "checkpoints"}:
-            raise ValueError(f"{out}: --overwrite deletes runs only, and this is none")
     found = newest_checkpoint(out) if config.resume else None
     return {**found[1], "path": found[0]} if found else None
 
 
+def _is_run(folder: Path) -> bool:
+    """By content: a ``config.json`` alone is the commonest of names."""
+    try:
+        return "steps_per_epoch" in json.loads((folder / CONFIG).read_bytes())
+    except (OSError, ValueError, TypeError):
+        return False
+
+
 def _make_folder(config: TrainConfig, world: World, about: dict[str, Any]) -> None:
-    """The run's folder with its config. The last thing before the first step: what made it this
-    far will not be refused, so only now may an older run be deleted."""
+    """The run's folder with its config.
+
+    The last thing before the first step: what made it this far will hardly be refused, so only now
+    may an older run be deleted.
+    """
     world.wait()  # all ranks have looked before one writes
     if world.is_main:
-        if config.overwrite:
-            shutil.rmtree(config.out, ignore_errors=True)
+        if config.overwrite and config.out.exists():
+            shutil.rmtree(config.out)
         config.out.mkdir(parents=True, exist_ok=True)
         write_durable(config.out / CONFIG, (json.dumps(about, indent=2) + "\n").encode())
     world.wait()
@@ -140,25 +158,38 @@ def _plan(
     at_once = config.batch_size * world.size
     size = at_once * config.accumulate
     if state is not None:
-        size = state["global_batch"]
+        asked, size = size, state["global_batch"]
         if size % at_once:
             raise ValueError(
                 f"--batch-size {config.batch_size} x {world.size} processes does not divide the "
                 f"run's global batch of {size}"
             )
+        if size != asked:
+            warnings.warn(
+                f"the run's global batch is {size} and stays so: {size // at_once} forward passes "
+                "are accumulated",
+                stacklevel=2,
+            )
     return Plan(cache.groups(), config.seed, size), share
 
 
-def _identity(config: TrainConfig, cache: Cache) -> dict[str, str]:
-    base = weights_digest(component_folder(config.base, "unet"))
-    return {"cache": cache.manifest["digest"], "base UNet": base}
+def _identity(config: TrainConfig, cache: Cache, world: World) -> dict[str, str]:
+    scheduler = scheduler_config(config.base)
+    precision = pick_precision(config.precision, world.device, config.allow_cpu_bf16, quiet=True)
+    return {
+        "cache": cache.manifest["digest"],
+        "base UNet": weights_digest(component_folder(config.base, "unet")),
+        "prediction type": prediction_type(config, scheduler),
+        "noise schedule": content_digest(alphas_cumprod(scheduler).tolist()),
+        "precision": str(precision.dtype).removeprefix("torch."),
+    }
 
 
 def _num_steps(config: TrainConfig, plan: Plan) -> int:
     if config.steps is not None:
         return config.steps
     assert config.epochs is not None
-    return ceil(config.epochs * plan.num_batches)
+    return max(1, ceil(round(config.epochs * plan.num_batches, 6)))
 
 
 def _restore(
@@ -226,7 +257,8 @@ def _steps(run: Run) -> None:
             run.log.step(done, lr, loss, grad_norm, num_samples)
             at_log = last or _is_due(done, config.log_every)
             # A rank alone must not stop: the others would wait for its gradients for ever.
-            stop = (world.size == 1 or at_log) and world.any(interrupt.signal is not None)
+            may_stop = world.size == 1 or _is_due(done, STOP_EVERY)
+            stop = may_stop and world.any(interrupt.signal is not None)
             due = done in config.checkpoint_at or _is_due(done, config.checkpoint_every)
             if at_log or stop or due:
                 run.log.flush()
@@ -251,6 +283,7 @@ def _write_checkpoint(run: Run, step: int) -> None:
         }
         config = run.config
         write_checkpoint(config.out, step, learner.unet, config.full, learner.optimizer, state)
+    learner.world.wait()  # a rank that ends before the checkpoint is written would end them all
 
 
 def _evaluate(run: Run, step: int) -> None:

@@ -19,8 +19,10 @@ def alphas_cumprod(scheduler: dict[str, Any]) -> torch.Tensor:
     Raises:
         ValueError: a schedule that SDXL does not use.
     """
-    start, end = scheduler.get("beta_start", 0.0001), scheduler.get("beta_end", 0.02)
-    num, kind = scheduler.get("num_train_timesteps", 1000), scheduler.get("beta_schedule", "linear")
+    kind, num = scheduler.get("beta_schedule"), scheduler.get("num_train_timesteps", 1000)
+    start, end = scheduler.get("beta_start"), scheduler.get("beta_end")
+    if not (isinstance(start, float) and isinstance(end, float) and isinstance(num, int)):
+        raise ValueError("the base's scheduler has no beta_start and beta_end to train with")
     if scheduler.get("trained_betas") is not None or kind not in ("scaled_linear", "linear"):
         raise ValueError(
             f"the base's scheduler has beta_schedule {kind}; known: scaled_linear, linear"
@@ -29,7 +31,15 @@ def alphas_cumprod(scheduler: dict[str, Any]) -> torch.Tensor:
         betas = torch.linspace(start, end, num)
     else:
         betas = torch.linspace(start**0.5, end**0.5, num) ** 2
-    return torch.cumprod(1.0 - betas, dim=0)
+    alphas = torch.cumprod(1.0 - betas, dim=0)
+    return zero_terminal_snr(alphas) if scheduler.get("rescale_betas_zero_snr") else alphas
+
+
+def zero_terminal_snr(alphas: torch.Tensor) -> torch.Tensor:
+    """Shift and scale sqrt(alphas) [T] so that the last is 0 and the first stays (Lin et al. 2023,
+    algorithm 1)."""
+    roots = alphas.sqrt()
+    return ((roots - roots[-1]) * (roots[0] / (roots[0] - roots[-1]))) ** 2
 
 
 def timesteps_of(times: torch.Tensor, num: int) -> torch.Tensor:

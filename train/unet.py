@@ -115,6 +115,8 @@ def open_val(config: TrainConfig, train: Cache) -> Cache | None:
     elif train.folder != config.cache and (config.cache / "val").is_dir():
         val = Cache(config.cache / "val")
     else:
+        if config.eval_every:
+            warnings.warn("--eval-every: there is no validation cache, so no eval", stacklevel=2)
         return None
     for name in ENCODERS:
         if val.manifest["recipe"][name]["digest"] != train.manifest["recipe"][name]["digest"]:

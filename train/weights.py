@@ -53,9 +53,13 @@ def publish(unet: Any, full: bool, run: Path) -> Path:
         warnings.warn("some weights are beyond fp16: use the fp32 file", stacklevel=2)
     unet.save_pretrained(partial, max_shard_size=ONE_FILE, variant="fp16")
     sync_files(partial)
-    shutil.rmtree(run / UNET, ignore_errors=True)
+    replaced = run / f"{UNET}.replaced.partial"
+    shutil.rmtree(replaced, ignore_errors=True)
+    if (run / UNET).exists():
+        os.replace(run / UNET, replaced)
     os.replace(partial, run / UNET)
     fsync_folder(run)
+    shutil.rmtree(replaced, ignore_errors=True)
     return run / UNET
 
 
