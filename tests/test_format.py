@@ -88,7 +88,8 @@ def test_two_encodes_give_the_same_bytes(
     copy.mkdir()
     for path in sorted(pictures.iterdir(), reverse=True):
         (copy / path.name).write_bytes(path.read_bytes())
-    settings = ["--resolution", "64", "--bucket-step", "16", "--dtype", "fp32", "--threads", "1"]
+    settings = ["--resolution", "64", "--bucket-step", "16", "--dtype", "fp32"]
+    settings += ["--threads", "1", "--batch-size", "4"]
     given = [str(copy), "--base", str(base), "--out", str(tmp_path / "cache"), *settings]
     subprocess.run([sys.executable, "cli.py", "encode", *given], cwd=ROOT, check=True)
     assert contents(tmp_path / "cache") == contents(cache)
