@@ -66,10 +66,6 @@ class Source:
     records: list[Record]
     rejected: list[Rejected]
 
-    @property
-    def num_pictures(self) -> int:
-        return len(self.records) + len(self.rejected)
-
 
 def read_data_set(root: Path, val_share: float) -> dict[str, Source]:
     """The sources by the sub-folder of the cache they belong in: "" alone, or train and val.

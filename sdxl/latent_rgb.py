@@ -61,11 +61,3 @@ class LatentSums:
         ridge = 1e-6 * np.eye(len(self.gram)) * max(float(np.trace(self.gram)), 1.0)
         solved = np.linalg.solve(self.gram + ridge, self.cross)
         return {"weight": solved[:-1].tolist(), "bias": solved[-1].tolist()}
-
-
-def latents_to_rgb(latents: torch.Tensor, fitted: dict[str, Any]) -> torch.Tensor:
-    """Scaled latents [N, C, h, w] to small pictures [N, 3, h, w] in 0..1."""
-    weight = torch.tensor(fitted["weight"], dtype=torch.float32)
-    bias = torch.tensor(fitted["bias"], dtype=torch.float32)
-    colours = torch.einsum("nchw,cr->nrhw", latents.float().cpu(), weight) + bias.view(1, 3, 1, 1)
-    return (colours / 2 + 0.5).clamp(0, 1)

@@ -59,14 +59,6 @@ class Sample:
     digests: dict[str, str] = field(default_factory=dict)  # cause -> sha256
     weight: float = 1.0  # of the loss, not of the sampling
 
-    @property
-    def num_variants(self) -> int:
-        return len(self.tensors["latents.mean"])
-
-    @property
-    def num_captions(self) -> int:
-        return len(self.tensors["prompt_embeds"])
-
     def members(self) -> dict[str, bytes]:
         """The tar members by extension, the same bytes in every process."""
         about = {
