@@ -15,16 +15,16 @@ import torch
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
-from infer.prompts import Prompt, parse_prompt, read_prompts
 from infer.settings import GenerateSettings
-from infer.sheet import contact_sheet
 from sdxl.base import component_folder, model_config, read_config
 from sdxl.conditioning import Conditioning, TextEncoders
 from sdxl.device import exact_fp32, pick_device, pick_precision
 from sdxl.fingerprint import config_digest, file_digest, weights_digest
 from sdxl.load import load_scheduler, load_unet, load_unet_folder, load_vae
 from sdxl.lora_files import load_lora
+from sdxl.prompts import Prompt, parse_prompt, read_prompts
 from sdxl.sampling import decode_latents, default_time_ids, sample_latents, starting_noise
+from sdxl.sheet import contact_sheet
 
 LORA = "pytorch_lora_weights.safetensors"
 SETTINGS_KEY = "shardtune"
@@ -191,33 +191,15 @@ def _encode_prompts(
 ) -> dict[str | None, Conditioning]:
     """Each different text once; None is the base's unconditional. The encoders are gone after."""
     encoders = TextEncoders(settings.base, dtype, device)
-    texts = sorted(
-        {d.prompt for d in drawings} | {d.negative for d in drawings if d.negative} | {""}
-    )
-    encoded = encoders.encode(texts, settings.batch_size)
-    if cut := [text for text in texts if encoders.is_cut(text)]:
+    texts = {text for one in drawings for text in (one.prompt, one.negative) if text}
+    found = encoders.encode_each(texts, settings.batch_size)
+    if cut := sorted(text for text in texts if encoders.is_cut(text)):
         warnings.warn(
             f"{len(cut)} prompts are cut at 77 tokens, e.g. {cut[0][:60]!r}", stacklevel=2
         )
-    found: dict[str | None, Conditioning] = {
-        text: encoded[row : row + 1] for row, text in enumerate(texts)
-    }
-    found[None] = found[""].zeros_like() if _zeros_for_empty(settings.base) else found[""]
     del encoders
     gc.collect()
     return found
-
-
-def _zeros_for_empty(base: str) -> bool:
-    """``force_zeros_for_empty_prompt`` of the base's pipeline; SDXL's is true."""
-    index = component_folder(base, "unet").parent / "model_index.json"
-    if not index.is_file():
-        return True
-    try:
-        config = json.loads(index.read_bytes())
-        return bool(config.get("force_zeros_for_empty_prompt", True))
-    except (ValueError, AttributeError):
-        raise ValueError(f"{index}: not a pipeline's JSON") from None
 
 
 def _draw_all(
@@ -269,8 +251,8 @@ def draw(
     latents = sample_latents(
         unet,
         copy.deepcopy(scheduler),
-        _stack([conditioning[one.prompt] for one in batch]),
-        _stack([conditioning[one.negative] for one in batch]),
+        Conditioning.cat(conditioning[one.prompt] for one in batch),
+        Conditioning.cat(conditioning[one.negative] for one in batch),
         noise=starting_noise(generators, shape),
         time_ids=default_time_ids(len(batch), width, height),
         num_steps=num_steps,
@@ -278,12 +260,6 @@ def draw(
         generators=generators,
     )
     return decode_latents(vae, latents)
-
-
-def _stack(parts: list[Conditioning]) -> Conditioning:
-    return Conditioning(
-        torch.cat([part.prompt for part in parts]), torch.cat([part.pooled for part in parts])
-    )
 
 
 def _save(path: Path, picture: torch.Tensor, drawing: Drawing, weights: dict[str, Any]) -> None:

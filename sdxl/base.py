@@ -114,6 +114,22 @@ def model_config(base: str, component: str) -> tuple[Path, dict[str, Any]]:
     return folder, config
 
 
+def zeros_for_empty_prompt(base: str) -> bool:
+    """``force_zeros_for_empty_prompt`` of the base's pipeline; SDXL's is true.
+
+    Raises:
+        BaseError: its ``model_index.json`` cannot be read.
+    """
+    index = component_folder(base, "text_encoder").parent / "model_index.json"
+    if not index.is_file():
+        return True
+    try:
+        config = json.loads(index.read_bytes())
+        return bool(config.get("force_zeros_for_empty_prompt", True))
+    except (ValueError, AttributeError):
+        raise BaseError(f"{index}: not a pipeline's JSON") from None
+
+
 @dataclass(frozen=True)
 class Weights:
     """The safetensors files of one model, and the ``variant`` that names them."""

@@ -1,10 +1,12 @@
 """Prompts to embeddings, by the SDXL pipeline's own ``encode_prompt``."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from sdxl.base import zeros_for_empty_prompt
 from sdxl.load import load_text_encoders, load_tokenizers
 
 
@@ -22,6 +24,12 @@ class Conditioning:
     def __getitem__(self, rows: Any) -> "Conditioning":
         return Conditioning(self.prompt[rows], self.pooled[rows])
 
+    @classmethod
+    def cat(cls, parts: "Iterable[Conditioning]") -> "Conditioning":
+        """The rows of all parts, in their order."""
+        rows = list(parts)
+        return cls(torch.cat([part.prompt for part in rows]), torch.cat([p.pooled for p in rows]))
+
     def zeros_like(self) -> "Conditioning":
         return Conditioning(torch.zeros_like(self.prompt), torch.zeros_like(self.pooled))
 
@@ -36,6 +44,7 @@ class TextEncoders:
         from diffusers import StableDiffusionXLPipeline
 
         one, two = load_text_encoders(base, dtype)
+        self.zeros_for_empty = zeros_for_empty_prompt(base)
         self.tokenizers = load_tokenizers(base)
         self.device = device
         self._pipeline: Any = StableDiffusionXLPipeline(
@@ -64,9 +73,22 @@ class TextEncoders:
                 padded, device=self.device, do_classifier_free_guidance=False
             )
             found.append(Conditioning(prompt[: len(part)].cpu(), pooled[: len(part)].cpu()))
-        return Conditioning(
-            torch.cat([part.prompt for part in found]), torch.cat([part.pooled for part in found])
-        )
+        return Conditioning.cat(found)
+
+    def encode_each(
+        self, texts: Iterable[str | None], batch_size: int
+    ) -> dict[str | None, Conditioning]:
+        """Each different text once, as one row; None is the base's unconditional, always there.
+
+        That is zeros or the encoded "", by the base's ``force_zeros_for_empty_prompt``.
+        """
+        distinct = sorted({text for text in texts if text is not None} | {""})
+        encoded = self.encode(distinct, batch_size)
+        found: dict[str | None, Conditioning] = {
+            text: encoded[row : row + 1] for row, text in enumerate(distinct)
+        }
+        found[None] = found[""].zeros_like() if self.zeros_for_empty else found[""]
+        return found
 
     def is_cut(self, prompt: str) -> bool:
         """Whether the prompt has more tokens than the encoders take."""

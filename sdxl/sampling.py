@@ -24,7 +24,7 @@ def default_time_ids(num: int, width: int, height: int) -> torch.Tensor:
     return torch.tensor([[height, width, 0, 0, height, width]] * num)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: a UNet under FSDP could not be trained any more after it
 def sample_latents(
     unet: Any,
     scheduler: Any,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from infer.prompts import Prompt, parse_prompt, read_prompts
+from sdxl.prompts import Prompt, parse_prompt, read_prompts
 
 
 def test_every_option() -> None:
@@ -125,6 +125,6 @@ def test_a_bad_file_is_one_clear_line(tmp_path: Path, content: bytes | None, mes
 
 
 def test_reading_prompts_needs_no_torch() -> None:
-    code = "import sys, infer.prompts; sys.exit('torch' in sys.modules)"
+    code = "import sys, sdxl.prompts; sys.exit('torch' in sys.modules)"
     root = Path(__file__).parents[1]
     subprocess.run([sys.executable, "-c", code], cwd=root, check=True)

@@ -1,6 +1,7 @@
 """Prompt files: one prompt a line, with kohya's options (``a cat --n blurry --w 768 --d 7``).
 
-Free of torch, so that a command can refuse a bad file before it loads any model.
+``generate`` and the previews of ``encode`` and ``prompts`` read the same syntax. Free of torch, so
+that a command can refuse a bad file before it loads any model.
 """
 
 import re

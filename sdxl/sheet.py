@@ -1,0 +1,54 @@
+"""Pictures with their prompts, at a glance."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+TILE = 256  # pixels
+LINE = 18  # pixels under each tile, for its prompt
+MOST = 100  # pictures on one sheet
+
+
+def contact_sheet(
+    pictures: Sequence[tuple[Path | Image.Image, str]], tile: int = TILE
+) -> Image.Image:
+    """The first pictures (at least one), each fitted in a tile, with the start of its prompt below.
+
+    ``tile`` is a tile's side in pixels. A file is opened when its turn comes.
+    """
+    shown = pictures[:MOST]
+    columns = math.ceil(math.sqrt(len(shown)))
+    rows = math.ceil(len(shown) / columns)
+    sheet = Image.new("RGB", (columns * tile, rows * (tile + LINE)), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    for number, (picture, prompt) in enumerate(shown):
+        row, column = divmod(number, columns)
+        x, y = column * tile, row * (tile + LINE)
+        fitted = _fit(picture, tile)
+        width, height = fitted.size
+        sheet.paste(fitted, (x + (tile - width) // 2, y + (tile - height) // 2))
+        pen.text((x + 3, y + tile + 1), _cut(prompt, tile - 6, pen, font), fill="black", font=font)
+    return sheet
+
+
+def _fit(picture: Path | Image.Image, tile: int) -> Image.Image:
+    if isinstance(picture, Path):
+        with Image.open(picture) as opened:
+            return _fit(opened, tile)
+    scale = tile / max(picture.size)
+    width, height = (max(1, round(side * scale)) for side in picture.size)
+    return picture.convert("RGB").resize((width, height))
+
+
+def _cut(
+    prompt: str,
+    width: int,
+    pen: ImageDraw.ImageDraw,
+    font: ImageFont.ImageFont | ImageFont.FreeTypeFont,
+) -> str:
+    line = prompt
+    while line and pen.textlength(line, font=font) > width:
+        line = line[:-2]
+    return line
