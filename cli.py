@@ -215,6 +215,8 @@ def _tell_encoded(report: Any) -> None:
     ):
         if number:
             click.echo(f"  {number} {what}")
+    if report.num_prompts:
+        click.echo(f"  {report.num_prompts} preview prompts")
     if report.causes:
         click.echo(f"  earlier shards were encoded again, changed: {', '.join(report.causes)}")
     if report.rejected:
@@ -223,6 +225,24 @@ def _tell_encoded(report: Any) -> None:
             f"  {len(report.rejected)} rejected, see {report.folder / 'rejected.jsonl'}; "
             f"e.g. {first.path}: {first.reason}"
         )
+
+
+@commands.command()
+@click.argument("cache", type=click.Path(path_type=Path))
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--base", required=True, help="The SDXL base that CACHE was encoded with.")
+@click.option("--device", default="auto", show_default=True, help="auto, cuda, cuda:N, mps or cpu.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def prompts(cache: Path, file: Path, base: str, device: str, debug: bool) -> None:
+    """Replace the preview prompts of CACHE by those of FILE (syntax: as generate's).
+
+    The data set is not needed, and a run that was stopped still goes on from this cache.
+    """
+    with door(debug):
+        from precompute.prompts import change_prompts
+
+        path, count = change_prompts(cache, file, base, device)
+        click.echo(f"{path}: {count} preview prompts")
 
 
 @stage("train", "train.config:TrainConfig")

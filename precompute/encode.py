@@ -1,6 +1,5 @@
 """The stage: plan the shards, adopt what is whole, encode what is missing, mark it."""
 
-import hashlib
 import json
 import re
 import warnings
@@ -9,26 +8,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from tqdm import tqdm
 
 from precompute.placement import PlannedShard, place, plan_pictures
+from precompute.prompts import settle_prompts
 from precompute.recipe import read_recipe
 from precompute.samples import Encoders, Notes, encode_members
 from precompute.settings import EncodeSettings
 from precompute.sources import Rejected, Source, read_data_set
+from precompute.text import UNCONDITIONAL, text_shape, unconditional_is_whole, write_unconditional
 from sdxl.device import exact_fp32
 from sdxl.latent_rgb import LatentSums
+from sdxl.prompts import Prompt, read_prompts
 from shards import CacheError
 from shards.buckets import bucket_name
 from shards.durable import PARTIAL, write_durable
 from shards.index import Index
-from shards.manifest import MANIFEST, content_digest, read_manifest, write_manifest
-from shards.sample import DTYPES, Layout, Sample
+from shards.manifest import MANIFEST, write_manifest
+from shards.sample import Layout, Sample
 from shards.writer import write_shard
 
-UNCONDITIONAL = "unconditional.safetensors"
 REJECTED = "rejected.jsonl"
 SHARD_NAME = re.compile(r"\d+x\d+-\d{6}")
 
@@ -45,6 +45,7 @@ class Report:
     num_adopted: int = 0  # from an earlier run
     num_upscaled: int = 0
     num_cut_captions: int = 0
+    num_prompts: int = 0  # to draw previews from
     rejected: list[Rejected] = field(default_factory=list)
     causes: list[str] = field(default_factory=list)  # why earlier shards were encoded again
 
@@ -57,8 +58,9 @@ def encode(settings: EncodeSettings) -> list[Report]:
     """Encode a data set into ``settings.out``, or its ``train`` and ``val``; a report for each.
 
     Raises:
-        ValueError: the data set, the base or the settings cannot be used.
+        ValueError: the data set, the base, the prompts or the settings cannot be used.
     """
+    prompts = None if settings.preview_prompts is None else read_prompts(settings.preview_prompts)
     if settings.threads:
         torch.set_num_threads(settings.threads)
     sources = read_data_set(settings.dataset, settings.val_share)
@@ -69,21 +71,27 @@ def encode(settings: EncodeSettings) -> list[Report]:
     if "" not in sources and (settings.out / MANIFEST).exists():
         raise ValueError(f"{settings.out}: is one cache, not train/ and val/; give another --out")
     exact_fp32()
-    return [
-        encode_source(source, settings.out / name, encoders, recipe)
+    return [  # previews are of training: none in val
+        encode_source(
+            source, settings.out / name, encoders, recipe, None if name == "val" else prompts
+        )
         for name, source in sources.items()
     ]
 
 
 def encode_source(
-    source: Source, folder: Path, encoders: Encoders, recipe: dict[str, Any]
+    source: Source,
+    folder: Path,
+    encoders: Encoders,
+    recipe: dict[str, Any],
+    prompts: list[Prompt] | None,
 ) -> Report:
-    """One cache, from nothing or from what an earlier run left."""
+    """One cache, from nothing or from what an earlier run left; None keeps the prompts it has."""
     settings, report = encoders.settings, Report(folder)
     planned, unreadable = plan_pictures(source.records, settings)
     shards = place(planned, settings.shard_size)
     folder.mkdir(parents=True, exist_ok=True)
-    text_is_whole = _unconditional_is_whole(folder, recipe)
+    text_is_whole = unconditional_is_whole(folder, recipe)
     indexes, stale = _adopt(folder, shards, recipe)
     report.causes = sorted(set(stale.values()))
     report.num_adopted = sum(len(index) for index in indexes.values())
@@ -93,7 +101,8 @@ def encode_source(
     for path in folder.glob("*" + PARTIAL):
         path.unlink()
     if not text_is_whole:
-        _write_unconditional(folder, encoders, recipe)
+        write_unconditional(folder, encoders.text, settings.batch_size, recipe)
+    report.num_prompts = settle_prompts(folder, prompts, encoders, recipe)
     with tqdm(
         total=len(planned), initial=report.num_adopted, unit="img", desc=f"encode {folder.name}"
     ) as bar:
@@ -180,7 +189,7 @@ def _write_shard(
     shard: PlannedShard, folder: Path, encoders: Encoders, recipe: dict[str, Any], bar: Any
 ) -> Index:
     settings = encoders.settings
-    text = _text_shape(folder)
+    text = text_shape(folder)
     layout = Layout(
         dtype=settings.dtype,
         latent=(encoders.latents.channels, shard.bucket[1] // 8, shard.bucket[0] // 8),
@@ -205,45 +214,6 @@ def _write_shard(
     return Index(folder / f"{shard.name}.index")
 
 
-def _text_causes(recipe: dict[str, Any]) -> str:
-    return content_digest([recipe[c] for c in ("text_encoder", "text_encoder_2", "storage")])
-
-
-def _write_unconditional(folder: Path, encoders: Encoders, recipe: dict[str, Any]) -> None:
-    """The empty prompt both ways; with it come the shapes of the text tensors."""
-    settings = encoders.settings
-    empty = encoders.text.encode([""], settings.batch_size).to(DTYPES[settings.dtype])
-    zeros = empty.zeros_like()
-    tensors = {
-        "empty.prompt_embeds": empty.prompt,
-        "empty.pooled_prompt_embeds": empty.pooled,
-        "zeros.prompt_embeds": zeros.prompt,
-        "zeros.pooled_prompt_embeds": zeros.pooled,
-    }
-    data = safetensors.torch.save(tensors, metadata={"causes": _text_causes(recipe)})
-    write_durable(folder / UNCONDITIONAL, data)
-
-
-def _unconditional_is_whole(folder: Path, recipe: dict[str, Any]) -> bool:
-    """Whether an earlier run's manifest vouches for these very bytes."""
-    try:
-        digest = read_manifest(folder)["side_files"][UNCONDITIONAL]
-        data = (folder / UNCONDITIONAL).read_bytes()
-    except (CacheError, KeyError, OSError):
-        return False
-    return hashlib.sha256(data).hexdigest() == digest and _text_causes(recipe).encode() in data
-
-
-def _text_shape(folder: Path) -> dict[str, int]:
-    tensors = safetensors.torch.load((folder / UNCONDITIONAL).read_bytes())
-    _, tokens, depth = tensors["empty.prompt_embeds"].shape
-    return {
-        "tokens": tokens,
-        "depth": depth,
-        "pooled": tensors["empty.pooled_prompt_embeds"].shape[1],
-    }
-
-
 def _write_rejected(folder: Path, rejected: list[Rejected]) -> None:
     rows = [{"key": one.key, "path": one.path, "reason": one.reason} for one in rejected]
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
@@ -251,7 +221,7 @@ def _write_rejected(folder: Path, rejected: list[Rejected]) -> None:
 
 
 def _write_manifest(folder: Path, recipe: dict[str, Any], indexes: list[Index]) -> None:
-    about: dict[str, Any] = {"recipe": recipe, "text": _text_shape(folder)}
+    about: dict[str, Any] = {"recipe": recipe, "text": text_shape(folder)}
     sums = [LatentSums.from_json(index.header["sums"]) for index in indexes if len(index)]
     if sums:
         total = sum(sums[1:], start=sums[0])

@@ -33,9 +33,15 @@ def read_recipe(settings: EncodeSettings) -> dict[str, Any]:
         },
         "storage": {"dtype": settings.dtype, "mean_only": settings.mean_only},
     }
+    return recipe | read_text_recipe(settings.base)
+
+
+def read_text_recipe(base: str) -> dict[str, dict[str, str]]:
+    """The part of the recipe that decides embeddings: each text encoder with its tokenizer."""
+    recipe = {}
     for name in ("text_encoder", "text_encoder_2"):
-        folder, config = model_config(settings.base, name)
-        tokenizer = component_folder(settings.base, name.replace("text_encoder", "tokenizer"))
+        folder, config = model_config(base, name)
+        tokenizer = component_folder(base, name.replace("text_encoder", "tokenizer"))
         recipe[name] = {
             "digest": weights_digest(folder),
             "config": config_digest(config),

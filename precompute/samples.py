@@ -16,6 +16,7 @@ from precompute.latents import LatentEncoder
 from precompute.placement import Planned, describe
 from precompute.settings import EncodeSettings
 from precompute.sources import Rejected
+from precompute.text import load_text
 from sdxl.conditioning import TextEncoders
 from sdxl.device import PRECISIONS, pick_device
 from sdxl.latent_rgb import LatentSums
@@ -51,8 +52,7 @@ class Encoders:
     @property
     def text(self) -> TextEncoders:
         if self._text is None:
-            dtype = torch.float16 if self.device.type == "cuda" else torch.float32
-            self._text = TextEncoders(self.settings.base, dtype, self.device)
+            self._text = load_text(self.settings.base, self.device)
         return self._text
 
 

@@ -27,6 +27,9 @@ class EncodeSettings:
     vae_dtype: Dtype = _option("fp32", "Precision of the VAE; non-finite latents: again in fp32.")
     dtype: Dtype = _option("fp16", "Precision of the stored tensors.")
     mean_only: bool = _option(False, "Store only the mean of the VAE's posterior.")
+    preview_prompts: Path | None = _option(
+        None, "Prompt file to draw from while training; default: the prompts the cache has."
+    )
     device: str = _option("auto", "auto, cuda, cuda:N, mps or cpu.")
     batch_size: int = _option(2, "Pictures encoded at a time; 1024² takes about 3 GB for each.")
     threads: int | None = _option(None, "CPU threads; the default is torch's.")

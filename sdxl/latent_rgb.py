@@ -61,3 +61,13 @@ class LatentSums:
         ridge = 1e-6 * np.eye(len(self.gram)) * max(float(np.trace(self.gram)), 1.0)
         solved = np.linalg.solve(self.gram + ridge, self.cross)
         return {"weight": solved[:-1].tolist(), "bias": solved[-1].tolist()}
+
+
+def latents_to_rgb(latents: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """Scaled latents [N, C, h, w] to colours [N, 3, h, w] in 0..1, fp32, one for each latent pixel.
+
+    ``weight`` [C, 3] and ``bias`` [3] are of ``LatentSums.fit``: the map gives colours in -1..1.
+    """
+    weight, bias = (part.to(latents.device, torch.float32) for part in (weight, bias))
+    colours = torch.einsum("nchw,cr->nrhw", latents.float(), weight) + bias.view(1, 3, 1, 1)
+    return (colours / 2 + 0.5).clamp(0, 1)

@@ -9,6 +9,7 @@ A cache is a folder::
     832x1216-000000.tar         a plain webdataset tar; all its samples have one bucket
     832x1216-000000.index       the mark of a whole shard, written after the tar is in place
     unconditional.safetensors   the empty prompt both ways: zeros, and the encoded ""
+    prompts.safetensors         preview prompts, if there are any (see ``shards.previews``)
     rejected.jsonl              each picture that was not encoded, and why; sorted by key
 
 Legend: V variants (crops, flips), C captions, k chunks of 77 tokens, h w latent height and width,
@@ -46,7 +47,9 @@ digest (settings and weights that made it) and sums from which the manifest's st
 
 Manifest: canonical JSON (sorted keys, two spaces, one newline at the end) with a ``digest`` over
 the rest, so that any changed byte shows. It lists each shard with its index's sha256, and the
-sha256 of each side file: whoever trusts the manifest can check every byte of the folder.
+sha256 of each side file: whoever trusts the manifest can check every byte of the folder. What a
+run learns from is told by ``data_digest``, over the same less the preview prompts: those may be
+replaced in a finished cache (``cli.py prompts``), and a run still goes on from it.
 """
 
 FORMAT = "shardtune-cache"

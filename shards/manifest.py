@@ -10,7 +10,8 @@ from shards.durable import write_durable
 from shards.index import Index
 
 MANIFEST = "manifest.json"
-SIDE_FILES = ("unconditional.safetensors", "prompts.safetensors", "rejected.jsonl")
+PROMPTS = "prompts.safetensors"
+SIDE_FILES = ("unconditional.safetensors", PROMPTS, "rejected.jsonl")
 
 
 def canonical_json(value: Any) -> str:
@@ -38,11 +39,7 @@ def write_manifest(folder: Path, about: dict[str, Any], indexes: list[Index]) ->
         }
         for index in sorted(indexes, key=lambda index: str(index.header["shard"]))
     ]
-    side_files = {
-        name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
-        for name in SIDE_FILES
-        if (folder / name).exists()
-    }
+    side_files = {name: _sha256(folder / name) for name in SIDE_FILES if (folder / name).exists()}
     manifest = {
         "format": FORMAT,
         "version": VERSION,
@@ -51,9 +48,55 @@ def write_manifest(folder: Path, about: dict[str, Any], indexes: list[Index]) ->
         "side_files": side_files,
         "num_samples": sum(shard["count"] for shard in shards),
     }
+    return _sign_manifest(folder, manifest)
+
+
+def renew_side_file(folder: Path, name: str) -> dict[str, Any]:
+    """Vouch for a side file as it is now, and go on vouching for all else as before; the manifest.
+
+    Raises:
+        CacheError: as ``read_manifest``.
+    """
+    manifest = read_manifest(folder)
+    manifest["side_files"][name] = _sha256(folder / name)
+    del manifest["digest"]
+    return _sign_manifest(folder, manifest)
+
+
+def _sign_manifest(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     manifest["digest"] = content_digest(manifest)
     write_durable(folder / MANIFEST, canonical_json(manifest).encode())
     return manifest
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def data_digest(manifest: dict[str, Any]) -> str:
+    """sha256 of all that a run learns from: the manifest without the preview prompts.
+
+    In a cache that has none it is the manifest's own ``digest``.
+    """
+    kept = {name: value for name, value in manifest.items() if name != "digest"}
+    kept["side_files"] = {n: sha for n, sha in kept["side_files"].items() if n != PROMPTS}
+    return content_digest(kept)
+
+
+def read_side_file(folder: Path, manifest: dict[str, Any], name: str, remedy: str) -> bytes:
+    """The bytes of a side file that the manifest names, and vouches for.
+
+    Raises:
+        CacheError: missing or damaged; ends with ``remedy``.
+    """
+    path = folder / name
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CacheError(f"{path}: cannot be read ({error.strerror or error}); {remedy}") from None
+    if hashlib.sha256(data).hexdigest() != manifest["side_files"][name]:
+        raise CacheError(f"{path}: damaged, or not the one the manifest names; {remedy}")
+    return data
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

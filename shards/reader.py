@@ -18,7 +18,7 @@ import xxhash
 from shards import CacheError
 from shards.buckets import Size
 from shards.index import Index, Part
-from shards.manifest import read_manifest
+from shards.manifest import data_digest, read_manifest
 from shards.plan import Entry, GlobalBatch, Group, Plan, Share, sample_generator
 
 MAX_OPEN_SHARDS = 256  # each holds a file; the usual limit is 1024
@@ -87,6 +87,11 @@ class Cache:
             for group, shards in self._groups.items()
         }
         self._open = functools.lru_cache(maxsize=MAX_OPEN_SHARDS)(self._open_shard)
+
+    @property
+    def data_digest(self) -> str:
+        """sha256 of all that a run learns from; other preview prompts leave it as it is."""
+        return data_digest(self.manifest)
 
     def groups(self, number: int = 0) -> list[Group]:
         """What a ``Plan`` needs to know of this cache, which is the ``number``-th of the run."""

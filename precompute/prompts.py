@@ -1,0 +1,131 @@
+"""Preview prompts into a cache: their embeddings, for a trainer that holds no text encoder."""
+
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from precompute.recipe import read_text_recipe
+from precompute.samples import Encoders
+from precompute.text import load_text, text_causes
+from sdxl.base import zeros_for_empty_prompt
+from sdxl.conditioning import Conditioning, TextEncoders
+from sdxl.device import exact_fp32, pick_device
+from sdxl.prompts import Prompt, read_prompts
+from shards.durable import write_durable
+from shards.manifest import MANIFEST, PROMPTS, read_manifest, renew_side_file
+from shards.previews import PreviewFile
+from shards.sample import DTYPES
+
+BATCH_SIZE = 4  # always the same: the last bits of an embedding depend on it
+
+
+def change_prompts(cache: Path, file: Path, base: str, device: str) -> tuple[Path, int]:
+    """Put the prompts of ``file`` in the place of a finished cache's, without its data set.
+
+    Of a cache that is split in two it is ``train`` that previews are drawn for. Returns the file
+    written, and the number of prompts in it.
+
+    Raises:
+        ValueError: a bad prompt file, an unfinished cache, or one of other text encoders.
+    """
+    prompts = read_prompts(file)
+    is_split = not (cache / MANIFEST).exists() and (cache / "train").is_dir()
+    folder = cache / "train" if is_split else cache
+    recipe = read_manifest(folder)["recipe"]
+    _check_encoders(folder, recipe, base)
+    exact_fp32()
+    encoders = load_text(base, pick_device(device))
+    write_prompts(folder, prompts, encoders, _made_with(recipe, base))
+    renew_side_file(folder, PROMPTS)
+    return folder / PROMPTS, len(prompts)
+
+
+def settle_prompts(
+    folder: Path, prompts: list[Prompt] | None, encoders: Encoders, recipe: dict[str, Any]
+) -> int:
+    """Encode's part, before it writes the manifest: ``prompts``, or (None) those of before.
+
+    Nothing is encoded that is there already, and nothing stays that these text encoders did not
+    make. Returns the number of prompts the cache has.
+    """
+    wanted = _made_with(recipe, encoders.settings.base)
+    held = _read_held(folder / PROMPTS)
+    if prompts is not None:
+        same = held and (held.prompts, held.made_with) == ([*map(asdict, prompts)], wanted)
+        if not same:
+            write_prompts(folder, prompts, encoders.text, wanted)
+        return len(prompts)
+    if held is not None and held.made_with["text"] == wanted["text"]:
+        return len(held.prompts)
+    if (folder / PROMPTS).exists():
+        what = "damaged" if held is None else "made with other text encoders, or in another dtype"
+        warnings.warn(
+            f"{folder / PROMPTS}: {what}: removed; `python cli.py prompts` makes it again",
+            stacklevel=2,
+        )
+        (folder / PROMPTS).unlink()
+    return 0
+
+
+def write_prompts(
+    folder: Path, prompts: list[Prompt], encoders: TextEncoders, made_with: dict[str, Any]
+) -> None:
+    """Write ``prompts.safetensors``; the manifest is the caller's.
+
+    Raises:
+        ValueError: an embedding is not finite in the cache's dtype.
+    """
+    texts = [text for one in prompts for text in (one.text, one.negative)]
+    found = encoders.encode_each(texts, BATCH_SIZE)
+    if cut := sorted({text for text in texts if text and encoders.is_cut(text)}):
+        warnings.warn(
+            f"{len(cut)} preview prompts are cut at 77 tokens, e.g. {cut[0][:60]!r}", stacklevel=2
+        )
+    dtype = made_with["dtype"]
+    prompt = Conditioning.cat(found[one.text] for one in prompts).to(DTYPES[dtype])
+    negative = Conditioning.cat(found[one.negative] for one in prompts).to(DTYPES[dtype])
+    tensors = {
+        "prompt_embeds": prompt.prompt,
+        "pooled_prompt_embeds": prompt.pooled,
+        "negative.prompt_embeds": negative.prompt,
+        "negative.pooled_prompt_embeds": negative.pooled,
+    }
+    for name, tensor in tensors.items():
+        rows = tensor.isfinite().flatten(1).all(dim=1).tolist()
+        if False in rows:
+            raise ValueError(
+                f"{folder / PROMPTS}: the {name} of {prompts[rows.index(False)].text!r} is not "
+                f"finite in {dtype}; change it, or encode the data set with another --dtype"
+            )
+    held = PreviewFile(prompts=[*map(asdict, prompts)], made_with=made_with, tensors=tensors)
+    write_durable(folder / PROMPTS, held.to_bytes())
+
+
+def _made_with(recipe: dict[str, Any], base: str) -> dict[str, Any]:
+    """What decides the embeddings besides the prompts."""
+    return {
+        "text": text_causes(recipe),
+        "dtype": recipe["storage"]["dtype"],
+        "unconditional": "zeros" if zeros_for_empty_prompt(base) else "empty",
+    }
+
+
+def _read_held(path: Path) -> PreviewFile | None:
+    """The prompts that a cache holds; None where there are none, or damaged ones."""
+    try:
+        return PreviewFile.from_bytes(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def _check_encoders(folder: Path, recipe: dict[str, Any], base: str) -> None:
+    """Embeddings of another model would look like prompts and mean nothing."""
+    for name, theirs in read_text_recipe(base).items():
+        held = recipe[name]
+        if changed := [part for part in theirs if held.get(part) != theirs[part]]:
+            what = name.replace("text_encoder", "tokenizer") if changed == ["tokenizer"] else name
+            raise ValueError(
+                f"{folder}: made with another {what} than {base} holds; give the base it was made "
+                "with as --base, or encode the data set with this one"
+            )

@@ -1,0 +1,64 @@
+"""The text half of a cache: who encodes it, and its empty prompt."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from sdxl.conditioning import TextEncoders
+from shards import CacheError
+from shards.durable import write_durable
+from shards.manifest import content_digest, read_manifest
+from shards.sample import DTYPES
+
+UNCONDITIONAL = "unconditional.safetensors"
+
+
+def load_text(base: str, device: torch.device) -> TextEncoders:
+    """The base's text encoders, in the precision that captions are encoded in."""
+    return TextEncoders(base, torch.float16 if device.type == "cuda" else torch.float32, device)
+
+
+def text_causes(recipe: dict[str, Any]) -> str:
+    """Changes with anything but the text that decides an embedding as it is stored."""
+    causes = [recipe["text_encoder"], recipe["text_encoder_2"], recipe["storage"]["dtype"]]
+    return content_digest(causes)
+
+
+def write_unconditional(
+    folder: Path, encoders: TextEncoders, batch_size: int, recipe: dict[str, Any]
+) -> None:
+    """The empty prompt both ways; with it come the shapes of the text tensors."""
+    empty = encoders.encode([""], batch_size).to(DTYPES[recipe["storage"]["dtype"]])
+    zeros = empty.zeros_like()
+    tensors = {
+        "empty.prompt_embeds": empty.prompt,
+        "empty.pooled_prompt_embeds": empty.pooled,
+        "zeros.prompt_embeds": zeros.prompt,
+        "zeros.pooled_prompt_embeds": zeros.pooled,
+    }
+    data = safetensors.torch.save(tensors, metadata={"causes": text_causes(recipe)})
+    write_durable(folder / UNCONDITIONAL, data)
+
+
+def unconditional_is_whole(folder: Path, recipe: dict[str, Any]) -> bool:
+    """Whether an earlier run's manifest vouches for these very bytes."""
+    try:
+        digest = read_manifest(folder)["side_files"][UNCONDITIONAL]
+        data = (folder / UNCONDITIONAL).read_bytes()
+    except (CacheError, KeyError, OSError):
+        return False
+    return hashlib.sha256(data).hexdigest() == digest and text_causes(recipe).encode() in data
+
+
+def text_shape(folder: Path) -> dict[str, int]:
+    """``tokens`` and ``depth`` of a prompt embedding, and the width of the ``pooled`` one."""
+    tensors = safetensors.torch.load((folder / UNCONDITIONAL).read_bytes())
+    _, tokens, depth = tensors["empty.prompt_embeds"].shape
+    return {
+        "tokens": tokens,
+        "depth": depth,
+        "pooled": tensors["empty.pooled_prompt_embeds"].shape[1],
+    }

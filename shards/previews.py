@@ -1,0 +1,80 @@
+"""``prompts.safetensors``: preview prompts with their embeddings, in a cache for the trainer.
+
+Tensors, N prompts in the cache's dtype, rows in the order of the prompt file:
+
+    prompt_embeds                    [N, T, D]
+    pooled_prompt_embeds             [N, P]
+    negative.prompt_embeds           [N, T, D]   the base's unconditional where there is no negative
+    negative.pooled_prompt_embeds    [N, P]
+
+The header's one metadata key, ``shardtune``, is sorted JSON: ``prompts`` (for each text, negative,
+width, height, seed, num_steps, guidance_scale; null: the reader's default), ``made_with`` (what
+else decides the tensors) and ``digest`` (sha256 over those two and the tensors). With that digest
+the file vouches for itself where an interrupted encode has left no manifest.
+"""
+
+import hashlib
+import json
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+
+from shards.manifest import canonical_json
+
+KEY = "shardtune"
+TENSORS = (
+    "prompt_embeds",
+    "pooled_prompt_embeds",
+    "negative.prompt_embeds",
+    "negative.pooled_prompt_embeds",
+)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PreviewFile:
+    """What the file holds: ``prompts`` as plain JSON, ``made_with``, and the four tensors."""
+
+    prompts: list[dict[str, Any]]
+    made_with: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
+
+    def to_bytes(self) -> bytes:
+        """The same bytes in every process."""
+        about = {"prompts": self.prompts, "made_with": self.made_with}
+        about["digest"] = _digest(about, self.tensors)
+        metadata = {KEY: json.dumps(about, sort_keys=True, ensure_ascii=False)}
+        return safetensors.torch.save(self.tensors, metadata=metadata)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "PreviewFile":
+        """The way back.
+
+        Raises:
+            ValueError: damaged, or something else.
+        """
+        try:
+            (length,) = struct.unpack("<Q", data[:8])
+            about = json.loads(json.loads(data[8 : 8 + length])["__metadata__"][KEY])
+            tensors = safetensors.torch.load(data)
+            digest = about.pop("digest")
+            whole = sorted(tensors) == sorted(TENSORS) and _digest(about, tensors) == digest
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"no preview prompts ({error})") from None
+        except (struct.error, SafetensorError, RecursionError) as error:
+            raise ValueError(f"no whole safetensors file ({error})") from None
+        if not whole:
+            raise ValueError("damaged (its digest differs)")
+        return cls(prompts=about["prompts"], made_with=about["made_with"], tensors=tensors)
+
+
+def _digest(about: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256(canonical_json(about).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,195 @@
+"""Previews: the cached prompts drawn by the UNet alone, all on one sheet.
+
+No text encoder is needed, as the cache holds the embeddings, and no VAE, as it holds a linear map
+from latents to colours. Seeds are fixed, so the sheets of one run differ by what it has learned.
+"""
+
+import copy
+import inspect
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+
+from sdxl.conditioning import Conditioning
+from sdxl.latent_rgb import latents_to_rgb
+from sdxl.load import load_scheduler
+from sdxl.prompts import Prompt
+from sdxl.sampling import decode_latents, default_time_ids, sample_latents, starting_noise
+from sdxl.sheet import MOST, contact_sheet
+from shards import CacheError
+from shards.buckets import Size
+from shards.manifest import PROMPTS, read_side_file
+from shards.previews import PreviewFile
+from shards.reader import Cache
+
+TILE = 512  # pixels; four for each of a 1024² picture's latents
+REMEDY = "make it again with `python cli.py prompts`"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PreviewPrompts:
+    """N prompts with their embeddings, and how their latents become colours."""
+
+    prompts: tuple[Prompt, ...]
+    prompt: Conditioning  # N rows, as cached
+    negative: Conditioning  # N rows; the base's unconditional where a prompt has no negative
+    size: Size  # (width, height) in pixels where a prompt has none
+    weight: torch.Tensor  # [C, 3] fp32, of ``latents_to_rgb``
+    bias: torch.Tensor  # [3] fp32
+
+
+def read_preview_prompts(cache: Cache) -> PreviewPrompts | None:
+    """The preview prompts of a cache; None where it has none.
+
+    Where a prompt has no size of its own, it is drawn in the cache's largest bucket.
+
+    Raises:
+        CacheError: they are damaged or missing, or the cache holds no picture.
+    """
+    manifest = cache.manifest
+    if PROMPTS not in manifest["side_files"]:
+        return None
+    if not cache.groups():
+        raise CacheError(f"{cache.folder}: holds no picture, so previews have no size and colours")
+    data = read_side_file(cache.folder, manifest, PROMPTS, REMEDY)
+    try:
+        held = PreviewFile.from_bytes(data)
+        prompts = tuple(Prompt(**one) for one in held.prompts)
+    except (ValueError, TypeError) as error:
+        raise CacheError(f"{cache.folder / PROMPTS}: {error}; {REMEDY}") from None
+    tensors, colours = held.tensors, manifest["latent_rgb"]
+    largest = max(cache.groups(), key=lambda g: (g.bucket[0] * g.bucket[1], g.count, g.bucket))
+    return PreviewPrompts(
+        prompts=prompts,
+        prompt=Conditioning(tensors["prompt_embeds"], tensors["pooled_prompt_embeds"]),
+        negative=Conditioning(
+            tensors["negative.prompt_embeds"], tensors["negative.pooled_prompt_embeds"]
+        ),
+        size=largest.bucket,
+        weight=torch.tensor(colours["weight"]),
+        bias=torch.tensor(colours["bias"]),
+    )
+
+
+def preview_scheduler(
+    base: str, prediction_type: str | None = None, zero_snr: bool | None = None
+) -> Any:
+    """The base's own sampler, told what the run trains; None leaves the base's word.
+
+    With ``zero_snr`` sampling starts at the last timestep ("trailing"): only there is the noise
+    pure (Lin et al., "Common Diffusion Noise Schedules and Sample Steps are Flawed", 3.3).
+
+    Raises:
+        BaseError: the base names no sampler that diffusers knows.
+    """
+    scheduler = load_scheduler(base)
+    changes: dict[str, Any] = {}
+    if prediction_type is not None:
+        changes["prediction_type"] = prediction_type
+    if zero_snr is not None:
+        changes["rescale_betas_zero_snr"] = zero_snr
+    if zero_snr:
+        changes["timestep_spacing"] = "trailing"
+    known = inspect.signature(type(scheduler).__init__).parameters
+    if deaf := sorted(name for name in changes if name not in known and changes[name]):
+        warnings.warn(
+            f"previews are drawn without {', '.join(deaf)}: the base's "
+            f"{type(scheduler).__name__} does not know it",
+            stacklevel=2,
+        )
+    kept = {name: value for name, value in changes.items() if name in known}
+    return type(scheduler).from_config(scheduler.config, **kept)
+
+
+def draw_previews(
+    unet: Any,
+    scheduler: Any,
+    previews: PreviewPrompts,
+    *,
+    autocast: torch.dtype | None = None,
+    vae: Any = None,
+    num_steps: int = 20,
+    guidance_scale: float = 5.0,
+) -> Image.Image:
+    """One sheet of the first 100 prompts, as their file has them, each with the start of its text.
+
+    ``scheduler`` is of ``preview_scheduler``. What a prompt says of size, seed, steps and guidance
+    wins over the defaults; prompt i has seed i. ``autocast`` is the dtype of the forward pass where
+    the UNet trains under autocast; None is no autocast, whatever the caller's. With a ``vae`` the
+    colours are true, without they are of the cache's linear map. One prompt at a time, so that it
+    takes less memory than training does.
+
+    The UNet's modes and torch's generators are afterwards what they were. Of a sharded UNet every
+    rank must call this, with the same arguments but for the ``vae``.
+    """
+    tiles: list[tuple[Any, str]] = []
+    with _borrowed(unet):
+        for row, prompt in enumerate(previews.prompts[:MOST]):
+            latents = _sample(unet, scheduler, previews, row, autocast, num_steps, guidance_scale)
+            with torch.autocast(latents.device.type, enabled=False):
+                if vae is None:
+                    picture = latents_to_rgb(latents, previews.weight, previews.bias)
+                else:
+                    picture = decode_latents(vae, latents)
+            tiles.append((_to_image(picture[0]), prompt.text))
+    return contact_sheet(tiles, TILE)
+
+
+def _sample(
+    unet: Any,
+    scheduler: Any,
+    previews: PreviewPrompts,
+    row: int,
+    autocast: torch.dtype | None,
+    num_steps: int,
+    guidance_scale: float,
+) -> torch.Tensor:
+    """Latents [1, C, h, w] of one prompt."""
+    prompt, rows = previews.prompts[row], slice(row, row + 1)
+    width, height = prompt.width or previews.size[0], prompt.height or previews.size[1]
+    generator = torch.Generator().manual_seed(row if prompt.seed is None else prompt.seed)
+    shape = (unet.config.in_channels, height // 8, width // 8)
+    if prompt.guidance_scale is not None:
+        guidance_scale = prompt.guidance_scale
+    # No cache of cast weights: one filled without gradients would leave training without them.
+    with torch.autocast(
+        unet.device.type, autocast, enabled=autocast is not None, cache_enabled=False
+    ):
+        return sample_latents(
+            unet,
+            copy.deepcopy(scheduler),
+            previews.prompt[rows],
+            previews.negative[rows],
+            noise=starting_noise([generator], shape),
+            time_ids=default_time_ids(1, width, height),
+            num_steps=prompt.num_steps or num_steps,
+            guidance_scale=guidance_scale,
+            generators=[generator],
+        )
+
+
+@contextmanager
+def _borrowed(unet: Any) -> Iterator[None]:
+    """The UNet in eval mode; its modes and torch's generators come back as they were."""
+    modes = [(module, module.training) for module in unet.modules()]
+    devices = [unet.device] if unet.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        # A few samplers draw from the global generator, whose state is of the step.
+        torch.default_generator.manual_seed(0)
+        unet.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
+
+def _to_image(picture: torch.Tensor) -> Image.Image:
+    """[3, H, W] in 0..1; what is not finite, of a run that went astray, is black."""
+    levels = (picture.float().cpu().nan_to_num(0) * 255).round().to(torch.uint8)
+    return Image.fromarray(levels.permute(1, 2, 0).numpy())
