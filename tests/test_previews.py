@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from click.testing import CliRunner
 from conftest import Encode
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
+from torch.distributed.fsdp import fully_shard
 
 import cli
 from precompute.images import open_picture, render
@@ -104,6 +106,18 @@ def faults_of(folder: Path) -> list[str]:
 
 def texts_of(folder: Path) -> list[str]:
     return [row["text"] for row in PreviewFile.from_bytes((folder / PROMPTS).read_bytes()).prompts]
+
+
+def forward(unet: Any, previews: PreviewPrompts) -> torch.Tensor:
+    """One pass as in training: a latent of 8 x 8 with the first prompt."""
+    time_ids = torch.tensor([[64, 64, 0, 0, 64, 64]])
+    predicted: torch.Tensor = unet(
+        torch.randn(1, 4, 8, 8),
+        torch.tensor(500),
+        encoder_hidden_states=previews.prompt.prompt[:1],
+        added_cond_kwargs={"text_embeds": previews.prompt.pooled[:1], "time_ids": time_ids},
+    ).sample
+    return predicted
 
 
 def tiles_of(sheet: Image.Image) -> Iterator[np.ndarray]:
@@ -488,22 +502,33 @@ def test_under_autocast_training_keeps_its_gradients(
     unet.requires_grad_(True)
     scheduler = preview_scheduler(str(base))
     exact = draw_previews(unet, scheduler, previews, num_steps=2)
-    inputs = torch.randn(1, 4, 8, 8), torch.tensor(500)
-    added = {
-        "text_embeds": previews.prompt.pooled[:1],
-        "time_ids": torch.tensor([[64, 64, 0, 0, 64, 64]]),
-    }
     with torch.autocast("cpu", torch.bfloat16):
         rough = draw_previews(unet, scheduler, previews, autocast=torch.bfloat16, num_steps=2)
         plain = draw_previews(unet, scheduler, previews, num_steps=2)
-        states = previews.prompt.prompt[:1]
-        out = unet(*inputs, encoder_hidden_states=states, added_cond_kwargs=added).sample
-    out.float().sum().backward()
+        predicted = forward(unet, previews)
+    predicted.float().sum().backward()
     without = [name for name, p in unet.named_parameters() if p.grad is None]
     assert not without
     assert plain.tobytes() == exact.tobytes()
     difference = np.abs(np.asarray(rough).astype(int) - np.asarray(exact))
     assert 0 < difference.mean() < 12
+
+
+def test_a_sharded_unet_is_drawn_and_still_trains(
+    base: Path, unet: Any, previews: PreviewPrompts
+) -> None:
+    """FSDP gathers weights into buffers made by its first forward: they must take gradients."""
+    scheduler = preview_scheduler(str(base))
+    expected = draw_previews(unet, scheduler, previews, num_steps=2)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        unet.requires_grad_(True)
+        fully_shard(unet, mesh=dist.init_device_mesh("cpu", (1,)))
+        assert draw_previews(unet, scheduler, previews, num_steps=2).tobytes() == expected.tobytes()
+        forward(unet, previews).sum().backward()
+        assert all(parameter.grad is not None for parameter in unet.parameters())
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_lora_in_half_precision_is_drawn(base: Path, previews: PreviewPrompts) -> None:
