@@ -236,7 +236,7 @@ def _tell_encoded(report: Any) -> None:
 def prompts(cache: Path, file: Path, base: str, device: str, debug: bool) -> None:
     """Replace the preview prompts of CACHE by those of FILE (syntax: as generate's).
 
-    The data set is not needed, and a run that was stopped still goes on from this cache.
+    The data set is not needed.
     """
     with door(debug):
         from precompute.prompts import change_prompts

@@ -48,8 +48,8 @@ digest (settings and weights that made it) and sums from which the manifest's st
 Manifest: canonical JSON (sorted keys, two spaces, one newline at the end) with a ``digest`` over
 the rest, so that any changed byte shows. It lists each shard with its index's sha256, and the
 sha256 of each side file: whoever trusts the manifest can check every byte of the folder. What a
-run learns from is told by ``data_digest``, over the same less the preview prompts: those may be
-replaced in a finished cache (``cli.py prompts``), and a run still goes on from it.
+run learns from is told by ``data_digest``, over the same less the preview prompts, which may be
+replaced in a finished cache (``cli.py prompts``).
 """
 
 FORMAT = "shardtune-cache"

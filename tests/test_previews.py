@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -242,6 +243,34 @@ def test_only_the_prompts_are_vouched_for_anew(copy: Path, base: Path, file: Pat
     path.write_bytes(data)
     change_prompts(copy, file, str(base), "cpu")
     assert faults_of(copy) == [f"{path}: damaged (sha256 differs)"]
+
+
+def test_a_command_that_was_killed_is_refused_by_name_and_mended(
+    copy: Path,
+    base: Path,
+    file: Path,
+    pictures: Path,
+    encode_to: Encode,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Between the file and the manifest; the command or an encode makes it good."""
+    change_prompts(copy, file, str(base), "cpu")
+    file.write_text(OTHER)
+    for mend in (
+        lambda: change_prompts(copy, file, str(base), "cpu"),
+        lambda: encode_to(pictures, copy, dtype="fp32"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr("precompute.prompts.renew_side_file", lambda *_: sys.exit(9))
+            with pytest.raises(SystemExit):
+                change_prompts(copy, file, str(base), "cpu")
+        with pytest.raises(CacheError, match=r"not the one the manifest names; make it again"):
+            read_preview_prompts(Cache(copy))
+        mend()
+        assert faults_of(copy) == [] and texts_of(copy) == ["a green triangle"]
+        file.write_text(LINES)
+        change_prompts(copy, file, str(base), "cpu")
+        file.write_text(OTHER)
 
 
 def test_refusals(copy: Path, base: Path, file: Path, tmp_path: Path) -> None:

@@ -156,7 +156,8 @@ def _sample(
     shape = (unet.config.in_channels, height // 8, width // 8)
     if prompt.guidance_scale is not None:
         guidance_scale = prompt.guidance_scale
-    # No cache of cast weights: one filled without gradients would leave training without them.
+    # No cache of cast weights: filled here it has no gradients, and some versions of torch would
+    # train on with it where the caller is under autocast too.
     with torch.autocast(
         unet.device.type, autocast, enabled=autocast is not None, cache_enabled=False
     ):
