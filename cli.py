@@ -1,6 +1,7 @@
 #!/usr/bin/env python
 """The door. Each stage is imported inside its command, so that ``--help`` is quick."""
 
+import logging
 import os
 import signal
 import sys
@@ -30,6 +31,21 @@ class Numbers(click.ParamType[tuple[int, ...]]):
             return tuple(int(part) for part in str(value).split(",") if part.strip())
         except ValueError:
             self.fail(f"{value!r} is not whole numbers with commas between", param, ctx)
+
+
+class Parsed(click.ParamType[Any]):
+    """A type of the settings that reads itself: it has ``parse(text)``."""
+
+    def __init__(self, kind: Any, name: str) -> None:
+        self.kind, self.name = kind, name
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        if isinstance(value, self.kind):
+            return value
+        try:
+            return self.kind.parse(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
 
 
 class StageCommand(click.Command):
@@ -64,7 +80,7 @@ class StageCommand(click.Command):
             if ctx.get_parameter_source(name) == ParameterSource.COMMANDLINE
         }
         if recipe is not None:
-            for name, value in import_module("train.config").read_recipe(recipe).items():
+            for name, value in import_module("train.recipe").read_recipe(recipe).items():
                 if _RIVALS.get(name) not in given:
                     given.setdefault(name, _from_toml(self._options[name], value, recipe, ctx))
         for one in fields(self.settings):
@@ -80,11 +96,12 @@ def _parameter(one: Field[Any], hint: Any) -> click.Parameter:
     """The click option of a settings field; a field without help is an argument."""
     kind = _click_type(hint)
     if "help" not in one.metadata:
-        return click.Argument([one.name], type=kind, required=False)
+        several = typing.get_origin(hint) is tuple
+        return click.Argument([one.name], type=kind, required=False, nargs=-1 if several else 1)
     flag = "--" + one.name.replace("_", "-")
     flags = f"{flag}/--no-{flag[2:]}" if kind is click.BOOL else flag
     required = one.default is MISSING
-    shown = not required and one.default not in ((), None) and one.default is not False
+    shown = not required and one.default not in ((), None) and bool(one.default)
     return click.Option(
         [flags, one.name],
         type=kind,
@@ -100,7 +117,11 @@ def _click_type(hint: Any) -> click.ParamType[Any]:
     if typing.get_origin(hint) is Literal:
         return click.Choice(typing.get_args(hint))
     if typing.get_origin(hint) is tuple:
-        return Numbers()
+        (hint, _) = typing.get_args(hint)
+        if hint is int:
+            return Numbers()
+    if hasattr(hint, "parse"):
+        return Parsed(hint, {"Every": "STEPS|Nep"}.get(hint.__name__, hint.__name__))
     simple = {bool: click.BOOL, int: click.INT, float: click.FLOAT, str: click.STRING}
     return simple.get(hint) or click.Path(path_type=Path)
 
@@ -111,7 +132,14 @@ def _from_toml(option: click.Parameter, value: Any, recipe: Path, ctx: click.Con
         raise ValueError(f"{recipe}: {option.name} cannot be {value!r}")
     if is_flag:
         return value
+    if option.nargs == -1:
+        parts = value if isinstance(value, list) else [value]
+        return tuple(_converted(option, str(part), recipe, ctx) for part in parts)
     text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    return _converted(option, text, recipe, ctx)
+
+
+def _converted(option: click.Parameter, text: str, recipe: Path, ctx: click.Context) -> Any:
     try:
         return option.type.convert(text, option, ctx)
     except click.BadParameter as error:
@@ -140,19 +168,27 @@ def door(debug: bool) -> Iterator[None]:
     signal.signal(signal.SIGTERM, _terminate)
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError, FloatingPointError) as error:
         if debug:
             raise
         kind = BadInput if isinstance(error, ValueError) else click.ClickException
-        raise kind(" ".join(str(error).split())) from error
+        raise kind(_rank() + " ".join(str(error).split())) from error
     except RuntimeError as error:
         if debug or type(error).__name__ != "OutOfMemoryError":
             raise
-        hint = "out of memory: try a smaller --batch-size, or --gradient-checkpointing in training"
-        raise click.ClickException(f"{hint} ({' '.join(str(error).split())[:200]})") from error
+        reason = " ".join(str(error).split())[:200]
+        raise click.ClickException(
+            f"out of memory: try a smaller --batch-size ({reason})"
+        ) from error
     except KeyboardInterrupt as stop:
         click.echo("\nInterrupted.", err=True)
         sys.exit(143 if isinstance(stop, Terminated) else 130)
+
+
+def _rank() -> str:
+    """Who says it, where several processes might."""
+    rank = os.environ.get("RANK", "0")
+    return "" if rank == "0" else f"process {rank}: "
 
 
 def stage(name: str, settings: str) -> Callable[[Callable[..., None]], click.Command]:
@@ -179,6 +215,8 @@ def commands() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 @stage("encode", "precompute.settings:EncodeSettings")
@@ -253,9 +291,25 @@ def prompts(cache: Path, file: Path, base: str, device: str, debug: bool) -> Non
     help="Options from a TOML file; flags win.",
 )
 def train(ctx: click.Context, debug: bool, recipe: Path | None, **values: Any) -> None:
-    """Fine-tune a LoRA, or the whole UNet, from the shards in CACHE."""
+    """Fine-tune a LoRA, or the whole UNet, from the shards in CACHES.
+
+    Of each cache ",weight=0.5" weighs its samples in the loss, and ",repeats=3" takes each of them
+    three times an epoch: prior pictures and other resolutions are caches of their own.
+    """
     with door(debug):
         config = _settings(ctx, values, recipe)
+        if config.dry_run:
+            from train.dry_run import dry_run
+
+            for line in dry_run(config):
+                click.echo(line)
+            return
+        if config.gpus is not None:
+            from train.launch import launch, num_processes
+
+            if (num := num_processes(config)) > 1:
+                launch(num)
+                return
         from train.loop import train as run
 
         path = run(config)

@@ -21,12 +21,12 @@ from sdxl.conditioning import Conditioning, TextEncoders
 from sdxl.device import exact_fp32, pick_device, pick_precision
 from sdxl.fingerprint import config_digest, file_digest, weights_digest
 from sdxl.load import load_scheduler, load_unet, load_unet_folder, load_vae
-from sdxl.lora_files import load_lora
+from sdxl.lora_files import LORA, load_lora, read_schedule
 from sdxl.prompts import Prompt, parse_prompt, read_prompts
 from sdxl.sampling import decode_latents, default_time_ids, sample_latents, starting_noise
+from sdxl.schedule import Schedule, schedule_beside
 from sdxl.sheet import contact_sheet
 
-LORA = "pytorch_lora_weights.safetensors"
 SETTINGS_KEY = "shardtune"
 SHEET = "contact-sheet.png"
 
@@ -137,12 +137,23 @@ def _weights(settings: GenerateSettings) -> dict[str, Any]:
     digests["unet"] = weights_digest(unet)
     if settings.lora is not None:
         digests["lora"] = file_digest(_lora_file(settings.lora))
-    scheduler = read_config(component_folder(base, "scheduler"))
+    scheduler = read_config(component_folder(base, "scheduler")) | asdict(_schedule(settings))
     digests["sampler"] = scheduler.get("_class_name")
     for part in ("text_encoder", "text_encoder_2", "vae"):
         digests[f"{part}_config"] = config_digest(model_config(base, part)[1])
     digests["scheduler_config"] = config_digest(scheduler)
     return digests
+
+
+def _schedule(settings: GenerateSettings) -> Schedule:
+    """What the fine-tune predicts and on which schedule, where it says so."""
+    found = Schedule()
+    if settings.unet is not None:
+        found = schedule_beside(_unet_folder(settings.unet))
+    if settings.lora is not None:
+        of_lora = read_schedule(_lora_file(settings.lora))
+        found = of_lora if of_lora.prediction_type is not None else found
+    return found
 
 
 def _lora_file(path: Path) -> Path:
@@ -218,7 +229,8 @@ def _draw_all(
         load_lora(unet, _lora_file(settings.lora))
     unet.to(device=device, dtype=dtype)
     vae = load_vae(settings.base, torch.float32).to(device)
-    scheduler = load_scheduler(settings.base)
+    schedule = _schedule(settings)
+    scheduler = load_scheduler(settings.base, schedule.prediction_type, schedule.zero_snr)
     exact_fp32()
     with tqdm(total=len(drawings), unit="img", desc="draw") as bar:
         for batch in _batches(drawings, settings.batch_size):

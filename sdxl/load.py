@@ -1,5 +1,6 @@
 """Load one component of a base alone. Missing, surplus or misshapen tensors are refused."""
 
+import inspect
 import warnings
 from pathlib import Path
 from typing import Any
@@ -83,8 +84,18 @@ def load_tokenizers(base: str) -> tuple[Any, Any]:
     return load("tokenizer"), load("tokenizer_2")
 
 
-def load_scheduler(base: str) -> Any:
-    """The sampling scheduler that the base names, as diffusers' pipeline would take it."""
+def load_scheduler(
+    base: str, prediction_type: str | None = None, zero_snr: bool | None = None
+) -> Any:
+    """The sampling scheduler that the base names, as diffusers' pipeline would take it; or told
+    what a fine-tune of it predicts, and on which schedule (None: the base's word).
+
+    With ``zero_snr`` sampling starts at the last timestep ("trailing"): only there is the noise
+    pure (Lin et al., "Common Diffusion Noise Schedules and Sample Steps are Flawed", 3.3).
+
+    Raises:
+        BaseError: the base names no sampler that diffusers knows.
+    """
     import diffusers
 
     folder = component_folder(base, "scheduler")
@@ -93,7 +104,23 @@ def load_scheduler(base: str) -> Any:
     known = isinstance(kind, type) and issubclass(kind, SchedulerMixin)
     if not known:
         raise BaseError(f"{folder}: unknown scheduler {name}")
-    return kind.from_pretrained(str(folder))
+    scheduler: Any = kind.from_pretrained(str(folder))
+    changes: dict[str, Any] = {}
+    if prediction_type is not None:
+        changes["prediction_type"] = prediction_type
+    if zero_snr is not None:
+        changes["rescale_betas_zero_snr"] = zero_snr
+    if zero_snr:
+        changes["timestep_spacing"] = "trailing"
+    takes = inspect.signature(kind.__init__).parameters
+    if deaf := sorted(name for name in changes if name not in takes and changes[name]):
+        warnings.warn(
+            f"pictures are drawn without {', '.join(deaf)}: the base's {kind.__name__} does not "
+            "know it",
+            stacklevel=2,
+        )
+    kept = {name: value for name, value in changes.items() if name in takes}
+    return kind.from_config(scheduler.config, **kept) if kept else scheduler
 
 
 def _load(kind: Any, folder: Path, **options: Any) -> Any:

@@ -13,7 +13,11 @@ import torch
 from peft import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 
+from sdxl.schedule import Schedule
+
+LORA = "pytorch_lora_weights.safetensors"  # the name load_lora_weights looks for in a folder
 PREFIX = "unet."
+OURS = "shardtune."  # in the metadata; diffusers looks at PREFIX alone
 METADATA_KEY = "lora_adapter_metadata"  # diffusers.loaders.lora_base
 _SETTINGS = (
     "r",
@@ -28,22 +32,41 @@ _SETTINGS = (
 )
 
 
-def lora_state(unet: Any) -> dict[str, torch.Tensor]:
-    """The adapter's weights under diffusers' names, fp32, on the CPU."""
-    state = get_peft_model_state_dict(unet)
+def lora_state(unet: Any, values: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    """The adapter's weights under diffusers' names, fp32, on the CPU: those that the UNet has, or
+    others by the names of its parameters."""
+    state = get_peft_model_state_dict(unet, values, adapter_name=next(iter(unet.peft_config)))
     return {PREFIX + name: t.detach().float().cpu().contiguous() for name, t in state.items()}
 
 
-def lora_bytes(unet: Any) -> bytes:
-    """A LoRA file: what ``load_lora_weights`` takes, at its right strength."""
-    config = unet.peft_config["default"].to_dict()
+def lora_bytes(
+    unet: Any, values: dict[str, torch.Tensor] | None = None, schedule: Schedule | None = None
+) -> bytes:
+    """A LoRA file: what ``load_lora_weights`` takes, at its right strength.
+
+    All metadata is in one key: safetensors writes several in an order of each process' own.
+    """
+    config = next(iter(unet.peft_config.values())).to_dict()
     settings = {PREFIX + name: _plain(config[name]) for name in _SETTINGS}
+    settings |= {OURS + n: value for n, value in (schedule or Schedule()).to_config().items()}
     metadata = {METADATA_KEY: json.dumps(settings, sort_keys=True)}
-    return safetensors.torch.save(lora_state(unet), metadata=metadata)
+    return safetensors.torch.save(lora_state(unet, values), metadata=metadata)
 
 
 def _plain(value: Any) -> Any:
     return sorted(value) if isinstance(value, set) else value
+
+
+def read_schedule(path: Path) -> Schedule:
+    """What the metadata of a LoRA file says of the run that made it; nothing in other tools'."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            settings = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
+        return Schedule.of_config(
+            {n.removeprefix(OURS): v for n, v in settings.items() if n.startswith(OURS)}
+        )
+    except (OSError, SafetensorError, ValueError, AttributeError):
+        return Schedule()  # what it is, load_lora says
 
 
 def load_lora(unet: Any, path: Path) -> None:

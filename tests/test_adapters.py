@@ -7,11 +7,11 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from train.adapters import add_lora, trainable
-from train.config import TrainConfig
+from train.adapters import add_adapter, trainable
+from train.config import CacheUse, TrainConfig
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def sdxl() -> Any:
     """SDXL's UNet by its published sizes."""
     with torch.device("meta"):
@@ -42,11 +42,12 @@ def test_targets_in_sdxl(sdxl: Any, targets: Any, num_modules: int, num_paramete
     assert sum(p.numel() for p in sdxl.parameters()) == 2_567_463_684
     sdxl.requires_grad_(False)
     out = Path("unused")
-    config = TrainConfig(cache=out, base="", out=out, steps=1, rank=4, targets=targets)
+    config = TrainConfig(
+        caches=(CacheUse(out),), base="", out=out, steps=1, rank=4, targets=targets
+    )
     with torch.device("meta"):
-        add_lora(sdxl, config)
+        add_adapter(sdxl, config)
     adapted = trainable(sdxl)
     assert len(adapted) == 2 * num_modules
     assert sum(p.numel() for p in adapted.values()) == num_parameters
     assert {p.dtype for p in adapted.values()} == {torch.float32}
-    sdxl.delete_adapters("default")

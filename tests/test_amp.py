@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from sdxl.device import pick_precision
+from shards.batches import Reader
 from shards.plan import Plan, Share
-from shards.reader import Cache, read_epochs
-from train.config import TrainConfig
+from shards.reader import Cache
+from train.config import CacheUse, TrainConfig
 from train.distributed import World
 from train.learner import Learner, build_learner, train_step
 
@@ -19,15 +20,25 @@ CPU = torch.device("cpu")
 
 def learner_of(cache: Path, base: Path, **settings: Any) -> Learner:
     config = TrainConfig(
-        cache=cache, base=str(base), out=Path("unused"), steps=1, device="cpu", **settings
+        caches=(CacheUse(cache),),
+        base=str(base),
+        out=Path("unused"),
+        steps=1,
+        device="cpu",
+        **settings,
     )
     return build_learner(config, World(CPU))
+
+
+def whole_of(learner: Learner) -> torch.optim.Optimizer:
+    assert learner.optimizer.whole is not None
+    return learner.optimizer.whole
 
 
 def batches_of(cache: Path) -> Any:
     opened = Cache(cache)
     share = Share(batch_size=2, world=1, rank=0)
-    return read_epochs([opened], Plan(opened.groups(), 0, 2), share)
+    return Reader([opened], Plan(opened.groups(), 0, 2), share).epochs()
 
 
 def seen_dtypes(learner: Learner) -> dict[str, set[torch.dtype]]:
@@ -55,7 +66,7 @@ def test_a_cpu_computes_in_fp32_whatever_was_asked(cache: Path, base: Path, prec
     assert len(caught) == 1
     assert not learner.scaler.is_enabled() and not learner.precision.autocast
     seen, batches = seen_dtypes(learner), batches_of(cache)
-    train_step(learner, batches, 1e-3)
+    train_step(learner, batches, 0, 1e-3)
     batches.close()
     assert seen == {"linear": {torch.float32}, "out": {torch.float32}}
     assert trained_dtypes(learner) == ({torch.float32}, {torch.float32})
@@ -74,13 +85,14 @@ def test_bf16_is_autocast_without_a_scaler(cache: Path, base: Path, full: bool) 
     base_dtypes = set() if full else {torch.bfloat16}
     assert trained_dtypes(learner) == ({torch.float32}, base_dtypes)
     seen, batches = seen_dtypes(learner), batches_of(cache)
-    loss, norm, _ = train_step(learner, batches, 1e-3)
+    step = train_step(learner, batches, 0, 1e-3)
+    loss, norm = step.loss, step.grad_norm
     batches.close()
     assert seen == {"linear": {torch.bfloat16}, "out": {torch.bfloat16}}
     assert loss.dtype == torch.float32 and torch.isfinite(loss) and norm > 0
-    for group in learner.optimizer.param_groups:
+    for group in whole_of(learner).param_groups:
         assert all(
-            learner.optimizer.state[p]["exp_avg"].dtype == torch.float32 for p in group["params"]
+            whole_of(learner).state[p]["exp_avg"].dtype == torch.float32 for p in group["params"]
         )
 
 
@@ -89,7 +101,7 @@ def test_half_precision_losses_are_near_those_of_fp32(cache: Path, base: Path) -
     for precision in ("fp32", "bf16", "fp16"):
         learner = learner_of(cache, base, precision=precision, allow_cpu_bf16=True)
         batches = batches_of(cache)
-        found[precision] = [float(train_step(learner, batches, 1e-3)[0]) for _ in range(3)]
+        found[precision] = [float(train_step(learner, batches, n, 1e-3).loss) for n in range(3)]
         batches.close()
     for precision, tolerance in (("bf16", 2e-2), ("fp16", 4e-3)):
         assert found[precision] != found["fp32"]
@@ -106,8 +118,8 @@ def test_fp16_is_autocast_with_a_scaler_that_is_undone_before_clipping(
         learner.max_grad_norm = 1e-3
         seen, batches = seen_dtypes(learner), batches_of(cache)
         grads: list[torch.Tensor] = []
-        parameters = learner.optimizer.param_groups[0]["params"]
-        step = learner.optimizer.step
+        parameters = whole_of(learner).param_groups[0]["params"]
+        step = whole_of(learner).step
 
         def spy(
             *args: Any, parameters: Any = parameters, grads: Any = grads, step: Any = step
@@ -115,8 +127,8 @@ def test_fp16_is_autocast_with_a_scaler_that_is_undone_before_clipping(
             grads.append(torch.stack([p.grad.norm() for p in parameters]).norm())
             return step(*args)
 
-        learner.optimizer.step = spy  # type: ignore[method-assign]
-        _, norm, _ = train_step(learner, batches, 1e-3)
+        whole_of(learner).step = spy  # type: ignore[method-assign]
+        norm = train_step(learner, batches, 0, 1e-3).grad_norm
         batches.close()
         norms[precision] = float(norm)
         assert float(grads[0]) == pytest.approx(1e-3, rel=1e-2)  # clipped, in true units
@@ -128,14 +140,14 @@ def test_fp16_is_autocast_with_a_scaler_that_is_undone_before_clipping(
 def test_an_overflow_skips_the_step_and_halves_the_scale(cache: Path, base: Path) -> None:
     learner = learner_of(cache, base, precision="fp16", allow_cpu_bf16=True)
     learner.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
-    before = [p.detach().clone() for p in learner.optimizer.param_groups[0]["params"]]
+    before = [p.detach().clone() for p in whole_of(learner).param_groups[0]["params"]]
     batches = batches_of(cache)
-    train_step(learner, batches, 1e-3)
-    after = learner.optimizer.param_groups[0]["params"]
+    train_step(learner, batches, 0, 1e-3)
+    after = whole_of(learner).param_groups[0]["params"]
     assert all(torch.equal(one, two) for one, two in zip(before, after, strict=True))
     assert learner.scaler.get_scale() == 2.0**39
-    for _ in range(30):
-        train_step(learner, batches, 1e-3)
+    for number in range(1, 31):
+        train_step(learner, batches, number, 1e-3)
     batches.close()
     assert learner.scaler.get_scale() < 2.0**39
     assert not all(torch.equal(one, two) for one, two in zip(before, after, strict=True))
@@ -157,10 +169,13 @@ def test_cuda_takes_bf16_by_default_and_a_scaler_for_fp16_only() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA card")
 def test_a_step_on_cuda(cache: Path, base: Path) -> None:
-    config = TrainConfig(cache=cache, base=str(base), out=Path("unused"), steps=1, device="cuda")
+    config = TrainConfig(
+        caches=(CacheUse(cache),), base=str(base), out=Path("unused"), steps=1, device="cuda"
+    )
     learner = build_learner(config, World(torch.device("cuda")))
     batches = batches_of(cache)
-    loss, norm, _ = train_step(learner, batches, 1e-3)
+    step = train_step(learner, batches, 0, 1e-3)
+    loss, norm = step.loss, step.grad_norm
     batches.close()
     assert torch.isfinite(loss) and norm > 0
     assert learner.precision.dtype == torch.bfloat16

@@ -140,7 +140,7 @@ def test_flags_win_over_the_recipe(cache: Path, base: Path, tmp_path: Path) -> N
     assert code == 0, output
     config = json.loads((out / "config.json").read_text())
     names = ("steps", "rank", "lr", "checkpoint_at", "targets", "gradient_checkpointing", "alpha")
-    assert [config[name] for name in names] == [2, 2, 2e-4, [1], "all", True, 32.0]
+    assert [config[name] for name in names] == [2, 2, 2e-4, [1], "all", True, 8.0]
     assert (out / "checkpoints" / "checkpoint-1").is_dir()
     assert f"next: python cli.py generate --base {base} --lora {out}" in output
 

@@ -19,9 +19,10 @@ from click.testing import CliRunner, Result
 
 from cli import commands
 from shards import VERSION, CacheError
+from shards.batches import Reader
 from shards.manifest import MANIFEST, canonical_json, content_digest, read_manifest
 from shards.plan import Plan, Share
-from shards.reader import Cache, read_batch
+from shards.reader import Cache
 from shards.verify import verify
 from tools.draw_pictures import draw_pictures
 
@@ -153,7 +154,7 @@ def read_all(folder: Path) -> list[str]:
     cache = Cache(folder)
     plan, share = Plan(cache.groups(), 0, 2), Share(batch_size=2, world=1, rank=0)
     batches = [plan.batch(0, number) for number in range(plan.num_batches)]
-    return [key for b in batches for key in read_batch([cache], plan, b, share, 0).keys]
+    return [key for b in batches for key in Reader([cache], plan, share).read(b, 0).keys]
 
 
 def resign(folder: Path, **changes: Any) -> None:

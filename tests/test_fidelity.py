@@ -14,18 +14,19 @@ from conftest import Encode
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline
 from PIL import Image
 
+from shards.batches import Reader
 from shards.buckets import cover
 from shards.plan import Plan, Share
-from shards.reader import Cache, read_epochs
+from shards.reader import Cache
 from shards.sample import Sample
-from train.config import TrainConfig
+from train.config import CacheUse, TrainConfig
 from train.distributed import World
 from train.learner import build_learner, train_step
 from train.objective import (
     add_noise,
     alphas_cumprod,
-    mean_squares,
-    sample_losses,
+    errors,
+    masked_mean,
     target_of,
     timesteps_of,
 )
@@ -138,7 +139,7 @@ def test_the_schedule_is_ddpms(kind: str) -> None:
     ours = alphas_cumprod({**config, "num_train_timesteps": 1000})
     assert torch.equal(ours, reference.alphas_cumprod)
     latents, noise = torch.randn(2, 6, 4, 8, 8)
-    timesteps = timesteps_of(torch.rand(6), 1000)
+    timesteps = timesteps_of(torch.rand(6), 0, 1000)
     alphas = ours[timesteps]
     noised = reference.add_noise(latents, noise, timesteps)
     assert torch.equal(add_noise(latents, noise, alphas), noised)
@@ -167,7 +168,7 @@ def test_an_unknown_schedule_is_refused(change: dict[str, Any]) -> None:
 
 
 def test_times_cover_all_timesteps_evenly() -> None:
-    assert timesteps_of(torch.tensor([0.0, 0.0009, 0.001, 0.9995, 1.0]), 1000).tolist() == [
+    assert timesteps_of(torch.tensor([0.0, 0.0009, 0.001, 0.9995, 1.0]), 0, 1000).tolist() == [
         0,
         0,
         1,
@@ -196,14 +197,14 @@ def plain_loss(unet: Any, schedule: DDPMScheduler, kind: str, batch: Any) -> tor
 
 def make_config(cache: Path, base: Path, **settings: Any) -> TrainConfig:
     defaults: dict[str, Any] = {"out": Path("unused"), "device": "cpu", "steps": 1}
-    return TrainConfig(cache=cache, base=str(base), **{**defaults, **settings})
+    return TrainConfig(caches=(CacheUse(cache),), base=str(base), **{**defaults, **settings})
 
 
 def batches_of(cache: Path, size: int, batch_size: int | None = None) -> Any:
     opened = Cache(cache)
     plan = Plan(opened.groups(), 0, size)
     share = Share(batch_size=batch_size or size, world=1, rank=0)
-    return read_epochs([opened], plan, share)
+    return Reader([opened], plan, share).epochs()
 
 
 def schedule_of(base: Path) -> DDPMScheduler:
@@ -216,13 +217,14 @@ def test_loss_and_gradients_are_the_plain_loops(
     cache: Path, base: Path, kind: str, full: bool
 ) -> None:
     torch.manual_seed(0)
-    config = make_config(cache, base, full=full, prediction_type=kind, targets="all")
+    targets = None if full else "all"
+    config = make_config(cache, base, full=full, prediction_type=kind, targets=targets)
     learner = build_learner(config, World(torch.device("cpu")))
     for parameter in learner.unet.parameters():  # LoRA starts at zero: half its gradients too
         if parameter.requires_grad and not full:
             torch.nn.init.normal_(parameter, std=0.05)
     batch = next(batches_of(cache, 3))
-    losses = sample_losses(learner.unet, batch, learner.alphas, kind, torch.float32)
+    losses = learner.losses(learner.unet, batch)
     losses.mean().backward()
     ours = {n: p.grad.clone() for n, p in learner.unet.named_parameters() if p.grad is not None}
     learner.unet.zero_grad()
@@ -242,9 +244,9 @@ def test_accumulated_micro_batches_are_one_batch(cache: Path, base: Path) -> Non
         learner = build_learner(make_config(cache, base, targets="all"), World(torch.device("cpu")))
         learner.max_grad_norm = 0.0
         batches = batches_of(cache, 5, batch_size)
-        steps = [train_step(learner, batches, 1e-3) for _ in range(3)]
+        steps = [train_step(learner, batches, number, 1e-3) for number in range(3)]
         batches.close()
-        results.append([[float(loss), float(norm), num] for loss, norm, num in steps])
+        results.append([[float(s.loss), float(s.grad_norm), s.num_samples] for s in steps])
     assert {row[2] for row in results[0]} == {4, 5}
     assert np.allclose(results[0], results[1], atol=1e-5, rtol=1e-4)
 
@@ -261,8 +263,8 @@ def test_twenty_steps_from_the_cache_are_twenty_steps_encoding_online(
     trained = [p for p in theirs.unet.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=1e-2)
     batches, again = batches_of(cache, 2), batches_of(cache, 2)
-    for _ in range(20):
-        loss, _, _ = train_step(ours, batches, 1e-3)
+    for number in range(20):
+        loss = train_step(ours, batches, number, 1e-3).loss
         batch = next(again)
         members = [paths[key] for key in batch.keys]
         inputs = [
@@ -328,6 +330,7 @@ def test_a_latent_mapped_by_the_fitted_colours_looks_like_its_picture(
     assert np.allclose(manifest["latents"]["std"], latents.std(axis=0), atol=1e-6)
 
 
-def test_mean_squares_is_per_sample() -> None:
+def test_the_loss_is_a_mean_per_sample() -> None:
     a, b = torch.randn(2, 3, 4, 5, 6)
-    assert torch.allclose(mean_squares(a, b), ((a - b) ** 2).mean(dim=(1, 2, 3)))
+    found = masked_mean(errors(a, b, "mse", 0.1), None)
+    assert torch.allclose(found, ((a - b) ** 2).mean(dim=(1, 2, 3)))

@@ -13,7 +13,7 @@ from PIL import Image
 
 from infer.generate import generate
 from infer.settings import GenerateSettings
-from train.config import TrainConfig
+from train.config import CacheUse, Every, TrainConfig
 from train.loop import train
 
 PROMPTS = ["a red circle", "a blue square on a white ground", "a green triangle"]
@@ -24,10 +24,16 @@ Trained = Callable[..., Path]
 def trained(cache: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     def run(**settings: Any) -> Path:
         out = tmp_path_factory.mktemp("run")
-        defaults: dict[str, Any] = {"lr": 3e-2, "steps": 6, "batch_size": 4, "targets": "all"}
+        defaults: dict[str, Any] = {"lr": 3e-2, "steps": 6, "batch_size": 4}
+        if not settings.get("full"):
+            defaults["targets"] = "all"
         return train(
             TrainConfig(
-                cache=cache, base=str(base), out=out, device="cpu", **{**defaults, **settings}
+                caches=(CacheUse(cache),),
+                base=str(base),
+                out=out,
+                device="cpu",
+                **{**defaults, **settings},
             )
         )
 
@@ -149,7 +155,7 @@ def test_a_full_unet_draws_as_in_diffusers(base: Path, trained: Trained, tmp_pat
 
 
 def test_any_checkpoint_can_be_drawn_from(base: Path, trained: Trained, tmp_path: Path) -> None:
-    lora = trained(checkpoint_every=3)
+    lora = trained(checkpoint_every=Every(3))
     checkpoint = lora.parent / "checkpoints" / "checkpoint-3"
     early = draw(base, tmp_path / "early", PROMPTS[:1], lora=checkpoint)
     late = draw(base, tmp_path / "late", PROMPTS[:1], lora=lora)

@@ -16,8 +16,9 @@ import pytest
 import safetensors.torch
 import torch
 
+from shards.batches import Batch, Reader
 from shards.plan import Entry, GlobalBatch, Group, Plan, Share, permute, sample_generator
-from shards.reader import Batch, Cache, read_batch, read_epochs
+from shards.reader import Cache
 
 A, B, C, D, E = (64, 64), (96, 48), (48, 96), (80, 56), (56, 80)
 SEVEN_OVER_FIVE = [
@@ -375,7 +376,7 @@ def read(
         world=options.pop("world", 1),
         rank=options.pop("rank", 0),
     )
-    stream = read_epochs([opened], plan, share, start=start, **options)
+    stream = Reader([opened], plan, share).epochs(start, **options)
     try:
         return [*itertools.islice(stream, count)]
     finally:
@@ -466,10 +467,10 @@ def test_every_world_trains_on_the_same_tensors(
     for number in range(plan.num_batches):
         batch = plan.batch(0, number)
         alone = Share(batch_size=4, world=1, rank=0)
-        whole = read_batch([opened], plan, batch, alone, 0)
+        whole = Reader([opened], plan, alone).read(batch, 0)
         ranks = [Share(batch_size=batch_size, world=world, rank=r) for r in range(world)]
         parts = [
-            read_batch([opened], plan, batch, share, micro)
+            Reader([opened], plan, share).read(batch, micro)
             for micro in range(ranks[0].num_micros(batch))
             for share in ranks
         ]
@@ -519,7 +520,7 @@ def test_each_pass_draws_anew(opened: Cache, plan: Plan) -> None:
     """The same sample in pass 0, in pass 1, and in pass 0 again."""
     entries = (Entry(0, 1, 0), Entry(0, 1, 1), Entry(0, 1, 0))
     batch = GlobalBatch(epoch=0, number=0, bucket=plan.groups[0].bucket, entries=entries)
-    found = read_batch([opened], plan, batch, Share(batch_size=3, world=1, rank=0), 0)
+    found = Reader([opened], plan, Share(batch_size=3, world=1, rank=0)).read(batch, 0)
     assert len(set(found.keys)) == 1
     for name in ("noise", "latents", "times"):
         first, second, again = getattr(found, name)

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 
 from train.checkpoint import newest_checkpoint, read_state
-from train.config import TrainConfig
+from train.config import CacheUse, Every, TrainConfig
 from train.loop import train
 
 ROOT = Path(__file__).parent.parent
@@ -23,8 +23,12 @@ LORA = "pytorch_lora_weights.safetensors"
 
 
 def run(cache: Path, base: Path, out: Path, **settings: Any) -> Path:
-    defaults: dict[str, Any] = {"lr": 1e-3, "batch_size": 2, "device": "cpu", "targets": "all"}
-    return train(TrainConfig(cache=cache, base=str(base), out=out, **{**defaults, **settings}))
+    defaults: dict[str, Any] = {"lr": 1e-3, "batch_size": 2, "device": "cpu"}
+    if not settings.get("full"):
+        defaults["targets"] = "all"
+    return train(
+        TrainConfig(caches=(CacheUse(cache),), base=str(base), out=out, **{**defaults, **settings})
+    )
 
 
 def losses(out: Path) -> list[tuple[int, float]]:
@@ -127,13 +131,13 @@ def test_a_killed_run_resumes_bit_equal(
 def test_a_damaged_checkpoint_is_passed_over_by_name(
     straight: Path, cache: Path, base: Path, tmp_path: Path
 ) -> None:
-    run(cache, base, tmp_path, steps=12, checkpoint_every=4)
-    path = tmp_path / "checkpoints" / "checkpoint-12" / "optimizer.safetensors"
+    run(cache, base, tmp_path, steps=12, checkpoint_every=Every(4))
+    path = tmp_path / "checkpoints" / "checkpoint-12" / "optimizer" / "model.safetensors"
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    with pytest.raises(ValueError, match=r"checkpoint-12/optimizer.safetensors: damaged"):
-        read_state(path.parent)
+    with pytest.raises(ValueError, match=r"checkpoint-12/optimizer/model.safetensors: damaged"):
+        read_state(path.parent.parent)
     with pytest.warns(UserWarning, match="passed over: .*checkpoint-12"):
         run(cache, base, tmp_path, steps=20, resume=True)
     assert losses(tmp_path) == losses(straight)
@@ -141,7 +145,7 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(
 
 
 def test_checkpoints_are_where_they_were_asked_for(cache: Path, base: Path, tmp_path: Path) -> None:
-    run(cache, base, tmp_path, steps=7, checkpoint_every=3, checkpoint_at=(4,))
+    run(cache, base, tmp_path, steps=7, checkpoint_every=Every(3), checkpoint_at=(4,))
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == [f"checkpoint-{step}" for step in (3, 4, 6, 7)]
     assert not [path for path in tmp_path.rglob("*") if path.suffix in (".pt", ".bin", ".pkl")]
@@ -203,18 +207,34 @@ def test_a_refused_run_leaves_the_old_one(cache: Path, base: Path, tmp_path: Pat
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
 
 
-def test_a_loss_that_is_not_finite_reaches_no_checkpoint(
-    cache: Path, base: Path, tmp_path: Path
+def test_a_loss_that_is_not_finite_reaches_no_weight(
+    cache: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(ValueError, match=r"step \d: the loss or its gradient is not finite"):
-        run(cache, base, tmp_path, steps=6, lr=1e6, checkpoint_every=1, max_grad_norm=0.0)
+    with pytest.raises(FloatingPointError, match=r"3 steps in a row up to step \d"):
+        run(
+            cache,
+            base,
+            tmp_path,
+            steps=30,
+            lr=1e6,
+            checkpoint_every=Every(1),
+            max_grad_norm=0.0,
+            max_skipped=3,
+        )
     found = newest_checkpoint(tmp_path)
-    if found is not None:
-        weights = safetensors.torch.load_file(found[0] / LORA)
-        assert all(bool(tensor.isfinite().all()) for tensor in weights.values())
+    assert found is not None
+    weights = safetensors.torch.load_file(found[0] / LORA)
+    assert all(bool(tensor.isfinite().all()) for tensor in weights.values())
     assert not (tmp_path / LORA).exists()
-    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+    rows = [
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+        for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert [row.get("train/skipped") for row in rows[-3:]] == [1, 1, 1]
+    assert rows[-1]["train/loss"] is None
+    told = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
+    assert len(told) == sum("train/skipped" in row for row in rows)
+    assert all(".png" in line for line in told)
 
 
 def test_another_schedule_of_the_base_is_refused_at_resume(

@@ -1,30 +1,73 @@
-"""LoRA on the UNet's transformers, through peft."""
+"""LoRA and its kin on the UNet, through peft."""
 
 import math
+import re
 from typing import Any
 
 import torch
 from peft import LoraConfig
 
+from sdxl.lora_files import load_lora
 from train.config import TrainConfig
 
-_ATTENTION = ["to_k", "to_out.0", "to_q", "to_v"]
+_ATTENTION = r"attn\d\.(to_k|to_q|to_v|to_out\.0)"
 TARGETS = {
-    "attention": _ATTENTION,
-    "attention-out": ["to_out.0"],
-    "all": [*_ATTENTION, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"],
+    "attention": rf".*\.{_ATTENTION}",
+    "attention-out": r".*\.to_out\.0",
+    "all": rf".*\.({_ATTENTION}|ff\.net\.0\.proj|ff\.net\.2|proj_in|proj_out)",
 }
+CONVOLUTIONS = r".*\.(conv1|conv2|conv_shortcut|conv)|conv_in|conv_out"
+ADAPTED = (torch.nn.Linear, torch.nn.Conv2d)
 
 
-def add_lora(unet: Any, config: TrainConfig) -> None:
-    """Put an adapter on ``unet``: its weights in fp32, drawn from the run's seed, output zero."""
-    torch.manual_seed(config.seed)
-    unet.add_adapter(
-        LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=TARGETS[config.targets])
+def adapter_config(unet: Any, config: TrainConfig) -> LoraConfig:
+    """peft's settings of a new adapter.
+
+    Raises:
+        ValueError: ``--targets`` is no regex, or matches nothing that can be adapted.
+    """
+    pattern = TARGETS.get(config.targets or "attention", config.targets)
+    assert pattern is not None
+    if config.conv:
+        pattern = f"{pattern}|{CONVOLUTIONS}"
+    try:
+        wanted = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"--targets {config.targets}: no regex: {error}") from None
+    matched = {name: m for name, m in unet.named_modules() if wanted.fullmatch(name)}
+    names = sorted(name for name, module in matched.items() if isinstance(module, ADAPTED))
+    if not names:
+        raise ValueError(
+            f"--targets {config.targets}: matches no linear or convolution of the UNet; their "
+            "names look like down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+        )
+    return LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        target_modules=names,
+        use_rslora=config.adapter == "rslora",
+        use_dora=config.adapter == "dora",
     )
+
+
+def add_adapter(unet: Any, config: TrainConfig) -> None:
+    """Put an adapter on ``unet``, its weights in fp32: that of ``--init-lora``, or a new one drawn
+    from the run's seed whose output is zero.
+
+    Raises:
+        ValueError: the settings or the LoRA file do not fit this UNet.
+    """
+    if config.init_lora is not None:
+        load_lora(unet, config.init_lora)
+        for name, parameter in unet.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+    else:
+        torch.manual_seed(config.seed)
+        unet.add_adapter(adapter_config(unet, config))
     for name, parameter in trainable(unet).items():
         parameter.data = parameter.data.float()
-        if ".lora_A." in name:  # again in fp32: peft drew it in the base's precision
+        if ".lora_A." in name and config.init_lora is None:
+            # again in fp32: peft drew it in the base's precision
             torch.nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
 
 

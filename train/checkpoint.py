@@ -11,69 +11,102 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 import xxhash
+from safetensors import safe_open
 
+from sdxl.base import find_weights
 from shards.durable import PARTIAL, fsync_folder
-from train.adapters import trainable
-from train.weights import read_weights, sync_files, write_weights
+from train.learner import Learner
+from train.weights import Kind, like, read_weights, sync_files, write_tensors, write_weights
 
-OPTIMIZER = "optimizer.safetensors"
+OPTIMIZER = "optimizer"
+EMA = "ema"
 STATE = "state.json"
 BLOCK_BYTES = 1 << 24
 
 
 def write_checkpoint(
-    run: Path,
-    step: int,
-    unet: Any,
-    full: bool,
-    optimizer: torch.optim.Optimizer,
-    state: dict[str, Any],
+    run: Path, step: int, learner: Learner, kind: Kind, state: dict[str, Any]
 ) -> Path:
-    """Write checkpoint-STEP; ``state`` is plain JSON."""
+    """Write checkpoint-STEP; ``state`` is plain JSON. The main rank does, all must take part."""
+    world = learner.world
     final = run / "checkpoints" / f"checkpoint-{step}"
-    for left in final.parent.glob("*" + PARTIAL):  # by a run that was killed
-        shutil.rmtree(left)
     partial = final.with_name(final.name + PARTIAL)
-    partial.mkdir(parents=True)
-    write_weights(unet, full, partial)
-    safetensors.torch.save_file(optimizer_tensors(unet, optimizer), partial / OPTIMIZER)
-    files = sorted(path for path in partial.rglob("*") if path.is_file())
-    digests = {path.relative_to(partial).as_posix(): file_xxh3(path) for path in files}
-    about = {"step": step, **state, "files": digests}
-    (partial / STATE).write_text(json.dumps(about, indent=2, sort_keys=True) + "\n")
-    sync_files(partial)
+    if world.is_main:
+        for left in final.parent.glob("*" + PARTIAL):  # by a run that was killed
+            shutil.rmtree(left)
+        (partial / OPTIMIZER).mkdir(parents=True)
+    write_weights(learner.unet, kind, partial, world, None)
+    if learner.ema is not None:
+        write_weights(learner.unet, kind, partial / EMA, world, learner.ema)
+    tensors, numbers = learner.optimizer.state()
+    write_tensors(partial / OPTIMIZER, "model", tensors, world)
+    if world.is_main:
+        about = {"step": step, **state, "optimizer": numbers, "files": _digests(partial)}
+        (partial / STATE).write_text(json.dumps(about, indent=2, sort_keys=True) + "\n")
+        sync_files(partial)
+        _put(partial, final)
+    world.wait()  # a rank that ends before the checkpoint is written would end them all
+    return final
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): file_xxh3(path) for path in files}
+
+
+def _put(partial: Path, final: Path) -> None:
     replaced = final.with_name(f"{final.name}.replaced{PARTIAL}")
     if final.exists():  # an earlier run went this far, and was resumed from before
         os.replace(final, replaced)
     os.replace(partial, final)
-    shutil.rmtree(replaced, ignore_errors=True)
     fsync_folder(final.parent)
-    return final
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
-def optimizer_tensors(unet: Any, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The optimizer's state by ``parameter|field``, on the CPU."""
-    state = optimizer.state_dict()["state"]
-    return {
-        f"{name}|{field}": torch.as_tensor(value).detach().cpu().contiguous()
-        for number, name in enumerate(trainable(unet))
-        for field, value in state.get(number, {}).items()
-    }
+def numbered(run: Path) -> dict[int, Path]:
+    """The checkpoints of a run by their step, in order, whole or not."""
+    found = (run / "checkpoints").glob("checkpoint-*")
+    steps = {int(path.name[11:]): path for path in found if path.name[11:].isdecimal()}
+    return dict(sorted(steps.items()))
 
 
 def newest_checkpoint(run: Path) -> tuple[Path, dict[str, Any]] | None:
     """The newest whole checkpoint and its state; warns of those it passes over, and why."""
-    found = (run / "checkpoints").glob("checkpoint-*")
-    numbered = {int(path.name[11:]): path for path in found if path.name[11:].isdecimal()}
-    for _, path in sorted(numbered.items(), reverse=True):
+    for path in reversed(numbered(run).values()):
         try:
             return path, read_state(path)
         except ValueError as error:
             warnings.warn(f"passed over: {error}", stacklevel=2)
     return None
+
+
+def rotate(run: Path, keep: int) -> None:
+    """Delete those of ``--checkpoint-every`` (and those of a stop) but the newest ``keep`` and the
+    one with the lowest eval loss. Nothing goes unless the newest one is whole.
+
+    Raises:
+        ValueError: the newest is damaged: nothing was deleted.
+    """
+    paths = numbered(run)
+    newest = max(paths)
+    states = {newest: read_state(paths[newest])}
+    for step, path in paths.items():
+        if step != newest:
+            try:
+                states[step] = dict(json.loads((path / STATE).read_bytes()))
+            except (OSError, ValueError):
+                continue  # damaged: not ours to judge
+    turning = [step for step, state in states.items() if state.get("kind") in ("every", "stop")]
+    evals = {step: states[step].get("eval_loss") for step in turning}
+    known = {step: loss for step, loss in evals.items() if loss is not None}
+    best = min(known, key=lambda step: known[step]) if known else None
+    for step in sorted(turning)[:-keep]:
+        if step != best:
+            doomed = paths[step].with_name(paths[step].name + PARTIAL)
+            os.replace(paths[step], doomed)  # a kill in between leaves no half of it
+            shutil.rmtree(doomed)
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -96,20 +129,20 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return dict(state)
 
 
-def load_checkpoint(
-    checkpoint: Path, unet: Any, full: bool, optimizer: torch.optim.Optimizer
-) -> None:
-    """Weights and optimizer state, bit for bit as they were."""
-    read_weights(unet, full, checkpoint)
-    tensors = safetensors.torch.load_file(checkpoint / OPTIMIZER)
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    numbers = {name: number for number, name in enumerate(trainable(unet))}
-    for key, tensor in tensors.items():
-        name, field = key.rsplit("|", 1)
-        state.setdefault(numbers[name], {})[field] = tensor
-    optimizer.load_state_dict(
-        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
-    )
+def load_checkpoint(checkpoint: Path, learner: Learner, full: bool, state: dict[str, Any]) -> None:
+    """Weights, average, optimizer and scaler, bit for bit as they were."""
+    read_weights(learner.unet, full, checkpoint, None)
+    if learner.ema is not None:
+        read_weights(learner.unet, full, checkpoint / EMA, learner.ema)
+    parameters = learner.optimizer.parameters
+    tensors: dict[str, torch.Tensor] = {}
+    for path in find_weights(checkpoint / OPTIMIZER).files:
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118
+                tensors[key] = like(parameters[key.rsplit("|", 1)[0]], file.get_tensor(key))
+    learner.optimizer.load(tensors, state["optimizer"])
+    if state["scaler"]:  # empty where the run had none
+        learner.scaler.load_state_dict(state["scaler"])
 
 
 def file_xxh3(path: Path) -> str:

@@ -1,7 +1,7 @@
 """What a training run can be told. Imports no torch: ``--help`` is made from it."""
 
 import math
-import tomllib
+import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -11,37 +11,137 @@ def _option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
+@dataclass(frozen=True)
+class CacheUse:
+    """A cache and how a run uses it: ``FOLDER[,weight=W][,repeats=N]``."""
+
+    folder: Path
+    weight: float = 1.0  # of its samples in the loss
+    repeats: int = 1  # of each sample in an epoch
+
+    @classmethod
+    def parse(cls, text: str) -> "CacheUse":
+        """Raises ValueError for anything else than that form."""
+        folder, settings = text, {}
+        while found := re.fullmatch(r"(.+),(weight|repeats)=([^,]*)", folder):
+            folder, name, value = found.groups()
+            try:
+                settings[name] = float(value) if name == "weight" else int(value)
+            except ValueError:
+                raise ValueError(f"{text}: {name}={value} is no number") from None
+        use = cls(Path(folder), **settings)  # type: ignore[arg-type]
+        if not (0 < use.weight < math.inf and use.repeats >= 1):
+            raise ValueError(f"{text}: weight must be above 0 and repeats at least 1")
+        return use
+
+    def __str__(self) -> str:
+        weight = "" if self.weight == 1 else f",weight={self.weight:g}"
+        return f"{self.folder}{weight}" + ("" if self.repeats == 1 else f",repeats={self.repeats}")
+
+
+@dataclass(frozen=True)
+class Every:
+    """An interval: ``500`` optimizer steps, or ``2ep`` (epochs; ``0.5ep`` too). 0 is never."""
+
+    amount: float = 0
+    of_epochs: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> "Every":
+        """Raises ValueError for anything else than those forms."""
+        found = re.fullmatch(r"(\d+)|(\d+\.?\d*|\.\d+) ?ep", str(text).strip())
+        if not found:
+            raise ValueError(f"{text!r} is no interval: give steps (500) or epochs (2ep)")
+        return cls(float(found[2]), True) if found[2] else cls(int(found[1]))
+
+    def __str__(self) -> str:
+        return f"{self.amount:g}ep" if self.of_epochs else f"{self.amount:g}"
+
+    def __bool__(self) -> bool:
+        return self.amount > 0
+
+    def is_due(self, step: int, batches_done: int, num_batches: int) -> bool:
+        """After optimizer step ``step``, the ``batches_done``-th global batch of the plan (which
+        has ``num_batches`` an epoch)."""
+        if not self:
+            return False
+        if not self.of_epochs:
+            return step % int(self.amount) == 0
+        length = self.amount * num_batches
+        return batches_done // length > (batches_done - 1) // length
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Settings of one run. ``num`` of steps are optimizer steps."""
 
-    cache: Path
+    caches: tuple[CacheUse, ...]
     base: str = field(metadata={"help": "SDXL base: a diffusers folder or a hub id."})
     out: Path = field(metadata={"help": "The run's folder."})
     val: Path | None = _option(None, "Validation cache; the default is CACHE/val, if there is one.")
 
     full: bool = _option(False, "Train the whole UNet instead of a LoRA.")
-    rank: int = _option(8, "Rank of the LoRA.")
-    alpha: float = _option(32.0, "Alpha of the LoRA: its strength is alpha / rank.")
-    targets: Literal["attention", "attention-out", "all"] = _option(
-        "attention", "What a LoRA adapts; all: every linear of the transformers, 722 in SDXL."
+    adapter: Literal["lora", "rslora", "dora"] = _option(
+        "lora", "rslora: scaled by alpha / sqrt(rank); dora: direction and length apart."
+    )
+    rank: int | None = _option(None, "Rank of the LoRA (default 8).")
+    alpha: float | None = _option(
+        None, "Alpha of the LoRA: its strength is alpha / rank (default 4 x rank)."
+    )
+    targets: str | None = _option(
+        None,
+        "What a LoRA adapts: attention (default), attention-out, all (every linear of the "
+        "transformers, 722 in SDXL), or a regex over module names.",
+    )
+    conv: bool = _option(False, "Adapt the convolutions of the ResNets and samplers too.")
+    init_lora: Path | None = _option(
+        None, "Go on from this LoRA file; rank, alpha and targets are its own."
     )
 
-    lr: float = _option(1e-4, "Peak learning rate.")
-    lr_schedule: Literal["constant", "cosine"] = _option("constant", "After the warmup.")
+    lr: float | None = _option(None, "Peak learning rate (default 1e-4; prodigy 1).")
+    optimizer: Literal["adamw", "adamw8bit", "adafactor", "prodigy"] = _option(
+        "adamw", "adamw8bit and prodigy need a package more: pip install .[8bit] or .[prodigy]."
+    )
+    lr_schedule: Literal["constant", "linear", "cosine", "cosine-restarts"] = _option(
+        "constant", "After the warmup."
+    )
+    num_cycles: int = _option(1, "Of cosine-restarts.")
     warmup_steps: int = _option(0, "Steps of linear warmup.")
-    weight_decay: float = _option(1e-2, "Of AdamW.")
+    weight_decay: float = _option(1e-2, "Decoupled, as in AdamW.")
     steps: int | None = _option(None, "Length of the run in optimizer steps.")
     epochs: float | None = _option(None, "Length of the run in epochs.")
     batch_size: int = _option(1, "Samples per process and forward pass.")
     accumulate: int = _option(1, "Forward passes per optimizer step.")
     max_grad_norm: float = _option(1.0, "Gradients are clipped to this norm; 0: never.")
+    max_skipped: int = _option(
+        20, "Stop after so many steps in a row whose loss or gradient was not finite."
+    )
+    ema: float = _option(0.0, "Decay of an average of the weights, e.g. 0.9999; 0: none.")
+    ema_on_cpu: bool = _option(False, "Keep the average in the CPU's memory.")
+    seed: int = _option(0, "Of everything random.")
+
     prediction_type: Literal["epsilon", "v_prediction"] | None = _option(
         None, "What the UNet predicts; the default is what the base's scheduler says."
     )
-    seed: int = _option(0, "Of everything random.")
+    zero_terminal_snr: bool | None = _option(
+        None, "Rescale the schedule to end in pure noise; the default is what the base says."
+    )
+    min_snr_gamma: float | None = _option(None, "Min-SNR loss weights, e.g. 5.")
+    noise_offset: float = _option(0.0, "Strength of noise that is one value a channel, e.g. 0.05.")
+    loss: Literal["mse", "huber"] = _option("mse", "Of predicted against target.")
+    huber_delta: float = _option(0.1, "Where huber turns from square to linear.")
+    timesteps: Literal["uniform", "logit-normal"] = _option("uniform", "How they are drawn.")
+    logit_mean: float = _option(0.0, "Of logit-normal; above 0: more noise.")
+    logit_std: float = _option(1.0, "Of logit-normal.")
+    timestep_range: tuple[int, ...] = _option((), "LOW,HIGH: train on these only, HIGH excluded.")
+    masked_loss: bool = _option(False, "Weigh the loss by the samples' masks, where they have one.")
+    caption_dropout: float = _option(0.0, "Chance that a sample is trained without its caption.")
+    unconditional: Literal["empty", "zeros"] = _option(
+        "empty", "What stands for a dropped caption: the encoded empty prompt, or zeros."
+    )
 
     device: str = _option("auto", "auto, cuda, mps or cpu.")
+    gpus: str | None = _option(None, "Processes to start, one a GPU: a number, or auto.")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = _option(
         "auto", "auto: bf16 on CUDA, else fp32."
     )
@@ -49,76 +149,177 @@ class TrainConfig:
     gradient_checkpointing: bool | None = _option(
         None, "Recompute activations to save memory; the default is on with CUDA."
     )
+    base_quant: Literal["none", "int8", "nf4"] = _option(
+        "none", "Keep the linears of a LoRA's frozen base in 8 or 4 bits."
+    )
+    pure_bf16: bool = _option(
+        False, "--full: weights in bf16 without an fp32 copy, rounded stochastically."
+    )
+    fused_backward: bool = _option(
+        False, "Step each weight as its gradient arrives, so that gradients take no memory."
+    )
+    compile: bool = _option(False, "Compile the transformer blocks.")
+    channels_last: bool = _option(False, "Lay tensors out for convolutions.")
+    warm_up: bool | None = _option(
+        None, "Try the largest bucket first, so that out-of-memory shows now; default: on CUDA."
+    )
     reader_threads: int = _option(4, "Threads that read ahead.")
 
-    eval_every: int = _option(
-        0, "Eval at every so many steps; with a val cache always at the ends."
+    eval_every: Every = _option(
+        Every(), "Eval at every so many steps (500) or epochs (2ep); always at the ends."
     )
-    checkpoint_every: int = _option(0, "Write a checkpoint at every so many steps.")
+    preview_every: Every = _option(
+        Every(), "Draw the cache's preview prompts as often, the first time before step 1."
+    )
+    preview_vae: bool = _option(False, "Decode previews with the base's VAE.")
+    checkpoint_every: Every = _option(Every(), "Write a checkpoint as often.")
     checkpoint_at: tuple[int, ...] = _option((), "And at these steps, e.g. 600,680,750.")
+    keep: int = _option(
+        0, "Keep so many of --checkpoint-every, and the one of the best eval; 0: all."
+    )
     log_every: int = _option(10, "Steps between writes of metrics; all steps are in them.")
     resume: bool = _option(False, "Go on from the run's newest whole checkpoint.")
+    allow_changed_data: bool = _option(
+        False, "--resume with other data: the epoch starts again with what there is."
+    )
     overwrite: bool = _option(False, "Delete what the run's folder holds.")
+    dry_run: bool = _option(False, "Say what would be trained, and in how much memory; train not.")
     wandb: Literal["disabled", "offline", "online"] = _option("disabled", "Weights & Biases.")
     wandb_project: str = _option("shardtune", "Its project.")
 
     def __post_init__(self) -> None:
-        for name, least in _LEAST.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{flag(name)} must be at least {least}, not {value}")
-        for name, most in (("lr", 1e6), ("alpha", 1e6), ("epochs", 1e6)):
-            value = getattr(self, name)
-            if value is not None and not 0 < value <= most:
-                raise ValueError(f"{flag(name)} must be above 0 and finite, not {value}")
-        for name in ("weight_decay", "max_grad_norm"):
-            if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"{flag(name)} must be finite, not {getattr(self, name)}")
-        if self.seed >= 2**63:
-            raise ValueError(f"--seed must be below 2**63, not {self.seed}")
-        if (self.steps is None) == (self.epochs is None):
-            raise ValueError("give the length of the run: either --steps or --epochs")
-        if self.resume and self.overwrite:
-            raise ValueError("--resume and --overwrite exclude each other")
-        if any(step < 1 for step in self.checkpoint_at):
-            raise ValueError(f"--checkpoint-at takes steps from 1 on, not {self.checkpoint_at}")
+        _check_ranges(self)
+        _check_choices(self)
+        _check_memory(self)
+
+    @property
+    def peak_lr(self) -> float:
+        if self.lr is not None:
+            return self.lr
+        return 1.0 if self.optimizer == "prodigy" else 1e-4
+
+    @property
+    def lora_rank(self) -> int:
+        return self.rank or 8
+
+    @property
+    def lora_alpha(self) -> float:
+        return 4.0 * self.lora_rank if self.alpha is None else self.alpha
+
+    def resolved(self) -> dict[str, Any]:
+        """The settings by name, with their defaults where those depend on others."""
+        settings = {one.name: getattr(self, one.name) for one in fields(self)}
+        settings["lr"] = self.peak_lr
+        if not self.full and self.init_lora is None:
+            settings["rank"], settings["alpha"] = self.lora_rank, self.lora_alpha
+            settings["targets"] = self.targets or "attention"
+        return settings
 
 
 _LEAST = {
     "rank": 1,
+    "num_cycles": 1,
     "warmup_steps": 0,
     "weight_decay": 0,
     "steps": 1,
     "batch_size": 1,
     "accumulate": 1,
     "max_grad_norm": 0,
+    "max_skipped": 1,
+    "noise_offset": 0,
     "reader_threads": 1,
-    "eval_every": 0,
-    "checkpoint_every": 0,
+    "keep": 0,
     "log_every": 1,
     "seed": 0,
 }
+_POSITIVE = ("lr", "alpha", "epochs", "min_snr_gamma", "huber_delta", "logit_std")
+_FINITE = ("weight_decay", "max_grad_norm", "noise_offset", "logit_mean")
+_SHARES = ("ema", "caption_dropout")
+_LORA_ONLY = ("rank", "alpha", "targets", "conv", "init_lora")
+
+
+def _check_ranges(config: TrainConfig) -> None:
+    for name, least in _LEAST.items():
+        value = getattr(config, name)
+        if value is not None and value < least:
+            raise ValueError(f"{flag(name)} must be at least {least}, not {value}")
+    for name in _POSITIVE:
+        value = getattr(config, name)
+        if value is not None and not 0 < value <= 1e6:
+            raise ValueError(f"{flag(name)} must be above 0 and finite, not {value}")
+    for name in _FINITE:
+        if not math.isfinite(getattr(config, name)):
+            raise ValueError(f"{flag(name)} must be finite, not {getattr(config, name)}")
+    for name in _SHARES:
+        if not 0 <= getattr(config, name) < 1:
+            raise ValueError(
+                f"{flag(name)} must be in 0..1, 1 excluded, not {getattr(config, name)}"
+            )
+    if config.seed >= 2**63:
+        raise ValueError(f"--seed must be below 2**63, not {config.seed}")
+    if any(step < 1 for step in config.checkpoint_at):
+        raise ValueError(f"--checkpoint-at takes steps from 1 on, not {config.checkpoint_at}")
+    if config.timestep_range:
+        low, high = (*config.timestep_range, -1, -1)[:2]
+        if len(config.timestep_range) != 2 or not 0 <= low < high:
+            raise ValueError("--timestep-range takes LOW,HIGH, for instance 0,500")
+    if config.gpus is not None and config.gpus != "auto" and not _is_count(config.gpus):
+        raise ValueError(f"--gpus takes a number from 1 on, or auto, not {config.gpus}")
+
+
+def _is_count(text: str) -> bool:
+    return text.isdecimal() and int(text) >= 1
+
+
+def _check_choices(config: TrainConfig) -> None:
+    """Settings that exclude each other, or that another one makes meaningless."""
+    if not config.caches:
+        raise ValueError("name at least one cache to train on")
+    if (config.steps is None) == (config.epochs is None):
+        raise ValueError("give the length of the run: either --steps or --epochs")
+    if config.resume and config.overwrite:
+        raise ValueError("--resume and --overwrite exclude each other")
+    if config.allow_changed_data and not config.resume:
+        raise ValueError("--allow-changed-data says how to --resume; give that too")
+    if config.full:
+        for name in _LORA_ONLY:
+            if getattr(config, name) not in (None, False):
+                raise ValueError(f"{flag(name)} is of a LoRA, and --full trains none")
+    if config.full and config.adapter != "lora":
+        raise ValueError(f"--adapter {config.adapter} is of a LoRA, and --full trains none")
+    if config.init_lora is not None:
+        for name in ("rank", "alpha", "targets", "conv"):
+            if getattr(config, name) not in (None, False):
+                raise ValueError(f"--init-lora brings its own {name}; leave {flag(name)} out")
+        if config.adapter != "lora":
+            raise ValueError("--init-lora brings its own kind of adapter; leave --adapter out")
+    if config.ema_on_cpu and not config.ema:
+        raise ValueError("--ema-on-cpu: there is no --ema to keep")
+    if config.preview_vae and not config.preview_every:
+        raise ValueError("--preview-vae: give --preview-every too")
+
+
+def _check_memory(config: TrainConfig) -> None:
+    """What the ways to save memory can be combined with."""
+    if config.base_quant != "none" and config.full:
+        raise ValueError("--base-quant is for a frozen base, and --full trains all of it")
+    if config.pure_bf16:
+        if not config.full:
+            raise ValueError("--pure-bf16 is for --full: a LoRA's weights are always fp32")
+        if config.precision not in ("auto", "bf16"):
+            raise ValueError(f"--pure-bf16 computes in bf16, and not in {config.precision}")
+        if config.optimizer == "prodigy":
+            raise ValueError("--pure-bf16: prodigy nearly stalls in bf16; take another --optimizer")
+    if config.fused_backward:
+        if config.accumulate > 1:
+            raise ValueError("--fused-backward keeps no gradients, so it cannot --accumulate")
+        if config.precision == "fp16":
+            raise ValueError("--fused-backward steps before fp16's scale is known; take bf16")
+        if config.optimizer == "prodigy":
+            raise ValueError("--fused-backward: prodigy needs all gradients at once")
+        if config.gpus not in (None, "1", "auto"):
+            raise ValueError("--fused-backward is for one process")
 
 
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
-
-
-def read_recipe(path: Path) -> dict[str, Any]:
-    """Options from a TOML file, by their names with ``-`` or ``_``.
-
-    Raises:
-        ValueError: unreadable, or a key that is no option (the known ones are listed).
-    """
-    try:
-        table = tomllib.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid TOML: {error}") from None
-    known = {one.name for one in fields(TrainConfig)}
-    values = {key.replace("-", "_"): value for key, value in table.items()}
-    if unknown := sorted(set(values) - known):
-        names = ", ".join(sorted(name.replace("_", "-") for name in known))
-        raise ValueError(f"{path}: unknown option {unknown[0].replace('_', '-')} (known: {names})")
-    return values

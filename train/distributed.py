@@ -35,6 +35,14 @@ class World:
             return flag
         return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
 
+    def gather(self, names: list[str]) -> list[str]:
+        """The names of all ranks; every rank must ask."""
+        if self.size == 1:
+            return names
+        found: list[list[str]] = [[] for _ in range(self.size)]
+        dist.all_gather_object(found, names)
+        return [name for names in found for name in names]
+
     def wait(self) -> None:
         """Until every rank is here."""
         if self.size > 1:

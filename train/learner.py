@@ -1,25 +1,33 @@
 """One step of learning, and one evaluation."""
 
+import time
 from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from sdxl.device import Precision, exact_fp32, pick_precision
+from sdxl.schedule import Schedule
+from shards.batches import Batch, Reader
 from shards.plan import Plan, Share
-from shards.reader import Batch, Cache, read_ahead, read_batch
+from shards.reader import Cache, read_ahead
 from train.adapters import trainable
 from train.config import TrainConfig
 from train.distributed import World
-from train.objective import alphas_cumprod, sample_losses
-from train.optim import build_optimizer
-from train.unet import build_unet, prediction_type, scheduler_config
+from train.ema import Ema
+from train.fused import FusedBackward
+from train.objective import Objective, objective_of
+from train.optim import Optimizer
+from train.unet import build_unet, reshard, scheduler_config
 
 EVAL_SEED = 0  # not the run's: the eval losses of two runs can be compared
 EVAL_PASSES = 4  # each sample at four times, one in each quarter of the schedule
+NUM_QUARTERS = 4  # of the schedule, by which losses are told apart
 
 
 @dataclass
@@ -28,98 +36,210 @@ class Learner:
 
     unet: Any
     forward: Any
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizer
     scaler: torch.amp.GradScaler
     precision: Precision
-    alphas: torch.Tensor  # [T]
-    prediction_type: str
+    objective: Objective
     max_grad_norm: float
     world: World
+    ema: Ema | None = None
+    fused: FusedBackward | None = None
+
+    @property
+    def schedule(self) -> Schedule:
+        """What the weights will have to be sampled with."""
+        objective = self.objective
+        return Schedule(objective.prediction_type, bool(objective.alphas_cumprod[-1] == 0))
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Of the run's precision."""
+        device, precision = self.world.device.type, self.precision
+        return torch.autocast(device, precision.dtype) if precision.autocast else nullcontext()
 
     def losses(self, unet: Any, batch: Batch) -> torch.Tensor:
         """The loss of each sample, [B] fp32, in the run's precision."""
-        device, precision = self.world.device.type, self.precision
-        with torch.autocast(device, precision.dtype) if precision.autocast else nullcontext():
-            return sample_losses(unet, batch, self.alphas, self.prediction_type, precision.dtype)
+        with self.autocast():
+            return self.objective.losses(unet, batch, self.precision.dtype)
+
+    @contextmanager
+    def looking(self) -> Iterator[Any]:
+        """While entered, the UNet is as the run would publish it, and in eval mode: with the
+        average of its weights, if the run keeps one."""
+        reshard(self.unet)
+        self.unet.eval()
+        try:
+            with nullcontext() if self.ema is None else self.ema.in_place():
+                yield self.unet
+        finally:
+            self.unet.train()
+            reshard(self.unet)
+
+    def sync_on(self, last: bool) -> AbstractContextManager[Any]:
+        """Ranks exchange gradients in the last micro-batch of a step alone."""
+        if isinstance(self.unet, FSDPModule):
+            self.unet.set_requires_gradient_sync(last)
+        if last or not isinstance(self.forward, DistributedDataParallel):
+            return nullcontext()
+        return self.forward.no_sync()
+
+
+@dataclass
+class Step:
+    """What a step came to; tensors are on the device, and of all ranks."""
+
+    loss: torch.Tensor  # sum(w l) / sum(w) over the global batch
+    grad_norm: torch.Tensor  # before clipping
+    finite: torch.Tensor  # bool: if not, the weights stayed as they were
+    lr: float = 0.0
+    num_samples: int = 0  # of all ranks
+    wait_seconds: float = 0.0  # for data
+    quarters: torch.Tensor = field(default_factory=lambda: torch.zeros(2, NUM_QUARTERS))
+    """Of this rank: sums of losses by quarter of the schedule, and how many."""
+    losses: list[tuple[tuple[int, int, int], torch.Tensor]] = field(default_factory=list)
+    """Of this rank: (epoch, number, micro) of each micro-batch, and its samples' losses."""
 
 
 def build_learner(config: TrainConfig, world: World) -> Learner:
-    """UNet, adapters and optimizer, on this rank's device."""
-    scheduler = scheduler_config(config.base)
+    """UNet, adapters and optimizer, on this rank's device.
+
+    Raises:
+        ValueError: the base or the settings cannot be used.
+    """
     precision = pick_precision(config.precision, world.device, config.allow_cpu_bf16)
+    _check(config, precision, world)
     if precision.dtype == torch.float32:
         exact_fp32()
-    unet = build_unet(config, precision.dtype, world.device)
+    objective = objective_of(config, scheduler_config(config.base))
+    objective = replace(objective, alphas_cumprod=objective.alphas_cumprod.to(world.device))
+    unet = build_unet(config, precision, world)
     forward = unet
-    if world.size > 1:
+    if world.size > 1 and not config.full:
         ids = [world.device.index] if world.device.type == "cuda" else None
-        forward = DistributedDataParallel(
-            unet, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        forward = DistributedDataParallel(unet, device_ids=ids, gradient_as_bucket_view=True)
+    parameters = trainable(unet)
+    optimizer = Optimizer(parameters, config, world.device)
+    fused = None
+    if config.fused_backward:
+        fused = FusedBackward(optimizer.slots, config.max_grad_norm, world.device)
     return Learner(
         unet=unet,
         forward=forward,
-        optimizer=build_optimizer(trainable(unet).values(), config, world.device),
+        optimizer=optimizer,
         scaler=torch.amp.GradScaler(world.device.type, enabled=precision.scaler),
         precision=precision,
-        alphas=alphas_cumprod(scheduler).to(world.device),
-        prediction_type=prediction_type(config, scheduler),
+        objective=objective,
         max_grad_norm=config.max_grad_norm,
         world=world,
+        ema=Ema(parameters, config.ema, config.ema_on_cpu) if config.ema else None,
+        fused=fused,
     )
 
 
-def train_step(
-    learner: Learner, batches: Iterator[Batch], lr: float
-) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """One optimizer step on the next global batch.
+def _check(config: TrainConfig, precision: Precision, world: World) -> None:
+    """What only the device and the number of processes tell."""
+    if config.pure_bf16 and precision.dtype != torch.bfloat16:
+        raise ValueError("--pure-bf16 on a CPU: give --allow-cpu-bf16 and --precision bf16 too")
+    if world.size == 1:
+        return
+    if config.fused_backward:
+        raise ValueError("--fused-backward is for one process")
+    if config.full:
+        if config.optimizer != "adamw":
+            raise ValueError(
+                f"--full over several processes is sharded, which --optimizer {config.optimizer} "
+                "does not know; take adamw"
+            )
+        if precision.scaler or config.pure_bf16:
+            how = "--pure-bf16" if config.pure_bf16 else "--precision fp16"
+            raise ValueError(f"{how} is for one process with --full; take --precision bf16")
 
-    Its loss is sum(w l) / sum(w) over all ranks and micro-batches. Returns this rank's share of
-    it, the norm of the gradient before clipping (both on the device), and the samples of all
-    ranks.
+
+def train_step(learner: Learner, batches: Iterator[Batch], number: int, lr: float) -> Step:
+    """Optimizer step ``number`` (0, 1, ...) at ``lr`` on the next global batch.
+
+    The loss is sum(w l) / sum(w) over all ranks and micro-batches. Nothing here waits for the
+    device, unless the optimizer does.
     """
-    world, total = learner.world, torch.zeros((), device=learner.world.device)
+    world, device = learner.world, learner.world.device
+    result = Step(torch.zeros((), device=device), torch.zeros(()), torch.ones(()), lr)
+    result.quarters = result.quarters.to(device)
     last = False
     while not last:
-        batch = next(batches).to(world.device)
-        last = batch.micro == batch.num_micros - 1
-        with nullcontext() if last or world.size == 1 else learner.forward.no_sync():
+        since = time.perf_counter()
+        batch = next(batches)
+        result.wait_seconds += time.perf_counter() - since
+        batch, last = batch.to(device), batch.micro == batch.num_micros - 1
+        with learner.sync_on(last):
             losses = learner.losses(learner.forward, batch)
             loss = (losses * batch.weights).sum() / batch.total_weight
-            # DDP takes the mean over ranks, and the loss is a sum over them.
+            if learner.fused is not None:
+                learner.fused.arm(number, lr, loss.detach().isfinite())
+            # DDP and FSDP take the mean over ranks, and the loss is a sum over them.
             learner.scaler.scale(loss * world.size).backward()  # type: ignore[no-untyped-call]
-        total += loss.detach()
-    learner.scaler.unscale_(learner.optimizer)
-    parameters = [p for group in learner.optimizer.param_groups for p in group["params"]]
-    limit = learner.max_grad_norm or float("inf")
-    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
-    for group in learner.optimizer.param_groups:
-        group["lr"] = lr
-    learner.scaler.step(learner.optimizer)
-    learner.scaler.update()
-    learner.optimizer.zero_grad(set_to_none=True)
-    return total, grad_norm, batch.num_entries
+        result.loss += loss.detach()
+        _note(result, learner.objective, batch, losses.detach())
+    result.num_samples = batch.num_entries
+    result.loss = world.sum(result.loss)
+    _update(learner, result, number)
+    return result
+
+
+def _note(step: Step, objective: Objective, batch: Batch, losses: torch.Tensor) -> None:
+    """Keep what the log wants to know of a micro-batch."""
+    num = len(objective.alphas_cumprod)
+    quarter = objective.timesteps(batch.times) * NUM_QUARTERS // num
+    counts = torch.arange(NUM_QUARTERS, device=losses.device)[:, None] == quarter  # [4, B]
+    counts = counts & (batch.weights > 0)
+    step.quarters += torch.stack([torch.where(counts, losses, 0.0).sum(1), counts.float().sum(1)])
+    step.losses.append(((batch.epoch, batch.number, batch.micro), losses))
+
+
+def _update(learner: Learner, step: Step, number: int) -> None:
+    """Gradients to weights, if all is finite."""
+    optimizer = learner.optimizer
+    if learner.fused is not None:
+        step.grad_norm = learner.fused.disarm()
+        step.finite = step.loss.isfinite() & step.grad_norm.isfinite()
+    else:
+        if learner.scaler.is_enabled():
+            assert optimizer.whole is not None
+            learner.scaler.unscale_(optimizer.whole)
+        limit = learner.max_grad_norm or float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(optimizer.parameters.values(), limit)
+        step.grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        step.finite = step.loss.isfinite() & step.grad_norm.isfinite()
+        optimizer.step(number, step.lr, step.finite)
+        learner.scaler.update()
+        optimizer.zero_grad()
+    if learner.ema is not None:
+        learner.ema.update(number)
 
 
 @torch.no_grad()
 def evaluate(learner: Learner, val: Cache, config: TrainConfig) -> float:
-    """Mean loss over a validation cache, always with the same noise and timesteps."""
-    world = learner.world
+    """Mean squared error over a validation cache, always with the same noise and timesteps, plain:
+    without the run's weights, offsets and choice of timesteps."""
+    world, mine = learner.world, learner.objective
     plan = Plan(val.groups(), EVAL_SEED, config.batch_size * world.size)
     share = Share(batch_size=config.batch_size, world=world.size, rank=world.rank)
+    reader = Reader([val], plan, share)
+    alphas = mine.alphas_cumprod
+    objective = Objective(
+        alphas_cumprod=alphas, prediction_type=mine.prediction_type, high=len(alphas)
+    )
 
     def read(place: tuple[int, int]) -> Batch:
         pass_, number = place
-        batch = read_batch([val], plan, plan.batch(pass_, number), share, 0)
+        batch = reader.read(plan.batch(pass_, number), 0)
         return replace(batch, times=(batch.times + pass_) / EVAL_PASSES)
 
     places = [(p, n) for p in range(EVAL_PASSES) for n in range(plan.num_batches)]
     sums = torch.zeros(2, device=world.device)
-    learner.unet.eval()
-    for batch in read_ahead(read, places, config.reader_threads, 2 * config.reader_threads):
-        batch = batch.to(world.device)
-        losses = learner.losses(learner.unet, batch)
-        sums += torch.stack([(losses * batch.weights).sum(), batch.weights.sum()])
-    learner.unet.train()
+    with learner.looking() as unet:
+        for batch in read_ahead(read, places, config.reader_threads, 2 * config.reader_threads):
+            batch = batch.to(world.device)
+            with learner.autocast():
+                losses = objective.losses(unet, batch, learner.precision.dtype)
+            sums += torch.stack([(losses * batch.weights).sum(), batch.weights.sum()])
     total, weight = world.sum(sums).tolist()
     return float(total / weight)

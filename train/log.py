@@ -5,6 +5,8 @@ Losses stay on the device until ``flush``: between two flushes the host never wa
 
 import json
 import math
+import resource
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from tqdm import tqdm
 from shards.durable import write_durable
 from train.config import TrainConfig
 from train.distributed import World
+from train.learner import NUM_QUARTERS, Step
 
 METRICS = "metrics.jsonl"
 WANDB_ID = "wandb.json"
@@ -43,8 +46,8 @@ class RunLog:
         self, config: TrainConfig, world: World, start: int, num_steps: int, run_config: Any
     ) -> None:
         self.config, self.world = config, world
-        self.skips_overflows = False  # a GradScaler leaves steps out whose gradients overflow
-        self._pending: list[tuple[int, float, torch.Tensor, torch.Tensor, int]] = []
+        self.num_skipped = 0  # steps left out since the run was started
+        self._pending: list[tuple[int, Step]] = []
         self._since = time.perf_counter()
         self._wandb: Any = None
         self.bar: Any = tqdm(
@@ -56,44 +59,74 @@ class RunLog:
             if config.wandb != "disabled":
                 self._wandb = _start_wandb(config, run_config)
 
-    def step(
-        self, step: int, lr: float, loss: torch.Tensor, grad_norm: torch.Tensor, num_samples: int
-    ) -> None:
-        """Note a step: ``loss`` is this rank's share of it, a scalar still on the device."""
-        self._pending.append((step, lr, loss, grad_norm, num_samples))
+    def step(self, number: int, step: Step) -> None:
+        """Note step ``number`` (1, 2, ...); its tensors are not looked at yet."""
+        self._pending.append((number, step))
         self.bar.update()
 
-    def flush(self) -> None:
-        """Write what is pending. Every rank must call it at the same step."""
-        if not self._pending:
-            return
-        losses = self.world.sum(torch.stack([row[2] for row in self._pending]))
-        values = torch.stack([losses, torch.stack([row[3] for row in self._pending])]).tolist()
-        now = time.perf_counter()
-        rate = sum(row[4] for row in self._pending) / max(now - self._since, 1e-9)
-        rows: list[dict[str, Any]] = [
-            {
-                "step": step,
-                "train/loss": _json(loss),
-                "train/lr": lr,
-                "train/grad_norm": _json(norm),
-            }
-            for (step, lr, _, _, _), loss, norm in zip(self._pending, *values, strict=True)
+    def flush(self) -> list[tuple[int, Step, bool]]:
+        """Write what is pending; returns those steps, and whether each was finite.
+
+        Every rank must call it at the same step.
+        """
+        pending, self._pending = self._pending, []
+        if not pending:
+            return []
+        values = torch.stack(
+            [torch.stack([s.loss, s.grad_norm, s.finite.float()]) for _, s in pending]
+        ).tolist()
+        quarters = self.world.sum(torch.stack([s.quarters for _, s in pending]).nansum(0)).tolist()
+        rows = [
+            _row(number, step, *row) for (number, step), row in zip(pending, values, strict=True)
         ]
-        rows[-1]["train/images_per_second"] = round(rate, 3)
-        if self.world.device.type == "cuda":
-            rows[-1]["gpu/peak_memory_bytes"] = torch.cuda.max_memory_allocated(self.world.device)
-        mean = sum(values[0]) / len(rows)
-        self.bar.set_postfix(loss=f"{mean:.4f}", img_s=f"{rate:.1f}")
+        finite = [bool(row[2]) for row in values]
+        self.num_skipped += finite.count(False)
+        self._sum_up(rows, [step for _, step in pending], quarters)
         self._write(rows)
-        self._pending, self._since = [], now
-        if not self.skips_overflows:
-            _check_finite(rows)
+        return [(number, step, ok) for (number, step), ok in zip(pending, finite, strict=True)]
+
+    def _sum_up(self, rows: list[dict[str, Any]], steps: list[Step], quarters: Any) -> None:
+        """What is known of several steps together goes into the last row, and into the bar."""
+        now = time.perf_counter()
+        seconds, self._since = max(now - self._since, 1e-9), now
+        rate = sum(step.num_samples for step in steps) / seconds
+        wait = sum(step.wait_seconds for step in steps) / seconds
+        memory = _memory_bytes(self.world.device)
+        last = rows[-1]
+        last["train/images_per_second"] = round(rate, 3)
+        last["train/data_wait_share"] = round(wait, 4)
+        last["train/peak_memory_bytes"] = memory
+        for quarter in range(NUM_QUARTERS):
+            total, count = quarters[0][quarter], quarters[1][quarter]
+            if count:
+                last[f"train/loss_quarter_{quarter + 1}"] = _json(total / count)
+        losses = [row["train/loss"] for row in rows if row["train/loss"] is not None]
+        shown = {
+            "loss": f"{sum(losses) / len(losses):.4f}" if losses else "not finite",
+            "img_s": f"{rate:.1f}",
+            "wait": f"{wait:.0%}",
+            "mem": f"{memory / 1e9:.1f}GB",
+        }
+        if self.num_skipped:
+            last["train/num_skipped"] = self.num_skipped
+            shown["skipped"] = str(self.num_skipped)
+        self.bar.set_postfix(shown)
 
     def eval(self, step: int, loss: float) -> None:
         """Note an evaluation after ``step`` steps."""
-        self._write([{"step": step, "eval/loss": loss}])
+        self._write([{"step": step, "eval/loss": _json(loss)}])
         self.say(f"step {step}: eval loss {loss:.5f}")
+
+    def preview(self, step: int, path: Path) -> None:
+        """Note a sheet of previews after ``step`` steps."""
+        self.say(f"step {step}: previews in {path}")
+        if self._wandb is not None:
+            import wandb
+
+            self._wandb.log({"trainer/step": step, "previews": wandb.Image(str(path))})
+
+    def resume_clock(self) -> None:
+        """What came between the steps is not theirs: the rate counts from here."""
         self._since = time.perf_counter()
 
     def say(self, line: str) -> None:
@@ -123,26 +156,34 @@ class RunLog:
             artifact.add_file(str(path))
         self._wandb.log_artifact(artifact)
 
-    def close(self) -> None:
+    def close(self, failed: bool) -> None:
         self.bar.close()
         if self.world.is_main:
             self._file.close()
         if self._wandb is not None:
-            self._wandb.finish()
+            self._wandb.finish(exit_code=int(failed))
+
+
+def _row(number: int, step: Step, loss: float, norm: float, finite: float) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "step": number,
+        "train/loss": _json(loss),
+        "train/lr": step.lr,
+        "train/grad_norm": _json(norm),
+    }
+    return row if finite else {**row, "train/skipped": 1}
+
+
+def _memory_bytes(device: torch.device) -> int:
+    """The most that was in use at once: of the GPU, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _json(value: float) -> float | None:
     return value if math.isfinite(value) else None  # JSON has no NaN
-
-
-def _check_finite(rows: list[dict[str, Any]]) -> None:
-    for row in rows:
-        if row["train/loss"] is None or row["train/grad_norm"] is None:
-            raise ValueError(
-                f"step {row['step']}: the loss or its gradient is not finite; the run stops before "
-                "that reaches a checkpoint. A smaller --lr may help, or --precision bf16 or fp32; "
-                "--resume goes on from the last checkpoint"
-            )
 
 
 def _without_step(row: dict[str, Any]) -> dict[str, Any]:

@@ -1,27 +1,202 @@
-"""AdamW, and the learning rate as a function of the step."""
+"""Optimizers, and the learning rate as a function of the step.
+
+What all of them keep: a step whose gradient is not finite leaves the weights as they are.
+"""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 
+from shards.plan import derive_key
 from train.config import TrainConfig
 
-
-def build_optimizer(
-    parameters: Iterable[torch.nn.Parameter], config: TrainConfig, device: torch.device
-) -> torch.optim.AdamW:
-    fused = device.type in ("cuda", "cpu")
-    return torch.optim.AdamW(
-        parameters, lr=config.lr, weight_decay=config.weight_decay, fused=fused
-    )
+Make = Callable[[Iterable[torch.nn.Parameter]], torch.optim.Optimizer]
+MASK_OF_BF16 = -65536  # the upper 16 bits of an fp32's 32
 
 
 def learning_rate(config: TrainConfig, step: int, num_steps: int) -> float:
-    """Of optimizer step 0..num_steps-1: linear warmup, then constant or half a cosine to 0."""
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    if config.lr_schedule == "constant":
-        return config.lr
-    progress = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+    """Of optimizer step 0..num_steps-1: linear warmup, then what ``lr_schedule`` says."""
+    peak, warmup = config.peak_lr, config.warmup_steps
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, num_steps - warmup)
+    if config.lr_schedule == "linear":
+        return peak * (1 - progress)
+    if config.lr_schedule == "cosine":
+        return peak * 0.5 * (1 + math.cos(math.pi * progress))
+    if config.lr_schedule == "cosine-restarts":
+        return peak * 0.5 * (1 + math.cos(math.pi * (config.num_cycles * progress % 1.0)))
+    return peak
+
+
+def optimizer_maker(config: TrainConfig, device: torch.device) -> Make:
+    """The kind of optimizer that the run asks for.
+
+    Raises:
+        ValueError: it is of a package that is not installed.
+    """
+    lr, decay = config.peak_lr, config.weight_decay
+    if config.optimizer == "adamw":
+        fused = device.type in ("cuda", "cpu")
+        return lambda ps: torch.optim.AdamW(ps, lr=lr, weight_decay=decay, fused=fused)
+    if config.optimizer == "adafactor":
+        return lambda ps: torch.optim.Adafactor(ps, lr=lr, weight_decay=decay)
+    try:
+        if config.optimizer == "adamw8bit":
+            from bitsandbytes.optim import AdamW8bit
+
+            return lambda ps: AdamW8bit(ps, lr=lr, weight_decay=decay)
+        from prodigyopt import Prodigy
+    except ImportError as error:
+        extra = {"adamw8bit": "8bit"}.get(config.optimizer, config.optimizer)
+        raise ValueError(
+            f"--optimizer {config.optimizer} needs a package more: pip install '.[{extra}]' "
+            f"({error})"
+        ) from error
+    return lambda ps: Prodigy(
+        ps, lr=lr, weight_decay=decay, use_bias_correction=True, safeguard_warmup=True
+    )
+
+
+def takes_flag(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it can leave a step out by itself, told on the device: torch's fused ones."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+def step_if(optimizer: torch.optim.Optimizer, lr: float, finite: torch.Tensor) -> None:
+    """A step at ``lr`` if ``finite`` (a bool scalar on the device).
+
+    A fused optimizer is told on the device, so that the host does not wait; of others the flag is
+    read.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    if takes_flag(optimizer):
+        optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+        optimizer.step()
+    elif bool(finite):
+        optimizer.step()
+
+
+def stochastic_round_(
+    target: torch.Tensor, values: torch.Tensor, generator: torch.Generator
+) -> None:
+    """Round fp32 ``values`` to bf16 ``target``, up or down at random so that the mean is kept.
+
+    Values that are bf16 already stay. (Without it updates below 1/256 of a weight are lost.)
+    """
+    noise = torch.randint(
+        0, 1 << 16, values.shape, dtype=torch.int32, device=values.device, generator=generator
+    )
+    bits = (values.view(torch.int32) + noise) & MASK_OF_BF16
+    target.copy_(bits.view(torch.float32))
+
+
+class Slot:
+    """One parameter with an optimizer of its own, for ``--pure-bf16`` and ``--fused-backward``.
+
+    A bf16 parameter is stepped in an fp32 copy that lives for the step, and rounded back.
+    """
+
+    def __init__(self, number: int, parameter: torch.nn.Parameter, make: Make, seed: int) -> None:
+        self.number, self.parameter, self.seed = number, parameter, seed
+        self.is_half = parameter.dtype == torch.bfloat16
+        empty = torch.empty(0, device=parameter.device)
+        self.stepped = torch.nn.Parameter(empty) if self.is_half else parameter
+        self.optimizer = make([self.stepped])
+
+    @torch.no_grad()
+    def step(self, step: int, lr: float, finite: torch.Tensor) -> None:
+        """Use up the parameter's gradient in optimizer step ``step``."""
+        parameter, stepped = self.parameter, self.stepped
+        assert parameter.grad is not None
+        told = takes_flag(self.optimizer)
+        before = None if told or self.is_half else parameter.clone()
+        if self.is_half:
+            stepped.data = parameter.float()
+            stepped.grad = parameter.grad.float()
+            parameter.grad = None
+        if not told:
+            assert stepped.grad is not None
+            # Zeros for NaN: the state stays finite, and the weights are put back below.
+            stepped.grad = torch.where(finite, stepped.grad, 0.0)
+        step_if(self.optimizer, lr, finite if told else finite.new_ones((), device="cpu"))
+        if self.is_half:
+            generator = torch.Generator(parameter.device)
+            generator.manual_seed(derive_key("round", self.seed, step, self.number) >> 65)
+            rounded = torch.empty_like(parameter)
+            stochastic_round_(rounded, stepped.detach(), generator)
+            parameter.copy_(torch.where(finite, rounded, parameter))
+            stepped.data, stepped.grad = torch.empty(0, device=parameter.device), None
+        elif before is not None:
+            parameter.copy_(torch.where(finite, parameter, before))
+        parameter.grad = None
+
+
+class Optimizer:
+    """The run's optimizer: one over all parameters, or a ``Slot`` for each."""
+
+    def __init__(
+        self,
+        parameters: dict[str, torch.nn.Parameter],
+        config: TrainConfig,
+        device: torch.device,
+    ) -> None:
+        make = optimizer_maker(config, device)
+        self.parameters = parameters
+        self.slots: list[Slot] = []
+        self.whole: torch.optim.Optimizer | None = None
+        if config.pure_bf16 or config.fused_backward:
+            values = enumerate(parameters.values())
+            self.slots = [Slot(number, p, make, config.seed) for number, p in values]
+        else:
+            self.whole = make(parameters.values())
+
+    def step(self, step: int, lr: float, finite: torch.Tensor) -> None:
+        """Optimizer step ``step`` with the gradients that are there, if ``finite``."""
+        if self.whole is not None:
+            step_if(self.whole, lr, finite)
+        for slot in self.slots:
+            slot.step(step, lr, finite)
+
+    def zero_grad(self) -> None:
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+    def parts(self) -> list[tuple[list[str], torch.optim.Optimizer]]:
+        """Each torch optimizer with its parameters' names, in its order."""
+        names = list(self.parameters)
+        if self.whole is not None:
+            return [(names, self.whole)]
+        return [([name], slot.optimizer) for name, slot in zip(names, self.slots, strict=True)]
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Tensors by ``parameter|field``, and all else that is plain numbers."""
+        tensors: dict[str, torch.Tensor] = {}
+        numbers: dict[str, Any] = {}
+        for names, optimizer in self.parts():
+            for number, fields in optimizer.state_dict()["state"].items():
+                for field, value in fields.items():
+                    into = tensors if isinstance(value, torch.Tensor) else numbers
+                    into[f"{names[number]}|{field}"] = value
+        if self.whole is not None:  # Prodigy keeps what it has learned of the step size here
+            for name, value in self.whole.param_groups[0].items():
+                if type(value) in (int, float) and name != "lr":
+                    numbers[f"|{name}"] = value
+        return tensors, numbers
+
+    def load(self, tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> None:
+        """Put ``state`` back, bit for bit."""
+        fields: dict[str, dict[str, Any]] = {}
+        for key, value in {**tensors, **numbers}.items():
+            name, field = key.rsplit("|", 1)
+            fields.setdefault(name, {})[field] = value
+        of_group = fields.pop("", {})
+        for names, optimizer in self.parts():
+            groups = optimizer.state_dict()["param_groups"]
+            for group in groups:
+                group.update(of_group)
+            state = {i: fields[name] for i, name in enumerate(names) if name in fields}
+            optimizer.load_state_dict({"state": state, "param_groups": groups})

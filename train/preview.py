@@ -5,11 +5,10 @@ from latents to colours. Seeds are fixed, so the sheets of one run differ by wha
 """
 
 import copy
-import inspect
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,16 +16,20 @@ from PIL import Image
 
 from sdxl.conditioning import Conditioning
 from sdxl.latent_rgb import latents_to_rgb
-from sdxl.load import load_scheduler
+from sdxl.load import load_scheduler, load_vae
 from sdxl.prompts import Prompt
 from sdxl.sampling import decode_latents, default_time_ids, sample_latents, starting_noise
 from sdxl.sheet import MOST, contact_sheet
 from shards import CacheError
 from shards.buckets import Size
+from shards.durable import durable_file
 from shards.manifest import PROMPTS, read_side_file
 from shards.previews import PreviewFile
 from shards.reader import Cache
+from train.config import TrainConfig
+from train.learner import Learner
 
+FOLDER = "previews"
 TILE = 512  # pixels; four for each of a 1024² picture's latents
 REMEDY = "make it again with `python cli.py prompts`"
 
@@ -76,36 +79,6 @@ def read_preview_prompts(cache: Cache) -> PreviewPrompts | None:
     )
 
 
-def preview_scheduler(
-    base: str, prediction_type: str | None = None, zero_snr: bool | None = None
-) -> Any:
-    """The base's own sampler, told what the run trains; None leaves the base's word.
-
-    With ``zero_snr`` sampling starts at the last timestep ("trailing"): only there is the noise
-    pure (Lin et al., "Common Diffusion Noise Schedules and Sample Steps are Flawed", 3.3).
-
-    Raises:
-        BaseError: the base names no sampler that diffusers knows.
-    """
-    scheduler = load_scheduler(base)
-    changes: dict[str, Any] = {}
-    if prediction_type is not None:
-        changes["prediction_type"] = prediction_type
-    if zero_snr is not None:
-        changes["rescale_betas_zero_snr"] = zero_snr
-    if zero_snr:
-        changes["timestep_spacing"] = "trailing"
-    known = inspect.signature(type(scheduler).__init__).parameters
-    if deaf := sorted(name for name in changes if name not in known and changes[name]):
-        warnings.warn(
-            f"previews are drawn without {', '.join(deaf)}: the base's "
-            f"{type(scheduler).__name__} does not know it",
-            stacklevel=2,
-        )
-    kept = {name: value for name, value in changes.items() if name in known}
-    return type(scheduler).from_config(scheduler.config, **kept)
-
-
 def draw_previews(
     unet: Any,
     scheduler: Any,
@@ -118,7 +91,7 @@ def draw_previews(
 ) -> Image.Image:
     """One sheet of the first 100 prompts, as their file has them, each with the start of its text.
 
-    ``scheduler`` is of ``preview_scheduler``. What a prompt says of size, seed, steps and guidance
+    ``scheduler`` is of ``load_scheduler``. What a prompt says of size, seed, steps and guidance
     wins over the defaults; prompt i has seed i. ``autocast`` is the dtype of the forward pass where
     the UNet trains under autocast; None is no autocast, whatever the caller's. With a ``vae`` the
     colours are true, without they are of the cache's linear map. One prompt at a time, so that it
@@ -172,6 +145,58 @@ def _sample(
             guidance_scale=guidance_scale,
             generators=[generator],
         )
+
+
+@dataclass(kw_only=True, eq=False)
+class Previewer:
+    """Draws a run's previews into its folder."""
+
+    config: TrainConfig
+    previews: PreviewPrompts
+    scheduler: Any
+    learner: Learner
+
+    @classmethod
+    def of(
+        cls, config: TrainConfig, caches: Sequence[Cache], learner: Learner
+    ) -> "Previewer | None":
+        """With the prompts of the first cache that has some; None where none are asked for.
+
+        Raises:
+            ValueError: they are damaged, or no cache has any.
+        """
+        if not config.preview_every:
+            return None
+        for cache in caches:
+            previews = read_preview_prompts(cache)
+            if previews is not None:
+                scheduler = load_scheduler(config.base, *astuple(learner.schedule))
+                return cls(config=config, previews=previews, scheduler=scheduler, learner=learner)
+        raise ValueError(
+            f"--preview-every: {caches[0].folder} has no preview prompts; add some with "
+            f"`python cli.py prompts {caches[0].folder} FILE --base {config.base}`"
+        )
+
+    def draw(self, step: int) -> Path:
+        """The sheet after ``step`` steps, with the averaged weights if there are any. Of several
+        ranks all must draw; the main one writes."""
+        learner, precision, vae = self.learner, self.learner.precision, None
+        if self.config.preview_vae and learner.world.is_main:
+            vae = load_vae(self.config.base, torch.float32).to(learner.world.device)
+        with learner.looking() as unet:
+            sheet = draw_previews(
+                unet,
+                self.scheduler,
+                self.previews,
+                autocast=precision.dtype if precision.autocast else None,
+                vae=vae,
+            )
+        path = self.config.out / FOLDER / f"step-{step:06d}.png"
+        if learner.world.is_main:
+            path.parent.mkdir(exist_ok=True)
+            with durable_file(path) as file:
+                sheet.save(file, format="PNG")
+        return path
 
 
 @contextmanager

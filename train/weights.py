@@ -1,66 +1,199 @@
-"""What a run makes, in its final formats: a LoRA file, or a UNet folder."""
+"""What a run makes, in its final formats: a LoRA file, or a UNet folder as diffusers saves it.
 
+Tensors are gathered one by one from all ranks to the CPU of the main one, into files of bounded
+size: no process ever holds a second UNet.
+"""
+
+import json
 import os
 import shutil
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
 from peft import set_peft_model_state_dict
+from safetensors import safe_open
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-from sdxl.lora_files import PREFIX, lora_bytes
+from sdxl.base import find_weights
+from sdxl.lora_files import LORA, PREFIX, lora_bytes
+from sdxl.schedule import Schedule, write_schedule
 from shards.durable import fsync_folder, write_durable
+from train.distributed import World
+from train.ema import Ema, local
 
-LORA = "pytorch_lora_weights.safetensors"  # the name load_lora_weights looks for in a folder
 UNET = "unet"
-ONE_FILE = "100GB"  # save_pretrained splits at 10 GB by default, and SDXL's UNet is 10.3
+STEM = "diffusion_pytorch_model"
+MAX_FILE_BYTES = 4_000_000_000
 
 
-def write_weights(unet: Any, full: bool, folder: Path) -> Path:
-    """Write the trained weights in fp32; returns the LoRA file or the UNet's folder."""
-    if not full:
-        write_durable(folder / LORA, lora_bytes(unet))
-        return folder / LORA
-    unet.save_pretrained(folder / UNET, max_shard_size=ONE_FILE)
-    return folder / UNET
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor, whatever part of it this rank has. Every rank must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def read_weights(unet: Any, full: bool, folder: Path) -> None:
-    """Put what ``write_weights`` wrote back on a UNet of the same making, bit for bit."""
+def like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """A whole ``value`` laid out as ``parameter`` is: this rank's part, where it is sharded."""
+    value = value.to(parameter.device)
+    if isinstance(parameter, DTensor) and value.shape == parameter.shape:
+        mesh, placements = parameter.device_mesh, parameter.placements
+        return distribute_tensor(value, mesh, placements, src_data_rank=None)
+    return value
+
+
+def write_tensors(
+    folder: Path,
+    stem: str,
+    tensors: dict[str, torch.Tensor],
+    world: World,
+    *,
+    variant: str | None = None,
+    convert: Callable[[str, torch.Tensor], torch.Tensor] = lambda name, tensor: tensor,
+) -> None:
+    """Write safetensors files as diffusers names them; the main rank does, all must take part.
+
+    ``convert`` gets each whole tensor, and gives what is written.
+    """
+    dot = f".{variant}" if variant else ""
+    parts = _split(tensors)
+    files: dict[str, str] = {}
+    for number, names in enumerate(parts, 1):
+        counted = f"-{number:05d}-of-{len(parts):05d}" if len(parts) > 1 else ""
+        state = {}
+        for name in names:
+            tensor = whole(tensors[name].detach())
+            if world.is_main:
+                state[name] = convert(name, tensor.cpu()).contiguous().clone()
+        if world.is_main:
+            path = folder / f"{stem}{dot}{counted}.safetensors"
+            safetensors.torch.save_file(state, path, metadata={"format": "pt"})
+            files |= dict.fromkeys(names, path.name)
+    if world.is_main and len(parts) > 1:
+        total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": files}
+        name = f"{stem}.safetensors.index{dot}.json"
+        (folder / name).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _split(tensors: dict[str, torch.Tensor]) -> list[list[str]]:
+    """Names in order, in parts of at most MAX_FILE_BYTES (or one tensor)."""
+    parts: list[list[str]] = [[]]
+    room = MAX_FILE_BYTES
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        if size > room and parts[-1]:
+            parts.append([])
+            room = MAX_FILE_BYTES
+        parts[-1].append(name)
+        room -= size
+    return parts
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What the weights are of: a LoRA or the whole UNet of ``base``, trained on ``schedule``."""
+
+    full: bool
+    base: str
+    schedule: Schedule
+
+
+def write_weights(unet: Any, kind: Kind, folder: Path, world: World, ema: Ema | None) -> None:
+    """Write the trained weights, or their average, in the dtype they are kept in."""
+    if world.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+    if kind.full:
+        if world.is_main:
+            write_schedule(kind.base, kind.schedule, folder)
+            _write_config(unet, folder / UNET)
+        tensors = dict(unet.named_parameters()) if ema is None else ema.tensors()
+        write_tensors(folder / UNET, STEM, tensors, world)
+    elif world.is_main:
+        values = None if ema is None else ema.values
+        write_durable(folder / LORA, lora_bytes(unet, values, kind.schedule))
+
+
+def _write_config(unet: Any, folder: Path) -> None:
+    config = json.loads(unet.to_json_string())
+    config["_class_name"] = "UNet2DConditionModel"  # FSDP puts a class of its own in its place
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def read_weights(unet: Any, full: bool, folder: Path, ema: Ema | None) -> None:
+    """Put what ``write_weights`` wrote back, bit for bit: on a UNet of the same making, or in
+    ``ema``."""
     if full:
-        state: dict[str, torch.Tensor] = {}
-        for path in sorted((folder / UNET).glob("*.safetensors")):
-            state |= safetensors.torch.load_file(path)
-        unet.load_state_dict(state)
+        parameters = dict(unet.named_parameters())
+        with torch.no_grad():
+            for path in find_weights(folder / UNET).files:
+                with safe_open(path, framework="pt") as file:
+                    for name in file.keys():  # noqa: SIM118
+                        value = local(like(parameters[name], file.get_tensor(name)))
+                        into = local(parameters[name]) if ema is None else ema.values[name]
+                        into.copy_(value)
         return
+    kept = {name: parameter.detach().clone() for name, parameter in unet.named_parameters()}
     state = safetensors.torch.load_file(folder / LORA)
     state = {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
-    missing = set_peft_model_state_dict(unet, state)
+    adapter = next(iter(unet.peft_config))
+    missing = set_peft_model_state_dict(unet, state, adapter_name=adapter)
     assert not missing.unexpected_keys, missing.unexpected_keys
+    if ema is not None:
+        with torch.no_grad():
+            for name, parameter in ema.parameters.items():
+                ema.values[name].copy_(parameter)
+                parameter.copy_(kept[name])
 
 
-def publish(unet: Any, full: bool, run: Path) -> Path:
-    """The run's result. A UNet comes as fp32 and fp16 files, and is in fp16 afterwards."""
-    if not full:
-        return write_weights(unet, full, run)
+def publish(unet: Any, kind: Kind, run: Path, world: World, ema: Ema | None) -> Path:
+    """The run's result: its averaged weights, where it keeps an average. A UNet comes as files of
+    the dtype it was trained in and as fp16 files."""
+    if not kind.full:
+        write_weights(unet, kind, run, world, ema)
+        return run / LORA
     partial = run / f"{UNET}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    unet.save_pretrained(partial, max_shard_size=ONE_FILE)
-    unet.to(torch.float16)
-    if not all(bool(tensor.isfinite().all()) for tensor in unet.state_dict().values()):
-        warnings.warn("some weights are beyond fp16: use the fp32 file", stacklevel=2)
-    unet.save_pretrained(partial, max_shard_size=ONE_FILE, variant="fp16")
-    sync_files(partial)
-    replaced = run / f"{UNET}.replaced.partial"
-    shutil.rmtree(replaced, ignore_errors=True)
-    if (run / UNET).exists():
-        os.replace(run / UNET, replaced)
-    os.replace(partial, run / UNET)
-    fsync_folder(run)
-    shutil.rmtree(replaced, ignore_errors=True)
+    if world.is_main:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+    write_weights(unet, kind, partial, world, ema)
+    beyond: list[str] = []
+
+    def halve(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        half = tensor.to(torch.float16)
+        if not half.isfinite().all():
+            beyond.append(name)
+        return half
+
+    tensors = dict(unet.named_parameters()) if ema is None else ema.tensors()
+    write_tensors(partial / UNET, STEM, tensors, world, variant="fp16", convert=halve)
+    if world.is_main:
+        if beyond:
+            warnings.warn(
+                f"{beyond[0]} and {len(beyond) - 1} more weights are beyond fp16: use the fp32 "
+                "file",
+                stacklevel=2,
+            )
+        sync_files(partial)
+        _replace(partial / "scheduler", run / "scheduler")
+        _replace(partial / UNET, run / UNET)
+        shutil.rmtree(partial)
     return run / UNET
+
+
+def _replace(new: Path, old: Path) -> None:
+    """Rename a folder over another one."""
+    replaced = old.with_name(f"{old.name}.replaced.partial")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if old.exists():
+        os.replace(old, replaced)
+    os.replace(new, old)
+    fsync_folder(old.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def sync_files(folder: Path) -> None:

@@ -1,0 +1,120 @@
+"""The caches of a run: opened, and refused where they were not made for its base."""
+
+import warnings
+
+from sdxl.base import ENCODERS, model_config
+from sdxl.fingerprint import encoder_digests_elsewhere
+from shards.reader import Cache
+from train.config import CacheUse, TrainConfig
+from train.distributed import World
+
+
+def open_data(config: TrainConfig, world: World) -> tuple[list[Cache], Cache | None]:
+    """The training caches, and the validation cache if there is one.
+
+    Raises:
+        ValueError: one of them cannot be used; names it and why.
+    """
+    caches = [open_cache(use, "train") for use in config.caches]
+    val = open_val(config, caches[0])
+    for one in caches if val is None else [*caches, val]:
+        check_cache(one, config.base)
+        _check_alike(caches[0], one)
+    if world.is_main:
+        for cache in caches:
+            check_encoders(cache, config.base)
+    if config.masked_loss and not any(has_masks(cache) for cache in caches):
+        raise ValueError("--masked-loss: no sample of the cache has a mask")
+    return caches, val
+
+
+def open_cache(use: CacheUse, part: str) -> Cache:
+    """The cache of a folder, or its ``train`` or ``val`` where it is split in two."""
+    folder = use.folder
+    if not (folder / "manifest.json").exists() and (folder / part).is_dir():
+        folder = folder / part
+    return Cache(folder, weight=use.weight, repeats=use.repeats)
+
+
+def open_val(config: TrainConfig, train: Cache) -> Cache | None:
+    """The validation cache: the one named, else the one beside the first training cache."""
+    first = config.caches[0].folder
+    if config.val is not None:
+        val = open_cache(CacheUse(config.val), "val")
+    elif train.folder != first and (first / "val").is_dir():
+        val = Cache(first / "val")
+    else:
+        if config.eval_every:
+            warnings.warn("--eval-every: there is no validation cache, so no eval", stacklevel=2)
+        return None
+    return val if val.manifest["num_samples"] else None
+
+
+def has_masks(cache: Cache) -> bool:
+    """Whether any sample of the cache has a mask."""
+    return any(
+        shard.index.slice(row, "mask", 0) is not None
+        for shard in cache.shards()
+        for row in range(len(shard.index))
+    )
+
+
+def _check_alike(first: Cache, other: Cache) -> None:
+    """Refuse caches that one run cannot mix."""
+    for name in ENCODERS:
+        mine, theirs = (one.manifest["recipe"][name]["digest"] for one in (first, other))
+        if mine != theirs:
+            raise ValueError(f"{other.folder}: made with another {name} than {first.folder}")
+    mine, theirs = (one.manifest["text"]["tokens"] for one in (first, other))
+    if mine != theirs:
+        raise ValueError(
+            f"{other.folder}: its captions have {theirs} tokens, and those of {first.folder} "
+            f"{mine}: encode both alike"
+        )
+
+
+def check_cache(cache: Cache, base: str) -> None:
+    """Refuse a cache of another shape than the base's UNet takes.
+
+    Raises:
+        ValueError: names the cache, what it holds, and what the UNet takes.
+    """
+    folder, unet = model_config(base, "unet")
+    text, latents = cache.manifest["text"], cache.manifest.get("latents", {})
+    added = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
+    for what, held, taken in (
+        ("prompt embeddings of width", text["depth"], unet["cross_attention_dim"]),
+        ("pooled embeddings of width", text["pooled"], added),
+        ("latent channels:", latents.get("channels"), unet["in_channels"]),
+    ):
+        if held is not None and held != taken:
+            raise ValueError(
+                f"{cache.folder}: holds {what} {held}, but {folder} takes {taken}: "
+                "encode the data set with this base"
+            )
+
+
+def check_encoders(cache: Cache, base: str) -> None:
+    """Refuse a cache made with other encoders than the base holds; say what cannot be compared.
+
+    The base's files are hashed in a process of their own (and remembered): no file of an encoder
+    is opened here.
+    """
+    recipe, missing = cache.manifest["recipe"], []
+    theirs = encoder_digests_elsewhere(base)
+    for name in ENCODERS:
+        if theirs[name] is None:
+            missing.append(name)
+        elif name == "vae" and not recipe["vae"]["of_base"]:
+            continue  # encoded with --vae: meant to be another one
+        elif theirs[name] != recipe[name]["digest"]:
+            raise ValueError(
+                f"{cache.folder}: made with another {name} than {base} holds; encode the data set "
+                "with this base, or train from the base it was made with"
+            )
+    if missing:
+        warnings.warn(
+            f"{base} has no {', '.join(missing)}: whether {cache.folder} was made with this base's "
+            "cannot be checked",
+            stacklevel=2,
+        )

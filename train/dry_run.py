@@ -1,0 +1,89 @@
+"""``train --dry-run``: what would be trained, and in how much memory, without any weights."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import ceil
+
+import torch
+
+from shards.buckets import bucket_name
+from shards.plan import Plan
+from train.config import TrainConfig
+from train.data import open_data
+from train.distributed import World
+from train.memory import GIGA, Estimate, Estimator
+from train.objective import objective_of
+from train.unet import scheduler_config
+from train.warm_up import largest_bucket
+
+
+@dataclass(frozen=True)
+class BucketRow:
+    """What a run would read of one bucket in an epoch, and take for it."""
+
+    bucket: str
+    num_samples: int
+    num_batches: int
+    estimate: Estimate
+
+
+def dry_run(config: TrainConfig) -> Iterator[str]:
+    """The lines to show.
+
+    For a CUDA card, whether there is one or not, unless ``--device`` says otherwise.
+
+    Raises:
+        ValueError: what a run with these settings would be refused for.
+    """
+    device = "cuda" if config.device == "auto" else config.device
+    caches, _ = open_data(config, World(torch.device("cpu")))
+    objective_of(config, scheduler_config(config.base))
+    num = int(config.gpus) if config.gpus and config.gpus.isdecimal() else 1
+    groups = [group for number, cache in enumerate(caches) for group in cache.groups(number)]
+    plan = Plan(groups, config.seed, config.batch_size * config.accumulate * num)
+    estimator = Estimator(config.base, caches[0].manifest["text"]["tokens"], device)
+    rows = list(_rows(config, plan, estimator))
+    steps = config.steps
+    if steps is None:
+        assert config.epochs is not None
+        steps = max(1, ceil(round(config.epochs * plan.num_batches, 6)))
+    size = sum(shard["bytes"] for cache in caches for shard in cache.manifest["shards"])
+    kind = "the whole UNet" if config.full else f"{config.adapter}, {_adapter(config)}"
+    yield f"trained parameters: {estimator.num_trained(config):,} ({kind})"
+    yield (
+        f"samples an epoch: {plan.num_entries:,} of {len(caches)} caches, {size / 1e6:,.1f} MB; "
+        f"global batch {plan.global_batch}; {plan.num_batches:,} steps an epoch"
+    )
+    yield f"steps: {steps:,} ({steps / plan.num_batches:.2f} epochs)"
+    yield f"estimated peak memory on {device}, in GB, for each process:"
+    yield f"  {'bucket':>10} {'samples':>8} {'batches':>8} {'peak':>7}"
+    for row in rows:
+        yield (
+            f"  {row.bucket:>10} {row.num_samples:8d} {row.num_batches:8d} "
+            f"{row.estimate.peak / GIGA:7.2f}"
+        )
+    bucket = largest_bucket(plan)
+    top = estimator.estimate(config, bucket)
+    parts = ("weights", "gradients", "optimizer", "average", "activations", "working")
+    shown = [f"{name} {getattr(top, name) / GIGA:.2f}" for name in parts if getattr(top, name)]
+    yield f"in {bucket_name(bucket)}: {', '.join(shown)}"
+    for text, saved in estimator.advice(config, bucket):
+        yield f"  {text} would save about {saved / GIGA:.2f}"
+
+
+def _adapter(config: TrainConfig) -> str:
+    if config.init_lora is not None:
+        return f"from {config.init_lora}"
+    conv = " and convolutions" if config.conv else ""
+    return (
+        f"rank {config.lora_rank}, alpha {config.lora_alpha:g}, "
+        f"{config.targets or 'attention'}{conv}"
+    )
+
+
+def _rows(config: TrainConfig, plan: Plan, estimator: Estimator) -> Iterator[BucketRow]:
+    for bucket in plan.buckets:
+        members = [group for group in plan.groups if group.bucket == bucket]
+        count = sum(group.count * group.repeats for group in members)
+        batches = -(-count // plan.global_batch)
+        yield BucketRow(bucket_name(bucket), count, batches, estimator.estimate(config, bucket))

@@ -1,0 +1,71 @@
+"""``--gpus``: one process for each GPU of this machine, by torch's own launcher."""
+
+import os
+import signal
+import sys
+import uuid
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from train.config import TrainConfig
+
+SHUTDOWN_SECONDS = 120  # for the last checkpoint, before a process that was told to stop is killed
+
+
+def num_processes(config: TrainConfig) -> int:
+    """How many processes this one should start: 1 where it is to do the work itself.
+
+    Raises:
+        ValueError: more than there are GPUs.
+    """
+    if config.gpus is None or "RANK" in os.environ:
+        return 1
+    there = torch.cuda.device_count() if config.device in ("auto", "cuda") else 0
+    if config.gpus == "auto":
+        return max(1, there)
+    asked = int(config.gpus)
+    if there and asked > there:
+        raise ValueError(f"--gpus {asked}: this machine has {there}")
+    return asked
+
+
+def launch(num: int) -> None:
+    """Run this very command in ``num`` processes, to its end.
+
+    Raises:
+        SystemExit: with the exit code of the process that failed first, whose message stands
+            above; 130 or 143 after Ctrl-C or SIGTERM.
+    """
+    options: dict[str, Any] = {"shutdown_timeout": SHUTDOWN_SECONDS}
+    known = {field.name for field in fields(LaunchConfig)}
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=num,
+        run_id=str(uuid.uuid4()),
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        logs_specs=DefaultLogsSpecs(),
+        **{name: value for name, value in options.items() if name in known},
+    )
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num)))
+    try:
+        elastic_launch(config, sys.executable)(*sys.argv)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        code = failure.exitcode
+        if code < 0:
+            name = signal.Signals(-code).name
+            reason = f"process {rank} was killed by {name}; if by the system, for want of memory"
+            print(f"Error: {reason}", file=sys.stderr)
+        elif code not in (130, 143):
+            print(f"Error: process {rank} failed; its message stands above", file=sys.stderr)
+        raise SystemExit(code if code > 0 else 1) from None
+    except SignalException as error:
+        raise SystemExit(128 + error.sigval) from None

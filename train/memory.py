@@ -1,0 +1,273 @@
+"""How much memory a run will take, by part, before it is tried.
+
+Weights, gradients and optimizer state are counted. Activations are what autograd saves in a pass
+of the real UNet over fake tensors, which have shapes and no data: attention's are those of a fused
+kernel. What kernels use for themselves is a guess, so a peak is an estimate.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors import safe_open
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from sdxl.base import model_config
+from sdxl.device import PRECISIONS
+from shards.buckets import Size
+from train.adapters import add_adapter, trainable
+from train.config import TrainConfig
+from train.quantize import is_quantised
+from train.unet import BLOCKS
+
+GIGA = 1e9
+STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2.1, "adafactor": 0.1, "prodigy": 16.0}  # a parameter
+QUANT_BYTES = {"int8": 1.01, "nf4": 0.57}  # a weight, with its scales
+WORKING_TENSORS = 4  # of the largest size there is, in flight beside what is saved
+
+
+@dataclass(frozen=True, kw_only=True)
+class Activations:
+    """Bytes that autograd saves for one sample."""
+
+    total: int  # without checkpointing
+    checkpointed: int  # with it, and the largest block being recomputed
+    largest: int  # of the tensors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """Bytes of one process at the peak."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    average: int
+    activations: int
+    working: int
+
+    @property
+    def peak(self) -> int:
+        return (
+            self.weights
+            + self.gradients
+            + self.optimizer
+            + self.average
+            + self.activations
+            + self.working
+        )
+
+
+class Estimator:
+    """Estimates for one base on a CUDA card (or ``device``), under differing settings."""
+
+    def __init__(self, base: str, tokens: int, device: str = "cuda") -> None:
+        self.unet_config = model_config(base, "unet")[1]
+        self.tokens, self.on_cuda = tokens, device.startswith("cuda")
+        self._known: dict[Any, Any] = {}
+
+    def num_trained(self, config: TrainConfig) -> int:
+        """Parameters that the run trains."""
+        if config.init_lora is not None:
+            with safe_open(config.init_lora, framework="pt") as file:
+                names = [name for name in file.keys() if "alpha" not in name]  # noqa: SIM118
+                shapes = [file.get_slice(name).get_shape() for name in names]
+            return sum(torch.Size(shape).numel() for shape in shapes)
+        return sum(p.numel() for p in trainable(self._unet(config)).values())
+
+    def estimate(self, config: TrainConfig, bucket: Size) -> Estimate:
+        """Of the run at its largest: in the backward pass of a batch of ``bucket``."""
+        unet, dtype = self._unet(config), self._dtype(config)
+        trained = self.num_trained(config)
+        kept = dtype.itemsize if not config.full or config.pure_bf16 else 4
+        base = 0.0
+        for name, module in unet.named_modules():
+            for part, parameter in module.named_parameters(recurse=False):
+                packed = part == "weight" and is_quantised(name.removesuffix(".base_layer"), module)
+                size = (
+                    QUANT_BYTES[config.base_quant]
+                    if packed and config.base_quant != "none"
+                    else kept
+                )
+                base += 0 if "lora_" in name else size * parameter.numel()
+        lora = 0 if config.full else 4 * trained
+        # Autocast keeps a half-precision copy of what is trained in fp32 for the forward pass.
+        casts = 0 if config.pure_bf16 or dtype == torch.float32 else dtype.itemsize * trained
+        state = STATE_BYTES[config.optimizer] * trained
+        largest = max(p.numel() for p in unet.parameters())
+        per_grad = 2 if config.pure_bf16 else 4
+        saved = self.activations(config, bucket)
+        samples = config.batch_size * (
+            saved.checkpointed if self._checkpoints(config) else saved.total
+        )
+        return Estimate(
+            weights=round(base + lora + casts),
+            gradients=per_grad * (3 * largest if config.fused_backward else trained),
+            optimizer=round(state),
+            average=0 if config.ema_on_cpu or not config.ema else 4 * trained,
+            activations=samples,
+            working=WORKING_TENSORS * config.batch_size * saved.largest,
+        )
+
+    def activations(self, config: TrainConfig, bucket: Size) -> Activations:
+        """Of one sample of ``bucket``, by a pass over fake tensors."""
+        key = self._key(config), min(bucket), max(bucket)
+        if key not in self._known:
+            self._known[key] = _measure(
+                self._unet(config), bucket, self.tokens, self._dtype(config)
+            )
+        found: Activations = self._known[key]
+        return found
+
+    def advice(self, config: TrainConfig, bucket: Size) -> list[tuple[str, int]]:
+        """Flags that would lower the peak, with the bytes that each saves, most first."""
+        now = self.estimate(config, bucket).peak
+        found = []
+        for text, changes in _CHANGES:
+            if text.startswith("--batch-size"):
+                if config.batch_size == 1:
+                    continue
+                half = config.batch_size // 2
+                text, changes = f"--batch-size {half}", {"batch_size": half}
+            try:
+                other = replace(config, **changes)
+            except ValueError:
+                continue  # does not go with the rest
+            if (saved := now - self.estimate(other, bucket).peak) > now // 50:
+                found.append((text, saved))
+        return sorted(found, key=lambda one: -one[1])
+
+    def _key(self, config: TrainConfig) -> tuple[Any, ...]:
+        adapter = config.adapter, config.lora_rank, config.targets, config.conv
+        return config.full, *(() if config.full else adapter), self._dtype(config)
+
+    def _unet(self, config: TrainConfig) -> Any:
+        """The UNet on the meta device, with the run's adapter."""
+        key = self._key(config)
+        if key not in self._known:
+            with torch.device("meta"):
+                unet: Any = UNet2DConditionModel.from_config(self.unet_config)
+                if config.full:
+                    unet.requires_grad_(True)
+                else:
+                    unet.requires_grad_(False)
+                    add_adapter(unet, replace(config, init_lora=None))
+            self._known[key] = unet.train()
+        return self._known[key]
+
+    def _dtype(self, config: TrainConfig) -> torch.dtype:
+        name = config.precision
+        if not self.on_cuda and not config.allow_cpu_bf16:
+            name = "fp32"
+        return PRECISIONS["bf16" if name == "auto" else name]
+
+    def _checkpoints(self, config: TrainConfig) -> bool:
+        asked = config.gradient_checkpointing
+        return self.on_cuda if asked is None else asked
+
+
+_CHANGES: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("--gradient-checkpointing", {"gradient_checkpointing": True}),
+    ("--batch-size", {}),
+    ("--base-quant int8", {"base_quant": "int8"}),
+    ("--base-quant nf4", {"base_quant": "nf4"}),
+    ("--fused-backward", {"fused_backward": True}),
+    ("--pure-bf16", {"pure_bf16": True}),
+    ("--optimizer adafactor", {"optimizer": "adafactor"}),
+    ("--optimizer adamw8bit", {"optimizer": "adamw8bit"}),
+    ("--ema-on-cpu", {"ema_on_cpu": True}),
+)
+
+
+def _measure(unet: Any, bucket: Size, tokens: int, dtype: torch.dtype) -> Activations:
+    width, height = bucket[0] // 8, bucket[1] // 8
+    config = unet.config
+    added = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    half = dtype != torch.float32
+    with FakeTensorMode():
+        tensors = {
+            name: torch.empty(
+                p.shape,
+                dtype=torch.float32 if p.requires_grad else dtype,
+                requires_grad=p.requires_grad,
+            )
+            for name, p in unet.named_parameters()
+        }
+        parameters = {tensor.untyped_storage()._cdata for tensor in tensors.values()}
+        inputs = {
+            "sample": torch.empty(1, config.in_channels, height, width, dtype=dtype),
+            "timestep": torch.zeros(1, dtype=torch.long),
+            "encoder_hidden_states": torch.empty(
+                1, tokens, config.cross_attention_dim, dtype=dtype
+            ),
+            "added_cond_kwargs": {
+                "text_embeds": torch.empty(1, added, dtype=dtype),
+                "time_ids": torch.empty(1, 6),
+            },
+            "return_dict": False,
+        }
+        with (
+            torch.autocast("cpu", dtype) if half else nullcontext(),
+            _saved(unet, parameters) as seen,
+        ):
+            torch.func.functional_call(unet, tensors, (), inputs)
+    return Activations(
+        total=seen.total,
+        checkpointed=seen.total
+        - sum(seen.blocks)
+        + seen.block_inputs
+        + max(seen.blocks, default=0),
+        largest=seen.largest,
+    )
+
+
+class _Seen:
+    total = largest = block_inputs = 0
+
+    def __init__(self) -> None:
+        self.blocks: list[int] = []
+
+
+@contextmanager
+def _saved(unet: Any, parameters: set[int]) -> Iterator[_Seen]:
+    """Count the storages that autograd saves, and those that each checkpointed block does."""
+    seen, kept, starts = _Seen(), {}, []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in parameters and storage._cdata not in kept:
+            kept[storage._cdata] = storage  # held, so that its address is not used again
+            seen.total += storage.nbytes()
+            seen.largest = max(seen.largest, storage.nbytes())
+        return tensor
+
+    def before(module: Any, args: Any) -> None:
+        starts.append(seen.total)
+        seen.block_inputs += sum(a.nbytes for a in args if isinstance(a, torch.Tensor))
+
+    def after(module: Any, args: Any, output: Any) -> None:
+        seen.blocks.append(seen.total - starts.pop())
+
+    blocks = [module for module in unet.modules() if isinstance(module, BLOCKS)]
+    handles = [block.register_forward_pre_hook(before) for block in blocks]
+    handles += [block.register_forward_hook(after) for block in blocks]
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def advice(config: TrainConfig, bucket: Size, tokens: int, error: Exception) -> str:
+    """One line for an out-of-memory error in ``bucket``: which flag saves how much."""
+    reason = " ".join(str(error).split()).split(". ")[0]
+    line = f"out of memory in bucket {bucket[0]}x{bucket[1]} at batch size {config.batch_size}"
+    flags = Estimator(config.base, tokens).advice(config, bucket)
+    if flags:
+        offers = [f"{text} (about {size / GIGA:.1f} GB)" for text, size in flags]
+        line += f"; what would save memory: {', '.join(offers)}"
+    return f"{line} ({reason})"

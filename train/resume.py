@@ -1,0 +1,194 @@
+"""Where a run starts: at nothing, or where an earlier one stopped, exactly."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sdxl.base import component_folder
+from sdxl.device import pick_precision
+from sdxl.fingerprint import file_digest, weights_digest
+from shards.manifest import content_digest
+from shards.plan import Plan, Share
+from shards.reader import Cache
+from train.checkpoint import load_checkpoint, newest_checkpoint
+from train.config import TrainConfig, flag
+from train.distributed import World
+from train.learner import Learner
+from train.objective import objective_of
+from train.run_folder import check_folder
+from train.unet import scheduler_config
+
+# What a checkpoint's tensors and the plan depend on: another value cannot go on from it.
+FIXED = (
+    "full",
+    "adapter",
+    "rank",
+    "alpha",
+    "targets",
+    "conv",
+    "seed",
+    "optimizer",
+    "ema",
+    "base_quant",
+    "pure_bf16",
+    "fused_backward",
+)
+# What may change on the way, but hardly by accident.
+NOTED = (
+    "lr",
+    "lr_schedule",
+    "num_cycles",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "min_snr_gamma",
+    "noise_offset",
+    "loss",
+    "huber_delta",
+    "timesteps",
+    "logit_mean",
+    "logit_std",
+    "timestep_range",
+    "masked_loss",
+    "caption_dropout",
+    "unconditional",
+)
+DATA = "cache"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Where a run goes on. ``step`` optimizer steps and ``batches_done`` of the plan are done."""
+
+    step: int = 0
+    batches_done: int = 0
+    skipped_in_a_row: int = 0
+    path: Path | None = None  # the checkpoint
+    state: dict[str, Any] = field(default_factory=dict)
+
+
+def find_start(
+    config: TrainConfig, caches: Sequence[Cache], world: World
+) -> tuple[Start, Plan, Share, dict[str, Any]]:
+    """Start, plan, this rank's share of it, and the run's identity.
+
+    Raises:
+        ValueError: the run's folder cannot be used, or what it holds cannot go on with these
+            settings, data, base or processes.
+    """
+    check_folder(config)
+    found = newest_checkpoint(config.out) if config.resume else None
+    identity = identity_of(config, caches, world)
+    groups = [group for number, cache in enumerate(caches) for group in cache.groups(number)]
+    share = Share(batch_size=config.batch_size, world=world.size, rank=world.rank)
+    if found is None:
+        if config.resume and config.out.exists() and any(config.out.iterdir()):
+            warnings.warn(f"{config.out}: no whole checkpoint; starts at step 0", stacklevel=2)
+        size = config.batch_size * world.size * config.accumulate
+        return Start(), Plan(groups, config.seed, size), share, identity
+    path, state = found
+    plan = Plan(groups, config.seed, _global_batch(config, world, state["global_batch"]))
+    _check_settings(config, state)
+    is_changed = _is_changed(config, identity, state)
+    assert is_changed or state["plan"] == plan.digest, "same data and seed, and another plan"
+    done = 0 if is_changed else state["batches_of_epoch"]
+    start = Start(
+        step=state["step"],
+        batches_done=state["epoch"] * plan.num_batches + done,
+        skipped_in_a_row=state["skipped_in_a_row"],
+        path=path,
+        state=state,
+    )
+    return start, plan, share, identity
+
+
+def restore(start: Start, learner: Learner, config: TrainConfig) -> None:
+    """Put the checkpoint's state in place, if there is one."""
+    if start.path is not None:
+        load_checkpoint(start.path, learner, config.full, start.state)
+
+
+def state_of(
+    config: TrainConfig, plan: Plan, identity: dict[str, Any], batches_done: int
+) -> dict[str, Any]:
+    """What ``find_start`` wants to find again."""
+    epoch, done = divmod(batches_done, plan.num_batches)
+    return {
+        "identity": identity,
+        "plan": plan.digest,
+        "global_batch": plan.global_batch,
+        "epoch": epoch,
+        "batches_of_epoch": done,
+        "config": {name: _plain(config.resolved()[name]) for name in (*FIXED, *NOTED)},
+    }
+
+
+def identity_of(config: TrainConfig, caches: Sequence[Cache], world: World) -> dict[str, Any]:
+    """What a run is made of, by the name that a refusal uses."""
+    objective = objective_of(config, scheduler_config(config.base))
+    precision = pick_precision(config.precision, world.device, config.allow_cpu_bf16, quiet=True)
+    init = config.init_lora
+    return {
+        DATA: [[cache.data_digest, cache.weight, cache.repeats] for cache in caches],
+        "base UNet": weights_digest(component_folder(config.base, "unet")),
+        "LoRA it began with": None if init is None else file_digest(init),
+        "prediction type": objective.prediction_type,
+        "noise schedule": content_digest(objective.alphas_cumprod.tolist()),
+        "precision": str(precision.dtype).removeprefix("torch."),
+    }
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _check_settings(config: TrainConfig, state: dict[str, Any]) -> None:
+    settings, theirs = config.resolved(), state["config"]
+    for name in FIXED:
+        if theirs[name] != settings[name]:
+            raise ValueError(
+                f"{config.out}: cannot resume with {flag(name)} {settings[name]}: the run has "
+                f"{theirs[name]}"
+            )
+    for name in NOTED:
+        if theirs[name] != _plain(settings[name]):
+            warnings.warn(
+                f"the run goes on with {flag(name)} {settings[name]}; it was {theirs[name]}",
+                stacklevel=2,
+            )
+
+
+def _is_changed(config: TrainConfig, identity: dict[str, Any], state: dict[str, Any]) -> bool:
+    """Whether the run goes on with other data."""
+    for name, value in identity.items():
+        if state["identity"][name] == value or (name == DATA and config.allow_changed_data):
+            continue
+        remedy = "; --allow-changed-data starts its epoch again" if name == DATA else ""
+        raise ValueError(
+            f"{config.out}: cannot resume: the {name} is not the run's any more{remedy}"
+        )
+    return bool(state["identity"][DATA] != identity[DATA])
+
+
+def _global_batch(config: TrainConfig, world: World, size: int) -> int:
+    """A resumed run keeps its global batch, whatever the number of processes."""
+    at_once = config.batch_size * world.size
+    if size % at_once:
+        raise ValueError(
+            f"--batch-size {config.batch_size} x {world.size} processes does not divide the "
+            f"run's global batch of {size}"
+        )
+    if size != at_once * config.accumulate:
+        if config.fused_backward:
+            raise ValueError(
+                f"--fused-backward cannot accumulate to the run's global batch of {size}; give "
+                f"--batch-size {size}"
+            )
+        warnings.warn(
+            f"the run's global batch is {size} and stays so: {size // at_once} forward passes "
+            "are accumulated",
+            stacklevel=2,
+        )
+    return size
