@@ -1,5 +1,6 @@
 """A small random SDXL, a few drawn pictures and caches of them, made once and not changed."""
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -76,3 +77,28 @@ def split_cache(
     """The same in fp16, split into train and val."""
     out = tmp_path_factory.mktemp("split") / "cache"
     return encode_to(pictures, out, val_share=0.3)
+
+
+@pytest.fixture(scope="session")
+def sdxl_configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base folder with the config of SDXL's UNet by its published sizes, and no weights."""
+    folder = tmp_path_factory.mktemp("sdxl") / "unet"
+    folder.mkdir()
+    config = {
+        "_class_name": "UNet2DConditionModel",
+        "sample_size": 128,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": [320, 640, 1280],
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        "transformer_layers_per_block": [1, 2, 10],
+        "attention_head_dim": [5, 10, 20],
+        "cross_attention_dim": 2048,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder.parent

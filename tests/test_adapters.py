@@ -1,33 +1,33 @@
-"""What a LoRA adapts in the real SDXL UNet, on the meta device: shapes without weights."""
+"""Adapters, optimizers and quantised bases: what they adapt in SDXL, that they learn, and that
+diffusers draws from the file what the run would."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 
+from sdxl.load import load_unet
+from sdxl.lora_files import LORA
+from shards.reader import Cache
 from train.adapters import add_adapter, trainable
 from train.config import CacheUse, TrainConfig
+from train.distributed import World
+from train.learner import Learner, build_learner, evaluate
+from train.loop import train
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def sdxl() -> Any:
-    """SDXL's UNet by its published sizes."""
+def sdxl(sdxl_configs: Path) -> Any:
+    """SDXL's UNet on the meta device: shapes without weights."""
+    config = UNet2DConditionModel.load_config(sdxl_configs / "unet")
     with torch.device("meta"):
-        return UNet2DConditionModel(
-            sample_size=128,
-            block_out_channels=(320, 640, 1280),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            transformer_layers_per_block=(1, 2, 10),
-            attention_head_dim=(5, 10, 20),
-            cross_attention_dim=2048,
-            use_linear_projection=True,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=256,
-            projection_class_embeddings_input_dim=2816,
-        )
+        return UNet2DConditionModel.from_config(config).requires_grad_(False)
 
 
 @pytest.mark.parametrize(
@@ -36,11 +36,13 @@ def sdxl() -> Any:
         ("attention-out", 140, 1_331_200),
         ("attention", 560, 5_806_080),
         ("all", 722, 10_639_360),
+        (r"mid_block\..*attn2\.to_(k|v)", 20, None),
     ],
 )
-def test_targets_in_sdxl(sdxl: Any, targets: Any, num_modules: int, num_parameters: int) -> None:
+def test_targets_in_sdxl(
+    sdxl: Any, targets: str, num_modules: int, num_parameters: int | None
+) -> None:
     assert sum(p.numel() for p in sdxl.parameters()) == 2_567_463_684
-    sdxl.requires_grad_(False)
     out = Path("unused")
     config = TrainConfig(
         caches=(CacheUse(out),), base="", out=out, steps=1, rank=4, targets=targets
@@ -49,5 +51,159 @@ def test_targets_in_sdxl(sdxl: Any, targets: Any, num_modules: int, num_paramete
         add_adapter(sdxl, config)
     adapted = trainable(sdxl)
     assert len(adapted) == 2 * num_modules
-    assert sum(p.numel() for p in adapted.values()) == num_parameters
+    if num_parameters is not None:
+        assert sum(p.numel() for p in adapted.values()) == num_parameters
     assert {p.dtype for p in adapted.values()} == {torch.float32}
+
+
+def test_convolutions_by_choice(sdxl: Any) -> None:
+    out = Path("unused")
+    config = TrainConfig(caches=(CacheUse(out),), base="", out=out, steps=1, conv=True)
+    with torch.device("meta"):
+        add_adapter(sdxl, config)
+    names = {name.split(".lora_")[0] for name in trainable(sdxl)}
+    convolutions = {n for n in names if "attentions" not in n}
+    every = {n for n, m in sdxl.named_modules() if isinstance(m, torch.nn.Conv2d)}
+    every = {n.removesuffix(".base_layer") for n in every if "lora_" not in n}
+    assert convolutions == every and len(convolutions) > 40
+    assert len(names) == 560 + len(convolutions)
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"), [("nothing_like_it", "matches no linear"), ("a(b", "no regex")]
+)
+def test_targets_that_are_none_are_refused(sdxl: Any, targets: str, message: str) -> None:
+    out = Path("unused")
+    config = TrainConfig(caches=(CacheUse(out),), base="", out=out, steps=1, targets=targets)
+    with pytest.raises(ValueError, match=message):
+        add_adapter(sdxl, config)
+
+
+Train = Callable[..., tuple[Path, TrainConfig]]
+
+
+@pytest.fixture
+def overfit(cache: Path, base: Path, tmp_path: Path) -> Train:
+    """A run on the 14 pictures; returns its folder and settings."""
+
+    def run(name: str = "run", **settings: Any) -> tuple[Path, TrainConfig]:
+        defaults: dict[str, Any] = {
+            "out": tmp_path / name,
+            "steps": 30,
+            "batch_size": 4,
+            "device": "cpu",
+            "lr": 5e-3,
+        }
+        config = TrainConfig(caches=(CacheUse(cache),), base=str(base), **{**defaults, **settings})
+        train(config)
+        return config.out, config
+
+    return run
+
+
+def eval_loss(unet: Any, config: TrainConfig, cache: Path) -> float:
+    """Of any UNet, in fp32, by the run's own measure."""
+    bare = TrainConfig(
+        caches=config.caches, base=config.base, out=config.out, steps=1, device="cpu", batch_size=4
+    )
+    learner: Learner = build_learner(bare, World(CPU))
+    learner.unet = unet
+    return evaluate(learner, Cache(cache), bare)
+
+
+def reloaded(base: Path, run: Path) -> Any:
+    """The base with the run's LoRA on it, by diffusers' own loader."""
+    pipeline = StableDiffusionXLPipeline.from_pretrained(str(base))
+    pipeline.load_lora_weights(str(run), weight_name=LORA)
+    return pipeline.unet
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rank": 8, "alpha": 3.0, "targets": "all"},
+        {"rank": 8, "alpha": 3.0, "adapter": "rslora"},
+        {"rank": 8, "alpha": 3.0, "adapter": "dora"},
+        {"rank": 4, "alpha": 16.0, "conv": True},
+        {"rank": 4, "alpha": 16.0, "conv": True, "adapter": "dora"},
+        {"rank": 4, "optimizer": "adamw8bit", "targets": "all"},
+        {"rank": 4, "optimizer": "adafactor", "lr": 0.3},
+        {"rank": 4, "optimizer": "prodigy", "lr": None, "steps": 200},
+    ],
+    ids=lambda s: "-".join(str(v) for v in s.values()),
+)
+def test_each_kind_learns_and_diffusers_reads_it_at_equal_strength(
+    overfit: Train, cache: Path, base: Path, settings: dict[str, Any]
+) -> None:
+    run, config = overfit(**settings)
+    before = eval_loss(load_unet(str(base), torch.float32), config, cache)
+    after = eval_loss(reloaded(base, run), config, cache)
+    assert after < before - 0.01, (before, after)
+    learner = build_learner(config, World(CPU))
+    from train.weights import read_weights
+
+    read_weights(learner.unet, False, run, None)
+    assert eval_loss(learner.unet.eval(), config, cache) == pytest.approx(after, abs=1e-6)
+
+
+def num_bytes(tensor: torch.Tensor) -> int:
+    if hasattr(tensor, "__tensor_flatten__"):
+        names, _ = tensor.__tensor_flatten__()
+        return sum(num_bytes(getattr(tensor, name)) for name in names)
+    return tensor.numel() * tensor.element_size()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quant", ["int8", "nf4"])
+@pytest.mark.parametrize("adapter", ["lora", "dora"])
+@pytest.mark.filterwarnings("ignore")  # of the packages' own imports
+def test_a_lora_on_a_quantised_base_learns_and_fits_the_plain_one(
+    overfit: Train, cache: Path, base: Path, quant: str, adapter: str
+) -> None:
+    run, config = overfit(base_quant=quant, targets="all", adapter=adapter)
+    learner = build_learner(config, World(CPU))
+    packed = sum(num_bytes(p) for p in learner.unet.parameters() if not p.requires_grad)
+    plain = load_unet(str(base), torch.float32)
+    assert packed < 0.8 * sum(p.numel() * 4 for p in plain.parameters())
+    before = eval_loss(plain, config, cache)
+    after = eval_loss(reloaded(base, run), config, cache)
+    assert after < before - 0.01, (before, after)
+
+
+def test_a_run_goes_on_from_a_lora_file(overfit: Train, cache: Path, base: Path) -> None:
+    """Its rank, alpha, kind and targets; and what it has learned."""
+    first, config = overfit("first", rank=8, alpha=3.0, adapter="rslora", steps=10)
+    second, _ = overfit("second", init_lora=first / LORA, steps=1, lr=1e-9, weight_decay=0.0)
+    one = safetensors.torch.load_file(first / LORA)
+    two = safetensors.torch.load_file(second / LORA)
+    assert one.keys() == two.keys()
+    assert all(torch.allclose(one[name], two[name], atol=1e-7) for name in one)
+    assert eval_loss(reloaded(base, first), config, cache) == pytest.approx(
+        eval_loss(reloaded(base, second), config, cache), abs=1e-6
+    )
+    with pytest.raises(ValueError, match="--init-lora brings its own rank"):
+        overfit("third", init_lora=first / LORA, rank=4)
+
+
+@pytest.mark.slow
+def test_full_fine_tunes_in_little_memory_learn(overfit: Train, cache: Path, base: Path) -> None:
+    """The average of a run is what it publishes."""
+    from sdxl.load import load_unet_folder
+
+    plain = None
+    for number, settings in enumerate(
+        (
+            {"lr": 1e-3},
+            {"lr": 1e-3, "fused_backward": True},
+            {"lr": 1e-3, "ema": 0.8, "ema_on_cpu": True},
+            {"lr": 1e-2, "pure_bf16": True, "optimizer": "adafactor", "fused_backward": True},
+            {"lr": 1e-3, "pure_bf16": True},
+        )
+    ):
+        if settings.get("pure_bf16"):
+            settings |= {"precision": "bf16", "allow_cpu_bf16": True}
+        run, config = overfit(str(number), full=True, **settings)
+        plain = plain or eval_loss(load_unet(str(base), torch.float32), config, cache)
+        after = eval_loss(load_unet_folder(run / "unet", torch.float32), config, cache)
+        assert after < plain - 0.05, (settings, plain, after)

@@ -98,7 +98,11 @@ class TrainConfig:
         None, "Go on from this LoRA file; rank, alpha and targets are its own."
     )
 
-    lr: float | None = _option(None, "Peak learning rate (default 1e-4; prodigy 1).")
+    lr: float | None = _option(
+        None,
+        "Peak learning rate (default 1e-4; prodigy 1; adafactor 1e-2, relative to the size of "
+        "each weight).",
+    )
     optimizer: Literal["adamw", "adamw8bit", "adafactor", "prodigy"] = _option(
         "adamw", "adamw8bit and prodigy need a package more: pip install .[8bit] or .[prodigy]."
     )
@@ -196,7 +200,7 @@ class TrainConfig:
     def peak_lr(self) -> float:
         if self.lr is not None:
             return self.lr
-        return 1.0 if self.optimizer == "prodigy" else 1e-4
+        return {"prodigy": 1.0, "adafactor": 1e-2}.get(self.optimizer, 1e-4)
 
     @property
     def lora_rank(self) -> int:

@@ -11,7 +11,7 @@ from shards.plan import Plan
 from train.config import TrainConfig
 from train.data import open_data
 from train.distributed import World
-from train.memory import GIGA, Estimate, Estimator
+from train.memory import Estimate, Estimator, size_text
 from train.objective import objective_of
 from train.unet import scheduler_config
 from train.warm_up import largest_bucket
@@ -48,27 +48,28 @@ def dry_run(config: TrainConfig) -> Iterator[str]:
         assert config.epochs is not None
         steps = max(1, ceil(round(config.epochs * plan.num_batches, 6)))
     size = sum(shard["bytes"] for cache in caches for shard in cache.manifest["shards"])
+    num_caches = f"{len(caches)} caches" if len(caches) > 1 else "a cache"
     kind = "the whole UNet" if config.full else f"{config.adapter}, {_adapter(config)}"
     yield f"trained parameters: {estimator.num_trained(config):,} ({kind})"
     yield (
-        f"samples an epoch: {plan.num_entries:,} of {len(caches)} caches, {size / 1e6:,.1f} MB; "
+        f"samples an epoch: {plan.num_entries:,}, from {num_caches} of {size_text(size)}; "
         f"global batch {plan.global_batch}; {plan.num_batches:,} steps an epoch"
     )
     yield f"steps: {steps:,} ({steps / plan.num_batches:.2f} epochs)"
-    yield f"estimated peak memory on {device}, in GB, for each process:"
-    yield f"  {'bucket':>10} {'samples':>8} {'batches':>8} {'peak':>7}"
+    yield f"estimated peak memory of each process, on {device}:"
+    yield f"  {'bucket':>10} {'samples':>8} {'batches':>8} {'peak':>10}"
     for row in rows:
         yield (
             f"  {row.bucket:>10} {row.num_samples:8d} {row.num_batches:8d} "
-            f"{row.estimate.peak / GIGA:7.2f}"
+            f"{size_text(row.estimate.peak):>10}"
         )
     bucket = largest_bucket(plan)
     top = estimator.estimate(config, bucket)
     parts = ("weights", "gradients", "optimizer", "average", "activations", "working")
-    shown = [f"{name} {getattr(top, name) / GIGA:.2f}" for name in parts if getattr(top, name)]
+    shown = [f"{name} {size_text(getattr(top, name))}" for name in parts if getattr(top, name)]
     yield f"in {bucket_name(bucket)}: {', '.join(shown)}"
     for text, saved in estimator.advice(config, bucket):
-        yield f"  {text} would save about {saved / GIGA:.2f}"
+        yield f"  {text} would save about {size_text(saved)}"
 
 
 def _adapter(config: TrainConfig) -> str:

@@ -23,10 +23,16 @@ from train.config import TrainConfig
 from train.quantize import is_quantised
 from train.unet import BLOCKS
 
-GIGA = 1e9
 STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2.1, "adafactor": 0.1, "prodigy": 16.0}  # a parameter
 QUANT_BYTES = {"int8": 1.01, "nf4": 0.57}  # a weight, with its scales
 WORKING_TENSORS = 4  # of the largest size there is, in flight beside what is saved
+
+
+def size_text(num_bytes: float) -> str:
+    """E.g. 5.44 GB, or 12.3 MB."""
+    if num_bytes < 1e8:
+        return f"{num_bytes / 1e6:.1f} MB"
+    return f"{num_bytes / 1e9:.2f} GB"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,6 +274,6 @@ def advice(config: TrainConfig, bucket: Size, tokens: int, error: Exception) -> 
     line = f"out of memory in bucket {bucket[0]}x{bucket[1]} at batch size {config.batch_size}"
     flags = Estimator(config.base, tokens).advice(config, bucket)
     if flags:
-        offers = [f"{text} (about {size / GIGA:.1f} GB)" for text, size in flags]
+        offers = [f"{text} (about {size_text(size)})" for text, size in flags]
         line += f"; what would save memory: {', '.join(offers)}"
     return f"{line} ({reason})"

@@ -5,6 +5,7 @@ What all of them keep: a step whose gradient is not finite leaves the weights as
 
 import math
 from collections.abc import Callable, Iterable
+from contextlib import redirect_stdout
 from typing import Any
 
 import torch
@@ -55,9 +56,19 @@ def optimizer_maker(config: TrainConfig, device: torch.device) -> Make:
             f"--optimizer {config.optimizer} needs a package more: pip install '.[{extra}]' "
             f"({error})"
         ) from error
-    return lambda ps: Prodigy(
-        ps, lr=lr, weight_decay=decay, use_bias_correction=True, safeguard_warmup=True
-    )
+
+    def prodigy(parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        with redirect_stdout(None):  # it prints
+            made: torch.optim.Optimizer = Prodigy(
+                parameters,
+                lr=lr,
+                weight_decay=decay,
+                use_bias_correction=True,
+                safeguard_warmup=True,
+            )
+        return made
+
+    return prodigy
 
 
 def takes_flag(optimizer: torch.optim.Optimizer) -> bool:
@@ -177,10 +188,12 @@ class Optimizer:
         tensors: dict[str, torch.Tensor] = {}
         numbers: dict[str, Any] = {}
         for names, optimizer in self.parts():
-            for number, fields in optimizer.state_dict()["state"].items():
-                for field, value in fields.items():
+            # Not by its state_dict(): bitsandbytes wraps tensors in it.
+            stepped = (p for group in optimizer.param_groups for p in group["params"])
+            for name, parameter in zip(names, stepped, strict=True):
+                for field, value in optimizer.state.get(parameter, {}).items():
                     into = tensors if isinstance(value, torch.Tensor) else numbers
-                    into[f"{names[number]}|{field}"] = value
+                    into[f"{name}|{field}"] = value
         if self.whole is not None:  # Prodigy keeps what it has learned of the step size here
             for name, value in self.whole.param_groups[0].items():
                 if type(value) in (int, float) and name != "lr":

@@ -12,9 +12,9 @@ def is_quantised(name: str, module: torch.nn.Module) -> bool:
     return isinstance(module, torch.nn.Linear) and bool(_LINEARS.fullmatch(name))
 
 
-def quantise(unet: Any, kind: str, dtype: torch.dtype) -> None:
+def quantise(unet: Any, kind: str, dtype: torch.dtype, device: torch.device) -> None:
     """Replace weights in place: ``int8`` per output channel (torchao), or ``nf4`` in blocks of 64
-    (bitsandbytes; packed when the UNet is moved to its device). ``dtype`` is the forward's.
+    (bitsandbytes). ``dtype`` is the forward's. What is packed as nf4 is moved to ``device``.
 
     Raises:
         ValueError: the package that does it is not installed.
@@ -42,4 +42,4 @@ def quantise(unet: Any, kind: str, dtype: torch.dtype) -> None:
             )
             packed.weight = Params4bit(module.weight.data, requires_grad=False, quant_type="nf4")
             packed.bias = module.bias
-            unet.set_submodule(name, packed)
+            unet.set_submodule(name, packed.to(device))  # the move packs it

@@ -16,6 +16,8 @@ from train.config import TrainConfig
 from train.distributed import World
 from train.quantize import quantise
 
+COMPILE: dict[str, Any] = {"fullgraph": True, "dynamic": True}
+MOST_GRAPHS = 64
 BLOCKS = (BasicTransformerBlock, ResnetBlock2D)  # what FSDP gathers at a time
 
 
@@ -27,7 +29,7 @@ def build_unet(config: TrainConfig, precision: Precision, world: World) -> Any:
     """
     unet: Any = load_unet(config.base, weight_dtype(config, precision))
     if config.base_quant != "none":
-        quantise(unet, config.base_quant, precision.dtype)
+        quantise(unet, config.base_quant, precision.dtype, world.device)
     if config.full:
         unet.requires_grad_(True)
     else:
@@ -79,12 +81,14 @@ def reshard(unet: Any) -> None:
 
 
 def _compile(unet: Any) -> None:
-    """Each transformer block; that they all compile is checked, that they stay so as well.
+    """Each transformer block, when it is first run.
 
-    One graph serves all buckets (sizes are symbols in it). ``fullgraph``: what cannot be compiled
-    is an error, and never falls back to eager in silence.
+    One graph serves all buckets, as sizes are symbols in it; there are more for a batch of one, for
+    no gradients, and for blocks of other widths. ``fullgraph``: what cannot be compiled, or would
+    be compiled for ever anew, is an error, and never falls back to eager in silence.
     """
-    unet.compile_repeated_blocks(fullgraph=True, dynamic=True)
+    torch._dynamo.config.recompile_limit = MOST_GRAPHS
+    unet.compile_repeated_blocks(**COMPILE)
 
 
 def scheduler_config(base: str) -> dict[str, Any]:

@@ -1,0 +1,144 @@
+"""Steps a second of ``cli.py train`` against the bare loop, on the same UNet and optimizer.
+
+The bare loop has its tensors resident and does nothing but forward, backward, clip and step. Both
+run in this process on the same batches, in turns (A B A B ...), so that a noisy machine disturbs
+both alike; the ratio is that of the medians.
+
+    python -m benchmarks.train_step --base BASE CACHE [--full] [--rounds 7] [--steps 20]
+"""
+
+import json
+import platform
+import statistics
+import time
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from sdxl.device import pick_device
+from shards.batches import Batch, Reader
+from shards.plan import Plan, Share
+from shards.reader import Cache
+from train.config import CacheUse, TrainConfig
+from train.distributed import World
+from train.learner import Learner, build_learner, train_step
+from train.log import RunLog
+from train.optim import learning_rate
+
+
+def bare_steps(learner: Learner, optimizer: Any, batches: list[Batch]) -> None:
+    """What nobody can do without."""
+    parameters = list(learner.optimizer.parameters.values())
+    for batch in batches:
+        loss = learner.losses(learner.unet, batch).mean()
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def timed(work: Any, device: torch.device) -> float:
+    """Seconds that ``work()`` takes, to the end of what it gave the device to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+class Ours:
+    """The product's own steps: read ahead from the shards, logged, flushed."""
+
+    def __init__(self, config: TrainConfig, learner: Learner, cache: Cache, plan: Plan) -> None:
+        self.config, self.learner, self.done = config, learner, 0
+        share = Share(batch_size=config.batch_size, world=1, rank=0)
+        pin = learner.world.device.type == "cuda"
+        self.batches = Reader([cache], plan, share).epochs(pin=pin)
+        config.out.mkdir(parents=True, exist_ok=True)
+        self.log = RunLog(config, learner.world, 0, 10**6, {})
+        self.log.bar.disable = True
+
+    def steps(self, num: int) -> None:
+        for _ in range(num):
+            lr = learning_rate(self.config, self.done, 10**6)
+            step = train_step(self.learner, self.batches, self.done, lr)
+            self.done += 1
+            self.log.step(self.done, step)
+            if self.done % self.config.log_every == 0:
+                self.log.flush()
+
+
+@click.command()
+@click.argument("cache", type=click.Path(path_type=Path))
+@click.option("--base", required=True)
+@click.option("--full", is_flag=True)
+@click.option("--batch-size", default=4, show_default=True)
+@click.option("--steps", default=20, show_default=True, help="Of a round.")
+@click.option("--rounds", default=7, show_default=True, help="Of each, in turns.")
+@click.option("--device", default="auto", show_default=True)
+@click.option("--out", default=Path("benchmark-output"), type=click.Path(path_type=Path))
+def main(
+    cache: Path,
+    base: str,
+    full: bool,
+    batch_size: int,
+    steps: int,
+    rounds: int,
+    device: str,
+    out: Path,
+) -> None:
+    """Steps/s of the product and of the bare loop, and their ratio."""
+    place = pick_device(device)
+    config = TrainConfig(
+        caches=(CacheUse(cache),),
+        base=base,
+        out=out,
+        full=full,
+        steps=1,
+        batch_size=batch_size,
+        device=device,
+    )
+    opened = Cache(cache)
+    plan = Plan(opened.groups(), 0, batch_size)
+    ours = Ours(config, build_learner(config, World(place)), opened, plan)
+    bare = build_learner(config, World(place))
+    reader = Reader([opened], plan, Share(batch_size=batch_size, world=1, rank=0))
+    stream = reader.epochs()
+    resident = [batch.to(place) for batch in islice(stream, plan.num_batches)]
+    stream.close()
+    endless = cycle(resident)
+    optimizer = bare.optimizer.whole
+    seconds: dict[str, list[float]] = {"ours": [], "bare": []}
+    for number in range(rounds + 1):  # the first one warms up
+        pairs = {
+            "ours": lambda: ours.steps(steps),
+            "bare": lambda: bare_steps(bare, optimizer, list(islice(endless, steps))),
+        }
+        for name, work in pairs.items():
+            taken = timed(work, place)
+            if number:
+                seconds[name].append(taken)
+    ours.batches.close()
+    ours.log.close(failed=False)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    result = {
+        "device": torch.cuda.get_device_name() if place.type == "cuda" else platform.processor(),
+        "torch": torch.__version__,
+        "full": full,
+        "batch_size": batch_size,
+        "steps_per_round": steps,
+        "rounds": rounds,
+        "ours_steps_per_second": round(steps / medians["ours"], 3),
+        "bare_steps_per_second": round(steps / medians["bare"], 3),
+        "ratio": round(medians["bare"] / medians["ours"], 4),
+    }
+    click.echo(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()
