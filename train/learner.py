@@ -162,7 +162,8 @@ def train_step(learner: Learner, batches: Iterator[Batch], number: int, lr: floa
     """
     world, device = learner.world, learner.world.device
     result = Step(torch.zeros((), device=device), torch.zeros(()), torch.ones(()), lr)
-    result.quarters = result.quarters.to(device)
+    # Made there: a copy would wait for the device.
+    result.quarters = torch.zeros(2, NUM_QUARTERS, device=device)
     last = False
     while not last:
         since = time.perf_counter()
