@@ -11,6 +11,11 @@ def _option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
+def _digits(value: float) -> str:
+    """All of them, so that it is the same number when read again."""
+    return repr(float(value)).removesuffix(".0")
+
+
 @dataclass(frozen=True)
 class CacheUse:
     """A cache and how a run uses it: ``FOLDER[,weight=W][,repeats=N]``."""
@@ -25,6 +30,8 @@ class CacheUse:
         folder, settings = text, {}
         while found := re.fullmatch(r"(.+),(weight|repeats)=([^,]*)", folder):
             folder, name, value = found.groups()
+            if name in settings:
+                raise ValueError(f"{text}: says {name} twice")
             try:
                 settings[name] = float(value) if name == "weight" else int(value)
             except ValueError:
@@ -35,7 +42,7 @@ class CacheUse:
         return use
 
     def __str__(self) -> str:
-        weight = "" if self.weight == 1 else f",weight={self.weight:g}"
+        weight = "" if self.weight == 1 else f",weight={_digits(self.weight)}"
         return f"{self.folder}{weight}" + ("" if self.repeats == 1 else f",repeats={self.repeats}")
 
 
@@ -55,7 +62,7 @@ class Every:
         return cls(float(found[2]), True) if found[2] else cls(int(found[1]))
 
     def __str__(self) -> str:
-        return f"{self.amount:g}ep" if self.of_epochs else f"{self.amount:g}"
+        return _digits(self.amount) + ("ep" if self.of_epochs else "")
 
     def __bool__(self) -> bool:
         return self.amount > 0

@@ -94,7 +94,7 @@ class Step:
     num_samples: int = 0  # of all ranks
     wait_seconds: float = 0.0  # for data
     quarters: torch.Tensor = field(default_factory=lambda: torch.zeros(2, NUM_QUARTERS))
-    """Of this rank: sums of losses by quarter of the schedule, and how many."""
+    """Of this rank: sums of finite losses by quarter of the schedule, and how many."""
     losses: list[tuple[tuple[int, int, int], torch.Tensor]] = field(default_factory=list)
     """Of this rank: (epoch, number, micro) of each micro-batch, and its samples' losses."""
 
@@ -162,7 +162,8 @@ def train_step(learner: Learner, batches: Iterator[Batch], number: int, lr: floa
     """
     world, device = learner.world, learner.world.device
     result = Step(torch.zeros((), device=device), torch.zeros(()), torch.ones(()), lr)
-    result.quarters = result.quarters.to(device)
+    # Made there: a copy would wait for the device.
+    result.quarters = torch.zeros(2, NUM_QUARTERS, device=device)
     last = False
     while not last:
         since = time.perf_counter()
@@ -189,7 +190,7 @@ def _note(step: Step, objective: Objective, batch: Batch, losses: torch.Tensor) 
     num = len(objective.alphas_cumprod)
     quarter = objective.timesteps(batch.times) * NUM_QUARTERS // num
     counts = torch.arange(NUM_QUARTERS, device=losses.device)[:, None] == quarter  # [4, B]
-    counts = counts & (batch.weights > 0)
+    counts = counts & (batch.weights > 0) & losses.isfinite()
     step.quarters += torch.stack([torch.where(counts, losses, 0.0).sum(1), counts.float().sum(1)])
     step.losses.append(((batch.epoch, batch.number, batch.micro), losses))
 

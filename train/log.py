@@ -75,7 +75,7 @@ class RunLog:
         values = torch.stack(
             [torch.stack([s.loss, s.grad_norm, s.finite.float()]) for _, s in pending]
         ).tolist()
-        quarters = self.world.sum(torch.stack([s.quarters for _, s in pending]).nansum(0)).tolist()
+        quarters = self.world.sum(torch.stack([s.quarters for _, s in pending]).sum(0)).tolist()
         rows = [
             _row(number, step, *row) for (number, step), row in zip(pending, values, strict=True)
         ]

@@ -58,8 +58,8 @@ def train(config: TrainConfig) -> Path:
     """Train, and return the LoRA file or the UNet folder.
 
     Raises:
-        ValueError: the cache, the base, the run's folder or the settings cannot be used, or too
-            many steps in a row were not finite.
+        ValueError: the cache, the base, the run's folder or the settings cannot be used.
+        FloatingPointError: too many steps in a row were not finite.
         MemoryError: the largest bucket does not fit; says what would make it.
         SystemExit: 130 or 143, after Ctrl-C or SIGTERM and a checkpoint.
     """

@@ -188,15 +188,15 @@ class Optimizer:
         tensors: dict[str, torch.Tensor] = {}
         numbers: dict[str, Any] = {}
         for names, optimizer in self.parts():
-            # Not by its state_dict(): bitsandbytes wraps tensors in it.
-            stepped = (p for group in optimizer.param_groups for p in group["params"])
-            for name, parameter in zip(names, stepped, strict=True):
+            (group,) = optimizer.param_groups
+            for name, parameter in zip(names, group["params"], strict=True):
+                # Not by ``state_dict``, in which bitsandbytes hides its tensors in a dict.
                 for field, value in optimizer.state.get(parameter, {}).items():
                     into = tensors if isinstance(value, torch.Tensor) else numbers
                     into[f"{name}|{field}"] = value
         if self.whole is not None:  # Prodigy keeps what it has learned of the step size here
             for name, value in self.whole.param_groups[0].items():
-                if type(value) in (int, float) and name != "lr":
+                if type(value) in (int, float) and name not in ("lr", "weight_decay"):
                     numbers[f"|{name}"] = value
         return tensors, numbers
 

@@ -1,0 +1,333 @@
+"""Optimizers and schedules against torch, diffusers and plain loops."""
+
+import copy
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from diffusers.optimization import get_scheduler
+from made import (
+    CPU,
+    Parameters,
+    config_of,
+    learner_of,
+    made_batch,
+    made_sample,
+    parameters_of,
+    same,
+    write_cache,
+)
+
+from train.fused import FusedBackward
+from train.learner import train_step
+from train.loop import train
+from train.optim import Optimizer, learning_rate, stochastic_round_
+
+FINITE = torch.tensor(True)
+KINDS = ("adamw", "adamw8bit", "adafactor", "prodigy")
+
+
+def give_gradients(parameters: Parameters, step: int) -> None:
+    generator = torch.Generator().manual_seed(1000 + step)
+    for parameter in parameters.values():
+        grad = torch.randn(parameter.shape, generator=generator) * 0.1
+        parameter.grad = grad.to(parameter.dtype)
+
+
+def run(optimizer: Optimizer, steps: range, lr: float = 1e-2) -> None:
+    for step in steps:
+        give_gradients(optimizer.parameters, step)
+        optimizer.step(step, lr, FINITE)
+        optimizer.zero_grad()
+
+
+# The learning rate.
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "cycles"),
+    [
+        ("constant", "constant_with_warmup", 1),
+        ("linear", "linear", 1),
+        ("cosine", "cosine", 1),
+        ("cosine-restarts", "cosine_with_restarts", 1),
+        ("cosine-restarts", "cosine_with_restarts", 3),
+    ],
+)
+@pytest.mark.parametrize("warmup", [0, 1, 7])
+def test_schedules_are_those_of_diffusers(ours: Any, theirs: str, cycles: int, warmup: int) -> None:
+    """In the warmup ours is a step ahead: theirs begins with a step at 0."""
+    num = 50
+    config = config_of(lr=3e-4, lr_schedule=ours, num_cycles=cycles, warmup_steps=warmup)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=3e-4)
+    schedule = get_scheduler(
+        theirs, optimizer, num_warmup_steps=warmup, num_training_steps=num, num_cycles=cycles
+    )
+    expected = []
+    for _ in range(num + 1):
+        expected.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    found = [learning_rate(config, step, num) for step in range(num)]
+    assert found[warmup:] == pytest.approx(expected[warmup:num], rel=1e-9, abs=1e-12)
+    assert found[:warmup] == pytest.approx(expected[1 : warmup + 1], rel=1e-9)
+    assert min(found) > 0 and max(found) == pytest.approx(3e-4)
+
+
+def test_a_warmup_longer_than_the_run_only_rises() -> None:
+    config = config_of(lr=1.0, lr_schedule="cosine", warmup_steps=10)
+    assert [learning_rate(config, step, 4) for step in range(4)] == [0.1, 0.2, 0.3, 0.4]
+
+
+@pytest.mark.parametrize(("kind", "lr"), [("adamw", 1e-4), ("prodigy", 1.0)])
+def test_the_default_learning_rate_is_of_the_optimizer(kind: Any, lr: float) -> None:
+    assert learning_rate(config_of(optimizer=kind), 0, 10) == lr
+
+
+# Steps.
+
+
+def torchs(kind: str, parameters: Parameters, lr: float, decay: float) -> torch.optim.Optimizer:
+    make: Any = {"adamw": torch.optim.AdamW, "adafactor": torch.optim.Adafactor}[kind]
+    more = {"fused": True} if kind == "adamw" else {}
+    optimizer: torch.optim.Optimizer = make(parameters.values(), lr=lr, weight_decay=decay, **more)
+    return optimizer
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("kind", ["adamw", "adafactor"])
+def test_steps_are_torchs_bit_for_bit(kind: Any, fused: bool) -> None:
+    """As one optimizer and as one for each weight; the learning rate is of each step."""
+    ours, theirs = parameters_of(0), parameters_of(0)
+    config = config_of(optimizer=kind, weight_decay=0.1, fused_backward=fused)
+    optimizer, reference = Optimizer(ours, config, CPU), torchs(kind, theirs, 1.0, 0.1)
+    assert bool(optimizer.slots) == fused
+    for step, lr in enumerate((1e-2, 3e-3, 5e-2, 1e-2)):
+        run(optimizer, range(step, step + 1), lr)
+        give_gradients(theirs, step)
+        reference.param_groups[0]["lr"] = lr
+        reference.step()
+        assert same(ours, theirs)
+    assert not same(ours, parameters_of(0))
+
+
+def test_adamw_is_near_torchs_plain_one() -> None:
+    ours, theirs = parameters_of(0), parameters_of(0)
+    optimizer = Optimizer(ours, config_of(weight_decay=0.1), CPU)
+    reference = torch.optim.AdamW(theirs.values(), lr=1e-2, weight_decay=0.1, foreach=False)
+    run(optimizer, range(20))
+    for step in range(20):
+        give_gradients(theirs, step)
+        reference.step()
+    assert all(torch.allclose(ours[n], theirs[n], atol=1e-6, rtol=1e-6) for n in ours)
+
+
+@pytest.mark.parametrize("max_norm", [0.0, 0.5])
+def test_fused_backward_clips_each_gradient_alone(max_norm: float) -> None:
+    ours, theirs = parameters_of(0), parameters_of(0)
+    optimizer = Optimizer(ours, config_of(fused_backward=True), CPU)
+    fused = FusedBackward(optimizer.slots, max_norm, CPU)
+    reference = torchs("adamw", theirs, 1e-2, 1e-2)
+    for step in range(3):
+        fused.arm(step, 1e-2, FINITE)
+        sum((p.square() * (n + 1)).sum() for n, p in enumerate(ours.values())).backward()
+        norm = fused.disarm()
+        assert all(parameter.grad is None for parameter in ours.values())
+        sum((p.square() * (n + 1)).sum() for n, p in enumerate(theirs.values())).backward()
+        norms = [p.grad.norm() for p in theirs.values() if p.grad is not None]
+        assert float(norm) == pytest.approx(float(torch.stack(norms).norm()), rel=1e-5)
+        if max_norm:
+            for parameter in theirs.values():
+                torch.nn.utils.clip_grad_norm_([parameter], max_norm)
+        reference.step()
+        reference.zero_grad()
+        assert all(torch.allclose(ours[n], theirs[n], atol=1e-7, rtol=1e-6) for n in ours)
+        assert max_norm or same(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adafactor"])
+@pytest.mark.parametrize("full", [True, False])
+def test_fused_backward_is_the_plain_step_bit_for_bit(base: Path, kind: Any, full: bool) -> None:
+    torch.manual_seed(5)
+    batches = [made_batch(2) for _ in range(3)]
+    found = []
+    for fused in (False, True):
+        common: dict[str, Any] = {"optimizer": kind, "full": full, "max_grad_norm": 0}
+        learner = learner_of(base, fused_backward=fused, **common)
+        before = {n: p.detach().clone() for n, p in learner.optimizer.parameters.items()}
+        steps = [train_step(learner, iter([b]), n, 1e-3) for n, b in enumerate(batches)]
+        assert all(p.grad is None for p in learner.optimizer.parameters.values())
+        numbers = [[float(step.loss), float(step.finite)] for step in steps]
+        norms = [float(step.grad_norm) for step in steps]
+        found.append((numbers, norms, learner.optimizer.parameters, learner.optimizer.state()))
+    plain, armed = found
+    assert plain[0] == armed[0] and plain[1] == pytest.approx(armed[1], rel=1e-5)
+    assert same(plain[2], armed[2]) and not same(plain[2], before)  # type: ignore[arg-type]
+    assert plain[3][0].keys() == armed[3][0].keys()
+    assert all(torch.equal(plain[3][0][name], armed[3][0][name]) for name in plain[3][0])
+
+
+# Rounding to bf16.
+
+
+def rounded(values: torch.Tensor, seed: int) -> torch.Tensor:
+    target = torch.empty_like(values, dtype=torch.bfloat16)
+    stochastic_round_(target, values, torch.Generator().manual_seed(seed))
+    return target
+
+
+def test_stochastic_rounding_keeps_what_is_bf16_already() -> None:
+    values = torch.randn(10_000).bfloat16()
+    values[:6] = torch.tensor([0.0, -0.0, 1.0, -1.0, 2.0**-133, 3e38])  # a subnormal too
+    assert torch.equal(rounded(values.float(), 0), values)
+
+
+@pytest.mark.parametrize("value", [1.001, -1.001, 1.0 + 2**-15, 3e-5, -123.4, 0.9999])
+def test_stochastic_rounding_is_unbiased(value: float) -> None:
+    """One of the two neighbours, the nearer as often as keeps the mean."""
+    num = 200_000
+    exact = torch.tensor(value)
+    (bits,) = struct.unpack("<I", struct.pack("<f", exact.item()))
+    lower, upper = (
+        struct.unpack("<f", struct.pack("<I", n << 16))[0] for n in (bits >> 16, (bits >> 16) + 1)
+    )
+    share = (bits & 0xFFFF) / 65536  # of the way to the upper one, in magnitude
+    found = rounded(exact.expand(num).contiguous(), 1).double()
+    assert set(found.tolist()) <= {lower, upper}
+    deviation = abs(upper - lower) * (share * (1 - share) / num) ** 0.5
+    assert abs(float(found.mean()) - exact.item()) < 4.5 * deviation + 1e-12
+
+
+def test_rounding_depends_on_seed_step_and_number_alone() -> None:
+    """And on nothing torch draws beside; so a resumed run rounds as one that went on."""
+
+    def stepped(seed: int, steps: range, twins: bool = False) -> Parameters:
+        parameters = parameters_of(0, torch.bfloat16)
+        if twins:
+            parameters["twin"] = copy.deepcopy(parameters["matrix"])
+        config = config_of(full=True, pure_bf16=True, seed=seed)
+        optimizer = Optimizer(parameters, config, CPU)
+        for step in steps:
+            torch.manual_seed(step)
+            give_gradients(parameters, 0)
+            if twins:
+                parameters["twin"].grad = parameters["matrix"].grad
+            optimizer.step(step, 1e-3, FINITE)
+        assert {p.dtype for p in parameters.values()} == {torch.bfloat16}
+        return parameters
+
+    assert same(stepped(0, range(3)), stepped(0, range(3)))
+    assert not same(stepped(0, range(3)), stepped(1, range(3)))
+    assert not same(stepped(0, range(3)), stepped(0, range(1, 4)))
+    twins = stepped(0, range(1), twins=True)
+    assert not torch.equal(twins["matrix"], twins["twin"])
+
+
+def distances(step: Callable[[Parameters, int], None], parameters: Parameters) -> float:
+    """How far 200 steps towards a goal leave the weights from it, in the mean."""
+    goal = torch.full((64, 64), 1.2)
+    for number in range(200):
+        for parameter in parameters.values():
+            parameter.grad = ((parameter.detach().float() - goal) / 10).to(parameter.dtype)
+        step(parameters, number)
+    return float((parameters["w"].detach().float() - goal).abs().mean())
+
+
+def test_pure_bf16_tracks_fp32_where_plain_bf16_stalls() -> None:
+    """Steps of 1e-3 at weights of 1: a bf16 there has neighbours 1/128 away."""
+
+    def start(dtype: torch.dtype) -> Parameters:
+        return {"w": torch.nn.Parameter(torch.ones(64, 64).to(dtype))}
+
+    def by(parameters: Parameters, **settings: Any) -> float:
+        optimizer = Optimizer(parameters, config_of(weight_decay=0.0, **settings), CPU)
+        return distances(lambda _, n: optimizer.step(n, 1e-3, FINITE), parameters)
+
+    halves, exact = start(torch.bfloat16), start(torch.float32)
+    whole = by(exact)
+    ours = by(halves, full=True, pure_bf16=True)
+    stalled = start(torch.bfloat16)
+    reference = torch.optim.AdamW(stalled.values(), lr=1e-3, weight_decay=0.0)
+    assert distances(lambda *_: reference.step(), stalled) == pytest.approx(0.2, abs=1e-3)
+    assert whole < 0.1 and abs(ours - whole) < 0.01
+    means = [p["w"].detach().double().mean() for p in (halves, exact)]
+    assert abs(float(means[0] - means[1])) < 2e-3
+
+
+# The state, away and back.
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        *((kind, {}) for kind in KINDS),
+        *((kind, {"fused_backward": True}) for kind in KINDS[:3]),
+        *((kind, {"full": True, "pure_bf16": True}) for kind in KINDS[:3]),
+    ],
+)
+def test_the_state_goes_into_a_file_and_comes_back(
+    tmp_path: Path, kind: Any, settings: dict[str, Any]
+) -> None:
+    """Ten steps at once, and five, a file, and five by a new optimizer: bit-equal."""
+    dtype = torch.bfloat16 if "pure_bf16" in settings else torch.float32
+    config, lr = config_of(optimizer=kind, **settings), 1.0 if kind == "prodigy" else 1e-2
+    straight, stopped = parameters_of(0, dtype), parameters_of(0, dtype)
+    whole, first = Optimizer(straight, config, CPU), Optimizer(stopped, config, CPU)
+    run(whole, range(10), lr)
+    run(first, range(5), lr)
+    tensors, numbers = first.state()
+    safetensors.torch.save_file({n: t.contiguous() for n, t in tensors.items()}, tmp_path / "t")
+    numbers = json.loads(json.dumps(numbers))
+    resumed = {n: torch.nn.Parameter(p.detach().clone()) for n, p in stopped.items()}
+    second = Optimizer(resumed, config, CPU)
+    second.load(safetensors.torch.load_file(tmp_path / "t"), numbers)
+    again, others = second.state()
+    assert again.keys() == tensors.keys() and others == numbers
+    for name, tensor in tensors.items():
+        assert again[name].dtype == tensor.dtype and torch.equal(again[name], tensor), name
+    run(second, range(5, 10), lr)
+    assert same(resumed, straight) and not same(stopped, straight)
+    for name, tensor in whole.state()[0].items():
+        assert torch.equal(second.state()[0][name], tensor), name
+    assert second.state()[1] == whole.state()[1]
+
+
+@pytest.mark.parametrize("kind", ["adamw", "prodigy"])
+def test_a_resumed_run_may_change_its_weight_decay(kind: Any) -> None:
+    parameters = parameters_of(0)
+    first = Optimizer(parameters, config_of(optimizer=kind, weight_decay=0.1), CPU)
+    run(first, range(2))
+    second = Optimizer(parameters, config_of(optimizer=kind, weight_decay=0.3), CPU)
+    second.load(*first.state())
+    assert second.whole is not None and second.whole.param_groups[0]["weight_decay"] == 0.3
+
+
+def test_eight_bit_state_is_in_eight_bits() -> None:
+    optimizer = Optimizer(parameters_of(0), config_of(optimizer="adamw8bit"), CPU)
+    run(optimizer, range(1))
+    tensors = optimizer.state()[0]
+    assert tensors["matrix|state1"].dtype == tensors["matrix|state2"].dtype == torch.uint8
+    assert tensors["vector|state1"].dtype == torch.float32  # too small to be worth it
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_a_run_stops_and_goes_on_with_any_optimizer(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Any
+) -> None:
+    digests = dict.fromkeys(("vae", "text_encoder", "text_encoder_2"), "made")
+    monkeypatch.setattr("train.data.encoder_digests_elsewhere", lambda base: digests)
+    cache = write_cache(tmp_path / "cache", [made_sample(f"{n}.png") for n in range(3)])
+    found = []
+    for name, stops in (("straight", (4,)), ("stopped", (2, 4))):
+        for steps in stops:
+            settings = {"optimizer": kind, "steps": steps, "resume": steps > stops[0]}
+            path = train(config_of(base, cache, out=tmp_path / name, targets="all", **settings))
+        found.append(safetensors.torch.load_file(path))
+    one, other = found
+    assert one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+    assert any(bool(one[n].any()) for n in one if "lora_B" in n)

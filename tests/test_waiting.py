@@ -1,0 +1,125 @@
+"""The host does not wait for the device between two writes of the log."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from made import WAYS, config_of, learner_of, made_batch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sdxl.device import Precision
+from train.distributed import World
+from train.ema import Ema
+from train.learner import Learner, train_step
+from train.objective import Objective
+from train.optim import Optimizer, takes_flag
+
+
+class Watch(TorchDispatchMode):
+    """Counts what makes the host wait: values that become Python's, by dtype; copies between
+    devices that block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads: list[torch.dtype] = []
+        self.copies: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, kwargs = func.overloadpacket.__name__, kwargs or {}
+        if name in ("_local_scalar_dense", "is_nonzero", "item", "equal", "nonzero"):
+            self.reads.append(args[0].dtype)
+        if name in ("_to_copy", "copy_", "_copy_from"):
+            into = kwargs.get("device") or args[0].device
+            blocks = not (kwargs.get("non_blocking") or (name == "copy_" and args[2:] == (True,)))
+            source = args[1] if name == "copy_" else args[0]
+            if blocks and source.device != torch.device(into):
+                self.copies.append(f"{name} {source.device} to {into} {tuple(source.shape)}")
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("way", "flags"),
+    [
+        *((way, 0) for way in ("adamw", "full", "fused adamw", "bf16 adamw", "bf16 fused")),
+        *((way, 2) for way in ("adafactor", "adamw8bit", "prodigy")),
+    ],
+)
+def test_the_host_reads_a_flag_a_step_or_nothing(base: Path, way: str, flags: int) -> None:
+    """With fused AdamW nothing at all. Others read the flag, and what torch's own code reads."""
+    learner = learner_of(base, **WAYS[way])
+    if "bf16" not in way:
+        learner.ema = Ema(learner.optimizer.parameters, 0.9, on_cpu=False)
+    train_step(learner, iter([made_batch(2)]), 0, 1e-3)
+    batches = iter([replace(made_batch(2), micro=m, num_micros=2) for m in (0, 1)] * 2)
+    if learner.fused is not None:
+        batches = iter([made_batch(2) for _ in range(2)])
+    with Watch() as watch:
+        for number in range(2):
+            train_step(learner, batches, number + 1, 1e-3)
+    assert watch.reads.count(torch.bool) == flags
+    assert flags or watch.reads == []
+
+
+class Told:
+    """In a fused optimizer's place on a device without data."""
+
+    param_groups: list[dict[str, Any]] = [{}]  # noqa: RUF012
+    _step_supports_amp_scaling = True
+    steps = 0
+
+    def step(self) -> None:
+        self.steps += 1
+
+
+def test_no_copy_to_or_from_the_device_blocks(base: Path) -> None:
+    """On the meta device, whose values nobody can read: a wait is an error, a copy is seen."""
+    meta = torch.device("meta")
+    with meta:
+        config = UNet2DConditionModel.load_config(base / "unet")
+        unet: Any = UNet2DConditionModel.from_config(config).train()
+    parameters = dict(unet.named_parameters())
+    optimizer = Optimizer(parameters, config_of(full=True), meta)
+    assert not takes_flag(optimizer.whole)  # type: ignore[arg-type]
+    told: Any = Told()
+    optimizer.whole = told
+    learner = Learner(
+        unet=unet,
+        forward=unet,
+        optimizer=optimizer,
+        scaler=torch.amp.GradScaler("cpu", enabled=False),
+        precision=Precision(dtype=torch.float32, autocast=False, scaler=False),
+        objective=Objective(
+            alphas_cumprod=torch.empty(1000, device=meta),
+            high=1000,
+            logit=(0.0, 1.0),
+            noise_offset=0.1,
+            min_snr_gamma=5.0,
+            loss="huber",
+        ),
+        max_grad_norm=1.0,
+        world=World(meta),
+        ema=Ema(parameters, 0.9, on_cpu=False),
+    )
+    more = {"offsets": torch.randn(2, 4, 1, 1), "mask": torch.rand(2, 1, 4, 4)}
+    with Watch() as watch:
+        for number in range(2):
+            batch = made_batch(2, (4, 4, 4), **more)
+            result = train_step(learner, iter([batch]), number, 1e-3)
+    assert told.steps == 2 and watch.reads == [] and watch.copies == []
+    for value in (result.loss, result.grad_norm, result.finite, result.quarters):
+        assert value.device == meta
+    with pytest.raises(RuntimeError, match="meta"):
+        bool(result.finite)
+
+
+def test_the_watch_sees_what_waits() -> None:
+    value = torch.ones(2)
+    with Watch() as watch:
+        float(value.sum()), bool(value.any()), value.sum().item(), value.to("meta")
+        torch.empty(2, device="meta").copy_(value)
+        value.to("meta", non_blocking=True)
+    assert watch.reads == [torch.float32, torch.bool, torch.float32]
+    assert len(watch.copies) == 2
