@@ -177,10 +177,12 @@ class Optimizer:
         tensors: dict[str, torch.Tensor] = {}
         numbers: dict[str, Any] = {}
         for names, optimizer in self.parts():
-            for number, fields in optimizer.state_dict()["state"].items():
-                for field, value in fields.items():
+            # Not ``state_dict``: there bitsandbytes hides its tensors in a dict of their own.
+            (group,) = optimizer.param_groups
+            for name, parameter in zip(names, group["params"], strict=True):
+                for field, value in optimizer.state.get(parameter, {}).items():
                     into = tensors if isinstance(value, torch.Tensor) else numbers
-                    into[f"{names[number]}|{field}"] = value
+                    into[f"{name}|{field}"] = value
         if self.whole is not None:  # Prodigy keeps what it has learned of the step size here
             for name, value in self.whole.param_groups[0].items():
                 if type(value) in (int, float) and name != "lr":
