@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from sdxl.device import pick_device
 
-LOST_SECONDS = 10  # in which the launcher, which knows what became of the lost one, ends us
+LOST_SECONDS = 3  # in which the launcher, which knows what became of the lost one, ends us
 
 
 @dataclass(frozen=True)

@@ -238,7 +238,7 @@ def _write_checkpoint(run: Run, step: int, kind: str) -> None:
     }
     write_checkpoint(config.out, step, run.learner, run.kind, state)
     if config.keep and run.learner.world.is_main:
-        rotate(config.out, config.keep)
+        rotate(config.out, config.keep, step)
     run.log.resume_clock()
 
 
