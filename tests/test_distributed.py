@@ -1,71 +1,212 @@
-"""Two processes train what one does."""
+"""Any number of processes train what one does."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
+from diffusers import UNet2DConditionModel
+from ranks import seen, train_on
+from runs import LORA, UNET, config_of, evals, losses, run
+
+from sdxl.base import find_weights
+from shards.reader import Cache
+from train.checkpoint import newest_checkpoint
+from train.config import CacheUse
 
 ROOT = Path(__file__).parent.parent
+STEPS = 7
 
 
-def launch(cache: Path, base: Path, out: Path, processes: int, *more: str) -> None:
-    """Run ``cli.py train``, under torchrun where there are several processes."""
-    settings = ["--lr", "1e-3", "--device", "cpu", "--log-every", "3", *more]
-    stage = ["cli.py", "train", str(cache), "--base", str(base), "--out", str(out), *settings]
-    python = [sys.executable]
-    if processes > 1:
-        python += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    run = subprocess.run([*python, *stage], cwd=ROOT, capture_output=True, text=True, timeout=200)
-    assert run.returncode == 0, run.stderr
+@pytest.fixture(scope="module")
+def two_caches(split_cache: Path, cache: Path) -> tuple[CacheUse, ...]:
+    """One taken twice and with a validation part, and one that counts half."""
+    return CacheUse(split_cache, repeats=2), CacheUse(cache, weight=0.5)
 
 
-def train(cache: Path, base: Path, out: Path, processes: int, *more: str) -> list[float]:
-    """The losses of ``launch``, in order: of 10 steps, and of the evaluations between."""
-    launch(cache, base, out, processes, *more)
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows if "train/loss" in row] == list(range(1, 11))
-    return [row[name] for row in rows for name in ("train/loss", "eval/loss") if name in row]
+def close(one: list[tuple[int, float]], two: list[tuple[int, float]]) -> bool:
+    return [step for step, _ in one] == [step for step, _ in two] and all(
+        abs(a - b) <= 1e-5 for (_, a), (_, b) in zip(one, two, strict=True)
+    )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["lora", "full"])
-def test_two_processes_have_the_losses_of_one(
-    split_cache: Path, base: Path, tmp_path: Path, kind: str
-) -> None:
-    """10 steps are more than two epochs of uneven buckets: a rank often has less, or nothing."""
-    more = ["--full"] if kind == "full" else ["--targets", "all"]
-    more += ["--steps", "10", "--eval-every", "5"]
-    one = train(split_cache, base, tmp_path / "1", 1, *more, "--batch-size", "4")
-    two = train(split_cache, base, tmp_path / "2", 2, *more, "--batch-size", "2")
-    assert len(one) == len(two) == 13
-    assert max(abs(a - b) for a, b in zip(one, two, strict=True)) <= 1e-5
-    name = {
-        "lora": "pytorch_lora_weights.safetensors",
-        "full": "unet/diffusion_pytorch_model.safetensors",
-    }
-    first = safetensors.torch.load_file(tmp_path / "1" / name[kind])
-    second = safetensors.torch.load_file(tmp_path / "2" / name[kind])
-    assert first.keys() == second.keys()
-    for tensor, values in first.items():
-        assert torch.allclose(values, second[tensor], atol=1e-3), tensor
+def keys_of(cache: Path) -> list[str]:
+    return [
+        shard.index.key(row) for shard in Cache(cache).shards() for row in range(len(shard.index))
+    ]
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_another_number_of_processes(
-    split_cache: Path, base: Path, tmp_path: Path
+def test_any_number_of_processes_and_any_change_of_it_is_one_run(
+    two_caches: tuple[CacheUse, ...], cache: Path, split_cache: Path, base: Path, tmp_path: Path
 ) -> None:
-    """The global batch stays: 2 x 2 samples become 1 process x 2 x 2 accumulated."""
-    settings = ["--steps", "10", "--batch-size"]
-    whole = train(split_cache, base, tmp_path / "1", 1, *settings, "4")
-    out = tmp_path / "2"
-    launch(split_cache, base, out, 2, "--steps", "4", "--batch-size", "2")
-    mixed = train(split_cache, base, out, 1, *settings, "2", "--resume")
-    assert json.loads((out / "config.json").read_text())["global_batch"] == 4
-    # The stop after step 4 has an evaluation of its own.
-    assert len(mixed) == len(whole) + 1
-    del mixed[5]
-    assert max(abs(a - b) for a, b in zip(whole, mixed, strict=True)) <= 1e-5
+    """Global batches of 12, several of which are short: ranks often have less, or nothing."""
+
+    def train(out: str, world: int, steps: int = STEPS, **more: Any) -> Path:
+        settings = {"batch_size": 12 // world, "log_every": 3, "steps": steps, **more}
+        train_on(config_of(two_caches, base, tmp_path / out, **settings), world)
+        return tmp_path / out
+
+    one = train("1", 1)
+    plan = seen(one)
+    num_batches = json.loads((one / "config.json").read_text())["steps_per_epoch"]
+    assert num_batches < STEPS and {sum(batch.values()) for batch in plan.values()} > {12}
+    epoch = sum((plan[0, number] for number in range(num_batches)), Counter())
+    assert epoch == Counter(2 * keys_of(split_cache / "train") + keys_of(cache))
+    for world in (3, 4):
+        other = train(str(world), world)
+        assert close(losses(other), losses(one)) and close(evals(other), evals(one)), world
+        assert seen(other) == plan, world
+    for number, (world, steps) in enumerate([(3, 2), (1, 4), (4, 6), (2, STEPS)]):
+        mixed = train("mixed", world, steps, resume=number > 0)
+    assert close(losses(mixed), losses(one)) and seen(mixed) == plan
+    first, second = (safetensors.torch.load_file(out / LORA) for out in (one, mixed))
+    assert all(torch.allclose(first[name], second[name], atol=1e-3) for name in first)
+
+
+@pytest.mark.slow
+def test_a_sharded_run_goes_on_with_another_number_of_processes(
+    cache: Path, base: Path, tmp_path: Path
+) -> None:
+    """FSDP: files of bounded size, written by two processes, read by one, then by three."""
+    settings: dict[str, Any] = {"full": True, "ema": 0.5, "log_every": 2}
+    one, mixed = tmp_path / "one", tmp_path / "mixed"
+    run(cache, base, one, batch_size=6, steps=5, checkpoint_at=(2,), **settings)
+    for number, (world, steps) in enumerate([(2, 2), (1, 3), (3, 5)]):
+        more = {**settings, "batch_size": 6 // world, "steps": steps, "resume": number > 0}
+        train_on(config_of(cache, base, mixed, **more), world, max_file_bytes=400_000)
+    assert close(losses(mixed), losses(one))
+    passes = sum(
+        (Counter(keys) for (epoch, _), keys in seen(mixed).items() if not epoch), Counter()
+    )
+    assert passes == Counter(keys_of(cache))
+    written = mixed / "checkpoints" / "checkpoint-2"
+    for folder in (written / "unet", written / "ema" / "unet", written / "optimizer"):
+        files = find_weights(folder).files
+        assert len(files) > 3 and all(path.stat().st_size < 500_000 for path in files), folder
+    same = one / "checkpoints" / "checkpoint-2"
+    for part in ("", "ema"):
+        loaded = UNet2DConditionModel.from_pretrained(written / part / "unet").state_dict()
+        weights = safetensors.torch.load_file(same / part / UNET)
+        assert loaded.keys() == weights.keys()
+        assert all(torch.allclose(loaded[n], weights[n], atol=1e-4) for n in weights), part
+    first = safetensors.torch.load_file(one / UNET)
+    second = UNet2DConditionModel.from_pretrained(mixed / "unet").state_dict()
+    assert all(torch.allclose(first[name], second[name], atol=1e-3) for name in first)
+
+
+FAILS = """
+import os, sys
+import cli
+
+if os.environ.get("RANK") == "1":
+    import shards.batches
+
+    read = shards.batches.Reader.read
+
+    def fail(self, batch, micro):
+        if batch.number >= 3:
+            {how}
+        return read(self, batch, micro)
+
+    shards.batches.Reader.read = fail
+cli.commands()
+"""
+
+
+def command(out: Path, cache: Path, base: Path, *more: str) -> list[str]:
+    settings = ["--lr", "1e-3", "--device", "cpu", "--targets", "all", "--batch-size", "2"]
+    return [
+        "train",
+        str(cache),
+        "--base",
+        str(base),
+        "--out",
+        str(out),
+        *settings,
+        "--log-every",
+        "1",
+        *more,
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("how", "code", "reason"),
+    [
+        ("os.kill(os.getpid(), 9)", 1, "process 1 was killed by SIGKILL"),
+        ("os._exit(7)", 7, "process 1 failed with exit code 7"),
+        (
+            "raise ValueError('cache: a sample\\nis damaged')",
+            2,
+            "process 1 failed with exit code 2",
+        ),
+    ],
+    ids=["killed", "gone", "bad input"],
+)
+def test_a_process_that_fails_ends_them_all_with_its_reason(
+    cache: Path, base: Path, tmp_path: Path, how: str, code: int, reason: str
+) -> None:
+    script = tmp_path / "fails.py"
+    script.write_text(FAILS.format(how=how))
+    arguments = command(tmp_path / "run", cache, base, "--steps", "200", "--gpus", "2")
+    ended = subprocess.run(
+        [sys.executable, str(script), *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
+    assert ended.returncode == code, ended.stderr
+    lines = [line for line in ended.stderr.replace("\r", "\n").splitlines() if "Error: " in line]
+    said = [line[line.index("Error: ") :] for line in lines]
+    assert said[-1].startswith(f"Error: {reason}"), said
+    others = [line for line in said[:-1] if line != "Error: another process of this run is gone"]
+    assert others == ["Error: process 1: cache: a sample is damaged"] * (code == 2)
+    assert "Traceback" not in ended.stderr
+
+
+def signalled(arguments: list[str], out: Path, row: int, number: int) -> int:
+    """The exit code of a command that got a signal when ``row`` steps were in the metrics."""
+    child = subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and child.poll() is None:
+        if out.exists() and len(losses(out)) >= row:
+            child.send_signal(number)
+            break
+        time.sleep(0.02)
+    _, said = child.communicate(timeout=90)
+    assert "Traceback" not in said, said
+    return child.returncode
+
+
+@pytest.mark.slow
+def test_signals_to_the_launcher_and_torchrun(cache: Path, base: Path, tmp_path: Path) -> None:
+    """SIGTERM, then Ctrl-C, each leaves a checkpoint and its exit code; torchrun ends the run."""
+    out, steps = tmp_path / "run", 60
+    arguments = command(out, cache, base, "--steps", str(steps), "--gpus", "2")
+    door = [sys.executable, "cli.py"]
+    assert signalled([*door, *arguments], out, 4, signal.SIGTERM) == 143
+    first = stopped_at(out)
+    assert signalled([*door, *arguments, "--resume"], out, first + 4, signal.SIGINT) == 130
+    assert first < stopped_at(out) < steps
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    ended = [*torchrun, "cli.py", *arguments[:-2], "--resume"]
+    subprocess.run(ended, cwd=ROOT, check=True, timeout=120, capture_output=True)
+    run(cache, base, tmp_path / "one", steps=steps, batch_size=4)
+    assert close(losses(out), losses(tmp_path / "one"))
+
+
+def stopped_at(out: Path) -> int:
+    found = newest_checkpoint(out)
+    assert found and found[1]["kind"] == "stop" and found[1]["step"] == losses(out)[-1][0]
+    return int(found[1]["step"])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -12,33 +13,12 @@ from typing import Any
 
 import pytest
 import safetensors.torch
-import torch
+from runs import LORA, Died, assert_same_run, at_step, die, losses, run, same_weights, stop_by
 
 from train.checkpoint import newest_checkpoint, read_state
-from train.config import CacheUse, Every, TrainConfig
-from train.loop import train
+from train.config import CacheUse, Every
 
 ROOT = Path(__file__).parent.parent
-LORA = "pytorch_lora_weights.safetensors"
-
-
-def run(cache: Path, base: Path, out: Path, **settings: Any) -> Path:
-    defaults: dict[str, Any] = {"lr": 1e-3, "batch_size": 2, "device": "cpu"}
-    if not settings.get("full"):
-        defaults["targets"] = "all"
-    return train(
-        TrainConfig(caches=(CacheUse(cache),), base=str(base), out=out, **{**defaults, **settings})
-    )
-
-
-def losses(out: Path) -> list[tuple[int, float]]:
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [(row["step"], row["train/loss"]) for row in rows if "train/loss" in row]
-
-
-def same_weights(one: Path, two: Path) -> bool:
-    first, second = safetensors.torch.load_file(one), safetensors.torch.load_file(two)
-    return first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +42,116 @@ def test_stopped_and_resumed_is_bit_equal(
         run(cache, base, tmp_path, steps=steps, resume=number > 0)
     assert losses(tmp_path) == losses(straight)
     assert same_weights(tmp_path / LORA, straight / LORA)
+
+
+@pytest.fixture(scope="module")
+def two_caches(split_cache: Path, cache: Path) -> tuple[CacheUse, ...]:
+    """One taken twice and with a validation part, and one that counts half: 34 samples an epoch."""
+    return CacheUse(split_cache, repeats=2), CacheUse(cache, weight=0.5)
+
+
+EVERYTHING: dict[str, Any] = {
+    "steps": 14,
+    "batch_size": 4,
+    "accumulate": 2,
+    "ema": 0.9,
+    "caption_dropout": 0.3,
+    "min_snr_gamma": 5.0,
+    "noise_offset": 0.1,
+    "lr_schedule": "cosine-restarts",
+    "num_cycles": 3,
+    "warmup_steps": 3,
+    "checkpoint_every": Every(3),
+    "eval_every": Every(1, of_epochs=True),
+    "log_every": 4,
+    "keep": 2,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
+def test_with_everything_on_random_stops_leave_no_trace(
+    two_caches: tuple[CacheUse, ...], base: Path, tmp_path: Path, full: bool
+) -> None:
+    """Three stops a run, by a signal (which writes a checkpoint) or by death (which does not);
+    the LoRA's are at and after the ends of epochs too."""
+    whole = tmp_path / "whole"
+    settings = {**EVERYTHING, "full": full}
+    run(two_caches, base, whole, **settings)
+    epoch = json.loads((whole / "config.json").read_text())["steps_per_epoch"]
+    assert 2 * epoch < EVERYTHING["steps"], "two epoch ends are to be crossed"
+    dice = random.Random(full)
+    plans = {"random": sorted(dice.sample(range(1, EVERYTHING["steps"]), 3))}
+    if not full:
+        plans["ends"] = [epoch, epoch + 1, 2 * epoch]
+    for name, stops in plans.items():
+        for number, stop in enumerate(stops):
+            act = dice.choice([stop_by(signal.SIGTERM), stop_by(signal.SIGINT), die])
+            with at_step(stop, act), pytest.raises((SystemExit, Died)):
+                run(two_caches, base, tmp_path / name, **settings, resume=number > 0)
+        run(two_caches, base, tmp_path / name, **settings, resume=True)
+        assert_same_run(whole, tmp_path / name)
+
+
+BF16 = {"precision": "bf16", "allow_cpu_bf16": True}
+PURE = {"full": True, "pure_bf16": True, **BF16}
+KINDS: dict[str, dict[str, Any]] = {
+    "adamw8bit": {"full": True, "optimizer": "adamw8bit"},
+    "adafactor": {"optimizer": "adafactor", "ema": 0.9},
+    "prodigy": {"optimizer": "prodigy"},
+    "fused backward": {"full": True, "fused_backward": True},
+    "fused backward, adamw8bit": {
+        "full": True,
+        "fused_backward": True,
+        "optimizer": "adamw8bit",
+    },
+    "pure bf16": {**PURE, "ema": 0.9},
+    "pure bf16, adafactor": {**PURE, "optimizer": "adafactor"},
+    "pure bf16, adamw8bit": {**PURE, "optimizer": "adamw8bit"},
+    "pure bf16, fused backward": {**PURE, "fused_backward": True, "optimizer": "adafactor"},
+    "bf16": {**BF16, "ema": 0.9},
+    "fp16": {"precision": "fp16", "allow_cpu_bf16": True},
+    "dora": {"adapter": "dora", "ema": 0.9},
+    "rslora": {"adapter": "rslora", "alpha": 3.0},
+    "convolutions": {"conv": True, "alpha": 3.0, "ema": 0.9},
+    "logit-normal huber": {
+        "timesteps": "logit-normal",
+        "loss": "huber",
+        "ema_on_cpu": True,
+        "ema": 0.5,
+    },
+    "int8": {"base_quant": "int8"},
+    "nf4": {"base_quant": "nf4"},
+}
+
+
+@pytest.mark.filterwarnings("ignore:TorchaoLoraLinear was instantiated")  # merging is not ours
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_of_run_is_bit_equal(cache: Path, base: Path, tmp_path: Path, kind: str) -> None:
+    """Four steps against two and two; the state of every optimizer has to come back."""
+    settings = {"steps": 4, "lr_schedule": "linear", **KINDS[kind]}
+    if settings.get("optimizer") == "prodigy":
+        settings["lr"] = None
+    run(cache, base, tmp_path / "one", **settings)
+    with at_step(2, stop_by(signal.SIGTERM)), pytest.raises(SystemExit):
+        run(cache, base, tmp_path / "two", **settings)
+    run(cache, base, tmp_path / "two", **settings, resume=True)
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+
+
+def test_a_run_that_began_with_a_lora_file_is_bit_equal(
+    cache: Path, base: Path, tmp_path: Path
+) -> None:
+    lora = run(cache, base, tmp_path / "first", steps=2, adapter="dora", rank=4, alpha=3.0)
+    settings: dict[str, Any] = {"steps": 4, "init_lora": lora}
+    run(cache, base, tmp_path / "one", **settings)
+    with at_step(2, stop_by(signal.SIGINT)), pytest.raises(SystemExit):
+        run(cache, base, tmp_path / "two", **settings)
+    run(cache, base, tmp_path / "two", **settings, resume=True)
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+    shutil.copy(tmp_path / "one" / LORA, lora)
+    with pytest.raises(ValueError, match="the LoRA it began with is not the run's any more"):
+        run(cache, base, tmp_path / "two", init_lora=lora, steps=8, resume=True)
 
 
 def test_full_with_accumulation_and_cosine_is_bit_equal(

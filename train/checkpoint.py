@@ -5,6 +5,7 @@ holds their digests. A folder of that name is whole, or damaged and named.
 """
 
 import json
+import math
 import os
 import shutil
 import warnings
@@ -17,6 +18,7 @@ from safetensors import safe_open
 
 from sdxl.base import find_weights
 from shards.durable import PARTIAL, fsync_folder
+from shards.manifest import content_digest
 from train.learner import Learner
 from train.weights import Kind, like, read_weights, sync_files, write_tensors, write_weights
 
@@ -44,6 +46,7 @@ def write_checkpoint(
     write_tensors(partial / OPTIMIZER, "model", tensors, world)
     if world.is_main:
         about = {"step": step, **state, "optimizer": numbers, "files": _digests(partial)}
+        about["digest"] = content_digest(about)
         (partial / STATE).write_text(json.dumps(about, indent=2, sort_keys=True) + "\n")
         sync_files(partial)
         _put(partial, final)
@@ -62,6 +65,7 @@ def _put(partial: Path, final: Path) -> None:
         os.replace(final, replaced)
     os.replace(partial, final)
     fsync_folder(final.parent)
+    fsync_folder(final.parent.parent)  # the first time its name is new as well
     shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -82,15 +86,16 @@ def newest_checkpoint(run: Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
-def rotate(run: Path, keep: int) -> None:
-    """Delete those of ``--checkpoint-every`` (and those of a stop) but the newest ``keep`` and the
-    one with the lowest eval loss. Nothing goes unless the newest one is whole.
+def rotate(run: Path, keep: int, newest: int) -> None:
+    """Delete those of ``--checkpoint-every`` (and those of a stop) but the last ``keep`` up to step
+    ``newest`` and the one with the lowest eval loss. Nothing goes unless ``newest``, which was just
+    written, is whole. (Of later steps there are damaged ones alone: the run was resumed from before
+    them, and will write them again.)
 
     Raises:
         ValueError: the newest is damaged: nothing was deleted.
     """
-    paths = numbered(run)
-    newest = max(paths)
+    paths = {step: path for step, path in numbered(run).items() if step <= newest}
     states = {newest: read_state(paths[newest])}
     for step, path in paths.items():
         if step != newest:
@@ -100,7 +105,7 @@ def rotate(run: Path, keep: int) -> None:
                 continue  # damaged: not ours to judge
     turning = [step for step, state in states.items() if state.get("kind") in ("every", "stop")]
     evals = {step: states[step].get("eval_loss") for step in turning}
-    known = {step: loss for step, loss in evals.items() if loss is not None}
+    known = {n: loss for n, loss in evals.items() if loss is not None and math.isfinite(loss)}
     best = min(known, key=lambda step: known[step]) if known else None
     for step in sorted(turning)[:-keep]:
         if step != best:
@@ -116,17 +121,19 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         ValueError: names the file that is missing or damaged.
     """
     try:
-        state = json.loads((checkpoint / STATE).read_bytes())
-        digests = dict(state["files"])
+        state = dict(json.loads((checkpoint / STATE).read_bytes()))
+        digest, digests = state.pop("digest"), dict(state["files"])
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(f"{checkpoint / STATE}: missing or damaged") from None
+    if content_digest(state) != digest:
+        raise ValueError(f"{checkpoint / STATE}: damaged (its digest differs)")
     for name, digest in digests.items():
         path = checkpoint / name
         if not path.is_file():
             raise ValueError(f"{path}: missing")
         if file_xxh3(path) != digest:
             raise ValueError(f"{path}: damaged (xxh3 differs)")
-    return dict(state)
+    return state
 
 
 def load_checkpoint(checkpoint: Path, learner: Learner, full: bool, state: dict[str, Any]) -> None:

@@ -9,6 +9,8 @@ import torch.distributed as dist
 
 from sdxl.device import pick_device
 
+LOST_SECONDS = 3  # in which the launcher, which knows what became of the lost one, ends us
+
 
 @dataclass(frozen=True)
 class World:
@@ -65,6 +67,12 @@ def start_world(device: str) -> World:
     backend = "nccl" if picked.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(hours=2))
     return World(picked, rank, size)
+
+
+def is_lost(error: RuntimeError, world: World) -> bool:
+    """Whether an exchange among ranks failed, as it does when one of them is gone."""
+    known = (dist.DistBackendError, dist.DistNetworkError)  # of NCCL; gloo has none of its own
+    return world.size > 1 and (isinstance(error, known) or "gloo/transport" in str(error))
 
 
 def stop_world(world: World) -> None:

@@ -1,5 +1,6 @@
 """``--gpus``: one process for each GPU of this machine, by torch's own launcher."""
 
+import logging
 import os
 import signal
 import sys
@@ -55,6 +56,7 @@ def launch(num: int) -> None:
         **{name: value for name, value in options.items() if name in known},
     )
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num)))
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # we say it below
     try:
         elastic_launch(config, sys.executable)(*sys.argv)
     except ChildFailedError as error:
@@ -65,7 +67,8 @@ def launch(num: int) -> None:
             reason = f"process {rank} was killed by {name}; if by the system, for want of memory"
             print(f"Error: {reason}", file=sys.stderr)
         elif code not in (130, 143):
-            print(f"Error: process {rank} failed; its message stands above", file=sys.stderr)
+            reason = f"process {rank} failed with exit code {code}; its message stands above"
+            print(f"Error: {reason}", file=sys.stderr)
         raise SystemExit(code if code > 0 else 1) from None
     except SignalException as error:
         raise SystemExit(128 + error.sigval) from None

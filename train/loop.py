@@ -1,5 +1,6 @@
 """A run, in the order in which it happens."""
 
+import time
 from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from shards.reader import Cache
 from train.checkpoint import rotate, write_checkpoint
 from train.config import Every, TrainConfig
 from train.data import open_data
-from train.distributed import start_world, stop_world
+from train.distributed import LOST_SECONDS, is_lost, start_world, stop_world
 from train.interrupt import Interrupt
 from train.learner import Learner, Step, build_learner, evaluate, train_step
 from train.log import RunLog
@@ -61,6 +62,7 @@ def train(config: TrainConfig) -> Path:
         ValueError: the cache, the base, the run's folder or the settings cannot be used.
         FloatingPointError: too many steps in a row were not finite.
         MemoryError: the largest bucket does not fit; says what would make it.
+        ConnectionError: another process of the run is gone.
         SystemExit: 130 or 143, after Ctrl-C or SIGTERM and a checkpoint.
     """
     world = start_world(config.device)
@@ -103,6 +105,11 @@ def train(config: TrainConfig) -> Path:
             log.close(failed)
     except torch.OutOfMemoryError as error:
         raise MemoryError(advice(config, largest_bucket(plan), tokens, error)) from error
+    except RuntimeError as error:
+        if not is_lost(error, world):
+            raise
+        time.sleep(LOST_SECONDS)
+        raise ConnectionError("another process of this run is gone") from error
     finally:
         stop_world(world)
 
@@ -231,7 +238,7 @@ def _write_checkpoint(run: Run, step: int, kind: str) -> None:
     }
     write_checkpoint(config.out, step, run.learner, run.kind, state)
     if config.keep and run.learner.world.is_main:
-        rotate(config.out, config.keep)
+        rotate(config.out, config.keep, step)
     run.log.resume_clock()
 
 

@@ -1,0 +1,86 @@
+"""Training on several processes without their seconds of imports: forked from one that has them."""
+
+import json
+import multiprocessing
+import os
+import socket
+import sys
+from collections import Counter
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import train.loop
+import train.weights
+from train.config import TrainConfig
+
+_context = multiprocessing.get_context("forkserver")  # not fork: this process may have used a GPU
+_context.set_forkserver_preload(["train.loop"])
+
+
+def start(config: TrainConfig, world: int = 1, max_file_bytes: int = 0) -> list[BaseProcess]:
+    """Start the ranks of a run; ``max_file_bytes`` is of the files of weights."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    config.out.mkdir(parents=True, exist_ok=True)
+    arguments = (world, port, config, max_file_bytes)
+    ranks: list[BaseProcess] = [
+        _context.Process(target=_rank, args=(rank, *arguments), daemon=True)
+        for rank in range(world)
+    ]
+    for rank in ranks:
+        rank.start()
+    return ranks
+
+
+def train_on(config: TrainConfig, world: int, max_file_bytes: int = 0) -> None:
+    """A whole run on ``world`` processes."""
+    ranks = start(config, world, max_file_bytes)
+    for rank in ranks:
+        rank.join(120)
+    codes = [rank.exitcode for rank in ranks]
+    assert codes == [0] * world, (codes, _output(config.out).read_text())
+
+
+def _output(out: Path) -> Path:
+    return out.with_name(out.name + ".output")
+
+
+def _rank(rank: int, world: int, port: int, config: TrainConfig, max_file_bytes: int) -> None:
+    torch.set_num_threads(1)
+    with open(_output(config.out), "a") as output:
+        os.dup2(output.fileno(), sys.stdout.fileno())
+        os.dup2(output.fileno(), sys.stderr.fileno())
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, **address}
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    if max_file_bytes:
+        train.weights.MAX_FILE_BYTES = max_file_bytes
+    real = train.loop.train_step
+    with open(_seen(config.out, rank), "a") as file:
+
+        def note(batch: Any) -> Any:
+            file.write(json.dumps([batch.epoch, batch.number, batch.keys]) + "\n")
+            return batch
+
+        train.loop.train_step = lambda learner, batches, *more: real(
+            learner, map(note, batches), *more
+        )
+        train.loop.train(config)
+
+
+def _seen(out: Path, rank: int) -> Path:
+    return out.with_name(f"{out.name}.seen-{rank}")
+
+
+def seen(out: Path) -> dict[tuple[int, int], Counter[str]]:
+    """The keys of the samples in each global batch (epoch, number), of all ranks that were."""
+    found: dict[tuple[int, int], Counter[str]] = {}
+    for path in out.parent.glob(f"{out.name}.seen-*"):
+        for line in path.read_text().splitlines():
+            epoch, number, keys = json.loads(line)
+            found.setdefault((epoch, number), Counter()).update(keys)
+    return found

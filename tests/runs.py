@@ -1,0 +1,94 @@
+"""Training runs for the tests: start one, stop it, tell whether two are the same."""
+
+import json
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+import train.loop
+from train.checkpoint import numbered, read_state
+from train.config import CacheUse, TrainConfig
+
+LORA = "pytorch_lora_weights.safetensors"
+UNET = "unet/diffusion_pytorch_model.safetensors"
+
+
+def config_of(caches: Path | tuple[CacheUse, ...], base: Path, out: Path, **more: Any) -> Any:
+    """Settings for a small run on the CPU; ``caches`` is one folder, or all that a run uses."""
+    settings: dict[str, Any] = {"lr": 1e-3, "batch_size": 2, "device": "cpu"}
+    if not (more.get("full") or more.get("init_lora")):
+        settings["targets"] = "all"
+    uses = caches if isinstance(caches, tuple) else (CacheUse(caches),)
+    return TrainConfig(caches=uses, base=str(base), out=out, **{**settings, **more})
+
+
+def run(caches: Path | tuple[CacheUse, ...], base: Path, out: Path, **more: Any) -> Path:
+    return train.loop.train(config_of(caches, base, out, **more))
+
+
+class Died(Exception):
+    """A run that ended without any farewell."""
+
+
+def stop_by(number: int) -> Callable[[], None]:
+    """A signal, as from outside: the run writes a checkpoint and leaves."""
+    return lambda: signal.raise_signal(number)
+
+
+def die() -> None:
+    raise Died
+
+
+@contextmanager
+def at_step(number: int, act: Callable[[], None]) -> Iterator[None]:
+    """``act`` as soon as optimizer step ``number`` (1, 2, ...) is through."""
+    real = train.loop.train_step
+
+    def train_step(learner: Any, batches: Any, done: int, lr: float) -> Any:
+        step = real(learner, batches, done, lr)
+        if done + 1 == number:
+            act()
+        return step
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.loop, "train_step", train_step)
+        yield
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(out: Path) -> list[tuple[int, float]]:
+    return [(row["step"], row["train/loss"]) for row in rows(out) if "train/loss" in row]
+
+
+def evals(out: Path) -> list[tuple[int, float]]:
+    return [(row["step"], row["eval/loss"]) for row in rows(out) if "eval/loss" in row]
+
+
+def last_state(out: Path) -> dict[str, Any]:
+    """All that the newest checkpoint says, and digests of all that it holds."""
+    return read_state(list(numbered(out).values())[-1])
+
+
+def same_weights(one: Path, two: Path) -> bool:
+    first, second = safetensors.torch.load_file(one), safetensors.torch.load_file(two)
+    return first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
+
+
+def assert_same_run(one: Path, two: Path) -> None:
+    """Equal losses, evals, published weights; and to the bit all that a checkpoint holds: weights,
+    average, optimizer, scaler, place in the plan."""
+    assert losses(one) == losses(two)
+    assert evals(one) == evals(two)
+    first, second = last_state(one), last_state(two)
+    assert first == second, [name for name in first if first[name] != second[name]]
+    name = LORA if (one / LORA).exists() else UNET
+    assert same_weights(one / name, two / name)

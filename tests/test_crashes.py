@@ -1,0 +1,176 @@
+"""A run that dies anywhere leaves a whole checkpoint, and resumed it ends as if it had not died."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+import warnings
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+from disk import DIED, Disk
+from ranks import start
+from runs import assert_same_run, config_of, run
+
+import train.loop
+from train.checkpoint import newest_checkpoint, numbered, read_state
+from train.config import Every
+
+ROOT = Path(__file__).parent.parent
+RUN = Path("run")  # below the working folder, so that a forked run can be sent elsewhere
+KINDS: dict[str, dict[str, Any]] = {"lora": {}, "full with an average": {"full": True, "ema": 0.9}}
+SETTINGS: dict[str, Any] = {"steps": 3, "checkpoint_every": Every(1), "keep": 1, "log_every": 1}
+
+
+def fork_for_each_operation(where: Path) -> bool:
+    """Fork child after child. The k-th goes to a copy of the run, ``where``/k, and will die in its
+    k-th file operation from here on, until one gets through. Whether this is a child.
+
+    Files are linked, not copied: none may be changed in place.
+    """
+    for last in count(1):
+        folder = where / f"{last}"
+        shutil.copytree(RUN, folder / RUN, copy_function=os.link)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads
+            child = os.fork()
+        if not child:
+            signal.alarm(60)
+            os.chdir(folder)
+            (where / f"{last} cut").mkdir()
+            Disk(RUN, where / f"{last} cut" / RUN, last).arm()
+            return True
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert code in (0, DIED), (folder, code)
+        if code == 0:
+            shutil.rmtree(folder)
+            (where / f"{last} cut").rmdir()
+            break
+    return False
+
+
+def run_and_crash(cache: Path, base: Path, where: Path, **settings: Any) -> dict[int, Any]:
+    """A run whose children die in every file operation of its second checkpoint, which rotates
+    the first away, and of publishing what it has learned. Returns its checkpoints' states."""
+    states: dict[int, Any] = {}
+    state_of, publish, train_step = train.loop.state_of, train.loop.publish, train.loop.train_step
+    parent, calls = os.getpid(), count(1)
+
+    def fork_at_second(*args: Any) -> Any:
+        if next(calls) == 2:
+            fork_for_each_operation(where / "checkpoint")
+        return state_of(*args)
+
+    def end_child(*args: Any) -> Any:
+        if os.getpid() != parent:
+            os._exit(0)
+        states.update({step: read_state(path) for step, path in numbered(RUN).items()})
+        return train_step(*args)
+
+    def fork_and_publish(*args: Any) -> Any:
+        states.update({step: read_state(path) for step, path in numbered(RUN).items()})
+        is_child = fork_for_each_operation(where / "publish")
+        path = publish(*args)
+        return os._exit(0) if is_child else path
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.loop, "state_of", fork_at_second)
+        patch.setattr(train.loop, "train_step", end_child)
+        patch.setattr(train.loop, "publish", fork_and_publish)
+        try:
+            run(cache, base, RUN, **settings)
+        finally:
+            if os.getpid() != parent:
+                traceback.print_exc()
+                os._exit(1)
+    return states
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_that_dies_in_any_file_operation_goes_on_from_a_whole_checkpoint(
+    cache: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """With and without a power cut. Each time there is a checkpoint whose every byte is known to
+    be right; and of the times that leave the same beside ``.partial`` files, one is resumed."""
+    monkeypatch.chdir(tmp_path)
+    settings = {**SETTINGS, **KINDS[kind]}
+    states = run_and_crash(cache, base, Path("crashed").absolute(), **settings)
+    assert sorted(numbered(RUN)) == [2, 3], "the first checkpoint was to be rotated away"
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # no power will fail from here on
+    seen: set[Any] = set()
+    folders = sorted(Path("crashed").glob("*/*"))
+    assert len(folders) > 2 * 20
+    for folder in folders:
+        found = newest_checkpoint(folder / RUN)
+        assert found and found[1] == states[found[1]["step"]], folder
+        if (left := what_is_left(folder / RUN)) not in seen:
+            seen.add(left)
+            run(cache, base, folder / RUN, **settings, resume=True)
+            assert_same_run(RUN, folder / RUN)
+    assert {state["step"] for state in states.values()} == {1, 2, 3}
+
+
+def what_is_left(folder: Path) -> frozenset[tuple[str, bytes]]:
+    """The files below ``folder`` with what they hold; of what is ``.partial`` the topmost name."""
+    found = set()
+    for path in folder.rglob("*"):
+        name = str(path.relative_to(folder))
+        if ".partial" in name:
+            found.add((name.split(".partial")[0], b"partial"))
+        elif path.is_file():
+            found.add((name, path.read_bytes()))
+    return frozenset(found)
+
+
+@pytest.mark.slow
+def test_a_soak_of_kills_at_random_times(cache: Path, base: Path, tmp_path: Path) -> None:
+    """``kill -9``, again and again, until the run is through; then it is as if there had been
+    none."""
+    settings: dict[str, Any] = {**SETTINGS, "steps": 24, "keep": 2, "ema": 0.9}
+    run(cache, base, tmp_path / "whole", **settings)
+    dice, kills, out = random.Random(0), 0, tmp_path / "run"
+    while True:
+        (rank,) = start(config_of(cache, base, out, **settings, resume=True))
+        rank.join(dice.uniform(0.2, 2.0) if kills < 5 else 120)
+        if rank.exitcode is not None:
+            break
+        rank.kill()
+        rank.join()
+        kills += 1
+        found = newest_checkpoint(out)
+        assert found or not list(out.glob("checkpoints/checkpoint-*[0-9]"))
+    assert rank.exitcode == 0 and kills
+    assert_same_run(tmp_path / "whole", out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["--full", "--ema", "0.9"]], ids=["lora", "full"])
+def test_the_command_killed_at_a_random_time_goes_on(
+    cache: Path, base: Path, tmp_path: Path, more: list[str]
+) -> None:
+    out = tmp_path / "run"
+    settings = "--lr 1e-3 --batch-size 2 --device cpu --checkpoint-every 1 --keep 1 --steps 300"
+    given = [str(cache), "--base", str(base), "--out", str(out), *settings.split(), *more]
+    child = subprocess.Popen(
+        [sys.executable, "cli.py", "train", *given], cwd=ROOT, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and not numbered(out):
+        time.sleep(0.02)
+    time.sleep(random.Random(str(more)).uniform(0, 1))
+    child.kill()
+    assert child.wait() == -signal.SIGKILL
+    found = newest_checkpoint(out)
+    assert found and found[1]["step"] < 299
+    settings_of: dict[str, Any] = {"steps": found[1]["step"] + 2, "checkpoint_every": Every(1)}
+    kind = {"full": True, "ema": 0.9} if more else {"targets": "attention"}
+    run(cache, base, out, **settings_of, **kind, resume=True)
+    run(cache, base, tmp_path / "whole", **settings_of, **kind)
+    assert_same_run(tmp_path / "whole", out)
