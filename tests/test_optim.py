@@ -84,7 +84,7 @@ def test_a_warmup_longer_than_the_run_only_rises() -> None:
     assert [learning_rate(config, step, 4) for step in range(4)] == [0.1, 0.2, 0.3, 0.4]
 
 
-@pytest.mark.parametrize(("kind", "lr"), [("adamw", 1e-4), ("prodigy", 1.0)])
+@pytest.mark.parametrize(("kind", "lr"), [("adamw", 1e-4), ("adafactor", 1e-2), ("prodigy", 1.0)])
 def test_the_default_learning_rate_is_of_the_optimizer(kind: Any, lr: float) -> None:
     assert learning_rate(config_of(optimizer=kind), 0, 10) == lr
 
