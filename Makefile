@@ -24,7 +24,7 @@ demo: .venv/ready
 	@echo "The pictures are in $(DEMO)/drawn (look at contact-sheet.png), the LoRA is in $(DEMO)/run."
 
 test: .venv/ready
-	HF_HUB_OFFLINE=1 $(RUN) -m pytest
+	HF_HUB_OFFLINE=1 $(RUN) -m pytest --numprocesses 2 --dist loadfile
 
 check: .venv/ready
 	$(RUN) -m ruff check .

@@ -304,10 +304,18 @@ def _check_choices(config: TrainConfig) -> None:
                 raise ValueError(f"--init-lora brings its own {name}; leave {flag(name)} out")
         if config.adapter != "lora":
             raise ValueError("--init-lora brings its own kind of adapter; leave --adapter out")
-    if config.ema_on_cpu and not config.ema:
-        raise ValueError("--ema-on-cpu: there is no --ema to keep")
-    if config.preview_vae and not config.preview_every:
-        raise ValueError("--preview-vae: give --preview-every too")
+    for name, needed, is_there in (
+        ("ema_on_cpu", "--ema", config.ema > 0),
+        ("preview_vae", "--preview-every", bool(config.preview_every)),
+        ("huber_delta", "--loss huber", config.loss == "huber"),
+        ("logit_mean", "--timesteps logit-normal", config.timesteps == "logit-normal"),
+        ("logit_std", "--timesteps logit-normal", config.timesteps == "logit-normal"),
+        ("num_cycles", "--lr-schedule cosine-restarts", config.lr_schedule == "cosine-restarts"),
+        ("unconditional", "--caption-dropout", config.caption_dropout > 0),
+    ):
+        default = TrainConfig.__dataclass_fields__[name].default
+        if getattr(config, name) != default and not is_there:
+            raise ValueError(f"{flag(name)} does nothing without {needed}")
 
 
 def _check_memory(config: TrainConfig) -> None:

@@ -43,6 +43,7 @@ class FusedBackward:
             norm = torch.linalg.vector_norm(grad, dtype=torch.float32)
             self._squares += norm.square()
             grad.mul_((self.max_norm / (norm + 1e-6)).clamp(max=1.0))
-            slot.step(self.step, self.lr, self.finite & norm.isfinite())
+            self.finite = self.finite & norm.isfinite()  # those that come later stay too
+            slot.step(self.step, self.lr, self.finite)
 
         return arrived
