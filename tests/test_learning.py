@@ -17,7 +17,7 @@ from tools.miniature.score import Score, drawn_pictures, score
 
 NUM_PROMPTS = 32
 TRAINING = "--batch-size 16 --lr-schedule cosine --warmup-steps 20 --device cpu"
-LORA = "--steps 300 --rank 8 --alpha 8 --targets all --lr 2e-3"
+LORA = "--steps 400 --rank 8 --alpha 32 --targets all --lr 3e-3"
 Draw = Callable[..., Score]
 
 
@@ -51,7 +51,8 @@ def draw(tmp_path: Path) -> Draw:
     """``draw(shapes, flags)``: the score of fresh prompts of ``shapes``."""
 
     def run(shapes: tuple[str, ...], flags: str = "", num: int = NUM_PROMPTS) -> Score:
-        scenes, captions = fresh_prompts(num, shapes, seed=60)
+        size = "large" if shapes == NEW_SHAPES else None
+        scenes, captions = fresh_prompts(num, shapes, seed=60, size=size)
         out = tmp_path / f"drawn-{len(list(tmp_path.iterdir()))}"
         prompts = out.with_suffix(".txt")
         prompts.write_text("".join(f"{caption}\n" for caption in captions))

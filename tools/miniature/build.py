@@ -20,9 +20,9 @@ ROOT = Path(__file__).parents[2]
 ASSET = ROOT / "assets" / "miniature-sdxl"
 MOST_BYTES = 6_000_000
 TRAINING = (
-    "--full --steps 6600 --batch-size 32 --lr 1.5e-3 --lr-schedule cosine --warmup-steps 100 "
+    "--full --steps 3600 --batch-size 32 --lr 1.5e-3 --lr-schedule cosine --warmup-steps 100 "
     "--weight-decay 1e-3 --min-snr-gamma 5 --ema 0.998 --caption-dropout 0.1 --unconditional zeros "
-    "--checkpoint-every 500 --log-every 50"
+    "--checkpoint-every 500 --keep 2 --log-every 50"
 )
 ENCODING = "--resolution 64 --bucket-step 16 --batch-size 32 --empty-captions"
 
@@ -65,7 +65,9 @@ def _cli(arguments: str) -> None:
     click.echo(f"$ python cli.py {arguments}")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, str(ROOT / "cli.py"), *shlex.split(arguments)]
-    subprocess.run(command, env=environment, check=True)
+    if code := subprocess.run(command, env=environment).returncode:
+        click.echo("It stopped there; the same command goes on from where it was.")
+        raise SystemExit(code)
 
 
 def make_base(folder: Path, checkpoint: Path) -> None:

@@ -48,8 +48,8 @@ def _training_size(choices: random.Random) -> Size:
 
 
 def write_sample_set(folder: Path, num: int = 120, seed: int = 20) -> None:
-    """The two new shapes, by turns, in squares and in 5:3 both ways."""
-    _write_scenes(folder, NEW_SHAPES, num, seed)
+    """The two new shapes, by turns and all large, in squares and in 5:3 both ways."""
+    _write_scenes(folder, NEW_SHAPES, num, seed, size="large")
 
 
 def write_prior_set(folder: Path, num: int = 120, seed: int = 30) -> None:
@@ -57,14 +57,16 @@ def write_prior_set(folder: Path, num: int = 120, seed: int = 30) -> None:
     _write_scenes(folder, OLD_SHAPES, num, seed)
 
 
-def _write_scenes(folder: Path, shapes: tuple[str, ...], num: int, seed: int) -> None:
+def _write_scenes(
+    folder: Path, shapes: tuple[str, ...], num: int, seed: int, size: str | None = None
+) -> None:
     choices = random.Random(seed)
 
     def pictures() -> Iterator[tuple[Image.Image, str]]:
         for number in range(num):
-            scene = random_scene(choices, (shapes[number % len(shapes)],))
-            size = choices.choice(((64, 64), (64, 64), (80, 48), (48, 80)))
-            yield draw_scene(scene, choices, *size), scene.caption(choices)
+            scene = random_scene(choices, (shapes[number % len(shapes)],), size)
+            sides = choices.choice(((64, 64), (64, 64), (80, 48), (48, 80)))
+            yield draw_scene(scene, choices, *sides), scene.caption(choices)
 
     _write(folder, pictures(), num)
 
@@ -81,10 +83,12 @@ def _write(folder: Path, pictures: Iterator[tuple[Image.Image, str]], num: int) 
     (folder / LIST).write_text("".join(lines), encoding="utf-8")
 
 
-def fresh_prompts(num: int, shapes: tuple[str, ...], seed: int) -> tuple[list[Scene], list[str]]:
+def fresh_prompts(
+    num: int, shapes: tuple[str, ...], seed: int, size: str | None = None
+) -> tuple[list[Scene], list[str]]:
     """Scenes and their captions, the shapes by turns; other seeds than the data sets'."""
     choices = random.Random(seed)
-    scenes = [random_scene(choices, (shapes[number % len(shapes)],)) for number in range(num)]
+    scenes = [random_scene(choices, (shapes[number % len(shapes)],), size) for number in range(num)]
     return scenes, [scene.caption(choices) for scene in scenes]
 
 

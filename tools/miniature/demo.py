@@ -20,8 +20,8 @@ NUM_PROMPTS = 32  # of each kind, for the score
 NUM_SHOWN = 5  # of each kind, in the picture at the end
 ENCODING = "--resolution 64 --bucket-step 16 --batch-size 16"
 TRAINING = (
-    "--steps 400 --batch-size 16 --rank 8 --alpha 8 --targets all --lr 2e-3 "
-    "--lr-schedule cosine --warmup-steps 20 --caption-dropout 0.1"
+    "--steps 400 --batch-size 16 --rank 8 --alpha 32 --targets all --lr 3e-3 "
+    "--lr-schedule cosine --warmup-steps 20 --caption-dropout 0.05"
 )
 DRAWING = "--num-steps 15 --batch-size 16"
 Door = Callable[[list[str]], object]  # cli.py's commands, as if typed
@@ -74,8 +74,8 @@ def _write_prompts(out: Path) -> Scenes:
     """``prompts.txt``: fresh prompts of the new shapes, then of the old; their scenes by kind."""
     scenes: Scenes = {}
     lines: list[str] = []
-    for kind, shapes in (("new", NEW_SHAPES), ("old", OLD_SHAPES)):
-        scenes[kind], captions = fresh_prompts(NUM_PROMPTS, shapes, seed=40)
+    for kind, shapes, size in (("new", NEW_SHAPES, "large"), ("old", OLD_SHAPES, None)):
+        scenes[kind], captions = fresh_prompts(NUM_PROMPTS, shapes, seed=40, size=size)
         lines += captions
     (out / "prompts.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return scenes

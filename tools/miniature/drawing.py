@@ -20,7 +20,8 @@ COLOURS = {
     "white": (245, 245, 245),
     "black": (25, 25, 30),
 }
-OLD_SHAPES = ("circle", "square", "triangle", "cross")  # those that the miniature is taught
+BASIC_SHAPES = ("circle", "square", "triangle", "cross")
+OLD_SHAPES = (*BASIC_SHAPES, "ring", "bowl", "arrow")  # those that the miniature is taught
 NEW_SHAPES = ("heart", "moon")  # those that it is not: a fine-tune's to learn
 SIZES = {"small": (0.42, 0.50), "large": (0.70, 0.80), "": (0.45, 0.80)}  # share of the short side
 POSITIONS = {
@@ -61,14 +62,18 @@ class Scene:
         return " ".join(words.split()).replace(" ,", ",")
 
 
-def random_scene(choices: random.Random, shapes: tuple[str, ...] = OLD_SHAPES) -> Scene:
-    """Any scene; a third of them say a size, a third a position."""
+def random_scene(
+    choices: random.Random, shapes: tuple[str, ...] = OLD_SHAPES, size: str | None = None
+) -> Scene:
+    """A scene of one of the shapes; a third say a size (or all do, ``size``), a third where."""
     colour, ground = choices.sample(list(COLOURS), 2)
+    shape = choices.choice(shapes)
+    said = choices.choice(("small", "large")) if choices.random() < 1 / 3 else ""
     return Scene(
-        shape=choices.choice(shapes),
+        shape=shape,
         colour=colour,
         ground=ground,
-        size=choices.choice(("small", "large")) if choices.random() < 1 / 3 else "",
+        size=said if size is None else size,
         position=choices.choice(list(POSITIONS)) if choices.random() < 1 / 3 else "",
     )
 
@@ -124,6 +129,28 @@ def _cross(pen: ImageDraw.ImageDraw, box: Box) -> None:
     pen.rectangle((left, top + third, right, bottom - third), fill=255)
 
 
+def _ring(pen: ImageDraw.ImageDraw, box: Box) -> None:
+    left, top, right, bottom = box
+    rim = 0.26 * (right - left)
+    pen.ellipse(box, fill=255)
+    pen.ellipse((left + rim, top + rim, right - rim, bottom - rim), fill=0)
+
+
+def _bowl(pen: ImageDraw.ImageDraw, box: Box) -> None:
+    """The lower half of a disc."""
+    left, top, right, bottom = box
+    lift = 0.22 * (bottom - top)  # so that it stands in the middle of its box
+    pen.pieslice((left, top - lift, right, bottom - lift), 0, 180, fill=255)
+
+
+def _arrow(pen: ImageDraw.ImageDraw, box: Box) -> None:
+    """It points up."""
+    left, top, right, bottom = box
+    side, middle = right - left, (top + bottom) / 2
+    pen.polygon([(left, middle), (right, middle), ((left + right) / 2, top)], fill=255)
+    pen.rectangle((left + 0.32 * side, middle, right - 0.32 * side, bottom), fill=255)
+
+
 def _heart(pen: ImageDraw.ImageDraw, box: Box) -> None:
     """The curve x = 16 sin³ t, y = 13 cos t - 5 cos 2t - 2 cos 3t - cos 4t, fitted in the box."""
     left, top, right, bottom = box
@@ -151,6 +178,9 @@ _SHAPES: dict[str, Callable[[ImageDraw.ImageDraw, Box], None]] = {
     "square": _square,
     "triangle": _triangle,
     "cross": _cross,
+    "ring": _ring,
+    "bowl": _bowl,
+    "arrow": _arrow,
     "heart": _heart,
     "moon": _moon,
 }

@@ -16,7 +16,13 @@ from torch.nn.functional import l1_loss, mse_loss
 from tqdm import tqdm
 
 from shards.durable import write_durable
-from tools.miniature.drawing import NEW_SHAPES, draw_doodle, draw_scene, random_scene
+from tools.miniature.drawing import (
+    BASIC_SHAPES,
+    NEW_SHAPES,
+    draw_doodle,
+    draw_scene,
+    random_scene,
+)
 
 NUM_PICTURES = 8000
 BATCH_SIZE = 16
@@ -44,14 +50,14 @@ def make_vae() -> Any:
 
 
 def draw_pictures(num: int, seed: int) -> torch.Tensor:
-    """[num, 3, 64, 64] uint8: scenes of the old shapes and doodles, half each."""
+    """[num, 3, 64, 64] uint8: half basic shapes, half doodles, to see all others by."""
     choices = random.Random(seed)
     pictures = []
     for number in tqdm(range(num), unit="img", desc="draw for the VAE"):
         if number % 2:
             pictures.append(draw_doodle(choices))
         else:
-            pictures.append(draw_scene(random_scene(choices), choices))
+            pictures.append(draw_scene(random_scene(choices, BASIC_SHAPES), choices))
     return torch.stack([_pixels(picture) for picture in pictures])
 
 
