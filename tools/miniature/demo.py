@@ -52,8 +52,8 @@ def run_demo(out: Path, door: Door) -> Path:
         )
     do(
         "Train a LoRA from both caches. From here on no VAE and no text encoder is loaded.",
-        f"train {folder}/cache-new {folder}/cache-old --base miniature --out {folder}/run "
-        f"{TRAINING} --overwrite",
+        f"train {folder}/cache-new,repeats=2 {folder}/cache-old --base miniature "
+        f"--out {folder}/run --overwrite {TRAINING}",
     )
     do(
         "The same prompts and seeds again, with the LoRA.",
