@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 ASSET = ROOT / "assets" / "miniature-sdxl"
 MOST_BYTES = 6_000_000
 TRAINING = (
-    "--full --steps 3600 --batch-size 32 --lr 1.5e-3 --lr-schedule cosine --warmup-steps 100 "
+    "--full --steps 5600 --batch-size 32 --lr 1.5e-3 --lr-schedule cosine --warmup-steps 100 "
     "--weight-decay 1e-3 --min-snr-gamma 5 --ema 0.998 --caption-dropout 0.1 --unconditional zeros "
     "--checkpoint-every 500 --keep 2 --log-every 50"
 )

@@ -52,7 +52,7 @@ def run_demo(out: Path, door: Door) -> Path:
         )
     do(
         "Train a LoRA from both caches. From here on no VAE and no text encoder is loaded.",
-        f"train {folder}/cache-new,repeats=2 {folder}/cache-old --base miniature "
+        f"train {folder}/cache-new {folder}/cache-old --base miniature "
         f"--out {folder}/run --overwrite {TRAINING}",
     )
     do(
