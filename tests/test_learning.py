@@ -90,7 +90,7 @@ def test_a_lora_learns_new_shapes_and_keeps_the_old(
 def test_the_whole_unet_learns_new_shapes(caches: Path, draw: Draw, tmp_path: Path) -> None:
     run = tmp_path / "run"
     do(
-        f"train {caches}/new --base miniature --out {run} {TRAINING} --full --steps 200 --lr 3e-4 "
+        f"train {caches}/new --base miniature --out {run} {TRAINING} --full --steps 250 --lr 7e-4 "
         "--weight-decay 0"
     )
     after = draw(NEW_SHAPES, f"--unet {run}")
