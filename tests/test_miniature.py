@@ -102,9 +102,7 @@ def test_its_vae_shows_shapes_that_it_was_not_trained_on() -> None:
 
 def test_diffusers_draws_with_it_what_generate_draws(tmp_path: Path) -> None:
     prompt = "a large red circle on a white ground"
-    pipeline = StableDiffusionXLPipeline.from_pretrained(
-        MINIATURE_FOLDER, torch_dtype=torch.float32
-    )
+    pipeline = StableDiffusionXLPipeline.from_pretrained(MINIATURE_FOLDER)
     pipeline.set_progress_bar_config(disable=True)
     theirs = pipeline(
         prompt, num_inference_steps=4, generator=torch.Generator().manual_seed(7)

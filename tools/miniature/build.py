@@ -4,6 +4,7 @@ Each step leaves its result in the work folder and is skipped where it is there 
 trainings go on from their last checkpoint.
 """
 
+import json
 import os
 import shlex
 import shutil
@@ -119,6 +120,10 @@ def assemble(base: Path, unet: Path, out: Path) -> None:
     weights = "diffusion_pytorch_model.safetensors"
     shutil.copyfile(unet / "diffusion_pytorch_model.fp16.safetensors", out / "unet" / weights)
     shutil.copyfile(unet / "config.json", out / "unet" / "config.json")
+    for path in out.glob("text_encoder*/config.json"):
+        # transformers loads in the dtype named here, diffusers in fp32: they must be alike.
+        config = json.loads(path.read_bytes()) | {"dtype": "float32"}
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     for path in out.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors writes files for us alone
 

@@ -31,12 +31,9 @@ Trained from nothing on drawn pictures by `python -m tools.miniature.build`; the
 `cli.py encode` and `cli.py train --full` alone.
 
 ```python
-import torch
 from diffusers import StableDiffusionXLPipeline
 
-pipeline = StableDiffusionXLPipeline.from_pretrained(
-    "assets/miniature-sdxl", torch_dtype=torch.float32
-)
+pipeline = StableDiffusionXLPipeline.from_pretrained("assets/miniature-sdxl")
 picture = pipeline("a large red circle on a white ground", num_inference_steps=20).images[0]
 picture.save("circle.png")
 ```
@@ -45,8 +42,10 @@ picture.save("circle.png")
 | --- | --- | --- |
 {parts}
 
-What it knows: {colours}; {shapes}; small and large; left, right, top, bottom, middle. It does not
-know hearts and moons: those are for a fine-tune to learn (`python cli.py demo`).
+It knows {colours};
+{shapes};
+small and large; left, right, top, bottom, middle. It does not know hearts and moons: those are for
+a fine-tune to learn (`python cli.py demo`). Size and crop numbers hardly change what it draws.
 
 ## Scores
 
@@ -116,7 +115,7 @@ def _pipeline(asset: Path) -> Any:
     from diffusers import StableDiffusionXLPipeline
 
     kind: Any = StableDiffusionXLPipeline
-    pipeline = kind.from_pretrained(asset, torch_dtype=torch.float32)
+    pipeline = kind.from_pretrained(asset)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
