@@ -13,7 +13,7 @@ def _option(default: Any, text: str) -> Any:
 class GenerateSettings:
     """Settings of one generate run."""
 
-    base: str = field(metadata={"help": "SDXL base: a diffusers folder or a hub id."})
+    base: str = field(metadata={"help": "SDXL base: a diffusers folder, a hub id, or miniature."})
     out: Path = field(metadata={"help": "The folder for the pictures."})
     prompts: Path | None = _option(
         None, "Prompt file: one a line; # comments; --n --w --h --d --s --l."

@@ -63,7 +63,7 @@ def encode(settings: EncodeSettings) -> list[Report]:
     prompts = None if settings.preview_prompts is None else read_prompts(settings.preview_prompts)
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    sources = read_data_set(settings.dataset, settings.val_share)
+    sources = read_data_set(settings.dataset, settings.val_share, settings.empty_captions)
     recipe = read_recipe(settings)
     encoders = Encoders(settings)
     for name in sources:

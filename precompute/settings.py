@@ -16,13 +16,16 @@ class EncodeSettings:
     """Settings of one encode. Lengths in pixels, sizes in samples."""
 
     dataset: Path
-    base: str = field(metadata={"help": "SDXL base: a diffusers folder or a hub id."})
+    base: str = field(metadata={"help": "SDXL base: a diffusers folder, a hub id, or miniature."})
     out: Path = field(metadata={"help": "The cache folder to write."})
     resolution: int = _option(1024, "Buckets have at most this squared as area.")
     bucket_step: int = _option(64, "Sides of the buckets are multiples of this.")
     square: bool = _option(False, "Shorter side to the resolution, then the centre square.")
     squash: bool = _option(False, "Stretch every picture to a square.")
     val_share: float = _option(0.0, "Share of the pictures, chosen by key, that becomes OUT/val.")
+    empty_captions: bool = _option(
+        False, "Keep pictures with an empty caption: they teach what no prompt means."
+    )
     vae: str | None = _option(None, "Another VAE: its folder, or a base that holds it.")
     vae_dtype: Dtype = _option("fp32", "Precision of the VAE; non-finite latents: again in fp32.")
     dtype: Dtype = _option("fp16", "Precision of the stored tensors.")

@@ -67,8 +67,10 @@ class Source:
     rejected: list[Rejected]
 
 
-def read_data_set(root: Path, val_share: float) -> dict[str, Source]:
+def read_data_set(root: Path, val_share: float, empty_captions: bool = False) -> dict[str, Source]:
     """The sources by the sub-folder of the cache they belong in: "" alone, or train and val.
+
+    With ``empty_captions`` a picture may have an empty one, and is not rejected for it.
 
     Raises:
         ValueError: no such folder, nothing in it, or one that can be read in two ways.
@@ -85,8 +87,8 @@ def read_data_set(root: Path, val_share: float) -> dict[str, Source]:
         for path in sorted(root.iterdir()):
             if path.is_dir() and path.name not in ("train", "val"):
                 warnings.warn(f"{path}: not read: only train/ and val/ are", stacklevel=2)
-        return {name: read_source(root / name) for name in ("train", "val")}
-    source = read_source(root)
+        return {name: read_source(root / name, empty_captions) for name in ("train", "val")}
+    source = read_source(root, empty_captions)
     return split(source, val_share) if val_share else {"": source}
 
 
@@ -108,7 +110,7 @@ def split(source: Source, val_share: float) -> dict[str, Source]:
     return parts
 
 
-def read_source(folder: Path) -> Source:
+def read_source(folder: Path, empty_captions: bool = False) -> Source:
     """Records of one folder: by its list, else by a text file beside each picture."""
     lists = [folder / name for name in LISTS if (folder / name).is_file()]
     if len(lists) > 1:
@@ -117,6 +119,8 @@ def read_source(folder: Path) -> Source:
         path.relative_to(folder).as_posix() for path in folder.rglob("*") if _is_picture(path)
     }
     found = [*(_listed(lists[0]) if lists else _with_text_files(folder, pictures))]
+    if not empty_captions:
+        found = [_refuse_empty(item) for item in found]
     named = {item.path for item in found}
     if lists:
         why = f"not named in {lists[0].name}, so it has no caption"
@@ -149,7 +153,7 @@ def _with_text_files(folder: Path, pictures: set[str]) -> Iterator[Record | Reje
         except OSError as error:
             yield Rejected(path, f"no caption: {text.name}: {error.strerror}")
         else:
-            yield _record(path, file, caption)
+            yield Record(path, file, (caption,))
 
 
 def _shown(path: str) -> str:
@@ -166,8 +170,10 @@ def _is_text(text: str) -> bool:
     return True
 
 
-def _record(path: str, file: Path, caption: str) -> Record | Rejected:
-    return Record(path, file, (caption,)) if caption else Rejected(path, "its caption is empty")
+def _refuse_empty(item: Record | Rejected) -> Record | Rejected:
+    if isinstance(item, Record) and not all(item.captions):
+        return Rejected(item.path, "its caption is empty")
+    return item
 
 
 def _listed(listing: Path) -> Iterator[Record | Rejected]:
@@ -212,7 +218,7 @@ def _listed_one(listing: Path, number: int, line: str) -> Record | Rejected:
     path = file.relative_to(root).as_posix()
     if not isinstance(caption, str):
         return Rejected(path, f"{where}: no caption: none of {', '.join(TEXT_FIELDS)} is text")
-    return _record(path, file, caption.strip())
+    return Record(path, file, (caption.strip(),))
 
 
 def _field(row: dict[str, Any], names: tuple[str, ...]) -> Any:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+MINIATURE = "miniature"  # names the base that comes with the checkout
+MINIATURE_FOLDER = Path(__file__).parents[1] / "assets" / "miniature-sdxl"
 ENCODERS = ("vae", "text_encoder", "text_encoder_2")
 MODELS = ("unet", *ENCODERS)
 _CLASSES = {
@@ -29,8 +31,13 @@ class BaseError(ValueError):
     """A base model that is missing, incomplete or no SDXL. One clear line."""
 
 
+def base_path(base: str) -> Path:
+    """Where a base would lie on this machine; of a hub id there is nothing at this path."""
+    return MINIATURE_FOLDER if base == MINIATURE else Path(base)
+
+
 def component_folder(base: str, component: str) -> Path:
-    """The folder of one component of a diffusers folder or hub id.
+    """The folder of one component of a diffusers folder, of a hub id, or of ``miniature``.
 
     Of a hub id only this component is downloaded, as safetensors and configs, or taken from the
     local hub cache.
@@ -39,10 +46,12 @@ def component_folder(base: str, component: str) -> Path:
         BaseError: no such base, or it has no such component.
     """
     if not base:
-        raise BaseError("--base: empty; give a diffusers folder or a hub id")
-    if Path(base).is_file():
+        raise BaseError("--base: empty; give a diffusers folder, a hub id, or miniature")
+    folder = base_path(base)
+    if folder.is_file():
         raise BaseError(f"{base}: a file; a base is a diffusers folder or a hub id")
-    folder = Path(base) if Path(base).exists() else _download(base, component)
+    if not folder.exists():
+        folder = _download(base, component)
     if not (folder / component).is_dir():
         found = sorted(path.name for path in folder.iterdir())[:12] if folder.is_dir() else []
         raise BaseError(f"{base}: no SDXL base: it has no {component}/ (found: {_listing(found)})")

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sdxl.base import ENCODERS, BaseError, component_folder, find_weights
+from sdxl.base import ENCODERS, BaseError, base_path, component_folder, find_weights
 
 BUFFERS = (".position_ids",)  # saved by some versions of transformers and not by others
 
@@ -105,7 +105,8 @@ def encoder_digests_elsewhere(base: str) -> dict[str, str | None]:
 
 
 def _absolute(base: str) -> str:
-    return str(Path(base).resolve()) if Path(base).exists() else base
+    path = base_path(base)
+    return str(path.resolve()) if path.exists() else base
 
 
 def _store() -> Path:

@@ -9,7 +9,14 @@ import torch
 from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
 from safetensors import SafetensorError
 
-from sdxl.base import BaseError, component_folder, find_weights, model_config, read_config
+from sdxl.base import (
+    BaseError,
+    base_path,
+    component_folder,
+    find_weights,
+    model_config,
+    read_config,
+)
 
 
 def load_unet(base: str, dtype: torch.dtype) -> UNet2DConditionModel:
@@ -39,8 +46,9 @@ def load_vae(base: str, dtype: torch.dtype) -> AutoencoderKL:
 
 def vae_folder(base: str) -> Path:
     """Where the VAE of ``base`` lies; ``base`` may be the VAE's own folder."""
-    if (Path(base) / "config.json").is_file():
-        return Path(base)
+    path = base_path(base)
+    if (path / "config.json").is_file():
+        return path
     return model_config(base, "vae")[0]
 
 

@@ -46,7 +46,9 @@ def test_the_door_imports_stages_inside_its_commands_only() -> None:
     assert not {module.split(".")[0] for module in modules} & ROOMS
 
 
-@pytest.mark.parametrize("command", ["", "encode", "prompts", "train", "generate", "verify"])
+@pytest.mark.parametrize(
+    "command", ["", "encode", "prompts", "train", "generate", "verify", "demo"]
+)
 def test_help_loads_no_torch(command: str) -> None:
     code = (
         "import sys, cli\n"

@@ -288,6 +288,17 @@ def test_refused_texts(tmp_path: Path) -> None:
     assert [r.key for r in source.rejected] == sorted(map(key_of, reasons(source)))
 
 
+def test_empty_captions_are_kept_where_they_are_meant(tmp_path: Path) -> None:
+    for name in ("listed", "loose"):
+        put(tmp_path / name / "empty.png", " ")
+        put(tmp_path / name / "missing.png")
+    put_list(tmp_path / "listed", {"file_name": "empty.png", "text": ""})
+    for name in ("listed", "loose"):
+        source = read_source(tmp_path / name, empty_captions=True)
+        assert captions(source) == {"empty.png": ("",)}
+        assert set(reasons(source)) == {"missing.png"}
+
+
 def test_a_link_is_a_picture_like_any_other(tmp_path: Path) -> None:
     """In a list as in a folder: big sets are often made of links to one store."""
     put(tmp_path / "store" / "x.png", data=picture("PNG", 8))

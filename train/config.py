@@ -83,7 +83,7 @@ class TrainConfig:
     """Settings of one run. ``num`` of steps are optimizer steps."""
 
     caches: tuple[CacheUse, ...]
-    base: str = field(metadata={"help": "SDXL base: a diffusers folder or a hub id."})
+    base: str = field(metadata={"help": "SDXL base: a diffusers folder, a hub id, or miniature."})
     out: Path = field(metadata={"help": "The run's folder."})
     val: Path | None = _option(None, "Validation cache; the default is CACHE/val, if there is one.")
 

@@ -1,0 +1,111 @@
+"""Does it learn? The miniature is fine-tuned by the commands of the door, and the pictures that it
+draws are scored: a loss falls for a model that learned nothing that can be seen.
+
+Seeds are fixed, margins wide. New shapes (hearts, moons) have words that the miniature never met.
+"""
+
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import cli
+from tools.miniature.data import fresh_prompts, write_prior_set, write_sample_set
+from tools.miniature.drawing import NEW_SHAPES, OLD_SHAPES
+from tools.miniature.score import Score, drawn_pictures, score
+
+NUM_PROMPTS = 32
+TRAINING = "--batch-size 16 --lr-schedule cosine --warmup-steps 20 --device cpu"
+LORA = "--steps 400 --rank 8 --alpha 32 --targets all --lr 3e-3"
+Draw = Callable[..., Score]
+
+
+@pytest.fixture(autouse=True)
+def _keep_signals_and_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(cli.warnings, "simplefilter", lambda *_: None)
+    monkeypatch.setattr(cli.warnings, "filterwarnings", lambda *_, **__: None)
+
+
+def do(command: str) -> None:
+    cli.commands.main(shlex.split(command), standalone_mode=False)
+
+
+@pytest.fixture(scope="module")
+def caches(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the caches ``new`` (hearts and moons) and ``old``, of 120 pictures each."""
+    folder = tmp_path_factory.mktemp("learning")
+    write_sample_set(folder / "new-pictures")
+    write_prior_set(folder / "old-pictures")
+    for name in ("new", "old"):
+        do(
+            f"encode {folder}/{name}-pictures --base miniature --out {folder}/{name} "
+            "--resolution 64 --bucket-step 16 --batch-size 16 --device cpu"
+        )
+    return folder
+
+
+@pytest.fixture
+def draw(tmp_path: Path) -> Draw:
+    """``draw(shapes, flags)``: the score of fresh prompts of ``shapes``."""
+
+    def run(shapes: tuple[str, ...], flags: str = "", num: int = NUM_PROMPTS) -> Score:
+        size = "large" if shapes == NEW_SHAPES else None
+        scenes, captions = fresh_prompts(num, shapes, seed=60, size=size)
+        out = tmp_path / f"drawn-{len(list(tmp_path.iterdir()))}"
+        prompts = out.with_suffix(".txt")
+        prompts.write_text("".join(f"{caption}\n" for caption in captions))
+        do(
+            f"generate --base miniature --prompts {prompts} --out {out} --num-steps 12 "
+            f"--batch-size 16 --device cpu {flags}"
+        )
+        found = score(scenes, drawn_pictures(out, num))
+        print(shapes, flags, found)  # pytest shows it where a test fails
+        return found
+
+    return run
+
+
+def test_the_miniature_draws_what_it_is_asked(draw: Draw) -> None:
+    found = draw(OLD_SHAPES, num=96)
+    assert found.shape >= 0.9
+    assert found.colours >= 0.9
+
+
+def test_a_lora_learns_new_shapes_and_keeps_the_old(
+    caches: Path, draw: Draw, tmp_path: Path
+) -> None:
+    before = draw(NEW_SHAPES)
+    run = tmp_path / "run"
+    do(f"train {caches}/new {caches}/old --base miniature --out {run} {TRAINING} {LORA}")
+    after = draw(NEW_SHAPES, f"--lora {run}")
+    assert before.shape <= 0.1
+    assert after.shape >= 0.7
+    assert after.colours >= 0.9
+    assert after.overlap - before.overlap >= 0.1
+    assert draw(OLD_SHAPES, f"--lora {run}").both >= 0.55
+
+
+def test_the_whole_unet_learns_new_shapes(caches: Path, draw: Draw, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    do(
+        f"train {caches}/new --base miniature --out {run} {TRAINING} --full --steps 250 --lr 7e-4 "
+        "--weight-decay 0"
+    )
+    after = draw(NEW_SHAPES, f"--unet {run}")
+    assert after.shape >= 0.7
+    assert after.colours >= 0.9
+
+
+@pytest.mark.slow
+def test_the_miniature_learns_to_predict_v(caches: Path, draw: Draw, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    do(
+        f"train {caches}/new {caches}/old --base miniature --out {run} {TRAINING} --full "
+        "--prediction-type v_prediction --steps 500 --lr 1e-3"
+    )
+    new, old = draw(NEW_SHAPES, f"--unet {run}"), draw(OLD_SHAPES, f"--unet {run}")
+    assert new.shape >= 0.65
+    assert new.colours >= 0.6
+    assert old.colours >= 0.6

@@ -1,0 +1,106 @@
+"""The data sets: what the miniature is trained on, and a sample one that it does not know.
+
+Each is a folder of PNGs with a ``captions.jsonl``. The same seed draws the same pictures.
+"""
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+from PIL import Image
+from tqdm import tqdm
+
+from tools.miniature.drawing import NEW_SHAPES, OLD_SHAPES, Scene, draw_scene, random_scene
+
+NUM_TRAINING = 8000
+EMPTY_SHARE = 0.05  # of the training captions: they teach the encoded empty prompt
+LIST = "captions.jsonl"
+Size = tuple[int, int]  # width, height in pixels
+
+
+def write_training_set(folder: Path, num: int = NUM_TRAINING, seed: int = 10) -> None:
+    """Old shapes, in all sizes: the size and crop numbers must mean something to the model."""
+    choices = random.Random(seed)
+
+    def pictures() -> Iterator[tuple[Image.Image, str]]:
+        for _ in range(num):
+            scene = random_scene(choices)
+            caption = "" if choices.random() < EMPTY_SHARE else scene.caption(choices)
+            yield draw_scene(scene, choices, *_training_size(choices)), caption
+
+    _write(folder, pictures(), num)
+
+
+def _training_size(choices: random.Random) -> Size:
+    """Mostly as it will be trained; else too wide or high, so cropped; or too small, so blurred."""
+    kind = choices.random()
+    if kind < 0.6:
+        return 64, 64
+    if kind < 0.76:
+        return choices.choice(((80, 48), (48, 80)))
+    if kind < 0.88:
+        long = choices.randint(66, 82)
+        return choices.choice(((long, 64), (64, long)))
+    side = choices.randint(20, 40) if kind < 0.95 else choices.randint(80, 128)
+    return side, side
+
+
+def write_sample_set(folder: Path, num: int = 120, seed: int = 20) -> None:
+    """The two new shapes, by turns and all large, in squares and in 5:3 both ways."""
+    _write_scenes(folder, NEW_SHAPES, num, seed, size="large")
+
+
+def write_prior_set(folder: Path, num: int = 120, seed: int = 30) -> None:
+    """The old shapes: trained on with the new, they keep the model from forgetting."""
+    _write_scenes(folder, OLD_SHAPES, num, seed)
+
+
+def _write_scenes(
+    folder: Path, shapes: tuple[str, ...], num: int, seed: int, size: str | None = None
+) -> None:
+    choices = random.Random(seed)
+
+    def pictures() -> Iterator[tuple[Image.Image, str]]:
+        for number in range(num):
+            scene = random_scene(choices, (shapes[number % len(shapes)],), size)
+            sides = choices.choice(((64, 64), (64, 64), (80, 48), (48, 80)))
+            yield draw_scene(scene, choices, *sides), scene.caption(choices)
+
+    _write(folder, pictures(), num)
+
+
+def _write(folder: Path, pictures: Iterator[tuple[Image.Image, str]], num: int) -> None:
+    """The list comes last: a folder that has it is whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for number, (picture, caption) in enumerate(tqdm(pictures, desc="draw", total=num, unit="img")):
+        name = f"{number:05d}.png"
+        picture.save(folder / name)
+        rows.append({"file_name": name, "text": caption})
+    lines = [json.dumps(row) + "\n" for row in rows]
+    (folder / LIST).write_text("".join(lines), encoding="utf-8")
+
+
+def fresh_prompts(
+    num: int, shapes: tuple[str, ...], seed: int, size: str | None = None
+) -> tuple[list[Scene], list[str]]:
+    """Scenes and their captions, the shapes by turns; other seeds than the data sets'."""
+    choices = random.Random(seed)
+    scenes = [random_scene(choices, (shapes[number % len(shapes)],), size) for number in range(num)]
+    return scenes, [scene.caption(choices) for scene in scenes]
+
+
+@click.command()
+@click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--num", type=click.IntRange(min=1), default=120, show_default=True)
+def main(folder: Path, num: int) -> None:
+    """Draw the sample data set: FOLDER/new, of two shapes that the miniature does not know, and
+    FOLDER/old, of those that it does."""
+    write_sample_set(folder / "new", num)
+    write_prior_set(folder / "old", num)
+
+
+if __name__ == "__main__":
+    main()
