@@ -57,6 +57,21 @@ def _plain(value: Any) -> Any:
     return sorted(value) if isinstance(value, set) else value
 
 
+def num_lora_parameters(path: Path) -> int:
+    """Of the UNet's part of a LoRA file, by its header.
+
+    Raises:
+        ValueError: no safetensors file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = [n for n in file.keys() if "unet" in n and "alpha" not in n]  # noqa: SIM118
+            shapes = [file.get_slice(name).get_shape() for name in names]
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: no LoRA file in safetensors format ({error})") from None
+    return sum(torch.Size(shape).numel() for shape in shapes)
+
+
 def read_schedule(path: Path) -> Schedule:
     """What the metadata of a LoRA file says of the run that made it; nothing in other tools'."""
     try:
@@ -99,6 +114,22 @@ def load_lora(unet: Any, path: Path) -> None:
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{path}: does not fit this base: {reason}") from error
+
+
+def read_lora(unet: Any, path: Path) -> None:
+    """Copy the weights of a LoRA file into its adapter on ``unet``, as ``load_lora`` put it there,
+    in the dtype that the adapter has now."""
+    from diffusers import StableDiffusionXLPipeline
+
+    state = StableDiffusionXLPipeline.lora_state_dict(str(path), unet_config=unet.config)[0]
+    with torch.no_grad():
+        for name, parameter in unet.named_parameters():
+            module, _, part = name.partition(".lora_")
+            old = {"A": "lora.down.weight", "B": "lora.up.weight"}.get(part[:1], "")
+            new = "lora_magnitude_vector" if part.startswith("m") else f"lora_{part[:1]}.weight"
+            for known in (f"{PREFIX}{module}.{new}", f"{PREFIX}{module}.{old}"):
+                if part and known in state:
+                    parameter.copy_(state[known])
 
 
 def _check_modules(unet: Any, state: dict[str, torch.Tensor]) -> None:

@@ -161,7 +161,7 @@ class Reader:
         for entry in batch.entries:
             cache, shard, row = self._locate(entry)
             total += cache.weight * float(shard.index.records[row]["weight"])
-        return total or 1.0  # samples all of weight 0 teach nothing, and divide nothing
+        return total or 1.0  # where all weigh nothing, so does their loss
 
     def _locate(self, entry: Entry) -> tuple[Cache, Any, int]:
         group = self.plan.groups[entry.group]

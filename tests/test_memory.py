@@ -99,7 +99,7 @@ def test_a_run_that_does_not_fit_says_so_before_its_folder_is_made(
     assert run.exit_code == 1
     assert not out.exists()
     (line,) = (line for line in run.stderr.splitlines() if line.startswith("Error"))
-    assert "out of memory in bucket 64x64 at batch size 4" in line
+    assert "out of memory; the largest bucket is 64x64, at batch size 4" in line
     for remedy in ("--optimizer adafactor (about", "--pure-bf16 (about", "--batch-size 2 (about"):
         assert remedy in line, line
     assert "--base-quant" not in line  # not for a full fine-tune
@@ -130,8 +130,10 @@ def test_estimates_of_the_real_sdxl(sdxl_configs: Path) -> None:
 
 def test_advice_is_a_line_with_the_reason(cache: Path, base: Path) -> None:
     config = config_of(cache, base, gradient_checkpointing=False, batch_size=8)
-    line = advice(config, (64, 64), 77, RuntimeError("CUDA out of memory. Tried 2 GiB.\nMore."))
-    assert line.startswith("out of memory in bucket 64x64 at batch size 8; what would save")
+    line = advice(config, (64, 64), 77, 1, RuntimeError("CUDA out of memory. Tried 2 GiB.\nMore."))
+    assert line.startswith(
+        "out of memory; the largest bucket is 64x64, at batch size 8; what would save"
+    )
     assert "--gradient-checkpointing (about" in line and "--batch-size 4 (about" in line
     assert line.endswith("(CUDA out of memory)")
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
-from sdxl.lora_files import load_lora
+from sdxl.lora_files import load_lora, read_lora
 from train.config import TrainConfig
 
 _ATTENTION = r"attn\d\.(to_k|to_q|to_v|to_out\.0)"
@@ -69,6 +69,8 @@ def add_adapter(unet: Any, config: TrainConfig) -> None:
         if ".lora_A." in name and config.init_lora is None:
             # again in fp32: peft drew it in the base's precision
             torch.nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
+    if config.init_lora is not None:
+        read_lora(unet, config.init_lora)  # again in fp32: it was read in the base's precision
 
 
 def trainable(unet: Any) -> dict[str, torch.nn.Parameter]:

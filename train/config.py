@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import dataclass, field, fields
+from math import floor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -75,7 +76,7 @@ class Every:
         if not self.of_epochs:
             return step % int(self.amount) == 0
         length = self.amount * num_batches
-        return batches_done // length > (batches_done - 1) // length
+        return floor(batches_done / length + 1e-9) > floor((batches_done - 1) / length + 1e-9)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +187,9 @@ class TrainConfig:
     checkpoint_every: Every = _option(Every(), "Write a checkpoint as often.")
     checkpoint_at: tuple[int, ...] = _option((), "And at these steps, e.g. 600,680,750.")
     keep: int = _option(
-        0, "Keep so many of --checkpoint-every, and the one of the best eval; 0: all."
+        0,
+        "Keep so many of --checkpoint-every, and the best of those that were evaluated at their "
+        "step; 0: all.",
     )
     log_every: int = _option(10, "Steps between writes of metrics; all steps are in them.")
     resume: bool = _option(False, "Go on from the run's newest whole checkpoint.")
@@ -338,6 +341,33 @@ def _check_memory(config: TrainConfig) -> None:
             raise ValueError("--fused-backward: prodigy needs all gradients at once")
         if config.gpus not in (None, "1", "auto"):
             raise ValueError("--fused-backward is for one process")
+
+
+def check_processes(config: TrainConfig, num: int) -> None:
+    """What cannot be had in ``num`` processes.
+
+    Raises:
+        ValueError: names the option.
+    """
+    if num == 1:
+        return
+    if config.fused_backward:
+        raise ValueError("--fused-backward is for one process")
+    if not config.full:
+        return
+    if config.optimizer != "adamw":
+        raise ValueError(
+            f"--full over several processes is sharded, which --optimizer {config.optimizer} does "
+            "not know; take adamw"
+        )
+    for name, is_on in (
+        ("--precision fp16", config.precision == "fp16"),
+        ("--pure-bf16", config.pure_bf16),
+        ("--compile", config.compile),
+        ("--channels-last", config.channels_last),
+    ):
+        if is_on:
+            raise ValueError(f"{name} is for one process with --full; leave it out")
 
 
 def flag(name: str) -> str:

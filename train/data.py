@@ -47,7 +47,10 @@ def open_val(config: TrainConfig, train: Cache) -> Cache | None:
         if config.eval_every:
             warnings.warn("--eval-every: there is no validation cache, so no eval", stacklevel=2)
         return None
-    return val if val.manifest["num_samples"] else None
+    if not val.manifest["num_samples"]:
+        warnings.warn(f"{val.folder}: holds no sample, so there is no eval", stacklevel=2)
+        return None
+    return val
 
 
 def has_masks(cache: Cache) -> bool:

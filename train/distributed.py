@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,12 +32,6 @@ class World:
             dist.all_reduce(values)
         return values
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is up on any rank; every rank must ask."""
-        if self.size == 1:
-            return flag
-        return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
-
     def gather(self, names: list[str]) -> list[str]:
         """The names of all ranks; every rank must ask."""
         if self.size == 1:
@@ -51,11 +46,44 @@ class World:
             dist.barrier()
 
 
+class Vote:
+    """Whether any rank wants something, asked at every step without waiting for the device.
+
+    Ranks exchange their flags on the CPU while the step runs, and know the answer one step later,
+    all in the same one.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._alone = world.size == 1
+        self._group: Any = None if self._alone else dist.new_group(backend="gloo")
+        self._asked: tuple[Any, torch.Tensor] | None = None
+
+    def any(self, flag: bool) -> bool:
+        """The answer to the question before this one; alone, to this one. Every rank must ask."""
+        if self._alone:
+            return flag
+        answer = self.close()
+        votes = torch.tensor([int(flag)])
+        self._asked = dist.all_reduce(votes, group=self._group, async_op=True), votes
+        return answer
+
+    def close(self) -> bool:
+        """Wait for the question that is still out; its answer."""
+        if self._asked is None:
+            return False
+        (work, votes), self._asked = self._asked, None
+        work.wait()
+        return bool(votes.item())
+
+
 def start_world(device: str) -> World:
     """Join the process group that torchrun's environment names, if it does."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        return World(pick_device(device))
+        alone = World(pick_device(device))
+        if alone.device.index is not None:
+            torch.cuda.set_device(alone.device)
+        return alone
     if "RANK" not in os.environ:
         raise ValueError("WORLD_SIZE is set and RANK is not: start several processes by torchrun")
     rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
@@ -76,5 +104,7 @@ def is_lost(error: RuntimeError, world: World) -> bool:
 
 
 def stop_world(world: World) -> None:
+    """Leave the group, when the run is over. Not after a failure: others may be in an exchange,
+    and the end of this process is what tells them."""
     if world.size > 1:
         dist.destroy_process_group()

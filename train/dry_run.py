@@ -8,11 +8,13 @@ import torch
 
 from shards.buckets import bucket_name
 from shards.plan import Plan
-from train.config import TrainConfig
+from train.config import TrainConfig, check_processes
 from train.data import open_data
 from train.distributed import World
+from train.launch import num_processes
 from train.memory import Estimate, Estimator, size_text
 from train.objective import objective_of
+from train.run_folder import check_folder
 from train.unet import scheduler_config
 from train.warm_up import largest_bucket
 
@@ -38,10 +40,12 @@ def dry_run(config: TrainConfig) -> Iterator[str]:
     device = "cuda" if config.device == "auto" else config.device
     caches, _ = open_data(config, World(torch.device("cpu")))
     objective_of(config, scheduler_config(config.base))
-    num = int(config.gpus) if config.gpus and config.gpus.isdecimal() else 1
+    num = num_processes(config)
+    check_processes(config, num)
+    check_folder(config)
     groups = [group for number, cache in enumerate(caches) for group in cache.groups(number)]
     plan = Plan(groups, config.seed, config.batch_size * config.accumulate * num)
-    estimator = Estimator(config.base, caches[0].manifest["text"]["tokens"], device)
+    estimator = Estimator(config.base, caches[0].manifest["text"]["tokens"], device, num)
     rows = list(_rows(config, plan, estimator))
     steps = config.steps
     if steps is None:
@@ -56,7 +60,8 @@ def dry_run(config: TrainConfig) -> Iterator[str]:
         f"global batch {plan.global_batch}; {plan.num_batches:,} steps an epoch"
     )
     yield f"steps: {steps:,} ({steps / plan.num_batches:.2f} epochs)"
-    yield f"estimated peak memory of each process, on {device}:"
+    each = f"each of {num} processes" if num > 1 else "the process"
+    yield f"estimated peak memory of {each}, on {device}:"
     yield f"  {'bucket':>10} {'samples':>8} {'batches':>8} {'peak':>10}"
     for row in rows:
         yield (

@@ -42,6 +42,7 @@ def launch(num: int) -> None:
         SystemExit: with the exit code of the process that failed first, whose message stands
             above; 130 or 143 after Ctrl-C or SIGTERM.
     """
+    # Older versions of torch have no shutdown_timeout: there it is 30 seconds.
     options: dict[str, Any] = {"shutdown_timeout": SHUTDOWN_SECONDS}
     known = {field.name for field in fields(LaunchConfig)}
     config = LaunchConfig(

@@ -17,7 +17,7 @@ from shards.batches import Batch, Reader
 from shards.plan import Plan, Share
 from shards.reader import Cache, read_ahead
 from train.adapters import trainable
-from train.config import TrainConfig
+from train.config import TrainConfig, check_processes
 from train.distributed import World
 from train.ema import Ema
 from train.fused import FusedBackward
@@ -106,7 +106,9 @@ def build_learner(config: TrainConfig, world: World) -> Learner:
         ValueError: the base or the settings cannot be used.
     """
     precision = pick_precision(config.precision, world.device, config.allow_cpu_bf16)
-    _check(config, precision, world)
+    if config.pure_bf16 and precision.dtype != torch.bfloat16:
+        raise ValueError("--pure-bf16 on a CPU: give --allow-cpu-bf16 and --precision bf16 too")
+    check_processes(config, world.size)
     if precision.dtype == torch.float32:
         exact_fp32()
     objective = objective_of(config, scheduler_config(config.base))
@@ -115,7 +117,11 @@ def build_learner(config: TrainConfig, world: World) -> Learner:
     forward = unet
     if world.size > 1 and not config.full:
         ids = [world.device.index] if world.device.type == "cuda" else None
-        forward = DistributedDataParallel(unet, device_ids=ids, gradient_as_bucket_view=True)
+        # All ranks have the same weights by the same base, seed and checkpoint; a quantised base
+        # cannot be sent around.
+        forward = DistributedDataParallel(
+            unet, device_ids=ids, gradient_as_bucket_view=True, init_sync=False
+        )
     parameters = trainable(unet)
     optimizer = Optimizer(parameters, config, world.device)
     fused = None
@@ -133,25 +139,6 @@ def build_learner(config: TrainConfig, world: World) -> Learner:
         ema=Ema(parameters, config.ema, config.ema_on_cpu) if config.ema else None,
         fused=fused,
     )
-
-
-def _check(config: TrainConfig, precision: Precision, world: World) -> None:
-    """What only the device and the number of processes tell."""
-    if config.pure_bf16 and precision.dtype != torch.bfloat16:
-        raise ValueError("--pure-bf16 on a CPU: give --allow-cpu-bf16 and --precision bf16 too")
-    if world.size == 1:
-        return
-    if config.fused_backward:
-        raise ValueError("--fused-backward is for one process")
-    if config.full:
-        if config.optimizer != "adamw":
-            raise ValueError(
-                f"--full over several processes is sharded, which --optimizer {config.optimizer} "
-                "does not know; take adamw"
-            )
-        if precision.scaler or config.pure_bf16:
-            how = "--pure-bf16" if config.pure_bf16 else "--precision fp16"
-            raise ValueError(f"{how} is for one process with --full; take --precision bf16")
 
 
 def train_step(learner: Learner, batches: Iterator[Batch], number: int, lr: float) -> Step:
@@ -243,4 +230,4 @@ def evaluate(learner: Learner, val: Cache, config: TrainConfig) -> float:
                 losses = objective.losses(unet, batch, learner.precision.dtype)
             sums += torch.stack([(losses * batch.weights).sum(), batch.weights.sum()])
     total, weight = world.sum(sums).tolist()
-    return float(total / weight)
+    return float(total / weight) if weight else float("nan")

@@ -16,7 +16,7 @@ from shards.reader import Cache
 from train.checkpoint import rotate, write_checkpoint
 from train.config import Every, TrainConfig
 from train.data import open_data
-from train.distributed import LOST_SECONDS, is_lost, start_world, stop_world
+from train.distributed import LOST_SECONDS, Vote, is_lost, start_world, stop_world
 from train.interrupt import Interrupt
 from train.learner import Learner, Step, build_learner, evaluate, train_step
 from train.log import RunLog
@@ -100,18 +100,22 @@ def train(config: TrainConfig) -> Path:
             path = publish(learner.unet, kind, config.out, world, learner.ema)
             log.artifact(path)
             failed = False
-            return path
+        except SystemExit:  # told to stop, which is no failure
+            failed = False
+            raise
         finally:
             log.close(failed)
+        stop_world(world)
+        return path
     except torch.OutOfMemoryError as error:
-        raise MemoryError(advice(config, largest_bucket(plan), tokens, error)) from error
+        raise MemoryError(
+            advice(config, largest_bucket(plan), tokens, world.size, error)
+        ) from error
     except RuntimeError as error:
         if not is_lost(error, world):
             raise
         time.sleep(LOST_SECONDS)
         raise ConnectionError("another process of this run is gone") from error
-    finally:
-        stop_world(world)
 
 
 def _reading(config: TrainConfig) -> Reading:
@@ -144,15 +148,16 @@ def _num_steps(config: TrainConfig, plan: Plan, start: Start) -> int:
 
 def _steps(run: Run) -> None:
     """The steps that are left, with evals, previews and checkpoints on the way."""
-    config, learner, world, log = run.config, run.learner, run.learner.world, run.log
+    config, learner, log = run.config, run.learner, run.log
     batches = run.reader.epochs(
         divmod(run.start.batches_done, run.plan.num_batches),
         threads=config.reader_threads,
-        pin=world.device.type == "cuda",
+        pin=learner.world.device.type == "cuda",
     )
     if run.start.step == 0:
         _evaluate(run, 0)
         _preview(run, 0)
+    vote = Vote(learner.world)
     with closing(batches), Interrupt() as interrupt:
         log.resume_clock()
         for step in range(run.start.step, run.num_steps):
@@ -161,7 +166,7 @@ def _steps(run: Run) -> None:
             done, last = step + 1, step + 1 == run.num_steps
             at_log = last or done % config.log_every == 0
             # A rank alone must not stop: the others would wait for its gradients for ever.
-            stop = (world.size == 1 or at_log) and world.any(interrupt.signal is not None)
+            stop = vote.any(interrupt.signal is not None)
             kind = _checkpoint_kind(run, done, last, stop)
             evals = last or _is_due(run, config.eval_every, done)
             if at_log or evals or kind:
@@ -173,7 +178,9 @@ def _steps(run: Run) -> None:
                 _write_checkpoint(run, done, kind)
             if stop and not last:
                 log.say(f"stopped after step {done}; --resume goes on from its checkpoint")
+                vote.close()
                 raise SystemExit(interrupt.exit_code)
+        vote.close()
 
 
 def _is_due(run: Run, every: Every, step: int) -> bool:

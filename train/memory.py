@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from safetensors import safe_open
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sdxl.base import model_config
 from sdxl.device import PRECISIONS
+from sdxl.lora_files import num_lora_parameters
 from shards.buckets import Size
 from train.adapters import add_adapter, trainable
-from train.config import TrainConfig
+from train.config import TrainConfig, check_processes
 from train.quantize import is_quantised
 from train.unet import BLOCKS
 
@@ -70,7 +70,8 @@ class Estimate:
 class Estimator:
     """Estimates for one base on a CUDA card (or ``device``), under differing settings."""
 
-    def __init__(self, base: str, tokens: int, device: str = "cuda") -> None:
+    def __init__(self, base: str, tokens: int, device: str = "cuda", num: int = 1) -> None:
+        self.num = num  # processes, over which a full fine-tune is sharded
         self.unet_config = model_config(base, "unet")[1]
         self.tokens, self.on_cuda = tokens, device.startswith("cuda")
         self._known: dict[Any, Any] = {}
@@ -78,10 +79,7 @@ class Estimator:
     def num_trained(self, config: TrainConfig) -> int:
         """Parameters that the run trains."""
         if config.init_lora is not None:
-            with safe_open(config.init_lora, framework="pt") as file:
-                names = [name for name in file.keys() if "alpha" not in name]  # noqa: SIM118
-                shapes = [file.get_slice(name).get_shape() for name in names]
-            return sum(torch.Size(shape).numel() for shape in shapes)
+            return num_lora_parameters(config.init_lora)
         return sum(p.numel() for p in trainable(self._unet(config)).values())
 
     def estimate(self, config: TrainConfig, bucket: Size) -> Estimate:
@@ -109,11 +107,12 @@ class Estimator:
         samples = config.batch_size * (
             saved.checkpointed if self._checkpoints(config) else saved.total
         )
+        shares = self.num if config.full else 1
         return Estimate(
-            weights=round(base + lora + casts),
-            gradients=per_grad * (3 * largest if config.fused_backward else trained),
-            optimizer=round(state),
-            average=0 if config.ema_on_cpu or not config.ema else 4 * trained,
+            weights=round((base + lora + casts) / shares),
+            gradients=per_grad * (3 * largest if config.fused_backward else trained) // shares,
+            optimizer=round(state / shares),
+            average=0 if config.ema_on_cpu or not config.ema else 4 * trained // shares,
             activations=samples,
             working=WORKING_TENSORS * config.batch_size * saved.largest,
         )
@@ -140,6 +139,7 @@ class Estimator:
                 text, changes = f"--batch-size {half}", {"batch_size": half}
             try:
                 other = replace(config, **changes)
+                check_processes(other, self.num)
             except ValueError:
                 continue  # does not go with the rest
             if (saved := now - self.estimate(other, bucket).peak) > now // 50:
@@ -268,11 +268,14 @@ def _saved(unet: Any, parameters: set[int]) -> Iterator[_Seen]:
             handle.remove()
 
 
-def advice(config: TrainConfig, bucket: Size, tokens: int, error: Exception) -> str:
-    """One line for an out-of-memory error in ``bucket``: which flag saves how much."""
+def advice(config: TrainConfig, bucket: Size, tokens: int, num: int, error: Exception) -> str:
+    """One line for an out-of-memory error of ``num`` processes: which flag saves how much."""
     reason = " ".join(str(error).split()).split(". ")[0]
-    line = f"out of memory in bucket {bucket[0]}x{bucket[1]} at batch size {config.batch_size}"
-    flags = Estimator(config.base, tokens).advice(config, bucket)
+    line = (
+        f"out of memory; the largest bucket is {bucket[0]}x{bucket[1]}, at batch size "
+        f"{config.batch_size}"
+    )
+    flags = Estimator(config.base, tokens, num=num).advice(config, bucket)
     if flags:
         offers = [f"{text} (about {size_text(size)})" for text, size in flags]
         line += f"; what would save memory: {', '.join(offers)}"

@@ -211,5 +211,17 @@ class Optimizer:
             groups = optimizer.state_dict()["param_groups"]
             for group in groups:
                 group.update(of_group)
-            state = {i: fields[name] for i, name in enumerate(names) if name in fields}
+            state = {
+                number: {k: _laid_out(v, self.parameters[name]) for k, v in fields[name].items()}
+                for number, name in enumerate(names)
+                if name in fields
+            }
             optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _laid_out(value: Any, parameter: torch.Tensor) -> Any:
+    """A value of the parameter's shape in its memory order too (``--channels-last``): fused
+    kernels walk both side by side."""
+    if not isinstance(value, torch.Tensor) or value.shape != parameter.shape:
+        return value
+    return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)

@@ -39,6 +39,8 @@ FIXED = (
 NOTED = (
     "lr",
     "lr_schedule",
+    "steps",
+    "epochs",
     "num_cycles",
     "warmup_steps",
     "weight_decay",
@@ -84,11 +86,13 @@ def find_start(
     groups = [group for number, cache in enumerate(caches) for group in cache.groups(number)]
     share = Share(batch_size=config.batch_size, world=world.size, rank=world.rank)
     if found is None:
+        _agree(config, world, f"0 {content_digest(identity)}")
         if config.resume and config.out.exists() and any(config.out.iterdir()):
             warnings.warn(f"{config.out}: no whole checkpoint; starts at step 0", stacklevel=2)
         size = config.batch_size * world.size * config.accumulate
         return Start(), Plan(groups, config.seed, size), share, identity
     path, state = found
+    _agree(config, world, f"{state['step']} {content_digest(identity)}")
     plan = Plan(groups, config.seed, _global_batch(config, world, state["global_batch"]))
     _check_settings(config, state)
     is_changed = _is_changed(config, identity, state)
@@ -140,6 +144,15 @@ def identity_of(config: TrainConfig, caches: Sequence[Cache], world: World) -> d
     }
 
 
+def _agree(config: TrainConfig, world: World, mine: str) -> None:
+    """All processes must have found the same checkpoint, data and base."""
+    if len(set(world.gather([mine]))) > 1:
+        raise ValueError(
+            f"{config.out}: the processes do not see the same run there; machines need a shared "
+            "folder"
+        )
+
+
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
@@ -153,6 +166,8 @@ def _check_settings(config: TrainConfig, state: dict[str, Any]) -> None:
                 f"{theirs[name]}"
             )
     for name in NOTED:
+        if name in ("steps", "epochs") and config.lr_schedule == "constant":
+            continue  # the length of the run shapes the other schedules alone
         if theirs[name] != _plain(settings[name]):
             warnings.warn(
                 f"the run goes on with {flag(name)} {settings[name]}; it was {theirs[name]}",

@@ -137,7 +137,8 @@ def read_weights(unet: Any, full: bool, folder: Path, ema: Ema | None) -> None:
                         into = local(parameters[name]) if ema is None else ema.values[name]
                         into.copy_(value)
         return
-    kept = {name: parameter.detach().clone() for name, parameter in unet.named_parameters()}
+    averaged = {} if ema is None else ema.parameters
+    kept = {name: parameter.detach().clone() for name, parameter in averaged.items()}
     state = safetensors.torch.load_file(folder / LORA)
     state = {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
     adapter = next(iter(unet.peft_config))
