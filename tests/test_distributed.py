@@ -143,14 +143,13 @@ def command(out: Path, cache: Path, base: Path, *more: str) -> list[str]:
     ("how", "code", "reason"),
     [
         ("os.kill(os.getpid(), 9)", 1, "process 1 was killed by SIGKILL"),
-        ("os._exit(7)", 7, "process 1 failed with exit code 7"),
         (
             "raise ValueError('cache: a sample\\nis damaged')",
             2,
             "process 1 failed with exit code 2",
         ),
     ],
-    ids=["killed", "gone", "bad input"],
+    ids=["killed", "bad input"],
 )
 def test_a_process_that_fails_ends_them_all_with_its_reason(
     cache: Path, base: Path, tmp_path: Path, how: str, code: int, reason: str
