@@ -3,7 +3,9 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 DEMO := demo-output
 
-.PHONY: demo test check setup clean
+PARALLEL := --numprocesses 2 --dist loadfile
+
+.PHONY: demo test test-slow check setup clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -17,7 +19,10 @@ demo: .venv/ready
 	$(RUN) cli.py demo --out $(DEMO)
 
 test: .venv/ready
-	HF_HUB_OFFLINE=1 $(RUN) -m pytest --numprocesses 2 --dist loadfile
+	HF_HUB_OFFLINE=1 $(RUN) -m pytest $(PARALLEL) -m "not slow"
+
+test-slow: .venv/ready
+	HF_HUB_OFFLINE=1 $(RUN) -m pytest $(PARALLEL) -m slow
 
 check: .venv/ready
 	$(RUN) -m ruff check .

@@ -179,7 +179,7 @@ def signalled(arguments: list[str], out: Path, row: int, number: int) -> int:
     child = subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline and child.poll() is None:
-        if out.exists() and len(losses(out)) >= row:
+        if (out / "metrics.jsonl").exists() and len(losses(out)) >= row:
             child.send_signal(number)
             break
         time.sleep(0.02)
