@@ -1,7 +1,6 @@
 """A small random SDXL, a few drawn pictures and caches of them, made once and not changed."""
 
 import json
-import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +16,6 @@ os.environ["OMP_NUM_THREADS"] = (
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):  # chatter at their import
-    logging.getLogger(name).setLevel(logging.CRITICAL)
 
 from precompute.encode import encode
 from precompute.settings import EncodeSettings

@@ -8,7 +8,8 @@ import torch
 
 from shards.buckets import bucket_name
 from shards.plan import Plan
-from train.config import TrainConfig, check_processes
+from train.checks import check_processes
+from train.config import TrainConfig
 from train.data import open_data
 from train.distributed import World
 from train.launch import num_processes

@@ -17,7 +17,8 @@ from shards.batches import Batch, Reader
 from shards.plan import Plan, Share
 from shards.reader import Cache, read_ahead
 from train.adapters import trainable
-from train.config import TrainConfig, check_processes
+from train.checks import check_processes
+from train.config import TrainConfig
 from train.distributed import World
 from train.ema import Ema
 from train.fused import FusedBackward

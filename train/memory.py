@@ -19,7 +19,8 @@ from sdxl.device import PRECISIONS
 from sdxl.lora_files import num_lora_parameters
 from shards.buckets import Size
 from train.adapters import add_adapter, trainable
-from train.config import TrainConfig, check_processes
+from train.checks import check_processes
+from train.config import TrainConfig
 from train.quantize import is_quantised
 from train.unet import BLOCKS
 

@@ -13,7 +13,8 @@ from shards.manifest import content_digest
 from shards.plan import Plan, Share
 from shards.reader import Cache
 from train.checkpoint import load_checkpoint, newest_checkpoint
-from train.config import TrainConfig, flag
+from train.checks import flag
+from train.config import TrainConfig
 from train.distributed import World
 from train.learner import Learner
 from train.objective import objective_of
