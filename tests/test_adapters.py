@@ -2,6 +2,7 @@
 diffusers draws from the file what the run would."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,20 @@ def test_a_run_goes_on_from_a_lora_file(overfit: Train, cache: Path, base: Path)
     )
     with pytest.raises(ValueError, match="--init-lora brings its own rank"):
         overfit("third", init_lora=first / LORA, rank=4)
+
+
+def test_a_lora_file_is_taken_in_fp32_on_a_half_precision_base(
+    overfit: Train, cache: Path, base: Path
+) -> None:
+    """To its last bit, where the base's precision would round it."""
+    first, config = overfit("first", rank=8, steps=2)
+    half = replace(config, rank=None, init_lora=first / LORA, precision="bf16", allow_cpu_bf16=True)
+    learner = build_learner(half, World(CPU))
+    state = safetensors.torch.load_file(first / LORA)
+    for name, parameter in learner.optimizer.parameters.items():
+        module, _, part = name.partition(".lora_")
+        assert torch.equal(parameter, state[f"unet.{module}.lora_{part[0]}.weight"]), name
+    assert len(learner.optimizer.parameters) == len(state)
 
 
 @pytest.mark.slow

@@ -120,6 +120,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "ema_on_cpu": True,
         "ema": 0.5,
     },
+    "channels last": {"full": True, "channels_last": True, "ema": 0.9},
     "int8": {"base_quant": "int8"},
     "nf4": {"base_quant": "nf4"},
 }

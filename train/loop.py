@@ -78,33 +78,20 @@ def train(config: TrainConfig) -> Path:
         about = describe(config, plan, learner, num_steps)
         warm_up(learner, config, plan, tokens)
         make_folder(config, world, about)
-        log = RunLog(config, world, start.step, num_steps, about)
-        failed = True
-        try:
-            run = Run(
-                config=config,
-                reader=Reader(caches, plan, share, _reading(config)),
-                val=val,
-                learner=learner,
-                kind=kind,
-                log=log,
-                previewer=previewer,
-                identity=identity,
-                start=start,
-                num_steps=num_steps,
-                skipped_in_a_row=start.skipped_in_a_row,
-            )
-            if start.path is not None:
-                log.say(f"goes on from {start.path}")
-            _steps(run)
-            path = publish(learner.unet, kind, config.out, world, learner.ema)
-            log.artifact(path)
-            failed = False
-        except SystemExit:  # told to stop, which is no failure
-            failed = False
-            raise
-        finally:
-            log.close(failed)
+        run = Run(
+            config=config,
+            reader=Reader(caches, plan, share, _reading(config)),
+            val=val,
+            learner=learner,
+            kind=kind,
+            log=RunLog(config, world, start.step, num_steps, about),
+            previewer=previewer,
+            identity=identity,
+            start=start,
+            num_steps=num_steps,
+            skipped_in_a_row=start.skipped_in_a_row,
+        )
+        path = _run(run)
         stop_world(world)
         return path
     except torch.OutOfMemoryError as error:
@@ -116,6 +103,25 @@ def train(config: TrainConfig) -> Path:
             raise
         time.sleep(LOST_SECONDS)
         raise ConnectionError("another process of this run is gone") from error
+
+
+def _run(run: Run) -> Path:
+    """From the first step to the published weights."""
+    failed = True
+    try:
+        if run.start.path is not None:
+            run.log.say(f"goes on from {run.start.path}")
+        _steps(run)
+        learner = run.learner
+        path = publish(learner.unet, run.kind, run.config.out, learner.world, learner.ema)
+        run.log.artifact(path)
+        failed = False
+        return path
+    except SystemExit:  # told to stop, which is no failure
+        failed = False
+        raise
+    finally:
+        run.log.close(failed)
 
 
 def _reading(config: TrainConfig) -> Reading:
