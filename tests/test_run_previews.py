@@ -1,0 +1,131 @@
+"""A run that draws previews is the run that does not, and leaves its sheets."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+from runs import losses
+
+from precompute.prompts import change_prompts
+from sdxl.load import load_scheduler, load_unet, load_vae
+from sdxl.lora_files import LORA
+from shards.reader import Cache
+from train.config import CacheUse, Every, TrainConfig
+from train.log import RunLog
+from train.loop import train
+from train.preview import draw_previews, read_preview_prompts
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def prompted(cache: Path, base: Path, tmp_path: Path) -> Path:
+    """The cache with two preview prompts."""
+    folder = tmp_path / "cache"
+    shutil.copytree(cache, folder)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle --s 3\na blue square --s 3 --d 5\n")
+    change_prompts(folder, prompts, str(base), "cpu")
+    return folder
+
+
+def run(cache: Path, base: Path, out: Path, **settings: Any) -> Path:
+    defaults: dict[str, Any] = {"steps": 4, "batch_size": 2, "device": "cpu", "lr": 1e-2}
+    train(
+        TrainConfig(caches=(CacheUse(cache),), base=str(base), out=out, **{**defaults, **settings})
+    )
+    return out
+
+
+def pixels(image: Image.Image | Path) -> np.ndarray:
+    opened = Image.open(image) if isinstance(image, Path) else image
+    return np.asarray(opened.convert("RGB")).astype(int)
+
+
+@pytest.mark.parametrize("settings", [{}, {"full": True, "ema": 0.5}], ids=["lora", "full+ema"])
+def test_previews_change_nothing_but_what_is_seen(
+    prompted: Path, base: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    plain = run(prompted, base, tmp_path / "plain", **settings)
+    drawn = run(prompted, base, tmp_path / "drawn", preview_every=Every(2), **settings)
+    assert losses(plain) == losses(drawn)
+    name = "unet/diffusion_pytorch_model.safetensors" if settings else LORA
+    one, two = (safetensors.torch.load_file(folder / name) for folder in (plain, drawn))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    sheets = sorted(path.name for path in (drawn / "previews").iterdir())
+    assert sheets == [f"step-{step:06d}.png" for step in (0, 2, 4)]
+    previews = read_preview_prompts(Cache(prompted))
+    assert previews is not None
+    unet = load_unet(str(base), torch.float32)
+    first = pixels(draw_previews(unet, load_scheduler(str(base)), previews))
+    assert np.abs(pixels(drawn / "previews" / sheets[0]) - first).max() <= 1
+    assert not np.array_equal(pixels(drawn / "previews" / sheets[2]), first), "it has learned"
+
+
+def test_true_colours_are_the_vaes(prompted: Path, base: Path, tmp_path: Path) -> None:
+    out = run(prompted, base, tmp_path / "run", preview_every=Every(9), preview_vae=True)
+    previews = read_preview_prompts(Cache(prompted))
+    assert previews is not None
+    unet, vae = load_unet(str(base), torch.float32), load_vae(str(base), torch.float32)
+    expected = draw_previews(unet, load_scheduler(str(base)), previews, vae=vae)
+    found = pixels(out / "previews" / "step-000000.png")
+    assert np.abs(found - pixels(expected)).max() <= 1
+
+
+def test_a_run_resumes_with_other_prompts(prompted: Path, base: Path, tmp_path: Path) -> None:
+    straight = run(prompted, base, tmp_path / "straight")
+    out = run(prompted, base, tmp_path / "run", steps=2, preview_every=Every(2))
+    other = tmp_path / "other.txt"
+    other.write_text("a green triangle --s 2\n")
+    change_prompts(prompted, other, str(base), "cpu")
+    run(prompted, base, out, resume=True, preview_every=Every(2))
+    assert losses(out) == losses(straight)
+    wide, narrow = (pixels(out / "previews" / f"step-{n:06d}.png").shape for n in (2, 4))
+    assert wide[1] > narrow[1], "two prompts, then one"
+
+
+def test_previews_that_cannot_be_drawn_are_refused_before_the_run(
+    cache: Path, prompted: Path, base: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(ValueError, match="has no preview prompts; add some with"):
+        run(cache, base, out, preview_every=Every(1))
+    own = tmp_path / "base"
+    shutil.copytree(base, own)
+    for path in (own / "vae").glob("*.safetensors"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"vae.*safetensors"):
+        run(prompted, own, out, preview_every=Every(1), preview_vae=True)
+    assert not out.exists()
+
+
+def test_sheets_go_to_wandb(cache: Path, base: Path, tmp_path: Path) -> None:
+    """What RunLog gives it; the rest is W&B's."""
+    from train.distributed import World
+
+    sheet = tmp_path / "sheet.png"
+    Image.new("RGB", (8, 4), "red").save(sheet)
+    config = TrainConfig(caches=(CacheUse(cache),), base=str(base), out=tmp_path, steps=1)
+    log = RunLog(config, World(CPU), 0, 1, {})
+    told: list[dict[str, Any]] = []
+
+    class Recorder:
+        def log(self, row: dict[str, Any]) -> None:
+            told.append(row)
+
+        def finish(self, exit_code: int) -> None:
+            told.append({"exit_code": exit_code})
+
+    log._wandb = Recorder()
+    log.preview(7, sheet)
+    log.close(failed=True)
+    assert told[0]["trainer/step"] == 7
+    assert told[0]["previews"].image.size == (8, 4)
+    assert told[1] == {"exit_code": 1}
+    assert json.loads("[" + (tmp_path / "metrics.jsonl").read_text() + "]") == []
