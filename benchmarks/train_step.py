@@ -127,7 +127,9 @@ def main(
     ours.log.close(failed=False)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     result = {
-        "device": torch.cuda.get_device_name() if place.type == "cuda" else platform.processor(),
+        "device": torch.cuda.get_device_name()
+        if place.type == "cuda"
+        else platform.processor() or platform.machine(),
         "torch": torch.__version__,
         "full": full,
         "batch_size": batch_size,

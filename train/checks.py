@@ -66,7 +66,7 @@ def check_choices(config: "TrainConfig") -> None:
     if not config.caches:
         raise ValueError("name at least one cache to train on")
     if (config.steps is None) == (config.epochs is None):
-        raise ValueError("give the length of the run: either --steps or --epochs")
+        raise ValueError("give the length of the run: either --steps or --epochs, not both")
     if config.resume and config.overwrite:
         raise ValueError("--resume and --overwrite exclude each other")
     if config.allow_changed_data and not config.resume:

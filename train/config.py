@@ -190,8 +190,8 @@ class TrainConfig:
     checkpoint_at: tuple[int, ...] = _option((), "And at these steps, e.g. 600,680,750.")
     keep: int = _option(
         0,
-        "Keep so many of --checkpoint-every, and the best of those that were evaluated at their "
-        "step; 0: all.",
+        "Keep so many of --checkpoint-every, the last one, and the best of those that were "
+        "evaluated at their step; 0: all.",
     )
     log_every: int = _option(10, "Steps between writes of metrics; all steps are in them.")
     resume: bool = _option(False, "Go on from the run's newest whole checkpoint.")

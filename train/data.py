@@ -38,7 +38,9 @@ def open_cache(use: CacheUse, part: str) -> Cache:
 
 def open_val(config: TrainConfig, train: Cache) -> Cache | None:
     """The validation cache: the one named, else the one beside the first training cache."""
-    first = config.caches[0].folder
+    first, *others = (use.folder for use in config.caches)
+    if config.val is None and any((folder / "val").is_dir() for folder in others):
+        warnings.warn("only the first cache's val/ is evaluated; --val names another", stacklevel=2)
     if config.val is not None:
         val = open_cache(CacheUse(config.val), "val")
     elif train.folder != first and (first / "val").is_dir():

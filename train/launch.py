@@ -15,6 +15,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from train.config import TrainConfig
 
+LEAST_ON_CPU = 4  # processes that any machine may try
 SHUTDOWN_SECONDS = 120  # for the last checkpoint, before a process that was told to stop is killed
 
 
@@ -32,6 +33,8 @@ def num_processes(config: TrainConfig) -> int:
     asked = int(config.gpus)
     if there and asked > there:
         raise ValueError(f"--gpus {asked}: this machine has {there}")
+    if not there and asked > (cores := os.cpu_count() or 1) and asked > LEAST_ON_CPU:
+        raise ValueError(f"--gpus {asked}: this machine has no GPU, and {cores} CPU cores")
     return asked
 
 
@@ -57,7 +60,8 @@ def launch(num: int) -> None:
         **{name: value for name, value in options.items() if name in known},
     )
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num)))
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # we say it below
+    for part in ("", ".agent.server.api"):  # we say it below
+        logging.getLogger("torch.distributed.elastic" + part).setLevel(logging.CRITICAL)
     try:
         elastic_launch(config, sys.executable)(*sys.argv)
     except ChildFailedError as error:

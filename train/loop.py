@@ -111,6 +111,11 @@ def _run(run: Run) -> Path:
     try:
         if run.start.path is not None:
             run.log.say(f"goes on from {run.start.path}")
+        num = sum(p.numel() for p in run.learner.optimizer.parameters.values())
+        run.log.say(
+            f"trains {num:,} parameters on {run.plan.num_entries:,} samples an epoch, "
+            f"{run.plan.num_batches:,} steps each"
+        )
         _steps(run)
         learner = run.learner
         path = publish(learner.unet, run.kind, run.config.out, learner.world, learner.ema)
