@@ -17,7 +17,7 @@ from precompute.recipe import read_recipe
 from precompute.samples import Encoders, Notes, encode_members
 from precompute.settings import EncodeSettings
 from precompute.sources import Rejected, Source, read_data_set
-from precompute.text import UNCONDITIONAL, text_shape, unconditional_is_whole, write_unconditional
+from precompute.text import text_shape, unconditional_is_whole, write_unconditional
 from sdxl.device import exact_fp32
 from sdxl.latent_rgb import LatentSums
 from sdxl.prompts import Prompt, read_prompts
@@ -25,7 +25,7 @@ from shards import CacheError
 from shards.buckets import bucket_name
 from shards.durable import PARTIAL, write_durable
 from shards.index import Index
-from shards.manifest import MANIFEST, write_manifest
+from shards.manifest import MANIFEST, UNCONDITIONAL, write_manifest
 from shards.sample import Layout, Sample
 from shards.writer import write_shard
 

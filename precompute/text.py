@@ -10,10 +10,8 @@ import torch
 from sdxl.conditioning import TextEncoders
 from shards import CacheError
 from shards.durable import write_durable
-from shards.manifest import content_digest, read_manifest
+from shards.manifest import UNCONDITIONAL, content_digest, read_manifest
 from shards.sample import DTYPES
-
-UNCONDITIONAL = "unconditional.safetensors"
 
 
 def load_text(base: str, device: torch.device) -> TextEncoders:

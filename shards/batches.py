@@ -12,10 +12,9 @@ from typing import Any, Literal
 
 import torch
 
+from shards.manifest import UNCONDITIONAL
 from shards.plan import Entry, GlobalBatch, Plan, Share, sample_generator
 from shards.reader import Cache, read_ahead
-
-UNCONDITIONAL = "unconditional.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -11,7 +11,8 @@ from shards.index import Index
 
 MANIFEST = "manifest.json"
 PROMPTS = "prompts.safetensors"
-SIDE_FILES = ("unconditional.safetensors", PROMPTS, "rejected.jsonl")
+UNCONDITIONAL = "unconditional.safetensors"
+SIDE_FILES = (UNCONDITIONAL, PROMPTS, "rejected.jsonl")
 
 
 def canonical_json(value: Any) -> str:

@@ -4,7 +4,7 @@ import functools
 import json
 import mmap
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -131,6 +131,11 @@ class Cache:
         """
         data = read_side_file(self.folder, self.manifest, name, "encode the data set again")
         return safetensors.torch.load(data)
+
+
+def groups_of(caches: Sequence[Cache]) -> list[Group]:
+    """What a ``Plan`` over several caches needs to know of them."""
+    return [group for number, cache in enumerate(caches) for group in cache.groups(number)]
 
 
 def read_ahead(

@@ -99,7 +99,8 @@ def test_settings_that_exclude_each_other_are_refused(
     ids=str,
 )
 def test_what_goes_together_is_taken(settings: dict[str, Any]) -> None:
-    config_of(**settings)
+    taken = config_of(**settings)
+    assert {name: getattr(taken, name) for name in settings} == settings
 
 
 @pytest.mark.parametrize(

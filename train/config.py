@@ -3,7 +3,7 @@
 import math
 import re
 from dataclasses import dataclass, field, fields
-from math import floor
+from math import ceil, floor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -207,6 +207,13 @@ class TrainConfig:
         check_ranges(self)
         check_choices(self)
         check_memory(self)
+
+    def num_steps(self, batches_per_epoch: int) -> int:
+        """The length of the run, where each step takes a global batch."""
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None
+        return max(1, ceil(round(self.epochs * batches_per_epoch, 6)))
 
     @property
     def peak_lr(self) -> float:

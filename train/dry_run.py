@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import ceil
 
 import torch
 
 from shards.buckets import bucket_name
 from shards.plan import Plan
+from shards.reader import groups_of
 from train.checks import check_processes
 from train.config import TrainConfig
 from train.data import open_data
@@ -44,14 +44,11 @@ def dry_run(config: TrainConfig) -> Iterator[str]:
     num = num_processes(config)
     check_processes(config, num)
     check_folder(config)
-    groups = [group for number, cache in enumerate(caches) for group in cache.groups(number)]
-    plan = Plan(groups, config.seed, config.batch_size * config.accumulate * num)
+    size = config.batch_size * config.accumulate * num
+    plan = Plan(groups_of(caches), config.seed, size)
     estimator = Estimator(config.base, caches[0].manifest["text"]["tokens"], device, num)
     rows = list(_rows(config, plan, estimator))
-    steps = config.steps
-    if steps is None:
-        assert config.epochs is not None
-        steps = max(1, ceil(round(config.epochs * plan.num_batches, 6)))
+    steps = config.num_steps(plan.num_batches)
     size = sum(shard["bytes"] for cache in caches for shard in cache.manifest["shards"])
     num_caches = f"{len(caches)} caches" if len(caches) > 1 else "a cache"
     kind = "the whole UNet" if config.full else f"{config.adapter}, {_adapter(config)}"

@@ -91,11 +91,11 @@ class Step:
     loss: torch.Tensor  # sum(w l) / sum(w) over the global batch
     grad_norm: torch.Tensor  # before clipping
     finite: torch.Tensor  # bool: if not, the weights stayed as they were
-    lr: float = 0.0
+    quarters: torch.Tensor  # [2, 4] of this rank: sums of finite losses by quarter of the
+    # schedule, and how many they are
+    lr: float
     num_samples: int = 0  # of all ranks
     wait_seconds: float = 0.0  # for data
-    quarters: torch.Tensor = field(default_factory=lambda: torch.zeros(2, NUM_QUARTERS))
-    """Of this rank: sums of finite losses by quarter of the schedule, and how many."""
     losses: list[tuple[tuple[int, int, int], torch.Tensor]] = field(default_factory=list)
     """Of this rank: (epoch, number, micro) of each micro-batch, and its samples' losses."""
 
@@ -149,9 +149,13 @@ def train_step(learner: Learner, batches: Iterator[Batch], number: int, lr: floa
     device, unless the optimizer does.
     """
     world, device = learner.world, learner.world.device
-    result = Step(torch.zeros((), device=device), torch.zeros(()), torch.ones(()), lr)
-    # Made there: a copy would wait for the device.
-    result.quarters = torch.zeros(2, NUM_QUARTERS, device=device)
+    result = Step(
+        loss=torch.zeros((), device=device),
+        grad_norm=torch.zeros(()),  # this and the next are put in place by the update
+        finite=torch.ones(()),
+        quarters=torch.zeros(2, NUM_QUARTERS, device=device),
+        lr=lr,
+    )
     last = False
     while not last:
         since = time.perf_counter()
@@ -207,7 +211,7 @@ def _update(learner: Learner, step: Step, number: int) -> None:
 @torch.no_grad()
 def evaluate(learner: Learner, val: Cache, config: TrainConfig) -> float:
     """Mean squared error over a validation cache, always with the same noise and timesteps, plain:
-    without the run's weights, offsets and choice of timesteps."""
+    without the run's loss weights, offsets and choice of timesteps."""
     world, mine = learner.world, learner.objective
     plan = Plan(val.groups(), EVAL_SEED, config.batch_size * world.size)
     share = Share(batch_size=config.batch_size, world=world.size, rank=world.rank)

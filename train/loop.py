@@ -4,7 +4,6 @@ import time
 from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass
-from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -144,12 +143,9 @@ def _num_steps(config: TrainConfig, plan: Plan, start: Start) -> int:
     Raises:
         ValueError: it is behind the run already.
     """
-    if config.steps is not None:
-        num_steps = config.steps
-    else:
-        assert config.epochs is not None
-        batches = max(1, ceil(round(config.epochs * plan.num_batches, 6)))
-        num_steps = start.step + batches - start.batches_done
+    num_steps = config.num_steps(plan.num_batches)
+    if config.steps is None:  # with changed data an epoch has another length than it had
+        num_steps += start.step - start.batches_done
     if start.step > num_steps:
         raise ValueError(
             f"{config.out}: the run has {start.step} steps behind it, over {num_steps}"

@@ -11,7 +11,7 @@ from sdxl.device import pick_precision
 from sdxl.fingerprint import file_digest, weights_digest
 from shards.manifest import content_digest
 from shards.plan import Plan, Share
-from shards.reader import Cache
+from shards.reader import Cache, groups_of
 from train.checkpoint import load_checkpoint, newest_checkpoint
 from train.checks import flag
 from train.config import TrainConfig
@@ -84,17 +84,17 @@ def find_start(
     check_folder(config)
     found = newest_checkpoint(config.out) if config.resume else None
     identity = identity_of(config, caches, world)
-    groups = [group for number, cache in enumerate(caches) for group in cache.groups(number)]
     share = Share(batch_size=config.batch_size, world=world.size, rank=world.rank)
     if found is None:
         _agree(config, world, f"0 {content_digest(identity)}")
         if config.resume and config.out.exists() and any(config.out.iterdir()):
             warnings.warn(f"{config.out}: no whole checkpoint; starts at step 0", stacklevel=2)
         size = config.batch_size * world.size * config.accumulate
-        return Start(), Plan(groups, config.seed, size), share, identity
+        return Start(), Plan(groups_of(caches), config.seed, size), share, identity
     path, state = found
     _agree(config, world, f"{state['step']} {content_digest(identity)}")
-    plan = Plan(groups, config.seed, _global_batch(config, world, state["global_batch"]))
+    size = _global_batch(config, world, state["global_batch"])
+    plan = Plan(groups_of(caches), config.seed, size)
     _check_settings(config, state)
     is_changed = _is_changed(config, identity, state)
     assert is_changed or state["plan"] == plan.digest, "same data and seed, and another plan"
