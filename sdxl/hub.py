@@ -49,7 +49,8 @@ def cached_component(base: str, component: str) -> Path | None:
 def download_base(repo: str, out: Path, *, fp16: bool = False, file: str | None = None) -> Path:
     """A base of the hub into ``out``: configs, tokenizers and safetensors alone, of each model one
     set of weights (fp16 ones where asked for, or where there are no others); or the single file
-    ``file``, or the only one there is. What an earlier call left half is completed.
+    ``file``, or the only one there is. The files that an earlier call brought are kept; where a
+    connection breaks, the client tries again by itself.
 
     Returns what to give as ``--base``.
 
@@ -73,6 +74,8 @@ def download_base(repo: str, out: Path, *, fp16: bool = False, file: str | None 
         path = out / name
         if not path.is_file() or sizes[name] not in (None, path.stat().st_size):
             raise BaseError(f"{path}: not whole; run again to go on")
+    for left in (out / ".cache").rglob("*.incomplete"):  # by a run that was killed
+        left.unlink(missing_ok=True)
     return out if "model_index.json" in names else out / names[0]
 
 

@@ -333,6 +333,7 @@ def test_tokenizers_without_a_vocabulary(base: Path, single: Path, tmp_path: Pat
         load_tokenizers(str(single))
     tokens = {"<|startoftext|>": 0, "<|endoftext|>": 1}
     (folder / "tokenizer" / "vocab.json").write_text(json.dumps(tokens))
+    (folder / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
     with pytest.raises(BaseError, match="2 tokens, where text_encoder has 519"):
         load_tokenizers(str(single), folder)
 
