@@ -17,6 +17,7 @@ import infer.generate
 import sdxl.load
 from infer.settings import GenerateSettings
 from precompute.prompts import change_prompts
+from sdxl import BaseError
 from sdxl.base import scheduler_config
 from sdxl.fingerprint import tokenizer_digest
 from sdxl.load import load_scheduler, load_tokenizers, load_vae
