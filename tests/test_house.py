@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ROOMS = {"precompute", "train", "infer", "shards", "sdxl", "cli", "tools", "tests", "benchmarks"}
+ROOMS = {"precompute", "train", "infer", "shards", "sdxl", "processes"}
+ROOMS |= {"cli", "tools", "tests", "benchmarks"}
 ALLOWED = {
-    "precompute": {"shards", "sdxl"},
-    "train": {"shards", "sdxl"},
-    "infer": {"sdxl"},
+    "precompute": {"shards", "sdxl", "processes"},
+    "train": {"shards", "sdxl", "processes"},
+    "infer": {"sdxl", "processes"},
+    "processes": set(),
     "shards": set(),
     "sdxl": set(),
 }
@@ -47,7 +49,7 @@ def test_the_door_imports_stages_inside_its_commands_only() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["", "encode", "prompts", "train", "generate", "verify", "demo"]
+    "command", ["", "encode", "prompts", "train", "generate", "download", "verify", "demo"]
 )
 def test_help_loads_no_torch(command: str) -> None:
     code = (
