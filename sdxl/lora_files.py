@@ -5,7 +5,6 @@ takes alpha = rank, and the strength is silently wrong.
 """
 
 import json
-import math
 import re
 import warnings
 from collections import Counter
