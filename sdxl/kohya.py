@@ -1,66 +1,59 @@
-"""kohya's names for the modules of SDXL's UNet: ``lora_unet_`` and the original layout's, with
-``_`` for ``.``."""
+"""LoRA files as kohya's scripts write them, and as the UIs read them.
 
-import re
-from collections.abc import Iterable
+A module's key is ``lora_unet_`` and its name in the original layout, with ``_`` for ``.``; beside
+its two weights stands ``alpha``, and the strength is alpha / rank. DoRA's magnitude is
+``dora_scale``. What a UI wants to know is in the metadata, all of it strings.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from sdxl.lora_formats import Adapted
+from sdxl.original import OriginalNames
+from sdxl.schedule import Schedule
 
 KEY = "lora_unet_"
-_TOP = {
-    "conv_in": "input_blocks.0.0",
-    "conv_out": "out.2",
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
-}
-_RESNET = {
-    "conv1": "in_layers.2",
-    "conv2": "out_layers.3",
-    "time_emb_proj": "emb_layers.1",
-    "conv_shortcut": "skip_connection",
-}
+ARCHITECTURE = "stable-diffusion-xl-v1-base/lora"  # of the ModelSpec standard
+PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}  # its words
 
 
-def key_table(names: Iterable[str]) -> dict[str, str]:
-    """The modules ``names`` of a UNet (diffusers' names) by their kohya keys without
-    ``lora_unet_``, and by their own names with ``_``, as some trainers write them."""
-    names = list(names)
-    table = {name.replace(".", "_"): name for name in names}
-    return table | {original.replace(".", "_"): n for n, original in _originals(names).items()}
+def kohya_keys(names: Iterable[str], config: Mapping[str, Any]) -> dict[str, str]:
+    """The kohya key of each module of a UNet, by diffusers' name. ``config`` is the UNet's."""
+    original = OriginalNames("unet", dict(config))
+    keys = {name: original.key_of(f"{name}.weight") for name in names}
+    return {
+        name: KEY + key.removesuffix(".weight").replace(".", "_")
+        for name, key in keys.items()
+        if key is not None
+    }
 
 
-def kohya_keys(names: Iterable[str]) -> dict[str, str]:
-    """The kohya key of each module of a UNet, by diffusers' name."""
-    return {n: KEY + original.replace(".", "_") for n, original in _originals(names).items()}
+def key_table(names: Iterable[str], config: Mapping[str, Any]) -> dict[str, str]:
+    """The modules of a UNet by their kohya keys without ``lora_unet_``; and by diffusers' own
+    names with ``_``, which some trainers write."""
+    keys = kohya_keys(names, config)
+    own = {name.replace(".", "_"): name for name in keys}
+    return own | {key.removeprefix(KEY): name for name, key in keys.items()}
 
 
-def _originals(names: Iterable[str]) -> dict[str, str]:
-    names = list(names)
-    layers = 1 + max(
-        (int(m[1]) for m in (re.match(r"down_blocks\.\d+\.resnets\.(\d+)", n) for n in names) if m),
-        default=0,
-    )
-    return {name: _original(name, layers, names) for name in names}
+def kohya_state(
+    found: Mapping[str, Adapted], config: Mapping[str, Any], dtype: torch.dtype | None = None
+) -> dict[str, torch.Tensor]:
+    """A LoRA's tensors under kohya's keys, in ``dtype`` (None: as they are); alpha always fp32.
 
-
-def _original(name: str, layers: int, names: list[str]) -> str:
-    if name in _TOP:
-        return _TOP[name]
-    side, *rest = name.split(".")
-    if side == "mid_block":
-        kind, number, *inner = rest
-        place = f"middle_block.{1 if kind == 'attentions' else 2 * int(number)}"
-    else:
-        block, kind, number, *inner = rest
-        start = int(block) * (layers + 1)
-        if kind == "downsamplers":
-            return f"input_blocks.{1 + start + layers}.0.op"
-        if kind == "upsamplers":
-            attends = any(n.startswith(f"up_blocks.{block}.attentions") for n in names)
-            return f"output_blocks.{start + layers}.{1 + attends}.conv"
-        at = start + int(number)
-        place = f"input_blocks.{1 + at}" if side == "down_blocks" else f"output_blocks.{at}"
-        place += ".1" if kind == "attentions" else ".0"
-    if kind == "resnets":
-        inner = [_RESNET.get(inner[0], inner[0])]
-    return ".".join([place, *inner])
+    There, rsLoRA's strength alpha / sqrt(r) is written as alpha sqrt(r) over r.
+    """
+    keys = kohya_keys(found, config)
+    state: dict[str, torch.Tensor] = {}
+    for name, one in found.items():
+        key = keys[name]
+        state[f"{key}.lora_down.weight"] = one.down.to(dtype or one.down.dtype)
+        state[f"{key}.lora_up.weight"] = one.up.to(dtype or one.up.dtype)
+        state[f"{key}.alpha"] = torch.tensor(one.kohya_alpha)
+        if one.magnitude is not None:
+            shape = (-1, *[1] * (one.down.ndim - 1))  # [out, 1, ...]: a norm of each row
+            state[f"{key}.dora_scale"] = one.magnitude.to(dtype or one.down.dtype).reshape(shape)
+    return state

@@ -17,7 +17,7 @@ import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from sdxl.lora_fit import adaptable, fit
+from sdxl.lora_fit import fit
 from sdxl.lora_formats import (
     LORA,
     METADATA_KEY,
@@ -99,7 +99,7 @@ def apply_loras(unet: Any, loras: Sequence[tuple[Path, float]]) -> None:
     """
     for number, (path, _) in enumerate(loras):
         file = read_lora_file(path)
-        _add(unet, fit(file, UNET, adaptable(unet)), f"lora_{number}")
+        _add(unet, fit(file, UNET, unet), f"lora_{number}")
     _weigh(unet, [weight for _, weight in loras])
 
 
@@ -112,7 +112,7 @@ def apply_text_loras(encoders: Sequence[Any], loras: Sequence[tuple[Path, float]
     num = 0
     for part, encoder in zip(("text_encoder", "text_encoder_2"), encoders, strict=True):
         for number, (path, _) in enumerate(loras):
-            found = fit(read_lora_file(path), part, adaptable(encoder))
+            found = fit(read_lora_file(path), part, encoder)
             _add(encoder, found, f"lora_{number}")
             num += len(found)
         _weigh(encoder, [weight for _, weight in loras])
@@ -132,7 +132,7 @@ def load_lora(unet: Any, path: Path) -> None:
             f"{path}: what it has for {file.num_text} modules of the text encoders is not used",
             stacklevel=2,
         )
-    found = fit(file, UNET, adaptable(unet))
+    found = fit(file, UNET, unet)
     if not found:
         raise ValueError(f"{path}: does not fit this base: it has no weights for the UNet")
     _add(unet, found, "default")
@@ -141,7 +141,7 @@ def load_lora(unet: Any, path: Path) -> None:
 def read_lora(unet: Any, path: Path) -> None:
     """Copy the weights of a LoRA file into its adapter on ``unet``, as ``load_lora`` put it there,
     in the dtype that the adapter has now."""
-    _fill(unet, fit(read_lora_file(path), UNET, adaptable(unet)), next(iter(unet.peft_config)))
+    _fill(unet, fit(read_lora_file(path), UNET, unet), next(iter(unet.peft_config)))
 
 
 def _add(model: Any, found: dict[str, Adapted], name: str) -> None:

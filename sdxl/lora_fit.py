@@ -34,14 +34,16 @@ def adaptable(model: Any) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def fit(file: LoraFile, part: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, Adapted]:
-    """A part of a LoRA file by the names of a model's modules, whose weights have ``shapes``.
+def fit(file: LoraFile, part: str, model: Any) -> dict[str, Adapted]:
+    """A part of a LoRA file by the names of the modules of ``model``; of that the shapes are
+    enough (the meta device).
 
     Raises:
         ValueError: a module that the model does not have, or has in another shape.
     """
     is_unet = part == UNET
-    table = key_table(shapes) if is_unet else {_text_key(name): name for name in shapes}
+    shapes = adaptable(model)
+    table = key_table(shapes, model.config) if is_unet else {_text_key(name): name for name in shapes}
     found: dict[str, Adapted] = {}
     for written, one in file.parts.get(part, {}).items():
         key = written.replace(".", "_")

@@ -81,6 +81,11 @@ class Adapted:
     def scale(self) -> float:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
+    @property
+    def kohya_alpha(self) -> float:
+        """alpha, where the strength is alpha / rank."""
+        return self.alpha * math.sqrt(self.rank) if self.rslora else self.alpha
+
     def delta(self) -> torch.Tensor:
         """scale B A in fp32, of the weight's shape."""
         product = self.up.float().flatten(1) @ self.down.float().flatten(1)
