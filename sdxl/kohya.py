@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
+from sdxl.card import Card
 from sdxl.lora_formats import Adapted
 from sdxl.original import OriginalNames
-from sdxl.schedule import Schedule
 
 KEY = "lora_unet_"
 ARCHITECTURE = "stable-diffusion-xl-v1-base/lora"  # of the ModelSpec standard
@@ -45,10 +45,15 @@ def kohya_state(
     """A LoRA's tensors under kohya's keys, in ``dtype`` (None: as they are); alpha always fp32.
 
     There, rsLoRA's strength alpha / sqrt(r) is written as alpha sqrt(r) over r.
+
+    Raises:
+        ValueError: a module that the original layout does not have.
     """
     keys = kohya_keys(found, config)
     state: dict[str, torch.Tensor] = {}
     for name, one in found.items():
+        if name not in keys:
+            raise ValueError(f"{name} has no name in the original layout, and so none of kohya's")
         key = keys[name]
         state[f"{key}.lora_down.weight"] = one.down.to(dtype or one.down.dtype)
         state[f"{key}.lora_up.weight"] = one.up.to(dtype or one.up.dtype)
@@ -57,3 +62,39 @@ def kohya_state(
             shape = (-1, *[1] * (one.down.ndim - 1))  # [out, 1, ...]: a norm of each row
             state[f"{key}.dora_scale"] = one.magnitude.to(dtype or one.down.dtype).reshape(shape)
     return state
+
+
+def kohya_metadata(found: Mapping[str, Adapted], card: Card, resolution: int) -> dict[str, str]:
+    """What UIs read of a LoRA on SDXL, and the card. ``resolution``: the base's pixels a side."""
+    ranks = sorted({one.rank for one in found.values()})
+    alphas = sorted({one.kohya_alpha for one in found.values()})
+    several = "Dynamic"  # kohya's word
+    metadata = {
+        "ss_base_model_version": "sdxl_base_v1-0",  # without it UIs hide the file under SDXL
+        "ss_v2": "False",
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(ranks[0]) if len(ranks) == 1 else several,
+        "ss_network_alpha": str(alphas[0]) if len(alphas) == 1 else several,
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": ARCHITECTURE,
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "modelspec.title": card.name or "LoRA",
+        "modelspec.resolution": f"{resolution}x{resolution}",
+        **card.to_metadata(),
+    }
+    if any(one.down.ndim == 4 for one in found.values()):
+        conv = {"conv_dim": metadata["ss_network_dim"], "conv_alpha": metadata["ss_network_alpha"]}
+        metadata["ss_network_args"] = json.dumps(conv)
+    stated = {
+        "ss_output_name": card.name,
+        "ss_sd_model_name": card.base,
+        "ss_steps": None if card.steps is None else str(card.steps),
+        "modelspec.license": card.license,
+        "modelspec.prediction_type": PREDICTIONS.get(card.prediction_type or ""),
+        "ss_zero_terminal_snr": _said(card.rescale_betas_zero_snr),
+    }
+    return metadata | {name: value for name, value in stated.items() if value is not None}
+
+
+def _said(flag: bool | None) -> str | None:
+    return None if flag is None else str(flag)

@@ -9,6 +9,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 
+from sdxl.card import Card
+from sdxl.kohya import kohya_metadata, kohya_state
 from sdxl.lora_fit import fit
 from sdxl.lora_formats import (
     LORA,
@@ -24,12 +27,15 @@ from sdxl.lora_formats import (
     OURS,
     UNET,
     Adapted,
+    lora_parts,
     open_lora,
     read_lora_file,
 )
 from sdxl.schedule import Schedule
+from sdxl.settled import settled_bytes
 
 __all__ = ["LORA", "apply_loras", "apply_text_loras", "load_lora", "read_lora"]
+KOHYA = "kohya_lora_weights.safetensors"  # beside LORA
 PREFIX = f"{UNET}."
 _SETTINGS = (
     "r",
@@ -52,17 +58,25 @@ def lora_state(unet: Any, values: dict[str, torch.Tensor] | None = None) -> dict
 
 
 def lora_bytes(
-    unet: Any, values: dict[str, torch.Tensor] | None = None, schedule: Schedule | None = None
-) -> bytes:
-    """A LoRA file: what ``load_lora_weights`` takes, at its right strength.
+    unet: Any, values: dict[str, torch.Tensor] | None = None, card: Card | None = None
+) -> dict[str, bytes]:
+    """The adapter as files, by their names: one that ``load_lora_weights`` takes at its right
+    strength, and kohya's, for the UIs.
 
-    All metadata is in one key: safetensors writes several in an order of each process' own.
+    All metadata of the first is in one key, which is diffusers' own.
     """
     config = next(iter(unet.peft_config.values())).to_dict()
     settings = {PREFIX + name: _plain(config[name]) for name in _SETTINGS}
-    settings |= {OURS + n: value for n, value in (schedule or Schedule()).to_config().items()}
-    metadata = {METADATA_KEY: json.dumps(settings, sort_keys=True)}
-    return safetensors.torch.save(lora_state(unet, values), metadata=metadata)
+    state = lora_state(unet, values)
+    found = lora_parts(Path("the adapter"), state, settings)[UNET]
+    card = replace(card or Card(), rank=config["r"], alpha=float(config["lora_alpha"]))
+    ours = {OURS + name: value for name, value in card.to_dict().items()}
+    metadata = {METADATA_KEY: json.dumps(settings | ours, sort_keys=True)}
+    others = kohya_metadata(found, card, 8 * unet.config.sample_size)
+    return {
+        LORA: safetensors.torch.save(state, metadata=metadata),
+        KOHYA: settled_bytes(kohya_state(found, unet.config), others),
+    }
 
 
 def _plain(value: Any) -> Any:
@@ -84,7 +98,7 @@ def num_lora_parameters(path: Path) -> int:
 def read_schedule(path: Path) -> Schedule:
     """What the metadata of a LoRA file says of the run that made it; nothing in other tools'."""
     try:
-        return Schedule.of_config(read_lora_file(path).about)
+        return read_lora_file(path).card.schedule
     except ValueError:
         return Schedule()  # what it is, load_lora says
 

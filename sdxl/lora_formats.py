@@ -18,6 +18,8 @@ import torch
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
+from sdxl.card import Card, read_card
+
 LORA = "pytorch_lora_weights.safetensors"  # the name load_lora_weights looks for in a folder
 PEFT = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
@@ -107,10 +109,11 @@ class LoraFile:
         return sum(len(part) for name, part in self.parts.items() if name != UNET)
 
     @property
-    def about(self) -> dict[str, Any]:
+    def card(self) -> Card:
         """What its maker, if it was this project, says of it."""
         settings = _settings(self.metadata)
-        return {n.removeprefix(OURS): v for n, v in settings.items() if n.startswith(OURS)}
+        ours = {n.removeprefix(OURS): v for n, v in settings.items() if n.startswith(OURS)}
+        return Card.of(ours) if ours else read_card(self.metadata)
 
 
 def find_lora(path: Path) -> Path:
@@ -150,18 +153,24 @@ def read_lora_file(path: Path) -> LoraFile:
     with open_lora(path) as file:
         metadata = dict(file.metadata() or {})
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    settings, kind = _settings(metadata), _kind(tensors)
+    if kind == "peft":
+        settings = {f"{UNET}.{n}": v for n, v in _peft_settings(path).items()}
+    return LoraFile(path, kind, lora_parts(path, tensors, settings), metadata)
+
+
+def lora_parts(
+    path: Path, tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]
+) -> dict[str, dict[str, Adapted]]:
+    """The tensors of a LoRA by part and module. ``settings`` are peft's, by ``part.name``."""
     found: dict[str, dict[str, dict[str, torch.Tensor]]] = defaultdict(lambda: defaultdict(dict))
     for name, tensor in tensors.items():
         part, module, what = _parse(path, name)
         found[part][module][what] = tensor
-    settings, kind = _settings(metadata), _kind(tensors)
-    if kind == "peft":
-        settings = {f"{UNET}.{n}": v for n, v in _peft_settings(path).items()}
-    parts = {
+    return {
         part: {m: _adapted(path, m, one, _of(settings, part)) for m, one in modules.items()}
         for part, modules in found.items()
     }
-    return LoraFile(path, kind, parts, metadata)
 
 
 def _kind(names: Mapping[str, Any]) -> str:
@@ -199,7 +208,7 @@ def _settings(metadata: dict[str, str]) -> dict[str, Any]:
         return {}
 
 
-def _of(settings: dict[str, Any], part: str) -> dict[str, Any]:
+def _of(settings: Mapping[str, Any], part: str) -> Mapping[str, Any]:
     """One part's settings; of a file of one part alone they have no prefix."""
     mine = {n.removeprefix(f"{part}."): v for n, v in settings.items() if n.startswith(f"{part}.")}
     return mine or (settings if part == UNET and "lora_alpha" in settings else {})
@@ -221,7 +230,7 @@ def _peft_settings(path: Path) -> dict[str, Any]:
 
 
 def _adapted(
-    path: Path, module: str, tensors: dict[str, torch.Tensor], settings: dict[str, Any]
+    path: Path, module: str, tensors: dict[str, torch.Tensor], settings: Mapping[str, Any]
 ) -> Adapted:
     if not {"down", "up"} <= tensors.keys():
         missing = "up" if "down" in tensors else "down"

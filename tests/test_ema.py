@@ -86,7 +86,7 @@ def test_the_average_is_what_is_evaluated_and_published(
     history.append({n: p.detach().clone() for n, p in parameters.items()})
     averaged = evaluate(learner, val, config)
     kind = Kind(full, str(base), learner.schedule)
-    publish(learner.unet, kind, tmp_path, learner.world, learner.ema)
+    publish(learner.unet, kind, tmp_path, learner.world, learner.ema, steps=4)
     assert same(parameters, history[-1])  # type: ignore[arg-type]
     learner.ema = None
     assert evaluate(learner, val, config) != averaged
