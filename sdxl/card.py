@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from sdxl.base import BaseError, base_path, component_folder
+from sdxl import BaseError
+from sdxl.base import base_path, component_path
 from sdxl.schedule import Schedule
+from sdxl.single_file import read_header
 
 KEY = "shardtune"  # of the metadata; its value is JSON
 
@@ -72,15 +74,16 @@ def base_name(base: str) -> str:
 
 
 def base_license(base: str) -> str | None:
-    """The license that a base's model card states, if it lies there with one."""
+    """The license that a base states: the model card in its folder, or a file's metadata."""
     try:
-        card = component_folder(base, "unet").parent / "README.md"
-        text = card.read_text("utf-8")
+        path = component_path(base, "unet")
+        if path.is_file():
+            return read_header(path)[1].get("modelspec.license") or None
+        text = (path.parent / "README.md").read_text("utf-8")
     except (BaseError, OSError, UnicodeDecodeError):
         return None
     front = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
-    stated = dict(
-        re.findall(r"^(license(?:_name)?):[ \t]*(\S.*?)\s*$", front[1] if front else "", re.M)
-    )
-    found = stated.get("license_name") if stated.get("license") == "other" else None
-    return found or stated.get("license")
+    fields_of = r"^(license(?:_name)?):[ \t]*(\S.*?)\s*$"
+    stated = dict(re.findall(fields_of, front[1] if front else "", re.MULTILINE))
+    own_name = stated.get("license_name") if stated.get("license") == "other" else None
+    return own_name or stated.get("license")

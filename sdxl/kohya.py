@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 
+from sdxl.adapted import Adapted
 from sdxl.card import Card
-from sdxl.lora_formats import Adapted
+from sdxl.lora_formats import UNET, long_name
 from sdxl.original import OriginalNames
 
 KEY = "lora_unet_"
+TEXT_KEYS = {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
 ARCHITECTURE = "stable-diffusion-xl-v1-base/lora"  # of the ModelSpec standard
 PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}  # its words
 
@@ -31,6 +33,11 @@ def kohya_keys(names: Iterable[str], config: Mapping[str, Any]) -> dict[str, str
     }
 
 
+def text_keys(names: Iterable[str], part: str) -> dict[str, str]:
+    """The kohya key of each module of a text encoder."""
+    return {n: TEXT_KEYS[part] + long_name(n).replace(".", "_") for n in names}
+
+
 def key_table(names: Iterable[str], config: Mapping[str, Any]) -> dict[str, str]:
     """The modules of a UNet by their kohya keys without ``lora_unet_``; and by diffusers' own
     names with ``_``, which some trainers write."""
@@ -40,27 +47,28 @@ def key_table(names: Iterable[str], config: Mapping[str, Any]) -> dict[str, str]
 
 
 def kohya_state(
-    found: Mapping[str, Adapted], config: Mapping[str, Any], dtype: torch.dtype | None = None
+    parts: Mapping[str, Mapping[str, Adapted]], config: Mapping[str, Any]
 ) -> dict[str, torch.Tensor]:
-    """A LoRA's tensors under kohya's keys, in ``dtype`` (None: as they are); alpha always fp32.
+    """The parts of a LoRA under kohya's keys, alpha in fp32. ``config`` is the UNet's.
 
     There, rsLoRA's strength alpha / sqrt(r) is written as alpha sqrt(r) over r.
 
     Raises:
         ValueError: a module that the original layout does not have.
     """
-    keys = kohya_keys(found, config)
     state: dict[str, torch.Tensor] = {}
-    for name, one in found.items():
-        if name not in keys:
-            raise ValueError(f"{name} has no name in the original layout, and so none of kohya's")
-        key = keys[name]
-        state[f"{key}.lora_down.weight"] = one.down.to(dtype or one.down.dtype)
-        state[f"{key}.lora_up.weight"] = one.up.to(dtype or one.up.dtype)
-        state[f"{key}.alpha"] = torch.tensor(one.kohya_alpha)
-        if one.magnitude is not None:
-            shape = (-1, *[1] * (one.down.ndim - 1))  # [out, 1, ...]: a norm of each row
-            state[f"{key}.dora_scale"] = one.magnitude.to(dtype or one.down.dtype).reshape(shape)
+    for part, found in parts.items():
+        keys = kohya_keys(found, config) if part == UNET else text_keys(found, part)
+        for name, one in found.items():
+            if name not in keys:
+                raise ValueError(f"{name} has no name in the original layout: kohya's has no key")
+            key = keys[name]
+            state[f"{key}.lora_down.weight"] = one.down
+            state[f"{key}.lora_up.weight"] = one.up
+            state[f"{key}.alpha"] = torch.tensor(one.kohya_alpha)
+            if one.magnitude is not None:
+                shape = (-1, *[1] * (one.down.ndim - 1))  # [out, 1, ...]: a norm of each row
+                state[f"{key}.dora_scale"] = one.magnitude.reshape(shape)
     return state
 
 

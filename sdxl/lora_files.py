@@ -1,86 +1,20 @@
-"""LoRA files on a model: put there at their strength, and written as diffusers reads them.
+"""LoRA files on a model, each at its strength."""
 
-What is written has peft's names and, always, the adapter's own settings: without them a reader
-takes alpha = rank, and the strength is silently wrong.
-"""
-
-import json
-import re
 import warnings
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from peft import inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from sdxl.card import Card
-from sdxl.kohya import kohya_metadata, kohya_state
+from sdxl.adapted import Adapted
 from sdxl.lora_fit import fit
-from sdxl.lora_formats import (
-    LORA,
-    METADATA_KEY,
-    OURS,
-    UNET,
-    Adapted,
-    lora_parts,
-    open_lora,
-    read_lora_file,
-)
+from sdxl.lora_formats import LORA as LORA
+from sdxl.lora_formats import UNET, open_lora, read_lora_file
+from sdxl.lora_write import peft_config
 from sdxl.schedule import Schedule
-from sdxl.settled import settled_bytes
-
-__all__ = ["LORA", "apply_loras", "apply_text_loras", "load_lora", "read_lora"]
-KOHYA = "kohya_lora_weights.safetensors"  # beside LORA
-PREFIX = f"{UNET}."
-_SETTINGS = (
-    "r",
-    "lora_alpha",
-    "target_modules",
-    "rank_pattern",
-    "alpha_pattern",
-    "use_rslora",
-    "use_dora",
-    "bias",
-    "lora_dropout",
-)
-
-
-def lora_state(unet: Any, values: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-    """The adapter's weights under diffusers' names, fp32, on the CPU: those that the UNet has, or
-    others by the names of its parameters."""
-    state = get_peft_model_state_dict(unet, values, adapter_name=next(iter(unet.peft_config)))
-    return {PREFIX + name: t.detach().float().cpu().contiguous() for name, t in state.items()}
-
-
-def lora_bytes(
-    unet: Any, values: dict[str, torch.Tensor] | None = None, card: Card | None = None
-) -> dict[str, bytes]:
-    """The adapter as files, by their names: one that ``load_lora_weights`` takes at its right
-    strength, and kohya's, for the UIs.
-
-    All metadata of the first is in one key, which is diffusers' own.
-    """
-    config = next(iter(unet.peft_config.values())).to_dict()
-    settings = {PREFIX + name: _plain(config[name]) for name in _SETTINGS}
-    state = lora_state(unet, values)
-    found = lora_parts(Path("the adapter"), state, settings)[UNET]
-    card = replace(card or Card(), rank=config["r"], alpha=float(config["lora_alpha"]))
-    ours = {OURS + name: value for name, value in card.to_dict().items()}
-    metadata = {METADATA_KEY: json.dumps(settings | ours, sort_keys=True)}
-    others = kohya_metadata(found, card, 8 * unet.config.sample_size)
-    return {
-        LORA: safetensors.torch.save(state, metadata=metadata),
-        KOHYA: settled_bytes(kohya_state(found, unet.config), others),
-    }
-
-
-def _plain(value: Any) -> Any:
-    return sorted(value) if isinstance(value, set) else value
 
 
 def num_lora_parameters(path: Path) -> int:
@@ -159,21 +93,10 @@ def read_lora(unet: Any, path: Path) -> None:
 
 
 def _add(model: Any, found: dict[str, Adapted], name: str) -> None:
-    """One more adapter on a model, by peft. Its settings are the commonest, and the exceptions."""
+    """One more adapter on a model, by peft."""
     if not found:
         return
-    first = next(iter(found.values()))
-    (rank, alpha), _ = Counter((one.rank, one.alpha) for one in found.values()).most_common(1)[0]
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        target_modules=list(found),
-        rank_pattern={f"^{re.escape(n)}": o.rank for n, o in found.items() if o.rank != rank},
-        alpha_pattern={f"^{re.escape(n)}": o.alpha for n, o in found.items() if o.alpha != alpha},
-        use_rslora=first.rslora,
-        use_dora=first.magnitude is not None,
-    )
-    inject_adapter_in_model(config, model, adapter_name=name)
+    inject_adapter_in_model(peft_config(found), model, adapter_name=name)
     model._hf_peft_config_loaded = True  # so that diffusers and transformers know of it
     _fill(model, found, name)
 

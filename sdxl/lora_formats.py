@@ -6,7 +6,6 @@ read rightly is refused by its name: LoHa, LoKr, full differences, other archite
 """
 
 import json
-import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping
@@ -18,9 +17,11 @@ import torch
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
+from sdxl.adapted import Adapted
 from sdxl.card import Card, read_card
 
 LORA = "pytorch_lora_weights.safetensors"  # the name load_lora_weights looks for in a folder
+KOHYA = "kohya_lora_weights.safetensors"  # beside it, for the UIs
 PEFT = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
 METADATA_KEY = "lora_adapter_metadata"  # diffusers.loaders.lora_base
@@ -62,39 +63,6 @@ _KINDS = {
 
 
 @dataclass(frozen=True, eq=False)
-class Adapted:
-    """What is learned of one linear or convolution W: W + scale B A.
-
-    ``down`` A [r, in] or [r, in, k, k], ``up`` B [out, r] or [out, r, 1, 1], ``magnitude`` (DoRA)
-    [out]: the norm that each row of the sum is given.
-    """
-
-    down: torch.Tensor
-    up: torch.Tensor
-    alpha: float
-    rslora: bool = False
-    magnitude: torch.Tensor | None = None
-
-    @property
-    def rank(self) -> int:
-        return len(self.down)
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
-
-    @property
-    def kohya_alpha(self) -> float:
-        """alpha, where the strength is alpha / rank."""
-        return self.alpha * math.sqrt(self.rank) if self.rslora else self.alpha
-
-    def delta(self) -> torch.Tensor:
-        """scale B A in fp32, of the weight's shape."""
-        product = self.up.float().flatten(1) @ self.down.float().flatten(1)
-        return self.scale * product.reshape(len(self.up), *self.down.shape[1:])
-
-
-@dataclass(frozen=True, eq=False)
 class LoraFile:
     """The parts of a LoRA file, each by its modules' names as they stand there."""
 
@@ -114,6 +82,12 @@ class LoraFile:
         settings = _settings(self.metadata)
         ours = {n.removeprefix(OURS): v for n, v in settings.items() if n.startswith(OURS)}
         return Card.of(ours) if ours else read_card(self.metadata)
+
+
+def long_name(name: str) -> str:
+    """A text encoder's module with the level of names that transformers 5.6 dropped and files of
+    LoRAs keep."""
+    return name if name.startswith(("text_model.", "text_projection")) else f"text_model.{name}"
 
 
 def find_lora(path: Path) -> Path:

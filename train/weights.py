@@ -22,7 +22,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from sdxl.base import find_weights
 from sdxl.card import Card, base_license, base_name
-from sdxl.lora_files import LORA, PREFIX, lora_bytes
+from sdxl.lora_formats import LORA
+from sdxl.lora_write import PREFIX, lora_bytes
 from sdxl.schedule import Schedule, write_schedule
 from sdxl.settled import settle
 from shards.durable import durable_file, fsync_folder
