@@ -12,6 +12,8 @@ from sdxl.schedule import Schedule
 from sdxl.single_file import read_header
 
 KEY = "shardtune"  # of the metadata; its value is JSON
+ARCHITECTURE = "stable-diffusion-xl-v1-base"  # of the ModelSpec standard
+PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}  # its words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +57,22 @@ class Card:
 
     def to_metadata(self) -> dict[str, str]:
         return {KEY: json.dumps(self.to_dict(), sort_keys=True)}
+
+    def modelspec(self, architecture: str, resolution: int) -> dict[str, str]:
+        """The same by the ModelSpec standard, which UIs and sites read; ``resolution`` is the
+        base's pixels a side."""
+        stated = {
+            "modelspec.license": self.license,
+            "modelspec.prediction_type": PREDICTIONS.get(self.prediction_type or ""),
+        }
+        return {
+            "modelspec.sai_model_spec": "1.0.0",
+            "modelspec.architecture": architecture,
+            "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+            "modelspec.title": self.name or "shardtune",
+            "modelspec.resolution": f"{resolution}x{resolution}",
+            **{name: value for name, value in stated.items() if value is not None},
+        }
 
 
 def read_card(metadata: Mapping[str, str]) -> Card:

@@ -12,14 +12,12 @@ from typing import Any
 import torch
 
 from sdxl.adapted import Adapted
-from sdxl.card import Card
+from sdxl.card import ARCHITECTURE, Card
 from sdxl.lora_formats import UNET, long_name
 from sdxl.original import OriginalNames
 
 KEY = "lora_unet_"
 TEXT_KEYS = {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
-ARCHITECTURE = "stable-diffusion-xl-v1-base/lora"  # of the ModelSpec standard
-PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}  # its words
 
 
 def kohya_keys(names: Iterable[str], config: Mapping[str, Any]) -> dict[str, str]:
@@ -83,11 +81,7 @@ def kohya_metadata(found: Mapping[str, Adapted], card: Card, resolution: int) ->
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(ranks[0]) if len(ranks) == 1 else several,
         "ss_network_alpha": str(alphas[0]) if len(alphas) == 1 else several,
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": ARCHITECTURE,
-        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
-        "modelspec.title": card.name or "LoRA",
-        "modelspec.resolution": f"{resolution}x{resolution}",
+        **card.modelspec(f"{ARCHITECTURE}/lora", resolution),
         **card.to_metadata(),
     }
     if any(one.down.ndim == 4 for one in found.values()):
@@ -96,13 +90,7 @@ def kohya_metadata(found: Mapping[str, Adapted], card: Card, resolution: int) ->
     stated = {
         "ss_output_name": card.name,
         "ss_sd_model_name": card.base,
-        "ss_steps": None if card.steps is None else str(card.steps),
-        "modelspec.license": card.license,
-        "modelspec.prediction_type": PREDICTIONS.get(card.prediction_type or ""),
-        "ss_zero_terminal_snr": _said(card.rescale_betas_zero_snr),
+        "ss_steps": card.steps,
+        "ss_zero_terminal_snr": card.rescale_betas_zero_snr,
     }
-    return metadata | {name: value for name, value in stated.items() if value is not None}
-
-
-def _said(flag: bool | None) -> str | None:
-    return None if flag is None else str(flag)
+    return metadata | {name: str(value) for name, value in stated.items() if value is not None}
