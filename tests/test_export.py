@@ -61,6 +61,9 @@ def test_a_run_writes_both_files_and_they_say_what_they_are(
         assert card.caches == (Cache(cache).data_digest,)
         assert (card.steps, card.rank, card.alpha) == (3, 4, 2.0)
         assert (card.prediction_type, card.rescale_betas_zero_snr) == ("epsilon", False)
+    buckets = json.loads(metadata_of(out / KOHYA)["ss_bucket_info"])["buckets"].values()
+    assert sorted((*one["resolution"], one["count"]) for one in buckets) == list(card.buckets)
+    assert sum(one["count"] for one in buckets) == 14 and len(buckets) == 3
     first, second = (one.parts[UNET] for one in both)
     assert len(first) == len(second) > 30
     deltas = [
