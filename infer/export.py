@@ -101,8 +101,16 @@ def _export_lora(settings: ExportSettings) -> str:
         os.replace(partial, settings.out)
     finally:
         partial.unlink(missing_ok=True)
-    num = sum(len(found) for found in parts.values())
-    return f"{kind} LoRA of {num} modules, rank {card.rank}, alpha {card.alpha:g}"
+    every = [one for found in parts.values() for one in found.values()]
+    alphas = {one.kohya_alpha if kind == "kohya" else one.alpha for one in every}
+    ranks = {one.rank for one in every}
+    return f"{kind} LoRA of {len(every)} modules, rank {_some(ranks)}, alpha {_some(alphas)}"
+
+
+def _some(values: set[Any]) -> str:
+    """One value, or the range of several."""
+    ends = sorted({min(values), max(values)})
+    return " to ".join(f"{value:g}" for value in ends)
 
 
 def _model(base: str | None, part: str) -> Any:
