@@ -130,16 +130,16 @@ def _fit(file: LoraFile, models: dict[str, Any], base: str | None) -> dict[str, 
 def _in_dtype(
     parts: dict[str, dict[str, Adapted]], dtype: str, path: Path
 ) -> dict[str, dict[str, Adapted]]:
-    if dtype == "auto":
-        return parts
+    kind = DTYPES.get(dtype)  # None: as they are
     cast = {
-        part: {name: one.to(DTYPES[dtype]) for name, one in found.items()}
+        part: {name: one if kind is None else one.to(kind) for name, one in found.items()}
         for part, found in parts.items()
     }
     for found in cast.values():
         for name, one in found.items():
             if not (one.down.isfinite().all() and one.up.isfinite().all()):
-                raise ValueError(f"{path}: {name} is not finite in {dtype}; try --dtype fp32")
+                how = "; try --dtype fp32" if dtype == "fp16" else ""
+                raise ValueError(f"{path}: its weights on {name} are not finite{how}")
     return cast
 
 

@@ -208,6 +208,11 @@ OTHERS: dict[str, tuple[Tensors, str]] = {
         key(f"{BLOCK}attn1_to_q") | {f"{BLOCK}attn1_to_q.lora_up.weight": torch.zeros(32, 5)},
         r"damaged: .*\[4, 32\] and \[32, 5\]",
     ),
+    "no rank": (key(f"{BLOCK}attn1_to_q", 0), r"damaged: .*\[0, 32\] and \[32, 0\]"),
+    "alphas": (
+        key(f"{BLOCK}attn1_to_q") | {f"{BLOCK}attn1_to_q.alpha": torch.ones(2)},
+        "damaged: the alpha of .*attn1_to_q is no number",
+    ),
     "other shape": (key(f"{BLOCK}attn1_to_q", 4, 33), r"weights of \[32, 33\], not \[32, 32\]"),
     "DoRA over the input": (
         key(f"{BLOCK}attn1_to_q") | {f"{BLOCK}attn1_to_q.dora_scale": torch.ones(1, 32)},
