@@ -25,9 +25,12 @@ from loras import (
 )
 from made import made_batch
 
+from sdxl.card import Card
 from sdxl.load import load_text_encoders, load_unet
 from sdxl.lora_files import apply_loras, apply_text_loras, load_lora, num_lora_parameters
-from sdxl.lora_formats import KOHYA, LORA, read_lora_file
+from sdxl.lora_fit import fit
+from sdxl.lora_formats import KOHYA, LORA, UNET, read_lora_file
+from sdxl.lora_write import diffusers_bytes
 
 RANK = 8
 
@@ -300,4 +303,13 @@ def test_the_module_that_differs_keeps_its_rank_and_alpha(base: Path, tmp_path: 
         name = f"{module.rsplit('.', 1)[0]}.{one}"
         expected[f"{name}.weight"] = fused(base, again, scale)[f"{name}.weight"]
     assert sorted({len(one["down"]) for one in halves(again).values()}) == [2, 4]
+    found = fit(read_lora_file(path), UNET, again)
     assert_close(state_after(again), expected)
+    written = tmp_path / "written.safetensors"
+    written.write_bytes(diffusers_bytes({UNET: found}, Card()))
+    pipeline = StableDiffusionXLPipeline.from_pretrained(str(base))
+    pipeline.load_lora_weights(str(written))
+    assert_close(state_after(pipeline.unet), expected)
+    third = load_unet(str(base), torch.float32)
+    load_lora(third, written)
+    assert_close(state_after(third), expected)
