@@ -14,9 +14,10 @@ from tqdm import tqdm
 from precompute.placement import PlannedShard, place, plan_pictures
 from precompute.prompts import settle_prompts
 from precompute.recipe import read_recipe
+from precompute.records import Rejected, Source
 from precompute.samples import Encoders, Notes, encode_members
 from precompute.settings import EncodeSettings
-from precompute.sources import Rejected, Source, read_data_set
+from precompute.sources import read_data_set
 from precompute.text import text_shape, unconditional_is_whole, write_unconditional
 from sdxl.device import exact_fp32
 from sdxl.latent_rgb import LatentSums
@@ -63,7 +64,7 @@ def encode(settings: EncodeSettings) -> list[Report]:
     prompts = None if settings.preview_prompts is None else read_prompts(settings.preview_prompts)
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    sources = read_data_set(settings.dataset, settings.val_share, settings.empty_captions)
+    sources = read_data_set(settings)
     recipe = read_recipe(settings)
     encoders = Encoders(settings)
     for name in sources:

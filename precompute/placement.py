@@ -11,8 +11,8 @@ import torch
 from tqdm import tqdm
 
 from precompute.images import picture_size
+from precompute.records import Record, Rejected
 from precompute.settings import EncodeSettings
-from precompute.sources import Record, Rejected
 from shards.buckets import Geometry, Size, bucket_sizes, cover, nearest_bucket, stretch
 from shards.manifest import content_digest
 from shards.reader import read_ahead
@@ -60,8 +60,8 @@ def plan_pictures(
 
     def plan_one(record: Record) -> Planned | Rejected:
         try:
-            data = record.file.read_bytes()
-        except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+            data = record.picture.read()
+        except (FileNotFoundError, PermissionError, IsADirectoryError, ValueError) as error:
             return Rejected(record.path, describe(error))
         try:
             size = picture_size(data)

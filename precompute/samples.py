@@ -14,8 +14,8 @@ import torch
 from precompute.images import open_picture, render
 from precompute.latents import LatentEncoder
 from precompute.placement import Planned, describe
+from precompute.records import Rejected
 from precompute.settings import EncodeSettings
-from precompute.sources import Rejected
 from precompute.text import load_text
 from sdxl.conditioning import TextEncoders
 from sdxl.device import PRECISIONS, pick_device
@@ -99,7 +99,10 @@ def _open_member(planned: Planned) -> torch.Tensor | str:
         OSError: the file cannot be read now. That is no property of the picture: the run ends, and
             goes on from there the next time.
     """
-    data = planned.record.file.read_bytes()
+    try:
+        data = planned.record.picture.read()
+    except ValueError as error:
+        return str(error)
     try:
         if hashlib.sha256(data).hexdigest() != planned.digest:
             return "it changed while the data set was encoded; encode again"

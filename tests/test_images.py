@@ -15,8 +15,8 @@ from PIL import Image
 
 from precompute.images import open_picture, picture_size, render, to_rgb
 from precompute.placement import plan_pictures
+from precompute.records import Blob, Record
 from precompute.settings import EncodeSettings
-from precompute.sources import Record
 from shards.buckets import Geometry, Size, bucket_sizes, cover, nearest_bucket, stretch
 
 ORIGINALS = [(720, 450), (410, 660), (333, 900), (500, 500), (150, 110)]  # the last is too small
@@ -177,7 +177,7 @@ def test_the_settings_choose_the_geometry(
     settings = EncodeSettings(
         dataset=tmp_path, base="", out=tmp_path, resolution=64, bucket_step=16, **flags
     )
-    (planned,), rejected = plan_pictures([Record("a.png", file, ("a",))], settings)
+    (planned,), rejected = plan_pictures([Record("a.png", Blob.of(file), ("a",))], settings)
     assert rejected == []
     assert planned.geometry.sizes == sizes
 

@@ -13,7 +13,9 @@ import webdataset
 from PIL import Image
 
 from precompute.images import open_picture
-from precompute.sources import Source, read_data_set, read_source, split
+from precompute.records import Source
+from precompute.settings import EncodeSettings
+from precompute.sources import read_data_set, split
 from shards.reader import Cache
 from tests.conftest import Encode
 
@@ -65,6 +67,15 @@ def put_list(folder: Path, *lines: Any, name: str = "captions.jsonl") -> None:
     (folder / name).write_text(text, encoding="utf-8")
 
 
+def read_set(folder: Path, **settings: Any) -> dict[str, Source]:
+    return read_data_set(EncodeSettings(dataset=folder, base="", out=folder, **settings))
+
+
+def read_one(folder: Path, **settings: Any) -> Source:
+    (source,) = read_set(folder, **settings).values()
+    return source
+
+
 def key_of(path: str) -> str:
     return hashlib.sha256(path.encode()).hexdigest()[:20]
 
@@ -104,14 +115,14 @@ def many_names(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_no_name_is_lost_or_merged(many_names: Path) -> None:
-    source = read_source(many_names)
+    source = read_one(many_names)
     expected = {name: (f"about {name}".strip(),) for name in NAMES}
     expected["twin.jpg"] = expected["twin.png"]  # they share their text
     assert reasons(source) == {}
     assert captions(source) == expected
     assert [r.key for r in source.records] == sorted(map(key_of, NAMES))
     assert all(record.key == key_of(record.path) for record in source.records)
-    assert all(record.file == many_names / record.path for record in source.records)
+    assert all(record.picture.file == many_names / record.path for record in source.records)
 
 
 def test_no_name_in_a_list_is_lost_or_merged(many_names: Path, tmp_path: Path) -> None:
@@ -119,7 +130,7 @@ def test_no_name_in_a_list_is_lost_or_merged(many_names: Path, tmp_path: Path) -
     for name in NAMES:
         put(folder / name)
     put_list(folder, *({"file_name": name, "text": f"about {name}"} for name in NAMES))
-    source = read_source(folder)
+    source = read_one(folder)
     assert reasons(source) == {}
     assert captions(source) == {name: (f"about {name}",) for name in NAMES}
     assert [r.key for r in source.records] == sorted(map(key_of, NAMES))
@@ -153,7 +164,7 @@ def test_texts_beside_pictures(tmp_path: Path) -> None:
     put(tmp_path / "b.webp", b"\xef\xbb\xbfa dog\r\n")
     put(tmp_path / "c.JPEG", "two\nlines")
     put(tmp_path / "notes.md", "no picture")
-    assert captions(read_source(tmp_path)) == {
+    assert captions(read_one(tmp_path)) == {
         "a.jpg": ("a cat",),
         "b.webp": ("a dog",),
         "c.JPEG": ("two\nlines",),
@@ -166,7 +177,7 @@ def test_texts_beside_pictures(tmp_path: Path) -> None:
 def test_lists_and_their_fields(tmp_path: Path, name: str, text: str, file: str) -> None:
     put(tmp_path / "a.png", "not this text")
     put_list(tmp_path, {file: "a.png", text: " a cat ", "other": 1}, name=name)
-    assert captions(read_source(tmp_path)) == {"a.png": ("a cat",)}
+    assert captions(read_one(tmp_path)) == {"a.png": ("a cat",)}
 
 
 def test_a_list_looks_beside_itself_then_in_images(tmp_path: Path) -> None:
@@ -174,7 +185,7 @@ def test_a_list_looks_beside_itself_then_in_images(tmp_path: Path) -> None:
         put(tmp_path / name)
     names = ["a.png", "both.png", "sub/b.png", "c.png", "./images/both.png"]
     put_list(tmp_path, *({"file_name": name, "text": name} for name in names))
-    source = read_source(tmp_path)
+    source = read_one(tmp_path)
     assert captions(source) == {
         "a.png": ("a.png",),
         "both.png": ("both.png",),
@@ -191,7 +202,7 @@ def test_a_list_may_have_a_mark_blank_lines_and_line_separators(tmp_path: Path) 
         put(tmp_path / name)
     lines = '\ufeff{"file_name": "a.png", "text": "x\u2028y\u0085z"}\r\n\r\n  \n'
     put_list(tmp_path, lines + '{"file_name": "b.png", "text": "b"}\n')
-    source = read_source(tmp_path)
+    source = read_one(tmp_path)
     assert captions(source) == {"a.png": ("x\u2028y\u0085z",), "b.png": ("b",)}
     assert reasons(source) == {}
 
@@ -204,7 +215,7 @@ def test_a_set_may_come_split(tmp_path: Path) -> None:
     put(tmp_path / "train" / "b.png", "train b")
     put(tmp_path / "val" / "images" / "a.png")
     put_list(tmp_path / "val", {"file_name": "a.png", "text": "val a"})
-    sources = read_data_set(tmp_path, 0)
+    sources = read_set(tmp_path)
     assert {name: captions(source) for name, source in sources.items()} == {
         "train": {"a.png": ("train a",), "b.png": ("train b",)},
         "val": {"images/a.png": ("val a",)},
@@ -215,14 +226,14 @@ def test_one_list_beside_train_and_val_makes_one_set(tmp_path: Path) -> None:
     put(tmp_path / "train" / "a.png")
     put(tmp_path / "val" / "a.png")
     put_list(tmp_path, *({"file_name": f"{n}/a.png", "text": n} for n in ("train", "val")))
-    (source,) = read_data_set(tmp_path, 0).values()
+    (source,) = read_set(tmp_path).values()
     assert captions(source) == {"train/a.png": ("train",), "val/a.png": ("val",)}
 
 
 def test_a_set_alone_has_no_name(tmp_path: Path) -> None:
     put(tmp_path / "a.png", "a")
     put(tmp_path / "train" / "b.png", "b")  # no val/ beside it: a folder like any other
-    assert {n: set(captions(s)) for n, s in read_data_set(tmp_path, 0).items()} == {
+    assert {n: set(captions(s)) for n, s in read_set(tmp_path).items()} == {
         "": {"a.png", "train/b.png"}
     }
 
@@ -230,7 +241,7 @@ def test_a_set_alone_has_no_name(tmp_path: Path) -> None:
 def sides(folder: Path, share: float) -> dict[str, str]:
     return {
         item.path: name
-        for name, source in read_data_set(folder, share).items()
+        for name, source in read_set(folder, val_share=share).items()
         for item in [*source.records, *source.rejected]
     }
 
@@ -262,7 +273,7 @@ def test_val_share_is_by_key_and_stable(tmp_path: Path) -> None:
 def test_a_side_without_pictures_is_an_error(tmp_path: Path, share: float, empty: str) -> None:
     put(tmp_path / "a.png", "a")
     with pytest.raises(ValueError, match=f"--val-share .* leaves no picture for {empty}$"):
-        split(read_source(tmp_path), share)
+        split(read_one(tmp_path), share)
 
 
 # Refusals.
@@ -276,7 +287,7 @@ def test_refused_texts(tmp_path: Path) -> None:
     put(tmp_path / "latin.png", "caf\u00e9".encode("latin-1"))
     put(tmp_path / "folder.png")
     (tmp_path / "folder.txt").mkdir()
-    source = read_source(tmp_path)
+    source = read_one(tmp_path)
     assert set(captions(source)) == {"good.png"}
     assert reasons(source) == {
         "missing.png": "no caption: missing.txt is missing",
@@ -294,7 +305,7 @@ def test_empty_captions_are_kept_where_they_are_meant(tmp_path: Path) -> None:
         put(tmp_path / name / "missing.png")
     put_list(tmp_path / "listed", {"file_name": "empty.png", "text": ""})
     for name in ("listed", "loose"):
-        source = read_source(tmp_path / name, empty_captions=True)
+        source = read_one(tmp_path / name, empty_captions=True)
         assert captions(source) == {"empty.png": ("",)}
         assert set(reasons(source)) == {"missing.png"}
 
@@ -308,7 +319,7 @@ def test_a_link_is_a_picture_like_any_other(tmp_path: Path) -> None:
     put_list(tmp_path / "listed", {"file_name": "link.png", "text": "x"})
     (tmp_path / "loose" / "link.txt").write_text("x")
     for name in ("listed", "loose"):
-        assert [record.path for record in read_source(tmp_path / name).records] == ["link.png"]
+        assert [record.path for record in read_one(tmp_path / name).records] == ["link.png"]
 
 
 BAD_LINES: list[tuple[Any, str, str]] = [
@@ -388,7 +399,7 @@ def test_a_jpeg_cut_anywhere_is_refused(tmp_path: Path, progressive: bool) -> No
 
 def test_a_list_of_refused_lines_only_is_no_error(tmp_path: Path) -> None:
     put_list(tmp_path, {"file_name": "gone.png", "text": "x"})
-    source = read_source(tmp_path)
+    source = read_one(tmp_path)
     assert (source.records, set(reasons(source))) == ([], {"gone.png"})
     assert len(source.records) + len(source.rejected) == 1
 
@@ -400,7 +411,7 @@ def one_more(folder: Path, line: str) -> Source:
     """A good picture and one bad line."""
     put(folder / "good.png")
     put_list(folder, {"file_name": "good.png", "text": "good"}, line)
-    source = read_source(folder)
+    source = read_one(folder)
     assert "good.png" in captions(source)
     return source
 
@@ -430,7 +441,7 @@ def test_endless_brackets_are_no_json(tmp_path: Path) -> None:
 def test_a_file_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
     put(tmp_path / "good.png", "good")
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png")).write_bytes(b"")
-    source = read_source(tmp_path)
+    source = read_one(tmp_path)
     assert set(captions(source)) == {"good.png"}
     assert "UTF-8" in next(iter(reasons(source).values()))
 
@@ -441,7 +452,7 @@ def test_an_absolute_name_in_a_relative_set(
     put(tmp_path / "set" / "a.png")
     put_list(tmp_path / "set", {"file_name": str(tmp_path / "set" / "a.png"), "text": "a"})
     monkeypatch.chdir(tmp_path)
-    assert set(captions(read_source(Path("set")))) == {"a.png"}
+    assert set(captions(read_one(Path("set")))) == {"a.png"}
 
 
 def test_a_detour_names_the_same_file(tmp_path: Path) -> None:
@@ -453,7 +464,7 @@ def test_a_detour_names_the_same_file(tmp_path: Path) -> None:
 def test_a_name_that_is_only_an_ending(tmp_path: Path) -> None:
     put(tmp_path / "good.png", "good")
     put(tmp_path / ".png")
-    source = read_source(tmp_path)
+    source = read_one(tmp_path)
     assert len(source.records) + len(source.rejected) == 2
 
 
@@ -500,7 +511,7 @@ def test_what_cannot_be_read_is_an_error(
     folder.mkdir()
     make(folder)
     with pytest.raises(ValueError) as caught:
-        read_data_set(folder, 0)
+        read_set(folder)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -508,11 +519,11 @@ def test_what_cannot_be_read_is_an_error(
 def test_a_file_is_no_folder(tmp_path: Path) -> None:
     put(tmp_path / "a.png")
     with pytest.raises(ValueError, match=r"a\.png: no folder$"):
-        read_data_set(tmp_path / "a.png", 0)
+        read_set(tmp_path / "a.png")
 
 
 def test_a_set_with_a_val_of_its_own_takes_no_share(tmp_path: Path) -> None:
     put(tmp_path / "train" / "a.png", "a")
     put(tmp_path / "val" / "b.png", "b")
     with pytest.raises(ValueError, match="leave --val-share out"):
-        read_data_set(tmp_path, 0.1)
+        read_set(tmp_path, val_share=0.1)
