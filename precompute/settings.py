@@ -26,6 +26,20 @@ class EncodeSettings:
     empty_captions: bool = _option(
         False, "Keep pictures with an empty caption: they teach what no prompt means."
     )
+    missing_caption: str = _option(
+        "reject", "What a picture without a caption gets: reject, empty, or this TEXT."
+    )
+    caption_prefix: str = _option("", "Put before each caption, with a space.")
+    caption_lines: bool = _option(False, "Each line of a text file is a caption of its own.")
+    shuffle_tags: int = _option(0, "Cache this many orders of each caption's comma-separated tags.")
+    keep_tokens: int = _option(0, "The first tags that --shuffle-tags leaves in their place.")
+    repeat_folders: bool = _option(
+        False, "Pictures in folders named N_name are taken N times an epoch."
+    )
+    min_size: int = _option(0, "Pictures whose shorter side has fewer pixels are rejected.")
+    mask_from_alpha: bool = _option(
+        False, "A picture's own alpha is its mask, where no mask picture lies beside it."
+    )
     vae: str | None = _option(None, "Another VAE: its folder, or a base that holds it.")
     vae_dtype: Dtype = _option("fp32", "Precision of the VAE; non-finite latents: again in fp32.")
     dtype: Dtype = _option("fp16", "Precision of the stored tensors.")
@@ -41,10 +55,14 @@ class EncodeSettings:
     def __post_init__(self) -> None:
         if self.square and self.squash:
             raise ValueError("--square and --squash exclude each other")
-        for name in ("batch_size", "shard_size", "resolution"):
-            if getattr(self, name) < 1:
+        least = {"batch_size": 1, "shard_size": 1, "resolution": 1}
+        least |= {"shuffle_tags": 0, "keep_tokens": 0, "min_size": 0}
+        for name, smallest in least.items():
+            if getattr(self, name) < smallest:
                 flag = name.replace("_", "-")
-                raise ValueError(f"--{flag} must be at least 1, not {getattr(self, name)}")
+                raise ValueError(f"--{flag} must be at least {smallest}, not {getattr(self, name)}")
+        if self.keep_tokens and not self.shuffle_tags:
+            raise ValueError("--keep-tokens goes with --shuffle-tags")
         if self.threads is not None and not 1 <= self.threads <= 1024:
             raise ValueError(f"--threads must be from 1 to 1024, not {self.threads}")
         if not 0 <= self.val_share < 1:
