@@ -78,6 +78,18 @@ def _settings(ctx: click.Context, values: dict[str, Any], recipe: Path | None = 
     return ctx.command.make_settings(ctx, values, recipe)
 
 
+def _launched(settings: Any) -> bool:
+    """Whether this command was run by processes of its own, to the end."""
+    from processes.gpus import num_processes
+
+    num = num_processes(settings.gpus, settings.device)
+    if num > 1:
+        from processes.launch import launch
+
+        launch(num)
+    return num > 1
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 def commands() -> None:
     """Fine-tune SDXL from precomputed shards: encode once, train, generate."""
@@ -174,12 +186,8 @@ def train(ctx: click.Context, debug: bool, recipe: Path | None, **values: Any) -
             for line in dry_run(config):
                 click.echo(line)
             return
-        if config.gpus is not None:
-            from train.launch import launch, num_processes
-
-            if (num := num_processes(config)) > 1:
-                launch(num)
-                return
+        if _launched(config):
+            return
         from train.loop import train as run
 
         path = run(config)

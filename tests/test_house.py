@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ROOMS = {"precompute", "train", "infer", "shards", "sdxl", "cli", "tools", "tests", "benchmarks"}
+ROOMS = {"precompute", "train", "infer", "shards", "sdxl", "processes"}
+ROOMS |= {"cli", "tools", "tests", "benchmarks"}
 ALLOWED = {
-    "precompute": {"shards", "sdxl"},
-    "train": {"shards", "sdxl"},
-    "infer": {"sdxl"},
+    "precompute": {"shards", "sdxl", "processes"},
+    "train": {"shards", "sdxl", "processes"},
+    "infer": {"sdxl", "processes"},
+    "processes": set(),
     "shards": set(),
     "sdxl": set(),
 }
