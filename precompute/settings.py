@@ -40,6 +40,9 @@ class EncodeSettings:
     mask_from_alpha: bool = _option(
         False, "A picture's own alpha is its mask, where no mask picture lies beside it."
     )
+    flip: bool = _option(False, "Cache each picture mirrored too.")
+    crops: int = _option(0, "Cache this many random crops of each picture, not its centre.")
+    long_captions: int = _option(1, "Captions have this many chunks of 77 tokens.")
     vae: str | None = _option(None, "Another VAE: its folder, or a base that holds it.")
     vae_dtype: Dtype = _option("fp32", "Precision of the VAE; non-finite latents: again in fp32.")
     dtype: Dtype = _option("fp16", "Precision of the stored tensors.")
@@ -56,7 +59,13 @@ class EncodeSettings:
         if self.square and self.squash:
             raise ValueError("--square and --squash exclude each other")
         least = {"batch_size": 1, "shard_size": 1, "resolution": 1}
-        least |= {"shuffle_tags": 0, "keep_tokens": 0, "min_size": 0}
+        least |= {
+            "shuffle_tags": 0,
+            "keep_tokens": 0,
+            "min_size": 0,
+            "crops": 0,
+            "long_captions": 1,
+        }
         for name, smallest in least.items():
             if getattr(self, name) < smallest:
                 flag = name.replace("_", "-")
