@@ -14,7 +14,7 @@ from precompute.placement import MARKS, Planned, PlannedShard
 from precompute.work import Found, ShardWork, Task
 
 # What the geometry of each sample tells already; the rest of a recipe's preprocessing is of pixels.
-GEOMETRY = {"mode", "resolution", "bucket_step"}
+GEOMETRY = {"mode", "resolution", "bucket_step", "crops", "flip"}
 LATENT_MARKS = {"picture", "mask", "geometry"}
 TEXT_MARKS = {"captions"}
 SAMPLE_CAUSES = {name: name for name in MARKS} | {"geometry": "preprocessing"}
@@ -87,7 +87,8 @@ def _stays(shard: PlannedShard, held: Held | None, recipe: dict[str, Any]) -> bo
         return False
     if (held.place.bucket, held.place.repeats) != (shard.bucket, shard.repeats):
         return False
-    return held.index.header["members"] == [[one.record.key, *one.marks] for one in shard.members]
+    members = [[one.record.key, *one.marks] for one in shard.members]
+    return bool(held.index.header["members"] == members)
 
 
 class _Source:

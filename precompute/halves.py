@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from precompute.encoders import Encoders
-from precompute.images import open_picture, render
+from precompute.images import open_picture, render_variants
 from precompute.placement import Planned
 from precompute.scan import describe
 from precompute.threads import num_cores
@@ -51,13 +51,14 @@ def latent_halves(members: Sequence[Planned], encoders: Encoders) -> Iterator[Ha
     """
     size, threads = encoders.batch_size, num_cores()
     opened = read_ahead(_open_member, members, threads, ahead=2 * size + threads)
+    rows = (found if isinstance(found, Failed) else [*found] for found in opened)
 
     def encode(rows: list[torch.Tensor]) -> list[tuple[torch.Tensor, ...]]:
         pictures = torch.stack(rows)
         posterior = encoders.latents.encode(pictures)
         return [*zip(posterior.mean, posterior.std, pictures, strict=True)]
 
-    for planned, found in zip(members, in_batches(opened, encode, size), strict=True):
+    for planned, found in zip(members, in_batches(rows, encode, size), strict=True):
         if isinstance(found, Failed):
             yield found
             continue
@@ -144,7 +145,6 @@ def _open_member(planned: Planned) -> torch.Tensor | Failed:
     if hashlib.sha256(data).hexdigest() != planned.picture:
         return changed
     try:
-        image = open_picture(data)
-        return torch.stack([render(image, geometry) for geometry in planned.variants])
+        return render_variants(open_picture(data), planned.variants)
     except Exception as error:  # Pillow raises anything of a bad file
         return Failed(describe(error))

@@ -1,6 +1,7 @@
 """Bytes to pixels: open whole, orient, colour, resize, crop."""
 
 import io
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -71,11 +72,20 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
 
 def render(image: Image.Image, geometry: Geometry) -> torch.Tensor:
     """The cropped bucket of an RGB picture: [3, H, W] fp32 in -1..1."""
-    if image.size != geometry.original:
-        raise ValueError(f"its size is {image.size}, where its header said {geometry.original}")
-    left, top = geometry.crop
-    width, height = geometry.target
-    resized = image.resize(geometry.resized, Image.Resampling.LANCZOS)
-    cropped = resized.crop((left, top, left + width, top + height))
-    pixels = torch.from_numpy(np.array(cropped, dtype=np.uint8))
-    return pixels.permute(2, 0, 1).float() / 127.5 - 1
+    return render_variants(image, (geometry,))[0]
+
+
+def render_variants(image: Image.Image, variants: Sequence[Geometry]) -> torch.Tensor:
+    """Its V variants, which differ in crop and side: [V, 3, H, W] fp32 in -1..1."""
+    first = variants[0]
+    if image.size != first.original:
+        raise ValueError(f"its size is {image.size}, where its header said {first.original}")
+    resized = image.resize(first.resized, Image.Resampling.LANCZOS)
+    mirrored = ImageOps.mirror(resized) if any(one.flipped for one in variants) else resized
+    cut = []
+    for one in variants:
+        (left, top), (width, height) = one.crop, one.target
+        seen = mirrored if one.flipped else resized
+        cut.append(np.asarray(seen.crop((left, top, left + width, top + height))))
+    pixels = torch.from_numpy(np.stack(cut))
+    return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1

@@ -20,6 +20,7 @@ from precompute.placement import Planned
 from precompute.records import Blob, Memory, Record, Rejected
 from precompute.settings import EncodeSettings
 from precompute.threads import num_cores
+from precompute.variants import plan_variants
 from shards.buckets import Geometry, Size, bucket_sizes, cover, nearest_bucket, stretch
 from shards.durable import PARTIAL
 from shards.manifest import SCAN
@@ -67,7 +68,8 @@ def plan_pictures(
                 rejected.append(Rejected(record.path, reason))
             else:
                 digest, width, height = header
-                planned.append(Planned(record, digest, (shape((width, height)),)))
+                variants = plan_variants(shape((width, height)), settings, record.key)
+                planned.append(Planned(record, digest, variants))
         except ValueError as error:
             rejected.append(Rejected(record.path, str(error)))
     return planned, rejected

@@ -156,8 +156,8 @@ def _task_from_json(line: dict[str, Any], repeats: int) -> Task:
 
 
 def _geometry_from_json(row: list[Any]) -> Geometry:
-    original, resized, crop, target = map(tuple, row)
-    return Geometry(original=original, resized=resized, crop=crop, target=target)
+    original, resized, crop, target = map(tuple, row[:4])
+    return Geometry(original=original, resized=resized, crop=crop, target=target, flipped=row[4])
 
 
 def _blob_to_json(blob: Blob) -> list[Any]:
