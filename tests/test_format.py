@@ -18,6 +18,7 @@ import torch
 import webdataset as wds
 from conftest import Encode
 
+from precompute.changes import PREPROCESSING
 from precompute.encode import encode
 from precompute.records import Blob
 from precompute.settings import EncodeSettings
@@ -203,7 +204,7 @@ def test_a_rerun_adopts_what_is_whole(
 @pytest.mark.filterwarnings("ignore:.*settings changed")
 @pytest.mark.parametrize(
     ("settings", "cause"),
-    [({"dtype": "fp16"}, "dtype"), ({"square": True}, "preprocessing"), ({}, "captions")],
+    [({"dtype": "fp16"}, "dtype"), ({"square": True}, PREPROCESSING), ({}, "captions")],
 )
 def test_what_is_stale_is_encoded_again(
     pictures: Path, encode_to: Encode, base: Path, tmp_path: Path, settings: Any, cause: str
@@ -218,9 +219,9 @@ def test_what_is_stale_is_encoded_again(
         (data / "000.txt").write_text("an edited caption")
     changed = {**common, **settings}
     (report,) = encode(EncodeSettings(dataset=data, out=tmp_path / "cache", **changed))
-    assert report.changes.causes[cause] == {"dtype": 14, "preprocessing": 9, "captions": 1}[cause]
+    assert report.changes.causes[cause] == {"dtype": 14, PREPROCESSING: 9, "captions": 1}[cause]
     encode(EncodeSettings(dataset=data, out=tmp_path / "fresh", **changed))
-    if cause == "preprocessing":  # what stays in its bucket stays in its shard
+    if cause == PREPROCESSING:  # what stays in its bucket stays in its shard
         encode(EncodeSettings(dataset=data, out=tmp_path / "cache", repack=True, **changed))
     assert contents(tmp_path / "cache") == contents(tmp_path / "fresh")
 
