@@ -59,17 +59,13 @@ class EncodeSettings:
         if self.square and self.squash:
             raise ValueError("--square and --squash exclude each other")
         least = {"batch_size": 1, "shard_size": 1, "resolution": 1}
-        least |= {
-            "shuffle_tags": 0,
-            "keep_tokens": 0,
-            "min_size": 0,
-            "crops": 0,
-            "long_captions": 1,
-        }
+        least |= {"shuffle_tags": 0, "keep_tokens": 0, "min_size": 0, "crops": 0}
         for name, smallest in least.items():
             if getattr(self, name) < smallest:
                 flag = name.replace("_", "-")
                 raise ValueError(f"--{flag} must be at least {smallest}, not {getattr(self, name)}")
+        if not 1 <= self.long_captions <= 32:
+            raise ValueError(f"--long-captions must be from 1 to 32, not {self.long_captions}")
         if self.keep_tokens and not self.shuffle_tags:
             raise ValueError("--keep-tokens goes with --shuffle-tags")
         if self.threads is not None and not 1 <= self.threads <= 1024:
