@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from processes.gpus import check_gpus
+
 Dtype = Literal["fp16", "bf16", "fp32"]
 
 
@@ -51,17 +53,35 @@ class EncodeSettings:
         None, "Prompt file to draw from while training; default: the prompts the cache has."
     )
     device: str = _option("auto", "auto, cuda, cuda:N, mps or cpu.")
-    batch_size: int = _option(2, "Pictures encoded at a time; 1024² takes about 3 GB for each.")
-    threads: int | None = _option(None, "CPU threads; the default is torch's.")
+    gpus: str | None = _option(None, "Processes, one for each GPU of this machine: N, or auto.")
+    batch_size: int | None = _option(
+        None,
+        "Pictures encoded at a time; 1024² takes about 3 GB for each. Default: as the cache was "
+        "encoded so far, else 2.",
+    )
+    threads: int | None = _option(
+        None, "CPU threads of each process. Default: as the cache was encoded so far, else all."
+    )
     shard_size: int = _option(512, "Most samples in one shard.")
+    rehash: bool = _option(
+        False, "Read all files again, also those whose size and time are as they were."
+    )
+    repack: bool = _option(
+        False,
+        "Put the samples in the shards that a fresh encode would make, copying what is right.",
+    )
+    max_rejected: float = _option(
+        0.5, "Exit with 1, after finishing, where more than this share is rejected."
+    )
 
     def __post_init__(self) -> None:
         if self.square and self.squash:
             raise ValueError("--square and --squash exclude each other")
+        check_gpus(self.gpus)
         least = {"batch_size": 1, "shard_size": 1, "resolution": 1}
         least |= {"shuffle_tags": 0, "keep_tokens": 0, "min_size": 0, "crops": 0}
         for name, smallest in least.items():
-            if getattr(self, name) < smallest:
+            if getattr(self, name) is not None and getattr(self, name) < smallest:
                 flag = name.replace("_", "-")
                 raise ValueError(f"--{flag} must be at least {smallest}, not {getattr(self, name)}")
         if not 1 <= self.long_captions <= 32:
@@ -70,6 +90,8 @@ class EncodeSettings:
             raise ValueError("--keep-tokens goes with --shuffle-tags")
         if self.threads is not None and not 1 <= self.threads <= 1024:
             raise ValueError(f"--threads must be from 1 to 1024, not {self.threads}")
+        if not 0 <= self.max_rejected <= 1:
+            raise ValueError(f"--max-rejected must be in 0..1, not {self.max_rejected}")
         if not 0 <= self.val_share < 1:
             raise ValueError(f"--val-share must be in 0..1, 1 excluded, not {self.val_share}")
         if self.resolution % 8:
