@@ -66,9 +66,8 @@ def check_out(folder: Path, data_set: Path) -> None:
         raise ValueError(f"{folder}: not a folder")
     names = [path.name for path in folder.iterdir()] if folder.exists() else []
     ours = (UNCONDITIONAL, MANIFEST, PLAN)
-    foreign = [
-        name for name in names if name not in (*OWN, REPLACED) and not name.endswith(PARTIAL)
-    ]
+    known = (*OWN, REPLACED)
+    foreign = [name for name in names if name not in known and not name.endswith(PARTIAL)]
     if foreign and not any(name in names for name in ours):
         raise ValueError(
             f"{folder}: not empty and no cache (holds {min(foreign)}); give another --out"

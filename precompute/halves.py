@@ -146,26 +146,38 @@ def _stored(
 def _open_member(planned: Planned, settings: EncodeSettings) -> list[Pixels] | Failed:
     """Of each variant its pixels and its mask, or why there are none."""
     changed = Failed("it changed while the data set was encoded; encode again", for_good=False)
-    mask, record = b"", planned.record
+    record = planned.record
     try:
         data = record.picture.read()
-        if record.mask is not None:
-            mask = record.mask.read()
+        mask = None if record.mask is None else record.mask.read()
     except ValueError:
         return changed
-    digests = [hashlib.sha256(part).hexdigest() if part else "" for part in (data, mask)]
-    if digests != [planned.picture, planned.mask]:
+    if [_digest(data), _digest(mask)] != [planned.picture, planned.mask]:
         return changed
     try:
         pictures = render_variants(open_picture(data), planned.variants)
-        if mask:
-            shares: Grey | None = open_mask(mask, planned.variants[0].original)
-        else:
-            shares = open_alpha(data) if settings.mask_from_alpha else None
-        if shares is None:
-            masks = torch.empty(len(pictures), 0)
-        else:
-            masks = render_mask(shares, planned.variants)
-        return [*zip(pictures, masks, strict=True)]
     except Exception as error:  # Pillow raises anything of a bad file
         return Failed(describe(error))
+    try:
+        masks = _open_masks(data, mask, planned, settings)
+    except Exception as error:
+        return Failed(f"its mask: {describe(error)}")
+    return [*zip(pictures, masks, strict=True)]
+
+
+def _open_masks(
+    data: bytes, mask: bytes | None, planned: Planned, settings: EncodeSettings
+) -> torch.Tensor:
+    """Of each variant the mask [V, 1, h, w], or nothing [V, 0]."""
+    shares: Grey | None = None
+    if mask is not None:
+        shares = open_mask(mask, planned.variants[0].original)
+    elif settings.mask_from_alpha:
+        shares = open_alpha(data)
+    if shares is None:
+        return torch.empty(len(planned.variants), 0)
+    return render_mask(shares, planned.variants)
+
+
+def _digest(data: bytes | None) -> str:
+    return "" if data is None else hashlib.sha256(data).hexdigest()

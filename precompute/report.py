@@ -1,6 +1,5 @@
 """What an encode came to, for whoever tells it."""
 
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,9 +43,9 @@ class Report:
         self.num_cut_captions += header["num_cut_captions"]
 
 
-def summarise(changes: Changes) -> str:
+def summarise(report: Report) -> str:
     """``12 new, 3 captions changed, 1 removed, 9,984 unchanged``."""
-    causes: Counter[str] = changes.causes
+    changes, causes = report.changes, report.changes.causes
     parts = [f"{changes.num_new:,} new"] if changes.num_new else []
     for cause, number in sorted(causes.items()):
         if cause in NOUNS:

@@ -67,8 +67,7 @@ class EncodeSettings:
         False, "Read all files again, also those whose size and time are as they were."
     )
     repack: bool = _option(
-        False,
-        "Put the samples in the shards that a fresh encode would make, copying what is right.",
+        False, "Put the samples where a fresh encode would, copying what is still right."
     )
     max_rejected: float = _option(
         0.5, "Exit with 1, after finishing, where more than this share is rejected."
@@ -81,9 +80,10 @@ class EncodeSettings:
         least = {"batch_size": 1, "shard_size": 1, "resolution": 1}
         least |= {"shuffle_tags": 0, "keep_tokens": 0, "min_size": 0, "crops": 0}
         for name, smallest in least.items():
-            if getattr(self, name) is not None and getattr(self, name) < smallest:
+            value = getattr(self, name)
+            if value is not None and value < smallest:
                 flag = name.replace("_", "-")
-                raise ValueError(f"--{flag} must be at least {smallest}, not {getattr(self, name)}")
+                raise ValueError(f"--{flag} must be at least {smallest}, not {value}")
         if not 1 <= self.long_captions <= 32:
             raise ValueError(f"--long-captions must be from 1 to 32, not {self.long_captions}")
         if self.keep_tokens and not self.shuffle_tags:
