@@ -25,11 +25,19 @@ def open_mask(data: bytes, original: Size) -> Grey:
     alpha = open_alpha(data)
     if alpha is not None and alpha.min() < 1:
         raise ValueError("partly transparent: make it a grey picture, white where the loss counts")
-    grey = _shares(open_picture(data).convert("L"))
-    (width, height), (rows, columns) = original, grey.shape
+    grey = open_picture(data).convert("L")
+    check_mask_size(grey.size, original)
+    return _shares(grey)
+
+
+def check_mask_size(size: Size, original: Size) -> None:
+    """
+    Raises:
+        ValueError: another aspect ratio than its picture's, by more than rounding to pixels.
+    """
+    (width, height), (columns, rows) = original, size
     if abs(columns * height - rows * width) > max(width, height, columns, rows):
         raise ValueError(f"of {columns} x {rows} pixels, where its picture has {width} x {height}")
-    return grey
 
 
 def open_alpha(data: bytes) -> Grey | None:

@@ -16,6 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from precompute.images import picture_size
+from precompute.masks import check_mask_size
 from precompute.placement import Planned
 from precompute.records import Blob, Memory, Record, Rejected
 from precompute.settings import EncodeSettings
@@ -70,7 +71,7 @@ def plan_pictures(
                 digest, width, height = header
                 _check_size(width, height, settings.min_size)
                 variants = plan_variants(shape((width, height)), settings, record.key)
-                mask = "" if record.mask is None else _mask_digest(record.mask, memory)
+                mask = _mask_digest(record, (width, height), memory)
                 planned.append(Planned(record, digest, variants, mask))
         except ValueError as error:
             rejected.append(Rejected(record.path, str(error)))
@@ -98,14 +99,26 @@ def _check_size(width: int, height: int, smallest: int) -> None:
         )
 
 
-def _mask_digest(mask: Blob, memory: Memory) -> str:
-    def read() -> str:
-        try:
-            return hashlib.sha256(mask.read()).hexdigest()
-        except OSError as error:
-            raise ValueError(f"its mask {mask.file.name}: {describe(error)}") from None
+def _mask_digest(record: Record, original: Size, memory: Memory) -> str:
+    """sha256 of the mask's bytes; empty of a picture that has none beside it.
 
-    return str(memory.recall(*_stamp(mask, "mask"), read))
+    Raises:
+        ValueError: it cannot be read, or cannot be of this picture.
+    """
+    mask = record.mask
+    if mask is None:
+        return ""
+
+    def read() -> Header:
+        data = mask.read()
+        return [hashlib.sha256(data).hexdigest(), *picture_size(data)]
+
+    try:
+        digest, width, height = memory.recall(*_stamp(mask, "mask"), read)
+        check_mask_size((width, height), original)
+    except Exception as error:  # Pillow raises anything of a bad file
+        raise ValueError(f"its mask: {describe(error)}") from None
+    return str(digest)
 
 
 def _stamp(blob: Blob, what: str = "picture") -> tuple[str, int, int]:

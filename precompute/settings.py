@@ -73,6 +73,10 @@ class EncodeSettings:
         0.5, "Exit with 1, after finishing, where more than this share is rejected."
     )
 
+    dry_run: bool = _option(
+        False, "Say what would be encoded, cropped and rejected, and how much disk it takes."
+    )
+
     def __post_init__(self) -> None:
         if self.square and self.squash:
             raise ValueError("--square and --squash exclude each other")
