@@ -232,25 +232,30 @@ def demo(out: Path, debug: bool) -> None:
 
 @commands.command()
 @click.argument("cache", type=click.Path(path_type=Path))
+@click.option("--repair", is_flag=True, help="Drop what is damaged: encode makes it again.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def verify(cache: Path, debug: bool) -> None:
+def verify(cache: Path, repair: bool, debug: bool) -> None:
     """Hash every byte of CACHE again; name what is damaged, and exit with 1 if anything is."""
     with door(debug):
-        from shards.manifest import MANIFEST
-
-        parts = [cache / name for name in ("train", "val") if (cache / name).is_dir()]
-        if (cache / MANIFEST).exists() or not parts:
-            parts = [cache]
-        if not all([_verify_one(folder) for folder in parts]):
+        if not all([_verify_one(folder, repair) for folder in _parts(cache)]):
             raise SystemExit(1)
 
 
-def _verify_one(folder: Path) -> bool:
-    """Say what is damaged in one cache; whether nothing is."""
+def _parts(cache: Path) -> list[Path]:
+    """The caches in a folder: itself, or its train and val."""
+    from shards.manifest import MANIFEST
+
+    parts = [cache / name for name in ("train", "val") if (cache / name).is_dir()]
+    return [cache] if (cache / MANIFEST).exists() or not parts else parts
+
+
+def _verify_one(folder: Path, repair: bool) -> bool:
+    """Say what is damaged in one cache, and drop it; whether nothing is."""
     from tqdm import tqdm
 
     from shards import CacheError
     from shards.manifest import MANIFEST, read_manifest
+    from shards.repair import drop_damaged, stand_in
     from shards.verify import verify as check
 
     try:
@@ -259,16 +264,21 @@ def _verify_one(folder: Path) -> bool:
         if not (folder / MANIFEST).exists() and folder.name not in ("train", "val"):
             raise  # no cache at all: bad input, not damage
         click.echo(str(error))
-        return False
+        if not repair or not (folder / MANIFEST).exists():
+            return False
+        manifest = stand_in(folder)
     num_shards = len(manifest["shards"])
     checks = tqdm(check(folder, manifest), total=num_shards + 1, unit="shard", desc=folder.name)
-    faults = [fault for found in checks for fault in found]
+    found = [*checks]
+    faults = [fault for some in found for fault in some]
     for fault in faults:
         click.echo(fault)
-    if not faults:
+    if repair and (dropped := drop_damaged(folder, manifest, found)):
+        click.echo("\n".join([*dropped, "next: run the same encode again; it makes them again"]))
+    if not faults and "digest" in manifest:
         samples = manifest["num_samples"]
         click.echo(f"{folder}: {samples} samples in {num_shards} shards, all whole")
-    return not faults
+    return not faults and "digest" in manifest
 
 
 if __name__ == "__main__":
