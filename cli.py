@@ -281,5 +281,40 @@ def _verify_one(folder: Path, repair: bool) -> bool:
     return not faults and "digest" in manifest
 
 
+@commands.command()
+@click.argument("cache", type=click.Path(path_type=Path))
+@click.option(
+    "--sheets",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Also draw the pictures of each bucket, with how they were cut, into this folder.",
+)
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def inspect(cache: Path, sheets: Path | None, debug: bool) -> None:
+    """Say what CACHE holds: buckets, captions, recipe, statistics, what was rejected."""
+    with door(debug):
+        parts = _parts(cache)
+        for folder in parts:
+            _inspect_one(folder, sheets and (sheets / folder.name if len(parts) > 1 else sheets))
+
+
+def _inspect_one(folder: Path, sheets: Path | None) -> None:
+    from tqdm import tqdm
+
+    from shards.inspect import describe_contents, read_contents
+    from shards.reader import Cache
+
+    cache = Cache(folder)
+    num_shards = sum(1 for shard in cache.manifest["shards"] if shard["count"])
+    *_, contents = tqdm(
+        read_contents(cache), total=num_shards, unit="shard", desc=folder.name, leave=False
+    )
+    click.echo("\n".join(describe_contents(cache, contents)))
+    if sheets is not None:
+        from precompute.sheets import write_sheets
+
+        for path in write_sheets(cache, sheets):
+            click.echo(path)
+
+
 if __name__ == "__main__":
     commands()
