@@ -51,7 +51,8 @@ def door(debug: bool) -> Iterator[None]:
             f"out of memory: try a smaller --batch-size ({reason})"
         ) from error
     except KeyboardInterrupt as stop:
-        click.echo("\nInterrupted.", err=True)
+        if os.environ.get("RANK", "0") == "0":
+            click.echo(" ".join(["\nInterrupted.", *getattr(stop, "__notes__", [])]), err=True)
         sys.exit(143 if isinstance(stop, Terminated) else 130)
 
 
@@ -110,20 +111,32 @@ def encode(ctx: click.Context, debug: bool, **values: Any) -> None:
     """
     with door(debug):
         settings = _settings(ctx, values)
+        if _launched(settings):
+            return
         from precompute.encode import encode as run
 
-        for report in run(settings):
+        reports = run(settings)
+        for report in reports:
             _tell_encoded(report)
-        click.echo(
-            f"next: python cli.py train {settings.out} --base {settings.base} --out RUN --epochs 10"
-        )
+        for report in reports:
+            if report.rejected_share > settings.max_rejected:
+                raise click.ClickException(
+                    f"{report.folder}: {report.rejected_share:.0%} of the pictures were rejected "
+                    f"(--max-rejected {settings.max_rejected})"
+                )
+        if reports:
+            click.echo(
+                f"next: python cli.py train {settings.out} --base {settings.base} --out RUN "
+                "--epochs 10"
+            )
 
 
 def _tell_encoded(report: Any) -> None:
+    from precompute.report import summarise
+
     click.echo(
-        f"\n{report.folder}: {report.num_samples} pictures in {report.num_shards} shards, "
-        f"{report.num_bytes / 1e6:.1f} MB ({report.num_encoded} encoded now, "
-        f"{report.num_adopted} kept)"
+        f"\n{report.folder}: {report.num_samples:,} pictures in {report.num_shards:,} shards, "
+        f"{report.num_bytes / 1e6:.1f} MB: {summarise(report)}"
     )
     for bucket, count in report.buckets.items():
         click.echo(
@@ -137,8 +150,6 @@ def _tell_encoded(report: Any) -> None:
             click.echo(f"  {number} {what}")
     if report.num_prompts:
         click.echo(f"  {report.num_prompts} preview prompts")
-    if report.causes:
-        click.echo(f"  earlier shards were encoded again, changed: {', '.join(report.causes)}")
     if report.rejected:
         first = report.rejected[0]
         click.echo(

@@ -3,7 +3,7 @@
 import importlib
 import io
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 
@@ -36,7 +36,7 @@ def picture_size(data: bytes) -> Size:
         PictureError: it is too large, or too long for its width.
         Exception: whatever Pillow raises of a file it cannot read.
     """
-    with _opened(data) as image:
+    with opened(data) as image:
         width, height = image.size
         # Of a TIFF, Pillow gives the size as it will be after loading: upright.
         turned = image.format != "TIFF" and image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
@@ -50,7 +50,7 @@ def open_picture(data: bytes) -> Image.Image:
         PictureError: it is too large, too long for its width, or not all there.
         Exception: whatever Pillow raises of a file it cannot read.
     """
-    with _opened(data) as image:
+    with opened(data) as image:
         _check_whole(data, image)
         image.load()
         if image.format in ("JPEG", "MPO") and is_cut(data, image):
@@ -68,7 +68,13 @@ def _check_whole(data: bytes, image: Image.Image) -> None:
 
 
 @contextmanager
-def _opened(data: bytes) -> Iterator[Image.Image]:
+def opened(data: bytes) -> Iterator[Image.Image]:
+    """A picture whose header is read, and its size found to be in bounds.
+
+    Raises:
+        PictureError: it is too large, too long for its width, or no picture.
+        Exception: whatever Pillow raises of a file it cannot read.
+    """
     is_heif = data[4:8] == b"ftyp" and data[8:12] in HEIF_BRANDS and not _reads_avif(data)
     if is_heif and not _heif_plugin():
         raise PictureError(
@@ -122,11 +128,20 @@ def room_for(size: Size) -> AbstractContextManager[object]:
 
 def render(image: Image.Image, geometry: Geometry) -> torch.Tensor:
     """The cropped bucket of an RGB picture: [3, H, W] fp32 in -1..1."""
-    if image.size != geometry.original:
-        raise PictureError(f"its size is {image.size}, where its header said {geometry.original}")
-    left, top = geometry.crop
-    width, height = geometry.target
-    resized = image.resize(geometry.resized, Image.Resampling.LANCZOS)
-    cropped = resized.crop((left, top, left + width, top + height))
-    pixels = torch.from_numpy(np.array(cropped, dtype=np.uint8))
-    return pixels.permute(2, 0, 1).float() / 127.5 - 1
+    return render_variants(image, (geometry,))[0]
+
+
+def render_variants(image: Image.Image, variants: Sequence[Geometry]) -> torch.Tensor:
+    """Its V variants, which differ in crop and side: [V, 3, H, W] fp32 in -1..1."""
+    first = variants[0]
+    if image.size != first.original:
+        raise PictureError(f"its size is {image.size}, where its header said {first.original}")
+    resized = image.resize(first.resized, Image.Resampling.LANCZOS)
+    mirrored = ImageOps.mirror(resized) if any(one.flipped for one in variants) else resized
+    cut = []
+    for one in variants:
+        (left, top), (width, height) = one.crop, one.target
+        seen = mirrored if one.flipped else resized
+        cut.append(np.asarray(seen.crop((left, top, left + width, top + height))))
+    pixels = torch.from_numpy(np.stack(cut))
+    return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1

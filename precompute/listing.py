@@ -1,20 +1,20 @@
 """A list of pictures: captions.jsonl or metadata.jsonl, one JSON object a line."""
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from precompute.folder import Tree, is_text
+from precompute.captions import is_text, settle
+from precompute.folder import Tree
 from precompute.records import Blob, Record, Rejected
+from precompute.rows import TEXT_FIELDS, first_field, load_row, read_row
+from precompute.settings import EncodeSettings
 
 LISTS = ("captions.jsonl", "metadata.jsonl")
 FILE_FIELDS = ("file_name", "file", "image")
-TEXT_FIELDS = ("text", "caption")
 
 
-def listed(tree: Tree, name: str) -> Iterator[Record | Rejected]:
+def read_list(tree: Tree, name: str, settings: EncodeSettings) -> Iterator[Record | Rejected]:
     """What each line of the list ``name`` comes to.
 
     Raises:
@@ -28,51 +28,60 @@ def listed(tree: Tree, name: str) -> Iterator[Record | Rejected]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        item = _listed_one(tree, f"{name}:{number}", line)
+        item = _read_line(tree, f"{name}:{number}", line, settings)
         if item.path in seen:
             item = Rejected(f"{name}:{number}", f"{item.path} is named a second time")
         seen.add(item.path)
         yield item
 
 
-def _listed_one(tree: Tree, where: str, line: str) -> Record | Rejected:
+def _read_line(tree: Tree, where: str, line: str, settings: EncodeSettings) -> Record | Rejected:
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return Rejected(where, f"not valid JSON: {error}")
-    if not isinstance(row, dict):
-        return Rejected(where, "not a JSON object")
-    name, caption = _field(row, FILE_FIELDS), _field(row, TEXT_FIELDS)
+        row = load_row(line)
+    except ValueError as error:
+        return Rejected(where, str(error))
+    name = first_field(row, FILE_FIELDS)
     if not isinstance(name, str) or not name:
         return Rejected(where, f"names no picture: none of {', '.join(FILE_FIELDS)} is text")
-    if not is_text(name) or (isinstance(caption, str) and not is_text(caption)):
-        return Rejected(where, "its name or caption holds half a character (a lone surrogate)")
-    found = _find(tree, name)
-    if found is None:
-        return Rejected(name, f"{where}: no such file, nor in images/")
-    path, picture = found
-    if picture is None:
-        return Rejected(name, f"{where}: lies outside the data set")
-    if not isinstance(caption, str):
-        return Rejected(path, f"{where}: no caption: none of {', '.join(TEXT_FIELDS)} is text")
-    return Record(path, picture, (caption.strip(),))
+    if not is_text(name):
+        return Rejected(where, "its name holds half a character (a lone surrogate)")
+    path = name
+    try:
+        path, picture = _find(tree, name)
+        told = read_row(row)
+        mask = None if row.get("mask") is None else _find_mask(tree, row["mask"])
+    except ValueError as error:
+        return Rejected(path, f"{where}: {error}")
+    record = Record(path, picture, told.captions, told.weight, told.repeats, mask)
+    return settle(
+        record, settings, f"{where}: no caption: none of {', '.join(TEXT_FIELDS)} is text"
+    )
 
 
-def _find(tree: Tree, name: str) -> tuple[str, Blob | None] | None:
-    """Path and bytes of the file that a line names; no bytes if it lies outside."""
+def _find_mask(tree: Tree, name: object) -> Blob:
+    if not isinstance(name, str) or not is_text(name):
+        raise ValueError(f"its mask must be a file's name, not {name!r}")
+    try:
+        return _find(tree, name)[1]
+    except ValueError as error:
+        raise ValueError(f"its mask {name}: {error}") from None
+
+
+def _find(tree: Tree, name: str) -> tuple[str, Blob]:
+    """Path and bytes of the file that a line names.
+
+    Raises:
+        ValueError: there is none, or it lies outside.
+    """
     for path in (name, f"images/{name}"):
-        if path in tree.files and os.path.normpath(path) == path:
+        if path in tree.files:
             return path, tree.blob(path)
         # A detour, or an absolute name: one picture, one name.
         if os.path.isfile(tree.root / path):  # False, where pathlib raises, of one too long
             root = Path(os.path.abspath(tree.root))
             file = Path(os.path.abspath(root / path))
             if not file.is_relative_to(root):
-                return name, None
+                raise ValueError("lies outside the data set")
             inside = file.relative_to(root).as_posix()
             return inside, tree.blob(inside) if inside in tree.files else Blob.of(file)
-    return None
-
-
-def _field(row: dict[str, Any], names: tuple[str, ...]) -> Any:
-    return next((row[name] for name in names if name in row), None)
+    raise ValueError("no such file, nor in images/")

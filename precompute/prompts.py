@@ -5,8 +5,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from precompute.encoders import Encoders
 from precompute.recipe import read_text_recipe
-from precompute.samples import Encoders
 from precompute.text import load_text, text_causes
 from sdxl.base import zeros_for_empty_prompt
 from sdxl.conditioning import Conditioning, TextEncoders

@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ class Record:
     repeats: int = 1
     mask: Blob | None = None
 
-    @property
+    @cached_property
     def key(self) -> str:
         return sample_key(self.path)
 
@@ -100,9 +101,19 @@ class Memory:
 
     def recall(self, path: str, size: int, mtime_ns: int, read: Callable[[], Any]) -> Any:
         """What the file holds: remembered if its size and mtime are, else from ``read()``."""
+        found = self.find(path, size, mtime_ns)
+        return self.keep(path, size, mtime_ns, read()) if found is None else found
+
+    def find(self, path: str, size: int, mtime_ns: int) -> Any:
+        """What the file held, if it was then of this size and time; else None."""
         row = self.known.get(path)
         if row is None or row[0] != size or row[1] != mtime_ns:
-            row = [size, mtime_ns, read()]
-        if mtime_ns < self._now - SETTLED_NS:
-            self.seen[path] = row
+            return None
+        self.seen[path] = row
         return row[2]
+
+    def keep(self, path: str, size: int, mtime_ns: int, held: Any) -> Any:
+        """Remember what the file holds, unless it may change unnoticed; returns it."""
+        if mtime_ns < self._now - SETTLED_NS:
+            self.seen[path] = [size, mtime_ns, held]
+        return held

@@ -1,12 +1,30 @@
 """What the user has, as stable records: a path, its bytes, captions. No picture is opened."""
 
+import re
 import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
-from precompute.folder import PICTURES, is_picture, shown, walk, with_text_files
-from precompute.listing import LISTS, listed
+from precompute.captions import is_text
+from precompute.folder import (
+    PICTURES,
+    Tree,
+    find_masks,
+    is_picture,
+    mask_beside,
+    read_pictures,
+    shown,
+    walk,
+)
+from precompute.listing import LISTS, read_list
 from precompute.records import Memory, Record, Rejected, Source
 from precompute.settings import EncodeSettings
+from precompute.tars import COMPRESSED, open_pack
+from shards.manifest import UNCONDITIONAL
+
+Item = Record | Rejected
+REPEATS = re.compile(r"\d{1,4}_.+")
 
 
 def read_data_set(settings: EncodeSettings, memory: Memory | None = None) -> dict[str, Source]:
@@ -54,33 +72,92 @@ def split(source: Source, val_share: float) -> dict[str, Source]:
 
 
 def read_source(folder: Path, settings: EncodeSettings, memory: Memory, prefix: str = "") -> Source:
-    """Records of one folder: by its list, else by a text file beside each picture."""
-    tree = walk(folder, prefix)
+    """Records of one folder: by its list, else by the text beside each picture; and of its tars."""
+    out = settings.out if settings.out.resolve() != folder.resolve() else None
+    tree = walk(folder, memory, prefix, skip=out)
     lists = [name for name in LISTS if name in tree.files]
     if len(lists) > 1:
         raise ValueError(f"{folder}: both {LISTS[0]} and {LISTS[1]}; keep one")
-    found = [*(listed(tree, lists[0]) if lists else with_text_files(tree, memory))]
-    if not settings.empty_captions:
-        found = [_refuse_empty(item) for item in found]
-    named = {item.path for item in found}
     if lists:
-        why = f"not named in {lists[0]}, so it has no caption"
-        found += [Rejected(shown(path), why) for path in tree.pictures() if path not in named]
-    why = "a link that leads nowhere"
-    lost = (shown(path) for path in tree.broken if is_picture(path))
-    found += [Rejected(path, why) for path in lost if path not in named]
+        found = [*_with_masks(tree, read_list(tree, lists[0], settings))]
+        found += _unnamed(tree, found, lists[0])
+    else:
+        found = [*read_pictures(tree, settings)]
+    for path in sorted(tree.files):
+        found += _packed(tree, path, settings)
+    lost = (path for path in tree.broken if is_picture(path))
+    found += [Rejected(shown(path), "a link that leads nowhere") for path in lost]
+    found = [*repeat_folders(found, settings.repeat_folders)]
     if not found:
-        raise ValueError(f"{folder}: no pictures in it ({' '.join(sorted(PICTURES))})")
+        raise ValueError(f"{folder}: no pictures in it ({' '.join(sorted(PICTURES))} .tar)")
     records = [item for item in found if isinstance(item, Record)]
     rejected = [item for item in found if isinstance(item, Rejected)]
     return Source(sorted(records, key=lambda r: r.key), sorted(rejected, key=lambda r: r.key))
 
 
 def _is_loose(path: Path) -> bool:
-    return is_picture(path.name) and path.is_file()
+    return path.name.lower().endswith((*PICTURES, ".tar")) and path.is_file()
 
 
-def _refuse_empty(item: Record | Rejected) -> Record | Rejected:
-    if isinstance(item, Record) and not all(item.captions):
-        return Rejected(item.path, "its caption is empty")
-    return item
+def _with_masks(tree: Tree, found: Iterable[Item]) -> Iterator[Item]:
+    """Of a list that names no masks, those beside the pictures."""
+    masks = find_masks(tree)
+    for item in found:
+        if isinstance(item, Record) and item.mask is None:
+            try:
+                item = replace(item, mask=mask_beside(tree, item.path, masks))
+            except ValueError as error:
+                item = Rejected(item.path, str(error))
+        yield item
+
+
+def _unnamed(tree: Tree, found: list[Item], listing: str) -> Iterator[Rejected]:
+    named = {item.path for item in found}
+    named |= {mask for masks in find_masks(tree).values() for mask in masks}
+    masks = {item.mask.file for item in found if isinstance(item, Record) and item.mask}
+    for path in tree.files:
+        if is_picture(path) and path not in named and tree.root / path not in masks:
+            yield Rejected(shown(path), f"not named in {listing}, so it has no caption")
+
+
+def _packed(tree: Tree, path: str, settings: EncodeSettings) -> Iterator[Item]:
+    """What a file comes to if it is a tar; shards of a cache are none of the user's."""
+    if path.lower().endswith(COMPRESSED):
+        yield Rejected(path, "a compressed tar cannot be read in place: make it a plain .tar")
+    folder = path.rpartition("/")[0]
+    is_shard = f"{folder}/{UNCONDITIONAL}".lstrip("/") in tree.files
+    if not path.lower().endswith(".tar") or is_shard:
+        return
+    if not is_text(path):
+        yield Rejected(shown(path), "its name is not UTF-8 text")
+        return
+    pack = open_pack(tree.root, path, tree.files[path], tree.memory, tree.prefix)
+    yield from read_pictures(pack, settings)
+    pictures = {name.rpartition(".")[0] for name in pack.files if is_picture(name)}
+    if not pictures and not pack.damage:
+        warnings.warn(f"{tree.root / path}: no pictures in this tar", stacklevel=2)
+    yield from pack.rejected(pictures)
+
+
+def repeat_folders(found: Iterable[Item], wanted: bool) -> Iterator[Item]:
+    """Repeats from folders named ``N_name``, or a word on those that are not taken so."""
+    folders: dict[str, int] = {}
+    for item in found:
+        parts = [part for part in item.path.split("/")[:-1] if not part.lower().endswith(".tar")]
+        name = next((part for part in reversed(parts) if REPEATS.fullmatch(part)), "")
+        if name and isinstance(item, Record):
+            folders[name] = int(name.partition("_")[0])
+            if wanted and not folders[name]:
+                item = Rejected(item.path, f"its folder {name} takes it 0 times an epoch")
+            elif wanted:
+                item = replace(item, repeats=item.repeats * folders[name])
+        yield item
+    if wanted and not folders:
+        warnings.warn("--repeat-folders: no folder with pictures is named N_name", stacklevel=2)
+    if folders and not wanted:
+        name, repeats = min(folders.items())
+        warnings.warn(
+            f"{name}/: each of its pictures is taken once an epoch; if the name means {repeats} "
+            "times, give --repeat-folders",
+            stacklevel=2,
+        )

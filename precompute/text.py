@@ -6,11 +6,12 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 
 from sdxl.conditioning import TextEncoders
-from shards import CacheError
 from shards.durable import write_durable
-from shards.manifest import UNCONDITIONAL, content_digest, read_manifest
+from shards.manifest import UNCONDITIONAL, content_digest
+from shards.previews import KEY
 from shards.sample import DTYPES
 
 
@@ -37,18 +38,23 @@ def write_unconditional(
         "zeros.prompt_embeds": zeros.prompt,
         "zeros.pooled_prompt_embeds": zeros.pooled,
     }
-    data = safetensors.torch.save(tensors, metadata={"causes": text_causes(recipe)})
-    write_durable(folder / UNCONDITIONAL, data)
+    write_durable(folder / UNCONDITIONAL, _signed(tensors, text_causes(recipe)))
+
+
+def _signed(tensors: dict[str, torch.Tensor], causes: str) -> bytes:
+    """With that it vouches for itself where an interrupted encode has left no manifest."""
+    digest = hashlib.sha256(safetensors.torch.save(tensors)).hexdigest()
+    return safetensors.torch.save(tensors, metadata={KEY: f"{causes} {digest}"})
 
 
 def unconditional_is_whole(folder: Path, recipe: dict[str, Any]) -> bool:
-    """Whether an earlier run's manifest vouches for these very bytes."""
+    """Whether an earlier run left what this one would write, less last bits."""
     try:
-        digest = read_manifest(folder)["side_files"][UNCONDITIONAL]
         data = (folder / UNCONDITIONAL).read_bytes()
-    except (CacheError, KeyError, OSError):
+        tensors = safetensors.torch.load(data)
+    except (OSError, SafetensorError):
         return False
-    return hashlib.sha256(data).hexdigest() == digest and text_causes(recipe).encode() in data
+    return _signed(tensors, text_causes(recipe)) == data
 
 
 def text_shape(folder: Path) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """Aspect-ratio buckets: the picture sizes that training batches are made of. Pure integers."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 Size = tuple[int, int]  # (width, height) in pixels
 
@@ -33,21 +33,35 @@ def nearest_bucket(size: Size, buckets: list[Size]) -> Size:
 
 @dataclass(frozen=True, kw_only=True)
 class Geometry:
-    """How one picture becomes its bucket: resize to ``resized``, then cut ``target`` at the crop.
+    """How one picture becomes its bucket: resize to ``resized``, mirror it left to right where it
+    is ``flipped``, then cut ``target`` at the crop.
 
-    Sizes are (width, height); ``crop`` is (left, top) in the resized picture.
+    Sizes are (width, height); ``crop`` is (left, top) in the resized picture as it then is: of a
+    flipped one, the left is the mirrored picture's.
     """
 
     original: Size
     resized: Size
     crop: Size
     target: Size
+    flipped: bool = False
 
     @property
     def sizes(self) -> list[int]:
         """SDXL's micro-conditioning [orig_h, orig_w, crop_top, crop_left, target_h, target_w]."""
         (ow, oh), (left, top), (tw, th) = self.original, self.crop, self.target
         return [oh, ow, top, left, th, tw]
+
+    @property
+    def cut_share(self) -> float:
+        """The share of the picture's area that is cut away."""
+        (rw, rh), (tw, th) = self.resized, self.target
+        return 1 - tw * th / (rw * rh)
+
+    def mirrored(self) -> "Geometry":
+        """The same part of the picture, seen in a mirror."""
+        (left, top), spare = self.crop, self.resized[0] - self.target[0]
+        return replace(self, crop=(spare - left, top), flipped=not self.flipped)
 
     @property
     def is_upscaled(self) -> bool:

@@ -6,12 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from shards import FORMAT, VERSION, CacheError
-from shards.durable import write_durable
+from shards.durable import write_changed
 from shards.index import Index
 
 MANIFEST = "manifest.json"
 PROMPTS = "prompts.safetensors"
 UNCONDITIONAL = "unconditional.safetensors"
+SCAN = "scan.json"  # this and what follows is the encode stage's own, and no part of the cache
+PLAN = "plan.jsonl"
+LOCK = "encode.lock"
+REPLACED = "replaced"  # a folder: shards that are being written anew
+OWN = (SCAN, PLAN, LOCK)
 SIDE_FILES = (UNCONDITIONAL, PROMPTS, "rejected.jsonl")
 
 
@@ -67,7 +72,7 @@ def renew_side_file(folder: Path, name: str) -> dict[str, Any]:
 
 def _sign_manifest(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     manifest["digest"] = content_digest(manifest)
-    write_durable(folder / MANIFEST, canonical_json(manifest).encode())
+    write_changed(folder / MANIFEST, canonical_json(manifest).encode())
     return manifest
 
 

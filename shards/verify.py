@@ -10,7 +10,7 @@ import xxhash
 
 from shards import CacheError
 from shards.index import Index
-from shards.manifest import MANIFEST, file_sha256
+from shards.manifest import MANIFEST, OWN, file_sha256
 from shards.reader import read_ahead
 
 MOST_THREADS = 16  # hashing lets go of Python's lock, so each keeps a core or the disk busy
@@ -29,7 +29,7 @@ def verify(folder: Path, manifest: dict[str, Any]) -> Iterator[list[str]]:
 
 
 def _check_side_files(folder: Path, manifest: dict[str, Any]) -> Iterator[str]:
-    known = {MANIFEST, *manifest["side_files"]}
+    known = {MANIFEST, *OWN, *manifest["side_files"]}
     known |= {f"{s['name']}.{end}" for s in manifest["shards"] for end in ("tar", "index")}
     for name, digest in manifest["side_files"].items():
         path = folder / name

@@ -1,0 +1,82 @@
+"""Masks: where in a picture the loss counts, at the size of its latents."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, ImageOps
+
+from precompute.images import open_picture, opened
+from shards.buckets import Geometry, Size
+
+FACTOR = 8  # pixels of a latent's side
+Grey = npt.NDArray[np.float64]
+
+
+def open_mask(data: bytes, original: Size) -> Grey:
+    """A mask picture [H, W] in 0..1, of any size in the aspect ratio of its picture.
+
+    Raises:
+        ValueError: another aspect ratio, or partly transparent.
+        Exception: whatever Pillow raises of a file it cannot read.
+    """
+    alpha = open_alpha(data)
+    if alpha is not None and alpha.min() < 1:
+        raise ValueError("partly transparent: make it a grey picture, white where the loss counts")
+    grey = _shares(open_picture(data).convert("L"))
+    (width, height), (rows, columns) = original, grey.shape
+    if abs(columns * height - rows * width) > max(width, height, columns, rows):
+        raise ValueError(f"of {columns} x {rows} pixels, where its picture has {width} x {height}")
+    return grey
+
+
+def open_alpha(data: bytes) -> Grey | None:
+    """A picture's own alpha [H, W] in 0..1, upright; None where it has none.
+
+    Raises:
+        Exception: whatever Pillow raises of a file it cannot read.
+    """
+    with opened(data) as image:
+        image.load()
+        if not image.has_transparency_data:
+            return None
+        upright = ImageOps.exif_transpose(image)
+    if upright.mode in ("I", "I;16", "F"):  # one grey value is clear
+        clear: Grey = (np.asarray(upright) != upright.info["transparency"]).astype(np.float64)
+        return clear
+    return _shares(upright.convert("RGBA").getchannel("A"))
+
+
+def _shares(grey: Image.Image) -> Grey:
+    return np.asarray(grey, dtype=np.float64) / 255
+
+
+def render_mask(mask: Grey, variants: Sequence[Geometry]) -> torch.Tensor:
+    """The mean of the mask over the area of each latent pixel: [V, 1, h, w] fp32 in 0..1.
+
+    The area is that which the variant shows there, to fractions of the mask's pixels.
+    """
+    found = []
+    for one in variants:
+        seen = mask[:, ::-1] if one.flipped else mask
+        (left, top), (width, height) = one.crop, one.target
+        across = _coverage(seen.shape[1], one.resized[0], left, width // FACTOR)
+        down = _coverage(seen.shape[0], one.resized[1], top, height // FACTOR)
+        found.append(down @ seen @ across.T)
+    return torch.from_numpy(np.stack(found)).float().clamp(0, 1).unsqueeze(1)
+
+
+def _coverage(num_pixels: int, resized: int, start: int, num_cells: int) -> Grey:
+    """[cells, pixels]: the share of each latent cell that lies on each pixel of the mask.
+
+    ``resized`` is how many pixels the mask would be long were it resized as its picture is; the
+    first cell begins at ``start`` of them.
+    """
+    edges = (start + FACTOR * np.arange(num_cells + 1)) * (num_pixels / resized)
+    pixels = np.arange(num_pixels)
+    upper = np.minimum(edges[1:, None], pixels + 1)
+    lower = np.maximum(edges[:-1, None], pixels)
+    overlap: Grey = np.clip(upper - lower, 0, None)
+    overlap /= overlap.sum(axis=1, keepdims=True)
+    return overlap
