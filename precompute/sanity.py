@@ -1,17 +1,16 @@
 """Whether the latents are what the VAE gives: measured beside the stage, by another way.
 
 A cache once went round whose latents were encoded without the pictures' normalisation: losses
-looked as ever. So built-in drawings go through the whole stage, and so does one picture of each
-shard that is made; beside it they go, from their 8-bit pixels, through diffusers' VAE alone, with
-a scaling of its own. The figures stand in each index, and together in the manifest. They compare
-the stage with the VAE, not with an ideal: a VAE of random weights raises no alarm.
+looked as ever. So built-in drawings go through the whole stage, and beside it, from their 8-bit
+pixels, through diffusers' VAE alone with a scaling of its own; and what is stored of some pictures
+is compared with what the VAE alone gives of their files. The stage is measured by the VAE, not by
+an ideal: a VAE of random weights raises no alarm.
 
 Legend: C latent channels, h w latent height and width.
 """
 
 import io
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -33,7 +32,7 @@ SPREAD = (0.2, 5.0)  # standard deviation of scaled latents: the UNet expects ab
 
 
 def measure_drawings(encoder: LatentEncoder) -> dict[str, Any]:
-    """What the stage makes of the built-in drawings, for the index of each shard.
+    """What the stage makes of the built-in drawings.
 
     ``error`` is how far the latents are from those of the VAE alone, as a share of their norm;
     ``scale`` and ``std_scale`` how many times as large they and the posterior's std are; ``mean``
@@ -49,8 +48,8 @@ def measure_drawings(encoder: LatentEncoder) -> dict[str, Any]:
         "error": round(_error(found.mean, bare_mean), 4),
         "scale": round(_scale(found.mean, bare_mean), 3),
         "std_scale": round(_scale(found.std, bare_std), 3),
-        "mean": [round(float(value), 3) for value in found.mean.mean(dim=(0, 2, 3))],
-        "std": [round(float(value), 3) for value in found.mean.std(dim=(0, 2, 3))],
+        "mean": [round(float(value), 2) for value in found.mean.mean(dim=(0, 2, 3))],
+        "std": [round(float(value), 2) for value in found.mean.std(dim=(0, 2, 3))],
         "psnr": _psnr(decoded, wanted),
     }
 
@@ -58,7 +57,7 @@ def measure_drawings(encoder: LatentEncoder) -> dict[str, Any]:
 def measure_picture(
     encoder: LatentEncoder, path: str, data: bytes, geometry: Geometry, stored: torch.Tensor
 ) -> dict[str, Any] | None:
-    """What became of one picture, for the index of its shard; None: take another one.
+    """What became of one picture; None: take another one.
 
     ``data`` is the file, ``stored`` [C, h, w] what the cache holds for ``geometry``. Only plain
     pictures can be opened by another way: 8 bits, RGB or grey, upright, opaque, without a profile.
@@ -86,62 +85,40 @@ def measure_picture(
     }
 
 
-def summarize(headers: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """The manifest's part, from the index headers in shard order: ``drawings`` and ``pictures``.
-
-    A header has them as ``sanity``: ``{"drawings": ..., "picture": ...}``, if it has them.
-    """
-    found = [header["sanity"] for header in headers if header.get("sanity")]
-    drawings = [one["drawings"] for one in found if one.get("drawings")]
-    pictures = [one["picture"] for one in found if one.get("picture")]
-    if not drawings:
-        return {}
-    worst = max(drawings, key=lambda one: float(one["error"]))
-    summary: dict[str, Any] = {"drawings": worst, "pictures": {"count": len(pictures)}}
-    if pictures:
-        summary["pictures"] |= {
-            "psnr": round(sum(one["psnr"] for one in pictures) / len(pictures), 2),
-            "most_error": max(pictures, key=lambda one: float(one["error"])),
-            "most_loss": max(pictures, key=lambda one: float(one["bare_psnr"] - one["psnr"])),
-        }
-    return summary
-
-
-def alarms(summary: dict[str, Any]) -> list[str]:
-    """What is wrong, a line each; empty if all is as it should be."""
-    if not summary:
-        return []
-    drawings, lines = summary["drawings"], []
-    if drawings["error"] > MOST_ERROR:
+def alarms_of_drawings(found: dict[str, Any]) -> list[str]:
+    """What ``measure_drawings`` shows to be wrong, a line each; empty if all is as it should be."""
+    lines = []
+    if found["error"] > MOST_ERROR:
         lines.append(
-            f"built-in drawings become latents that are {drawings['error']:.0%} off those of the "
-            f"VAE alone ({drawings['scale']:g} times as large): the encode stage is at fault"
+            f"built-in drawings become latents that are {found['error']:.0%} off those of the VAE "
+            f"alone ({found['scale']:g} times as large): the encode stage is at fault"
         )
-    if not 1 / MOST_FACTOR <= drawings["std_scale"] <= MOST_FACTOR:
+    if not 1 / MOST_FACTOR <= found["std_scale"] <= MOST_FACTOR:
         lines.append(
-            f"the posterior's std of built-in drawings is {drawings['std_scale']:g} times that of "
+            f"the posterior's std of built-in drawings is {found['std_scale']:g} times that of "
             "the VAE alone: the encode stage is at fault"
         )
-    spread = float(np.sqrt(np.mean(np.square(drawings["std"]))))
+    spread = float(np.sqrt(np.mean(np.square(found["std"]))))
     if not SPREAD[0] <= spread <= SPREAD[1]:
         lines.append(
             f"built-in drawings become latents of standard deviation {spread:.2g}, where a UNet "
             "expects about 1: is the scaling_factor in the VAE's config.json right?"
         )
-    pictures = summary["pictures"]
-    if not pictures["count"]:
-        return lines
-    one = pictures["most_error"]
-    if one["error"] > MOST_ERROR:
+    return lines
+
+
+def alarms_of_picture(found: dict[str, Any]) -> list[str]:
+    """The same of what ``measure_picture`` gave."""
+    lines = []
+    if found["error"] > MOST_ERROR:
         lines.append(
-            f"{one['path']}: its latents are {one['error']:.0%} off those that the VAE gives of "
-            f"the file opened by another way ({one['scale']:g} times as large)"
+            f"{found['path']}: its latents are {found['error']:.0%} off those that the VAE gives "
+            f"of the file opened by another way ({found['scale']:g} times as large)"
         )
-    one = pictures["most_loss"]
-    if one["bare_psnr"] - one["psnr"] > MOST_LOSS:
+    if found["bare_psnr"] - found["psnr"] > MOST_LOSS:
         lines.append(
-            f"{one['path']}: its latents decode to {one['psnr']:g} dB of the picture, where the "
-            f"VAE alone comes to {one['bare_psnr']:g} dB"
+            f"{found['path']}: its latents decode to {found['psnr']:g} dB of the picture, where "
+            f"those of the VAE alone come to {found['bare_psnr']:g} dB"
         )
     return lines
 

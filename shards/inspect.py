@@ -143,8 +143,9 @@ def _describe_latents(manifest: dict[str, Any]) -> Iterator[str]:
     if drawings := manifest.get("sanity", {}).get("drawings"):
         pictures = manifest["sanity"]["pictures"]
         line = f"decoded back: built-in drawings {drawings['psnr']:.1f} dB"
-        if pictures["count"]:
-            line += f", {pictures['count']} of the pictures {pictures['psnr']:.1f} dB"
+        if pictures:
+            mean = sum(one["psnr"] for one in pictures) / len(pictures)
+            line += f", {len(pictures)} of the pictures {mean:.1f} dB"
         yield line
 
 

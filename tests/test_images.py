@@ -15,8 +15,8 @@ from PIL import Image
 
 from precompute.colours import to_srgb
 from precompute.images import open_picture, picture_size, render
-from precompute.placement import plan_pictures
 from precompute.records import Blob, Record
+from precompute.scan import plan_pictures
 from precompute.settings import EncodeSettings
 from shards.buckets import Geometry, Size, bucket_sizes, cover, nearest_bucket, stretch
 
@@ -180,7 +180,7 @@ def test_the_settings_choose_the_geometry(
     )
     (planned,), rejected = plan_pictures([Record("a.png", Blob.of(file), ("a",))], settings)
     assert rejected == []
-    assert planned.geometry.sizes == sizes
+    assert planned.variants[0].sizes == sizes
 
 
 def test_buckets_of_1024_are_those_of_sdxl() -> None:
