@@ -20,6 +20,7 @@ from shards.buckets import Geometry, Size
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 ORIENTATION = 0x0112  # EXIF tag; 5 to 8 lie on their side
+PNG_EXIF = (b"eXIf", b"Raw profile type", b"adobe.xmp")  # where a PNG may say that it lies
 MOST_PIXELS = 180_000_000  # above any camera's; takes 0.7 GB as RGB
 LARGE_PIXELS = 45_000_000  # of these one is decoded at a time
 MOST_ASPECT = 8  # the widest bucket is 4:1, so of a longer picture more than half were cut away
@@ -38,9 +39,16 @@ def picture_size(data: bytes) -> Size:
     """
     with opened(data) as image:
         width, height = image.size
-        # Of a TIFF, Pillow gives the size as it will be after loading: upright.
-        turned = image.format != "TIFF" and image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
-    return (height, width) if turned else (width, height)
+        return (height, width) if _lies(image, data) else (width, height)
+
+
+def _lies(image: Image.Image, data: bytes) -> bool:
+    """Whether a picture that is not loaded yet lies on its side."""
+    if image.format == "TIFF":  # its size is told as it will be after loading: upright
+        return False
+    if image.format == "PNG" and not any(mark in data for mark in PNG_EXIF):
+        return False  # to look for it, Pillow would decode the picture
+    return image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
 
 
 def open_picture(data: bytes) -> Image.Image:

@@ -23,8 +23,8 @@ from precompute.latents import LatentEncoder
 from shards.buckets import Geometry, cover
 
 Pixels = npt.NDArray[np.uint8]
-SIDE = 128  # of a drawing, pixels
-WINDOW = 32  # latent pixels: the middle of a picture, which is decoded back
+SIDE = 64  # of a drawing, pixels
+WINDOW = 16  # latent pixels: the middle of a picture, which is decoded back
 MOST_ERROR = 0.1  # of the latents' norm; storing in bf16 costs 0.002, a VAE in bf16 about 0.01
 MOST_FACTOR = 1.25  # of the posterior's std, which in half precision is known less well
 MOST_LOSS = 1.0  # dB
@@ -130,14 +130,14 @@ def draw() -> list[Pixels]:
     slope = np.stack([0.9 * x, 0.2 + 0.6 * y, 0.8 - 0.7 * x * y], axis=-1)
     first = Image.fromarray((255 * slope).round().astype(np.uint8))
     pen = ImageDraw.Draw(first)
-    pen.ellipse((14, 20, 66, 72), fill=(240, 60, 20))
-    pen.rectangle((76, 10, 118, 58), fill=(30, 40, 200))
-    pen.polygon([(30, 118), (104, 112), (82, 70)], fill=(250, 220, 40))
+    pen.ellipse((7, 10, 33, 36), fill=(240, 60, 20))
+    pen.rectangle((38, 5, 59, 29), fill=(30, 40, 200))
+    pen.polygon([(15, 59), (52, 56), (41, 35)], fill=(250, 220, 40))
     second = Image.new("RGB", (SIDE, SIDE), (20, 90, 60))
     pen = ImageDraw.Draw(second)
-    for number, start in enumerate(range(0, SIDE, 18)):
+    for number, start in enumerate(range(0, SIDE, 12)):
         colour = ((230, 180, 150), (120, 20, 40), (10, 10, 20))[number % 3]
-        pen.line((start, 0, SIDE - start // 2, SIDE), fill=colour, width=3 + number)
+        pen.line((start, 0, SIDE - start // 2, SIDE), fill=colour, width=2 + number)
     return [np.asarray(first), np.asarray(second)]
 
 

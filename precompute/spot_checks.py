@@ -23,7 +23,7 @@ from shards.index import Index
 from shards.manifest import content_digest, read_manifest
 from shards.reader import Shard
 
-NUM_PICTURES = 4
+NUM_PICTURES = 3
 NUM_CANDIDATES = 16  # some may have been rejected, or are of a kind that cannot be compared
 
 
