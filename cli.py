@@ -153,8 +153,9 @@ def _tell_encoded(report: Any) -> None:
     if report.rejected:
         first = report.rejected[0]
         click.echo(
-            f"  {len(report.rejected)} rejected, see {report.folder / 'rejected.jsonl'}; "
-            f"e.g. {first.path}: {first.reason}"
+            f"Warning: {len(report.rejected):,} rejected, see {report.folder / 'rejected.jsonl'}; "
+            f"e.g. {first.path}: {first.reason}",
+            err=True,
         )
 
 

@@ -62,27 +62,24 @@ def is_cut(data: bytes, image: Image.Image) -> bool:
 def _read_layout(data: bytes) -> _Layout:
     """Walk the segments (ITU T.81, annex B); what makes no sense ends the walk."""
     layout, place = _Layout(), 2
-    while place + 4 <= len(data) and data[place] == 0xFF:
+    while data[place : place + 1] == b"\xff" and place + 1 < len(data):
         mark = data[place + 1]
         if mark == 0xFF:  # filling
             place += 1
             continue
+        if mark == EOI:
+            layout.end = place
+            break
         length = int.from_bytes(data[place + 2 : place + 4])
         body = data[place + 4 : place + 2 + length]
         place += 2 + length
-        if mark in FRAMES or (0xC0 <= mark <= 0xCF and mark not in (0xC4, 0xC8, 0xCC)):
-            layout.frame = mark
-            layout.components = tuple(body[6::3])
+        if mark in FRAMES:
+            layout.frame, layout.components = mark, tuple(body[6::3])
         elif mark == SOS:
             layout.num_scans += 1
             _note_scan(layout, body)
             found = NEXT_MARK.search(data, place)
-            if found is None:
-                break
-            place = found.start()
-            if data[place + 1] == EOI:
-                layout.end = place
-                break
+            place = found.start() if found else len(data)
     return layout
 
 

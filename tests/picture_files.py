@@ -177,7 +177,11 @@ def bad_files() -> Iterator[tuple[str, bytes, str]]:
             yield f"{name}-{share}-ended.jpg", kept + b"\xff\xd9", GLUED
     yield "start.jpg", jpeg[:3], BEGINS.format("JPEG")
     yield "cut.png", png[:-200], CUT
-    yield "flipped.png", png[:-60] + bytes([png[-60] ^ 4]) + png[-59:], "damaged: a checksum differs"
+    yield (
+        "flipped.png",
+        png[:-60] + bytes([png[-60] ^ 4]) + png[-59:],
+        "damaged: a checksum differs",
+    )
     yield "ended.png", png[:-300] + png_part(b"IEND", b""), CUT
     webp, avif = saved(image, "WEBP", lossless=True), saved(image, "AVIF", quality=95)
     yield "cut.webp", webp[:-100], "truncated: the file is shorter than it says"
@@ -204,5 +208,7 @@ def bad_files() -> Iterator[tuple[str, bytes, str]]:
     yield "document.jpg", b"%PDF-1.7\n", f"{UNKNOWN}: a PDF document"
     yield "film.jpg", b"\0\0\0\x20ftypisom" + bytes(20), f"{UNKNOWN}: a film"
     yield "archive.jpg", b"PK\x03\x04" + bytes(20), f"{UNKNOWN}: an archive"
-    heic = "a HEIC picture, which Pillow cannot read alone: `pip install pillow-heif`, or save it as"
+    heic = (
+        "a HEIC picture, which Pillow cannot read alone: `pip install pillow-heif`, or save it as"
+    )
     yield "phone.heic", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", f"{heic} JPEG or PNG"
