@@ -17,16 +17,17 @@ from precompute.work import Found, ShardWork, Task
 GEOMETRY = {"mode", "resolution", "bucket_step", "crops", "flip"}
 LATENT_MARKS = {"picture", "mask", "geometry"}
 TEXT_MARKS = {"captions"}
-SAMPLE_CAUSES = {name: name for name in MARKS} | {"geometry": "preprocessing"}
+PREPROCESSING = "resolution or preprocessing"
+SAMPLE_CAUSES = {name: name for name in MARKS} | {"geometry": PREPROCESSING}
 # A recipe's parts as they are said to the user, by their names in it.
 RECIPE_CAUSES = {
-    "preprocessing": "preprocessing",
+    "preprocessing": PREPROCESSING,
     "vae": "VAE",
     "text_encoder": "text encoder",
     "text_encoder_2": "text encoder",
-    "storage": "dtype",
 }
-SETTING_CAUSES = set(RECIPE_CAUSES.values())
+STORAGE_CAUSES = {"dtype": "dtype", "mean_only": "mean-only"}
+SETTING_CAUSES = {*RECIPE_CAUSES.values(), *STORAGE_CAUSES.values()}
 
 
 @dataclass
@@ -139,8 +140,9 @@ def _recipe_causes(was: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
     for name in ("text_encoder", "text_encoder_2"):
         if was[name] != now[name]:
             yield RECIPE_CAUSES[name]
-    if was["storage"] != now["storage"]:
-        yield RECIPE_CAUSES["storage"]
+    for name, cause in STORAGE_CAUSES.items():
+        if was["storage"][name] != now["storage"][name]:
+            yield cause
 
 
 def _with_frees(works: list[ShardWork]) -> list[ShardWork]:

@@ -8,7 +8,12 @@ from precompute.records import Rejected
 from shards.buckets import bucket_name
 from shards.index import Index
 
-NOUNS = {"picture": "pictures", "mask": "masks", "captions": "captions", "weight": "weights"}
+NOUNS = {  # of one sample, and of several
+    "picture": ("picture", "pictures"),
+    "mask": ("mask", "masks"),
+    "captions": ("caption", "captions"),
+    "weight": ("weight", "weights"),
+}
 
 
 @dataclass
@@ -49,11 +54,11 @@ def summarise(report: Report) -> str:
     parts = [f"{changes.num_new:,} new"] if changes.num_new else []
     for cause, number in sorted(causes.items()):
         if cause in NOUNS:
-            noun = NOUNS[cause] if number > 1 or cause == "captions" else cause
-            parts.append(f"{number:,} {noun} changed")
+            parts.append(f"{number:,} {NOUNS[cause][number > 1]} changed")
         else:
-            parts.append(f"{number:,} by another {cause}")
+            parts.append(f"{cause} changed for {number:,}")
     if changes.num_removed:
         parts.append(f"{changes.num_removed:,} removed")
-    parts.append(f"{changes.num_unchanged:,} unchanged")
+    if changes.num_unchanged or not parts:
+        parts.append(f"{changes.num_unchanged:,} unchanged")
     return ", ".join(parts)
