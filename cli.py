@@ -165,8 +165,9 @@ def _tell_encoded(report: Any, num_chunks: int) -> None:
     if report.rejected:
         first = report.rejected[0]
         click.echo(
-            f"  {len(report.rejected)} rejected, see {report.folder / 'rejected.jsonl'}; "
-            f"e.g. {first.path}: {first.reason}"
+            f"Warning: {len(report.rejected):,} rejected, see {report.folder / 'rejected.jsonl'}; "
+            f"e.g. {first.path}: {first.reason}",
+            err=True,
         )
 
 
@@ -255,25 +256,30 @@ def demo(out: Path, debug: bool) -> None:
 
 @commands.command()
 @click.argument("cache", type=click.Path(path_type=Path))
+@click.option("--repair", is_flag=True, help="Drop what is damaged: encode makes it again.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def verify(cache: Path, debug: bool) -> None:
+def verify(cache: Path, repair: bool, debug: bool) -> None:
     """Hash every byte of CACHE again; name what is damaged, and exit with 1 if anything is."""
     with door(debug):
-        from shards.manifest import MANIFEST
-
-        parts = [cache / name for name in ("train", "val") if (cache / name).is_dir()]
-        if (cache / MANIFEST).exists() or not parts:
-            parts = [cache]
-        if not all([_verify_one(folder) for folder in parts]):
+        if not all([_verify_one(folder, repair) for folder in _parts(cache)]):
             raise SystemExit(1)
 
 
-def _verify_one(folder: Path) -> bool:
-    """Say what is damaged in one cache; whether nothing is."""
+def _parts(cache: Path) -> list[Path]:
+    """The caches in a folder: itself, or its train and val."""
+    from shards.manifest import MANIFEST
+
+    parts = [cache / name for name in ("train", "val") if (cache / name).is_dir()]
+    return [cache] if (cache / MANIFEST).exists() or not parts else parts
+
+
+def _verify_one(folder: Path, repair: bool) -> bool:
+    """Say what is damaged in one cache, and drop it; whether nothing is."""
     from tqdm import tqdm
 
     from shards import CacheError
     from shards.manifest import MANIFEST, read_manifest
+    from shards.repair import drop_damaged, stand_in
     from shards.verify import verify as check
 
     try:
@@ -282,16 +288,56 @@ def _verify_one(folder: Path) -> bool:
         if not (folder / MANIFEST).exists() and folder.name not in ("train", "val"):
             raise  # no cache at all: bad input, not damage
         click.echo(str(error))
-        return False
+        if not repair or not (folder / MANIFEST).exists():
+            return False
+        manifest = stand_in(folder)
     num_shards = len(manifest["shards"])
     checks = tqdm(check(folder, manifest), total=num_shards + 1, unit="shard", desc=folder.name)
-    faults = [fault for found in checks for fault in found]
+    found = [*checks]
+    faults = [fault for some in found for fault in some]
     for fault in faults:
         click.echo(fault)
-    if not faults:
+    if repair and (dropped := drop_damaged(folder, manifest, found)):
+        click.echo("\n".join([*dropped, "next: run the same encode again; it makes them again"]))
+    if not faults and "digest" in manifest:
         samples = manifest["num_samples"]
         click.echo(f"{folder}: {samples} samples in {num_shards} shards, all whole")
-    return not faults
+    return not faults and "digest" in manifest
+
+
+@commands.command()
+@click.argument("cache", type=click.Path(path_type=Path))
+@click.option(
+    "--sheets",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Also draw the pictures of each bucket, with how they were cut, into this folder.",
+)
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def inspect(cache: Path, sheets: Path | None, debug: bool) -> None:
+    """Say what CACHE holds: buckets, captions, recipe, statistics, what was rejected."""
+    with door(debug):
+        parts = _parts(cache)
+        for folder in parts:
+            _inspect_one(folder, sheets and (sheets / folder.name if len(parts) > 1 else sheets))
+
+
+def _inspect_one(folder: Path, sheets: Path | None) -> None:
+    from tqdm import tqdm
+
+    from shards.inspect import describe_contents, read_contents
+    from shards.reader import Cache
+
+    cache = Cache(folder)
+    num_shards = sum(1 for shard in cache.manifest["shards"] if shard["count"])
+    *_, contents = tqdm(
+        read_contents(cache), total=num_shards, unit="shard", desc=folder.name, leave=False
+    )
+    click.echo("\n".join(describe_contents(cache, contents)))
+    if sheets is not None:
+        from precompute.sheets import write_sheets
+
+        for path in write_sheets(cache, sheets):
+            click.echo(path)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,13 @@ from precompute.records import Memory, Rejected, Source
 from precompute.report import Report
 from precompute.scan import plan_pictures
 from precompute.settings import EncodeSettings
+from precompute.spot_checks import (
+    Candidate,
+    check_cache,
+    earlier_checks,
+    first_pictures,
+    warn_of_drawings,
+)
 from precompute.text import text_shape, unconditional_is_whole, write_unconditional
 from precompute.work import ShardWork, read_places, write_work
 from sdxl.latent_rgb import LatentSums
@@ -48,6 +55,8 @@ class CachePlan:
     rejected: list[Rejected]  # before any picture is decoded
     num_upscaled: int
     made_with: dict[str, Any] | None  # what made the shards that are there
+    first_pictures: list[Candidate]
+    sanity: dict[str, Any]  # what the manifest says now
 
     @property
     def has_work(self) -> bool:
@@ -102,6 +111,8 @@ def make_plan(
         rejected=[*source.rejected, *unreadable],
         num_upscaled=sum(one.variants[0].is_upscaled for one in planned),
         made_with=made_with[-1] if made_with else None,
+        first_pictures=first_pictures(shards),
+        sanity=earlier_checks(folder),
     )
 
 
@@ -138,7 +149,7 @@ def prepare(plan: CachePlan, encoders: Encoders, prompts: list[Prompt] | None) -
     if plan.has_work or not text_is_whole:
         tasks = [task for work in plan.works for task in work.tasks if task.is_encoded]
         if any(task.latents is None for task in tasks):
-            assert encoders.latents
+            warn_of_drawings(encoders.drawings)
         if not text_is_whole or any(task.text is None for task in tasks):
             assert encoders.text
         write_work(folder, {"recipe": recipe}, plan.works)
@@ -154,7 +165,7 @@ def prepare(plan: CachePlan, encoders: Encoders, prompts: list[Prompt] | None) -
     return settle_prompts(folder, prompts, encoders, recipe)
 
 
-def finish(plan: CachePlan, report: Report) -> None:
+def finish(plan: CachePlan, report: Report, encoders: Encoders) -> None:
     """Rejected pictures, the manifest, and nothing left of what the run needed."""
     folder, rejected = plan.folder, plan.rejected.copy()
     about: dict[str, Any] = {"recipe": plan.recipe, "text": text_shape(folder)}
@@ -168,6 +179,9 @@ def finish(plan: CachePlan, report: Report) -> None:
     if total is not None and report.num_samples:
         about["latents"] = {"channels": len(total.gram) - 1, **total.statistics()}
         about["latent_rgb"] = total.fit()
+        about["sanity"] = check_cache(
+            folder, plan.recipe, plan.first_pictures, plan.sanity, encoders
+        )
     report.rejected = sorted(rejected, key=lambda one: one.key)
     if not report.num_samples:
         warnings.warn(f"{folder}: no picture could be encoded; {REJECTED} says why", stacklevel=2)

@@ -83,7 +83,7 @@ def encode(settings: EncodeSettings) -> list[Report]:
         crew.tell("job", json.dumps(asdict(job)))
         _write_shards(crew, encoders, job)
         for plan, report in zip(plans, reports, strict=True):
-            finish(plan, report)
+            finish(plan, report, encoders)
         crew.gather("end", "")
         return reports
 

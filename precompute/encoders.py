@@ -1,10 +1,12 @@
 """The VAE and the text encoders, each loaded when it is first needed."""
 
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from precompute.latents import LatentEncoder
+from precompute.sanity import measure_drawings
 from precompute.settings import EncodeSettings
 from precompute.text import load_text
 from sdxl.base import read_config
@@ -47,6 +49,11 @@ class Encoders:
                 self.batch_size,
             )
         return self._latents
+
+    @cached_property
+    def drawings(self) -> dict[str, Any]:
+        """What this stage makes of the built-in drawings."""
+        return measure_drawings(self.latents)
 
     @property
     def text(self) -> TextEncoders:

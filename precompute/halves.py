@@ -13,10 +13,10 @@ from typing import Any, TypeVar
 import torch
 
 from precompute.encoders import Encoders
-from precompute.images import open_picture, render_variants
+from precompute.images import open_picture, render_variants, room_for
 from precompute.masks import Grey, open_alpha, open_mask, render_mask
 from precompute.placement import Planned
-from precompute.scan import describe
+from precompute.refusals import explain
 from precompute.settings import EncodeSettings
 from precompute.threads import num_cores
 from sdxl.latent_rgb import LatentSums
@@ -155,13 +155,14 @@ def _open_member(planned: Planned, settings: EncodeSettings) -> list[Pixels] | F
     if [_digest(data), _digest(mask)] != [planned.picture, planned.mask]:
         return changed
     try:
-        pictures = render_variants(open_picture(data), planned.variants)
+        with room_for(planned.variants[0].original):
+            pictures = render_variants(open_picture(data), planned.variants)
     except Exception as error:  # Pillow raises anything of a bad file
-        return Failed(describe(error))
+        return Failed(explain(error))
     try:
         masks = _open_masks(data, mask, planned, settings)
     except Exception as error:
-        return Failed(f"its mask: {describe(error)}")
+        return Failed(f"its mask: {explain(error)}")
     return [*zip(pictures, masks, strict=True)]
 
 

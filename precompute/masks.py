@@ -1,6 +1,5 @@
 """Masks: where in a picture the loss counts, at the size of its latents."""
 
-import io
 from collections.abc import Sequence
 
 import numpy as np
@@ -8,7 +7,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image, ImageOps
 
-from precompute.images import open_picture
+from precompute.images import open_picture, opened
 from shards.buckets import Geometry, Size
 
 FACTOR = 8  # pixels of a latent's side
@@ -47,7 +46,7 @@ def open_alpha(data: bytes) -> Grey | None:
         ValueError: the picture is transparent all over.
         Exception: whatever Pillow raises of a file it cannot read.
     """
-    with Image.open(io.BytesIO(data)) as image:
+    with opened(data) as image:
         image.load()
         if not image.has_transparency_data:
             return None

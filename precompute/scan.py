@@ -19,6 +19,7 @@ from precompute.images import picture_size
 from precompute.masks import check_mask_size
 from precompute.placement import Planned
 from precompute.records import Blob, Memory, Record, Rejected
+from precompute.refusals import explain
 from precompute.settings import EncodeSettings
 from precompute.threads import num_cores
 from precompute.variants import plan_variants
@@ -87,7 +88,7 @@ def _headers(records: list[Record], memory: Memory) -> list[Header | Rejected]:
     bar = tqdm(reading, total=len(missing), unit="img", desc="read headers", leave=False, delay=1)
     for number, header in zip(missing, bar, strict=True):
         found[number] = header
-        if not isinstance(header, Rejected):
+        if not isinstance(header, Rejected) and len(header) == 3:  # another Pillow may know it
             memory.keep(*_stamp(records[number].picture), header)
     return found
 
@@ -117,7 +118,7 @@ def _mask_digest(record: Record, original: Size, memory: Memory) -> str:
         digest, width, height = memory.recall(*_stamp(mask, "mask"), read)
         check_mask_size((width, height), original)
     except Exception as error:  # Pillow raises anything of a bad file
-        raise ValueError(f"its mask: {describe(error)}") from None
+        raise ValueError(f"its mask: {explain(error)}") from None
     return str(digest)
 
 
@@ -129,13 +130,15 @@ def _read_header(record: Record) -> Header | Rejected:
     """A file that cannot be read now is no property of the picture, and not remembered."""
     try:
         data = record.picture.read()
-    except (FileNotFoundError, PermissionError, IsADirectoryError, ValueError) as error:
-        return Rejected(record.path, describe(error))
+    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+        return Rejected(record.path, explain(error))
+    except ValueError as error:  # it changed
+        return Rejected(record.path, str(error))
     digest = hashlib.sha256(data).hexdigest()
     try:
         return [digest, *picture_size(data)]
     except Exception as error:  # Pillow raises anything of a bad file
-        return [digest, describe(error)]
+        return [digest, explain(error)]
 
 
 def _shaper(settings: EncodeSettings) -> Callable[[Size], Geometry]:
@@ -150,11 +153,3 @@ def _shaper(settings: EncodeSettings) -> Callable[[Size], Geometry]:
         return fit(size, (resolution, resolution) if square else nearest_bucket(size, buckets))
 
     return shape
-
-
-def describe(error: Exception) -> str:
-    """One line that says why a picture was not taken."""
-    text = " ".join(str(error).split())
-    if "cannot identify image file" in text:
-        return "not a picture that Pillow can read"
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -45,7 +45,8 @@ def write_manifest(folder: Path, about: dict[str, Any], indexes: list[Index]) ->
         }
         for index in sorted(indexes, key=lambda index: str(index.header["shard"]))
     ]
-    side_files = {name: _sha256(folder / name) for name in SIDE_FILES if (folder / name).exists()}
+    there = [name for name in SIDE_FILES if (folder / name).exists()]
+    side_files = {name: file_sha256(folder / name) for name in there}
     manifest = {
         "format": FORMAT,
         "version": VERSION,
@@ -64,7 +65,7 @@ def renew_side_file(folder: Path, name: str) -> dict[str, Any]:
         CacheError: as ``read_manifest``.
     """
     manifest = read_manifest(folder)
-    manifest["side_files"][name] = _sha256(folder / name)
+    manifest["side_files"][name] = file_sha256(folder / name)
     del manifest["digest"]
     return _sign_manifest(folder, manifest)
 
@@ -75,8 +76,9 @@ def _sign_manifest(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     return manifest
 
 
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def data_digest(manifest: dict[str, Any]) -> str:
