@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import precompute.encode
+import precompute.encoders
 from precompute.latents import LatentEncoder
 from precompute.report import Report
 from precompute.settings import EncodeSettings
@@ -33,8 +34,9 @@ class Count:
 
 @contextmanager
 def counted() -> Iterator[Count]:
-    """What the encoders are given from here on; not the empty prompt of every cache."""
-    count = Count()
+    """What the encoders are given from here on; not the empty prompt of every cache, nor the
+    built-in drawings."""
+    count, measure = Count(), precompute.encoders.measure_drawings
     latents, text = LatentEncoder.encode, TextEncoders.encode
 
     def encode_latents(self: LatentEncoder, pictures: Any) -> Any:
@@ -45,7 +47,14 @@ def counted() -> Iterator[Count]:
         count.captions += 0 if prompts == [""] else len(prompts)
         return text(self, prompts, *more)
 
+    def measure_drawings(encoder: LatentEncoder) -> Any:
+        before = count.pictures
+        found = measure(encoder)
+        count.pictures = before
+        return found
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(precompute.encoders, "measure_drawings", measure_drawings)
         patch.setattr(LatentEncoder, "encode", encode_latents)
         patch.setattr(TextEncoders, "encode", encode_text)
         yield count
