@@ -106,18 +106,26 @@ def commands() -> None:
 def encode(ctx: click.Context, debug: bool, **values: Any) -> None:
     """Encode the captioned pictures of the folder DATASET into a cache of shards.
 
-    DATASET holds x.jpg beside x.txt, or a captions.jsonl or metadata.jsonl (file_name, text); with
-    train/ and val/ in it, each becomes a cache of its own. Run again, it goes on where it was.
+    DATASET holds x.jpg beside x.txt or x.caption, in folders or in webdataset tars; or a
+    captions.jsonl or metadata.jsonl (file_name, text, weight, repeats, mask). A mask lies beside
+    its picture as x.mask.png or x-masklabel.png. With train/ and val/ in it, each becomes a cache
+    of its own. Run again, it goes on where it was.
     """
     with door(debug):
         settings = _settings(ctx, values)
+        if settings.dry_run:
+            from precompute.dry_run import dry_run
+
+            for line in dry_run(settings):
+                click.echo(line)
+            return
         if _launched(settings):
             return
         from precompute.encode import encode as run
 
         reports = run(settings)
         for report in reports:
-            _tell_encoded(report)
+            _tell_encoded(report, settings.long_captions)
         for report in reports:
             if report.rejected_share > settings.max_rejected:
                 raise click.ClickException(
@@ -131,7 +139,7 @@ def encode(ctx: click.Context, debug: bool, **values: Any) -> None:
             )
 
 
-def _tell_encoded(report: Any) -> None:
+def _tell_encoded(report: Any, num_chunks: int) -> None:
     from precompute.report import summarise
 
     click.echo(
@@ -142,12 +150,16 @@ def _tell_encoded(report: Any) -> None:
         click.echo(
             f"  {bucket:>9}  {count:6d}  {'#' * round(40 * count / max(1, report.num_samples))}"
         )
-    for number, what in (
-        (report.num_upscaled, "smaller than their bucket, so enlarged"),
-        (report.num_cut_captions, "captions cut at 77 tokens"),
+    for number, usual, what in (
+        (report.num_variants, report.num_samples, "variants of them (crops, mirrored)"),
+        (report.num_captions, report.num_samples, "captions"),
+        (report.num_taken, report.num_samples, "pictures an epoch, with repeats"),
+        (report.num_masks, 0, "with a mask; train --masked-loss obeys it"),
+        (report.num_upscaled, 0, "smaller than their bucket, so enlarged"),
+        (report.num_cut_captions, 0, f"captions cut at {77 * num_chunks} tokens"),
     ):
-        if number:
-            click.echo(f"  {number} {what}")
+        if number != usual:
+            click.echo(f"  {number:,} {what}")
     if report.num_prompts:
         click.echo(f"  {report.num_prompts} preview prompts")
     if report.rejected:

@@ -25,6 +25,7 @@ RECIPE_CAUSES = {
     "vae": "VAE",
     "text_encoder": "text encoder",
     "text_encoder_2": "text encoder",
+    "long_captions": "number of chunks",
 }
 STORAGE_CAUSES = {"dtype": "dtype", "mean_only": "mean-only"}
 SETTING_CAUSES = {*RECIPE_CAUSES.values(), *STORAGE_CAUSES.values()}
@@ -50,7 +51,8 @@ def latent_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
 def text_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
     """The parts that decide embeddings."""
     found = {name: recipe[name] for name in ("text_encoder", "text_encoder_2")}
-    return {**found, "storage": recipe["storage"]["dtype"]}
+    num_chunks = recipe.get("long_captions", 1)
+    return {**found, "storage": recipe["storage"]["dtype"], "long_captions": num_chunks}
 
 
 def compare(
@@ -140,6 +142,8 @@ def _recipe_causes(was: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
     for name in ("text_encoder", "text_encoder_2"):
         if was[name] != now[name]:
             yield RECIPE_CAUSES[name]
+    if was.get("long_captions") != now.get("long_captions"):
+        yield RECIPE_CAUSES["long_captions"]
     for name, cause in STORAGE_CAUSES.items():
         if was["storage"][name] != now["storage"][name]:
             yield cause

@@ -21,6 +21,7 @@ from precompute.progress import Progress
 from precompute.recipe import read_recipe
 from precompute.records import Memory
 from precompute.report import Report
+from precompute.room import Sizer, check_room
 from precompute.scan import read_memory, write_memory
 from precompute.settings import EncodeSettings
 from precompute.shard import write_work_shard
@@ -67,6 +68,8 @@ def encode(settings: EncodeSettings) -> list[Report]:
         texts = settings.preview_prompts
         prompts = None if texts is None else read_prompts(texts)
         plans += _plan(settings, stack)
+        works = {plan.folder: plan.works for plan in plans}
+        check_room(settings.out, works, Sizer.of(settings))
         job = _job(settings, plans)
         stack.enter_context(num_threads(job.threads))
         encoders = Encoders(settings, job.batch_size)

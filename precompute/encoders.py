@@ -58,5 +58,5 @@ class Encoders:
     @property
     def text(self) -> TextEncoders:
         if self._text is None:
-            self._text = load_text(self.settings.base, self.device)
+            self._text = load_text(self.settings.base, self.device, self.settings.long_captions)
         return self._text

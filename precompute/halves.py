@@ -14,8 +14,10 @@ import torch
 
 from precompute.encoders import Encoders
 from precompute.images import open_picture, render_variants, room_for
+from precompute.masks import Grey, open_alpha, open_mask, render_mask
 from precompute.placement import Planned
 from precompute.refusals import explain
+from precompute.settings import EncodeSettings
 from precompute.threads import num_cores
 from sdxl.latent_rgb import LatentSums
 from shards.reader import read_ahead
@@ -23,6 +25,8 @@ from shards.sample import DTYPES
 
 R = TypeVar("R")
 S = TypeVar("S")
+# A variant: its picture [3, H, W] in -1..1, and its mask [1, h, w] in 0..1, empty if it has none.
+Pixels = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,20 +54,24 @@ def latent_halves(members: Sequence[Planned], encoders: Encoders) -> Iterator[Ha
             goes on from there the next time.
     """
     size, threads = encoders.batch_size, num_cores()
-    opened = read_ahead(_open_member, members, threads, ahead=2 * size + threads)
-    rows = (found if isinstance(found, Failed) else [*found] for found in opened)
+    opened = read_ahead(
+        lambda one: _open_member(one, encoders.settings), members, threads, 2 * size + threads
+    )
 
-    def encode(rows: list[torch.Tensor]) -> list[tuple[torch.Tensor, ...]]:
-        pictures = torch.stack(rows)
+    def encode(rows: list[Pixels]) -> list[tuple[torch.Tensor, ...]]:
+        pictures = torch.stack([picture for picture, _ in rows])
         posterior = encoders.latents.encode(pictures)
-        return [*zip(posterior.mean, posterior.std, pictures, strict=True)]
+        masks = [mask for _, mask in rows]
+        return [*zip(posterior.mean, posterior.std, pictures, masks, strict=True)]
 
-    for planned, found in zip(members, in_batches(rows, encode, size), strict=True):
+    for planned, found in zip(members, in_batches(opened, encode, size), strict=True):
         if isinstance(found, Failed):
             yield found
             continue
-        mean, std, pictures = (torch.stack(parts) for parts in zip(*found, strict=True))
+        mean, std, pictures, mask = (torch.stack(parts) for parts in zip(*found, strict=True))
         tensors = {"latents.mean": mean, "latents.std": std}
+        if mask.numel():
+            tensors["mask"] = mask
         if encoders.settings.mean_only:
             del tensors["latents.std"]
         sums = LatentSums.empty(mean.shape[1])
@@ -135,17 +143,42 @@ def _stored(
     return Half(cast, notes, [encoders.made_with])
 
 
-def _open_member(planned: Planned) -> torch.Tensor | Failed:
-    """The pixels of all variants [V, 3, H, W] in -1..1, or why there are none."""
+def _open_member(planned: Planned, settings: EncodeSettings) -> list[Pixels] | Failed:
+    """Of each variant its pixels and its mask, or why there are none."""
     changed = Failed("it changed while the data set was encoded; encode again", for_good=False)
+    record = planned.record
     try:
-        data = planned.record.picture.read()
+        data = record.picture.read()
+        mask = None if record.mask is None else record.mask.read()
     except ValueError:
         return changed
-    if hashlib.sha256(data).hexdigest() != planned.picture:
+    if [_digest(data), _digest(mask)] != [planned.picture, planned.mask]:
         return changed
     try:
         with room_for(planned.variants[0].original):
-            return render_variants(open_picture(data), planned.variants)
+            pictures = render_variants(open_picture(data), planned.variants)
     except Exception as error:  # Pillow raises anything of a bad file
         return Failed(explain(error))
+    try:
+        masks = _open_masks(data, mask, planned, settings)
+    except Exception as error:
+        return Failed(f"its mask: {explain(error)}")
+    return [*zip(pictures, masks, strict=True)]
+
+
+def _open_masks(
+    data: bytes, mask: bytes | None, planned: Planned, settings: EncodeSettings
+) -> torch.Tensor:
+    """Of each variant the mask [V, 1, h, w], or nothing [V, 0]."""
+    shares: Grey | None = None
+    if mask is not None:
+        shares = open_mask(mask, planned.variants[0].original)
+    elif settings.mask_from_alpha:
+        shares = open_alpha(data)
+    if shares is None:
+        return torch.empty(len(planned.variants), 0)
+    return render_mask(shares, planned.variants)
+
+
+def _digest(data: bytes | None) -> str:
+    return "" if data is None else hashlib.sha256(data).hexdigest()

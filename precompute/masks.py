@@ -18,23 +18,32 @@ def open_mask(data: bytes, original: Size) -> Grey:
     """A mask picture [H, W] in 0..1, of any size in the aspect ratio of its picture.
 
     Raises:
-        ValueError: another aspect ratio, or partly transparent.
+        ValueError: another aspect ratio, partly transparent, or black all over.
         Exception: whatever Pillow raises of a file it cannot read.
     """
     alpha = open_alpha(data)
     if alpha is not None and alpha.min() < 1:
         raise ValueError("partly transparent: make it a grey picture, white where the loss counts")
-    grey = _shares(open_picture(data).convert("L"))
-    (width, height), (rows, columns) = original, grey.shape
+    grey = open_picture(data).convert("L")
+    check_mask_size(grey.size, original)
+    return _checked(_shares(grey))
+
+
+def check_mask_size(size: Size, original: Size) -> None:
+    """
+    Raises:
+        ValueError: another aspect ratio than its picture's, by more than rounding to pixels.
+    """
+    (width, height), (columns, rows) = original, size
     if abs(columns * height - rows * width) > max(width, height, columns, rows):
         raise ValueError(f"of {columns} x {rows} pixels, where its picture has {width} x {height}")
-    return grey
 
 
 def open_alpha(data: bytes) -> Grey | None:
     """A picture's own alpha [H, W] in 0..1, upright; None where it has none.
 
     Raises:
+        ValueError: the picture is transparent all over.
         Exception: whatever Pillow raises of a file it cannot read.
     """
     with opened(data) as image:
@@ -44,8 +53,14 @@ def open_alpha(data: bytes) -> Grey | None:
         upright = ImageOps.exif_transpose(image)
     if upright.mode in ("I", "I;16", "F"):  # one grey value is clear
         clear: Grey = (np.asarray(upright) != upright.info["transparency"]).astype(np.float64)
-        return clear
-    return _shares(upright.convert("RGBA").getchannel("A"))
+        return _checked(clear)
+    return _checked(_shares(upright.convert("RGBA").getchannel("A")))
+
+
+def _checked(mask: Grey) -> Grey:
+    if not mask.any():
+        raise ValueError("black all over, so nothing would be learned of its picture")
+    return mask
 
 
 def _shares(grey: Image.Image) -> Grey:

@@ -35,7 +35,7 @@ def change_prompts(cache: Path, file: Path, base: str, device: str) -> tuple[Pat
     recipe = read_manifest(folder)["recipe"]
     _check_encoders(folder, recipe, base)
     exact_fp32()
-    encoders = load_text(base, pick_device(device))
+    encoders = load_text(base, pick_device(device), recipe.get("long_captions", 1))
     write_prompts(folder, prompts, encoders, _made_with(recipe, base))
     renew_side_file(folder, PROMPTS)
     return folder / PROMPTS, len(prompts)
@@ -80,7 +80,9 @@ def write_prompts(
     found = encoders.encode_each(texts, BATCH_SIZE)
     if cut := sorted({text for text in texts if text and encoders.is_cut(text)}):
         warnings.warn(
-            f"{len(cut)} preview prompts are cut at 77 tokens, e.g. {cut[0][:60]!r}", stacklevel=2
+            f"{len(cut)} preview prompts are cut at {77 * encoders.num_chunks} tokens, e.g. "
+            f"{cut[0][:60]!r}",
+            stacklevel=2,
         )
     dtype = made_with["dtype"]
     prompt = Conditioning.cat(found[one.text] for one in prompts).to(DTYPES[dtype])

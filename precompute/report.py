@@ -7,6 +7,7 @@ from precompute.changes import Changes
 from precompute.records import Rejected
 from shards.buckets import bucket_name
 from shards.index import Index
+from shards.sample import TENSORS
 
 NOUNS = {  # of one sample, and of several
     "picture": ("picture", "pictures"),
@@ -30,6 +31,10 @@ class Report:
     num_encoded: int = 0  # samples of which something was encoded in this run
     num_upscaled: int = 0
     num_cut_captions: int = 0
+    num_variants: int = 0  # crops and mirrored pictures among them
+    num_captions: int = 0
+    num_masks: int = 0
+    num_taken: int = 0  # pictures an epoch, with repeats
     num_prompts: int = 0  # to draw previews from
     rejected: list[Rejected] = field(default_factory=list)
 
@@ -46,6 +51,11 @@ class Report:
         self.num_shards += 1
         self.num_bytes += header["tar_bytes"]
         self.num_cut_captions += header["num_cut_captions"]
+        records = index.records
+        self.num_variants += int(records["num_variants"].sum())
+        self.num_captions += int(records["num_captions"].sum())
+        self.num_masks += int((records["tensors"][:, TENSORS.index("mask")] > 0).sum())
+        self.num_taken += len(index) * int(header["repeats"])
 
 
 def summarise(report: Report) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from precompute.images import picture_size
+from precompute.masks import check_mask_size
 from precompute.placement import Planned
 from precompute.records import Blob, Memory, Record, Rejected
 from precompute.refusals import explain
@@ -69,8 +70,10 @@ def plan_pictures(
                 rejected.append(Rejected(record.path, reason))
             else:
                 digest, width, height = header
+                _check_size(width, height, settings.min_size)
                 variants = plan_variants(shape((width, height)), settings, record.key)
-                planned.append(Planned(record, digest, variants))
+                mask = _mask_digest(record, (width, height), memory)
+                planned.append(Planned(record, digest, variants, mask))
         except ValueError as error:
             rejected.append(Rejected(record.path, str(error)))
     return planned, rejected
@@ -90,8 +93,37 @@ def _headers(records: list[Record], memory: Memory) -> list[Header | Rejected]:
     return found
 
 
-def _stamp(blob: Blob) -> tuple[str, int, int]:
-    return f"picture {blob.file}:{blob.offset}", blob.size, blob.mtime_ns
+def _check_size(width: int, height: int, smallest: int) -> None:
+    if min(width, height) < smallest:
+        raise ValueError(
+            f"{width} x {height} pixels: its shorter side has fewer than --min-size {smallest}"
+        )
+
+
+def _mask_digest(record: Record, original: Size, memory: Memory) -> str:
+    """sha256 of the mask's bytes; empty of a picture that has none beside it.
+
+    Raises:
+        ValueError: it cannot be read, or cannot be of this picture.
+    """
+    mask = record.mask
+    if mask is None:
+        return ""
+
+    def read() -> Header:
+        data = mask.read()
+        return [hashlib.sha256(data).hexdigest(), *picture_size(data)]
+
+    try:
+        digest, width, height = memory.recall(*_stamp(mask, "mask"), read)
+        check_mask_size((width, height), original)
+    except Exception as error:  # Pillow raises anything of a bad file
+        raise ValueError(f"its mask: {explain(error)}") from None
+    return str(digest)
+
+
+def _stamp(blob: Blob, what: str = "picture") -> tuple[str, int, int]:
+    return f"{what} {blob.file}:{blob.offset}", blob.size, blob.mtime_ns
 
 
 def _read_header(record: Record) -> Header | Rejected:

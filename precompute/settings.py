@@ -73,23 +73,23 @@ class EncodeSettings:
         0.5, "Exit with 1, after finishing, where more than this share is rejected."
     )
 
+    dry_run: bool = _option(
+        False, "Say what would be encoded, cropped and rejected, and how much disk it takes."
+    )
+
     def __post_init__(self) -> None:
         if self.square and self.squash:
             raise ValueError("--square and --squash exclude each other")
         check_gpus(self.gpus)
         least = {"batch_size": 1, "shard_size": 1, "resolution": 1}
-        least |= {
-            "shuffle_tags": 0,
-            "keep_tokens": 0,
-            "min_size": 0,
-            "crops": 0,
-            "long_captions": 1,
-        }
+        least |= {"shuffle_tags": 0, "keep_tokens": 0, "min_size": 0, "crops": 0}
         for name, smallest in least.items():
             value = getattr(self, name)
             if value is not None and value < smallest:
                 flag = name.replace("_", "-")
                 raise ValueError(f"--{flag} must be at least {smallest}, not {value}")
+        if not 1 <= self.long_captions <= 32:
+            raise ValueError(f"--long-captions must be from 1 to 32, not {self.long_captions}")
         if self.keep_tokens and not self.shuffle_tags:
             raise ValueError("--keep-tokens goes with --shuffle-tags")
         if self.threads is not None and not 1 <= self.threads <= 1024:

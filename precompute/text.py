@@ -15,14 +15,17 @@ from shards.previews import KEY
 from shards.sample import DTYPES
 
 
-def load_text(base: str, device: torch.device) -> TextEncoders:
+def load_text(base: str, device: torch.device, num_chunks: int) -> TextEncoders:
     """The base's text encoders, in the precision that captions are encoded in."""
-    return TextEncoders(base, torch.float16 if device.type == "cuda" else torch.float32, device)
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    return TextEncoders(base, dtype, device, num_chunks)
 
 
 def text_causes(recipe: dict[str, Any]) -> str:
     """Changes with anything but the text that decides an embedding as it is stored."""
     causes = [recipe["text_encoder"], recipe["text_encoder_2"], recipe["storage"]["dtype"]]
+    if "long_captions" in recipe:
+        causes.append(recipe["long_captions"])
     return content_digest(causes)
 
 

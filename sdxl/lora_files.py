@@ -13,6 +13,7 @@ import torch
 from peft import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 
+from sdxl.long_captions import NAME, check_long_captions
 from sdxl.schedule import Schedule
 
 LORA = "pytorch_lora_weights.safetensors"  # the name load_lora_weights looks for in a folder
@@ -40,15 +41,21 @@ def lora_state(unet: Any, values: dict[str, torch.Tensor] | None = None) -> dict
 
 
 def lora_bytes(
-    unet: Any, values: dict[str, torch.Tensor] | None = None, schedule: Schedule | None = None
+    unet: Any,
+    values: dict[str, torch.Tensor] | None = None,
+    schedule: Schedule | None = None,
+    num_chunks: int = 1,
 ) -> bytes:
-    """A LoRA file: what ``load_lora_weights`` takes, at its right strength.
+    """A LoRA file: what ``load_lora_weights`` takes, at its right strength; it learned its
+    captions in ``num_chunks`` chunks of 77 tokens.
 
     All metadata is in one key: safetensors writes several in an order of each process' own.
     """
     config = next(iter(unet.peft_config.values())).to_dict()
     settings = {PREFIX + name: _plain(config[name]) for name in _SETTINGS}
     settings |= {OURS + n: value for n, value in (schedule or Schedule()).to_config().items()}
+    if num_chunks > 1:
+        settings[OURS + NAME] = num_chunks
     metadata = {METADATA_KEY: json.dumps(settings, sort_keys=True)}
     return safetensors.torch.save(lora_state(unet, values), metadata=metadata)
 
@@ -74,14 +81,29 @@ def num_lora_parameters(path: Path) -> int:
 
 def read_schedule(path: Path) -> Schedule:
     """What the metadata of a LoRA file says of the run that made it; nothing in other tools'."""
+    return Schedule.of_config(_told(path))
+
+
+def read_num_chunks(path: Path) -> int:
+    """In how many chunks a LoRA's captions were learned; one in other tools' files.
+
+    Raises:
+        ValueError: its metadata says what cannot be.
+    """
+    try:
+        return check_long_captions(_told(path).get(NAME, 1))
+    except ValueError as error:
+        raise ValueError(f"{path}: {OURS}{error}") from None
+
+
+def _told(path: Path) -> dict[str, Any]:
+    """What our own metadata in a LoRA file says."""
     try:
         with safe_open(path, framework="pt") as file:
             settings = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
-        return Schedule.of_config(
-            {n.removeprefix(OURS): v for n, v in settings.items() if n.startswith(OURS)}
-        )
+        return {n.removeprefix(OURS): v for n, v in settings.items() if n.startswith(OURS)}
     except (OSError, SafetensorError, ValueError, AttributeError):
-        return Schedule()  # what it is, load_lora says
+        return {}  # what it is, load_lora says
 
 
 def load_lora(unet: Any, path: Path) -> None:

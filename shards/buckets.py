@@ -65,7 +65,13 @@ class Geometry:
 
     @property
     def is_upscaled(self) -> bool:
-        return self.resized[0] > self.original[0] or self.resized[1] > self.original[1]
+        return self.enlargement > 1
+
+    @property
+    def enlargement(self) -> float:
+        """How many times longer a side becomes; of both sides the larger number."""
+        (ow, oh), (rw, rh) = self.original, self.resized
+        return max(rw / ow, rh / oh)
 
 
 def cover(original: Size, target: Size) -> Geometry:

@@ -158,6 +158,13 @@ def test_masks_that_do_not_fit_are_refused() -> None:
         open_mask(stored(white), (40, 20))
 
 
+def test_a_mask_that_hides_all_is_refused() -> None:
+    with pytest.raises(ValueError, match="black all over"):
+        open_mask(stored(Image.new("L", (40, 20))), (40, 20))
+    with pytest.raises(ValueError, match="black all over"):
+        open_alpha(stored(Image.new("RGBA", (40, 20))))
+
+
 def test_alpha_is_upright_like_its_picture() -> None:
     image = noise((40, 20)).convert("RGBA")
     alpha = noise((40, 20), 5).getchannel(0)

@@ -20,6 +20,7 @@ from safetensors import safe_open
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from sdxl.base import find_weights
+from sdxl.long_captions import write_long_captions
 from sdxl.lora_files import LORA, PREFIX, lora_bytes
 from sdxl.schedule import Schedule, write_schedule
 from shards.durable import fsync_folder, write_durable
@@ -95,11 +96,13 @@ def _split(tensors: dict[str, torch.Tensor]) -> list[list[str]]:
 
 @dataclass(frozen=True)
 class Kind:
-    """What the weights are of: a LoRA or the whole UNet of ``base``, trained on ``schedule``."""
+    """What the weights are of: a LoRA or the whole UNet of ``base``, trained on ``schedule``, with
+    captions of ``num_chunks`` chunks."""
 
     full: bool
     base: str
     schedule: Schedule
+    num_chunks: int = 1
 
 
 def write_weights(unet: Any, kind: Kind, folder: Path, world: World, ema: Ema | None) -> None:
@@ -110,11 +113,12 @@ def write_weights(unet: Any, kind: Kind, folder: Path, world: World, ema: Ema | 
         if world.is_main:
             write_schedule(kind.base, kind.schedule, folder)
             _write_config(unet, folder / UNET)
+            write_long_captions(folder / UNET, kind.num_chunks)
         tensors = dict(unet.named_parameters()) if ema is None else ema.tensors()
         write_tensors(folder / UNET, STEM, tensors, world)
     elif world.is_main:
         values = None if ema is None else ema.values
-        write_durable(folder / LORA, lora_bytes(unet, values, kind.schedule))
+        write_durable(folder / LORA, lora_bytes(unet, values, kind.schedule, kind.num_chunks))
 
 
 def _write_config(unet: Any, folder: Path) -> None:
