@@ -277,6 +277,7 @@ def _verify_one(folder: Path, repair: bool) -> bool:
     """Say what is damaged in one cache, and drop it; whether nothing is."""
     from tqdm import tqdm
 
+    from precompute.lock import locked
     from shards import CacheError
     from shards.manifest import MANIFEST, read_manifest
     from shards.repair import drop_damaged, stand_in
@@ -297,8 +298,13 @@ def _verify_one(folder: Path, repair: bool) -> bool:
     faults = [fault for some in found for fault in some]
     for fault in faults:
         click.echo(fault)
-    if repair and (dropped := drop_damaged(folder, manifest, found)):
-        click.echo("\n".join([*dropped, "next: run the same encode again; it makes them again"]))
+    if repair and (faults or "digest" not in manifest):
+        with locked(folder):
+            dropped = drop_damaged(folder, manifest, found)
+        for line in dropped:
+            click.echo(line)
+        if dropped:
+            click.echo("next: run the same encode again, it makes what was dropped")
     if not faults and "digest" in manifest:
         samples = manifest["num_samples"]
         click.echo(f"{folder}: {samples} samples in {num_shards} shards, all whole")

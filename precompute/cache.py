@@ -77,7 +77,7 @@ def check_out(folder: Path, data_set: Path) -> None:
     ours = (UNCONDITIONAL, MANIFEST, PLAN)
     known = (*OWN, REPLACED)
     foreign = [name for name in names if name not in known and not name.endswith(PARTIAL)]
-    if foreign and not any(name in names for name in ours):
+    if foreign and not any(name in names for name in ours) and not shard_names(folder):
         raise ValueError(
             f"{folder}: not empty and no cache (holds {min(foreign)}); give another --out"
         )
