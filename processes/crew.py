@@ -30,6 +30,7 @@ class Crew:
             )
         self.rank = int(os.environ["RANK"]) if self.size > 1 else 0
         self._store: Any = None
+        self._counts: dict[str, int] = {}
         if self.size > 1:
             distributed: Any = torch.distributed  # whose stubs hide what its manual names
             store, _, _ = next(distributed.rendezvous("env://", timeout=timedelta(minutes=5)))
@@ -60,6 +61,13 @@ class Crew:
             return
         while (number := self._store.add(f"{name}/claimed", 1) - 1) < num:
             yield number
+
+    def count(self, name: str, number: int) -> int:
+        """Add to a number that all processes have in common, and read it."""
+        if self._store is not None:
+            return int(self._store.add(f"{name}/count", number))
+        self._counts[name] = self._counts.get(name, 0) + number
+        return self._counts[name]
 
     def gather(self, name: str, value: str) -> list[str]:
         """What every process says as ``name``, in rank order, for the main one, which waits for

@@ -62,6 +62,17 @@ class Shard:
         """The sample's JSON: path, captions, digests."""
         return dict(json.loads(bytes(self._checked(row, *next(self.index.parts(row))))))
 
+    def members(self, row: int) -> dict[str, bytes]:
+        """Both tar members of a sample, by extension; every part is checked."""
+        for part, digest in self.index.parts(row):
+            self._checked(row, part, digest)
+        record = self.index.records[row]
+        places = {
+            "json": (int(record["json_offset"]), int(record["json_size"])),
+            "safetensors": (int(record["offset"]), int(record["size"])),
+        }
+        return {end: self._map[at : at + size] for end, (at, size) in places.items()}
+
     def _checked(self, row: int, part: Part, digest: int) -> Any:
         data = np.frombuffer(self._map, np.uint8, part.size, part.offset)
         if xxhash.xxh3_64_intdigest(data.data) != digest:
