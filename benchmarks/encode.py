@@ -5,7 +5,7 @@ both text encoders of diffusers and transformers on batches of the same size. Bo
 process in turns (A B A B ...), models loaded each time; the ratio is that of the medians of
 processor seconds, which other processes disturb little.
 
-    python -m benchmarks.encode [--base BASE] [--pictures 300] [--resolution 128] [--rounds 3]
+    python -m benchmarks.encode [--base BASE] [--pictures 300] [--resolution 256] [--rounds 2]
 """
 
 import contextlib
@@ -172,8 +172,8 @@ def measure_growth(folder: Path, base: str, pictures: int) -> dict[str, Any]:
 @click.command()
 @click.option("--base", default="miniature", show_default=True)
 @click.option("--pictures", default=300, show_default=True, help="Encoded in each round.")
-@click.option("--resolution", default=128, show_default=True)
-@click.option("--rounds", default=3, show_default=True, help="Of each, in turns.")
+@click.option("--resolution", default=256, show_default=True)
+@click.option("--rounds", default=2, show_default=True, help="Of each, in turns.")
 @click.option("--memory", default="1000,10000", show_default=True, help="Numbers of pictures.")
 @click.option("--out", default=Path("benchmark-output"), type=click.Path(path_type=Path))
 def main(base: str, pictures: int, resolution: int, rounds: int, memory: str, out: Path) -> None:

@@ -63,7 +63,7 @@ def test_chunks_are_what_the_pipeline_makes_of_each_piece(
     draw = random.Random(num_chunks)
     lengths = [0, 1, 74, 75, 76, 149, 150, 151, 300]
     texts = [" ".join(draw.choices(words, k=length)) for length in lengths]
-    encoders = TextEncoders(str(base), torch.float32, CPU, num_chunks)
+    encoders = TextEncoders(str(base), torch.float32, CPU, None, num_chunks)
     found = encoders.encode(texts, BATCH)
     assert found.prompt.shape[:2] == (len(texts), 77 * num_chunks)
     for row, (text, length) in enumerate(zip(texts, lengths, strict=True)):
