@@ -19,9 +19,11 @@ from shards.durable import write_durable
 from tools.miniature.drawing import (
     BASIC_SHAPES,
     NEW_SHAPES,
+    TINY,
     draw_doodle,
     draw_scene,
     random_scene,
+    shrink,
 )
 
 NUM_PICTURES = 8000
@@ -50,14 +52,21 @@ def make_vae() -> Any:
 
 
 def draw_pictures(num: int, seed: int) -> torch.Tensor:
-    """[num, 3, 64, 64] uint8: half basic shapes, half doodles, to see all others by."""
+    """[num, 3, 64, 64] uint8: half basic shapes, half doodles, to see all others by.
+
+    A quarter of both is blurred: a decoder that only met sharp edges can draw no others.
+    """
     choices = random.Random(seed)
     pictures = []
     for number in tqdm(range(num), unit="img", desc="draw for the VAE"):
         if number % 2:
-            pictures.append(draw_doodle(choices))
+            picture = draw_doodle(choices)
         else:
-            pictures.append(draw_scene(random_scene(choices, BASIC_SHAPES), choices))
+            picture = draw_scene(random_scene(choices, BASIC_SHAPES), choices)
+        if number % 8 < 2:
+            small = shrink(picture, choices.randint(*TINY))
+            picture = small.resize(picture.size, Image.Resampling.LANCZOS)
+        pictures.append(picture)
     return torch.stack([_pixels(picture) for picture in pictures])
 
 
@@ -173,9 +182,21 @@ def held_out_psnr(vae: Any) -> float:
 def picture_psnr(vae: Any, drawn: list[Image.Image]) -> float:
     """Mean dB of pictures encoded and decoded again."""
     pictures = _batch_of(drawn)
-    decoded = vae.decode(vae.encode(pictures).latent_dist.mean).sample.clamp(-1, 1)
+    decoded = _decoded(vae, pictures)
     errors = ((decoded - pictures) / 2).square().flatten(1).mean(dim=1)
     return float((-10 * errors.log10()).mean())
+
+
+@torch.inference_mode()
+def decoded_pictures(vae: Any, drawn: list[Image.Image]) -> list[Image.Image]:
+    """Pictures encoded and decoded again."""
+    levels = ((_decoded(vae, _batch_of(drawn)) + 1) * 127.5).round().to(torch.uint8)
+    return [Image.fromarray(one.numpy()) for one in levels.permute(0, 2, 3, 1)]
+
+
+def _decoded(vae: Any, pictures: torch.Tensor) -> torch.Tensor:
+    decoded: torch.Tensor = vae.decode(vae.encode(pictures).latent_dist.mean).sample
+    return decoded.clamp(-1, 1)
 
 
 @torch.inference_mode()
