@@ -57,9 +57,9 @@ guidance 5, fp32 on a CPU:
 {scores}
 
 How it answers the size and crop numbers, {num_conditioned} prompts, from the same noise each time.
-Sharpness is the steepest step between neighbouring pixels as a share of the contrast (true pictures
-through the VAE alone: {vae_sharp:.2f} for originals of 64x64, {vae_blurred:.2f} for 10x10); the last
-two are shares of pictures whose shape is cut off.
+Sharpness is the steepest step between neighbouring pixels as a share of the contrast (of true
+pictures through the VAE alone {vae_sharp:.2f} for originals of 64x64, {vae_blurred:.2f} for 10x10);
+the last two are shares of pictures whose shape is cut off.
 
 | the original that is asked for | sharpness | cut at a side | cut at top or bottom |
 | --- | --- | --- | --- |
