@@ -84,12 +84,13 @@ def _cli(arguments: str) -> None:
 def make_base(folder: Path, checkpoint: Path) -> None:
     """All but the UNet's training: a diffusers folder in fp16, its UNet random."""
     import torch
-    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+    from diffusers import StableDiffusionXLPipeline
 
     from tools.miniature.text import make_text_encoders
     from tools.miniature.tokenizer import make_tokenizers
     from tools.miniature.unet import make_unet
     from tools.miniature.vae import give_unit_variance, held_out_psnr, train_vae
+    from tools.small_sdxl import make_scheduler
 
     unfinished = folder.with_name(folder.name + ".partial")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -106,15 +107,7 @@ def make_base(folder: Path, checkpoint: Path) -> None:
         tokenizer=tokenizers[0],
         tokenizer_2=tokenizers[1],
         unet=make_unet().to(torch.float32),
-        scheduler=EulerDiscreteScheduler(
-            num_train_timesteps=1000,
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            prediction_type="epsilon",
-            timestep_spacing="leading",
-            steps_offset=1,
-        ),  # SDXL's own
+        scheduler=make_scheduler(),
         force_zeros_for_empty_prompt=True,
         add_watermarker=False,
     )

@@ -10,7 +10,6 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
 from torch.nn.functional import l1_loss, mse_loss
 from tqdm import tqdm
@@ -25,7 +24,9 @@ from tools.miniature.drawing import (
     random_scene,
     shrink,
 )
+from tools.small_sdxl import make_vae
 
+CHANNELS = (16, 32, 48, 48)  # of the four levels
 NUM_PICTURES = 8000
 BATCH_SIZE = 16
 PEAK_LR = 3e-3
@@ -35,20 +36,6 @@ NUM_STEPS = 4600
 NUM_DECODER_STEPS = 1000  # more, of the decoder alone
 DECODER_LR = 1.5e-3
 CHECKPOINT_EVERY = 250
-
-
-def make_vae() -> Any:
-    """SDXL's four levels, each of one layer and a few channels."""
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(16, 32, 48, 48),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=64,
-        force_upcast=True,
-    )
 
 
 def draw_pictures(num: int, seed: int) -> torch.Tensor:
@@ -91,7 +78,7 @@ def train_vae(checkpoint: Path) -> Any:
     """A trained VAE in fp32; goes on from ``checkpoint`` where there is one."""
     num_steps = NUM_STEPS + NUM_DECODER_STEPS
     torch.manual_seed(0)
-    vae: Any = make_vae().train().to(memory_format=torch.channels_last)  # a tenth faster
+    vae = make_vae(CHANNELS).train().to(memory_format=torch.channels_last)  # a tenth faster
     optimizer = torch.optim.AdamW(vae.parameters(), lr=PEAK_LR, weight_decay=1e-3, fused=True)
     start = _restore(checkpoint, vae, optimizer)
     if start == num_steps:
