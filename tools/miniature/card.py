@@ -44,7 +44,7 @@ picture.save("circle.png")
 It knows {colours};
 {shapes};
 small and large; left, right, top, bottom, middle. It does not know hearts and moons: those are for
-a fine-tune to learn (`python cli.py demo`). It was trained on originals of 8 to 128 pixels and on
+a fine-tune to learn (`python cli.py demo`). It was trained on originals of 4 to 128 pixels and on
 crops: small original sizes give blurred pictures, crop offsets give shapes that are cut off.
 
 ## Scores
@@ -58,7 +58,7 @@ guidance 5, fp32 on a CPU:
 
 How it answers the size and crop numbers, {num_conditioned} prompts, from the same noise each time.
 Sharpness is the steepest step between neighbouring pixels as a share of the contrast (of true
-pictures through the VAE alone {vae_sharp:.2f} for originals of 64x64, {vae_blurred:.2f} for 10x10);
+pictures through the VAE alone {vae_sharp:.2f} for originals of 64x64, {vae_blurred:.2f} for 5x5);
 the last two are shares of pictures whose shape is cut off.
 
 | the original that is asked for | sharpness | cut at a side | cut at top or bottom |
@@ -105,7 +105,7 @@ def write_card(asset: Path, drawn: Path, generate: Callable[[str], None]) -> Sco
         scores=_table(rows),
         num_conditioned=NUM_CONDITIONED,
         vae_sharp=decoded_sharpness(pipeline.vae, 64),
-        vae_blurred=decoded_sharpness(pipeline.vae, 10),
+        vae_blurred=decoded_sharpness(pipeline.vae, 5),
         responses="\n".join(_responses(pipeline)),
     )
     (asset / "README.md").write_text(card, encoding="utf-8")

@@ -16,8 +16,8 @@ BATCH_SIZE = 16
 # Arguments of diffusers' pipeline. Sizes are (height, width), a crop is (top, left), in pixels.
 SETTINGS: dict[str, dict[str, Any]] = {
     "64x64": {"original_size": (64, 64)},
-    "16x16": {"original_size": (16, 16)},
-    "10x10": {"original_size": (10, 10)},
+    "8x8": {"original_size": (8, 8)},
+    "5x5": {"original_size": (5, 5)},
     "64 high, 96 wide, cropped by 16 on the left": {
         "original_size": (64, 96),
         "crops_coords_top_left": (0, 16),
