@@ -151,9 +151,16 @@ def _tell_encoded(report: Any) -> None:
 @click.argument("cache", type=click.Path(path_type=Path))
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--base", required=True, help="The SDXL base that CACHE was encoded with.")
+@click.option(
+    "--tokenizers",
+    type=click.Path(path_type=Path),
+    help="As of encode: needed with a single file whose tokenizers the hub's cache does not have.",
+)
 @click.option("--device", default="auto", show_default=True, help="auto, cuda, cuda:N, mps or cpu.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def prompts(cache: Path, file: Path, base: str, device: str, debug: bool) -> None:
+def prompts(
+    cache: Path, file: Path, base: str, tokenizers: Path | None, device: str, debug: bool
+) -> None:
     """Replace the preview prompts of CACHE by those of FILE (syntax: as generate's).
 
     The data set is not needed.
@@ -161,7 +168,7 @@ def prompts(cache: Path, file: Path, base: str, device: str, debug: bool) -> Non
     with door(debug):
         from precompute.prompts import change_prompts
 
-        path, count = change_prompts(cache, file, base, device)
+        path, count = change_prompts(cache, file, base, device, tokenizers)
         click.echo(f"{path}: {count} preview prompts")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from processes.gpus import check_gpus
+from sdxl.base import BASE_HELP, TOKENIZERS_HELP
 
 Size = tuple[int, int]  # pixels: width and height, or left and top
 
@@ -44,7 +45,7 @@ class LoraUse:
 class GenerateSettings:
     """Settings of one generate run."""
 
-    base: str = field(metadata={"help": "SDXL base: a diffusers folder, a hub id, or miniature."})
+    base: str = field(metadata={"help": BASE_HELP})
     out: Path = field(metadata={"help": "The folder for the pictures."})
     prompts: Path | None = _option(
         None,
@@ -52,6 +53,8 @@ class GenerateSettings:
         "--n-images --ow --oh --cl --ct; or .jsonl, .json, .toml.",
     )
     prompt: str | None = _option(None, "One prompt, with the same options in it.")
+    vae: str | None = _option(None, "Another VAE: its folder or file, or a base with it.")
+    tokenizers: Path | None = _option(None, TOKENIZERS_HELP)
     lora: tuple[LoraUse, ...] = _option(
         (), "FILE[,WEIGHT]: a LoRA file, or a run or checkpoint folder with one; several are added."
     )

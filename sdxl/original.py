@@ -54,6 +54,8 @@ _JOINED = re.compile(r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias
 _APART = re.compile(r"text_model\.encoder\.layers\.(\d+)\.self_attn\.[qkv]_proj\.(weight|bias)")
 _CONVOLUTION = re.compile(r"(?:en|de)coder\.mid\.attn_1\.(?:q|k|v|proj_out)\.weight")
 
+_OLD_ATTENTION = re.compile(r"(.+\.attentions\.0)\.(query|key|value|proj_attn)\.(weight|bias)")
+
 
 class OriginalNames:
     """The names of one model's tensors in both layouts; keys are without the model's prefix.
@@ -121,6 +123,16 @@ class OriginalNames:
         if left:
             raise ValueError(f"{key}: {tensor.shape[0]} rows are not q, k and v")
         return {name: tensor[n * rows : (n + 1) * rows] for n, name in enumerate(names)}
+
+
+def modern_name(component: str, name: str) -> str:
+    """What today's libraries call a tensor that older ones saved under another name."""
+    if component == "text_encoder":
+        return name.removeprefix("text_model.")
+    if component == "vae" and (found := _OLD_ATTENTION.fullmatch(name)):
+        new = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+        return f"{found[1]}.{new[found[2]]}.{found[3]}"
+    return name
 
 
 def _renamed(name: str, modules: dict[str, str]) -> str | None:

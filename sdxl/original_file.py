@@ -11,16 +11,16 @@ from typing import Any
 
 import torch
 
+from sdxl.fingerprint import config_digest
 from sdxl.original import LOGIT_SCALE, PREFIXES, OriginalNames
 from sdxl.schedule import Schedule
+from sdxl.single_file import CONFIGS_KEY, V_PRED, ZERO_SNR, sdxl_config
 
 DTYPES = {
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
 }
-CONFIGS_KEY = "shardtune.configs"  # in the metadata: of what has other sizes than SDXL
-V_PRED, ZERO_SNR = "v_pred", "ztsnr"  # bare keys by which readers know what a base predicts
 CLIP_SCALE = math.log(100)  # where CLIP's training stops it
 
 
