@@ -211,13 +211,20 @@ def generate(ctx: click.Context, debug: bool, **values: Any) -> None:
     """Draw pictures from prompts, with a LoRA, a fine-tuned UNet, or the base alone."""
     with door(debug):
         settings = _settings(ctx, values)
+        if _launched(settings):
+            return
         from infer.generate import generate as run
 
         report = run(settings)
-        click.echo(
-            f"{report.num_drawn} pictures drawn, {report.num_kept} kept, in {settings.out}; "
-            f"all of them at a glance: {report.sheet}"
-        )
+        if report is not None:
+            one = "" if report.num_drawn == 1 else "s"
+            rate = (
+                f" ({report.num_drawn / report.seconds:.3g} images/s)" if report.num_drawn else ""
+            )
+            click.echo(
+                f"{report.num_drawn} picture{one} drawn{rate}, {report.num_kept} kept, in "
+                f"{settings.out}; all at a glance: {report.sheet}"
+            )
 
 
 @commands.command()

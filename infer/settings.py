@@ -32,7 +32,9 @@ class LoraUse:
         try:
             use = cls(Path(path), float(weight))
         except ValueError:
-            raise ValueError(f"{text}: the weight after the comma, {weight!r}, is no number") from None
+            raise ValueError(
+                f"{text}: the weight after the comma, {weight!r}, is no number"
+            ) from None
         if not (path and math.isfinite(use.weight)):
             raise ValueError(f"{text}: must be FILE or FILE,WEIGHT")
         return use
@@ -62,7 +64,9 @@ class GenerateSettings:
         None, "A UNet folder as train --full writes it, or a run or checkpoint with one."
     )
     ema: bool = _option(False, "The averaged weights of a checkpoint of a run with --ema.")
-    compare: bool = _option(False, "Draw each prompt without the LoRA or the UNet too, side by side.")
+    compare: bool = _option(
+        False, "Draw each prompt without the LoRA or the UNet too, side by side."
+    )
     num_images: int | None = _option(
         None, "Pictures in all, prompts in rotation; default: one each, or its --n-images."
     )

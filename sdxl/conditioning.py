@@ -66,6 +66,17 @@ class TextEncoders:
             add_watermarker=False,
         )
 
+    @property
+    def models(self) -> tuple[Any, Any]:
+        """Both encoders."""
+        return self._pipeline.text_encoder, self._pipeline.text_encoder_2
+
+    def to(self, device: torch.device) -> None:
+        """Move both encoders."""
+        self.device = device
+        for model in self.models:
+            model.to(device)
+
     @torch.inference_mode()
     def encode(self, prompts: list[str], batch_size: int) -> Conditioning:
         """N prompts to embeddings on the CPU, in batches of exactly ``batch_size``.

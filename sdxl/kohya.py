@@ -5,7 +5,6 @@ its two weights stands ``alpha``, and the strength is alpha / rank. DoRA's magni
 ``dora_scale``. What a UI wants to know is in the metadata, all of it strings.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,7 +12,6 @@ import torch
 
 from sdxl.lora_formats import Adapted
 from sdxl.original import OriginalNames
-from sdxl.schedule import Schedule
 
 KEY = "lora_unet_"
 ARCHITECTURE = "stable-diffusion-xl-v1-base/lora"  # of the ModelSpec standard

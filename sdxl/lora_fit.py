@@ -43,7 +43,9 @@ def fit(file: LoraFile, part: str, model: Any) -> dict[str, Adapted]:
     """
     is_unet = part == UNET
     shapes = adaptable(model)
-    table = key_table(shapes, model.config) if is_unet else {_text_key(name): name for name in shapes}
+    table = (
+        key_table(shapes, model.config) if is_unet else {_text_key(name): name for name in shapes}
+    )
     found: dict[str, Adapted] = {}
     for written, one in file.parts.get(part, {}).items():
         key = written.replace(".", "_")

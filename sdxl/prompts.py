@@ -1,7 +1,7 @@
 """Prompts, with kohya's options: ``a cat --n blurry --w 768 --d 7``, or the same as a table.
 
-``generate`` and the previews of ``encode`` and ``prompts`` read the same files: ``.txt`` (one prompt
-a line), ``.jsonl``, ``.json`` and ``.toml`` (tables, or lines as strings). Free of torch, so that a
+``generate`` and the previews of ``encode`` and ``prompts`` read the same files: ``.txt`` (one a
+line), ``.jsonl``, ``.json`` and ``.toml`` (tables, or lines as strings). Free of torch, so that a
 command can refuse a bad file before it loads any model.
 """
 

@@ -104,7 +104,10 @@ def decode_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     """Scaled latents [N, C, h, w] to pictures [N, 3, 8h, 8w] in 0..1, fp32, on the CPU."""
     latents = unscale(vae.config, latents.to(vae.device, vae.dtype))
     at_once = max(1, DECODED_AT_ONCE // latents[0, 0].numel())
-    decoded = [vae.decode(some, return_dict=False)[0].float().cpu() for some in latents.split(at_once)]
+    decoded = [
+        vae.decode(some, return_dict=False)[0].float().cpu()
+        for some in torch.split(latents, at_once)
+    ]
     return (torch.cat(decoded) / 2 + 0.5).clamp(0, 1)
 
 

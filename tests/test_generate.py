@@ -12,7 +12,7 @@ from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
 
 from infer.generate import generate
-from infer.settings import GenerateSettings
+from infer.settings import GenerateSettings, LoraUse
 from train.config import CacheUse, Every, TrainConfig
 from train.loop import train
 
@@ -97,7 +97,7 @@ def test_negative_prompts_sizes_and_guidance(base: Path, tmp_path: Path) -> None
 def test_a_lora_has_its_strength_in_diffusers(base: Path, trained: Trained, tmp_path: Path) -> None:
     """Rank 8 with alpha 3: read as alpha = rank, or as alpha = 1, it would draw otherwise."""
     lora = trained(rank=8, alpha=3.0)
-    ours = draw(base, tmp_path / "out", PROMPTS, lora=lora)
+    ours = draw(base, tmp_path / "out", PROMPTS, lora=(LoraUse(lora),))
     theirs = reference(base, PROMPTS, lambda pipeline: pipeline.load_lora_weights(str(lora)))
     check_equal(ours, theirs)
     folder = str(lora.parent)
@@ -157,8 +157,8 @@ def test_a_full_unet_draws_as_in_diffusers(base: Path, trained: Trained, tmp_pat
 def test_any_checkpoint_can_be_drawn_from(base: Path, trained: Trained, tmp_path: Path) -> None:
     lora = trained(checkpoint_every=Every(3))
     checkpoint = lora.parent / "checkpoints" / "checkpoint-3"
-    early = draw(base, tmp_path / "early", PROMPTS[:1], lora=checkpoint)
-    late = draw(base, tmp_path / "late", PROMPTS[:1], lora=lora)
+    early = draw(base, tmp_path / "early", PROMPTS[:1], lora=(LoraUse(checkpoint),))
+    late = draw(base, tmp_path / "late", PROMPTS[:1], lora=(LoraUse(lora),))
     assert np.abs(early[0] - late[0]).mean() > 1
 
 
@@ -220,7 +220,7 @@ def test_a_lora_of_another_model_is_refused_by_name(base: Path, tmp_path: Path) 
     tensors = {f"{name}A.weight": torch.zeros(4, 8), f"{name}B.weight": torch.zeros(8, 4)}
     safetensors.torch.save_file(tensors, file)
     with pytest.raises(ValueError, match=r"other.safetensors: does not fit this base: .*blocks.7"):
-        draw(base, tmp_path / "out", PROMPTS[:1], lora=file)
+        draw(base, tmp_path / "out", PROMPTS[:1], lora=(LoraUse(file),))
     file.write_bytes(file.read_bytes()[:50])
     with pytest.raises(ValueError, match=r"other.safetensors: no LoRA file"):
-        draw(base, tmp_path / "out", PROMPTS[:1], lora=file)
+        draw(base, tmp_path / "out", PROMPTS[:1], lora=(LoraUse(file),))

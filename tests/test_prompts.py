@@ -49,9 +49,18 @@ def test_prose_stays_text(text: str) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("a --x 1", "unknown option --x (known: --n --w --h --d --s --l)"),
-        ("a --w=64", "unknown option --w=64 (known: --n --w --h --d --s --l)"),
-        ("a --7.5", "unknown option --7.5 (known: --n --w --h --d --s --l)"),
+        (
+            "a --x 1",
+            "unknown option --x (known: --n --w --h --d --s --l --ss --n-images --ow --oh --cl --ct)",
+        ),
+        (
+            "a --w=64",
+            "unknown option --w=64 (known: --n --w --h --d --s --l --ss --n-images --ow --oh --cl --ct)",
+        ),
+        (
+            "a --7.5",
+            "unknown option --7.5 (known: --n --w --h --d --s --l --ss --n-images --ow --oh --cl --ct)",
+        ),
         ("a --w 64 --w 64", "option --w is given more than once"),
         ("a --n", "option --n has no value"),
         ("a --w --h 64", "option --w has no value"),
@@ -64,8 +73,8 @@ def test_prose_stays_text(text: str) -> None:
         ("a --w 64 px", "option --w must be a positive multiple of 8, not '64 px'"),
         ("a --d -1", f"option --d must be a whole number from 0 to {2**64 - 1}, not '-1'"),
         ("a --d 1_0", f"option --d must be a whole number from 0 to {2**64 - 1}, not '1_0'"),
-        ("a --s 0", "option --s must be a whole number of at least 1, not '0'"),
-        ("a --s ten", "option --s must be a whole number of at least 1, not 'ten'"),
+        ("a --s 0", "option --s must be a whole number from 1 to 1000, not '0'"),
+        ("a --s ten", "option --s must be a whole number from 1 to 1000, not 'ten'"),
         ("a --l -1", "option --l must be a number of at least 0, such as 7.5, not '-1'"),
         ("a --l nan", "option --l must be a number of at least 0, such as 7.5, not 'nan'"),
         ("a --l inf", "option --l must be a number of at least 0, such as 7.5, not 'inf'"),
@@ -100,7 +109,7 @@ def test_a_mistake_names_file_and_line(tmp_path: Path) -> None:
     with pytest.raises(ValueError) as caught:
         read_prompts(path)
     assert str(caught.value) == (
-        f"{path}, line 3: unknown option --x (known: --n --w --h --d --s --l)"
+        f"{path}, line 3: unknown option --x (known: --n --w --h --d --s --l --ss --n-images --ow --oh --cl --ct)"
     )
 
 
