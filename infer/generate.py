@@ -99,7 +99,9 @@ def _draw(
     device, dtype = _place(settings)
     pending: deque[Future[None]] = deque()
     with (
-        tqdm(total=len(drawings), unit="img", desc="draw", disable=not crew.is_main) as bar,
+        tqdm(
+            total=len(drawings), unit="img", desc="draw", disable=not (crew.is_main and drawings)
+        ) as bar,
         ThreadPoolExecutor(NUM_WRITERS) as pool,
     ):
 

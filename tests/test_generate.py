@@ -11,12 +11,11 @@ import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
 
-from infer.generate import generate
-from infer.settings import GenerateSettings, LoraUse
+from infer.settings import LoraUse
+from tests.drawing import PROMPTS, check_equal, check_same, draw, reference
 from train.config import CacheUse, Every, TrainConfig
 from train.loop import train
 
-PROMPTS = ["a red circle", "a blue square on a white ground", "a green triangle"]
 Trained = Callable[..., Path]
 
 
@@ -40,45 +39,9 @@ def trained(cache: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -
     return run
 
 
-def draw(base: Path, out: Path, prompts: list[str], **settings: Any) -> list[np.ndarray]:
-    file = out.with_suffix(".txt")
-    file.write_text("\n".join(prompts))
-    defaults: dict[str, Any] = {"num_steps": 5, "size": "64", "seed": 11, "batch_size": 3}
-    generate(
-        GenerateSettings(
-            base=str(base), out=out, prompts=file, device="cpu", **{**defaults, **settings}
-        )
-    )
-    return [load(path) for path in sorted(out.glob("0*.png"))]
-
-
-def load(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
-        return np.asarray(image).astype(int)
-
-
-def reference(base: Path, prompts: list[str], change: Any = None, **call: Any) -> list[np.ndarray]:
-    """What the pipeline draws when it is called directly."""
-    pipeline = StableDiffusionXLPipeline.from_pretrained(str(base))
-    pipeline.set_progress_bar_config(disable=True)
-    if change is not None:
-        change(pipeline)
-    generators = [torch.Generator().manual_seed(11 + number) for number in range(len(prompts))]
-    defaults = {"num_inference_steps": 5, "height": 64, "width": 64, "guidance_scale": 5.0}
-    pictures = pipeline(prompts, generator=generators, **{**defaults, **call}).images
-    return [np.asarray(picture).astype(int) for picture in pictures]
-
-
-def check_equal(ours: list[np.ndarray], theirs: list[np.ndarray]) -> None:
-    assert len(ours) == len(theirs) > 0
-    for one, two in zip(ours, theirs, strict=True):
-        assert one.shape == two.shape
-        assert np.abs(one - two).max() <= 1 and np.mean(one != two) < 0.01
-
-
 def test_the_base_draws_as_the_pipeline_does(base: Path, tmp_path: Path) -> None:
     ours = draw(base, tmp_path / "out", PROMPTS)
-    check_equal(ours, reference(base, PROMPTS))
+    check_same(ours, reference(base, PROMPTS))
     assert np.abs(ours[0] - ours[1]).mean() > 5
 
 
