@@ -98,10 +98,9 @@ def _draw(
     folder = PictureFolder(settings.out, settings.format)
     device, dtype = _place(settings)
     pending: deque[Future[None]] = deque()
+    quiet = not (crew.is_main and drawings)
     with (
-        tqdm(
-            total=len(drawings), unit="img", desc="draw", disable=not (crew.is_main and drawings)
-        ) as bar,
+        tqdm(total=len(drawings), unit="img", desc="draw", disable=quiet) as bar,
         ThreadPoolExecutor(NUM_WRITERS) as pool,
     ):
 
