@@ -227,6 +227,22 @@ def generate(ctx: click.Context, debug: bool, **values: Any) -> None:
             )
 
 
+@stage("export", "infer.export_settings:ExportSettings")
+def export(ctx: click.Context, debug: bool, **values: Any) -> None:
+    """Write WEIGHTS in the form that other tools read; read it back, and compare.
+
+    A LoRA (a file, or a run, checkpoint or peft folder) becomes a kohya file, and a kohya file one
+    of diffusers. The UNet of train --full, or with --merge a LoRA in its base, becomes one
+    original-layout file with the base's VAE and text encoders.
+    """
+    with door(debug):
+        settings = _settings(ctx, values)
+        from infer.export import export as run
+
+        done = run(settings)
+        click.echo(f"{done.path}: {done.what}, {done.num_bytes / 1e6:.1f} MB; read back and equal")
+
+
 @commands.command()
 @click.option(
     "--out",

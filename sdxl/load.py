@@ -191,6 +191,19 @@ def _load_from_file(kind: Any, path: Path, component: str, dtype: torch.dtype) -
     return model
 
 
+def bare_model(component: str, config: dict[str, Any]) -> Any:
+    """A model's modules by their names and shapes, without its weights."""
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    kinds = {
+        "unet": UNet2DConditionModel,
+        "vae": AutoencoderKL,
+        "text_encoder": CLIPTextModel,
+        "text_encoder_2": CLIPTextModelWithProjection,
+    }
+    return _without_weights(kinds[component], config)
+
+
 def _without_weights(kind: Any, config: dict[str, Any]) -> Any:
     """A model whose parameters have shapes and no data yet; its buffers are as they must be."""
     with init_empty_weights():

@@ -1,72 +1,20 @@
-"""LoRA files on a model: put there at their strength, and written as diffusers reads them.
+"""LoRA files on a model, each at its strength."""
 
-What is written has peft's names and, always, the adapter's own settings: without them a reader
-takes alpha = rank, and the strength is silently wrong.
-"""
-
-import json
-import re
 import warnings
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from peft import inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 
+from sdxl.adapted import Adapted
 from sdxl.lora_fit import fit
-from sdxl.lora_formats import (
-    LORA,
-    METADATA_KEY,
-    OURS,
-    UNET,
-    Adapted,
-    open_lora,
-    read_lora_file,
-)
+from sdxl.lora_formats import LORA as LORA
+from sdxl.lora_formats import UNET, open_lora, read_lora_file
+from sdxl.lora_write import peft_config
 from sdxl.schedule import Schedule
-
-__all__ = ["LORA", "apply_loras", "apply_text_loras", "load_lora", "read_lora"]
-PREFIX = f"{UNET}."
-_SETTINGS = (
-    "r",
-    "lora_alpha",
-    "target_modules",
-    "rank_pattern",
-    "alpha_pattern",
-    "use_rslora",
-    "use_dora",
-    "bias",
-    "lora_dropout",
-)
-
-
-def lora_state(unet: Any, values: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-    """The adapter's weights under diffusers' names, fp32, on the CPU: those that the UNet has, or
-    others by the names of its parameters."""
-    state = get_peft_model_state_dict(unet, values, adapter_name=next(iter(unet.peft_config)))
-    return {PREFIX + name: t.detach().float().cpu().contiguous() for name, t in state.items()}
-
-
-def lora_bytes(
-    unet: Any, values: dict[str, torch.Tensor] | None = None, schedule: Schedule | None = None
-) -> bytes:
-    """A LoRA file: what ``load_lora_weights`` takes, at its right strength.
-
-    All metadata is in one key: safetensors writes several in an order of each process' own.
-    """
-    config = next(iter(unet.peft_config.values())).to_dict()
-    settings = {PREFIX + name: _plain(config[name]) for name in _SETTINGS}
-    settings |= {OURS + n: value for n, value in (schedule or Schedule()).to_config().items()}
-    metadata = {METADATA_KEY: json.dumps(settings, sort_keys=True)}
-    return safetensors.torch.save(lora_state(unet, values), metadata=metadata)
-
-
-def _plain(value: Any) -> Any:
-    return sorted(value) if isinstance(value, set) else value
 
 
 def num_lora_parameters(path: Path) -> int:
@@ -84,7 +32,7 @@ def num_lora_parameters(path: Path) -> int:
 def read_schedule(path: Path) -> Schedule:
     """What the metadata of a LoRA file says of the run that made it; nothing in other tools'."""
     try:
-        return Schedule.of_config(read_lora_file(path).about)
+        return read_lora_file(path).card.schedule
     except ValueError:
         return Schedule()  # what it is, load_lora says
 
@@ -145,21 +93,10 @@ def read_lora(unet: Any, path: Path) -> None:
 
 
 def _add(model: Any, found: dict[str, Adapted], name: str) -> None:
-    """One more adapter on a model, by peft. Its settings are the commonest, and the exceptions."""
+    """One more adapter on a model, by peft."""
     if not found:
         return
-    first = next(iter(found.values()))
-    (rank, alpha), _ = Counter((one.rank, one.alpha) for one in found.values()).most_common(1)[0]
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        target_modules=list(found),
-        rank_pattern={f"^{re.escape(n)}": o.rank for n, o in found.items() if o.rank != rank},
-        alpha_pattern={f"^{re.escape(n)}": o.alpha for n, o in found.items() if o.alpha != alpha},
-        use_rslora=first.rslora,
-        use_dora=first.magnitude is not None,
-    )
-    inject_adapter_in_model(config, model, adapter_name=name)
+    inject_adapter_in_model(peft_config(found), model, adapter_name=name)
     model._hf_peft_config_loaded = True  # so that diffusers and transformers know of it
     _fill(model, found, name)
 

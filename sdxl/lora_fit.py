@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
+from sdxl.adapted import Adapted
 from sdxl.kohya import key_table
-from sdxl.lora_formats import UNET, Adapted, LoraFile
+from sdxl.lora_formats import UNET, LoraFile
 
 _OTHERS = {  # by names that only they have
     r"(double|single)_blocks_|single_transformer_blocks_": "Flux",

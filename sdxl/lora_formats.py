@@ -6,7 +6,6 @@ read rightly is refused by its name: LoHa, LoKr, full differences, other archite
 """
 
 import json
-import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping
@@ -18,7 +17,11 @@ import torch
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
+from sdxl.adapted import Adapted
+from sdxl.card import Card, read_card
+
 LORA = "pytorch_lora_weights.safetensors"  # the name load_lora_weights looks for in a folder
+KOHYA = "kohya_lora_weights.safetensors"  # beside it, for the UIs
 PEFT = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
 METADATA_KEY = "lora_adapter_metadata"  # diffusers.loaders.lora_base
@@ -60,39 +63,6 @@ _KINDS = {
 
 
 @dataclass(frozen=True, eq=False)
-class Adapted:
-    """What is learned of one linear or convolution W: W + scale B A.
-
-    ``down`` A [r, in] or [r, in, k, k], ``up`` B [out, r] or [out, r, 1, 1], ``magnitude`` (DoRA)
-    [out]: the norm that each row of the sum is given.
-    """
-
-    down: torch.Tensor
-    up: torch.Tensor
-    alpha: float
-    rslora: bool = False
-    magnitude: torch.Tensor | None = None
-
-    @property
-    def rank(self) -> int:
-        return len(self.down)
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
-
-    @property
-    def kohya_alpha(self) -> float:
-        """alpha, where the strength is alpha / rank."""
-        return self.alpha * math.sqrt(self.rank) if self.rslora else self.alpha
-
-    def delta(self) -> torch.Tensor:
-        """scale B A in fp32, of the weight's shape."""
-        product = self.up.float().flatten(1) @ self.down.float().flatten(1)
-        return self.scale * product.reshape(len(self.up), *self.down.shape[1:])
-
-
-@dataclass(frozen=True, eq=False)
 class LoraFile:
     """The parts of a LoRA file, each by its modules' names as they stand there."""
 
@@ -107,10 +77,17 @@ class LoraFile:
         return sum(len(part) for name, part in self.parts.items() if name != UNET)
 
     @property
-    def about(self) -> dict[str, Any]:
+    def card(self) -> Card:
         """What its maker, if it was this project, says of it."""
         settings = _settings(self.metadata)
-        return {n.removeprefix(OURS): v for n, v in settings.items() if n.startswith(OURS)}
+        ours = {n.removeprefix(OURS): v for n, v in settings.items() if n.startswith(OURS)}
+        return Card.of(ours) if ours else read_card(self.metadata)
+
+
+def long_name(name: str) -> str:
+    """A text encoder's module with the level of names that transformers 5.6 dropped and files of
+    LoRAs keep."""
+    return name if name.startswith(("text_model.", "text_projection")) else f"text_model.{name}"
 
 
 def find_lora(path: Path) -> Path:
@@ -150,18 +127,24 @@ def read_lora_file(path: Path) -> LoraFile:
     with open_lora(path) as file:
         metadata = dict(file.metadata() or {})
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    settings, kind = _settings(metadata), _kind(tensors)
+    if kind == "peft":
+        settings = {f"{UNET}.{n}": v for n, v in _peft_settings(path).items()}
+    return LoraFile(path, kind, lora_parts(path, tensors, settings), metadata)
+
+
+def lora_parts(
+    path: Path, tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]
+) -> dict[str, dict[str, Adapted]]:
+    """The tensors of a LoRA by part and module. ``settings`` are peft's, by ``part.name``."""
     found: dict[str, dict[str, dict[str, torch.Tensor]]] = defaultdict(lambda: defaultdict(dict))
     for name, tensor in tensors.items():
         part, module, what = _parse(path, name)
         found[part][module][what] = tensor
-    settings, kind = _settings(metadata), _kind(tensors)
-    if kind == "peft":
-        settings = {f"{UNET}.{n}": v for n, v in _peft_settings(path).items()}
-    parts = {
+    return {
         part: {m: _adapted(path, m, one, _of(settings, part)) for m, one in modules.items()}
         for part, modules in found.items()
     }
-    return LoraFile(path, kind, parts, metadata)
 
 
 def _kind(names: Mapping[str, Any]) -> str:
@@ -199,7 +182,7 @@ def _settings(metadata: dict[str, str]) -> dict[str, Any]:
         return {}
 
 
-def _of(settings: dict[str, Any], part: str) -> dict[str, Any]:
+def _of(settings: Mapping[str, Any], part: str) -> Mapping[str, Any]:
     """One part's settings; of a file of one part alone they have no prefix."""
     mine = {n.removeprefix(f"{part}."): v for n, v in settings.items() if n.startswith(f"{part}.")}
     return mine or (settings if part == UNET and "lora_alpha" in settings else {})
@@ -221,7 +204,7 @@ def _peft_settings(path: Path) -> dict[str, Any]:
 
 
 def _adapted(
-    path: Path, module: str, tensors: dict[str, torch.Tensor], settings: dict[str, Any]
+    path: Path, module: str, tensors: dict[str, torch.Tensor], settings: Mapping[str, Any]
 ) -> Adapted:
     if not {"down", "up"} <= tensors.keys():
         missing = "up" if "down" in tensors else "down"

@@ -71,7 +71,8 @@ def train(config: TrainConfig) -> Path:
         start, plan, share, identity = find_start(config, caches, world)
         learner = build_learner(config, world)
         restore(start, learner, config)
-        kind = Kind(config.full, config.base, learner.schedule)
+        digests = tuple(cache.data_digest for cache in caches)
+        kind = Kind(config.full, config.base, learner.schedule, digests)
         previewer = Previewer.of(config, caches, learner)
         num_steps = _num_steps(config, plan, start)
         about = describe(config, plan, learner, num_steps)
@@ -117,7 +118,8 @@ def _run(run: Run) -> Path:
         )
         _steps(run)
         learner = run.learner
-        path = publish(learner.unet, run.kind, run.config.out, learner.world, learner.ema)
+        world, out = learner.world, run.config.out
+        path = publish(learner.unet, run.kind, out, world, learner.ema, steps=run.num_steps)
         run.log.artifact(path)
         failed = False
         return path
