@@ -244,6 +244,24 @@ def export(ctx: click.Context, debug: bool, **values: Any) -> None:
 
 
 @commands.command()
+@click.argument("hub_id", metavar="ID")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The folder to fill.")
+@click.option("--fp16", is_flag=True, help="The fp16 weights, where there are both.")
+@click.option("--file", help="Of a repository with single-file bases: the one to take.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def download(hub_id: str, out: Path, fp16: bool, file: str | None, debug: bool) -> None:
+    """Download the base ID (OWNER/NAME on the Hugging Face hub) into a folder.
+
+    Configs, tokenizers and safetensors alone. Run again after an interruption it goes on there.
+    """
+    with door(debug):
+        from sdxl.hub import download_base
+
+        base = download_base(hub_id, out, fp16=fp16, file=file)
+        click.echo(f"{base}\nnext: python cli.py encode DATASET --base {base} --out CACHE")
+
+
+@commands.command()
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),

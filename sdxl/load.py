@@ -127,6 +127,10 @@ def _load(kind: Any, path: Path, component: str, dtype: torch.dtype) -> Any:
         model = _load_from_file(kind, path, component, dtype)
     else:
         model = _load_from_folder(kind, path, dtype)
+        # The library's tensors lie in the mapped file as it happens to be laid out, and kernels
+        # round otherwise at another alignment: the same weights are to give the same bits.
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = tensor.data.clone()
     return model.eval().requires_grad_(False)
 
 
@@ -174,9 +178,13 @@ def _load_from_file(kind: Any, path: Path, component: str, dtype: torch.dtype) -
                 continue
             if not piece.names:
                 continue
-            for name, tensor in piece.split(file.get_tensor(key)).items():
+            try:
+                found = piece.split(file.get_tensor(key))
+            except ValueError as error:
+                raise BaseError(f"{path}: damaged: {error}") from None
+            for name, tensor in found.items():
                 if name in wanted:
-                    state[wanted[name]] = tensor.to(dtype, copy=True).contiguous()
+                    state[wanted[name]] = tensor.contiguous().to(dtype, copy=True)
                 else:
                     surplus.append(key)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}

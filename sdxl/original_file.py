@@ -64,7 +64,9 @@ def write_original(
         ValueError: a tensor has no place in that layout.
     """
     entries = sorted(_entries(parts, dtype), key=lambda one: (-one.dtype.itemsize, one.key))
-    header = _header(entries, schedule or Schedule(), {**(metadata or {}), **_configs(parts)})
+    header = _header(
+        entries, schedule or Schedule(), {**(metadata or {}), **configs_metadata(parts)}
+    )
     partial = path.with_name(f"{path.name}.partial")
     try:
         with open(partial, "wb") as file:
@@ -94,7 +96,13 @@ def _header(entries: list[_Entry], schedule: Schedule, metadata: Mapping[str, st
     return struct.pack("<Q", len(text)) + text
 
 
-def _configs(parts: Mapping[str, Part]) -> dict[str, str]:
+def original_shapes(parts: Mapping[str, Part]) -> dict[str, list[int]]:
+    """The tensors that ``write_original`` writes, by name."""
+    return {one.key: list(one.tensor("meta").shape) for one in _entries(parts, None)}
+
+
+def configs_metadata(parts: Mapping[str, Part]) -> dict[str, str]:
+    """The configs that are not SDXL's own, under one key; nothing where all are."""
     other = {
         component: part.config
         for component, part in parts.items()

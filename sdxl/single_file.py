@@ -56,7 +56,7 @@ def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         BaseError: no whole safetensors file.
     """
-    if path.suffix.lower() in PICKLES:
+    if path.is_file() and path.suffix.lower() in PICKLES:
         raise BaseError(f"{path}: a pickle: never loaded; convert it to safetensors")
     try:
         size = path.stat().st_size

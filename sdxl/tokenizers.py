@@ -7,7 +7,7 @@ from typing import Any
 
 from sdxl import BaseError
 from sdxl.base import base_path, component_path, is_file
-from sdxl.hub import cached_snapshot, fetch_component
+from sdxl.hub import cached_component, fetch_component
 
 HUB_ID = "stabilityai/stable-diffusion-xl-base-1.0"  # whose tokenizers every SDXL has
 PADS = {"tokenizer": "<|endoftext|>", "tokenizer_2": "!"}  # the one thing they differ in
@@ -22,10 +22,21 @@ _SPECIAL = {
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """A tokenizer's folder; ``pad_token`` where it is not the one that the folder says."""
+    """A tokenizer's folder; ``pad_token`` where it is not the one that the folder says.
+
+    Raises:
+        BaseError: it holds no vocabulary.
+    """
 
     folder: Path
     pad_token: str | None = None
+
+    def __post_init__(self) -> None:
+        if not has_vocabulary(self.folder):
+            raise BaseError(
+                f"{self.folder}: no tokenizer can be read from it: it has neither vocab.json and "
+                "merges.txt nor tokenizer.json"
+            )
 
     def parts(self) -> dict[str, Any]:
         """What decides token ids, in whichever files it is: vocabulary, merges, special tokens.
@@ -33,14 +44,9 @@ class TokenizerFiles:
         As transformers reads them: tokenizer.json wins, and the normalisation is always CLIP's.
 
         Raises:
-            BaseError: there is no vocabulary, or a file cannot be read.
+            BaseError: a file cannot be read.
         """
         folder, whole = self.folder, self.folder / "tokenizer.json"
-        if not has_vocabulary(folder):
-            raise BaseError(
-                f"{folder}: no tokenizer: it has neither vocab.json and merges.txt nor "
-                "tokenizer.json"
-            )
         try:
             if whole.is_file():
                 model = json.loads(whole.read_bytes())["model"]
@@ -91,9 +97,9 @@ def find_tokenizer(base: str, name: str, given: Path | None) -> TokenizerFiles:
         )
     if not is_file(base):
         return TokenizerFiles(component_path(base, name))
-    cached = cached_snapshot(HUB_ID)
-    if cached is not None and has_vocabulary(cached / name):
-        return TokenizerFiles(cached / name)
+    cached = cached_component(HUB_ID, name)
+    if cached is not None and has_vocabulary(cached):
+        return TokenizerFiles(cached)
     try:
         return TokenizerFiles(fetch_component(HUB_ID, name) / name)
     except BaseError as error:
