@@ -5,6 +5,7 @@ its two weights stands ``alpha``, and the strength is alpha / rank. DoRA's magni
 ``dora_scale``. What a UI wants to know is in the metadata, all of it strings.
 """
 
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
