@@ -114,7 +114,9 @@ def _stored_dtype(base: str) -> torch.dtype:
     """What holds a base's UNet without loss."""
     path, _ = model_config(base, "unet")
     files = find_weights(path).files if path.is_dir() else (path,)
-    kinds = {one.dtype for file in files for one in read_header(file)[0].values() if one.shape}
+    kinds = {
+        one.dtype for file in files for one in read_header(file)[0].values() if one.end > one.begin
+    }
     narrow = {"F16": torch.float16, "BF16": torch.bfloat16}
     return narrow.get(kinds.pop(), torch.float32) if len(kinds) == 1 else torch.float32
 

@@ -96,7 +96,9 @@ def _add(model: Any, found: dict[str, Adapted], name: str) -> None:
     """One more adapter on a model, by peft."""
     if not found:
         return
-    inject_adapter_in_model(peft_config(found), model, adapter_name=name)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # as is meant
+        inject_adapter_in_model(peft_config(found), model, adapter_name=name)
     model._hf_peft_config_loaded = True  # so that diffusers and transformers know of it
     _fill(model, found, name)
 
