@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from drawing import PROMPTS, check_equal, check_same, draw, reference
 from PIL import Image
 
 from infer.settings import LoraUse
-from tests.drawing import PROMPTS, check_equal, check_same, draw, reference
 from train.config import CacheUse, Every, TrainConfig
 from train.loop import train
 

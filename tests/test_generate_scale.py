@@ -12,6 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from drawing import (
+    PROMPTS,
+    check_same,
+    differ,
+    draw,
+    draw_on,
+    pictures_in,
+    reference,
+    settings_of,
+    start,
+)
 from PIL import Image
 
 import infer.studio
@@ -24,17 +35,6 @@ from sdxl.conditioning import TextEncoders
 from sdxl.load import load_vae
 from sdxl.prompts import Prompt
 from sdxl.sampling import decode_latents
-from tests.drawing import (
-    PROMPTS,
-    check_same,
-    differ,
-    draw,
-    draw_on,
-    pictures_in,
-    reference,
-    settings_of,
-    start,
-)
 
 LINES = [
     *PROMPTS,

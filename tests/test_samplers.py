@@ -10,11 +10,11 @@ import diffusers
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
+from drawing import PROMPTS, check_same, differ, draw, drawn_by, reference
 
 from sdxl.prompts import SAMPLERS
 from sdxl.samplers import load_sampler
 from sdxl.schedule import Schedule
-from tests.drawing import PROMPTS, check_same, differ, draw, drawn_by, reference
 
 THEIRS: dict[str, tuple[str, dict[str, Any]]] = {
     "euler": ("EulerDiscreteScheduler", {}),
