@@ -7,7 +7,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from infer.settings import GenerateSettings
-from sdxl.base import model_config, vae_config
+from sdxl.base import config_at, model_config, vae_config
 from sdxl.fingerprint import config_digest, file_digest, tokenizer_digest, weights_digest
 from sdxl.load import load_unet, load_unet_folder, load_vae
 from sdxl.lora_files import apply_loras, read_schedule
@@ -64,8 +64,10 @@ class Weights:
         base = self.settings.base
         configs = {name: model_config(base, name) for name in ("text_encoder", "text_encoder_2")}
         configs["vae"] = vae_config(self._vae)
+        unet = self.unet or model_config(base, "unet")[0]
         found: dict[str, Any] = {
-            "unet": weights_digest(self.unet or model_config(base, "unet")[0], "unet"),
+            "unet": weights_digest(unet, "unet"),
+            "unet_config": config_digest(config_at(unet, "unet")),
             "dtype": _name(dtype),
             "vae_dtype": _name(self.vae_dtype(dtype)),
         }

@@ -21,11 +21,6 @@ def starting_noise(generators: list[torch.Generator], shape: tuple[int, int, int
     return torch.cat([torch.randn((1, *shape), generator=generator) for generator in generators])
 
 
-def default_time_ids(num: int, width: int, height: int) -> torch.Tensor:
-    """[N, 6]: original and target size are the picture's, and nothing is cropped."""
-    return time_ids_of((width, height)).repeat(num, 1)
-
-
 def time_ids_of(
     size: tuple[int, int], original: tuple[int, int] | None = None, crop: tuple[int, int] = (0, 0)
 ) -> torch.Tensor:

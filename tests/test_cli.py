@@ -156,6 +156,20 @@ def test_prompts(base: Path, tmp_path: Path) -> None:
     assert "no such LoRA file" in refused(*common, "--prompt", "a cat", "--lora", tmp_path / "x")
 
 
+def test_generate_counts_and_takes_several_loras(base: Path, tmp_path: Path) -> None:
+    common = ["generate", "--base", base, "--out", tmp_path / "out", "--size", 64]
+    common += ["--prompt", "a cat", "--num-steps", 1]
+    code, output = run(*common)
+    assert code == 0, output
+    assert "1 picture drawn (" in output and "0 kept, in" in output and "images/s" in output
+    code, output = run(*common)
+    assert code == 0 and "0 pictures drawn, 1 kept, in" in output
+    two = ["--lora", f"{tmp_path}/a,0.5", "--lora", f"{tmp_path}/b,x"]
+    assert "b,x: the weight after the comma, 'x', is no number" in refused(*common, *two)
+    assert "--gpus takes a number from 1 on, or auto" in refused(*common, "--gpus", 0)
+    assert "--crop must be LEFT,TOP in pixels" in refused(*common, "--crop", "8")
+
+
 def test_debug_shows_the_traceback(tmp_path: Path, base: Path) -> None:
     arguments = ["encode", tmp_path / "no", "--base", base, "--out", tmp_path / "out", "--debug"]
     result = CliRunner().invoke(cli.commands, [str(argument) for argument in arguments])
