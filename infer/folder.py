@@ -81,7 +81,7 @@ class PictureFolder:
         tile = WIDE_TILE if drawings[0].compare else TILE
         sheet = contact_sheet([(self.path(one), one.prompt) for one in drawings], tile)
         path = self.out / SHEET
-        with_replacement(path, lambda partial: sheet.save(partial, format="PNG"))
+        with_replacement(path, lambda partial: sheet.save(partial, format="PNG", compress_level=1))
         return path
 
 

@@ -34,9 +34,9 @@ class Report:
     sheet: Path
 
 
-def generate(settings: GenerateSettings) -> Report | None:
+def generate(settings: GenerateSettings, studio: Studio | None = None) -> Report | None:
     """Draw what is missing or was drawn with other settings. The main process plans and reports,
-    and all draw; the others get None.
+    and all draw; the others get None. ``studio`` is one of these settings that is there already.
 
     Raises:
         ValueError: the prompts, the base, the weights or the folder cannot be used.
@@ -46,21 +46,20 @@ def generate(settings: GenerateSettings) -> Report | None:
     if not crew.is_main:
         plan = json.loads(crew.hear("plan"))
         drawings = [Drawing(**one) for one in plan["drawings"]]
-        _draw(settings, Weights(settings), drawings, plan["about"], crew)
+        _draw(settings, make_studio(settings), drawings, plan["about"], crew)
         return None
     drawings = _plan(settings)
-    _, dtype = _place(settings)
-    weights = Weights(settings)
+    studio = studio or make_studio(settings)
     folder = PictureFolder(settings.out, settings.format)
     with folder.open():
-        about = _about(weights, drawings, dtype)
+        about = _about(studio, drawings)
         wanted = folder.missing(drawings, about)
         told = {"drawings": [asdict(one) for one in wanted], "about": about}
         crew.tell("plan", json.dumps(told))
         start = time.perf_counter()
         if wanted:
             folder.listing.unlink(missing_ok=True)  # it would tell of pictures that change now
-        _draw(settings, weights, wanted, about, crew)
+        _draw(settings, studio, wanted, about, crew)
         seconds = time.perf_counter() - start
         sheet = folder.finish(drawings)
     return Report(len(wanted), len(drawings) - len(wanted), seconds, sheet)
@@ -76,27 +75,29 @@ def _plan(settings: GenerateSettings) -> list[Drawing]:
     return plan_drawings(settings, prompts, unet_config["sample_size"] * 8)
 
 
-def _place(settings: GenerateSettings) -> tuple[torch.device, torch.dtype]:
+def make_studio(settings: GenerateSettings, stays: bool = False) -> Studio:
+    """What draws; nothing is loaded yet. ``stays``: its models are kept when all is drawn."""
     device = pick_device(settings.device)
     name = "fp16" if settings.precision == "auto" and device.type == "cuda" else settings.precision
-    return device, pick_precision(name, device).dtype
+    dtype = pick_precision(name, device).dtype
+    return Studio(settings, Weights(settings), dtype, device, stays)
 
 
-def _about(weights: Weights, drawings: list[Drawing], dtype: torch.dtype) -> About:
+def _about(studio: Studio, drawings: list[Drawing]) -> About:
     samplers: dict[str, Any] = {}
     for name in {one.sampler for one in drawings}:
-        sampler = weights.sampler(name)
+        sampler = studio.weights.sampler(name)
         config = config_digest(dict(sampler.config))
         samplers[name or ""] = {"name": type(sampler).__name__, "config": config}
-    return {"weights": weights.digests(dtype), "samplers": samplers}
+    return {"weights": studio.weights.digests(studio.dtype), "samplers": samplers}
 
 
 def _draw(
-    settings: GenerateSettings, weights: Weights, drawings: list[Drawing], about: About, crew: Crew
+    settings: GenerateSettings, studio: Studio, drawings: list[Drawing], about: About, crew: Crew
 ) -> None:
     """This process's part, to the end of all; the main one shows how far all are."""
     folder = PictureFolder(settings.out, settings.format)
-    device, dtype = _place(settings)
+    loras = studio.weights.lora_names
     pending: deque[Future[None]] = deque()
     quiet = not (crew.is_main and drawings)
     with (
@@ -110,14 +111,13 @@ def _draw(
             bar.update(crew.add("drawn", 1) - bar.n)
 
         def keep(drawing: Drawing, sides: list[torch.Tensor]) -> None:
-            loras = weights.lora_names
             job = pool.submit(save_picture, folder.path(drawing), sides, drawing, about, loras)
             pending.append(job)
             while pending and (pending[0].done() or len(pending) > 2 * settings.batch_size):
                 count()
 
         if drawings:
-            Studio(settings, weights, dtype, device).draw(drawings, crew, keep)
+            studio.draw(drawings, crew, keep)
         while pending:
             count()
         while crew.is_main and bar.n < len(drawings):

@@ -43,10 +43,17 @@ class Studio:
     """All that draws, on one device."""
 
     def __init__(
-        self, settings: GenerateSettings, weights: Weights, dtype: torch.dtype, device: torch.device
+        self,
+        settings: GenerateSettings,
+        weights: Weights,
+        dtype: torch.dtype,
+        device: torch.device,
+        stays: bool = False,
     ) -> None:
         exact_fp32()
         self.settings, self.weights, self.dtype, self.device = settings, weights, dtype, device
+        self.stays = stays  # its models do, after all is drawn
+        self._models: Models | None = None
         self.sides = [Side(UNET, True, False)]
         if settings.compare:
             other = UNET if weights.loras else PLAIN_UNET
@@ -62,10 +69,11 @@ class Studio:
         """
         batches = make_batches(drawings, self.settings.batch_size)
         windows = make_windows(batches, self.settings.window)
-        models = self._models(drawings)
+        models = self._models or self._new_models(drawings)
+        self._models = models if self.stays else None
         texts = Texts(self.settings.batch_size, self.settings.compare)
         for number, window in enumerate(windows):
-            is_last = number == len(windows) - 1
+            is_last = number == len(windows) - 1 and not self.stays
             texts.encode(models, window, chain.from_iterable(windows[number + 1 :]))
             if is_last:
                 models.drop(TEXT)
@@ -83,7 +91,7 @@ class Studio:
             for batch, latents in waiting:
                 self._decode(models, batch, latents, keep)
 
-    def _models(self, drawings: list[Drawing]) -> Models:
+    def _new_models(self, drawings: list[Drawing]) -> Models:
         loaders: dict[str, Callable[[], Any]] = {
             TEXT: self._load_text,
             UNET: lambda: self.weights.load_unet(self.dtype),

@@ -45,7 +45,8 @@ class Weights:
             unet = load_unet(self.settings.base, dtype)
         if self.loras:
             apply_loras(unet, self.loras)
-        return unet.to(dtype=dtype)
+            unet.to(dtype=dtype)
+        return unet
 
     def load_vae(self, dtype: torch.dtype) -> Any:
         """On the CPU: in fp32, but where the UNet is in fp16 and the VAE is safe in it."""

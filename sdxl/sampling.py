@@ -56,13 +56,13 @@ def sample_latents(
     """
     guided = guidance_scale > 1
     parts = [negative, prompt] if guided else [prompt]
-    place = {"device": unet.device, "dtype": unet.dtype}
+    place = {"device": unet.device, "dtype": unet.dtype}  # both are slow to ask for
     states = torch.cat([part.prompt for part in parts]).to(**place)
     added = {
         "text_embeds": torch.cat([part.pooled for part in parts]).to(**place),
         "time_ids": torch.cat([time_ids] * len(parts)).to(**place),
     }
-    scheduler.set_timesteps(num_steps, device=unet.device)
+    scheduler.set_timesteps(num_steps, device=place["device"])
     latents: torch.Tensor = noise.to(**place) * scheduler.init_noise_sigma
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)
@@ -83,7 +83,7 @@ def sample_latents(
             if guidance_rescale > 0:
                 predicted = _rescaled(predicted, with_prompt, guidance_rescale)
         stepped: torch.Tensor = scheduler.step(predicted, t, latents, **extra, return_dict=False)[0]
-        latents = stepped.to(unet.dtype)
+        latents = stepped.to(place["dtype"])
     return latents
 
 
