@@ -155,7 +155,9 @@ def _write_file(out: Path, model: Model, dtype: torch.dtype) -> None:
     side = 8 * int(model.parts["unet"].config["sample_size"])
     metadata = model.card.modelspec(ARCHITECTURE, side) | model.card.to_metadata()
     try:
-        write_original(partial, model.parts, schedule=model.schedule, metadata=metadata)
+        write_original(
+            partial, model.parts, schedule=model.schedule, dtype=dtype, metadata=metadata
+        )
         base = str(partial)
         for component, load in (("unet", load_unet), ("vae", load_vae)):
             _compare(load(base, dtype), model.parts[component], out)

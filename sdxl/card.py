@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -24,6 +25,7 @@ class Card:
     base: str | None = None  # its name, and not where it lay
     license: str | None = None  # of the base
     caches: tuple[str, ...] = ()  # digests of what was learned from
+    buckets: tuple[tuple[int, int, int], ...] = ()  # (width, height, samples an epoch) of theirs
     steps: int | None = None  # of the optimizer
     rank: int | None = None
     alpha: float | None = None
@@ -45,6 +47,10 @@ class Card:
             kept["rescale_betas_zero_snr"] = known["rescale_betas_zero_snr"]
         if isinstance(known["caches"], list | tuple):
             kept["caches"] = tuple(str(one) for one in known["caches"])
+        with suppress(ValueError, TypeError):
+            kept["buckets"] = tuple(
+                (int(w), int(h), int(num)) for w, h, num in known["buckets"] or ()
+            )
         return cls(**kept)
 
     @property

@@ -87,6 +87,12 @@ def kohya_metadata(found: Mapping[str, Adapted], card: Card, resolution: int) ->
     if any(one.down.ndim == 4 for one in found.values()):
         conv = {"conv_dim": metadata["ss_network_dim"], "conv_alpha": metadata["ss_network_alpha"]}
         metadata["ss_network_args"] = json.dumps(conv)
+    if card.buckets:
+        buckets = {
+            str(number): {"resolution": [width, height], "count": count}
+            for number, (width, height, count) in enumerate(card.buckets)
+        }
+        metadata["ss_bucket_info"] = json.dumps({"buckets": buckets})
     stated = {
         "ss_output_name": card.name,
         "ss_sd_model_name": card.base,

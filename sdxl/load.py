@@ -169,32 +169,33 @@ def _other_weights(path: Path, what: str, names: list[str]) -> BaseError:
 def _load_from_file(kind: Any, path: Path, component: str, dtype: torch.dtype) -> Any:
     """A model by its config, with its tensors of a single file; no other tensor is read."""
     model = _without_weights(kind, config_at(path, component))
-    wanted = {modern_name(component, name): name for name in model.state_dict()}
-    state, surplus = {}, []
-    with safe_open(path, framework="pt") as file:
-        for key, piece in SingleFile(path).pieces(component).items():
-            if piece.names is None:
-                surplus.append(key)
-                continue
-            if not piece.names:
-                continue
-            try:
-                found = piece.split(file.get_tensor(key))
-            except ValueError as error:
-                raise BaseError(f"{path}: damaged: {error}") from None
-            for name, tensor in found.items():
-                if name in wanted:
-                    state[wanted[name]] = tensor.contiguous().to(dtype, copy=True)
-                else:
-                    surplus.append(key)
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    wanted = {modern_name(component, name): name for name in shapes}
+    pieces = SingleFile(path).pieces(component)
+    given = {name for piece in pieces.values() for name in piece.names or ()}
+    surplus = [key for key, piece in pieces.items() if piece.names is None]
     for what, names in (
-        ("missing", sorted(shapes.keys() - state.keys())),
-        ("mismatched", [name for name, tensor in state.items() if shapes[name] != tensor.shape]),
-        ("unexpected", surplus),
+        ("missing", [name for name in wanted if name not in given]),
+        ("unexpected", [*surplus, *(given - wanted.keys())]),
     ):
         if names:
             raise _other_weights(path, what, names)
+    state = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            for key, piece in pieces.items():
+                found = piece.split(file.get_tensor(key)) if piece.names else {}
+                for name, tensor in found.items():
+                    state[wanted[name]] = tensor.contiguous().to(dtype, copy=True)
+    except (ValueError, SafetensorError) as error:
+        raise BaseError(f"{path}: damaged: {error}") from error
+    other = [
+        f"{name} is {list(tensor.shape)}, and not {shapes[name]}"
+        for name, tensor in state.items()
+        if list(tensor.shape) != shapes[name]
+    ]
+    if other:
+        raise _other_weights(path, "mismatched", other)
     model.load_state_dict(state, assign=True)
     return model
 

@@ -12,9 +12,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from sdxl.adapted import Adapted
 from sdxl.lora_fit import fit
 from sdxl.lora_formats import LORA as LORA
-from sdxl.lora_formats import UNET, open_lora, read_lora_file
+from sdxl.lora_formats import PREFIXES, UNET, find_lora, open_lora, read_lora_file
 from sdxl.lora_write import peft_config
 from sdxl.schedule import Schedule
+
+TEXT_PREFIXES = tuple(prefix for prefix, part in PREFIXES.items() if part != UNET)
 
 
 def num_lora_parameters(path: Path) -> int:
@@ -23,8 +25,9 @@ def num_lora_parameters(path: Path) -> int:
     Raises:
         ValueError: no safetensors file.
     """
-    with open_lora(path) as file:
-        names = [n for n in file.keys() if "unet" in n and "alpha" not in n]  # noqa: SIM118
+    with open_lora(find_lora(path)) as file:
+        every = file.keys()
+        names = [n for n in every if not n.startswith(TEXT_PREFIXES) and not n.endswith(".alpha")]
         shapes = [file.get_slice(name).get_shape() for name in names]
     return sum(torch.Size(shape).numel() for shape in shapes)
 

@@ -72,10 +72,11 @@ def diffusers_bytes(parts: Parts, card: Card) -> bytes:
     state: dict[str, torch.Tensor] = {}
     settings: dict[str, Any] = {}
     for part, found in parts.items():
-        names = {name: name if part == UNET else long_name(name) for name in found}
-        named = {names[name]: one for name, one in found.items()}
-        settings |= _settings(part, peft_config(named).to_dict())
-        for name, one in named.items():
+        # Settings name modules by their ends, so that a level more or less changes nothing.
+        short = {name.removeprefix("text_model."): one for name, one in found.items()}
+        settings |= _settings(part, peft_config(short).to_dict())
+        for module, one in found.items():
+            name = module if part == UNET else long_name(module)
             state[f"{part}.{name}.lora_A.weight"] = one.down
             state[f"{part}.{name}.lora_B.weight"] = one.up
             if one.magnitude is not None:
@@ -101,8 +102,8 @@ def peft_config(found: Mapping[str, Adapted]) -> LoraConfig:
         r=rank,
         lora_alpha=alpha,
         target_modules=list(found),
-        rank_pattern={f"^{re.escape(n)}": o.rank for n, o in found.items() if o.rank != rank},
-        alpha_pattern={f"^{re.escape(n)}": o.alpha for n, o in found.items() if o.alpha != alpha},
+        rank_pattern={re.escape(n): o.rank for n, o in found.items() if o.rank != rank},
+        alpha_pattern={re.escape(n): o.alpha for n, o in found.items() if o.alpha != alpha},
         use_rslora=first.rslora,
         use_dora=first.magnitude is not None,
     )

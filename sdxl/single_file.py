@@ -30,6 +30,7 @@ _FOREIGN = (
     (r"cond_stage_model\.", "a Stable Diffusion 1 or 2 file"),
     (r".*\.?(joint_blocks|double_blocks|double_stream_modules)\.", "a file of SD3, Flux or alike"),
     (r"conditioner\.embedders\.0\.model\.", "the SDXL refiner"),
+    (r"edm_", "a model with EDM's noise schedule (Playground 2.5, CosXL)"),
     (r"control_model\.|.*controlnet_", "a ControlNet"),
 )
 
@@ -94,7 +95,7 @@ class SingleFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.tensors, self._metadata = read_header(path)
+        self.tensors, self.metadata = read_header(path)
         for pattern, what in _FOREIGN:
             if any(re.match(pattern, key) for key in self.tensors):
                 raise BaseError(f"{path}: no SDXL base: {what}")
@@ -137,15 +138,25 @@ class SingleFile:
                 f"{self.path}: holds no {TITLES[component]}: no tensor of it ({prefix}*)"
             )
         try:
-            configs = json.loads(self._metadata.get(CONFIGS_KEY, "{}"))
+            configs = json.loads(self.metadata.get(CONFIGS_KEY, "{}"))
             if component in configs:
                 return dict(configs[component])
         except (ValueError, TypeError):
             raise BaseError(f"{self.path}: its metadata {CONFIGS_KEY} is damaged") from None
-        beside = self.path.with_name("config.json")
-        if component == "vae" and not self.vae_prefix and beside.is_file():
-            return dict(json.loads(beside.read_bytes()))
+        if component == "vae" and not self.vae_prefix and (beside := self._config_beside()):
+            return beside
         return sdxl_config(component)
+
+    def _config_beside(self) -> dict[str, Any] | None:
+        """Of a VAE alone: what a config.json in its folder says, where that is of a VAE."""
+        path = self.path.with_name("config.json")
+        if not path.is_file():
+            return None
+        try:
+            config = dict(json.loads(path.read_bytes()))
+        except (ValueError, TypeError):
+            raise BaseError(f"{path}: not valid JSON") from None
+        return config if config.get("_class_name") == "AutoencoderKL" else None
 
     def pieces(self, component: str) -> dict[str, "Piece"]:
         """How the model's tensors are made from those of the file, by the file's names."""
@@ -158,9 +169,10 @@ class SingleFile:
         return found
 
     def scheduler_config(self) -> dict[str, Any]:
-        """SDXL's own, with what the file's bare keys say."""
+        """SDXL's own, with what the file's bare keys say, or its metadata."""
         config = sdxl_config("scheduler")
-        if V_PRED in self.tensors:
+        stated = self.metadata.get("modelspec.prediction_type")
+        if V_PRED in self.tensors or stated in ("v", "v_prediction"):
             config["prediction_type"] = "v_prediction"
         if ZERO_SNR in self.tensors:
             # Only at the last timestep is the noise pure, so sampling must start there.

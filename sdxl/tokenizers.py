@@ -1,6 +1,7 @@
 """Where a base's tokenizers lie, and what they are made of. Imports no torch."""
 
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,7 @@ def find_tokenizer(base: str, name: str, given: Path | None) -> TokenizerFiles:
     cached = cached_component(HUB_ID, name)
     if cached is not None and has_vocabulary(cached):
         return TokenizerFiles(cached)
+    warnings.warn(f"{base} has no tokenizers: fetching {name} of {HUB_ID}", stacklevel=2)
     try:
         return TokenizerFiles(fetch_component(HUB_ID, name) / name)
     except BaseError as error:

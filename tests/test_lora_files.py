@@ -276,7 +276,7 @@ def test_files_that_are_none(base: Path, tmp_path: Path, adapted: tuple[Any, Pat
 
 def test_the_module_that_differs_keeps_its_rank_and_alpha(base: Path, tmp_path: Path) -> None:
     """As block-weighted and resized files have them."""
-    unet = made_lora(base, tmp_path, rank=4, alpha=16.0)
+    made_lora(base, tmp_path, rank=4, alpha=16.0)
     kohya = safetensors.torch.load_file(tmp_path / KOHYA)
     module = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_k"
     name = next(n for n in kohya if n.endswith("transformer_blocks_0_attn1_to_k.alpha"))

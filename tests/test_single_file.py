@@ -20,7 +20,7 @@ from precompute.prompts import change_prompts
 from sdxl import BaseError
 from sdxl.base import scheduler_config
 from sdxl.fingerprint import tokenizer_digest
-from sdxl.load import load_scheduler, load_text_encoders, load_tokenizers, load_unet, load_vae
+from sdxl.load import load_scheduler, load_tokenizers, load_vae
 from sdxl.original import PREFIXES
 from sdxl.schedule import Schedule
 from sdxl.tokenizers import find_tokenizer
@@ -167,85 +167,6 @@ def test_training_needs_the_unet_alone(base: Path, cache: Path, tmp_path: Path) 
         run(cache, path, tmp_path / "run", steps=1)
 
 
-def refused(path: Path, load: Callable[..., Any] = load_unet) -> str:
-    with pytest.raises(BaseError) as refusal:
-        load(str(path), torch.float32)
-    text = str(refusal.value)
-    assert str(path) in text and "\n" not in text
-    return text
-
-
-def test_a_missing_tensor(single: Path, tmp_path: Path) -> None:
-    name = PREFIXES["unet"] + "input_blocks.1.0.in_layers.2.weight"
-    path = rewrite(single, {name: None}, tmp_path / "one.safetensors")
-    assert "1 tensors missing, e.g. down_blocks.0.resnets.0.conv1.weight" in refused(path)
-    load_vae(str(path), torch.float32)
-
-
-def test_tensors_that_do_not_belong_there(single: Path, tmp_path: Path) -> None:
-    new = PREFIXES["unet"] + "input_blocks.1.0.surplus.weight"
-    path = rewrite(single, {new: torch.ones(1)}, tmp_path / "one.safetensors")
-    assert f"1 tensors unexpected, e.g. {new}" in refused(path)
-    first = PREFIXES["unet"] + "input_blocks.0.0.weight"
-    wide = torch.ones(16, 9, 3, 3)
-    path = rewrite(single, {first: wide}, tmp_path / "two.safetensors")
-    assert "1 tensors mismatched, e.g. conv_in.weight" in refused(path)
-    joined = PREFIXES["text_encoder_2"] + "transformer.resblocks.0.attn.in_proj_bias"
-    path = rewrite(single, {joined: torch.ones(100)}, tmp_path / "three.safetensors")
-    assert "100 rows are not q, k and v" in refused(path, load_text_encoders)
-
-
-@pytest.mark.parametrize("component", ["unet", "vae", "text_encoder", "text_encoder_2"])
-def test_a_missing_model(base: Path, tmp_path: Path, component: str) -> None:
-    path = write_single(base, tmp_path / "one.safetensors", component)
-    load = {"unet": load_unet, "vae": load_vae}.get(component, load_text_encoders)
-    what = {"unet": "UNet", "vae": "VAE", "text_encoder": "text encoder 1"}
-    assert f"holds no {what.get(component, 'text encoder 2')}" in refused(path, load)
-
-
-@pytest.mark.parametrize(
-    ("names", "what"),
-    [
-        (["cond_stage_model.transformer.text_model.final_layer_norm.bias"], "Stable Diffusion 1"),
-        (["model.diffusion_model.input_blocks.0.0.weight"], "its UNet has no label_emb"),
-        (["lora_unet_middle_block_1_proj_in.lora_down.weight"], "a LoRA"),
-        (["unet.mid_block.attentions.0.proj_in.lora_A.weight"], "a LoRA"),
-        (["model.diffusion_model.joint_blocks.0.x_block.attn.proj.weight"], "SD3"),
-        (["double_blocks.0.img_attn.proj.weight"], "Flux"),
-        (["conditioner.embedders.0.model.ln_final.bias"], "refiner"),
-        (["something.else"], "holds no UNet"),
-    ],
-)
-def test_a_file_of_something_else(tmp_path: Path, names: list[str], what: str) -> None:
-    path = tmp_path / "one.safetensors"
-    safetensors.torch.save_file({name: torch.ones(2) for name in names}, path)
-    assert what in refused(path)
-
-
-def test_a_small_model_without_its_configs(single: Path, tmp_path: Path) -> None:
-    path = tmp_path / "one.safetensors"
-    safetensors.torch.save_file(safetensors.torch.load_file(single), path)
-    assert "weights of another model, or damaged" in refused(path)
-
-
-@pytest.mark.parametrize("left_bytes", [-1, 90_000, 5000, 3, 0])
-def test_a_truncated_file(single: Path, tmp_path: Path, left_bytes: int) -> None:
-    path = tmp_path / "one.safetensors"
-    path.write_bytes(single.read_bytes()[:left_bytes])
-    what = "truncated" if left_bytes in (-1, 90_000) else "not a whole safetensors file"
-    assert what in refused(path)
-
-
-def test_what_is_no_safetensors_file(tmp_path: Path) -> None:
-    path = tmp_path / "one.ckpt"
-    torch.save({"a": torch.ones(2)}, path)
-    assert "one.ckpt: a pickle: never loaded" in refused(path)
-    path = path.rename(tmp_path / "one.safetensors")
-    assert "not a whole safetensors file" in refused(path)
-    assert "no such file" in refused(tmp_path / "nowhere.safetensors")
-    assert "no such file" in refused(tmp_path / "nowhere.ckpt")
-
-
 KINDS = [("epsilon", None), ("v_prediction", None), ("v_prediction", True)]
 
 
@@ -266,6 +187,15 @@ def test_what_it_predicts_is_read(
     assert about["resolved_prediction_type"] == kind
     written = sdxl.lora_files.read_schedule(tmp_path / "run" / LORA)
     assert (written.prediction_type, bool(written.zero_snr)) == (kind, bool(zero_snr))
+
+
+def test_the_metadata_of_other_trainers_says_what_it_predicts(single: Path, tmp_path: Path) -> None:
+    path = tmp_path / "one.safetensors"
+    tensors = safetensors.torch.load_file(single)
+    for stated, kind in (("v", "v_prediction"), ("epsilon", "epsilon")):
+        about = {"modelspec.prediction_type": stated}
+        safetensors.torch.save_file(tensors, path, metadata=about)
+        assert scheduler_config(str(path))["prediction_type"] == kind
 
 
 def test_a_vae_of_its_own(single: Path, base: Path, tmp_path: Path) -> None:
@@ -319,25 +249,6 @@ def test_one_clip_tokenizer_does_for_both(base: Path, single: Path, tmp_path: Pa
     )
 
 
-def test_tokenizers_without_a_vocabulary(base: Path, single: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "tokenizers"
-    with pytest.raises(BaseError, match="holds neither tokenizer/ nor a CLIP tokenizer"):
-        load_tokenizers(str(single), folder)
-    for name in TOKENIZERS:
-        shutil.copytree(base / name, folder / name)
-        (folder / name / "vocab.json").unlink()
-        (folder / name / "tokenizer.json").unlink()
-    with pytest.raises(BaseError, match=r"tokenizer: .*no tokenizer.* vocab\.json"):
-        load_tokenizers(str(single), folder)
-    with pytest.raises(BaseError, match="give --tokenizers DIR"):
-        load_tokenizers(str(single))
-    tokens = {"<|startoftext|>": 0, "<|endoftext|>": 1}
-    (folder / "tokenizer" / "vocab.json").write_text(json.dumps(tokens))
-    (folder / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
-    with pytest.raises(BaseError, match="2 tokens, where text_encoder has 519"):
-        load_tokenizers(str(single), folder)
-
-
 def test_tokenizers_of_the_local_hub_cache(
     base: Path, single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_network: None
 ) -> None:
@@ -349,3 +260,11 @@ def test_tokenizers_of_the_local_hub_cache(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     for mine, theirs in zip(load_tokenizers(str(single)), load_tokenizers(str(base)), strict=True):
         assert mine("a cat!").input_ids == theirs("a cat!").input_ids
+
+
+def test_tokenizers_that_are_nowhere(single: Path) -> None:
+    with (
+        pytest.warns(UserWarning, match="has no tokenizers: fetching tokenizer of stabilityai/"),
+        pytest.raises(BaseError, match=r"single file has no tokenizers, .*; give --tokenizers DIR"),
+    ):
+        load_tokenizers(str(single))

@@ -8,7 +8,8 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,10 @@ from sdxl.lora_formats import LORA
 from sdxl.lora_write import PREFIX, lora_bytes
 from sdxl.schedule import Schedule, write_schedule
 from sdxl.settled import settle
+from shards.buckets import Size
 from shards.durable import durable_file, fsync_folder
+from shards.reader import Cache, groups_of
+from train.config import TrainConfig
 from train.distributed import World
 from train.ema import Ema, local
 
@@ -103,12 +107,26 @@ def _split(tensors: dict[str, torch.Tensor]) -> list[list[str]]:
 @dataclass(frozen=True)
 class Kind:
     """What the weights are of: a LoRA or the whole UNet of ``base``, trained on ``schedule`` and
-    on the ``caches`` of these digests."""
+    on the ``caches`` of these digests, with these ``buckets`` (see ``Card``)."""
 
     full: bool
     base: str
     schedule: Schedule
     caches: tuple[str, ...] = ()
+    buckets: tuple[tuple[int, int, int], ...] = ()
+
+    @classmethod
+    def of(cls, config: TrainConfig, schedule: Schedule, caches: Sequence[Cache]) -> "Kind":
+        counts: Counter[Size] = Counter()
+        for group in groups_of(caches):
+            counts[group.bucket] += group.count * group.repeats
+        return cls(
+            full=config.full,
+            base=config.base,
+            schedule=schedule,
+            caches=tuple(cache.data_digest for cache in caches),
+            buckets=tuple((*bucket, count) for bucket, count in sorted(counts.items())),
+        )
 
     def card(self, steps: int, name: str | None) -> Card:
         """What the weights say of themselves after so many steps."""
@@ -117,6 +135,7 @@ class Kind:
             base=base_name(self.base),
             license=base_license(self.base),
             caches=self.caches,
+            buckets=self.buckets,
             steps=steps,
             **self.schedule.to_config(),
         )
