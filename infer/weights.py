@@ -145,7 +145,7 @@ def _unet_folder(path: Path, ema: bool) -> Path:
     folder = _averaged(path) if ema else path
     if (folder / "unet" / "config.json").is_file():
         return folder / "unet"
-    if not (folder / "config.json").is_file() and (folder / LORA).is_file():
+    if (folder / LORA).is_file():
         raise ValueError(f"{path}: holds a LoRA and no whole UNet; give it as --lora")
     return folder
 

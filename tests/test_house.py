@@ -49,7 +49,8 @@ def test_the_door_imports_stages_inside_its_commands_only() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["", "encode", "prompts", "train", "generate", "export", "verify", "demo"]
+    "command",
+    ["", "encode", "prompts", "train", "generate", "export", "download", "verify", "demo"],
 )
 def test_help_loads_no_torch(command: str) -> None:
     code = (

@@ -121,6 +121,13 @@ def test_digests_of_file_and_folder_agree(single: Path, base: Path, component: s
     assert first == second
 
 
+def test_the_digest_is_over_name_dtype_shape_and_bytes_in_order(base: Path, single: Path) -> None:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(parts_of(base)["text_encoder_2"].tensors.items()):
+        digest.update(f"{name} F32 {list(tensor.shape)}\n".encode() + tensor.numpy().tobytes())
+    assert weights_digest(single, "text_encoder_2") == digest.hexdigest()
+
+
 def test_a_changed_number_changes_the_digest_of_its_model_alone(
     single: Path, base: Path, tmp_path: Path
 ) -> None:

@@ -109,7 +109,13 @@ def _run(run: Run) -> Path:
     failed = True
     try:
         if run.start.path is not None:
-            run.log.say(f"goes on from {run.start.path}")
+            left = run.num_steps - run.start.step
+            what = (
+                f"{left:,} of {run.num_steps:,} steps are left"
+                if left
+                else "the run is finished already"
+            )
+            run.log.say(f"goes on from {run.start.path}: {what}")
         num = sum(p.numel() for p in run.learner.optimizer.parameters.values())
         run.log.say(
             f"trains {num:,} parameters on {run.plan.num_entries:,} samples an epoch, "
