@@ -23,6 +23,7 @@ from sdxl.device import pick_device, pick_precision
 from sdxl.fingerprint import config_digest
 from sdxl.prompts import parse_prompt, read_prompts
 
+BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
 NUM_WRITERS = 2  # threads: PNGs are packed while the next batch is drawn
 
 
@@ -101,7 +102,7 @@ def _draw(
     pending: deque[Future[None]] = deque()
     quiet = not (crew.is_main and drawings)
     with (
-        tqdm(total=len(drawings), unit="img", desc="draw", disable=quiet) as bar,
+        tqdm(total=len(drawings), unit="img", desc="draw", bar_format=BAR, disable=quiet) as bar,
         ThreadPoolExecutor(NUM_WRITERS) as pool,
     ):
 

@@ -13,8 +13,7 @@ from infer.plan import Drawing
 
 SETTINGS_KEY = "shardtune"
 PARTIAL = ".partial"
-LABEL = 20  # pixels above two pictures side by side, for what they are
-GAP = 4  # pixels between them
+SIDES = ("without", "with")
 
 About = dict[str, Any]  # "weights": their digests; "samplers": each one's class and config
 
@@ -51,8 +50,14 @@ def stale_because(path: Path, asked: dict[str, Any]) -> str | None:
 def picture_size(drawing: Drawing) -> tuple[int, int]:
     """(width, height) of the file's picture."""
     if drawing.compare:
-        return 2 * drawing.width + GAP, drawing.height + LABEL
+        label, gap = _margins(drawing)
+        return 2 * drawing.width + gap, drawing.height + label
     return drawing.width, drawing.height
+
+
+def _margins(drawing: Drawing) -> tuple[int, int]:
+    """Pixels above two pictures, for what they are, and between them: to be read on a sheet too."""
+    return max(20, drawing.height // 16), max(4, drawing.width // 128)
 
 
 def save_picture(
@@ -78,11 +83,12 @@ def _to_image(picture: torch.Tensor) -> Image.Image:
 
 def _side_by_side(images: list[Image.Image], drawing: Drawing) -> Image.Image:
     both = Image.new("RGB", picture_size(drawing), "white")
-    pen, font = ImageDraw.Draw(both), ImageFont.load_default(12)
-    for side, (image, label) in enumerate(zip(images, ("without", "with"), strict=True)):
-        left = side * (drawing.width + GAP)
-        pen.text((left + 3, 2), label, fill="black", font=font)
-        both.paste(image, (left, LABEL))
+    label, gap = _margins(drawing)
+    pen, font = ImageDraw.Draw(both), ImageFont.load_default(0.6 * label)
+    for side, image in enumerate(images):
+        left = side * (drawing.width + gap)
+        pen.text((left + gap, label / 2), SIDES[side], fill="black", font=font, anchor="lm")
+        both.paste(image, (left, label))
     return both
 
 

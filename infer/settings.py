@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from processes.gpus import check_gpus
 from sdxl.base import BASE_HELP, TOKENIZERS_HELP
+from sdxl.prompts import MAX_STEPS
 
 Size = tuple[int, int]  # pixels: width and height, or left and top
 
@@ -114,8 +115,8 @@ class GenerateSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
-        if self.num_steps > 1000:
-            raise ValueError(f"--num-steps must be at most 1000, not {self.num_steps}")
+        if self.num_steps > MAX_STEPS:
+            raise ValueError(f"--num-steps must be at most {MAX_STEPS}, not {self.num_steps}")
         if not 0 <= self.guidance_scale < float("inf"):
             raise ValueError(f"--guidance-scale must be at least 0, not {self.guidance_scale}")
         if not 0 <= self.guidance_rescale <= 1:

@@ -20,6 +20,7 @@ LINE_END = re.compile(r"\r\n|\r|\n")
 WHOLE_NUMBER = re.compile(r"[0-9]{1,20}")  # int() alone would also take "1_0", "+1" and "٣"
 DECIMAL = re.compile(r"[0-9]+(\.[0-9]*)?|\.[0-9]+")  # likewise float(): "nan", "inf"
 MAX_SEED = 2**64 - 1  # the largest torch.Generator.manual_seed takes
+MAX_STEPS = 999  # of 1000 that a UNet is trained on; with 1000 some samplers go beyond the last
 SAMPLERS = ("euler", "euler-a", "ddim", "ddpm", "dpm++2m")
 OPTIONS = {
     "n": "negative",
@@ -235,7 +236,7 @@ _READERS: dict[str, Callable[[str], Any]] = {
     "width": _side,
     "height": _side,
     "seed": _whole_number(0, MAX_SEED),
-    "num_steps": _whole_number(1, 1000),
+    "num_steps": _whole_number(1, MAX_STEPS),
     "guidance_scale": _guidance_scale,
     "sampler": _sampler,
     "num_images": _whole_number(1),
