@@ -101,8 +101,16 @@ def _export_lora(settings: ExportSettings) -> str:
         os.replace(partial, settings.out)
     finally:
         partial.unlink(missing_ok=True)
-    num = sum(len(found) for found in parts.values())
-    return f"{kind} LoRA of {num} modules, rank {card.rank}, alpha {card.alpha:g}"
+    every = [one for found in parts.values() for one in found.values()]
+    alphas = {one.kohya_alpha if kind == "kohya" else one.alpha for one in every}
+    ranks = {one.rank for one in every}
+    return f"{kind} LoRA of {len(every)} modules, rank {_some(ranks)}, alpha {_some(alphas)}"
+
+
+def _some(values: set[Any]) -> str:
+    """One value, or the range of several."""
+    ends = sorted({min(values), max(values)})
+    return " to ".join(f"{value:g}" for value in ends)
 
 
 def _model(base: str | None, part: str) -> Any:
@@ -122,16 +130,16 @@ def _fit(file: LoraFile, models: dict[str, Any], base: str | None) -> dict[str, 
 def _in_dtype(
     parts: dict[str, dict[str, Adapted]], dtype: str, path: Path
 ) -> dict[str, dict[str, Adapted]]:
-    if dtype == "auto":
-        return parts
+    kind = DTYPES.get(dtype)  # None: as they are
     cast = {
-        part: {name: one.to(DTYPES[dtype]) for name, one in found.items()}
+        part: {name: one if kind is None else one.to(kind) for name, one in found.items()}
         for part, found in parts.items()
     }
     for found in cast.values():
         for name, one in found.items():
             if not (one.down.isfinite().all() and one.up.isfinite().all()):
-                raise ValueError(f"{path}: {name} is not finite in {dtype}; try --dtype fp32")
+                how = "; try --dtype fp32" if dtype == "fp16" else ""
+                raise ValueError(f"{path}: its weights on {name} are not finite{how}")
     return cast
 
 

@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from sdxl.adapted import Adapted
 from sdxl.lora_fit import fit
 from sdxl.lora_formats import LORA as LORA
-from sdxl.lora_formats import PREFIXES, UNET, find_lora, open_lora, read_lora_file
+from sdxl.lora_formats import PREFIXES, UNET, find_lora, lora_card, open_lora, read_lora_file
 from sdxl.lora_write import peft_config
 from sdxl.schedule import Schedule
 
@@ -35,7 +35,8 @@ def num_lora_parameters(path: Path) -> int:
 def read_schedule(path: Path) -> Schedule:
     """What the metadata of a LoRA file says of the run that made it; nothing in other tools'."""
     try:
-        return read_lora_file(path).card.schedule
+        with open_lora(find_lora(path)) as file:
+            return lora_card(dict(file.metadata() or {})).schedule
     except ValueError:
         return Schedule()  # what it is, load_lora says
 

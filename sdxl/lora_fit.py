@@ -13,7 +13,7 @@ from sdxl.lora_formats import UNET, LoraFile
 
 _OTHERS = {  # by names that only they have
     r"(double|single)_blocks_|single_transformer_blocks_": "Flux",
-    r"joint_blocks_|attn_add_[kqv]_proj": "SD3",
+    r"joint_blocks_|attn_add_[kqv]_proj|^lora_te3_": "SD3",
     r"prior|down_blocks_\d+_\d+_(channelwise|attention)": "Stable Cascade",
 }
 _CONTEXTS = {768: "SD 1", 1024: "SD 2", 2048: "SDXL"}  # the width of their text embeddings

@@ -79,9 +79,14 @@ class LoraFile:
     @property
     def card(self) -> Card:
         """What its maker, if it was this project, says of it."""
-        settings = _settings(self.metadata)
-        ours = {n.removeprefix(OURS): v for n, v in settings.items() if n.startswith(OURS)}
-        return Card.of(ours) if ours else read_card(self.metadata)
+        return lora_card(self.metadata)
+
+
+def lora_card(metadata: dict[str, str]) -> Card:
+    """What the metadata of a LoRA file says of it, if this project wrote it."""
+    settings = _settings(metadata)
+    ours = {n.removeprefix(OURS): v for n, v in settings.items() if n.startswith(OURS)}
+    return Card.of(ours) if ours else read_card(metadata)
 
 
 def long_name(name: str) -> str:
@@ -210,16 +215,12 @@ def _adapted(
         missing = "up" if "down" in tensors else "down"
         raise ValueError(f"{path}: damaged or no LoRA: {module} has no {missing} weight")
     down, up = tensors["down"], tensors["up"]
-    if down.ndim != up.ndim or down.ndim not in (2, 4) or up.shape[1] != len(down):
+    fits = down.ndim == up.ndim and down.ndim in (2, 4) and up.shape[1] == len(down) > 0
+    if not fits:
         raise ValueError(
             f"{path}: damaged: {module} has weights of {list(down.shape)} and {list(up.shape)}"
         )
-    if "alpha" in tensors:
-        alpha = float(tensors["alpha"])
-    else:  # kohya's and diffusers' readers, too, take alpha = rank where nothing is said
-        patterns = dict(settings.get("alpha_pattern") or {})
-        default = settings.get("lora_alpha", len(down))
-        alpha = float(patterns.get(get_pattern_key(patterns, module), default))
+    alpha = _alpha(path, module, tensors, settings)
     magnitude = tensors.get("magnitude", tensors.get("dora_scale"))
     if magnitude is not None:
         if magnitude.numel() != len(up) or len(tensors.get("dora_scale", up)) != len(up):
@@ -229,3 +230,18 @@ def _adapted(
             )
         magnitude = magnitude.flatten()
     return Adapted(down, up, alpha, bool(settings.get("use_rslora")), magnitude)
+
+
+def _alpha(
+    path: Path, module: str, tensors: dict[str, torch.Tensor], settings: Mapping[str, Any]
+) -> float:
+    """A module's own, or what the settings say; rank where nothing is said, as kohya's and
+    diffusers' readers take it too."""
+    try:
+        if "alpha" in tensors:
+            return float(tensors["alpha"])
+        patterns = dict(settings.get("alpha_pattern") or {})
+        default = settings.get("lora_alpha", len(tensors["down"]))
+        return float(patterns.get(get_pattern_key(patterns, module), default))
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{path}: damaged: the alpha of {module} is no number") from None

@@ -25,6 +25,7 @@ from sdxl.load import load_text_encoders, load_unet, load_unet_folder, load_vae
 from sdxl.lora_files import load_lora
 from sdxl.lora_formats import KOHYA, LORA, UNET, read_lora_file
 from shards.reader import Cache
+from tools.random_base import make_random_base
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -217,11 +218,16 @@ def test_a_merged_lora_is_what_the_adapter_draws(
     )
 
 
-def test_a_merge_has_the_text_encoders_parts(base: Path, tmp_path: Path) -> None:
+def test_a_merge_has_the_text_encoders_parts_and_another_vae(base: Path, tmp_path: Path) -> None:
     both = text_lora(2, 8.0, (32, 48))
     path = tmp_path / "text.safetensors"
     safetensors.torch.save_file(both, path)
-    out = do(path, tmp_path / "out.safetensors", base=str(base), merge=True, dtype="fp32")
+    make_random_base(tmp_path / "other", seed=1)
+    common: dict[str, Any] = {"base": str(base), "merge": True, "dtype": "fp32"}
+    out = do(path, tmp_path / "out.safetensors", vae=str(tmp_path / "other" / "vae"), **common)
+    other = load_vae(str(tmp_path / "other"), torch.float32).state_dict()
+    written = load_vae(str(out), torch.float32).state_dict()
+    assert all(torch.equal(written[name], tensor) for name, tensor in other.items())
     plain = load_text_encoders(str(base), torch.float32)
     for number, (one, merged) in enumerate(
         zip(plain, load_text_encoders(str(out), torch.float32), strict=True), 1
@@ -241,7 +247,7 @@ def test_a_merge_has_the_text_encoders_parts(base: Path, tmp_path: Path) -> None
     with pytest.warns(
         UserWarning, match=r"4 modules of the text encoders .* is not in a UNet folder"
     ):
-        do(path, tmp_path / "out", base=str(base), merge=True)
+        do(path, tmp_path / "out", **common)
 
 
 def test_what_is_written_wrongly_is_not_kept(
@@ -313,7 +319,7 @@ def test_beyond_fp16_is_refused(base: Path, tmp_path: Path) -> None:
     state[name] *= 1e6
     safetensors.torch.save_file(state, tmp_path / "large.safetensors")
     out, common = tmp_path / "out.safetensors", {"base": str(base), "dtype": "fp16"}
-    with pytest.raises(ValueError, match=r"not finite in fp16; try --dtype"):
+    with pytest.raises(ValueError, match=r"are not finite; try --dtype fp32"):
         do(tmp_path / "large.safetensors", out, **common)
     with pytest.raises(ValueError, match=r"unet: .* is not finite in float16"):
         do(tmp_path / "large.safetensors", out, merge=True, **common)

@@ -25,9 +25,12 @@ from loras import (
 )
 from made import made_batch
 
+from sdxl.card import Card
 from sdxl.load import load_text_encoders, load_unet
 from sdxl.lora_files import apply_loras, apply_text_loras, load_lora, num_lora_parameters
-from sdxl.lora_formats import KOHYA, LORA, read_lora_file
+from sdxl.lora_fit import fit
+from sdxl.lora_formats import KOHYA, LORA, UNET, read_lora_file
+from sdxl.lora_write import diffusers_bytes
 
 RANK = 8
 
@@ -208,6 +211,11 @@ OTHERS: dict[str, tuple[Tensors, str]] = {
         key(f"{BLOCK}attn1_to_q") | {f"{BLOCK}attn1_to_q.lora_up.weight": torch.zeros(32, 5)},
         r"damaged: .*\[4, 32\] and \[32, 5\]",
     ),
+    "no rank": (key(f"{BLOCK}attn1_to_q", 0), r"damaged: .*\[0, 32\] and \[32, 0\]"),
+    "alphas": (
+        key(f"{BLOCK}attn1_to_q") | {f"{BLOCK}attn1_to_q.alpha": torch.ones(2)},
+        "damaged: the alpha of .*attn1_to_q is no number",
+    ),
     "other shape": (key(f"{BLOCK}attn1_to_q", 4, 33), r"weights of \[32, 33\], not \[32, 32\]"),
     "DoRA over the input": (
         key(f"{BLOCK}attn1_to_q") | {f"{BLOCK}attn1_to_q.dora_scale": torch.ones(1, 32)},
@@ -295,4 +303,13 @@ def test_the_module_that_differs_keeps_its_rank_and_alpha(base: Path, tmp_path: 
         name = f"{module.rsplit('.', 1)[0]}.{one}"
         expected[f"{name}.weight"] = fused(base, again, scale)[f"{name}.weight"]
     assert sorted({len(one["down"]) for one in halves(again).values()}) == [2, 4]
+    found = fit(read_lora_file(path), UNET, again)
     assert_close(state_after(again), expected)
+    written = tmp_path / "written.safetensors"
+    written.write_bytes(diffusers_bytes({UNET: found}, Card()))
+    pipeline = StableDiffusionXLPipeline.from_pretrained(str(base))
+    pipeline.load_lora_weights(str(written))
+    assert_close(state_after(pipeline.unet), expected)
+    third = load_unet(str(base), torch.float32)
+    load_lora(third, written)
+    assert_close(state_after(third), expected)

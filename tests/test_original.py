@@ -212,6 +212,9 @@ def test_only_other_sizes_than_sdxls_are_written_into_the_metadata(
     _, metadata = read_header(single)
     assert json.loads(metadata["shardtune.configs"]).keys() == set(MODELS)
     assert configs_metadata(full_size_parts()) == {}
+    part = parts_of(base)["vae"]
+    moved = {"vae": Part({**part.config, "_name_or_path": "/home/someone"}, part.tensors)}
+    assert "someone" not in configs_metadata(moved)["shardtune.configs"]
 
 
 def test_a_failed_write_leaves_nothing(base: Path, tmp_path: Path) -> None:

@@ -107,13 +107,15 @@ def _split(tensors: dict[str, torch.Tensor]) -> list[list[str]]:
 @dataclass(frozen=True)
 class Kind:
     """What the weights are of: a LoRA or the whole UNet of ``base``, trained on ``schedule`` and
-    on the ``caches`` of these digests, with these ``buckets`` (see ``Card``)."""
+    on the ``caches`` of these digests, with these ``buckets`` (see ``Card``); ``license`` is the
+    base's."""
 
     full: bool
     base: str
     schedule: Schedule
     caches: tuple[str, ...] = ()
     buckets: tuple[tuple[int, int, int], ...] = ()
+    license: str | None = None
 
     @classmethod
     def of(cls, config: TrainConfig, schedule: Schedule, caches: Sequence[Cache]) -> "Kind":
@@ -126,6 +128,7 @@ class Kind:
             schedule=schedule,
             caches=tuple(cache.data_digest for cache in caches),
             buckets=tuple((*bucket, count) for bucket, count in sorted(counts.items())),
+            license=base_license(config.base),  # once: of a hub id it may ask the hub
         )
 
     def card(self, steps: int, name: str | None) -> Card:
@@ -133,7 +136,7 @@ class Kind:
         return Card(
             name=name,
             base=base_name(self.base),
-            license=base_license(self.base),
+            license=self.license,
             caches=self.caches,
             buckets=self.buckets,
             steps=steps,
