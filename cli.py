@@ -82,6 +82,8 @@ def _launched(settings: Any) -> bool:
     """Whether this command was run by processes of its own, to the end."""
     from processes.gpus import num_processes
 
+    if sys.argv[1:2] != [click.get_current_context().info_name]:
+        return False  # called by another program (demo, a test): its command line is not this one
     num = num_processes(settings.gpus, settings.device)
     if num > 1:
         from processes.launch import launch

@@ -156,7 +156,11 @@ def test_prompts(base: Path, tmp_path: Path) -> None:
     assert "no such LoRA file" in refused(*common, "--prompt", "a cat", "--lora", tmp_path / "x")
 
 
-def test_generate_counts_and_takes_several_loras(base: Path, tmp_path: Path) -> None:
+def test_generate_counts_and_takes_several_loras(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Other GPUs would be sent this very command line, which is not generate's.
+    monkeypatch.setattr("processes.gpus.num_processes", lambda *_: 8)
     common = ["generate", "--base", base, "--out", tmp_path / "out", "--size", 64]
     common += ["--prompt", "a cat", "--num-steps", 1]
     code, output = run(*common)

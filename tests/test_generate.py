@@ -13,7 +13,7 @@ from drawing import PROMPTS, check_equal, check_same, draw, reference
 from PIL import Image
 
 from infer.settings import LoraUse
-from train.config import CacheUse, Every, TrainConfig
+from train.config import CacheUse, TrainConfig
 from train.loop import train
 
 Trained = Callable[..., Path]
@@ -115,21 +115,6 @@ def test_a_full_unet_draws_as_in_diffusers(base: Path, trained: Trained, tmp_pat
     whole = UNet2DConditionModel.from_pretrained(str(unet)).state_dict()
     for name, value in half.state_dict().items():
         assert torch.equal(value, whole[name].half())
-
-
-def test_any_checkpoint_can_be_drawn_from(base: Path, trained: Trained, tmp_path: Path) -> None:
-    lora = trained(checkpoint_every=Every(3))
-    checkpoint = lora.parent / "checkpoints" / "checkpoint-3"
-    early = draw(base, tmp_path / "early", PROMPTS[:1], lora=(LoraUse(checkpoint),))
-    late = draw(base, tmp_path / "late", PROMPTS[:1], lora=(LoraUse(lora),))
-    assert np.abs(early[0] - late[0]).mean() > 1
-
-
-def test_batch_size_changes_no_picture(base: Path, tmp_path: Path) -> None:
-    prompts = PROMPTS * 2
-    at_once = draw(base, tmp_path / "6", prompts, batch_size=6)
-    for size in (1, 4):
-        check_equal(draw(base, tmp_path / str(size), prompts, batch_size=size), at_once)
 
 
 def test_a_rerun_draws_only_what_is_missing_or_other(base: Path, tmp_path: Path) -> None:

@@ -69,13 +69,10 @@ def halves(pictures: Pictures, side: int = 64) -> tuple[Pictures, Pictures]:
     return [one[20:, :side] for one in pictures], [one[20:, side + 4 :] for one in pictures]
 
 
-@pytest.mark.parametrize("low_memory", [False, True])
-def test_compare_draws_with_and_without(
-    base: Path, two: tuple[Path, Path], tmp_path: Path, low_memory: bool
-) -> None:
+def test_compare_draws_with_and_without(base: Path, two: tuple[Path, Path], tmp_path: Path) -> None:
     """Also where a LoRA changes the text encoders, and the base is told the unchanged text."""
     uses = (LoraUse(two[0], 0.8), LoraUse(two[1], 0.5))
-    found = draw(base, tmp_path / "both", PROMPTS, lora=uses, compare=True, low_memory=low_memory)
+    found = draw(base, tmp_path / "both", PROMPTS, lora=uses, compare=True, low_memory=True)
     without, with_loras = halves(found)
     check_same(without, reference(base, PROMPTS))
     check_equal(with_loras, reference(base, PROMPTS, with_two(two)))
@@ -84,6 +81,7 @@ def test_compare_draws_with_and_without(
         assert sheet.size[0] == 2 * 512
 
 
+@pytest.mark.slow
 def test_compare_with_a_whole_unet(
     base: Path, cache: Path, two: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -113,9 +111,11 @@ def test_compare_with_a_whole_unet(
 
 def test_checkpoints_and_their_averages(base: Path, cache: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    run(cache, base, out, steps=4, lr=3e-2, ema=0.9, checkpoint_every=Every(4))
-    checkpoint = out / "checkpoints" / "checkpoint-4"
+    run(cache, base, out, steps=4, lr=3e-2, ema=0.9, checkpoint_every=Every(2))
+    first, checkpoint = (out / "checkpoints" / f"checkpoint-{step}" for step in (2, 4))
     last = draw(base, tmp_path / "last", PROMPTS, lora=(LoraUse(checkpoint),))
+    early = draw(base, tmp_path / "early", PROMPTS, lora=(LoraUse(first),))
+    assert differ(early, last) > 0.1
     average = draw(base, tmp_path / "average", PROMPTS, lora=(LoraUse(checkpoint),), ema=True)
     check_same(average, draw(base, tmp_path / "run-drawn", PROMPTS, lora=(LoraUse(out),)))
     assert differ(last, average) > 0.1
