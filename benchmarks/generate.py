@@ -48,6 +48,7 @@ def settings_of(options: dict[str, Any], out: Path) -> GenerateSettings:
         base=options["base"],
         prompts=file,
         out=out,
+        size=str(options["side"]) if options["side"] else None,
         num_steps=options["steps"],
         guidance_scale=GUIDANCE,
         batch_size=options["batch_size"],
@@ -90,6 +91,8 @@ def bare(options: dict[str, Any], folder: Path) -> Callable[[int], None]:
                 some,
                 generator=generators,
                 num_inference_steps=options["steps"],
+                height=options["side"] or None,
+                width=options["side"] or None,
                 guidance_scale=GUIDANCE,
             )
             for offset, image in enumerate(found.images):
@@ -145,6 +148,7 @@ def compare(options: dict[str, Any], rounds: int, folder: Path) -> dict[str, Any
 @click.option("--base", required=True)
 @click.option("--num-images", default=16, show_default=True, help="Of a round.")
 @click.option("--steps", default=20, show_default=True, help="Of denoising.")
+@click.option("--side", default=0, help="Of the pictures, in pixels; 0: the base's own.")
 @click.option("--batch-size", default=4, show_default=True)
 @click.option("--device", default="auto", show_default=True)
 @click.option("--rounds", default=7, show_default=True, help="Of each, in turns.")
