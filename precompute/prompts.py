@@ -90,6 +90,12 @@ def write_prompts(
             f"{cut[0][:60]!r}",
             stacklevel=2,
         )
+    if any(one.sampler or one.num_images for one in prompts):
+        warnings.warn(
+            "previews are drawn once each, by the base's own sampler: --ss and --n-images are not "
+            "used",
+            stacklevel=2,
+        )
     dtype = made_with["dtype"]
     prompt = Conditioning.cat(found[one.text] for one in prompts).to(DTYPES[dtype])
     negative = Conditioning.cat(found[one.negative] for one in prompts).to(DTYPES[dtype])
