@@ -1,6 +1,6 @@
 """Time to the first batch of a cache, and what it keeps in memory; in a process of its own.
 
-    python -m benchmarks.first_batch CACHE
+python -m benchmarks.first_batch CACHE
 """
 
 import json

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import safetensors.torch
-import torch
 import webdataset as wds
 
 from benchmarks.caches import Kind
 from shards.batches import Reader
 from shards.plan import Plan, Share
 from shards.reader import Cache
+from shards.rows import Rows
 from shards.sample import Sample
 
 BATCH_SIZE = 8
@@ -23,9 +23,7 @@ Work = Callable[[], object]
 
 def places(cache: Cache) -> list[tuple[str, int]]:
     """(shard, row) of every sample, in one shuffled order that all who can seek go by."""
-    found = [
-        (shard.path.stem, row) for shard in cache.shards() for row in range(len(shard.index))
-    ]
+    found = [(shard.path.stem, row) for shard in cache.shards() for row in range(len(shard.index))]
     random.Random(0).shuffle(found)
     return found
 
@@ -55,17 +53,14 @@ def ours(cache: Cache, kind: Kind) -> Work:
     group = cache.groups()[0]
     order = [row for row in range(group.count)]
     random.Random(0).shuffle(order)
-    slices = [
-        (name, number, torch.empty(kind.layout.shape(name), dtype=kind.layout.torch_dtype(name)))
-        for name, count in kind.counts.items()
-        for number in range(count)
-    ]
+    slices = [(name, number) for name, count in kind.counts.items() for number in range(count)]
+    rows = {one: Rows([one[0]], [kind.layout]) for one in slices}
 
     def work() -> None:
         for place in order:
             shard, row = cache.locate(group, place)
-            for name, number, target in slices:
-                shard.read_into(target, row, name, number)
+            for one, view in shard.checked(row, slices).items():
+                rows[one].fill(0, one[0], view)
 
     return work
 

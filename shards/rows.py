@@ -1,0 +1,37 @@
+"""Where the slices of a batch's samples go, each copied once."""
+
+import functools
+from collections.abc import Sequence
+
+import torch
+
+from shards.sample import Layout
+
+
+class Rows:
+    """One tensor per name, with a row per sample; uninitialised at first.
+
+    Samples of several dtypes are kept whole: fp16 and bf16 together are neither, but fp32.
+    """
+
+    def __init__(self, names: Sequence[str], layouts: Sequence[Layout]) -> None:
+        self._dtypes = [layout.torch_dtype(names[0]) for layout in layouts]
+        self._dtype = functools.reduce(torch.promote_types, set(self._dtypes))
+        self.tensors = {}
+        for name in names:
+            dtype = torch.int32 if name == "sizes" else self._dtype
+            self.tensors[name] = torch.empty(len(layouts), *layouts[0].shape(name), dtype=dtype)
+        self._bytes = {
+            name: tensor.view(torch.uint8).view(-1).numpy().data
+            for name, tensor in self.tensors.items()
+        }
+
+    def fill(self, number: int, name: str, source: memoryview) -> None:
+        """Row ``number`` of a tensor from the bytes of its slice."""
+        theirs = self._dtypes[number]
+        if theirs == self._dtype or name == "sizes":
+            start = number * len(source)
+            self._bytes[name][start : start + len(source)] = source
+        else:
+            row = self.tensors[name][number].view(-1)
+            row.copy_(torch.frombuffer(bytearray(source), dtype=theirs))
