@@ -53,14 +53,19 @@ def ours(cache: Cache, kind: Kind) -> Work:
     group = cache.groups()[0]
     order = [row for row in range(group.count)]
     random.Random(0).shuffle(order)
-    slices = [(name, number) for name, count in kind.counts.items() for number in range(count)]
-    rows = {one: Rows([one[0]], [kind.layout]) for one in slices}
+    slices = [
+        (name, n) for n in range(kind.variants) for name, count in kind.counts.items() if n < count
+    ]
+    num_first = len(kind.counts)
+    rows = Rows([*kind.counts], [kind.layout] * kind.variants)
 
     def work() -> None:
         for place in order:
             shard, row = cache.locate(group, place)
-            for one, view in shard.checked(row, slices).items():
-                rows[one].fill(0, one[0], view)
+            found = shard.checked(shard.index.record(row), slices)
+            rows.fill(0, found[:num_first])
+            if kind.variants == 2:
+                rows.fill(1, found[num_first:])
 
     return work
 

@@ -174,9 +174,8 @@ class Reader:
         wanted = [(name, variant) for name in into.variant_names]
         if caption is not None:
             wanted += [(name, caption) for name in CAPTION_TENSORS]
-        found = shard.checked(row, wanted)
-        for (name, _), view in found.items():
-            into.rows.fill(number, name, view)
+        found = shard.checked(record, wanted)
+        into.rows.fill(number, found)
         if caption is None:
             for name in CAPTION_TENSORS:
                 dropped = self._unconditional[cache_number][f"{reading.unconditional}.{name}"]

@@ -19,6 +19,7 @@ from shards.sample import CAPTION_TENSORS, TENSORS, VARIANT_TENSORS, Layout
 MAGIC = b"shardtune-index\n"
 ALIGNMENT = 64
 SHA_BYTES = 32
+DIGEST_BYTES = 8
 
 RECORD_DTYPE = np.dtype(
     [
@@ -39,7 +40,6 @@ RECORD_DTYPE = np.dtype(
 
 
 _RECORD = struct.Struct("<20s2HfI4QI6II")  # RECORD_DTYPE, read ten times as fast as by numpy
-_DIGEST = struct.Struct("<Q")
 assert _RECORD.size == RECORD_DTYPE.itemsize
 
 
@@ -76,7 +76,13 @@ class Slot(NamedTuple):
 
 
 Slice = tuple[str, int]  # tensor, and number of the variant or caption
-Slots = dict[Slice, Slot]  # in the order of the digests
+
+
+class Form(NamedTuple):
+    """How a sample is laid out; most of a shard are alike."""
+
+    slots: dict[Slice, Slot]  # of every slice that it has, in the order of the digests
+    digests: struct.Struct  # of all its parts
 
 
 def map_file(path: Path) -> memoryview:
@@ -170,7 +176,7 @@ class Index:
             prompt=tuple(self.header["prompt"]),
             pooled=self.header["pooled"],
         )
-        self._slots: dict[tuple[int, int, tuple[int, ...]], Slots] = {}
+        self._forms: dict[tuple[int, int, tuple[int, ...]], Form] = {}
 
     def __len__(self) -> int:
         return self._count
@@ -190,26 +196,32 @@ class Index:
     def key(self, row: int) -> str:
         return self.record(row).key.decode()
 
-    def slots(self, record: Record) -> Slots:
-        """Every slice that the sample has; most samples of a shard are laid out alike."""
+    def form(self, record: Record) -> Form:
+        """How a sample is laid out."""
         shape = record.num_variants, record.num_captions, record.tensors
-        if shape not in self._slots:
-            self._slots[shape] = dict(_slots(*shape, self.layout))
-        return self._slots[shape]
+        form = self._forms.get(shape)
+        if form is None:
+            slots = dict(_slots(*shape, self.layout))
+            form = self._forms[shape] = Form(slots, struct.Struct(f"<{2 + len(slots)}Q"))
+        return form
 
-    def digest(self, record: Record, number: int) -> int:
-        """xxh3-64 of part ``number`` of a sample, in the order of its digests."""
-        at = self._first_digest + _DIGEST.size * (record.first_digest + number)
-        return int(_DIGEST.unpack_from(self._data, at)[0])
+    def digests(self, record: Record, form: Form) -> tuple[int, ...]:
+        """xxh3-64 of each part of a sample."""
+        at = self._first_digest + DIGEST_BYTES * record.first_digest
+        return form.digests.unpack_from(self._data, at)
 
     def parts(self, row: int) -> Iterator[tuple[Part, int]]:
         """Every part of a sample with its digest: JSON, header, then all slices."""
         record = self.record(row)
-        yield Part("json", record.json_offset, record.json_size), self.digest(record, 0)
-        yield Part("header", record.offset, record.header_size), self.digest(record, 1)
-        for (name, number), slot in self.slots(record).items():
+        form = self.form(record)
+        parts = [
+            Part("json", record.json_offset, record.json_size),
+            Part("header", record.offset, record.header_size),
+        ]
+        for (name, number), slot in form.slots.items():
             offset, size = record.offset + slot.start, slot.stop - slot.start
-            yield Part(f"{name}[{number}]", offset, size), self.digest(record, slot.digest)
+            parts.append(Part(f"{name}[{number}]", offset, size))
+        yield from zip(parts, self.digests(record, form), strict=True)
 
 
 def _slots(

@@ -16,7 +16,7 @@ from xxhash import xxh3_64_intdigest
 
 from shards import CacheError
 from shards.buckets import Size
-from shards.index import Index, Slice, map_file
+from shards.index import Index, Record, Slice, map_file
 from shards.manifest import data_digest, read_manifest, read_side_file
 from shards.plan import Group
 
@@ -47,27 +47,28 @@ class Shard:
                 f"{self.index.header['tar_bytes']} were written; encode again"
             )
 
-    def checked(self, row: int, wanted: Iterable[Slice]) -> dict[Slice, memoryview]:
-        """The bytes of slices of a sample, hashed now; those that it has.
+    def checked(self, record: Record, wanted: Iterable[Slice]) -> list[tuple[str, memoryview]]:
+        """The bytes of these slices of a sample, hashed now, with their tensor's name.
 
-        They are views of the mapped tar, [bytes].
+        Of those that it has; they are views of the mapped tar.
         """
-        index, data = self.index, self._data
-        record = index.record(row)
-        slots, offset, found = index.slots(record), record.offset, {}
+        data, offset = self._data, record.offset
+        form = self.index.form(record)
+        digests = self.index.digests(record, form)
+        found = []
         for one in wanted:
-            if (slot := slots.get(one)) is not None:
+            if (slot := form.slots.get(one)) is not None:
                 view = data[offset + slot.start : offset + slot.stop]
-                if xxh3_64_intdigest(view) != index.digest(record, slot.digest):
-                    self._refuse(row, f"{one[0]}[{one[1]}]")
-                found[one] = view
+                if xxh3_64_intdigest(view) != digests[slot.digest]:
+                    self._refuse(record, f"{one[0]}[{one[1]}]")
+                found.append((one[0], view))
         return found
 
     def read_into(self, target: torch.Tensor, row: int, name: str, number: int = 0) -> None:
         """Copy one checked slice into ``target`` (contiguous; of any dtype that holds it)."""
-        found = self.checked(row, [(name, number)])
+        found = self.checked(self.index.record(row), [(name, number)])
         assert found, f"{self.path} has no {name}[{number}]"
-        source, dtype = found[name, number], self.index.layout.torch_dtype(name)
+        source, dtype = found[0][1], self.index.layout.torch_dtype(name)
         target.view(-1).copy_(torch.frombuffer(bytearray(source), dtype=dtype))
 
     def about(self, row: int) -> dict[str, Any]:
@@ -75,12 +76,12 @@ class Shard:
         part, digest = next(self.index.parts(row))
         text = bytes(self._data[part.offset : part.offset + part.size])
         if xxh3_64_intdigest(text) != digest:
-            self._refuse(row, part.what)
+            self._refuse(self.index.record(row), part.what)
         return dict(json.loads(text))
 
-    def _refuse(self, row: int, what: str) -> NoReturn:
+    def _refuse(self, record: Record, what: str) -> NoReturn:
         raise CacheError(
-            f"{self.path}: sample {self.index.key(row)}: {what} is damaged (xxh3 differs); "
+            f"{self.path}: sample {record.key.decode()}: {what} is damaged (xxh3 differs); "
             "`python cli.py verify` names all damage"
         )
 

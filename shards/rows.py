@@ -1,7 +1,7 @@
 """Where the slices of a batch's samples go, each copied once."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -26,12 +26,13 @@ class Rows:
             for name, tensor in self.tensors.items()
         }
 
-    def fill(self, number: int, name: str, source: memoryview) -> None:
-        """Row ``number`` of a tensor from the bytes of its slice."""
+    def fill(self, number: int, slices: Iterable[tuple[str, memoryview]]) -> None:
+        """Row ``number`` of these tensors from the bytes of their slices."""
         theirs = self._dtypes[number]
-        if theirs == self._dtype or name == "sizes":
-            start = number * len(source)
-            self._bytes[name][start : start + len(source)] = source
-        else:
-            row = self.tensors[name][number].view(-1)
-            row.copy_(torch.frombuffer(bytearray(source), dtype=theirs))
+        for name, source in slices:
+            if theirs == self._dtype or name == "sizes":
+                size = len(source)
+                self._bytes[name][number * size : (number + 1) * size] = source
+            else:
+                row = self.tensors[name][number].view(-1)
+                row.copy_(torch.frombuffer(bytearray(source), dtype=theirs))
