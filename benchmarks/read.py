@@ -38,8 +38,9 @@ def compare(folder: Path, kind: Kind, count: int, rounds: int) -> list[dict[str,
     cache = Cache(folder / "cache")
     works = {
         "mmap copy": readers.mmap_copy(cache),
-        "ours": readers.ours(cache, kind),
-        "ours, training": readers.training(cache),
+        "ours": readers.ours(cache, kind, kind.variants),
+        "ours, one variant": readers.ours(cache, kind, 1),
+        "ours, with draws": readers.training(cache),
         "webdataset": readers.stock_webdataset(cache),
         "npz": readers.npz(folder / "npz"),
     }
@@ -51,7 +52,7 @@ def compare(folder: Path, kind: Kind, count: int, rounds: int) -> list[dict[str,
             "ms": 1e3 * statistics.median(seconds[name]) / count,
             "ours / it": ratio(seconds, "ours", name),
             "target": TARGETS.get(name),
-            "training / it": ratio(seconds, "ours, training", name),
+            "one variant / it": ratio(seconds, "ours, one variant", name),
         }
         for name in works
     ]

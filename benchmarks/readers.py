@@ -11,7 +11,7 @@ import safetensors.torch
 import webdataset as wds
 
 from benchmarks.caches import Kind
-from shards.batches import Reader
+from shards.batches import TEXT, UNMASKED, Reader
 from shards.plan import Plan, Share
 from shards.reader import Cache
 from shards.rows import Rows
@@ -48,24 +48,21 @@ def mmap_copy(cache: Cache) -> Work:
     return work
 
 
-def ours(cache: Cache, kind: Kind) -> Work:
-    """Every slice of each sample, hashed and copied into tensors."""
+def ours(cache: Cache, kind: Kind, num_variants: int) -> Work:
+    """Slices of each sample, hashed and copied into a batch's tensors: its text, and the latents of
+    some of its variants (a step takes one)."""
     group = cache.groups()[0]
-    order = [row for row in range(group.count)]
+    order = [*range(group.count)]
     random.Random(0).shuffle(order)
-    slices = [
-        (name, n) for n in range(kind.variants) for name, count in kind.counts.items() if n < count
-    ]
-    num_first = len(kind.counts)
-    rows = Rows([*kind.counts], [kind.layout] * kind.variants)
+    wanted = [[(name, n) for name in (*UNMASKED, *TEXT) if n < kind.counts[name]] for n in (0, 1)]
+    rows = Rows([*kind.counts], [kind.layout] * 2)
 
     def work() -> None:
         for place in order:
             shard, row = cache.locate(group, place)
-            found = shard.checked(shard.index.record(row), slices)
-            rows.fill(0, found[:num_first])
-            if kind.variants == 2:
-                rows.fill(1, found[num_first:])
+            record = shard.index.record(row)
+            for number in range(num_variants):
+                rows.fill(number, shard.checked(record, wanted[number]))
 
     return work
 

@@ -47,28 +47,27 @@ class Shard:
                 f"{self.index.header['tar_bytes']} were written; encode again"
             )
 
-    def checked(self, record: Record, wanted: Iterable[Slice]) -> list[tuple[str, memoryview]]:
-        """The bytes of these slices of a sample, hashed now, with their tensor's name.
+    def checked(self, record: Record, wanted: Iterable[Slice]) -> Iterator[tuple[str, memoryview]]:
+        """The bytes of these slices of a sample, of those that it has, with their tensor's name.
 
-        Of those that it has; they are views of the mapped tar.
+        They are views of the mapped tar. Each is hashed when it is its turn, so that who copies it
+        then finds it in the processor's cache.
         """
         data, offset = self._data, record.offset
         form = self.index.form(record)
         digests = self.index.digests(record, form)
-        found = []
         for one in wanted:
             if (slot := form.slots.get(one)) is not None:
-                view = data[offset + slot.start : offset + slot.stop]
-                if xxh3_64_intdigest(view) != digests[slot.digest]:
+                start, stop, digest = slot
+                view = data[offset + start : offset + stop]
+                if xxh3_64_intdigest(view) != digests[digest]:
                     self._refuse(record, f"{one[0]}[{one[1]}]")
-                found.append((one[0], view))
-        return found
+                yield one[0], view
 
     def read_into(self, target: torch.Tensor, row: int, name: str, number: int = 0) -> None:
         """Copy one checked slice into ``target`` (contiguous; of any dtype that holds it)."""
-        found = self.checked(self.index.record(row), [(name, number)])
-        assert found, f"{self.path} has no {name}[{number}]"
-        source, dtype = found[0][1], self.index.layout.torch_dtype(name)
+        ((_, source),) = self.checked(self.index.record(row), [(name, number)])
+        dtype = self.index.layout.torch_dtype(name)
         target.view(-1).copy_(torch.frombuffer(bytearray(source), dtype=dtype))
 
     def about(self, row: int) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from shards.sample import Layout
+from shards.sample import DTYPES, Layout
 
 
 class Rows:
@@ -15,7 +15,7 @@ class Rows:
     """
 
     def __init__(self, names: Sequence[str], layouts: Sequence[Layout]) -> None:
-        self._dtypes = [layout.torch_dtype(names[0]) for layout in layouts]
+        self._dtypes = [DTYPES[layout.dtype] for layout in layouts]
         self._dtype = functools.reduce(torch.promote_types, set(self._dtypes))
         self.tensors = {}
         for name in names:
@@ -26,13 +26,16 @@ class Rows:
             for name, tensor in self.tensors.items()
         }
 
-    def fill(self, number: int, slices: Iterable[tuple[str, memoryview]]) -> None:
-        """Row ``number`` of these tensors from the bytes of their slices."""
-        theirs = self._dtypes[number]
+    def fill(self, number: int, slices: Iterable[tuple[str, memoryview]]) -> list[str]:
+        """Row ``number`` of these tensors from the bytes of their slices; returns their names."""
+        theirs, names = self._dtypes[number], []
+        same, into = theirs == self._dtype, self._bytes
         for name, source in slices:
-            if theirs == self._dtype or name == "sizes":
+            names.append(name)
+            if same or name == "sizes":
                 size = len(source)
-                self._bytes[name][number * size : (number + 1) * size] = source
+                into[name][number * size : (number + 1) * size] = source
             else:
                 row = self.tensors[name][number].view(-1)
                 row.copy_(torch.frombuffer(bytearray(source), dtype=theirs))
+        return names
