@@ -52,7 +52,7 @@ class Encoders:
     @property
     def text(self) -> TextEncoders:
         if self._text is None:
-            self._text = load_text(self.settings.base, self.device)
+            self._text = load_text(self.settings.base, self.device, self.settings.tokenizers)
         return self._text
 
 

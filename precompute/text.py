@@ -14,9 +14,10 @@ from shards.manifest import UNCONDITIONAL, content_digest, read_manifest
 from shards.sample import DTYPES
 
 
-def load_text(base: str, device: torch.device) -> TextEncoders:
+def load_text(base: str, device: torch.device, tokenizers: Path | None) -> TextEncoders:
     """The base's text encoders, in the precision that captions are encoded in."""
-    return TextEncoders(base, torch.float16 if device.type == "cuda" else torch.float32, device)
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    return TextEncoders(base, dtype, device, tokenizers)
 
 
 def text_causes(recipe: dict[str, Any]) -> str:

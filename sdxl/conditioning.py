@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,14 +39,21 @@ class Conditioning:
 
 
 class TextEncoders:
-    """Both text encoders and tokenizers of a base, on one device."""
+    """Both text encoders of a base, and its tokenizers or those in the folder ``tokenizers``, on
+    one device."""
 
-    def __init__(self, base: str, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        base: str,
+        dtype: torch.dtype,
+        device: torch.device,
+        tokenizers: Path | None = None,
+    ) -> None:
         from diffusers import StableDiffusionXLPipeline
 
         one, two = load_text_encoders(base, dtype)
         self.zeros_for_empty = zeros_for_empty_prompt(base)
-        self.tokenizers = load_tokenizers(base)
+        self.tokenizers = load_tokenizers(base, tokenizers)
         self.device = device
         self._pipeline: Any = StableDiffusionXLPipeline(
             vae=None,

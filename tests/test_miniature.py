@@ -12,7 +12,7 @@ from PIL import Image, ImageChops
 
 import infer.generate
 from infer.settings import GenerateSettings
-from sdxl.base import MINIATURE_FOLDER, component_folder
+from sdxl.base import MINIATURE_FOLDER, component_path
 from sdxl.load import load_tokenizers, load_vae
 from sdxl.sampling import scale_mean, scale_std
 from tools.miniature.data import LIST, fresh_prompts, write_sample_set
@@ -44,7 +44,7 @@ def test_it_is_small_and_readable_by_all() -> None:
 def test_its_name_works_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "miniature").mkdir()  # a folder of that name is ./miniature
-    assert component_folder("miniature", "unet") == MINIATURE_FOLDER / "unet"
+    assert component_path("miniature", "unet") == MINIATURE_FOLDER / "unet"
 
 
 def test_it_is_an_sdxl() -> None:
