@@ -6,8 +6,11 @@ import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +43,39 @@ def ratio(seconds: Mapping[str, Sequence[float]], one: str, other: str) -> float
     """How often ``one`` is as fast as ``other``: the median over the rounds."""
     pairs = zip(seconds[other], seconds[one], strict=True)
     return statistics.median(theirs / mine for theirs, mine in pairs)
+
+
+@dataclass(frozen=True)
+class Used:
+    """What a command took."""
+
+    wall_seconds: float
+    cpu_seconds: float  # of all its threads
+    peak_bytes: int  # resident
+    output: str
+
+
+def measured(command: Sequence[str]) -> Used:
+    """Run a command to its end; its stderr is shown.
+
+    Raises:
+        CalledProcessError: it failed.
+    """
+    start = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        output = child.stdout.read()
+        _, status, usage = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode:
+        raise subprocess.CalledProcessError(child.returncode, list(command), output)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return Used(
+        time.perf_counter() - start,
+        usage.ru_utime + usage.ru_stime,
+        usage.ru_maxrss * unit,
+        output,
+    )
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
