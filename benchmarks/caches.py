@@ -14,7 +14,7 @@ from shards.manifest import UNCONDITIONAL, write_manifest
 from shards.sample import TENSORS, Layout, Sample, sample_key
 from shards.writer import shard_name, write_shard
 
-WIDTH, POOLED, TOKENS = 2048, 1280, 77
+TOKENS = 77
 SHARD_SIZE = 512
 TAR_BLOCK = 512
 JSON_BYTES = 300
@@ -27,11 +27,13 @@ class Kind:
 
     pixels: int
     variants: int
+    width: int = 2048  # of the prompt embeddings
+    pooled: int = 1280
 
     @property
     def layout(self) -> Layout:
-        side = self.pixels // 8
-        return Layout(dtype="fp16", latent=(4, side, side), prompt=(TOKENS, WIDTH), pooled=POOLED)
+        latent = (4, self.pixels // 8, self.pixels // 8)
+        return Layout(dtype="fp16", latent=latent, prompt=(TOKENS, self.width), pooled=self.pooled)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -78,7 +80,7 @@ def write_random(folder: Path, kind: Kind, samples: list[Sample]) -> None:
         names.append(shard_name((kind.pixels, kind.pixels), number))
         part = samples[start : start + SHARD_SIZE]
         write_shard(folder, names[-1], part, kind.layout, _about(kind))
-    _finish(folder, names)
+    _finish(folder, kind, names)
 
 
 def write_sparse(folder: Path, kind: Kind, count: int) -> None:
@@ -92,7 +94,7 @@ def write_sparse(folder: Path, kind: Kind, count: int) -> None:
     for number, start in enumerate(range(0, count, SHARD_SIZE)):
         names.append(shard_name((kind.pixels, kind.pixels), number))
         _write_hole(folder, names[-1], kind, min(SHARD_SIZE, count - start), number)
-    _finish(folder, names)
+    _finish(folder, kind, names)
 
 
 def _write_hole(folder: Path, name: str, kind: Kind, count: int, seed: int) -> None:
@@ -137,19 +139,18 @@ def _about(kind: Kind) -> dict[str, object]:
     return {"bucket": [kind.pixels, kind.pixels], "repeats": 1}
 
 
-def _finish(folder: Path, names: list[str]) -> None:
+def _finish(folder: Path, kind: Kind, names: list[str]) -> None:
     """The side file and the manifest, with what ``cli.py train`` wants to know of a cache."""
-    texts = {"prompt_embeds": (TOKENS, WIDTH), "pooled_prompt_embeds": (POOLED,)}
     unconditional = {
-        f"{kind}.{name}": torch.zeros(1, *shape, dtype=torch.float16)
-        for kind in ("zeros", "empty")
-        for name, shape in texts.items()
+        f"{which}.{name}": torch.zeros(1, *kind.layout.shape(name), dtype=torch.float16)
+        for which in ("zeros", "empty")
+        for name in TENSORS[-2:]
     }
     safetensors.torch.save_file(unconditional, folder / UNCONDITIONAL)
     encoders = ("vae", "text_encoder", "text_encoder_2")
     about = {
         "recipe": {name: {"digest": "made", "of_base": True} for name in encoders},
-        "text": {"depth": WIDTH, "pooled": POOLED, "tokens": TOKENS},
+        "text": {"depth": kind.width, "pooled": kind.pooled, "tokens": TOKENS},
         "latents": {"channels": 4},
     }
     write_manifest(folder, about, [Index(folder / f"{name}.index") for name in names])

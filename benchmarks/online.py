@@ -23,6 +23,8 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from sdxl.base import base_path
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ATTENTION = ["to_k", "to_q", "to_v", "to_out.0"]
 
@@ -155,7 +157,7 @@ def main(
     """Train, and print one JSON object."""
     torch.manual_seed(0)
     place = torch.device(device)
-    online = Online(base, place, DTYPES[precision], DTYPES[vae_dtype], rank)
+    online = Online(str(base_path(base)), place, DTYPES[precision], DTYPES[vae_dtype], rank)
     pictures = Pictures(dataset, resolution)
     loader = DataLoader(pictures, batch_size=batch_size, shuffle=True)
     start = time.perf_counter()
