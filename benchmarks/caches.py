@@ -9,6 +9,7 @@ import safetensors.torch
 import torch
 import xxhash
 
+from sdxl.base import model_config
 from shards.index import RECORD_DTYPE, Index, write_index
 from shards.manifest import UNCONDITIONAL, write_manifest
 from shards.sample import TENSORS, Layout, Sample, sample_key
@@ -49,6 +50,13 @@ class Kind:
 
 # 449 kB: a picture of 512 px and its mirror image. 580 kB: one of 1024 px.
 KINDS = {"449 kB": Kind(pixels=512, variants=2), "580 kB": Kind(pixels=1024, variants=1)}
+
+
+def kind_for(base: str, pixels: int) -> Kind:
+    """Samples as the UNet of a base takes them."""
+    _, unet = model_config(base, "unet")
+    added = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
+    return Kind(pixels=pixels, variants=1, width=unet["cross_attention_dim"], pooled=added)
 
 
 def random_samples(kind: Kind, count: int) -> list[Sample]:

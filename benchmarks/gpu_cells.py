@@ -14,13 +14,12 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.caches import Kind, random_samples, write_random
+from benchmarks.caches import kind_for, random_samples, write_random
 from benchmarks.train_step import Ours, timed
 from infer.generate import generate
 from infer.settings import GenerateSettings
 from precompute.encode import encode
 from precompute.settings import EncodeSettings
-from sdxl.base import model_config
 from sdxl.conditioning import TextEncoders
 from sdxl.load import load_vae
 from shards.plan import Plan
@@ -189,14 +188,7 @@ class Training:
     def _cache(self) -> Path:
         folder = self.place.work / f"cache-{self.pixels}"
         if not folder.exists():
-            _, unet = model_config(self.place.base, "unet")
-            pooled = unet["projection_class_embeddings_input_dim"]
-            kind = Kind(
-                pixels=self.pixels,
-                variants=1,
-                width=unet["cross_attention_dim"],
-                pooled=pooled - 6 * unet["addition_time_embed_dim"],
-            )
+            kind = kind_for(self.place.base, self.pixels)
             write_random(folder, kind, random_samples(kind, 64))
         return folder
 

@@ -8,6 +8,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -51,7 +52,8 @@ class Used:
 
     wall_seconds: float
     cpu_seconds: float  # of all its threads
-    peak_bytes: int  # resident
+    peak_bytes: int  # resident, with the pages of mapped files that it has looked at
+    anonymous_bytes: int  # of these its own, which cannot be dropped: by looking often (Linux)
     output: str
 
 
@@ -61,21 +63,37 @@ def measured(command: Sequence[str]) -> Used:
     Raises:
         CalledProcessError: it failed.
     """
-    start = time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
-        assert child.stdout is not None
-        output = child.stdout.read()
-        _, status, usage = os.wait4(child.pid, 0)
-        child.returncode = os.waitstatus_to_exitcode(status)
+    start, anonymous = time.perf_counter(), 0
+    with tempfile.TemporaryFile("w+") as output:
+        child = subprocess.Popen(command, stdout=output)
+        while True:
+            pid, status, usage = os.wait4(child.pid, os.WNOHANG)
+            if pid:
+                break
+            anonymous = max(anonymous, resident_bytes(child.pid)["RssAnon"])
+            time.sleep(0.05)
+        seconds, child.returncode = time.perf_counter() - start, os.waitstatus_to_exitcode(status)
+        output.seek(0)
+        text = output.read()
     if child.returncode:
-        raise subprocess.CalledProcessError(child.returncode, list(command), output)
+        raise subprocess.CalledProcessError(child.returncode, list(command), text)
     unit = 1 if sys.platform == "darwin" else 1024
-    return Used(
-        time.perf_counter() - start,
-        usage.ru_utime + usage.ru_stime,
-        usage.ru_maxrss * unit,
-        output,
-    )
+    peak = usage.ru_maxrss * unit
+    return Used(seconds, usage.ru_utime + usage.ru_stime, peak, anonymous, text)
+
+
+def resident_bytes(pid: int | str = "self") -> dict[str, int]:
+    """A process's own memory and that of mapped files, as far as it is resident; 0 but on Linux."""
+    found = {"RssAnon": 0, "RssFile": 0}
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return found
+    for line in lines:
+        name, _, value = line.partition(":")
+        if name in found:
+            found[name] = int(value.split()[0]) * 1024
+    return found
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
