@@ -1,8 +1,6 @@
 """The benchmarks run: all ways to read read, and every GPU cell runs on a CPU, tiny."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 import benchmarks.gpu as gpu
 from benchmarks import gpu_cells, readers
 from benchmarks.caches import KINDS, Kind, random_samples, write_random, write_sparse
-from benchmarks.gpu import Cell, fill_in, grid, measure, rows_of
+from benchmarks.gpu import Cell, fill_in, grid, measure, rows_of, run_cell
 from benchmarks.gpu_cells import largest
 from benchmarks.report import ratio, take_turns
 from shards.batches import Reader
@@ -22,7 +21,6 @@ from shards.plan import Plan, Share
 from shards.reader import Cache
 from shards.verify import verify
 
-ROOT = Path(__file__).parent.parent
 SMALL = Kind(pixels=64, variants=2, width=12, pooled=5)
 
 
@@ -38,6 +36,8 @@ def test_random_caches_are_whole_and_their_samples_differ(tmp_path: Path) -> Non
     assert len({bytes(one.tensors["latents.mean"].numpy()) for one in samples}) == 5
 
 
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # webdataset closes its tars late
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_every_reader_reads_the_whole_cache(tmp_path: Path) -> None:
     samples = random_samples(SMALL, 5)
     write_random(tmp_path / "cache", SMALL, samples)
@@ -103,17 +103,18 @@ def test_cells_have_names_of_their_own_and_settings_that_go_together() -> None:
 
 
 def one_of_each() -> Iterator[Any]:
-    seen = set()
+    """Cells that differ in more than sizes."""
+    seen, sizes = set(), ("pixels", "gib", "rank", "batch_size")
     for cell in grid():
-        settings = {n: v for n, v in cell.settings.items() if n not in ("pixels", "gib", "rank")}
+        settings = {name: value for name, value in cell.settings.items() if name not in sizes}
         path = cell.kind, json.dumps(settings, sort_keys=True)
-        slow = "compile" in settings
         if path not in seen:
-            yield pytest.param(cell, id=cell.name, marks=pytest.mark.slow if slow else [])
+            yield pytest.param(cell, id=cell.name)
         seen.add(path)
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the compiler and of torchao
 @pytest.mark.parametrize("cell", [*one_of_each()])
 def test_a_cell_runs_tiny_on_a_cpu(tmp_path: Path, cell: Cell) -> None:
     found = measure(cell, tmp_path, "cpu", tiny=True)
@@ -171,13 +172,20 @@ def test_it_goes_on_with_what_is_missing(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.slow
-def test_the_command_tells_a_failing_cell_and_keeps_the_others(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.gpu", "--work", str(tmp_path / "work")]
-    more = ["--out", str(tmp_path / "out"), "--tiny", "--device", "cpu", "--only", "matrix"]
-    subprocess.run([*command, *more], cwd=ROOT, check=True, capture_output=True)
-    found = json.loads((tmp_path / "out/gpu.json").read_text())["cells"]
-    assert found["matrix product bf16"]["tflops"] > 0
-    more[more.index("cpu")] = "cuda:99"
-    (tmp_path / "out/gpu.json").unlink()
-    run = subprocess.run([*command, *more], cwd=ROOT, check=True, capture_output=True, text=True)
-    assert "finds no such device" in run.stdout
+def test_a_cell_has_a_process_of_its_own_and_may_fail(tmp_path: Path) -> None:
+    cell, options = grid()[0], ["--work", str(tmp_path), "--tiny", "--device"]
+    assert run_cell(cell, [*options, "cpu"])["tflops"] > 0
+    assert "finds no such device" in run_cell(cell, [*options, "cuda:99"])["error"]
+
+
+def test_the_command_shows_what_is_not_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "run_cell", lambda cell, options: {"tflops": 2.0})
+    options = ["--work", str(tmp_path), "--out", str(tmp_path), "--tiny", "--only", "1024, b1"]
+    run = CliRunner().invoke(gpu.main, options, catch_exceptions=False)
+    assert run.exit_code == 0
+    names = [line.strip() for line in run.output.splitlines() if line.startswith("  LoRA 4, 1024")]
+    assert len(names) == 3 and all("<=" in line for line in names)
+    run = CliRunner().invoke(gpu.main, [*options[:-1], "", "--budget-seconds", "-1"])
+    assert "not measured" in run.output and "run again" in run.output
