@@ -21,7 +21,8 @@ from sdxl.conditioning import Conditioning, TextEncoders
 from sdxl.device import exact_fp32, pick_device, pick_precision
 from sdxl.fingerprint import config_digest, file_digest, weights_digest
 from sdxl.load import load_scheduler, load_unet, load_unet_folder, load_vae
-from sdxl.lora_files import LORA, load_lora, read_schedule
+from sdxl.long_captions import read_long_captions
+from sdxl.lora_files import LORA, load_lora, read_num_chunks, read_schedule
 from sdxl.prompts import Prompt, parse_prompt, read_prompts
 from sdxl.sampling import decode_latents, default_time_ids, sample_latents, starting_noise
 from sdxl.schedule import Schedule, schedule_beside
@@ -143,6 +144,8 @@ def _weights(settings: GenerateSettings) -> dict[str, Any]:
     for part, (_, config) in configs.items():
         digests[f"{part}_config"] = config_digest(config)
     digests["scheduler_config"] = config_digest(scheduler)
+    if (num_chunks := _num_chunks(settings)) > 1:
+        digests["long_captions"] = num_chunks
     return digests
 
 
@@ -155,6 +158,13 @@ def _schedule(settings: GenerateSettings) -> Schedule:
         of_lora = read_schedule(_lora_file(settings.lora))
         found = of_lora if of_lora.prediction_type is not None else found
     return found
+
+
+def _num_chunks(settings: GenerateSettings) -> int:
+    """In how many chunks the fine-tune learned its captions."""
+    if settings.lora is not None:
+        return read_num_chunks(_lora_file(settings.lora))
+    return 1 if settings.unet is None else read_long_captions(_unet_folder(settings.unet))
 
 
 def _lora_file(path: Path) -> Path:
@@ -202,12 +212,14 @@ def _encode_prompts(
     settings: GenerateSettings, drawings: list[Drawing], dtype: torch.dtype, device: torch.device
 ) -> dict[str | None, Conditioning]:
     """Each different text once; None is the base's unconditional. The encoders are gone after."""
-    encoders = TextEncoders(settings.base, dtype, device, settings.tokenizers)
+    num_chunks = _num_chunks(settings)
+    encoders = TextEncoders(settings.base, dtype, device, settings.tokenizers, num_chunks)
     texts = {text for one in drawings for text in (one.prompt, one.negative) if text}
     found = encoders.encode_each(texts, settings.batch_size)
     if cut := sorted(text for text in texts if encoders.is_cut(text)):
         warnings.warn(
-            f"{len(cut)} prompts are cut at 77 tokens, e.g. {cut[0][:60]!r}", stacklevel=2
+            f"{len(cut)} prompts are cut at {77 * num_chunks} tokens, e.g. {cut[0][:60]!r}",
+            stacklevel=2,
         )
     del encoders
     gc.collect()

@@ -5,8 +5,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from precompute.encoders import Encoders
 from precompute.recipe import read_text_recipe
-from precompute.samples import Encoders
 from precompute.text import load_text, text_causes
 from sdxl.base import zeros_for_empty_prompt
 from sdxl.conditioning import Conditioning, TextEncoders
@@ -37,7 +37,8 @@ def change_prompts(
     recipe = read_manifest(folder)["recipe"]
     _check_encoders(folder, recipe, base, tokenizers)
     exact_fp32()
-    encoders = load_text(base, pick_device(device), tokenizers)
+    num_chunks = recipe.get("long_captions", 1)
+    encoders = load_text(base, pick_device(device), tokenizers, num_chunks)
     write_prompts(folder, prompts, encoders, _made_with(recipe, base))
     renew_side_file(folder, PROMPTS)
     return folder / PROMPTS, len(prompts)
@@ -82,7 +83,9 @@ def write_prompts(
     found = encoders.encode_each(texts, BATCH_SIZE)
     if cut := sorted({text for text in texts if text and encoders.is_cut(text)}):
         warnings.warn(
-            f"{len(cut)} preview prompts are cut at 77 tokens, e.g. {cut[0][:60]!r}", stacklevel=2
+            f"{len(cut)} preview prompts are cut at {77 * encoders.num_chunks} tokens, e.g. "
+            f"{cut[0][:60]!r}",
+            stacklevel=2,
         )
     dtype = made_with["dtype"]
     prompt = Conditioning.cat(found[one.text] for one in prompts).to(DTYPES[dtype])

@@ -1,5 +1,6 @@
 """Where to compute, and in which precision."""
 
+import os
 import re
 import warnings
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ def exact_fp32() -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto`` is CUDA, else MPS, else the CPU.
+    """``auto`` is CUDA, else MPS, else the CPU; of several processes each has a GPU of its own.
 
     Raises:
         ValueError: the device asked for is not there.
@@ -31,6 +32,10 @@ def pick_device(name: str) -> torch.device:
     known = re.fullmatch(r"(cuda|mps|cpu)(:\d+)?", name)
     if not known or not available[known[1]]:
         raise ValueError(f"--device {name}: torch finds no such device here")
+    if known[1] == "cuda" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if known[2]:
+            raise ValueError(f"--device {name} is one GPU for several processes; give cuda")
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     return torch.device(name)
 
 

@@ -69,13 +69,21 @@ def _tensors(path: Path, component: str) -> Iterator[tuple[str, str, Any]]:
             held, _ = read_header(file)
             data = _mapped(file)
             for key, one in held.items():
-                yield modern_name(component, key), one.dtype, _words(data, one)
+                try:
+                    array = _words(data, one)
+                except ValueError as error:
+                    raise BaseError(f"{file}: damaged: {key}: {error}") from None
+                yield modern_name(component, key), one.dtype, array
         return
     whole = SingleFile(path)
     data = _mapped(path)
     for key, piece in whole.pieces(component).items():
         one = whole.tensors[key]
-        for name, array in piece.split(_words(data, one)).items():
+        try:
+            parts = piece.split(_words(data, one))
+        except ValueError as error:
+            raise BaseError(f"{path}: damaged: {key}: {error}") from None
+        for name, array in parts.items():
             yield name, one.dtype, array
 
 

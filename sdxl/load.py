@@ -14,7 +14,7 @@ from sdxl import BaseError
 from sdxl.base import config_at, find_weights, model_config, scheduler_config, vae_config
 from sdxl.original import modern_name
 from sdxl.single_file import SingleFile
-from sdxl.tokenizers import find_tokenizer
+from sdxl.tokenizers import NUM_TOKENS, find_tokenizer
 
 
 def load_unet(base: str, dtype: torch.dtype) -> UNet2DConditionModel:
@@ -78,6 +78,7 @@ def load_tokenizers(base: str, given: Path | None = None) -> tuple[Any, Any]:
                 f"{folder}: {len(tokenizer)} tokens, where {encoder} has {expected}: is its "
                 "vocab.json missing?"
             )
+        tokenizer.model_max_length = min(tokenizer.model_max_length, NUM_TOKENS)
         return tokenizer
 
     return load("tokenizer"), load("tokenizer_2")
@@ -198,6 +199,19 @@ def _load_from_file(kind: Any, path: Path, component: str, dtype: torch.dtype) -
         raise _other_weights(path, "mismatched", other)
     model.load_state_dict(state, assign=True)
     return model
+
+
+def bare_model(component: str, config: dict[str, Any]) -> Any:
+    """A model's modules by their names and shapes, without its weights."""
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    kinds = {
+        "unet": UNet2DConditionModel,
+        "vae": AutoencoderKL,
+        "text_encoder": CLIPTextModel,
+        "text_encoder_2": CLIPTextModelWithProjection,
+    }
+    return _without_weights(kinds[component], config)
 
 
 def _without_weights(kind: Any, config: dict[str, Any]) -> Any:

@@ -104,7 +104,7 @@ def original_shapes(parts: Mapping[str, Part]) -> dict[str, list[int]]:
 def configs_metadata(parts: Mapping[str, Part]) -> dict[str, str]:
     """The configs that are not SDXL's own, under one key; nothing where all are."""
     other = {
-        component: part.config
+        component: {name: v for name, v in part.config.items() if name != "_name_or_path"}
         for component, part in parts.items()
         if config_digest(part.config) != config_digest(sdxl_config(component))
     }

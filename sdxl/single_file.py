@@ -77,7 +77,9 @@ def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         }
     except FileNotFoundError:
         raise BaseError(f"{path}: no such file") from None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, struct.error):
+    except OSError as error:
+        raise BaseError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, TypeError, KeyError, AttributeError, struct.error):
         raise BaseError(f"{path}: not a whole safetensors file") from None
     for name, one in tensors.items():
         if one.end > size:

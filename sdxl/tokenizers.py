@@ -12,12 +12,13 @@ from sdxl.hub import cached_component, fetch_component
 
 HUB_ID = "stabilityai/stable-diffusion-xl-base-1.0"  # whose tokenizers every SDXL has
 PADS = {"tokenizer": "<|endoftext|>", "tokenizer_2": "!"}  # the one thing they differ in
+NUM_TOKENS = 77  # of CLIP's text encoders; a folder may say nothing, or 1e30
 _SPECIAL = {
     "bos_token": "<|startoftext|>",
     "eos_token": "<|endoftext|>",
     "unk_token": "<|endoftext|>",
     "pad_token": "<|endoftext|>",
-    "model_max_length": None,
+    "model_max_length": NUM_TOKENS,
 }
 
 
@@ -64,6 +65,7 @@ class TokenizerFiles:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise BaseError(f"{folder}: no tokenizer can be read from it ({error})") from None
         special = {name: _content(told.get(name, value)) for name, value in _SPECIAL.items()}
+        special["model_max_length"] = min(special["model_max_length"], NUM_TOKENS)
         if self.pad_token is not None:
             special["pad_token"] = self.pad_token
         return {"vocabulary": vocabulary, "merges": merges, **special}

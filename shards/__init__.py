@@ -24,9 +24,10 @@ so no name of the user's can be one. The JSON holds ``path``, ``captions``, ``we
     latents.std            [V, 4, h, w]     of the VAE's posterior, scaled; absent in mean-only
     prompt_embeds          [C, 77k, D]
     pooled_prompt_embeds   [C, P]
-    sizes                  [V, 6]  int32    original h, w; crop top, left (after resize);
+    sizes                  [V, 6]  int32    original h, w; crop top, left (after resize, and
+                                            of a mirrored variant in the mirrored picture);
                                             target h, w
-    mask                   [V, 1, h, w]     optional
+    mask                   [V, 1, h, w]     optional; 0..1, the mean over each latent's area
 
 in one of float16, bfloat16, float32 (``sizes`` apart).
 

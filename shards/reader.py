@@ -16,7 +16,7 @@ from xxhash import xxh3_64_intdigest
 
 from shards import CacheError
 from shards.buckets import Size
-from shards.index import Index, Record, Slice, map_file
+from shards.index import Index, Part, Record, Slice, map_file
 from shards.manifest import data_digest, read_manifest, read_side_file
 from shards.plan import Group
 
@@ -72,11 +72,24 @@ class Shard:
 
     def about(self, row: int) -> dict[str, Any]:
         """The sample's JSON: path, captions, digests."""
-        part, digest = next(self.index.parts(row))
-        text = bytes(self._data[part.offset : part.offset + part.size])
-        if xxh3_64_intdigest(text) != digest:
+        return dict(json.loads(bytes(self._part(row, *next(self.index.parts(row))))))
+
+    def members(self, row: int) -> dict[str, bytes]:
+        """Both tar members of a sample, by extension; every part is checked."""
+        for part, digest in self.index.parts(row):
+            self._part(row, part, digest)
+        record = self.index.record(row)
+        places = {
+            "json": (record.json_offset, record.json_size),
+            "safetensors": (record.offset, record.size),
+        }
+        return {end: bytes(self._data[at : at + size]) for end, (at, size) in places.items()}
+
+    def _part(self, row: int, part: Part, digest: int) -> memoryview:
+        view = self._data[part.offset : part.offset + part.size]
+        if xxh3_64_intdigest(view) != digest:
             self._refuse(self.index.record(row), part.what)
-        return dict(json.loads(text))
+        return view
 
     def _refuse(self, record: Record, what: str) -> NoReturn:
         raise CacheError(

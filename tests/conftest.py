@@ -57,6 +57,7 @@ def encode_to(base: Path) -> Encode:
             "resolution": 64,
             "bucket_step": 16,
             "batch_size": 4,
+            "threads": 1,
         }
         encode(EncodeSettings(dataset=dataset, out=out, **{**defaults, **settings}))
         return out

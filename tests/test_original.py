@@ -121,6 +121,13 @@ def test_digests_of_file_and_folder_agree(single: Path, base: Path, component: s
     assert first == second
 
 
+def test_the_digest_is_over_name_dtype_shape_and_bytes_in_order(base: Path, single: Path) -> None:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(parts_of(base)["text_encoder_2"].tensors.items()):
+        digest.update(f"{name} F32 {list(tensor.shape)}\n".encode() + tensor.numpy().tobytes())
+    assert weights_digest(single, "text_encoder_2") == digest.hexdigest()
+
+
 def test_a_changed_number_changes_the_digest_of_its_model_alone(
     single: Path, base: Path, tmp_path: Path
 ) -> None:
@@ -205,6 +212,9 @@ def test_only_other_sizes_than_sdxls_are_written_into_the_metadata(
     _, metadata = read_header(single)
     assert json.loads(metadata["shardtune.configs"]).keys() == set(MODELS)
     assert configs_metadata(full_size_parts()) == {}
+    part = parts_of(base)["vae"]
+    moved = {"vae": Part({**part.config, "_name_or_path": "/home/someone"}, part.tensors)}
+    assert "someone" not in configs_metadata(moved)["shardtune.configs"]
 
 
 def test_a_failed_write_leaves_nothing(base: Path, tmp_path: Path) -> None:

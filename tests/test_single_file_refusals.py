@@ -145,7 +145,7 @@ def refused(path: Path, load: Any = load_unet) -> str:
     return text
 
 
-def test_tensors_that_do_not_belong_there(single: Path, tmp_path: Path) -> None:
+def test_tensors_that_do_not_belong_there(door: Door, single: Path, tmp_path: Path) -> None:
     path = tmp_path / "one.safetensors"
     rewrite(single, {BLOCK + "surplus.weight": torch.ones(1)}, path)
     assert f"1 tensors unexpected, e.g. {BLOCK}surplus.weight" in refused(path)
@@ -153,6 +153,7 @@ def test_tensors_that_do_not_belong_there(single: Path, tmp_path: Path) -> None:
     assert "mismatched, e.g. conv_in.weight is [16, 9, 3, 3], and not [16, 4, 3" in refused(path)
     rewrite(single, {LAYER + "attn.in_proj_bias": torch.ones(100)}, path)
     assert "100 rows are not q, k and v" in refused(path, load_text_encoders)
+    assert "100 rows are not q, k and v" in door.encode(path)
     rewrite(single, {LAYER + "attn.in_proj_bias": None}, path)
     line = refused(path, load_text_encoders)
     assert "3 tensors missing, e.g. text_model.encoder.layers.0.self_attn.k_proj.bias" in line
@@ -207,6 +208,15 @@ def test_a_config_beside_a_vae_alone(base: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(BaseError, match=r"config\.json: not valid JSON"):
         load_vae(str(path), torch.float32)
+
+
+def test_a_header_that_contradicts_itself(door: Door, single: Path, tmp_path: Path) -> None:
+    path = tmp_path / "one.safetensors"
+    for old, new in ((b'"shape":[48]', b'"shape":[49]'), (b'"F32"', b'"F64"')):
+        path.write_bytes(single.read_bytes().replace(old, new))
+        assert f"{path}: damaged: " in refused(path, load_text_encoders)
+    path.write_bytes(single.read_bytes().replace(b'"shape":[48]', b'"shape":[49]'))
+    assert f"{path}: damaged: " in door.encode(path)
 
 
 @pytest.mark.parametrize("left_bytes", [-1, 90_000, 5000, 3, 0])

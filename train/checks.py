@@ -3,6 +3,8 @@
 import math
 from typing import TYPE_CHECKING
 
+from processes.gpus import check_gpus
+
 if TYPE_CHECKING:
     from train.config import TrainConfig
 
@@ -53,12 +55,7 @@ def check_ranges(config: "TrainConfig") -> None:
         low, high = (*config.timestep_range, -1, -1)[:2]
         if len(config.timestep_range) != 2 or not 0 <= low < high:
             raise ValueError("--timestep-range takes LOW,HIGH, for instance 0,500")
-    if config.gpus is not None and config.gpus != "auto" and not _is_count(config.gpus):
-        raise ValueError(f"--gpus takes a number from 1 on, or auto, not {config.gpus}")
-
-
-def _is_count(text: str) -> bool:
-    return text.isdecimal() and int(text) >= 1
+    check_gpus(config.gpus)
 
 
 def check_choices(config: "TrainConfig") -> None:

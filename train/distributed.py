@@ -86,10 +86,8 @@ def start_world(device: str) -> World:
         return alone
     if "RANK" not in os.environ:
         raise ValueError("WORLD_SIZE is set and RANK is not: start several processes by torchrun")
-    rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
-    picked = pick_device(device)
+    rank, picked = int(os.environ["RANK"]), pick_device(device)
     if picked.type == "cuda":
-        picked = torch.device("cuda", local)
         torch.cuda.set_device(picked)
     # While one rank writes a checkpoint of 30 GB the others wait.
     backend = "nccl" if picked.type == "cuda" else "gloo"

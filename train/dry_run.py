@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from processes.gpus import num_processes
 from sdxl.base import scheduler_config
 from shards.buckets import bucket_name
 from shards.plan import Plan
@@ -13,7 +14,6 @@ from train.checks import check_processes
 from train.config import TrainConfig
 from train.data import open_data
 from train.distributed import World
-from train.launch import num_processes
 from train.memory import Estimate, Estimator, size_text
 from train.objective import objective_of
 from train.run_folder import check_folder
@@ -41,7 +41,7 @@ def dry_run(config: TrainConfig) -> Iterator[str]:
     device = "cuda" if config.device == "auto" else config.device
     caches, _ = open_data(config, World(torch.device("cpu")))
     objective_of(config, scheduler_config(config.base))
-    num = num_processes(config)
+    num = num_processes(config.gpus, config.device)
     check_processes(config, num)
     check_folder(config)
     size = config.batch_size * config.accumulate * num

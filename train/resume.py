@@ -9,6 +9,7 @@ from typing import Any
 from sdxl.base import component_path, scheduler_config
 from sdxl.device import pick_precision
 from sdxl.fingerprint import file_digest, weights_digest
+from sdxl.lora_formats import find_lora
 from shards.manifest import content_digest
 from shards.plan import Plan, Share
 from shards.reader import Cache, groups_of
@@ -137,7 +138,7 @@ def identity_of(config: TrainConfig, caches: Sequence[Cache], world: World) -> d
     return {
         DATA: [[cache.data_digest, cache.weight, cache.repeats] for cache in caches],
         "base UNet": weights_digest(component_path(config.base, "unet"), "unet"),
-        "LoRA it began with": None if init is None else file_digest(init),
+        "LoRA it began with": None if init is None else file_digest(find_lora(init)),
         "prediction type": objective.prediction_type,
         "noise schedule": content_digest(objective.alphas_cumprod.tolist()),
         "precision": str(precision.dtype).removeprefix("torch."),

@@ -8,34 +8,11 @@ import uuid
 from dataclasses import fields
 from typing import Any
 
-import torch
 from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from train.config import TrainConfig
-
-LEAST_ON_CPU = 4  # processes that any machine may try
 SHUTDOWN_SECONDS = 120  # for the last checkpoint, before a process that was told to stop is killed
-
-
-def num_processes(config: TrainConfig) -> int:
-    """How many processes this one should start: 1 where it is to do the work itself.
-
-    Raises:
-        ValueError: more than there are GPUs.
-    """
-    if config.gpus is None or "RANK" in os.environ:
-        return 1
-    there = torch.cuda.device_count() if config.device in ("auto", "cuda") else 0
-    if config.gpus == "auto":
-        return max(1, there)
-    asked = int(config.gpus)
-    if there and asked > there:
-        raise ValueError(f"--gpus {asked}: this machine has {there}")
-    if not there and asked > (cores := os.cpu_count() or 1) and asked > LEAST_ON_CPU:
-        raise ValueError(f"--gpus {asked}: this machine has no GPU, and {cores} CPU cores")
-    return asked
 
 
 def launch(num: int) -> None:

@@ -1,0 +1,1 @@
+"""Several processes of one command: started by ``--gpus`` or torchrun, sharing out the work."""

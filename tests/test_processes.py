@@ -1,0 +1,82 @@
+"""Several processes of one command: how many, and that each piece of work is taken once."""
+
+import json
+import multiprocessing
+import os
+import socket
+import time
+from collections import Counter
+from itertools import chain
+from pathlib import Path
+
+import pytest
+
+from processes.crew import Crew
+from processes.gpus import check_gpus, num_processes
+
+WORLD = 3
+
+
+def _work(rank: int, port: int, out: Path) -> None:
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(WORLD), **address})
+    crew = Crew()
+    if crew.is_main:
+        time.sleep(0.3)  # the others wait for the plan
+        crew.tell("plan", "abc")
+    heard = "abc" if crew.is_main else crew.hear("plan")
+    taken = []
+    for number in crew.claim("work", 20):
+        taken.append(number)
+        time.sleep(0.05 if rank == 0 else 0.005)  # a slow process takes fewer
+    told = crew.gather("taken", json.dumps(taken))
+    (out / f"{rank}.json").write_text(json.dumps([heard, taken, told]))
+
+
+def test_each_piece_of_work_is_taken_once_and_a_slow_process_takes_fewer(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["processes.crew"])
+    ranks = [context.Process(target=_work, args=(rank, port, tmp_path)) for rank in range(WORLD)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(60)
+    assert [process.exitcode for process in ranks] == [0] * WORLD
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(WORLD)]
+    assert [heard for heard, _, _ in found] == ["abc"] * WORLD
+    taken = [numbers for _, numbers, _ in found]
+    assert Counter(chain.from_iterable(taken)) == Counter(range(20))
+    assert len(taken[0]) < len(taken[1]) + len(taken[2])
+    assert [told for _, _, told in found] == [[json.dumps(one) for one in taken], [], []]
+
+
+def test_one_process_alone_takes_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    crew = Crew()
+    crew.tell("plan", "abc")
+    assert [*crew.claim("work", 3)] == [0, 1, 2]
+    assert crew.is_main and crew.gather("x", "y") == ["y"]
+
+
+def test_a_world_without_a_rank_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ValueError, match="torchrun"):
+        Crew()
+
+
+@pytest.mark.parametrize("bad", ["0", "-1", "two", "1.5", "", "²"])
+def test_gpus_is_a_number_or_auto(bad: str) -> None:
+    with pytest.raises(ValueError, match=r"--gpus takes a number from 1 on"):
+        check_gpus(bad)
+
+
+def test_the_number_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    asked = (None, "3", "auto")
+    assert [num_processes(gpus, "cpu") for gpus in asked] == [1, 3, 1]
+    monkeypatch.setenv("RANK", "0")
+    assert num_processes("3", "cpu") == 1
