@@ -21,6 +21,8 @@ from benchmarks.full_base import write_encoders, write_unet
 from benchmarks.report import keep, machine, measured, show
 
 NUM_STEPS = 2
+ALONE, BESIDE = "shards alone", "encoders in memory"
+CHECKPOINTED = "shards alone, checkpointing"  # as it is the default on a card
 SETTINGS = ["--precision", "bf16", "--allow-cpu-bf16", "--device", "cpu", "--batch-size", "1"]
 SETTINGS += ["--steps", str(NUM_STEPS), "--log-every", "1", "--overwrite"]
 
@@ -55,7 +57,7 @@ def main(work: Path | None, out: Path, encoders: str | None, arguments: tuple[st
         if not (folder / "cache").exists():
             kind = KINDS["449 kB"]
             write_random(folder / "cache", kind, random_samples(kind, 4))
-        rows = [_run(name, folder) for name in ("shards alone", "encoders in memory")]
+        rows = [_run(name, folder) for name in (ALONE, CHECKPOINTED, BESIDE)]
     show(f"{NUM_STEPS} LoRA steps of the real UNet at 512 px, batch 1, bf16", rows)
     keep(out / "full_size.json", {"machine": machine(), "rows": rows})
 
@@ -64,7 +66,9 @@ def _run(name: str, folder: Path) -> dict[str, Any]:
     run = folder / "run"
     arguments = [str(folder / "cache"), "--base", str(folder / "base"), "--out", str(run)]
     command = [sys.executable, "cli.py", "train"]
-    if name != "shards alone":
+    if name == CHECKPOINTED:
+        arguments.append("--gradient-checkpointing")
+    if name == BESIDE:
         command = [sys.executable, "-m", "benchmarks.full_size"]
         command += ["--encoders", str(folder / "encoders"), "--"]
     used = measured([*command, *arguments, *SETTINGS])
