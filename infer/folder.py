@@ -1,7 +1,6 @@
 """The folder of the pictures: which are there, and what lies beside them."""
 
 import json
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,9 +16,11 @@ from infer.pictures import (
     with_replacement,
 )
 from infer.plan import Drawing
+from processes.lock import locked
 from sdxl.sheet import contact_sheet
 
 SHEET = "contact-sheet.png"
+LOCK = "generate.lock"  # while a run draws into the folder
 TILE, WIDE_TILE = 256, 512  # pixels, on the sheet
 COCO_FOLDER = "images"
 
@@ -54,7 +55,7 @@ class PictureFolder:
             if part.exists() and not part.is_dir():
                 raise ValueError(f"{part}: not a folder")
         self.pictures.mkdir(parents=True, exist_ok=True)
-        with _locked(self.out):
+        with locked(self.out / LOCK):
             for folder in {self.out, self.pictures}:
                 for left in folder.glob(f"*.png{PARTIAL}"):
                     left.unlink()
@@ -106,25 +107,3 @@ def _coco(folder: PictureFolder, drawings: list[Drawing]) -> str:
     info = {"description": "pictures drawn by shardtune"}
     found = {"info": info, "licenses": [], "images": images, "annotations": annotations}
     return json.dumps(found, ensure_ascii=False) + "\n"
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, which the system lets go of whenever this process ends. Where the
-    system or the file system has no such locks, there is none."""
-    if os.name == "nt":
-        yield
-        return
-    import fcntl
-
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{folder}: another run is drawing into it") from None
-        except OSError:
-            pass
-        yield
-    finally:
-        os.close(descriptor)

@@ -17,7 +17,6 @@ from pathlib import Path
 
 from precompute.cache import CachePlan, check_out, finish, make_plan, prepare, warn_of_surprises
 from precompute.encoders import Encoders
-from precompute.lock import locked
 from precompute.progress import Progress
 from precompute.recipe import read_recipe
 from precompute.records import Memory
@@ -30,9 +29,10 @@ from precompute.sources import read_data_set
 from precompute.threads import num_cores, num_threads
 from precompute.work import WorkFile
 from processes.crew import Crew
+from processes.lock import locked
 from sdxl.device import exact_fp32
 from sdxl.prompts import Prompt, read_prompts
-from shards.manifest import MANIFEST
+from shards.manifest import LOCK, MANIFEST
 
 BATCH_SIZE = 2
 
@@ -112,7 +112,7 @@ def _plan(settings: EncodeSettings, stack: ExitStack) -> list[CachePlan]:
         raise ValueError(f"{settings.out}: is one cache, not train/ and val/; give another --out")
     recipe = read_recipe(settings)
     for name in sources:
-        stack.enter_context(locked(settings.out / name))
+        stack.enter_context(locked(settings.out / name / LOCK))
     plans = [
         make_plan(source, settings.out / name, settings, recipe, memory)
         for name, source in sources.items()

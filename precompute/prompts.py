@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from precompute.encoders import Encoders
-from precompute.lock import locked
 from precompute.recipe import read_text_recipe
 from precompute.text import load_text, text_causes
+from processes.lock import locked
 from sdxl.base import zeros_for_empty_prompt
 from sdxl.conditioning import Conditioning, TextEncoders
 from sdxl.device import exact_fp32, pick_device
 from sdxl.prompts import Prompt, read_prompts
 from shards.durable import write_durable
-from shards.manifest import MANIFEST, PROMPTS, read_manifest, renew_side_file
+from shards.manifest import LOCK, MANIFEST, PROMPTS, read_manifest, renew_side_file
 from shards.previews import PreviewFile
 from shards.sample import DTYPES
 
@@ -36,7 +36,7 @@ def change_prompts(
     is_split = not (cache / MANIFEST).exists() and (cache / "train").is_dir()
     folder = cache / "train" if is_split else cache
     read_manifest(folder)  # or it is no cache, and not to be locked
-    with locked(folder):
+    with locked(folder / LOCK):
         recipe = read_manifest(folder)["recipe"]
         _check_encoders(folder, recipe, base, tokenizers)
         exact_fp32()

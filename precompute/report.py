@@ -1,5 +1,6 @@
 """What an encode came to, for whoever tells it."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -76,3 +77,37 @@ def summarise(report: Report) -> str:
     if changes.num_unchanged or not parts:
         parts.append(f"{changes.num_unchanged:,} unchanged")
     return ", ".join(parts)
+
+
+def describe(report: Report, num_chunks: int) -> Iterator[str]:
+    """Lines for people; captions have ``num_chunks`` chunks."""
+    yield (
+        f"\n{report.folder}: {report.num_samples:,} pictures in {report.num_shards:,} shards, "
+        f"{report.num_bytes / 1e6:.1f} MB: {summarise(report)}"
+        + (", so nothing was encoded" if report.is_as_it_was else "")
+    )
+    for bucket, count in report.buckets.items():
+        yield f"  {bucket:>9}  {count:6d}  {'#' * round(40 * count / max(1, report.num_samples))}"
+    for number, usual, what in (
+        (report.num_variants, report.num_samples, "variants of them (crops, mirrored)"),
+        (report.num_captions, report.num_samples, "captions"),
+        (report.num_taken, report.num_samples, "pictures an epoch, with repeats"),
+        (report.num_masks, 0, "with a mask; train --masked-loss obeys it"),
+        (report.num_upscaled, 0, "smaller than their bucket, so enlarged"),
+        (report.num_cut_captions, 0, f"captions cut at {77 * num_chunks} tokens"),
+    ):
+        if number != usual:
+            yield f"  {number:,} {what}"
+    if report.num_prompts:
+        yield f"  {report.num_prompts} preview prompts"
+
+
+def warn_of_rejected(report: Report) -> str:
+    """One line, where pictures were rejected."""
+    if not report.rejected:
+        return ""
+    first = report.rejected[0]
+    return (
+        f"Warning: {len(report.rejected):,} rejected, see {report.folder / 'rejected.jsonl'}; "
+        f"e.g. {first.path}: {first.reason}"
+    )

@@ -1,6 +1,5 @@
 """Pictures at any scale: windows, small cards, several processes, kills, and who else is there."""
 
-import fcntl
 import json
 import os
 import signal
@@ -31,6 +30,7 @@ from infer.models import TEXT, UNET, VAE, Models
 from infer.pictures import stale_because
 from infer.plan import make_batches, plan_drawings
 from infer.settings import GenerateSettings
+from processes.lock import locked
 from sdxl.conditioning import TextEncoders
 from sdxl.load import load_vae
 from sdxl.prompts import Prompt
@@ -200,11 +200,11 @@ def test_a_kill_leaves_no_half_picture(base: Path, tmp_path: Path) -> None:
 def test_two_runs_do_not_draw_into_one_folder(base: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    holder = os.open(out, os.O_RDONLY)
-    fcntl.flock(holder, fcntl.LOCK_EX)
-    with pytest.raises(ValueError, match="out: another run is drawing into it"):
+    with (
+        locked(out / "generate.lock"),
+        pytest.raises(ValueError, match="out: another generate writes to it"),
+    ):
         draw(base, out, PROMPTS[:1], num_steps=1)
-    os.close(holder)
     assert draw(base, out, PROMPTS[:1], num_steps=1)
 
 
