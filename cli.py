@@ -261,54 +261,10 @@ def demo(out: Path, debug: bool) -> None:
 def verify(cache: Path, repair: bool, debug: bool) -> None:
     """Hash every byte of CACHE again; name what is damaged, and exit with 1 if anything is."""
     with door(debug):
-        if not all([_verify_one(folder, repair) for folder in _parts(cache)]):
+        from cli_caches import parts_of, verify_one
+
+        if not all([verify_one(folder, repair) for folder in parts_of(cache)]):
             raise SystemExit(1)
-
-
-def _parts(cache: Path) -> list[Path]:
-    """The caches in a folder: itself, or its train and val."""
-    from shards.manifest import MANIFEST
-
-    parts = [cache / name for name in ("train", "val") if (cache / name).is_dir()]
-    return [cache] if (cache / MANIFEST).exists() or not parts else parts
-
-
-def _verify_one(folder: Path, repair: bool) -> bool:
-    """Say what is damaged in one cache, and drop it; whether nothing is."""
-    from tqdm import tqdm
-
-    from precompute.lock import locked
-    from shards import CacheError
-    from shards.manifest import MANIFEST, read_manifest
-    from shards.repair import drop_damaged, stand_in
-    from shards.verify import verify as check
-
-    try:
-        manifest = read_manifest(folder)
-    except CacheError as error:
-        if not (folder / MANIFEST).exists() and folder.name not in ("train", "val"):
-            raise  # no cache at all: bad input, not damage
-        click.echo(str(error))
-        if not repair or not (folder / MANIFEST).exists():
-            return False
-        manifest = stand_in(folder)
-    num_shards = len(manifest["shards"])
-    checks = tqdm(check(folder, manifest), total=num_shards + 1, unit="shard", desc=folder.name)
-    found = [*checks]
-    faults = [fault for some in found for fault in some]
-    for fault in faults:
-        click.echo(fault)
-    if repair and (faults or "digest" not in manifest):
-        with locked(folder):
-            dropped = drop_damaged(folder, manifest, found)
-        for line in dropped:
-            click.echo(line)
-        if dropped:
-            click.echo("next: run the same encode again, it makes what was dropped")
-    if not faults and "digest" in manifest:
-        samples = manifest["num_samples"]
-        click.echo(f"{folder}: {samples} samples in {num_shards} shards, all whole")
-    return not faults and "digest" in manifest
 
 
 @commands.command()
@@ -322,28 +278,11 @@ def _verify_one(folder: Path, repair: bool) -> bool:
 def inspect(cache: Path, sheets: Path | None, debug: bool) -> None:
     """Say what CACHE holds: buckets, captions, recipe, statistics, what was rejected."""
     with door(debug):
-        parts = _parts(cache)
+        from cli_caches import inspect_one, parts_of
+
+        parts = parts_of(cache)
         for folder in parts:
-            _inspect_one(folder, sheets and (sheets / folder.name if len(parts) > 1 else sheets))
-
-
-def _inspect_one(folder: Path, sheets: Path | None) -> None:
-    from tqdm import tqdm
-
-    from shards.inspect import describe_contents, read_contents
-    from shards.reader import Cache
-
-    cache = Cache(folder)
-    num_shards = sum(1 for shard in cache.manifest["shards"] if shard["count"])
-    *_, contents = tqdm(
-        read_contents(cache), total=num_shards, unit="shard", desc=folder.name, leave=False
-    )
-    click.echo("\n".join(describe_contents(cache, contents)))
-    if sheets is not None:
-        from precompute.sheets import write_sheets
-
-        for path in write_sheets(cache, sheets):
-            click.echo(path)
+            inspect_one(folder, sheets and (sheets / folder.name if len(parts) > 1 else sheets))
 
 
 if __name__ == "__main__":
