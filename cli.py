@@ -10,7 +10,6 @@ from typing import Any
 
 import click
 
-from cli_caches import inspect_cache, parts_of, verify_cache
 from cli_door import door
 from cli_options import StageCommand
 
@@ -238,7 +237,9 @@ def demo(out: Path, debug: bool) -> None:
 def verify(cache: Path, repair: bool, debug: bool) -> None:
     """Hash every byte of CACHE again; name what is damaged, and exit with 1 if anything is."""
     with door(debug):
-        if not all([verify_cache(folder, repair) for folder in parts_of(cache)]):
+        from cli_caches import parts_of, verify_one
+
+        if not all([verify_one(folder, repair) for folder in parts_of(cache)]):
             raise SystemExit(1)
 
 
@@ -253,9 +254,11 @@ def verify(cache: Path, repair: bool, debug: bool) -> None:
 def inspect(cache: Path, sheets: Path | None, debug: bool) -> None:
     """Say what CACHE holds: buckets, captions, recipe, statistics, what was rejected."""
     with door(debug):
+        from cli_caches import inspect_one, parts_of
+
         parts = parts_of(cache)
         for folder in parts:
-            inspect_cache(folder, sheets and (sheets / folder.name if len(parts) > 1 else sheets))
+            inspect_one(folder, sheets and (sheets / folder.name if len(parts) > 1 else sheets))
 
 
 if __name__ == "__main__":

@@ -1,28 +1,28 @@
-"""The two commands that look into a cache: what is damaged in it, and what it holds."""
+"""What the door does to finished caches: verify, repair, inspect. Imported inside the commands."""
 
 from pathlib import Path
 
 import click
+from tqdm import tqdm
+
+from precompute.sheets import write_sheets
+from processes.lock import locked
+from shards import CacheError
+from shards.inspect import describe_contents, read_contents
+from shards.manifest import LOCK, MANIFEST, read_manifest
+from shards.reader import Cache
+from shards.repair import drop_damaged, stand_in
+from shards.verify import verify
 
 
 def parts_of(cache: Path) -> list[Path]:
     """The caches in a folder: itself, or its train and val."""
-    from shards.manifest import MANIFEST
-
     parts = [cache / name for name in ("train", "val") if (cache / name).is_dir()]
     return [cache] if (cache / MANIFEST).exists() or not parts else parts
 
 
-def verify_cache(folder: Path, repair: bool) -> bool:
+def verify_one(folder: Path, repair: bool) -> bool:
     """Say what is damaged in one cache, and drop it; whether nothing is."""
-    from tqdm import tqdm
-
-    from processes.lock import locked
-    from shards import CacheError
-    from shards.manifest import LOCK, MANIFEST, read_manifest
-    from shards.repair import drop_damaged, stand_in
-    from shards.verify import verify as check
-
     try:
         manifest = read_manifest(folder)
     except CacheError as error:
@@ -33,7 +33,7 @@ def verify_cache(folder: Path, repair: bool) -> bool:
             return False
         manifest = stand_in(folder)
     num_shards = len(manifest["shards"])
-    checks = tqdm(check(folder, manifest), total=num_shards + 1, unit="shard", desc=folder.name)
+    checks = tqdm(verify(folder, manifest), total=num_shards + 1, unit="shard", desc=folder.name)
     found = [*checks]
     faults = [fault for some in found for fault in some]
     for fault in faults:
@@ -51,13 +51,8 @@ def verify_cache(folder: Path, repair: bool) -> bool:
     return not faults and "digest" in manifest
 
 
-def inspect_cache(folder: Path, sheets: Path | None) -> None:
-    """Say what one cache holds, and draw it."""
-    from tqdm import tqdm
-
-    from shards.inspect import describe_contents, read_contents
-    from shards.reader import Cache
-
+def inspect_one(folder: Path, sheets: Path | None) -> None:
+    """Say what one cache holds; draw its sheets into ``sheets``."""
     cache = Cache(folder)
     num_shards = sum(1 for shard in cache.manifest["shards"] if shard["count"])
     *_, contents = tqdm(
@@ -65,7 +60,5 @@ def inspect_cache(folder: Path, sheets: Path | None) -> None:
     )
     click.echo("\n".join(describe_contents(cache, contents)))
     if sheets is not None:
-        from precompute.sheets import write_sheets
-
         for path in write_sheets(cache, sheets):
             click.echo(path)
