@@ -19,7 +19,7 @@ from precompute.images import picture_size
 from precompute.masks import check_mask_size
 from precompute.placement import Planned
 from precompute.records import Blob, Memory, Record, Rejected
-from precompute.refusals import explain
+from precompute.refusals import PictureError, explain
 from precompute.settings import EncodeSettings
 from precompute.threads import num_cores
 from precompute.variants import plan_variants
@@ -111,7 +111,10 @@ def _mask_digest(record: Record, original: Size, memory: Memory) -> str:
         return ""
 
     def read() -> Header:
-        data = mask.read()
+        try:
+            data = mask.read()
+        except ValueError as error:  # it changed
+            raise PictureError(str(error)) from None
         return [hashlib.sha256(data).hexdigest(), *picture_size(data)]
 
     try:
