@@ -145,6 +145,7 @@ def _tell_encoded(report: Any, num_chunks: int) -> None:
     click.echo(
         f"\n{report.folder}: {report.num_samples:,} pictures in {report.num_shards:,} shards, "
         f"{report.num_bytes / 1e6:.1f} MB: {summarise(report)}"
+        + (", so nothing was encoded" if report.is_as_it_was else "")
     )
     for bucket, count in report.buckets.items():
         click.echo(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from precompute.encoders import Encoders
+from precompute.lock import locked
 from precompute.recipe import read_text_recipe
 from precompute.text import load_text, text_causes
 from sdxl.base import zeros_for_empty_prompt
@@ -32,12 +33,14 @@ def change_prompts(cache: Path, file: Path, base: str, device: str) -> tuple[Pat
     prompts = read_prompts(file)
     is_split = not (cache / MANIFEST).exists() and (cache / "train").is_dir()
     folder = cache / "train" if is_split else cache
-    recipe = read_manifest(folder)["recipe"]
-    _check_encoders(folder, recipe, base)
-    exact_fp32()
-    encoders = load_text(base, pick_device(device), recipe.get("long_captions", 1))
-    write_prompts(folder, prompts, encoders, _made_with(recipe, base))
-    renew_side_file(folder, PROMPTS)
+    read_manifest(folder)  # or it is no cache, and not to be locked
+    with locked(folder):
+        recipe = read_manifest(folder)["recipe"]
+        _check_encoders(folder, recipe, base)
+        exact_fp32()
+        encoders = load_text(base, pick_device(device), recipe.get("long_captions", 1))
+        write_prompts(folder, prompts, encoders, _made_with(recipe, base))
+        renew_side_file(folder, PROMPTS)
     return folder / PROMPTS, len(prompts)
 
 

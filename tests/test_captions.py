@@ -119,6 +119,7 @@ def test_shuffles_depend_on_the_sample_alone() -> None:
 
 def test_each_caption_is_shuffled_behind_its_prefix(tmp_path: Path) -> None:
     put(tmp_path / "a.png", "k, a, b, c\nk, d, e, f")
+    put(tmp_path / "twin.png", "k, a, b, c\nk, d, e, f")
     put(tmp_path / "one.png", "lonely")
     settings: dict[str, Any] = {
         "caption_lines": True,
@@ -133,6 +134,7 @@ def test_each_caption_is_shuffled_behind_its_prefix(tmp_path: Path) -> None:
         tags = caption.removeprefix("my, style, k, ").split(", ")
         assert sorted(tags) == [["a", "b", "c"], ["d", "e", "f"]][number // 4]
     assert found["one.png"] == ("my, style, lonely",)
+    assert found["twin.png"] != found["a.png"], "each picture has orders of its own"
     assert captions(read_one(tmp_path, **settings)) == found
 
 

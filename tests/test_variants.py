@@ -91,10 +91,12 @@ def test_random_crops_are_of_the_sample_and_lie_everywhere() -> None:
 # Masks.
 
 
-def cell_means(mask: npt.NDArray[np.float64], one: Geometry) -> npt.NDArray[np.float64]:
+def cell_means(mask: npt.NDArray[np.uint8], one: Geometry) -> npt.NDArray[np.float64]:
     """A plain loop: the mask enlarged until each latent pixel is whole pixels of it."""
     rows, columns = mask.shape
-    large = np.kron(mask, np.ones((one.resized[1], one.resized[0])))  # each pixel, resized x rows
+    large = np.kron(
+        mask / 255, np.ones((one.resized[1], one.resized[0]))
+    )  # each pixel, resized x rows
     large = large.reshape(one.resized[1], rows, one.resized[0], columns).mean(axis=(1, 3))
     seen = large[:, ::-1] if one.flipped else large
     (left, top), (width, height) = one.crop, one.target
@@ -108,7 +110,7 @@ def cell_means(mask: npt.NDArray[np.float64], one: Geometry) -> npt.NDArray[np.f
 
 @pytest.mark.parametrize("shape", [(10, 20), (25, 50), (31, 62)])
 def test_a_mask_is_the_mean_over_the_area_of_a_latent(shape: tuple[int, int]) -> None:
-    mask = np.random.default_rng(0).random(shape)
+    mask = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     centre = cover((200, 100), (64, 48))
     variants = plan_variants(centre, settings(crops=2, flip=True), "key")
     found = render_mask(mask, variants)
@@ -130,9 +132,9 @@ def test_a_mask_lies_where_its_picture_shows_the_same() -> None:
 
 
 def test_whole_masks_are_exact() -> None:
-    for value in (0.0, 1.0):
-        found = render_mask(np.full((97, 131), value), (cover((131, 97), (64, 48)),))
-        assert (found == value).all()
+    for value in (0, 255):
+        mask = np.full((1097, 131), value, np.uint8)
+        assert (render_mask(mask, (cover((131, 1097), (64, 48)),)) == value / 255).all()
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "RGB", "P", "I;16", "RGBA"])
@@ -142,7 +144,7 @@ def test_mask_pictures_of_every_mode(mode: str) -> None:
         image = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
     else:
         image = grey.convert(mode)
-    expected = np.asarray(grey) / 255
+    expected = np.asarray(grey)
     np.testing.assert_array_equal(open_mask(stored(image), (40, 20)), expected)
     turned = open_mask(stored(grey.rotate(90, expand=True)), (20, 40))
     assert turned.shape == (40, 20)
@@ -169,24 +171,24 @@ def test_alpha_is_upright_like_its_picture() -> None:
     image = noise((40, 20)).convert("RGBA")
     alpha = noise((40, 20), 5).getchannel(0)
     image.putalpha(alpha)
-    expected = np.asarray(alpha) / 255
+    expected = np.asarray(alpha)
     found = open_alpha(stored(image))
     assert found is not None
-    np.testing.assert_allclose(found, expected)
+    np.testing.assert_array_equal(found, expected)
     exif = Image.Exif()
     exif[0x0112] = 6  # lies on its side
     data = stored(image, exif=exif)
     turned = open_alpha(data)
     assert turned is not None
     assert turned.shape == open_picture(data).size[::-1]
-    np.testing.assert_allclose(turned, np.rot90(expected, -1))
+    np.testing.assert_array_equal(turned, np.rot90(expected, -1))
     assert open_alpha(stored(noise((40, 20)))) is None
 
 
 def test_alpha_of_palettes_and_grey_pictures() -> None:
     values = np.zeros((8, 8), np.uint8)
     values[:, :3] = 7
-    expected = (values != 7).astype(float)
+    expected = 255 * (values != 7)
     deep = Image.fromarray(values.astype(np.uint16))
     for image in (Image.fromarray(values), Image.fromarray(values).convert("P"), deep):
         found = open_alpha(stored(image, transparency=7))
