@@ -1,81 +1,155 @@
-"""Bytes to pixels: open whole, orient, colour, resize, crop."""
+"""Bytes to pixels: open whole or not at all, orient, colour, resize, crop."""
 
+import importlib
 import io
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
+from precompute.colours import to_srgb
+from precompute.jpeg import is_cut
+from precompute.refusals import PictureError, unidentified
 from shards.buckets import Geometry, Size
 
+# What pictures are kept in. Pillow knows more, of which some run programs (EPS).
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 ORIENTATION = 0x0112  # EXIF tag; 5 to 8 lie on their side
+PNG_EXIF = (b"eXIf", b"Raw profile type", b"adobe.xmp")  # where a PNG may say that it lies
+MOST_PIXELS = 180_000_000  # above any camera's; takes 0.7 GB as RGB
+LARGE_PIXELS = 45_000_000  # of these one is decoded at a time
+MOST_ASPECT = 8  # the widest bucket is 4:1, so of a longer picture more than half were cut away
+ZEROS = bytes(512)  # no coded picture ends so
+Image.MAX_IMAGE_PIXELS = None  # MOST_PIXELS is the limit, with the picture's size in the message
+
+_large = threading.Lock()
 
 
 def picture_size(data: bytes) -> Size:
     """(width, height) after EXIF orientation, from the header alone.
 
     Raises:
+        PictureError: it is too large, or too long for its width.
         Exception: whatever Pillow raises of a file it cannot read.
     """
-    with Image.open(io.BytesIO(data)) as image:
+    with opened(data) as image:
         width, height = image.size
-        # Of a TIFF, Pillow gives the size as it will be after loading: upright.
-        turned = image.format != "TIFF" and image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
-    return (height, width) if turned else (width, height)
+        return (height, width) if _lies(image, data) else (width, height)
+
+
+def _lies(image: Image.Image, data: bytes) -> bool:
+    """Whether a picture that is not loaded yet lies on its side."""
+    if image.format == "TIFF":  # its size is told as it will be after loading: upright
+        return False
+    if image.format == "PNG" and not any(mark in data for mark in PNG_EXIF):
+        return False  # to look for it, Pillow would decode the picture
+    return image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
 
 
 def open_picture(data: bytes) -> Image.Image:
-    """The whole picture, upright, in RGB; transparency becomes white.
+    """The whole picture (of several, the first), upright, in sRGB; transparency becomes white.
 
     Raises:
+        PictureError: it is too large, too long for its width, or not all there.
         Exception: whatever Pillow raises of a file it cannot read.
     """
-    with Image.open(io.BytesIO(data)) as image:
+    with opened(data) as image:
+        _check_whole(data, image)
         image.load()
-        return to_rgb(ImageOps.exif_transpose(image))
+        if image.format in ("JPEG", "MPO") and is_cut(data, image):
+            raise PictureError("truncated: it has an end mark, but a part before it is missing")
+        return to_srgb(ImageOps.exif_transpose(image))
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow mode to RGB, alpha onto white."""
-    if image.mode in ("I", "F") or image.mode.startswith("I;"):
-        clear = image.info.get("transparency")  # one grey value, in the picture's own depth
-        alpha = None if clear is None else Image.fromarray(np.asarray(image) != clear)
-        image = _to_8_bits(image)
-        if alpha is not None:
-            image.putalpha(alpha.convert("L"))
-    if image.mode in ("La", "RGBa"):
-        image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
-    if image.has_transparency_data:
-        upper = image.convert("RGBA")
-        image = Image.new("RGBA", upper.size, "white")
-        image.alpha_composite(upper)
-    if image.mode == "LAB":
-        from PIL import ImageCms
-
-        profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        converted = ImageCms.profileToProfile(image, *profiles, outputMode="RGB")
-        assert converted is not None
-        return converted
-    return image.convert("RGB")
+def _check_whole(data: bytes, image: Image.Image) -> None:
+    """Of formats whose decoders make do with zeros, what can be seen before decoding."""
+    if image.format in ("WEBP", "AVIF") and data.endswith(ZEROS):
+        raise PictureError("truncated: its end is all zeros, as of an unfinished download")
+    if image.format == "PNG":
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as again:
+            again.verify()  # the checksums of its chunks
 
 
-def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Integers above 255 are 16 bits; floats up to 1 are shares of white."""
-    values = np.asarray(image).astype(np.float64)
-    if image.mode == "F":
-        values = values * (255 if values.max(initial=0) <= 1 else 1)
-    elif image.mode != "I" or values.max(initial=0) > 255:
-        values = values / 257
-    return Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
+@contextmanager
+def opened(data: bytes) -> Iterator[Image.Image]:
+    """A picture whose header is read, and its size found to be in bounds.
+
+    Raises:
+        PictureError: it is too large, too long for its width, or no picture.
+        Exception: whatever Pillow raises of a file it cannot read.
+    """
+    is_heif = data[4:8] == b"ftyp" and data[8:12] in HEIF_BRANDS and not _reads_avif(data)
+    if is_heif and not _heif_plugin():
+        raise PictureError(
+            "a HEIC picture, which Pillow cannot read alone: `pip install pillow-heif`, or "
+            "save it as JPEG or PNG"
+        )
+    if data[:4] == b"RIFF" and int.from_bytes(data[4:8], "little") + 8 > len(data):
+        raise PictureError("truncated: the file is shorter than it says")
+    formats = (*FORMATS, "HEIF") if is_heif else FORMATS
+    try:
+        image = Image.open(io.BytesIO(data), formats=formats)
+    except UnidentifiedImageError:
+        raise unidentified(data) from None
+    with image:
+        _check_size(*image.size)
+        yield image
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > MOST_PIXELS:
+        raise PictureError(
+            f"{width} x {height} pixels are more than {MOST_PIXELS // 10**6} million: scale it down"
+        )
+    if max(width, height) > MOST_ASPECT * min(width, height):
+        raise PictureError(
+            f"{width} x {height} pixels are longer than {MOST_ASPECT}:1, and most of it would be "
+            "cut away: crop it"
+        )
+
+
+def _reads_avif(data: bytes) -> bool:
+    """The general brands mif1 and msf1 stand for either; the compatible ones follow."""
+    size = int.from_bytes(data[:4])
+    return b"avif" in data[16 : min(size, 256)] or b"avis" in data[16 : min(size, 256)]
+
+
+@cache
+def _heif_plugin() -> bool:
+    """Register it, if it is installed."""
+    try:
+        importlib.import_module("pillow_heif").register_heif_opener()
+    except ImportError:
+        return False
+    return True
+
+
+def room_for(size: Size) -> AbstractContextManager[object]:
+    """Hold this while a picture is opened and rendered: of large ones, one is in memory."""
+    return _large if size[0] * size[1] > LARGE_PIXELS else nullcontext()
 
 
 def render(image: Image.Image, geometry: Geometry) -> torch.Tensor:
     """The cropped bucket of an RGB picture: [3, H, W] fp32 in -1..1."""
-    if image.size != geometry.original:
-        raise ValueError(f"its size is {image.size}, where its header said {geometry.original}")
-    left, top = geometry.crop
-    width, height = geometry.target
-    resized = image.resize(geometry.resized, Image.Resampling.LANCZOS)
-    cropped = resized.crop((left, top, left + width, top + height))
-    pixels = torch.from_numpy(np.array(cropped, dtype=np.uint8))
-    return pixels.permute(2, 0, 1).float() / 127.5 - 1
+    return render_variants(image, (geometry,))[0]
+
+
+def render_variants(image: Image.Image, variants: Sequence[Geometry]) -> torch.Tensor:
+    """Its V variants, which differ in crop and side: [V, 3, H, W] fp32 in -1..1."""
+    first = variants[0]
+    if image.size != first.original:
+        raise PictureError(f"its size is {image.size}, where its header said {first.original}")
+    resized = image.resize(first.resized, Image.Resampling.LANCZOS)
+    mirrored = ImageOps.mirror(resized) if any(one.flipped for one in variants) else resized
+    cut = []
+    for one in variants:
+        (left, top), (width, height) = one.crop, one.target
+        seen = mirrored if one.flipped else resized
+        cut.append(np.asarray(seen.crop((left, top, left + width, top + height))))
+    pixels = torch.from_numpy(np.stack(cut))
+    return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1

@@ -36,6 +36,16 @@ class LatentEncoder:
     def channels(self) -> int:
         return int(self._vae.config.latent_channels)
 
+    @property
+    def exact(self) -> Any:
+        """The VAE in fp32: itself, or from the files, as weights in half precision are rounded, if
+        not infinite."""
+        if self._vae.dtype == torch.float32:
+            return self._vae
+        if self._upcast is None:
+            self._upcast = load_vae(self._source, torch.float32).to(self._vae.device)
+        return self._upcast
+
     def encode(self, pictures: torch.Tensor) -> Posterior:
         """Up to ``batch_size`` pictures [N, 3, H, W] in -1..1.
 
@@ -45,9 +55,7 @@ class LatentEncoder:
         posterior = self._encode(self._vae, pictures)
         if self._vae.dtype == torch.float32 or bool(posterior.finite.all()):
             return posterior
-        if self._upcast is None:  # from the files: the weights at hand are rounded, if not infinite
-            self._upcast = load_vae(self._source, torch.float32).to(self._vae.device)
-        again, finite = self._encode(self._upcast, pictures), posterior.finite.view(-1, 1, 1, 1)
+        again, finite = self._encode(self.exact, pictures), posterior.finite.view(-1, 1, 1, 1)
         return Posterior(
             torch.where(finite, posterior.mean, again.mean),
             torch.where(finite, posterior.std, again.std),

@@ -1,99 +1,117 @@
-"""Where each picture goes: its bucket, from its header alone, and its shard.
-
-Membership is fixed before any picture is decoded: one that fails later leaves a hole, and moves
-nothing.
+"""Which shard each picture goes to. Membership is fixed before any picture is decoded: one that
+fails later leaves a hole, and moves nothing.
 """
 
 import hashlib
-from dataclasses import dataclass
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import astuple, dataclass
+from functools import lru_cache
+from itertools import count
+from typing import Any
 
-import torch
-from tqdm import tqdm
-
-from precompute.images import picture_size
-from precompute.settings import EncodeSettings
-from precompute.sources import Record, Rejected
-from shards.buckets import Geometry, Size, bucket_sizes, cover, nearest_bucket, stretch
+from precompute.records import Record
+from shards.buckets import Geometry, Size
 from shards.manifest import content_digest
-from shards.reader import read_ahead
 from shards.writer import shard_name
 
+MARK_DIGITS = 20  # of a sha256 in hex, as a key has
+MARKS = ("picture", "mask", "geometry", "captions", "weight")
+CHANGING = ["", "", "", "", 0.0]  # marks that fit no picture: it is tried again the next time
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(frozen=True, eq=False, slots=True)
 class Planned:
     """A picture with its place: what it was when its header was read, and what it becomes."""
 
     record: Record
-    digest: str  # sha256 of the picture's bytes
-    geometry: Geometry
+    picture: str  # sha256 of the picture's bytes
+    variants: tuple[Geometry, ...]  # all of one bucket
+    mask: str = ""  # sha256 of the mask's bytes
+
+    @property
+    def bucket(self) -> Size:
+        return self.variants[0].target
 
     @property
     def digests(self) -> dict[str, str]:
         captions = content_digest(list(self.record.captions))
-        return {"picture": self.digest, "captions": captions}
+        digests = {"picture": self.picture, "captions": captions}
+        return digests | {"mask": self.mask} if self.mask else digests
 
     @property
-    def mark(self) -> list[str]:
-        return [self.record.key, self.record.path, *self.digests.values()]
+    def marks(self) -> list[Any]:
+        """What its halves are made from, in the order of MARKS: JSON, kept in the index."""
+        return [
+            self.picture[:MARK_DIGITS],
+            self.mask[:MARK_DIGITS],
+            _geometry_mark(self.variants),
+            _mark(self.record.captions),
+            self.record.weight,
+        ]
 
 
-@dataclass(frozen=True, eq=False)
+def _mark(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:MARK_DIGITS]
+
+
+@lru_cache(maxsize=4096)
+def _geometry_mark(variants: tuple[Geometry, ...]) -> str:
+    return _mark([astuple(geometry) for geometry in variants])
+
+
+@dataclass(frozen=True, eq=False, slots=True)
 class PlannedShard:
     name: str
     bucket: Size
-    members: tuple[Planned, ...]
+    repeats: int
+    members: tuple[Planned, ...]  # in key order
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A shard of an earlier placement: what it holds, or was to hold, holes included."""
+
+    bucket: Size
+    repeats: int
+    keys: tuple[str, ...]  # in order
 
     @property
-    def digest(self) -> str:
-        """Changes when a member joins, leaves, or changes its picture or captions."""
-        return content_digest([planned.mark for planned in self.members])
+    def group(self) -> tuple[Size, int]:
+        return self.bucket, self.repeats
 
 
-def plan_pictures(
-    records: list[Record], settings: EncodeSettings
-) -> tuple[list[Planned], list[Rejected]]:
-    """Where each picture goes, from its header; membership is fixed before any is decoded."""
-    resolution = settings.resolution
-    square = settings.square or settings.squash
-    buckets = [] if square else bucket_sizes(resolution, settings.bucket_step)
-    fit = stretch if settings.squash else cover
+def place(
+    planned: list[Planned], before: Mapping[str, Place], shard_size: int
+) -> list[PlannedShard]:
+    """The shards of one bucket and one number of repeats each; by name.
 
-    def plan_one(record: Record) -> Planned | Rejected:
-        try:
-            data = record.file.read_bytes()
-        except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
-            return Rejected(record.path, describe(error))
-        try:
-            size = picture_size(data)
-            target = (resolution, resolution) if square else nearest_bucket(size, buckets)
-            return Planned(record, hashlib.sha256(data).hexdigest(), fit(size, target))
-        except Exception as error:  # Pillow raises anything of a bad file
-            return Rejected(record.path, describe(error))
-
-    threads = torch.get_num_threads()
-    reading = read_ahead(plan_one, records, threads, ahead=4 * threads)
-    found = [*tqdm(reading, total=len(records), unit="img", desc="read headers", leave=False)]
-    return (
-        [item for item in found if isinstance(item, Planned)],
-        [item for item in found if isinstance(item, Rejected)],
-    )
-
-
-def describe(error: Exception) -> str:
-    """One line that says why a picture was not taken."""
-    text = " ".join(str(error).split())
-    if "cannot identify image file" in text:
-        return "not a picture that Pillow can read"
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    Who was in a shard of its group stays there. The others, in key order, fill new shards, with
+    the lowest numbers of their bucket that are free. With nothing before, it is what a fresh
+    encode makes.
+    """
+    by_key = {one.record.key: one for one in planned}
+    shards = []
+    for name, was in before.items():
+        here = [by_key.get(key) for key in was.keys]
+        kept = [one for one in here if one is not None and _group(one) == was.group]
+        for one in kept:
+            del by_key[one.record.key]
+        if kept:
+            shards.append(PlannedShard(name, *was.group, tuple(kept)))
+    groups: dict[tuple[Size, int], list[Planned]] = defaultdict(list)
+    for key in sorted(by_key):
+        groups[_group(by_key[key])].append(by_key[key])
+    numbers: dict[Size, Iterator[int]] = defaultdict(count)
+    for (bucket, repeats), members in sorted(groups.items()):
+        free = (shard_name(bucket, number) for number in numbers[bucket])
+        for start in range(0, len(members), shard_size):
+            name = next(name for name in free if name not in before)
+            part = tuple(members[start : start + shard_size])
+            shards.append(PlannedShard(name, bucket, repeats, part))
+    return sorted(shards, key=lambda shard: shard.name)
 
 
-def place(planned: list[Planned], shard_size: int) -> list[PlannedShard]:
-    """Shards of one bucket each, members in key order."""
-    by_bucket: dict[Size, list[Planned]] = {}
-    for one in sorted(planned, key=lambda one: one.record.key):
-        by_bucket.setdefault(one.geometry.target, []).append(one)
-    return [
-        PlannedShard(shard_name(bucket, number), bucket, tuple(members[start : start + shard_size]))
-        for bucket, members in sorted(by_bucket.items())
-        for number, start in enumerate(range(0, len(members), shard_size))
-    ]
+def _group(planned: Planned) -> tuple[Size, int]:
+    return planned.bucket, planned.record.repeats

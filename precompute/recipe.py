@@ -22,6 +22,9 @@ def read_recipe(settings: EncodeSettings) -> dict[str, Any]:
     }
     if mode == "buckets":
         preprocessing["bucket_step"] = settings.bucket_step
+    for name in ("flip", "crops", "mask_from_alpha"):
+        if getattr(settings, name):
+            preprocessing[name] = getattr(settings, name)
     recipe: dict[str, Any] = {
         "preprocessing": preprocessing,
         "vae": {
@@ -33,6 +36,8 @@ def read_recipe(settings: EncodeSettings) -> dict[str, Any]:
         },
         "storage": {"dtype": settings.dtype, "mean_only": settings.mean_only},
     }
+    if settings.long_captions > 1:
+        recipe["long_captions"] = settings.long_captions
     return recipe | read_text_recipe(settings.base, settings.tokenizers)
 
 

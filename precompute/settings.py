@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from processes.gpus import check_gpus
 from sdxl.base import BASE_HELP, TOKENIZERS_HELP
 
 Dtype = Literal["fp16", "bf16", "fp32"]
@@ -28,6 +29,23 @@ class EncodeSettings:
     empty_captions: bool = _option(
         False, "Keep pictures with an empty caption: they teach what no prompt means."
     )
+    missing_caption: str = _option(
+        "reject", "What a picture without a caption gets: reject, empty, or this TEXT."
+    )
+    caption_prefix: str = _option("", "Put before each caption, with a space.")
+    caption_lines: bool = _option(False, "Each line of a text file is a caption of its own.")
+    shuffle_tags: int = _option(0, "Cache this many orders of each caption's comma-separated tags.")
+    keep_tokens: int = _option(0, "The first tags that --shuffle-tags leaves in their place.")
+    repeat_folders: bool = _option(
+        False, "Pictures in folders named N_name are taken N times an epoch."
+    )
+    min_size: int = _option(0, "Pictures whose shorter side has fewer pixels are rejected.")
+    mask_from_alpha: bool = _option(
+        False, "A picture's own alpha is its mask, where no mask picture lies beside it."
+    )
+    flip: bool = _option(False, "Cache each picture mirrored too.")
+    crops: int = _option(0, "Cache this many random crops of each picture, not its centre.")
+    long_captions: int = _option(1, "Captions have this many chunks of 77 tokens.")
     vae: str | None = _option(None, "Another VAE: its folder or file, or a base with it.")
     tokenizers: Path | None = _option(None, TOKENIZERS_HELP)
     vae_dtype: Dtype = _option("fp32", "Precision of the VAE; non-finite latents: again in fp32.")
@@ -37,19 +55,49 @@ class EncodeSettings:
         None, "Prompt file to draw from while training; default: the prompts the cache has."
     )
     device: str = _option("auto", "auto, cuda, cuda:N, mps or cpu.")
-    batch_size: int = _option(2, "Pictures encoded at a time; 1024² takes about 3 GB for each.")
-    threads: int | None = _option(None, "CPU threads; the default is torch's.")
+    gpus: str | None = _option(None, "Processes, one for each GPU of this machine: N, or auto.")
+    batch_size: int | None = _option(
+        None,
+        "Pictures encoded at a time; 1024² takes about 3 GB for each. Default: as the cache was "
+        "encoded so far, else 2.",
+    )
+    threads: int | None = _option(
+        None, "CPU threads of each process. Default: as the cache was encoded so far, else all."
+    )
     shard_size: int = _option(512, "Most samples in one shard.")
+    rehash: bool = _option(
+        False, "Read all files again, also those whose size and time are as they were."
+    )
+    repack: bool = _option(
+        False, "Put the samples where a fresh encode would, copying what is still right."
+    )
+    max_rejected: float = _option(
+        0.5, "Exit with 1, after finishing, where more than this share is rejected."
+    )
+
+    dry_run: bool = _option(
+        False, "Say what would be encoded, cropped and rejected, and how much disk it takes."
+    )
 
     def __post_init__(self) -> None:
         if self.square and self.squash:
             raise ValueError("--square and --squash exclude each other")
-        for name in ("batch_size", "shard_size", "resolution"):
-            if getattr(self, name) < 1:
+        check_gpus(self.gpus)
+        least = {"batch_size": 1, "shard_size": 1, "resolution": 1}
+        least |= {"shuffle_tags": 0, "keep_tokens": 0, "min_size": 0, "crops": 0}
+        for name, smallest in least.items():
+            value = getattr(self, name)
+            if value is not None and value < smallest:
                 flag = name.replace("_", "-")
-                raise ValueError(f"--{flag} must be at least 1, not {getattr(self, name)}")
+                raise ValueError(f"--{flag} must be at least {smallest}, not {value}")
+        if not 1 <= self.long_captions <= 32:
+            raise ValueError(f"--long-captions must be from 1 to 32, not {self.long_captions}")
+        if self.keep_tokens and not self.shuffle_tags:
+            raise ValueError("--keep-tokens goes with --shuffle-tags")
         if self.threads is not None and not 1 <= self.threads <= 1024:
             raise ValueError(f"--threads must be from 1 to 1024, not {self.threads}")
+        if not 0 <= self.max_rejected <= 1:
+            raise ValueError(f"--max-rejected must be in 0..1, not {self.max_rejected}")
         if not 0 <= self.val_share < 1:
             raise ValueError(f"--val-share must be in 0..1, 1 excluded, not {self.val_share}")
         if self.resolution % 8:

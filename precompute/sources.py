@@ -1,85 +1,46 @@
-"""What the user has, as stable records: a path, a file, captions. Nothing is opened but text."""
+"""What the user has, as stable records: a path, its bytes, captions. No picture is opened."""
 
-import json
-import os
+import re
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from shards.sample import sample_key
-
-PICTURES = frozenset(
-    [
-        ".jpg",
-        ".jpeg",
-        ".jpe",
-        ".jfif",
-        ".png",
-        ".webp",
-        ".bmp",
-        ".gif",
-        ".tif",
-        ".tiff",
-        ".avif",
-        ".jp2",
-        ".ppm",
-        ".pgm",
-        ".heic",
-    ]
+from precompute.captions import is_text
+from precompute.folder import (
+    PICTURES,
+    Tree,
+    find_masks,
+    is_picture,
+    mask_beside,
+    read_pictures,
+    shown,
+    walk,
 )
-LISTS = ("captions.jsonl", "metadata.jsonl")
-FILE_FIELDS = ("file_name", "file", "image")
-TEXT_FIELDS = ("text", "caption")
+from precompute.listing import LISTS, read_list
+from precompute.records import Memory, Record, Rejected, Source
+from precompute.settings import EncodeSettings
+from precompute.tars import COMPRESSED, open_pack
+from shards.manifest import UNCONDITIONAL
+
+Item = Record | Rejected
+REPEATS = re.compile(r"\d{1,4}_.+")
 
 
-@dataclass(frozen=True)
-class Record:
-    """A picture with its captions. ``path`` is relative, posix; the key comes from it alone."""
-
-    path: str
-    file: Path
-    captions: tuple[str, ...]
-
-    @property
-    def key(self) -> str:
-        return sample_key(self.path)
-
-
-@dataclass(frozen=True)
-class Rejected:
-    """A picture that is not encoded, and why."""
-
-    path: str
-    reason: str
-
-    @property
-    def key(self) -> str:
-        return sample_key(self.path)
-
-
-@dataclass
-class Source:
-    """All that one cache is made from."""
-
-    records: list[Record]
-    rejected: list[Rejected]
-
-
-def read_data_set(root: Path, val_share: float, empty_captions: bool = False) -> dict[str, Source]:
+def read_data_set(settings: EncodeSettings, memory: Memory | None = None) -> dict[str, Source]:
     """The sources by the sub-folder of the cache they belong in: "" alone, or train and val.
 
-    With ``empty_captions`` a picture may have an empty one, and is not rejected for it.
+    With a ``memory`` of an earlier run, files that did not change are not opened.
 
     Raises:
         ValueError: no such folder, nothing in it, or one that can be read in two ways.
     """
+    root, val_share, memory = settings.dataset, settings.val_share, memory or Memory()
     if not root.is_dir():
         raise ValueError(f"{root}: no such folder" if not root.exists() else f"{root}: no folder")
     is_split = (root / "train").is_dir() and (root / "val").is_dir()
     if is_split and not any((root / name).is_file() for name in LISTS):
-        loose = [path.name for path in sorted(root.iterdir()) if _is_picture(path)]
+        loose = [path.name for path in sorted(root.iterdir()) if _is_loose(path)]
         if loose:
             raise ValueError(f"{root}: {loose[0]} lies beside train/ and val/: in which is it?")
         if val_share:
@@ -87,8 +48,8 @@ def read_data_set(root: Path, val_share: float, empty_captions: bool = False) ->
         for path in sorted(root.iterdir()):
             if path.is_dir() and path.name not in ("train", "val"):
                 warnings.warn(f"{path}: not read: only train/ and val/ are", stacklevel=2)
-        return {name: read_source(root / name, empty_captions) for name in ("train", "val")}
-    source = read_source(root, empty_captions)
+        return {n: read_source(root / n, settings, memory, n + "/") for n in ("train", "val")}
+    source = read_source(root, settings, memory)
     return split(source, val_share) if val_share else {"": source}
 
 
@@ -110,116 +71,93 @@ def split(source: Source, val_share: float) -> dict[str, Source]:
     return parts
 
 
-def read_source(folder: Path, empty_captions: bool = False) -> Source:
-    """Records of one folder: by its list, else by a text file beside each picture."""
-    lists = [folder / name for name in LISTS if (folder / name).is_file()]
+def read_source(folder: Path, settings: EncodeSettings, memory: Memory, prefix: str = "") -> Source:
+    """Records of one folder: by its list, else by the text beside each picture; and of its tars."""
+    out = settings.out if settings.out.resolve() != folder.resolve() else None
+    tree = walk(folder, memory, prefix, skip=out)
+    lists = [name for name in LISTS if name in tree.files]
     if len(lists) > 1:
         raise ValueError(f"{folder}: both {LISTS[0]} and {LISTS[1]}; keep one")
-    pictures = {
-        path.relative_to(folder).as_posix() for path in folder.rglob("*") if _is_picture(path)
-    }
-    found = [*(_listed(lists[0]) if lists else _with_text_files(folder, pictures))]
-    if not empty_captions:
-        found = [_refuse_empty(item) for item in found]
-    named = {item.path for item in found}
     if lists:
-        why = f"not named in {lists[0].name}, so it has no caption"
-        found += [Rejected(_shown(path), why) for path in pictures - named]
+        found = [*_with_masks(tree, read_list(tree, lists[0], settings))]
+        found += _unnamed(tree, found, lists[0])
+    else:
+        found = [*read_pictures(tree, settings)]
+    for path in sorted(tree.files):
+        found += _packed(tree, path, settings)
+    lost = (path for path in tree.broken if is_picture(path))
+    found += [Rejected(shown(path), "a link that leads nowhere") for path in lost]
+    found = [*repeat_folders(found, settings.repeat_folders)]
     if not found:
-        raise ValueError(f"{folder}: no pictures in it ({' '.join(sorted(PICTURES))})")
+        raise ValueError(f"{folder}: no pictures in it ({' '.join(sorted(PICTURES))} .tar)")
     records = [item for item in found if isinstance(item, Record)]
     rejected = [item for item in found if isinstance(item, Rejected)]
     return Source(sorted(records, key=lambda r: r.key), sorted(rejected, key=lambda r: r.key))
 
 
-def _is_picture(path: Path) -> bool:
-    # A hidden name such as ".png" has no suffix for pathlib, but it is a name like any other.
-    return path.name.lower().endswith(tuple(PICTURES)) and path.is_file()
+def _is_loose(path: Path) -> bool:
+    return path.name.lower().endswith((*PICTURES, ".tar")) and path.is_file()
 
 
-def _with_text_files(folder: Path, pictures: set[str]) -> Iterator[Record | Rejected]:
-    for path in sorted(pictures):
-        file = folder / path
-        if not _is_text(path):
-            yield Rejected(_shown(path), "its name is not UTF-8 text")
-            continue
-        text = file.with_suffix(".txt")
-        try:
-            caption = text.read_text("utf-8-sig").strip()
-        except FileNotFoundError:
-            yield Rejected(path, f"no caption: {text.name} is missing")
-        except UnicodeDecodeError:
-            yield Rejected(path, f"no caption: {text.name} is not UTF-8 text")
-        except OSError as error:
-            yield Rejected(path, f"no caption: {text.name}: {error.strerror}")
-        else:
-            yield Record(path, file, (caption,))
-
-
-def _shown(path: str) -> str:
-    """A file's name as text, whatever its bytes are."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
-
-
-def _is_text(text: str) -> bool:
-    """Whether it can be written as UTF-8."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _refuse_empty(item: Record | Rejected) -> Record | Rejected:
-    if isinstance(item, Record) and not all(item.captions):
-        return Rejected(item.path, "its caption is empty")
-    return item
-
-
-def _listed(listing: Path) -> Iterator[Record | Rejected]:
-    seen: set[str] = set()
-    try:
-        lines = listing.read_text("utf-8-sig").split("\n")
-    except UnicodeDecodeError:
-        raise ValueError(f"{listing}: not UTF-8 text") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        item = _listed_one(listing, number, line)
-        if item.path in seen:
-            where = f"{listing.name}:{number}"
-            item = Rejected(where, f"{item.path} is named a second time")
-        seen.add(item.path)
+def _with_masks(tree: Tree, found: Iterable[Item]) -> Iterator[Item]:
+    """Of a list that names no masks, those beside the pictures."""
+    masks = find_masks(tree)
+    for item in found:
+        if isinstance(item, Record) and item.mask is None:
+            try:
+                item = replace(item, mask=mask_beside(tree, item.path, masks))
+            except ValueError as error:
+                item = Rejected(item.path, str(error))
         yield item
 
 
-def _listed_one(listing: Path, number: int, line: str) -> Record | Rejected:
-    where = f"{listing.name}:{number}"
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return Rejected(where, f"not valid JSON: {error}")
-    if not isinstance(row, dict):
-        return Rejected(where, "not a JSON object")
-    name, caption = _field(row, FILE_FIELDS), _field(row, TEXT_FIELDS)
-    if not isinstance(name, str) or not name:
-        return Rejected(where, f"names no picture: none of {', '.join(FILE_FIELDS)} is text")
-    if not _is_text(name) or (isinstance(caption, str) and not _is_text(caption)):
-        return Rejected(where, "its name or caption holds half a character (a lone surrogate)")
-    root = Path(os.path.abspath(listing.parent))
-    for file in (root / name, root / "images" / name):
-        if os.path.isfile(file):  # False, where pathlib raises, of a name that is too long
-            break
-    else:
-        return Rejected(name, f"{where}: no such file, nor in images/")
-    file = Path(os.path.abspath(file))  # no detours: one picture, one name
-    if not file.is_relative_to(root):
-        return Rejected(name, f"{where}: lies outside the data set")
-    path = file.relative_to(root).as_posix()
-    if not isinstance(caption, str):
-        return Rejected(path, f"{where}: no caption: none of {', '.join(TEXT_FIELDS)} is text")
-    return Record(path, file, (caption.strip(),))
+def _unnamed(tree: Tree, found: list[Item], listing: str) -> Iterator[Rejected]:
+    named = {item.path for item in found}
+    named |= {mask for masks in find_masks(tree).values() for mask in masks}
+    masks = {item.mask.file for item in found if isinstance(item, Record) and item.mask}
+    for path in tree.files:
+        if is_picture(path) and path not in named and tree.root / path not in masks:
+            yield Rejected(shown(path), f"not named in {listing}, so it has no caption")
 
 
-def _field(row: dict[str, Any], names: tuple[str, ...]) -> Any:
-    return next((row[name] for name in names if name in row), None)
+def _packed(tree: Tree, path: str, settings: EncodeSettings) -> Iterator[Item]:
+    """What a file comes to if it is a tar; shards of a cache are none of the user's."""
+    if path.lower().endswith(COMPRESSED):
+        yield Rejected(path, "a compressed tar cannot be read in place: make it a plain .tar")
+    folder = path.rpartition("/")[0]
+    is_shard = f"{folder}/{UNCONDITIONAL}".lstrip("/") in tree.files
+    if not path.lower().endswith(".tar") or is_shard:
+        return
+    if not is_text(path):
+        yield Rejected(shown(path), "its name is not UTF-8 text")
+        return
+    pack = open_pack(tree.root, path, tree.files[path], tree.memory, tree.prefix)
+    yield from read_pictures(pack, settings)
+    pictures = {name.rpartition(".")[0] for name in pack.files if is_picture(name)}
+    if not pictures and not pack.damage:
+        warnings.warn(f"{tree.root / path}: no pictures in this tar", stacklevel=2)
+    yield from pack.rejected(pictures)
+
+
+def repeat_folders(found: Iterable[Item], wanted: bool) -> Iterator[Item]:
+    """Repeats from folders named ``N_name``, or a word on those that are not taken so."""
+    folders: dict[str, int] = {}
+    for item in found:
+        parts = [part for part in item.path.split("/")[:-1] if not part.lower().endswith(".tar")]
+        name = next((part for part in reversed(parts) if REPEATS.fullmatch(part)), "")
+        if name and isinstance(item, Record):
+            folders[name] = int(name.partition("_")[0])
+            if wanted and not folders[name]:
+                item = Rejected(item.path, f"its folder {name} takes it 0 times an epoch")
+            elif wanted:
+                item = replace(item, repeats=item.repeats * folders[name])
+        yield item
+    if wanted and not folders:
+        warnings.warn("--repeat-folders: no folder with pictures is named N_name", stacklevel=2)
+    if folders and not wanted:
+        name, repeats = min(folders.items())
+        warnings.warn(
+            f"{name}/: each of its pictures is taken once an epoch; if the name means {repeats} "
+            "times, give --repeat-folders",
+            stacklevel=2,
+        )

@@ -6,23 +6,28 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 
 from sdxl.conditioning import TextEncoders
-from shards import CacheError
 from shards.durable import write_durable
-from shards.manifest import UNCONDITIONAL, content_digest, read_manifest
+from shards.manifest import UNCONDITIONAL, content_digest
+from shards.previews import KEY
 from shards.sample import DTYPES
 
 
-def load_text(base: str, device: torch.device, tokenizers: Path | None) -> TextEncoders:
+def load_text(
+    base: str, device: torch.device, tokenizers: Path | None, num_chunks: int
+) -> TextEncoders:
     """The base's text encoders, in the precision that captions are encoded in."""
     dtype = torch.float16 if device.type == "cuda" else torch.float32
-    return TextEncoders(base, dtype, device, tokenizers)
+    return TextEncoders(base, dtype, device, tokenizers, num_chunks)
 
 
 def text_causes(recipe: dict[str, Any]) -> str:
     """Changes with anything but the text that decides an embedding as it is stored."""
     causes = [recipe["text_encoder"], recipe["text_encoder_2"], recipe["storage"]["dtype"]]
+    if "long_captions" in recipe:
+        causes.append(recipe["long_captions"])
     return content_digest(causes)
 
 
@@ -38,18 +43,23 @@ def write_unconditional(
         "zeros.prompt_embeds": zeros.prompt,
         "zeros.pooled_prompt_embeds": zeros.pooled,
     }
-    data = safetensors.torch.save(tensors, metadata={"causes": text_causes(recipe)})
-    write_durable(folder / UNCONDITIONAL, data)
+    write_durable(folder / UNCONDITIONAL, _signed(tensors, text_causes(recipe)))
+
+
+def _signed(tensors: dict[str, torch.Tensor], causes: str) -> bytes:
+    """With that it vouches for itself where an interrupted encode has left no manifest."""
+    digest = hashlib.sha256(safetensors.torch.save(tensors)).hexdigest()
+    return safetensors.torch.save(tensors, metadata={KEY: f"{causes} {digest}"})
 
 
 def unconditional_is_whole(folder: Path, recipe: dict[str, Any]) -> bool:
-    """Whether an earlier run's manifest vouches for these very bytes."""
+    """Whether an earlier run left what this one would write, less last bits."""
     try:
-        digest = read_manifest(folder)["side_files"][UNCONDITIONAL]
         data = (folder / UNCONDITIONAL).read_bytes()
-    except (CacheError, KeyError, OSError):
+        tensors = safetensors.torch.load(data)
+    except (OSError, SafetensorError):
         return False
-    return hashlib.sha256(data).hexdigest() == digest and text_causes(recipe).encode() in data
+    return _signed(tensors, text_causes(recipe)) == data
 
 
 def text_shape(folder: Path) -> dict[str, int]:

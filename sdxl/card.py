@@ -31,6 +31,7 @@ class Card:
     alpha: float | None = None
     prediction_type: str | None = None
     rescale_betas_zero_snr: bool | None = None
+    long_captions: int | None = None  # chunks of 77 tokens that captions have, if more than one
 
     @classmethod
     def of(cls, about: Mapping[str, Any]) -> "Card":
@@ -38,7 +39,7 @@ class Card:
         known = {one.name: about.get(one.name) for one in fields(cls)}
         texts = ("name", "base", "license", "prediction_type")
         kept: dict[str, Any] = {name: known[name] for name in texts if isinstance(known[name], str)}
-        for name in ("steps", "rank"):
+        for name in ("steps", "rank", "long_captions"):
             if isinstance(known[name], int):
                 kept[name] = known[name]
         if isinstance(known["alpha"], int | float):

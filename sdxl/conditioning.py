@@ -1,4 +1,4 @@
-"""Prompts to embeddings, by the SDXL pipeline's own ``encode_prompt``."""
+"""Prompts to embeddings, as SDXL's pipeline encodes them; longer ones in several chunks."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from sdxl.load import load_text_encoders, load_tokenizers
 
 @dataclass(frozen=True, eq=False)
 class Conditioning:
-    """``prompt`` [N, 77, D]: the penultimate hidden states of both encoders side by side;
+    """``prompt`` [N, T, D]: the penultimate hidden states of both encoders side by side;
     ``pooled`` [N, P]: the second encoder's projected embedding."""
 
     prompt: torch.Tensor
@@ -40,7 +40,11 @@ class Conditioning:
 
 class TextEncoders:
     """Both text encoders of a base, and its tokenizers or those in the folder ``tokenizers``, on
-    one device."""
+    one device.
+
+    A prompt is ``num_chunks`` chunks of 77 tokens (BOS, 75 of the text's, EOS), each encoded alone:
+    1 is what SDXL's own pipeline does. T is 77 x ``num_chunks``.
+    """
 
     def __init__(
         self,
@@ -48,40 +52,61 @@ class TextEncoders:
         dtype: torch.dtype,
         device: torch.device,
         tokenizers: Path | None = None,
+        num_chunks: int = 1,
     ) -> None:
-        from diffusers import StableDiffusionXLPipeline
-
-        one, two = load_text_encoders(base, dtype)
         self.zeros_for_empty = zeros_for_empty_prompt(base)
         self.tokenizers = load_tokenizers(base, tokenizers)
+        self.device, self.num_chunks = device, num_chunks
+        self.models = [encoder.to(device) for encoder in load_text_encoders(base, dtype)]
+
+    def to(self, device: torch.device) -> None:
+        """Move both encoders."""
         self.device = device
-        self._pipeline: Any = StableDiffusionXLPipeline(
-            vae=None,
-            unet=None,
-            scheduler=None,
-            text_encoder=one.to(device),
-            text_encoder_2=two.to(device),
-            tokenizer=self.tokenizers[0],
-            tokenizer_2=self.tokenizers[1],
-            add_watermarker=False,
-        )
+        for model in self.models:
+            model.to(device)
 
     @torch.inference_mode()
     def encode(self, prompts: list[str], batch_size: int) -> Conditioning:
         """N prompts to embeddings on the CPU, in batches of exactly ``batch_size``.
 
-        Short batches are filled with empty prompts: the last bits of a text encoder depend on the
-        batch size, but not on who else is in the batch. Text beyond 77 tokens is cut.
+        Short batches are filled with empty prompts, and short prompts with empty chunks: the last
+        bits of a text encoder depend on the batch size, but not on who else is in the batch. The
+        chunks' hidden states follow one another, the pooled embedding is the first one's. Text
+        that is longer is cut.
         """
         found = []
+        empty: Conditioning | None = None  # of this call alone: adapters come and go
         for start in range(0, len(prompts), batch_size):
-            part = prompts[start : start + batch_size]
-            padded = part + [""] * (batch_size - len(part))
-            prompt, _, pooled, _ = self._pipeline.encode_prompt(
-                padded, device=self.device, do_classifier_free_guidance=False
-            )
-            found.append(Conditioning(prompt[: len(part)].cpu(), pooled[: len(part)].cpu()))
+            part, rows = prompts[start : start + batch_size], []
+            for ids in self._chunks(part + [""] * (batch_size - len(part))):
+                is_empty = self._is_empty(*ids)
+                row = empty if is_empty and empty is not None else self._encode_chunk(*ids)
+                empty = row if is_empty else empty
+                rows.append(row)
+            prompt = torch.cat([row.prompt for row in rows], dim=1)
+            found.append(Conditioning(prompt, rows[0].pooled)[: len(part)])
         return Conditioning.cat(found)
+
+    def _chunks(self, prompts: list[str]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """For each chunk the token ids of both tokenizers, [N, 77] each."""
+        pairs = (_chunked(tokenizer, prompts, self.num_chunks) for tokenizer in self.tokenizers)
+        return list(zip(*(ids.unbind(dim=1) for ids in pairs), strict=True))
+
+    def _is_empty(self, *both: torch.Tensor) -> bool:
+        """Whether no prompt has text in this chunk."""
+        return all(
+            bool((ids == _chunked(tokenizer, [""], 1)[0]).all())
+            for tokenizer, ids in zip(self.tokenizers, both, strict=True)
+        )
+
+    def _encode_chunk(self, *both: torch.Tensor) -> Conditioning:
+        """One chunk of each prompt; as ``StableDiffusionXLPipeline.encode_prompt`` encodes it."""
+        outs = [
+            encoder(ids.to(self.device), output_hidden_states=True)
+            for encoder, ids in zip(self.models, both, strict=True)
+        ]
+        prompt = torch.cat([out.hidden_states[-2] for out in outs], dim=-1)
+        return Conditioning(prompt.cpu(), outs[1].text_embeds.cpu())
 
     def encode_each(
         self, texts: Iterable[str | None], batch_size: int
@@ -99,6 +124,28 @@ class TextEncoders:
         return found
 
     def is_cut(self, prompt: str) -> bool:
-        """Whether the prompt has more tokens than the encoders take."""
-        tokenizer = self.tokenizers[0]
-        return bool(len(tokenizer(prompt).input_ids) > tokenizer.model_max_length)
+        """Whether the prompt has more tokens than its chunks take."""
+        return count_tokens(self.tokenizers[0], prompt) > self.num_chunks * room(self.tokenizers[0])
+
+
+def room(tokenizer: Any) -> int:
+    """How many tokens of the text one chunk takes: 75."""
+    return int(tokenizer.model_max_length) - 2
+
+
+def count_tokens(tokenizer: Any, prompt: str) -> int:
+    """Of the text alone."""
+    return len(tokenizer(prompt, add_special_tokens=False).input_ids)
+
+
+def _chunked(tokenizer: Any, prompts: list[str], num_chunks: int) -> torch.Tensor:
+    """Token ids [N, ``num_chunks``, 77]: BOS, the text's, EOS, padding."""
+    size = room(tokenizer)
+    found = torch.full((len(prompts), num_chunks, size + 2), tokenizer.pad_token_id)
+    for row, prompt in enumerate(prompts):
+        ids = tokenizer(prompt, add_special_tokens=False).input_ids
+        for chunk in range(num_chunks):
+            part = ids[chunk * size : (chunk + 1) * size]
+            whole = [tokenizer.bos_token_id, *part, tokenizer.eos_token_id]
+            found[row, chunk, : len(whole)] = torch.tensor(whole)
+    return found

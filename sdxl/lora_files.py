@@ -10,9 +10,11 @@ from peft import inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from sdxl.adapted import Adapted
+from sdxl.card import Card
+from sdxl.long_captions import check_long_captions
 from sdxl.lora_fit import fit
 from sdxl.lora_formats import LORA as LORA
-from sdxl.lora_formats import PREFIXES, UNET, find_lora, lora_card, open_lora, read_lora_file
+from sdxl.lora_formats import OURS, PREFIXES, UNET, find_lora, lora_card, open_lora, read_lora_file
 from sdxl.lora_write import peft_config
 from sdxl.schedule import Schedule
 
@@ -34,11 +36,27 @@ def num_lora_parameters(path: Path) -> int:
 
 def read_schedule(path: Path) -> Schedule:
     """What the metadata of a LoRA file says of the run that made it; nothing in other tools'."""
+    return _card(path).schedule
+
+
+def read_num_chunks(path: Path) -> int:
+    """In how many chunks a LoRA's captions were learned; one in other tools' files.
+
+    Raises:
+        ValueError: its metadata says what cannot be.
+    """
+    try:
+        return check_long_captions(_card(path).long_captions or 1)
+    except ValueError as error:
+        raise ValueError(f"{path}: {OURS}{error}") from None
+
+
+def _card(path: Path) -> Card:
     try:
         with open_lora(find_lora(path)) as file:
-            return lora_card(dict(file.metadata() or {})).schedule
+            return lora_card(dict(file.metadata() or {}))
     except ValueError:
-        return Schedule()  # what it is, load_lora says
+        return Card()  # what it is, load_lora says
 
 
 def apply_loras(unet: Any, loras: Sequence[tuple[Path, float]]) -> None:

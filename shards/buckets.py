@@ -1,7 +1,7 @@
 """Aspect-ratio buckets: the picture sizes that training batches are made of. Pure integers."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 Size = tuple[int, int]  # (width, height) in pixels
 
@@ -33,15 +33,18 @@ def nearest_bucket(size: Size, buckets: list[Size]) -> Size:
 
 @dataclass(frozen=True, kw_only=True)
 class Geometry:
-    """How one picture becomes its bucket: resize to ``resized``, then cut ``target`` at the crop.
+    """How one picture becomes its bucket: resize to ``resized``, mirror it left to right where it
+    is ``flipped``, then cut ``target`` at the crop.
 
-    Sizes are (width, height); ``crop`` is (left, top) in the resized picture.
+    Sizes are (width, height); ``crop`` is (left, top) in the resized picture as it then is: of a
+    flipped one, the left is the mirrored picture's.
     """
 
     original: Size
     resized: Size
     crop: Size
     target: Size
+    flipped: bool = False
 
     @property
     def sizes(self) -> list[int]:
@@ -50,8 +53,25 @@ class Geometry:
         return [oh, ow, top, left, th, tw]
 
     @property
+    def cut_share(self) -> float:
+        """The share of the picture's area that is cut away."""
+        (rw, rh), (tw, th) = self.resized, self.target
+        return 1 - tw * th / (rw * rh)
+
+    def mirrored(self) -> "Geometry":
+        """The same part of the picture, seen in a mirror."""
+        (left, top), spare = self.crop, self.resized[0] - self.target[0]
+        return replace(self, crop=(spare - left, top), flipped=not self.flipped)
+
+    @property
     def is_upscaled(self) -> bool:
-        return self.resized[0] > self.original[0] or self.resized[1] > self.original[1]
+        return self.enlargement > 1
+
+    @property
+    def enlargement(self) -> float:
+        """How many times longer a side becomes; of both sides the larger number."""
+        (ow, oh), (rw, rh) = self.original, self.resized
+        return max(rw / ow, rh / oh)
 
 
 def cover(original: Size, target: Size) -> Geometry:

@@ -34,6 +34,16 @@ def write_durable(path: Path, data: bytes) -> None:
         file.write(data)
 
 
+def write_changed(path: Path, data: bytes) -> None:
+    """``write_durable``, unless ``path`` holds this already: then it is not touched."""
+    try:
+        if path.read_bytes() == data:
+            return
+    except FileNotFoundError:
+        pass
+    write_durable(path, data)
+
+
 def fsync_folder(folder: Path) -> None:
     """Make renames in ``folder`` survive a power cut (a no-op where folders cannot be opened)."""
     if os.name == "nt":

@@ -6,12 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from shards import FORMAT, VERSION, CacheError
-from shards.durable import write_durable
+from shards.durable import write_changed
 from shards.index import Index
 
 MANIFEST = "manifest.json"
 PROMPTS = "prompts.safetensors"
 UNCONDITIONAL = "unconditional.safetensors"
+SCAN = "scan.json"  # this and what follows is the encode stage's own, and no part of the cache
+PLAN = "plan.jsonl"
+LOCK = "encode.lock"
+REPLACED = "replaced"  # a folder: shards that are being written anew
+OWN = (SCAN, PLAN, LOCK)
 SIDE_FILES = (UNCONDITIONAL, PROMPTS, "rejected.jsonl")
 
 
@@ -40,7 +45,8 @@ def write_manifest(folder: Path, about: dict[str, Any], indexes: list[Index]) ->
         }
         for index in sorted(indexes, key=lambda index: str(index.header["shard"]))
     ]
-    side_files = {name: _sha256(folder / name) for name in SIDE_FILES if (folder / name).exists()}
+    there = [name for name in SIDE_FILES if (folder / name).exists()]
+    side_files = {name: file_sha256(folder / name) for name in there}
     manifest = {
         "format": FORMAT,
         "version": VERSION,
@@ -59,19 +65,20 @@ def renew_side_file(folder: Path, name: str) -> dict[str, Any]:
         CacheError: as ``read_manifest``.
     """
     manifest = read_manifest(folder)
-    manifest["side_files"][name] = _sha256(folder / name)
+    manifest["side_files"][name] = file_sha256(folder / name)
     del manifest["digest"]
     return _sign_manifest(folder, manifest)
 
 
 def _sign_manifest(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     manifest["digest"] = content_digest(manifest)
-    write_durable(folder / MANIFEST, canonical_json(manifest).encode())
+    write_changed(folder / MANIFEST, canonical_json(manifest).encode())
     return manifest
 
 
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def data_digest(manifest: dict[str, Any]) -> str:

@@ -57,6 +57,7 @@ class Sample:
     captions: tuple[str, ...]
     tensors: dict[str, torch.Tensor]
     digests: dict[str, str] = field(default_factory=dict)  # cause -> sha256
+    notes: dict[str, Any] = field(default_factory=dict)  # what encode notes of each half
     weight: float = 1.0  # of the loss, not of the sampling
 
     def members(self) -> dict[str, bytes]:
@@ -66,6 +67,7 @@ class Sample:
             "captions": list(self.captions),
             "weight": self.weight,
             "digests": self.digests,
+            "notes": self.notes,
         }
         tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
         return {
@@ -83,5 +85,6 @@ class Sample:
             captions=tuple(about["captions"]),
             tensors=safetensors.torch.load(members["safetensors"]),
             digests=about["digests"],
+            notes=about["notes"],
             weight=about["weight"],
         )

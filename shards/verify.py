@@ -1,7 +1,7 @@
 """Re-hash a whole cache and name what is damaged."""
 
-import hashlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,10 @@ import xxhash
 
 from shards import CacheError
 from shards.index import Index
-from shards.manifest import MANIFEST
+from shards.manifest import MANIFEST, OWN, file_sha256
+from shards.reader import read_ahead
+
+MOST_THREADS = 16  # hashing lets go of Python's lock, so each keeps a core or the disk busy
 
 
 def verify(folder: Path, manifest: dict[str, Any]) -> Iterator[list[str]]:
@@ -19,19 +22,20 @@ def verify(folder: Path, manifest: dict[str, Any]) -> Iterator[list[str]]:
     ``manifest`` is what ``read_manifest`` gave, so its own bytes are already checked. Yields
     ``len(manifest["shards"]) + 1`` lists; all empty means that every byte is as it was written.
     """
-    for shard in manifest["shards"]:
-        yield _check_shard(folder, shard)
+    threads = min(MOST_THREADS, (os.cpu_count() or 1) + 1)
+    shards = manifest["shards"]
+    yield from read_ahead(lambda shard: _check_shard(folder, shard), shards, threads, 2 * threads)
     yield [*_check_side_files(folder, manifest)]
 
 
 def _check_side_files(folder: Path, manifest: dict[str, Any]) -> Iterator[str]:
-    known = {MANIFEST, *manifest["side_files"]}
+    known = {MANIFEST, *OWN, *manifest["side_files"]}
     known |= {f"{s['name']}.{end}" for s in manifest["shards"] for end in ("tar", "index")}
     for name, digest in manifest["side_files"].items():
         path = folder / name
         if not path.is_file():
             yield f"{path}: missing"
-        elif _sha256(path) != digest:
+        elif file_sha256(path) != digest:
             yield f"{path}: damaged (sha256 differs)"
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.name not in known:
@@ -51,7 +55,7 @@ def _check_shard(folder: Path, shard: dict[str, Any]) -> list[str]:
     faults = []
     if (size := tar.stat().st_size) != index.header["tar_bytes"]:
         faults.append(f"{tar}: {size} bytes where {index.header['tar_bytes']} were written")
-    if _sha256(tar) != index.header["tar_sha256"]:
+    if file_sha256(tar) != index.header["tar_sha256"]:
         samples = [*_damaged_samples(tar, index)]
         outside = f"{tar}: damaged outside the samples (tar header, padding or end)"
         faults.extend(samples or [outside])
@@ -71,8 +75,3 @@ def _damaged_samples(tar: Path, index: Index) -> Iterator[str]:
                     path = f" ({json.loads(data)['path']})"
             if bad:
                 yield f"{tar}: sample {index.key(row)}{path}: damaged: {', '.join(bad)}"
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -3,7 +3,10 @@
 import builtins
 import os
 import shutil
+import signal
+import warnings
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,35 @@ import pytest
 import safetensors.torch
 
 DIED = 77  # exit code
+
+
+def fork_for_each_operation(run: Path, where: Path, writes: bool = False) -> bool:
+    """Fork child after child. The k-th goes to a copy of ``run``, a folder below the working
+    folder, at ``where``/k, and will die in its k-th file operation from here on, until one gets
+    through. Whether this is a child.
+
+    Files are linked, not copied: none may be changed in place. With ``writes`` each write to a file
+    is an operation too.
+    """
+    for last in count(1):
+        folder = where / f"{last}"
+        shutil.copytree(run, folder / run, copy_function=os.link)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads
+            child = os.fork()
+        if not child:
+            signal.alarm(60)
+            os.chdir(folder)
+            (where / f"{last} cut").mkdir()
+            Disk(run, where / f"{last} cut" / run, last, writes).arm()
+            return True
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert code in (0, DIED), (folder, code)
+        if code == 0:
+            shutil.rmtree(folder)
+            (where / f"{last} cut").rmdir()
+            break
+    return False
 
 
 class Disk:
@@ -21,8 +53,9 @@ class Disk:
     are there only if their folder was fsynced since; what was deleted is gone.
     """
 
-    def __init__(self, root: Path, cut: Path, last: int) -> None:
+    def __init__(self, root: Path, cut: Path, last: int, writes: bool = False) -> None:
         self.root, self.cut, self.last, self.count = root, cut, last, 0
+        self.writes = writes
         self.synced = {path.stat().st_ino for path in root.rglob("*")}
         self.named = {_name(path) for path in root.rglob("*")}
         self.renames: list[tuple[Path, Path, bytes | None]] = []
@@ -66,9 +99,11 @@ class Disk:
         real(old, new)
 
     def _open(self, real: Callable[..., Any], file: Any, mode: str = "r", *a: Any, **k: Any) -> Any:
-        if mode == "wb":
-            self._one()
-        return real(file, mode, *a, **k)
+        if mode != "wb":
+            return real(file, mode, *a, **k)
+        self._one()
+        opened = real(file, mode, *a, **k)
+        return _CountedFile(opened, self._one) if self.writes else opened
 
     def _save_file(self, real: Callable[..., Any], tensors: Any, path: Path, **more: Any) -> None:
         self._one(lambda: (real(tensors, path, **more), _halve(path)))
@@ -104,6 +139,30 @@ class Disk:
         for path in sorted(self.root.rglob("*")):
             if path.exists() and _name(path) not in self.named:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+class _CountedFile:
+    """A file whose every write is an operation, which may end half done."""
+
+    def __init__(self, file: Any, one: Callable[[Callable[[], Any]], None]) -> None:
+        self._file, self._one = file, one
+
+    def write(self, data: bytes) -> int:
+        def half() -> None:
+            self._file.write(data[: len(data) // 2])
+            self._file.flush()
+
+        self._one(half)
+        return int(self._file.write(data))
+
+    def __enter__(self) -> "_CountedFile":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._file.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
 
 
 def _name(path: Path) -> tuple[int, str]:

@@ -2,19 +2,17 @@
 
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
 import time
 import traceback
-import warnings
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
-from disk import DIED, Disk
+from disk import fork_for_each_operation
 from ranks import start
 from runs import assert_same_run, config_of, run
 
@@ -28,33 +26,6 @@ KINDS: dict[str, dict[str, Any]] = {"lora": {}, "full with an average": {"full":
 SETTINGS: dict[str, Any] = {"steps": 3, "checkpoint_every": Every(1), "keep": 1, "log_every": 1}
 
 
-def fork_for_each_operation(where: Path) -> bool:
-    """Fork child after child. The k-th goes to a copy of the run, ``where``/k, and will die in its
-    k-th file operation from here on, until one gets through. Whether this is a child.
-
-    Files are linked, not copied: none may be changed in place.
-    """
-    for last in count(1):
-        folder = where / f"{last}"
-        shutil.copytree(RUN, folder / RUN, copy_function=os.link)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads
-            child = os.fork()
-        if not child:
-            signal.alarm(60)
-            os.chdir(folder)
-            (where / f"{last} cut").mkdir()
-            Disk(RUN, where / f"{last} cut" / RUN, last).arm()
-            return True
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        assert code in (0, DIED), (folder, code)
-        if code == 0:
-            shutil.rmtree(folder)
-            (where / f"{last} cut").rmdir()
-            break
-    return False
-
-
 def run_and_crash(cache: Path, base: Path, where: Path, **settings: Any) -> dict[int, Any]:
     """A run whose children die in every file operation of its second checkpoint, which rotates
     the first away, and of publishing what it has learned. Returns its checkpoints' states."""
@@ -64,7 +35,7 @@ def run_and_crash(cache: Path, base: Path, where: Path, **settings: Any) -> dict
 
     def fork_at_second(*args: Any) -> Any:
         if next(calls) == 2:
-            fork_for_each_operation(where / "checkpoint")
+            fork_for_each_operation(RUN, where / "checkpoint")
         return state_of(*args)
 
     def end_child(*args: Any) -> Any:
@@ -75,7 +46,7 @@ def run_and_crash(cache: Path, base: Path, where: Path, **settings: Any) -> dict
 
     def fork_and_publish(*args: Any, **more: Any) -> Any:
         states.update({step: read_state(path) for step, path in numbered(RUN).items()})
-        is_child = fork_for_each_operation(where / "publish")
+        is_child = fork_for_each_operation(RUN, where / "publish")
         path = publish(*args, **more)
         return os._exit(0) if is_child else path
 

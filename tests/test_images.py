@@ -13,10 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-from precompute.images import open_picture, picture_size, render, to_rgb
-from precompute.placement import plan_pictures
+from precompute.colours import to_srgb
+from precompute.images import open_picture, picture_size, render
+from precompute.records import Blob, Record
+from precompute.scan import plan_pictures
 from precompute.settings import EncodeSettings
-from precompute.sources import Record
 from shards.buckets import Geometry, Size, bucket_sizes, cover, nearest_bucket, stretch
 
 ORIGINALS = [(720, 450), (410, 660), (333, 900), (500, 500), (150, 110)]  # the last is too small
@@ -177,9 +178,9 @@ def test_the_settings_choose_the_geometry(
     settings = EncodeSettings(
         dataset=tmp_path, base="", out=tmp_path, resolution=64, bucket_step=16, **flags
     )
-    (planned,), rejected = plan_pictures([Record("a.png", file, ("a",))], settings)
+    (planned,), rejected = plan_pictures([Record("a.png", Blob.of(file), ("a",))], settings)
     assert rejected == []
-    assert planned.geometry.sizes == sizes
+    assert planned.variants[0].sizes == sizes
 
 
 def test_buckets_of_1024_are_those_of_sdxl() -> None:
@@ -291,7 +292,7 @@ GREEN = (10, 200, 30)
     ],
 )
 def test_every_mode_becomes_rgb(mode: str, colour: Any, expected: tuple[int, int, int]) -> None:
-    picture = to_rgb(Image.new(mode, (5, 4), colour))
+    picture = to_srgb(Image.new(mode, (5, 4), colour))
     assert (picture.mode, picture.size) == ("RGB", (5, 4))
     difference = np.asarray(picture).astype(int) - expected
     assert abs(difference).max() <= 2
@@ -325,7 +326,7 @@ def one_colour(mode: str, colour: Any, transparency: Any = None) -> Image.Image:
 def test_palettes_and_transparent_colours(
     image: Image.Image, expected: tuple[int, int, int]
 ) -> None:
-    picture = to_rgb(image)
+    picture = to_srgb(image)
     assert picture.mode == "RGB"
     assert picture.getpixel((3, 3)) == pytest.approx(expected, abs=2)
 

@@ -321,6 +321,8 @@ def test_embeddings_that_overflow_the_caches_dtype_are_refused(
     assert "the pooled_prompt_embeds of 'a red circle' is not finite in fp16" in line
 
 
+@pytest.mark.filterwarnings("ignore:.*settings changed")
+@pytest.mark.filterwarnings("ignore:--batch-size 3")
 def test_encode_takes_prompts_and_keeps_them(
     cache: Path, prompted: Path, pictures: Path, encode_to: Encode, file: Path, tmp_path: Path
 ) -> None:

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from sdxl.base import find_weights
 from sdxl.card import Card, base_license, base_name
+from sdxl.long_captions import write_long_captions
 from sdxl.lora_formats import LORA
 from sdxl.lora_write import PREFIX, lora_bytes
 from sdxl.schedule import Schedule, write_schedule
@@ -107,8 +108,8 @@ def _split(tensors: dict[str, torch.Tensor]) -> list[list[str]]:
 @dataclass(frozen=True)
 class Kind:
     """What the weights are of: a LoRA or the whole UNet of ``base``, trained on ``schedule`` and
-    on the ``caches`` of these digests, with these ``buckets`` (see ``Card``); ``license`` is the
-    base's."""
+    on the ``caches`` of these digests, with these ``buckets`` and ``long_captions`` (see
+    ``Card``); ``license`` is the base's."""
 
     full: bool
     base: str
@@ -116,6 +117,7 @@ class Kind:
     caches: tuple[str, ...] = ()
     buckets: tuple[tuple[int, int, int], ...] = ()
     license: str | None = None
+    long_captions: int = 1
 
     @classmethod
     def of(cls, config: TrainConfig, schedule: Schedule, caches: Sequence[Cache]) -> "Kind":
@@ -129,6 +131,7 @@ class Kind:
             caches=tuple(cache.data_digest for cache in caches),
             buckets=tuple((*bucket, count) for bucket, count in sorted(counts.items())),
             license=base_license(config.base),  # once: of a hub id it may ask the hub
+            long_captions=caches[0].manifest["recipe"].get("long_captions", 1),
         )
 
     def card(self, steps: int, name: str | None) -> Card:
@@ -140,6 +143,7 @@ class Kind:
             caches=self.caches,
             buckets=self.buckets,
             steps=steps,
+            long_captions=self.long_captions if self.long_captions > 1 else None,
             **self.schedule.to_config(),
         )
 
@@ -162,6 +166,7 @@ def write_weights(
         if world.is_main:
             write_schedule(kind.base, kind.schedule, folder)
             _write_config(unet, folder / UNET)
+            write_long_captions(folder / UNET, kind.long_captions)
         tensors = dict(unet.named_parameters()) if ema is None else ema.tensors()
         write_tensors(folder / UNET, STEM, tensors, world, card=kind.card(steps, name))
     elif world.is_main:

@@ -1,0 +1,121 @@
+"""What an encode would do, without loading a model or writing a byte."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from precompute.placement import Planned
+from precompute.records import Memory, Rejected, Source
+from precompute.room import Sizer, free_bytes, say_bytes
+from precompute.scan import plan_pictures, read_memory
+from precompute.settings import EncodeSettings
+from precompute.sources import read_data_set
+from sdxl.conditioning import room
+from sdxl.load import load_tokenizers
+from shards.buckets import bucket_name
+
+WORST = 3  # how many are named of each kind
+MOST_REJECTED = 20
+BATCH = 1000  # captions
+
+
+def dry_run(settings: EncodeSettings) -> Iterator[str]:
+    """Lines that say it.
+
+    Raises:
+        ValueError: the data set, the base or the settings cannot be used.
+    """
+    memory = Memory() if settings.rehash else read_memory(settings.out)
+    sources = read_data_set(settings, memory)
+    sizer = Sizer.of(settings)
+    tokenizer, _ = load_tokenizers(settings.base, settings.tokenizers)
+    total = 0
+    for name, source in sources.items():
+        planned, unreadable = plan_pictures(source.records, settings, memory)
+        yield from _tell(settings.out / name, source, planned, unreadable)
+        yield from _tell_cuts(planned)
+        yield from _tell_captions(planned, tokenizer, settings.long_captions)
+        num_bytes = sum(map(sizer.bytes_of, planned))
+        yield f"  about {say_bytes(num_bytes)}"
+        yield from _tell_rejected([*source.rejected, *unreadable])
+        total += num_bytes
+    free = free_bytes(settings.out)
+    yield f"{say_bytes(free)} are free on the disk of {settings.out}" + (
+        ": too little for a fresh encode" if total > free else ""
+    )
+    yield "nothing was encoded or written (--dry-run)"
+
+
+def _tell(
+    folder: Path, source: Source, planned: Sequence[Planned], unreadable: Sequence[Rejected]
+) -> Iterator[str]:
+    rejected = len(source.rejected) + len(unreadable)
+    yield f"{folder}: {len(planned):,} pictures, {rejected:,} rejected"
+    buckets = Counter(bucket_name(one.bucket) for one in planned)
+    for bucket, count in sorted(buckets.items()):
+        yield f"  {bucket:>9}  {count:6d}  {'#' * round(40 * count / len(planned))}"
+    variants = sum(len(one.variants) for one in planned)
+    taken = sum(one.record.repeats for one in planned)
+    masks = sum(one.record.mask is not None for one in planned)
+    for number, usual, what in (
+        (variants, len(planned), "variants of them (crops, mirrored)"),
+        (taken, len(planned), "pictures an epoch, with repeats"),
+        (masks, 0, "mask pictures"),
+    ):
+        if number != usual:
+            yield f"  {number:,} {what}"
+
+
+def _tell_cuts(planned: Sequence[Planned]) -> Iterator[str]:
+    """What is lost by cropping, and what is enlarged."""
+    cuts = [(one.variants[0].cut_share, one.record.path) for one in planned]
+    if cuts:
+        worst = [f"{path} {share:.0%}" for share, path in _worst(cuts) if share >= 0.005]
+        mean = sum(share for share, _ in cuts) / len(cuts)
+        yield f"  cropped: {mean:.1%} of the area on average" + _most(worst)
+    grown = [
+        (one.variants[0].enlargement, one.record.path)
+        for one in planned
+        if one.variants[0].is_upscaled
+    ]
+    if grown:
+        worst = [f"{path} {factor:.2f} times" for factor, path in _worst(grown)]
+        yield f"  upscaled: {len(grown):,} smaller than their bucket" + _most(worst)
+
+
+def _tell_captions(planned: Sequence[Planned], tokenizer: Any, num_chunks: int) -> Iterator[str]:
+    captions = [(text, one.record.path) for one in planned for text in one.record.captions]
+    lengths: list[int] = []
+    for start in range(0, len(captions), BATCH):
+        texts = [text for text, _ in captions[start : start + BATCH]]
+        lengths += map(len, tokenizer(texts, add_special_tokens=False).input_ids)
+    most = room(tokenizer) * num_chunks
+    held = f"{num_chunks} chunks of 77 tokens" if num_chunks > 1 else "77 tokens"
+    long = [
+        (length, path) for length, (_, path) in zip(lengths, captions, strict=True) if length > most
+    ]
+    empty = sum(not text for text, _ in captions)
+    yield f"  captions: {len(captions):,}" + (f", {empty:,} of them empty" if empty else "")
+    if long:
+        worst = [f"{path} {length}" for length, path in _worst(long)]
+        yield f"  cut: {len(long):,} captions longer than {held} ({most} of the text's)" + _most(
+            worst
+        )
+        needed = -(-max(lengths) // room(tokenizer))
+        yield f"  --long-captions {needed} would hold them all"
+
+
+def _tell_rejected(rejected: Sequence[Rejected]) -> Iterator[str]:
+    for one in sorted(rejected, key=lambda one: one.path)[:MOST_REJECTED]:
+        yield f"  rejected: {one.path}: {one.reason}"
+    if len(rejected) > MOST_REJECTED:
+        yield f"  rejected: {len(rejected) - MOST_REJECTED:,} more"
+
+
+def _worst(found: Iterable[tuple[float, str]]) -> list[tuple[float, str]]:
+    return sorted(found, key=lambda one: (-one[0], one[1]))[:WORST]
+
+
+def _most(worst: Sequence[str]) -> str:
+    return f"; most: {', '.join(worst)}" if worst else ""

@@ -1,0 +1,64 @@
+"""The VAE and the text encoders, each loaded when it is first needed."""
+
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from precompute.latents import LatentEncoder
+from precompute.sanity import measure_drawings
+from precompute.settings import EncodeSettings
+from precompute.text import load_text
+from sdxl.base import vae_config
+from sdxl.conditioning import TextEncoders
+from sdxl.device import PRECISIONS, pick_device
+
+
+class Encoders:
+    """Both, on one device. ``batch_size`` pictures or captions at a time, always."""
+
+    def __init__(self, settings: EncodeSettings, batch_size: int) -> None:
+        self.settings, self.batch_size = settings, batch_size
+        self.device = pick_device(settings.device)
+        self._latents: LatentEncoder | None = None
+        self._text: TextEncoders | None = None
+
+    @property
+    def made_with(self) -> dict[str, Any]:
+        """What decides the last bits besides the recipe; on a GPU threads do not."""
+        made_with = {"batch_size": self.batch_size, "device": self.device.type}
+        if self.device.type == "cpu":
+            made_with["threads"] = torch.get_num_threads()
+        return made_with
+
+    @property
+    def channels(self) -> int:
+        """Of the latents; the VAE need not be loaded for it."""
+        _, config = vae_config(self.settings.vae or self.settings.base)
+        return int(config.get("latent_channels", 4))
+
+    @property
+    def latents(self) -> LatentEncoder:
+        if self._latents is None:
+            settings = self.settings
+            self._latents = LatentEncoder(
+                settings.vae or settings.base,
+                PRECISIONS[settings.vae_dtype],
+                self.device,
+                self.batch_size,
+            )
+        return self._latents
+
+    @cached_property
+    def drawings(self) -> dict[str, Any]:
+        """What this stage makes of the built-in drawings."""
+        return measure_drawings(self.latents)
+
+    @property
+    def text(self) -> TextEncoders:
+        if self._text is None:
+            settings = self.settings
+            self._text = load_text(
+                settings.base, self.device, settings.tokenizers, settings.long_captions
+            )
+        return self._text

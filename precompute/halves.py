@@ -1,0 +1,184 @@
+"""The two halves of samples, encoded: pictures to latents, captions to embeddings.
+
+Batches are always filled to one fixed size: the last bits of an encoder's output depend on the
+batch size, but not on who else is in the batch. So they may run across samples.
+"""
+
+import hashlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from precompute.encoders import Encoders
+from precompute.images import open_picture, render_variants, room_for
+from precompute.masks import Grey, open_alpha, open_mask, render_mask
+from precompute.placement import Planned
+from precompute.refusals import explain
+from precompute.settings import EncodeSettings
+from precompute.threads import num_cores
+from sdxl.latent_rgb import LatentSums
+from shards.reader import read_ahead
+from shards.sample import DTYPES
+
+R = TypeVar("R")
+S = TypeVar("S")
+# A variant: its picture [3, H, W] in -1..1, and its mask [1, h, w] in 0..1, empty if it has none.
+Pixels = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Half:
+    """The tensors of one half, as they are stored, and what its sample's JSON notes of it."""
+
+    tensors: dict[str, torch.Tensor]
+    notes: dict[str, Any]
+    made_with: list[dict[str, Any]]  # batch sizes and the like: they decide last bits
+
+
+@dataclass(frozen=True)
+class Failed:
+    """Why a sample has no such half; for good, or until the next run."""
+
+    reason: str
+    for_good: bool = True
+
+
+def latent_halves(members: Sequence[Planned], encoders: Encoders) -> Iterator[Half | Failed]:
+    """Of each picture its latents with their sizes: all variants of a picture are one half.
+
+    Raises:
+        OSError: a file cannot be read now. That is no property of the picture: the run ends, and
+            goes on from there the next time.
+    """
+    size, threads = encoders.batch_size, num_cores()
+    opened = read_ahead(
+        lambda one: _open_member(one, encoders.settings), members, threads, 2 * size + threads
+    )
+
+    def encode(rows: list[Pixels]) -> list[tuple[torch.Tensor, ...]]:
+        pictures = torch.stack([picture for picture, _ in rows])
+        posterior = encoders.latents.encode(pictures)
+        masks = [mask for _, mask in rows]
+        return [*zip(posterior.mean, posterior.std, pictures, masks, strict=True)]
+
+    for planned, found in zip(members, in_batches(opened, encode, size), strict=True):
+        if isinstance(found, Failed):
+            yield found
+            continue
+        mean, std, pictures, mask = (torch.stack(parts) for parts in zip(*found, strict=True))
+        tensors = {"latents.mean": mean, "latents.std": std}
+        if mask.numel():
+            tensors["mask"] = mask
+        if encoders.settings.mean_only:
+            del tensors["latents.std"]
+        sums = LatentSums.empty(mean.shape[1])
+        sums.add(mean, pictures)
+        half = _stored(tensors, {"sums": sums.to_json()}, encoders)
+        if isinstance(half, Half):
+            sizes = [geometry.sizes for geometry in planned.variants]
+            half.tensors["sizes"] = torch.tensor(sizes, dtype=torch.int32)
+        yield half
+
+
+def text_halves(members: Sequence[Planned], encoders: Encoders) -> Iterator[Half | Failed]:
+    """Of each sample the embeddings of all its captions."""
+
+    def encode(rows: list[str]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        found = encoders.text.encode(rows, encoders.batch_size)
+        return [*zip(found.prompt, found.pooled, strict=True)]
+
+    captions = (planned.record.captions for planned in members)
+    for planned, found in zip(
+        members, in_batches(captions, encode, encoders.batch_size), strict=True
+    ):
+        assert not isinstance(found, Failed)
+        prompt, pooled = (torch.stack(parts) for parts in zip(*found, strict=True))
+        tensors = {"prompt_embeds": prompt, "pooled_prompt_embeds": pooled}
+        num_cut = sum(map(encoders.text.is_cut, planned.record.captions))
+        yield _stored(tensors, {"num_cut_captions": num_cut}, encoders)
+
+
+def in_batches(
+    groups: Iterable[Sequence[R] | Failed], encode: Callable[[list[R]], list[S]], size: int
+) -> Iterator[list[S] | Failed]:
+    """Encode the rows of each group, ``size`` at a time, whichever groups they are of."""
+    waiting: deque[Sequence[R] | Failed] = deque()
+    rows: list[R] = []
+    done: list[S] = []
+
+    def finished() -> Iterator[list[S] | Failed]:
+        while waiting and (isinstance(waiting[0], Failed) or len(waiting[0]) <= len(done)):
+            group = waiting.popleft()
+            if isinstance(group, Failed):
+                yield group
+            else:
+                yield done[: len(group)]
+                del done[: len(group)]
+
+    for group in groups:
+        waiting.append(group)
+        if not isinstance(group, Failed):
+            rows.extend(group)
+        while len(rows) >= size:
+            done += encode(rows[:size])
+            del rows[:size]
+        yield from finished()
+    if rows:
+        done += encode(rows)
+    yield from finished()
+
+
+def _stored(
+    tensors: dict[str, torch.Tensor], notes: dict[str, Any], encoders: Encoders
+) -> Half | Failed:
+    """In the dtype of the cache, if that can hold it."""
+    dtype = encoders.settings.dtype
+    cast = {name: tensor.to(DTYPES[dtype]) for name, tensor in tensors.items()}
+    for name, tensor in cast.items():
+        if not tensor.isfinite().all():
+            return Failed(f"its {name} is not finite in {dtype}")
+    return Half(cast, notes, [encoders.made_with])
+
+
+def _open_member(planned: Planned, settings: EncodeSettings) -> list[Pixels] | Failed:
+    """Of each variant its pixels and its mask, or why there are none."""
+    changed = Failed("it changed while the data set was encoded; encode again", for_good=False)
+    record = planned.record
+    try:
+        data = record.picture.read()
+        mask = None if record.mask is None else record.mask.read()
+    except ValueError:
+        return changed
+    if [_digest(data), _digest(mask)] != [planned.picture, planned.mask]:
+        return changed
+    try:
+        with room_for(planned.variants[0].original):
+            pictures = render_variants(open_picture(data), planned.variants)
+    except Exception as error:  # Pillow raises anything of a bad file
+        return Failed(explain(error))
+    try:
+        masks = _open_masks(data, mask, planned, settings)
+    except Exception as error:
+        return Failed(f"its mask: {explain(error)}")
+    return [*zip(pictures, masks, strict=True)]
+
+
+def _open_masks(
+    data: bytes, mask: bytes | None, planned: Planned, settings: EncodeSettings
+) -> torch.Tensor:
+    """Of each variant the mask [V, 1, h, w], or nothing [V, 0]."""
+    shares: Grey | None = None
+    if mask is not None:
+        shares = open_mask(mask, planned.variants[0].original)
+    elif settings.mask_from_alpha:
+        shares = open_alpha(data)
+    if shares is None:
+        return torch.empty(len(planned.variants), 0)
+    return render_mask(shares, planned.variants)
+
+
+def _digest(data: bytes | None) -> str:
+    return "" if data is None else hashlib.sha256(data).hexdigest()

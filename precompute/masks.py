@@ -1,0 +1,96 @@
+"""Masks: where in a picture the loss counts, at the size of its latents."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import ImageOps
+
+from precompute.images import open_picture, opened
+from shards.buckets import Geometry, Size
+
+FACTOR = 8  # pixels of a latent's side
+BAND = 512  # rows at a time: as floats a large mask would take eight times the memory
+Grey = npt.NDArray[np.uint8]  # [H, W], 255 where the loss counts in full
+Floats = npt.NDArray[np.float64]
+
+
+def open_mask(data: bytes, original: Size) -> Grey:
+    """A mask picture, of any size in the aspect ratio of its picture.
+
+    Raises:
+        ValueError: another aspect ratio, partly transparent, or black all over.
+        Exception: whatever Pillow raises of a file it cannot read.
+    """
+    alpha = open_alpha(data)
+    if alpha is not None and alpha.min() < 255:
+        raise ValueError("partly transparent: make it a grey picture, white where the loss counts")
+    grey = open_picture(data).convert("L")
+    check_mask_size(grey.size, original)
+    return _checked(np.asarray(grey))
+
+
+def check_mask_size(size: Size, original: Size) -> None:
+    """
+    Raises:
+        ValueError: another aspect ratio than its picture's, by more than rounding to pixels.
+    """
+    (width, height), (columns, rows) = original, size
+    if abs(columns * height - rows * width) > max(width, height, columns, rows):
+        raise ValueError(f"of {columns} x {rows} pixels, where its picture has {width} x {height}")
+
+
+def open_alpha(data: bytes) -> Grey | None:
+    """A picture's own alpha, upright; None where it has none.
+
+    Raises:
+        ValueError: the picture is transparent all over.
+        Exception: whatever Pillow raises of a file it cannot read.
+    """
+    with opened(data) as image:
+        image.load()
+        if not image.has_transparency_data:
+            return None
+        upright = ImageOps.exif_transpose(image)
+    if upright.mode in ("I", "I;16", "F"):  # one grey value is clear
+        clear = np.asarray(upright) != upright.info["transparency"]
+        return _checked(np.where(clear, np.uint8(255), np.uint8(0)))
+    return _checked(np.asarray(upright.convert("RGBA").getchannel("A")))
+
+
+def _checked(mask: Grey) -> Grey:
+    if not mask.any():
+        raise ValueError("black all over, so nothing would be learned of its picture")
+    return mask
+
+
+def render_mask(mask: Grey, variants: Sequence[Geometry]) -> torch.Tensor:
+    """The mean of the mask over the area of each latent pixel: [V, 1, h, w] fp32 in 0..1.
+
+    The area is that which the variant shows there, to fractions of the mask's pixels.
+    """
+    found = []
+    for one in variants:
+        seen = mask[:, ::-1] if one.flipped else mask
+        (left, top), (width, height) = one.crop, one.target
+        across = _coverage(seen.shape[1], one.resized[0], left, width // FACTOR)
+        down = _coverage(seen.shape[0], one.resized[1], top, height // FACTOR)
+        bands = (seen[at : at + BAND].astype(np.float64) for at in range(0, len(seen), BAND))
+        found.append(down @ np.concatenate([band @ across.T for band in bands]) / 255)
+    return torch.from_numpy(np.stack(found)).float().clamp(0, 1).unsqueeze(1)
+
+
+def _coverage(num_pixels: int, resized: int, start: int, num_cells: int) -> Floats:
+    """[cells, pixels]: the share of each latent cell that lies on each pixel of the mask.
+
+    ``resized`` is how many pixels the mask would be long were it resized as its picture is; the
+    first cell begins at ``start`` of them.
+    """
+    edges = (start + FACTOR * np.arange(num_cells + 1)) * (num_pixels / resized)
+    pixels = np.arange(num_pixels)
+    upper = np.minimum(edges[1:, None], pixels + 1)
+    lower = np.maximum(edges[:-1, None], pixels)
+    overlap: Floats = np.clip(upper - lower, 0, None)
+    overlap /= overlap.sum(axis=1, keepdims=True)
+    return overlap

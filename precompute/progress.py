@@ -1,0 +1,49 @@
+"""One bar over what all processes of a run encode; the main one shows it."""
+
+import time
+from types import TracebackType
+
+from tqdm import tqdm
+
+from processes.crew import POLL_SECONDS, Crew
+
+
+class Progress:
+    """Samples done and rejected, and shards written; counted over all processes."""
+
+    def __init__(self, crew: Crew, num_samples: int) -> None:
+        self._crew = crew
+        self._bar = tqdm(total=num_samples, unit="img", desc="encode", disable=not crew.is_main)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.close()
+
+    def tick(self, failed: bool) -> None:
+        """One sample more was tried."""
+        self._count("rejected", int(failed))
+        self._show(self._count("samples", 1))
+
+    def shard_done(self) -> None:
+        self._count("shards", 1)
+
+    def wait_for(self, num_shards: int) -> None:
+        """The main process's last part: until all shards are written, whoever writes them."""
+        while self._count("shards", 0) < num_shards:
+            time.sleep(POLL_SECONDS)
+            self._show(self._count("samples", 0))
+
+    def _count(self, what: str, number: int) -> int:
+        return self._crew.add(f"encode {what}", number)
+
+    def _show(self, done: int) -> None:
+        if self._crew.is_main and done > self._bar.n:
+            self._bar.set_postfix(rejected=self._count("rejected", 0), refresh=False)
+            self._bar.update(done - self._bar.n)

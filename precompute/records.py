@@ -1,0 +1,119 @@
+"""What the user has, once it is found: blobs, records, and what is remembered of them."""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from shards.sample import sample_key
+
+SETTLED_NS = 2_000_000_000  # a file changed within it may change again and keep its mtime
+
+
+@dataclass(frozen=True)
+class Blob:
+    """Bytes that lie in a file, or in a tar, as they were when the data set was read.
+
+    ``size`` is their number; ``mtime_ns`` that of the file, so of the whole tar.
+    """
+
+    file: Path
+    size: int
+    mtime_ns: int
+    offset: int = 0
+
+    @classmethod
+    def of(cls, file: Path) -> "Blob":
+        """A whole file, as it is now."""
+        stat = file.stat()
+        return cls(file, stat.st_size, stat.st_mtime_ns)
+
+    def read(self) -> bytes:
+        """The bytes; never others, nor fewer.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: it changed since.
+        """
+        with open(self.file, "rb") as file:
+            changed = os.fstat(file.fileno()).st_mtime_ns != self.mtime_ns
+            file.seek(self.offset)
+            data = file.read(self.size)
+        if changed or len(data) != self.size:
+            raise ValueError("it changed while the data set was encoded; encode again")
+        return data
+
+
+@dataclass(frozen=True)
+class Record:
+    """A picture with its captions. ``path`` is relative, posix; the key comes from it alone.
+
+    Of a tar's member it is ``pack.tar/member.jpg``. ``weight`` is of the loss; ``repeats`` how
+    often an epoch takes it.
+    """
+
+    path: str
+    picture: Blob
+    captions: tuple[str, ...]
+    weight: float = 1.0
+    repeats: int = 1
+    mask: Blob | None = None
+
+    @cached_property
+    def key(self) -> str:
+        return sample_key(self.path)
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A picture that is not encoded, and why."""
+
+    path: str
+    reason: str
+
+    @property
+    def key(self) -> str:
+        return sample_key(self.path)
+
+
+@dataclass
+class Source:
+    """All that one cache is made from."""
+
+    records: list[Record]
+    rejected: list[Rejected]
+
+
+@dataclass
+class Memory:
+    """What files held when they were last read, so that an unchanged one is not opened again.
+
+    ``known`` is an earlier run's ``seen``; both are JSON: a file's path, relative to the data set,
+    to [size, mtime_ns, what it held].
+    """
+
+    known: dict[str, list[Any]] = field(default_factory=dict)
+    seen: dict[str, list[Any]] = field(default_factory=dict)
+    _now: int = field(default_factory=time.time_ns)
+
+    def recall(self, path: str, size: int, mtime_ns: int, read: Callable[[], Any]) -> Any:
+        """What the file holds: remembered if its size and mtime are, else from ``read()``."""
+        found = self.find(path, size, mtime_ns)
+        return self.keep(path, size, mtime_ns, read()) if found is None else found
+
+    def find(self, path: str, size: int, mtime_ns: int) -> Any:
+        """What the file held, if it was then of this size and time; else None."""
+        row = self.known.get(path)
+        if row is None or row[0] != size or row[1] != mtime_ns:
+            return None
+        self.seen[path] = row
+        return row[2]
+
+    def keep(self, path: str, size: int, mtime_ns: int, held: Any) -> Any:
+        """Remember what the file holds, unless it may change unnoticed; returns it."""
+        if mtime_ns < self._now - SETTLED_NS:
+            self.seen[path] = [size, mtime_ns, held]
+        return held

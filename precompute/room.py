@@ -1,0 +1,99 @@
+"""The bytes that a cache takes, before anything is encoded; and whether the disk has them."""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from precompute.placement import Planned
+from precompute.settings import EncodeSettings
+from precompute.work import ShardWork
+from sdxl.base import model_config, vae_config
+from shards.manifest import REPLACED
+from shards.sample import Layout
+
+OVERHEAD = 3200  # bytes of a sample besides tensors and captions: tar and safetensors headers, JSON
+
+
+@dataclass(frozen=True)
+class Sizer:
+    """Knows from the base's configs how large the tensors of a sample will be."""
+
+    settings: EncodeSettings
+    channels: int
+    prompt: tuple[int, int]
+    pooled: int
+
+    @classmethod
+    def of(cls, settings: EncodeSettings) -> "Sizer":
+        """
+        Raises:
+            ValueError: no such base.
+        """
+        _, one = model_config(settings.base, "text_encoder")
+        _, two = model_config(settings.base, "text_encoder_2")
+        _, vae = vae_config(settings.vae or settings.base)
+        return cls(
+            settings,
+            int(vae.get("latent_channels", 4)),
+            (77 * settings.long_captions, one["hidden_size"] + two["hidden_size"]),
+            two["projection_dim"],
+        )
+
+    def bytes_of(self, planned: Planned) -> int:
+        """What one sample takes, to about a hundredth."""
+        width, height = planned.bucket
+        layout = Layout(
+            dtype=self.settings.dtype,
+            latent=(self.channels, height // 8, width // 8),
+            prompt=self.prompt,
+            pooled=self.pooled,
+        )
+        names = ["latents.mean", "sizes"]
+        if not self.settings.mean_only:
+            names.append("latents.std")
+        if planned.record.mask is not None or self.settings.mask_from_alpha:
+            names.append("mask")
+        variant = sum(map(layout.slice_bytes, names))
+        caption = sum(map(layout.slice_bytes, ("prompt_embeds", "pooled_prompt_embeds")))
+        captions = planned.record.captions
+        texts = sum(len(text.encode()) for text in captions)
+        return len(planned.variants) * variant + len(captions) * caption + texts + OVERHEAD
+
+
+def check_room(out: Path, works: Mapping[Path, Sequence[ShardWork]], sizer: Sizer) -> None:
+    """Refuse to begin what cannot be finished; ``works`` are the shards to be written, by folder.
+
+    Shards that are written anew take their room twice, but one after the other.
+
+    Raises:
+        OSError: the disk has too little room; says how much.
+    """
+    needed = largest = 0
+    for folder, shards in works.items():
+        for work in shards:
+            size = sum(sizer.bytes_of(task.planned) for task in work.tasks)
+            needed += size - sum(_size(folder, name) for name in work.frees)
+            largest = max(largest, size)
+    needed, free = max(0, needed) + largest, free_bytes(out)
+    if largest and needed > free:
+        raise OSError(
+            f"{out}: needs about {say_bytes(needed)} of disk, where {say_bytes(free)} are free: "
+            "make room, or give another --out, --mean-only, or fewer variants or captions"
+        )
+
+
+def free_bytes(folder: Path) -> int:
+    """On the disk that the folder lies, or will lie, on."""
+    there = next(part for part in (folder, *folder.absolute().parents) if part.exists())
+    return shutil.disk_usage(there).free
+
+
+def _size(folder: Path, name: str) -> int:
+    tars = (place / f"{name}.tar" for place in (folder, folder / REPLACED))
+    return next((tar.stat().st_size for tar in tars if tar.exists()), 0)
+
+
+def say_bytes(num_bytes: int) -> str:
+    value, unit = (num_bytes / 1e9, "GB") if num_bytes >= 1e9 else (num_bytes / 1e6, "MB")
+    return f"{value:.1f} {unit}" if value >= 10 else f"{value:.2f} {unit}"

@@ -1,0 +1,210 @@
+"""Whether the latents are what the VAE gives: measured beside the stage, by another way.
+
+A cache once went round whose latents were encoded without the pictures' normalisation: losses
+looked as ever. So built-in drawings go through the whole stage, and beside it, from their 8-bit
+pixels, through diffusers' VAE alone with a scaling of its own; and what is stored of some pictures
+is compared with what the VAE alone gives of their files. The stage is measured by the VAE, not by
+an ideal: a VAE of random weights raises no alarm.
+
+Legend: C latent channels, h w latent height and width.
+"""
+
+import io
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, ImageDraw
+
+from precompute.images import ORIENTATION, open_picture, render
+from precompute.latents import LatentEncoder
+from shards.buckets import Geometry, cover
+
+Pixels = npt.NDArray[np.uint8]
+SIDE = 64  # of a drawing, pixels
+WINDOW = 16  # latent pixels: the middle of a picture, which is decoded back
+MOST_ERROR = 0.1  # of the latents' norm; storing in bf16 costs 0.002, a VAE in bf16 about 0.01
+MOST_FACTOR = 1.25  # of the posterior's std, which in half precision is known less well
+ALIKE = 0.01  # an error that decodes to the same
+MOST_LOSS = 1.0  # dB
+SPREAD = (0.2, 5.0)  # standard deviation of scaled latents: the UNet expects about 1
+
+
+def measure_drawings(encoder: LatentEncoder) -> dict[str, Any]:
+    """What the stage makes of the built-in drawings.
+
+    ``error`` is how far the latents are from those of the VAE alone, as a share of their norm;
+    ``scale`` and ``std_scale`` how many times as large they and the posterior's std are; ``mean``
+    and ``std`` [C] of each latent channel; ``psnr`` of the drawings decoded back, in dB.
+    """
+    drawings = draw()
+    pixels = torch.stack([render(open_picture(_png(one)), _whole(one)) for one in drawings])
+    found = encoder.encode(pixels)
+    bare_mean, bare_std = _bare_encode(encoder.exact, torch.cat([_tensor(one) for one in drawings]))
+    decoded = _bare_decode(encoder.exact, found.mean)
+    wanted = torch.cat([_tensor(one) for one in drawings])
+    return {
+        "error": round(_error(found.mean, bare_mean), 4),
+        "scale": round(_scale(found.mean, bare_mean), 3),
+        "std_scale": round(_scale(found.std, bare_std), 3),
+        "mean": [round(float(value), 2) for value in found.mean.mean(dim=(0, 2, 3))],
+        "std": [round(float(value), 2) for value in found.mean.std(dim=(0, 2, 3))],
+        "psnr": _psnr(decoded, wanted),
+    }
+
+
+def measure_picture(
+    encoder: LatentEncoder, path: str, data: bytes, geometry: Geometry, stored: torch.Tensor
+) -> dict[str, Any] | None:
+    """What became of one picture; None: take another one.
+
+    ``data`` is the file, ``stored`` [C, h, w] what the cache holds for ``geometry``. Only plain
+    pictures can be opened by another way: 8 bits, RGB or grey, upright, opaque, without a profile.
+    ``psnr`` is of the middle of the picture, decoded from ``stored``; ``bare_psnr`` from the
+    latents that the VAE alone gives, where those differ.
+    """
+    opened = _open_plainly(data)
+    if opened is None:
+        return None
+    resized = np.asarray(opened.resize(geometry.resized, Image.Resampling.LANCZOS))
+    _, _, top, left, height, width = geometry.sizes
+    wanted = _tensor(resized[top : top + height, left : left + width])
+    mine, (bare, _) = stored[None].float(), _bare_encode(encoder.exact, wanted)
+    h, w = mine.shape[-2:]
+    y, x = max(0, (h - WINDOW) // 2), max(0, (w - WINDOW) // 2)
+    window = (..., slice(y, y + WINDOW), slice(x, x + WINDOW))
+    part = (..., slice(8 * y, 8 * (y + WINDOW)), slice(8 * x, 8 * (x + WINDOW)))
+    found: dict[str, Any] = {
+        "path": path,
+        "error": round(_error(mine, bare), 4),
+        "scale": round(_scale(mine, bare), 3),
+        "psnr": _psnr(_bare_decode(encoder.exact, mine[window]), wanted[part]),
+    }
+    if found["error"] > ALIKE:
+        found["bare_psnr"] = _psnr(_bare_decode(encoder.exact, bare[window]), wanted[part])
+    return found
+
+
+def alarms_of_drawings(found: dict[str, Any]) -> list[str]:
+    """What ``measure_drawings`` shows to be wrong, a line each; empty if all is as it should be."""
+    lines = []
+    if found["error"] > MOST_ERROR:
+        lines.append(
+            f"built-in drawings become latents that are {found['error']:.0%} off those of the VAE "
+            f"alone ({found['scale']:g} times as large): the encode stage is at fault"
+        )
+    if not 1 / MOST_FACTOR <= found["std_scale"] <= MOST_FACTOR:
+        lines.append(
+            f"the posterior's std of built-in drawings is {found['std_scale']:g} times that of "
+            "the VAE alone: the encode stage is at fault"
+        )
+    spread = float(np.sqrt(np.mean(np.square(found["std"]))))
+    if not SPREAD[0] <= spread <= SPREAD[1]:
+        lines.append(
+            f"built-in drawings become latents of standard deviation {spread:.2g}, where a UNet "
+            "expects about 1: is the scaling_factor in the VAE's config.json right?"
+        )
+    return lines
+
+
+def alarms_of_picture(found: dict[str, Any]) -> list[str]:
+    """The same of what ``measure_picture`` gave."""
+    lines = []
+    if found["error"] > MOST_ERROR:
+        lines.append(
+            f"{found['path']}: its latents are {found['error']:.0%} off those that the VAE gives "
+            f"of the file opened by another way ({found['scale']:g} times as large)"
+        )
+    if found.get("bare_psnr", found["psnr"]) - found["psnr"] > MOST_LOSS:
+        lines.append(
+            f"{found['path']}: its latents decode to {found['psnr']:g} dB of the picture, where "
+            f"those of the VAE alone come to {found['bare_psnr']:g} dB"
+        )
+    return lines
+
+
+def draw() -> list[Pixels]:
+    """Two drawings [SIDE, SIDE, 3]: shapes on a slope of colours, and stripes. No two channels
+    are alike, and neither is symmetric."""
+    y, x = np.mgrid[0:SIDE, 0:SIDE] / (SIDE - 1)
+    slope = np.stack([0.9 * x, 0.2 + 0.6 * y, 0.8 - 0.7 * x * y], axis=-1)
+    first = Image.fromarray((255 * slope).round().astype(np.uint8))
+    pen = ImageDraw.Draw(first)
+    pen.ellipse((7, 10, 33, 36), fill=(240, 60, 20))
+    pen.rectangle((38, 5, 59, 29), fill=(30, 40, 200))
+    pen.polygon([(15, 59), (52, 56), (41, 35)], fill=(250, 220, 40))
+    second = Image.new("RGB", (SIDE, SIDE), (20, 90, 60))
+    pen = ImageDraw.Draw(second)
+    for number, start in enumerate(range(0, SIDE, 12)):
+        colour = ((230, 180, 150), (120, 20, 40), (10, 10, 20))[number % 3]
+        pen.line((start, 0, SIDE - start // 2, SIDE), fill=colour, width=2 + number)
+    return [np.asarray(first), np.asarray(second)]
+
+
+def _png(pixels: Pixels) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def _whole(pixels: Pixels) -> Geometry:
+    size = (pixels.shape[1], pixels.shape[0])
+    return cover(size, size)
+
+
+def _open_plainly(data: bytes) -> Image.Image | None:
+    with Image.open(io.BytesIO(data)) as image:
+        is_odd = {"icc_profile", "transparency"} & set(image.info)
+        if image.mode not in ("RGB", "L") or is_odd or image.getexif().get(ORIENTATION, 1) != 1:
+            return None
+        return image.convert("RGB")
+
+
+def _tensor(pixels: Pixels) -> torch.Tensor:
+    """[H, W, 3] to what a VAE takes: [1, 3, H, W] in -1..1."""
+    scaled = pixels.astype(np.float64) / 255 * 2 - 1
+    return torch.from_numpy(scaled.transpose(2, 0, 1)[None].astype(np.float32))
+
+
+def _constants(vae: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Shift and scale [1, C or 1, 1, 1], as diffusers' pipelines take them from the config."""
+    mean, std = vae.config.get("latents_mean"), vae.config.get("latents_std")
+    if mean is None or std is None:
+        mean, std = [vae.config.get("shift_factor") or 0.0], [1.0]
+    shift, spread = torch.tensor(mean).view(1, -1, 1, 1), torch.tensor(std).view(1, -1, 1, 1)
+    return shift, vae.config["scaling_factor"] / spread
+
+
+@torch.inference_mode()
+def _bare_encode(vae: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scaled mean and std [N, C, h, w] fp32 on the CPU, of the VAE alone, one picture at a time."""
+    shift, scale = _constants(vae)
+    found = [vae.encode(one[None].to(vae.device, vae.dtype)).latent_dist for one in pixels]
+    mean = torch.cat([one.mean.float().cpu() for one in found])
+    std = torch.cat([one.std.float().cpu() for one in found])
+    return (mean - shift) * scale, std * scale
+
+
+@torch.inference_mode()
+def _bare_decode(vae: Any, latents: torch.Tensor) -> torch.Tensor:
+    shift, scale = _constants(vae)
+    plain = (latents / scale + shift).to(vae.device, vae.dtype)
+    return torch.cat([vae.decode(one[None]).sample.float().cpu() for one in plain])
+
+
+def _error(mine: torch.Tensor, bare: torch.Tensor) -> float:
+    error = float((mine - bare).norm() / bare.norm().clamp_min(1e-12))
+    return error if math.isfinite(error) else 1.0
+
+
+def _scale(mine: torch.Tensor, bare: torch.Tensor) -> float:
+    scale = float((mine * bare).sum() / bare.square().sum().clamp_min(1e-12))
+    return scale if math.isfinite(scale) else 0.0
+
+
+def _psnr(pictures: torch.Tensor, wanted: torch.Tensor) -> float:
+    """In dB of 8-bit white; 0 at worst, and of what is not finite."""
+    error = float(((pictures.clamp(-1, 1) - wanted) / 2).square().mean())
+    return round(-10 * float(np.log10(max(error, 1e-10))), 2) if math.isfinite(error) else 0.0

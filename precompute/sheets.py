@@ -1,0 +1,86 @@
+"""Contact sheets of a cache: what was encoded, and what was cut away, seen without the VAE."""
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from sdxl.latent_rgb import latents_to_rgb
+from sdxl.sheet import MOST, TILE, contact_sheet
+from shards import CacheError
+from shards.buckets import bucket_name, cover
+from shards.reader import Cache, Shard
+
+CUT_AWAY, FRAME, BOX = (205, 205, 205), (120, 120, 120), (230, 0, 90)
+
+
+def write_sheets(cache: Cache, out: Path) -> Iterator[Path]:
+    """A sheet a bucket, ``WIDTHxHEIGHT.png`` in ``out``: its first samples in key order.
+
+    Raises:
+        CacheError: the cache has no map from latents to colours, or is damaged.
+    """
+    if "latent_rgb" not in cache.manifest:
+        raise CacheError(f"{cache.folder}: its manifest has no latent_rgb map; encode it again")
+    shards: dict[str, list[Shard]] = {}
+    for shard in cache.shards():
+        shards.setdefault(bucket_name(shard.index.header["bucket"]), []).append(shard)
+    out.mkdir(parents=True, exist_ok=True)
+    for bucket, members in sorted(shards.items()):
+        tiles = [*islice(_tiles(cache, members), MOST)]
+        path = out / f"{bucket}.png"
+        contact_sheet(tiles).save(path)
+        yield path
+
+
+def _tiles(cache: Cache, shards: list[Shard]) -> Iterator[tuple[Image.Image, str]]:
+    fit = cache.manifest["latent_rgb"]
+    weight, bias = torch.tensor(fit["weight"]), torch.tensor(fit["bias"])
+    is_squashed = cache.manifest["recipe"]["preprocessing"]["mode"] == "squash"
+    for shard in shards:
+        layout = shard.index.layout
+        for row in range(len(shard.index)):
+            about = shard.about(row)
+            for number in range(int(shard.index.records[row]["num_variants"])):
+                latents = torch.empty(layout.latent, dtype=torch.float32)
+                sizes = torch.empty(6, dtype=torch.int32)
+                shard.read_into(latents, row, "latents.mean", number)
+                shard.read_into(sizes, row, "sizes", number)
+                colours = latents_to_rgb(latents[None], weight, bias)[0]
+                place = [int(value) for value in sizes]
+                text = f"{place[1]}x{place[0]}  {about['captions'][0]}"
+                yield frame(colours, place, is_squashed), text
+
+
+def frame(colours: torch.Tensor, sizes: list[int], is_squashed: bool = False) -> Image.Image:
+    """A picture in the frame it was cut from, which is grey where it was cut away.
+
+    ``colours`` [3, h, w] in 0..1; ``sizes`` as a sample has them. The crop is boxed. What was
+    squashed keeps the shape of its bucket: nothing was cut away.
+    """
+    original_height, original_width, top, left, height, width = sizes
+    target = (width, height)
+    geometry = cover((original_width, original_height), target)
+    whole = target if is_squashed else geometry.resized
+    whole = (max(whole[0], left + width), max(whole[1], top + height))
+    scale = (TILE - 8) / max(whole)
+
+    def scaled(*lengths: int) -> list[int]:
+        return [round(length * scale) for length in lengths]
+
+    canvas = Image.new("RGB", (TILE, TILE), "white")
+    x, y = ((TILE - length) // 2 for length in scaled(*whole))
+    pen = ImageDraw.Draw(canvas)
+    frame_width, frame_height = scaled(*whole)
+    pen.rectangle((x, y, x + frame_width, y + frame_height), fill=CUT_AWAY, outline=FRAME)
+    box_x, box_y = (start + offset for start, offset in zip((x, y), scaled(left, top), strict=True))
+    box_width, box_height = (max(1, length) for length in scaled(width, height))
+    pixels = (colours.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
+    picture = Image.fromarray(np.ascontiguousarray(pixels))
+    picture = picture.resize((box_width, box_height), Image.Resampling.BICUBIC)
+    canvas.paste(picture, (box_x, box_y))
+    pen.rectangle((box_x, box_y, box_x + box_width, box_y + box_height), outline=BOX)
+    return canvas

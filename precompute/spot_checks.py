@@ -1,0 +1,102 @@
+"""Spot checks of a finished cache: what it holds of its first pictures by key.
+
+Which pictures those are, and what is measured, follows from what the cache holds alone: not from
+who encoded it, nor in how many runs.
+"""
+
+import heapq
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from precompute.encoders import Encoders
+from precompute.placement import Planned, PlannedShard
+from precompute.sanity import alarms_of_drawings, alarms_of_picture, measure_picture
+from shards import CacheError
+from shards.index import Index
+from shards.manifest import content_digest, read_manifest
+from shards.reader import Shard
+
+NUM_PICTURES = 3
+NUM_CANDIDATES = 16  # some may have been rejected, or are of a kind that cannot be compared
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A picture that may be checked, and the shard it is in."""
+
+    shard: str
+    planned: Planned
+
+    @property
+    def marks(self) -> list[Any]:
+        """What its latents are made from."""
+        return [self.planned.record.key, *self.planned.marks[:3]]
+
+
+def first_pictures(shards: Iterable[PlannedShard]) -> list[Candidate]:
+    """The candidates of a cache, in key order."""
+    members = (Candidate(shard.name, one) for shard in shards for one in shard.members)
+    return heapq.nsmallest(NUM_CANDIDATES, members, key=lambda one: one.planned.record.key)
+
+
+def earlier_checks(folder: Path) -> dict[str, Any]:
+    """What the manifest of a finished cache says of them."""
+    try:
+        return dict(read_manifest(folder).get("sanity", {}))
+    except CacheError:
+        return {}
+
+
+def check_cache(
+    folder: Path,
+    recipe: dict[str, Any],
+    candidates: list[Candidate],
+    before: dict[str, Any],
+    encoders: Encoders,
+) -> dict[str, Any]:
+    """``sanity`` of the manifest; warns of what is off.
+
+    The VAE is loaded if ``before`` is of other pictures, or made in another way.
+    """
+    parts = [recipe[name] for name in ("preprocessing", "vae", "storage")]
+    of = content_digest([*parts, *(one.marks for one in candidates)])
+    if before.get("of") != of:
+        found = (_check_picture(folder, one, encoders) for one in candidates)
+        pictures = [*islice((one for one in found if one is not None), NUM_PICTURES)]
+        before = {"of": of, "drawings": encoders.drawings, "pictures": pictures}
+    warn_of_drawings(before["drawings"])
+    _warn(line for one in before["pictures"] for line in alarms_of_picture(one))
+    return before
+
+
+def warn_of_drawings(found: dict[str, Any]) -> None:
+    _warn(alarms_of_drawings(found))
+
+
+def _warn(lines: Iterable[str]) -> None:
+    for line in lines:
+        warnings.warn(f"DO NOT TRAIN ON THIS CACHE: {line}", stacklevel=1)
+
+
+def _check_picture(folder: Path, one: Candidate, encoders: Encoders) -> dict[str, Any] | None:
+    """None where it was rejected, or is of a kind that cannot be compared."""
+    record = one.planned.record
+    index = Index(folder / f"{one.shard}.index")
+    row = int(np.searchsorted(index.records["key"], record.key.encode()))
+    if row == len(index) or index.key(row) != record.key:
+        return None
+    try:
+        data = record.picture.read()
+    except (OSError, ValueError):  # gone or changed since
+        return None
+    stored = torch.empty(index.layout.latent)
+    Shard(folder, one.shard, index.sha256).read_into(stored, row, "latents.mean")
+    geometry = one.planned.variants[0]
+    return measure_picture(encoders.latents, record.path, data, geometry, stored)

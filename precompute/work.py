@@ -1,0 +1,176 @@
+"""What a run has to write: its shards, and of each sample what is copied and what is encoded.
+
+``plan.jsonl`` in the cache's folder holds it while the run lasts: the first line what all shards
+have in common, then a line a shard. The processes of a run read their work there; a run that
+follows an interrupted one finds there where each sample was to go.
+"""
+
+import json
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Any
+
+from precompute.placement import Place, Planned
+from precompute.records import Blob, Record
+from shards.buckets import Geometry, Size
+from shards.durable import durable_file
+from shards.manifest import PLAN
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Where a half of a sample lies that is still right: a row of a shard that was set aside."""
+
+    shard: str
+    row: int
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Task:
+    """One member of a shard: each half is copied from where it is found, or encoded."""
+
+    planned: Planned
+    latents: Found | None = None
+    text: Found | None = None
+    reason: str | None = None  # why it has no sample, if it failed before and is as it was
+
+    @property
+    def is_encoded(self) -> bool:
+        """Whether something of it is not there yet."""
+        return self.reason is None and not (self.latents and self.text)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class ShardWork:
+    """A shard to be written."""
+
+    name: str
+    bucket: Size
+    repeats: int
+    tasks: tuple[Task, ...]  # in key order
+    frees: tuple[str, ...] = ()  # shards set aside that only this one copies from
+
+    @property
+    def num_encodes(self) -> int:
+        """Samples of which something is encoded."""
+        return sum(task.is_encoded for task in self.tasks)
+
+
+def write_work(folder: Path, about: dict[str, Any], works: list[ShardWork]) -> None:
+    """Write the plan file, durably: from now on this is where the samples go."""
+    with durable_file(folder / PLAN) as file:
+        for line in (about, *map(_shard_to_json, works)):
+            file.write(json.dumps(line).encode() + b"\n")
+
+
+class WorkFile:
+    """The plan file, read line by line; ``about`` is what all its shards have in common.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / PLAN
+        with open(self._path, "rb") as file:
+            self._starts = [0]
+            self._starts += [file.tell() for _ in iter(file.readline, b"")]
+        self.about: dict[str, Any] = self._line(0)
+
+    def __len__(self) -> int:
+        return len(self._starts) - 2
+
+    def shard(self, number: int) -> ShardWork:
+        """The ``number``-th shard to be written."""
+        return _shard_from_json(self._line(1 + number))
+
+    def places(self) -> dict[str, Place]:
+        """Where samples were to go, by the shards' names."""
+        found = {}
+        for number in range(len(self)):
+            work = self.shard(number)
+            keys = tuple(task.planned.record.key for task in work.tasks)
+            found[work.name] = Place(work.bucket, work.repeats, keys)
+        return found
+
+    def _line(self, number: int) -> Any:
+        with open(self._path, "rb") as file:
+            file.seek(self._starts[number])
+            return json.loads(file.readline())
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """What an interrupted run's shards have in common; of none, nothing."""
+    try:
+        return dict(WorkFile(folder).about)
+    except (FileNotFoundError, ValueError, TypeError):
+        return {}
+
+
+def read_places(folder: Path) -> dict[str, Place]:
+    """Where an interrupted run put its samples; of none, nothing."""
+    try:
+        return WorkFile(folder).places()
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _shard_to_json(work: ShardWork) -> dict[str, Any]:
+    return {
+        "name": work.name,
+        "bucket": work.bucket,
+        "repeats": work.repeats,
+        "frees": work.frees,
+        "tasks": [_task_to_json(task) for task in work.tasks],
+    }
+
+
+def _shard_from_json(line: dict[str, Any]) -> ShardWork:
+    width, height = line["bucket"]
+    tasks = tuple(_task_from_json(task, line["repeats"]) for task in line["tasks"])
+    return ShardWork(line["name"], (width, height), line["repeats"], tasks, tuple(line["frees"]))
+
+
+def _task_to_json(task: Task) -> dict[str, Any]:
+    planned, record = task.planned, task.planned.record
+    return {
+        "path": record.path,
+        "picture": _blob_to_json(record.picture),
+        "mask": record.mask and _blob_to_json(record.mask),
+        "captions": record.captions,
+        "weight": record.weight,
+        "digests": [planned.picture, planned.mask],
+        "variants": [astuple(geometry) for geometry in planned.variants],
+        "latents": task.latents and astuple(task.latents),
+        "text": task.text and astuple(task.text),
+        "reason": task.reason,
+    }
+
+
+def _task_from_json(line: dict[str, Any], repeats: int) -> Task:
+    record = Record(
+        line["path"],
+        _blob_from_json(line["picture"]),
+        tuple(line["captions"]),
+        line["weight"],
+        repeats,
+        line["mask"] and _blob_from_json(line["mask"]),
+    )
+    picture, mask = line["digests"]
+    variants = tuple(_geometry_from_json(row) for row in line["variants"])
+    latents, text = (line[half] and Found(*line[half]) for half in ("latents", "text"))
+    return Task(Planned(record, picture, variants, mask), latents, text, line["reason"])
+
+
+def _geometry_from_json(row: list[Any]) -> Geometry:
+    original, resized, crop, target = map(tuple, row[:4])
+    return Geometry(original=original, resized=resized, crop=crop, target=target, flipped=row[4])
+
+
+def _blob_to_json(blob: Blob) -> list[Any]:
+    return [str(blob.file), blob.size, blob.mtime_ns, blob.offset]
+
+
+def _blob_from_json(row: list[Any]) -> Blob:
+    return Blob(Path(row[0]), *row[1:])

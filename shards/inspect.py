@@ -1,0 +1,177 @@
+"""What a cache holds, in numbers: buckets, captions, recipe, statistics, what was rejected."""
+
+import json
+import re
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from shards.buckets import bucket_name
+from shards.manifest import read_side_file
+from shards.reader import Cache, Shard
+from shards.sample import TENSORS
+
+REJECTED = "rejected.jsonl"
+MOST_SHOWN = 5  # of the most frequent
+BAR = 30  # characters of the fullest bucket's bar
+Counts = Counter[Any]
+
+
+@dataclass
+class Contents:
+    """Counts over the samples of a cache."""
+
+    buckets: Counts = field(default_factory=Counter)
+    bucket_bytes: Counts = field(default_factory=Counter)
+    variants: Counts = field(default_factory=Counter)  # samples by their number of variants
+    captions_each: Counts = field(default_factory=Counter)  # samples by their number of captions
+    weights: Counts = field(default_factory=Counter)
+    repeats: Counts = field(default_factory=Counter)
+    num_masks: int = 0
+    captions: Counts = field(default_factory=Counter)  # by text
+    folders: Counts = field(default_factory=Counter)  # by the first part of the picture's path
+    rejected: Counts = field(default_factory=Counter)  # by reason, its numbers left out
+
+
+def read_contents(cache: Cache) -> Iterator[Contents]:
+    """Count, shard by shard, so that a bar can go along; it is the same object each time.
+
+    Raises:
+        CacheError: something in it is damaged.
+    """
+    contents = Contents(rejected=_read_rejected(cache))
+    for shard in cache.shards():
+        _count(contents, shard)
+        yield contents
+    if not contents.buckets:
+        yield contents
+
+
+def describe_contents(cache: Cache, contents: Contents) -> list[str]:
+    """The lines that ``cli.py inspect`` prints."""
+    manifest = cache.manifest
+    num_bytes = sum(shard["bytes"] for shard in manifest["shards"])
+    return [
+        f"{cache.folder}: {manifest['num_samples']} samples in {len(manifest['shards'])} shards, "
+        f"{num_bytes / 1e6:.1f} MB; cache format {manifest['version']}, "
+        f"digest {manifest['digest'][:12]}",
+        *_describe_buckets(contents),
+        *_describe_captions(contents),
+        *_describe_samples(contents),
+        *_describe_recipe(manifest.get("recipe", {})),
+        *_describe_latents(manifest),
+        *_top("rejected", contents.rejected),
+    ]
+
+
+def _count(contents: Contents, shard: Shard) -> None:
+    records, header = shard.index.records, shard.index.header
+    bucket = bucket_name(header["bucket"])
+    contents.buckets[bucket] += len(records)
+    contents.bucket_bytes[bucket] += header["tar_bytes"]
+    contents.repeats[header["repeats"]] += len(records)
+    for counts, name in (
+        (contents.variants, "num_variants"),
+        (contents.captions_each, "num_captions"),
+        (contents.weights, "weight"),
+    ):
+        values, numbers = np.unique(records[name], return_counts=True)
+        counts.update(dict(zip(values.tolist(), numbers.tolist(), strict=True)))
+    contents.num_masks += int((records["tensors"][:, TENSORS.index("mask")] > 0).sum())
+    for row in range(len(records)):
+        about = shard.about(row)
+        contents.captions.update(about["captions"])
+        folder, slash, _ = about["path"].partition("/")
+        contents.folders[folder + slash if slash else "./"] += 1
+
+
+def _read_rejected(cache: Cache) -> Counts:
+    if REJECTED not in cache.manifest["side_files"]:
+        return Counter()
+    data = read_side_file(cache.folder, cache.manifest, REJECTED, "encode the data set again")
+    reasons = (json.loads(line)["reason"] for line in data.decode().splitlines())
+    return Counter(re.sub(r"\d+", "N", reason) for reason in reasons)
+
+
+def _describe_buckets(contents: Contents) -> Iterator[str]:
+    most = max(contents.buckets.values(), default=1)
+    for bucket, count in sorted(contents.buckets.items()):
+        size = contents.bucket_bytes[bucket] / 1e6
+        bar = "#" * max(1, round(BAR * count / most))
+        yield f"  {bucket:>9}  {count:7d}  {size:9.1f} MB  {bar}"
+
+
+def _describe_captions(contents: Contents) -> Iterator[str]:
+    if not contents.captions:
+        return
+    lengths = sorted(len(text) for text in contents.captions.elements())
+    num = len(lengths)
+    yield (
+        f"captions: {num} ({_spread(contents.captions_each)} a sample), {len(contents.captions)} "
+        f"different; {lengths[0]} to {lengths[-1]} characters, median "
+        f"{statistics.median_low(lengths)}"
+    )
+    for text, count in contents.captions.most_common(MOST_SHOWN):
+        yield f"  {count:7d}  {_short(text) or '(empty)'}"
+
+
+def _describe_samples(contents: Contents) -> Iterator[str]:
+    yield (
+        f"variants a sample: {_spread(contents.variants)}; masks: {contents.num_masks or 'none'}; "
+        f"weights: {_spread(contents.weights)}; repeats: {_spread(contents.repeats)}"
+    )
+    if len(contents.folders) > 1:
+        yield from _top("folders", contents.folders)
+
+
+def _describe_recipe(recipe: dict[str, Any]) -> Iterator[str]:
+    for cause, parts in sorted(recipe.items()):
+        told = parts.items() if isinstance(parts, dict) else [("", parts)]
+        values = (f"{name} {_shown(value)}".strip() for name, value in told if value is not None)
+        yield f"{cause}: {', '.join(values)}"
+
+
+def _describe_latents(manifest: dict[str, Any]) -> Iterator[str]:
+    latents = manifest.get("latents", {})
+    for name in ("mean", "std"):
+        if name in latents:
+            yield f"latents, {name} of each channel: {_numbers(latents[name])}"
+    if drawings := manifest.get("sanity", {}).get("drawings"):
+        pictures = manifest["sanity"]["pictures"]
+        line = f"decoded back: built-in drawings {drawings['psnr']:.1f} dB"
+        if pictures:
+            mean = sum(one["psnr"] for one in pictures) / len(pictures)
+            line += f", {len(pictures)} of the pictures {mean:.1f} dB"
+        yield line
+
+
+def _top(what: str, counts: Counts) -> Iterator[str]:
+    yield f"{what}: {counts.total() or 'none'}"
+    for text, count in counts.most_common(MOST_SHOWN):
+        yield f"  {count:7d}  {_short(text)}"
+    if (rest := len(counts) - MOST_SHOWN) > 0:
+        yield f"           and {rest} more"
+
+
+def _spread(counts: Counts) -> str:
+    """``1``, or ``1 to 3``."""
+    least, most = min(counts, default=0), max(counts, default=0)
+    return f"{least:g}" if least == most else f"{least:g} to {most:g}"
+
+
+def _short(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= 90 else line[:87] + "..."
+
+
+def _shown(value: Any) -> str:
+    text = str(value)
+    return text[:12] if re.fullmatch(r"[0-9a-f]{64}", text) else text
+
+
+def _numbers(values: Iterable[float]) -> str:
+    return " ".join(f"{value:.3f}" for value in values)

@@ -1,0 +1,151 @@
+"""Captions between the file and the text encoders: each rule, and the same in every run."""
+
+import math
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from precompute.captions import shuffled
+from precompute.settings import EncodeSettings
+from tests.folders import captions, put, put_list, read_one, reasons
+
+
+def test_caption_files_are_texts_too(tmp_path: Path) -> None:
+    put(tmp_path / "a.png", "a")
+    for name in ("b", "sub/c", "both"):
+        put(tmp_path / f"{name}.png", "a" if name == "both" else None)
+        (tmp_path / f"{name}.caption").write_text(f" {name}\n")
+    source = read_one(tmp_path)
+    assert captions(source) == {"a.png": ("a",), "b.png": ("b",), "sub/c.png": ("sub/c",)}
+    assert reasons(source) == {"both.png": "both both.txt and both.caption: which is its caption?"}
+
+
+def test_each_line_may_be_a_caption(tmp_path: Path) -> None:
+    put(tmp_path / "a.png", "\ufeff one\r\n\n  two \nthree\u2028still three\n")
+    put(tmp_path / "blank.png", " \n\n")
+    source = read_one(tmp_path, caption_lines=True)
+    assert captions(source) == {"a.png": ("one", "two", "three\u2028still three")}
+    assert reasons(source) == {"blank.png": "its caption is empty"}
+
+
+def test_a_list_may_give_several_captions(tmp_path: Path) -> None:
+    for name in ("a", "b", "c", "d", "e"):
+        put(tmp_path / f"{name}.png")
+    put_list(
+        tmp_path,
+        {"file_name": "a.png", "text": [" one ", "two", "one"]},
+        {"file_name": "b.png", "text": None, "caption": ["x"]},
+        {"file_name": "c.png", "text": ["x", 5]},
+        {"file_name": "d.png", "text": []},
+        {"file_name": "e.png", "text": ["x", " "]},
+    )
+    source = read_one(tmp_path)
+    assert captions(source) == {"a.png": ("one", "two", "one"), "b.png": ("x",)}
+    assert {path: why.partition(": no caption")[0] for path, why in reasons(source).items()} == {
+        "c.png": "captions.jsonl:3",
+        "d.png": "captions.jsonl:4",
+        "e.png": "its caption is empty",
+    }
+    kept = read_one(tmp_path, missing_caption="any", empty_captions=True)
+    assert captions(kept)["d.png"] == ("any",), "it has none"
+    assert captions(kept)["e.png"] == ("x", ""), "it has an empty one"
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        ({}, {"full.png": ("p full",)}),
+        ({"empty_captions": True}, {"full.png": ("p full",), "empty.png": ("",)}),
+        (
+            {"missing_caption": "empty"},
+            {"full.png": ("p full",), "empty.png": ("",), "none.png": ("",)},
+        ),
+        (
+            {"missing_caption": "a thing"},
+            {"full.png": ("p full",), "empty.png": ("p a thing",), "none.png": ("p a thing",)},
+        ),
+        (
+            {"missing_caption": "a thing", "empty_captions": True},
+            {"full.png": ("p full",), "empty.png": ("",), "none.png": ("p a thing",)},
+        ),
+    ],
+    ids=["reject", "keep empty", "empty", "text", "text, keep empty"],
+)
+@pytest.mark.parametrize("listed", [False, True])
+def test_pictures_without_a_caption(
+    tmp_path: Path, rule: dict[str, Any], expected: dict[str, tuple[str, ...]], listed: bool
+) -> None:
+    texts = {"full": "full", "empty": "", "none": None}
+    for name, text in texts.items():
+        put(tmp_path / f"{name}.png", None if listed else text)
+    put(tmp_path / "latin.png", b"caf\xe9")
+    if listed:
+        put_list(tmp_path, *({"file_name": f"{n}.png", "text": t} for n, t in texts.items()))
+    source = read_one(tmp_path, caption_prefix="p", **rule)
+    assert captions(source) == expected
+    rejected = {"full.png", "empty.png", "none.png", "latin.png"} - set(expected)
+    assert set(reasons(source)) == rejected, "what cannot be read is not missing"
+
+
+@pytest.mark.parametrize(("prefix", "text"), [("sks,", "sks, x"), ("sks\t", "sks\tx"), ("", "x")])
+def test_a_prefix_never_joins_two_words(tmp_path: Path, prefix: str, text: str) -> None:
+    put(tmp_path / "a.png", "x")
+    assert captions(read_one(tmp_path, caption_prefix=prefix)) == {"a.png": (text,)}
+
+
+def test_shuffles_are_all_different_and_keep_the_first() -> None:
+    caption = "one, two ,three,, four, five"
+    orders = shuffled(caption, 8, 2, "key")
+    assert len(set(orders)) == 8 - 2, "three tags have six orders"
+    assert set(orders) == {
+        ", ".join(["one", "two", *rest]) for rest in permutations(["three", "four", "five"])
+    }
+    assert len(set(shuffled(caption, 100, 0, "key"))) == 100
+    assert sorted(shuffled("a, a, b", 9, 0, "key")) == ["a, a, b", "a, b, a", "b, a, a"]
+    for alone in ("no commas", "", "a,"):
+        assert shuffled(alone, 3, 0, "key") == [alone.strip(",")]
+
+
+def test_shuffles_depend_on_the_sample_alone() -> None:
+    caption = ", ".join(map(str, range(9)))
+    assert shuffled(caption, 3, 1, "a") == shuffled(caption, 5, 1, "a")[:3], "a larger N only adds"
+    assert shuffled(caption, 3, 1, "a") != shuffled(caption, 3, 1, "b")
+    first = [shuffled(caption, 1, 0, str(key))[0][0] for key in range(900)]
+    counts = [first.count(str(tag)) for tag in range(9)]
+    assert all(abs(count - 100) < 5 * math.sqrt(100 * 8 / 9) for count in counts), counts
+
+
+def test_each_caption_is_shuffled_behind_its_prefix(tmp_path: Path) -> None:
+    put(tmp_path / "a.png", "k, a, b, c\nk, d, e, f")
+    put(tmp_path / "twin.png", "k, a, b, c\nk, d, e, f")
+    put(tmp_path / "one.png", "lonely")
+    settings: dict[str, Any] = {
+        "caption_lines": True,
+        "shuffle_tags": 4,
+        "keep_tokens": 1,
+        "caption_prefix": "my, style,",
+    }
+    found = captions(read_one(tmp_path, **settings))
+    assert len(found["a.png"]) == len(set(found["a.png"])) == 8
+    for number, caption in enumerate(found["a.png"]):
+        assert caption.startswith("my, style, k, ")
+        tags = caption.removeprefix("my, style, k, ").split(", ")
+        assert sorted(tags) == [["a", "b", "c"], ["d", "e", "f"]][number // 4]
+    assert found["one.png"] == ("my, style, lonely",)
+    assert found["twin.png"] != found["a.png"], "each picture has orders of its own"
+    assert captions(read_one(tmp_path, **settings)) == found
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"shuffle_tags": -1}, "--shuffle-tags must be at least 0, not -1"),
+        ({"keep_tokens": 1}, "--keep-tokens goes with --shuffle-tags"),
+        ({"min_size": -1}, "--min-size must be at least 0, not -1"),
+    ],
+)
+def test_settings_that_cannot_be_meant(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        EncodeSettings(dataset=Path("x"), base="", out=Path("x"), **settings)

@@ -1,0 +1,181 @@
+"""A rerun encodes what is new or changed, and nothing else; it says what, and why."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+from encodes import (
+    LONG_AGO,
+    again,
+    assert_as_fresh,
+    counted,
+    make_old,
+    shards_of,
+    stamps,
+)
+from PIL import Image
+
+import precompute.encoders
+from precompute.changes import PREPROCESSING
+from precompute.records import Blob
+from precompute.report import summarise
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*settings changed")
+
+
+def test_nothing_changed_nothing_is_touched(
+    work: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    again(work, base)  # the copy's own stamps are remembered
+    before = stamps(work)
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a model is loaded, or a file opened")
+
+    for owner, name in (
+        (precompute.encoders, "LatentEncoder"),
+        (precompute.encoders, "load_text"),
+        (Blob, "read"),
+        (Path, "read_text"),
+    ):
+        monkeypatch.setattr(owner, name, refuse)
+    report = again(work, base)
+    assert stamps(work) == before
+    assert summarise(report) == "14 unchanged"
+
+
+def test_rehash_sees_what_size_and_time_hide(work: Path, base: Path) -> None:
+    again(work, base)
+    text = work / "data" / "000.txt"
+    text.write_text(text.read_text()[::-1])
+    os.utime(text, (LONG_AGO, LONG_AGO))
+    assert summarise(again(work, base)) == "14 unchanged"
+    assert summarise(again(work, base, rehash=True)) == "1 caption changed, 13 unchanged"
+    assert_as_fresh(work, base)
+
+
+def test_a_new_time_alone_changes_no_shard(work: Path, base: Path) -> None:
+    before = stamps(work / "cache")
+    make_old(work / "data", LONG_AGO + 1)
+    assert summarise(again(work, base)) == "14 unchanged"
+    after = stamps(work / "cache")
+    assert {name for name in before if before[name] != after[name]} == {"scan.json"}
+
+
+def change_caption(work: Path) -> dict[str, Any]:
+    (work / "data" / "003.txt").write_text("an edited caption")
+    return {}
+
+
+def change_picture(work: Path) -> dict[str, Any]:
+    path = work / "data" / "003.png"
+    with Image.open(path) as image:
+        size = image.size
+    Image.effect_noise(size, 80).convert("RGB").save(path)
+    return {}
+
+
+def change_both(work: Path) -> dict[str, Any]:
+    return change_caption(work) | change_picture(work)
+
+
+def change_weights(work: Path, base: Path, part: str) -> Path:
+    """A copy of the base with another tensor in one of its models."""
+    other = work / "base"
+    shutil.copytree(base, other)
+    (file,) = (other / part).glob("*.safetensors")
+    weights = safetensors.torch.load_file(file)
+    name = max(weights, key=lambda one: weights[one].numel())
+    weights[name] = weights[name] * 1.01
+    safetensors.torch.save_file(weights, file, metadata={"format": "pt"})
+    return other
+
+
+def assert_encodes(
+    work: Path, base: Path, expected: tuple[int, int], said: str, **more: Any
+) -> None:
+    """A rerun encodes so many pictures and captions, says why, and ends as it should."""
+    with counted() as count:
+        report = again(work, base, **more)
+    assert count == expected
+    assert summarise(report) == said
+    assert_as_fresh(work, base, **more)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected", "said"),
+    [
+        (change_caption, (0, 1), "1 caption changed, 13 unchanged"),
+        (change_picture, (1, 0), "1 picture changed, 13 unchanged"),
+        (change_both, (1, 1), "1 caption changed, 1 picture changed, 13 unchanged"),
+    ],
+)
+def test_a_changed_file_is_encoded_alone(
+    work: Path, base: Path, change: Any, expected: tuple[int, int], said: str
+) -> None:
+    before = stamps(work / "cache")
+    change(work)
+    assert_encodes(work, base, expected, said)
+    after = stamps(work / "cache")
+    assert sum(before[n] == after[n] for n in before if n.endswith((".tar", ".index"))) == 2 * 5
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected", "said"),
+    [
+        ({"resolution": 80}, (14, 0), f"{PREPROCESSING} changed for 14"),
+        ({"squash": True}, (9, 0), f"{PREPROCESSING} changed for 9, 5 unchanged"),
+        ({"dtype": "fp32"}, (14, 14), "dtype changed for 14"),
+        ({"mean_only": True}, (14, 0), "mean-only changed for 14"),
+    ],
+)
+def test_a_changed_setting_encodes_what_it_touches(
+    work: Path, base: Path, settings: dict[str, Any], expected: tuple[int, int], said: str
+) -> None:
+    with pytest.warns(UserWarning, match="settings changed, so pictures of a finished cache"):
+        assert_encodes(work, base, expected, said, **settings)
+
+
+def test_another_vae_leaves_the_text(work: Path, base: Path) -> None:
+    other = change_weights(work, base, "vae")
+    assert_encodes(work, base, (14, 0), "VAE changed for 14", vae=str(other))
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "text_encoder_2"])
+def test_another_text_encoder_leaves_the_latents(work: Path, base: Path, part: str) -> None:
+    other = change_weights(work, base, part)
+    assert_encodes(work, other, (0, 14), "text encoder changed for 14")
+
+
+def test_the_same_weights_elsewhere_are_the_same(work: Path, base: Path) -> None:
+    """Only the manifest tells that the VAE was named; nothing is encoded."""
+    shutil.copytree(base / "vae", work / "vae")
+    assert_encodes(work, base, (0, 0), "14 unchanged", vae=str(work / "vae"))
+
+
+# Who joins and who leaves.
+
+
+def test_who_joins_fills_new_shards_and_who_leaves_moves_nobody(work: Path, base: Path) -> None:
+    data, cache = work / "data", work / "cache"
+    before, files = shards_of(cache), stamps(cache)
+    for end in ("png", "txt"):
+        (data / f"000.{end}").rename(data / f"new.{end}")  # 64 x 64 pixels
+        (data / f"001.{end}").unlink()
+        (data / f"004.{end}").unlink()
+    assert_stays = {
+        name: paths - {"000.png", "001.png", "004.png"} for name, paths in before.items()
+    }
+    with counted() as count:
+        report = again(work, base)
+    assert count == (1, 1)
+    assert summarise(report) == "1 new, 3 removed, 11 unchanged"
+    new = {"64x64-000002": {"new.png"}}
+    assert shards_of(cache) == {n: paths for n, paths in assert_stays.items() if paths} | new
+    changed = {name for name in before if before[name] & {"000.png", "001.png", "004.png"}}
+    for name in before.keys() - changed:
+        assert stamps(cache)[f"{name}.tar"] == files[f"{name}.tar"]
+    assert_as_fresh(work, base)

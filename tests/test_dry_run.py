@@ -1,0 +1,149 @@
+"""What ``--dry-run`` says is what an encode then does; and too little disk is said at once."""
+
+import re
+import shutil
+import tarfile
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+import cli
+import precompute.encoders
+import precompute.room
+from tests.folders import put, put_list
+
+SETTINGS = ["--resolution", 64, "--bucket-step", 16, "--batch-size", 4, "--threads", 1]
+Usage = namedtuple("Usage", ["total", "used", "free"])
+
+
+def run(*arguments: Any) -> tuple[int, str]:
+    result = CliRunner().invoke(cli.commands, [str(argument) for argument in arguments])
+    return result.exit_code, result.output
+
+
+@pytest.fixture
+def data_set(pictures: Path, tmp_path: Path) -> Path:
+    """14 good pictures, one of them with a long caption; a wide one, a small one, two bad ones."""
+    folder = Path(shutil.copytree(pictures, tmp_path / "set"))
+    (folder / "000.txt").write_text("a b c d e " * 40)
+    for name, size in (("wide", (400, 80)), ("small", (40, 30))):
+        Image.new("RGB", size).save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(name)
+    put(folder / "broken.png", "broken", b"\x89PNG\r\n\x1a\n and no more")
+    put(folder / "lonely.png")
+    return folder
+
+
+@pytest.fixture
+def no_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(precompute.encoders.Encoders, "latents", property(refuse))
+    monkeypatch.setattr(precompute.encoders.Encoders, "text", property(refuse))
+
+
+def buckets(output: str) -> list[list[str]]:
+    return [line.split()[:2] for line in output.splitlines() if re.match(r" +\d+x\d+ ", line)]
+
+
+def said_bytes(output: str) -> float:
+    found = re.search(r"  about ([\d.]+) ([MG])B", output)
+    assert found, output
+    return float(found[1]) * {"M": 1e6, "G": 1e9}[found[2]]
+
+
+def bytes_in(tar: Path) -> int:
+    """Of its members with their headers; a tar of any size ends in up to 10 kB of nothing."""
+    with tarfile.open(tar) as archive:
+        return sum(512 + -(-member.size // 512) * 512 for member in archive)
+
+
+@pytest.mark.usefixtures("no_models")
+def test_it_says_all_and_writes_nothing(data_set: Path, base: Path, tmp_path: Path) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    code, output = run(
+        "encode", data_set, "--base", base, "--out", tmp_path / "out", *SETTINGS, "--dry-run"
+    )
+    assert code == 0, output
+    assert sorted(tmp_path.rglob("*")) == before
+    lines = output.splitlines()
+    assert lines[0] == f"{tmp_path / 'out'}: 16 pictures, 2 rejected"
+    assert sum(int(count) for _, count in buckets(output)) == 16
+    assert re.search(r"  cropped: [\d.]+% of the area on average; most: .*wide.png 20%", output)
+    assert re.search(r"  upscaled: \d+ smaller than their bucket; most: small.png \d\.\d\d", output)
+    assert "  cut: 1 captions longer than 77 tokens (75 of the text's); most: 000.png 200" in lines
+    assert "  --long-captions 3 would hold them all" in lines
+    assert "  rejected: lonely.png: no caption: lonely.txt is missing" in lines
+    assert any(line.startswith("  rejected: broken.png: ") for line in lines)
+    assert lines[-1] == "nothing was encoded or written (--dry-run)"
+
+
+VARIED = ["--flip", "--crops", 2, "--long-captions", 2, "--shuffle-tags", 2, "--mean-only"]
+
+
+@pytest.mark.parametrize("more", [[], VARIED, ["--dtype", "fp32", "--min-size", 50]])
+def test_what_it_says_comes_true(
+    data_set: Path, base: Path, tmp_path: Path, more: list[Any]
+) -> None:
+    (data_set / "broken.png").unlink()
+    with Image.open(data_set / "001.png") as image:
+        Image.new("L", image.size, 255).save(data_set / "001.mask.png")
+    Image.new("L", (64, 20), 255).save(data_set / "002.mask.png")
+    command = ["encode", data_set, "--base", base, "--out", tmp_path / "out", *SETTINGS, *more]
+    code, told = run(*command, "--dry-run")
+    assert code == 0, told
+    assert "  rejected: 002.png: its mask: ValueError: of 64 x 20 pixels, where its" in told
+    code, done = run(*command)
+    assert code == 0, done
+    assert buckets(told) == buckets(done)
+    num_bytes = sum(map(bytes_in, (tmp_path / "out").glob("*.tar")))
+    assert said_bytes(told) == pytest.approx(num_bytes, rel=0.05)
+    for pattern in (r"^  ([\d,]+) variants of them", r"^  ([\d,]+) pictures an epoch"):
+        both = [re.findall(pattern, text, re.MULTILINE) for text in (told, done)]
+        assert both[0] == both[1], pattern
+    cut = re.findall(r"  cut: (\d+) captions", told)
+    assert cut == re.findall(r"  (\d+) captions cut at", done) and len(cut) == 1
+
+
+def test_repeats_are_counted(data_set: Path, base: Path, tmp_path: Path) -> None:
+    put_list(data_set, {"file_name": "000.png", "text": "x", "repeats": 7, "mask": "000.png"})
+    code, output = run(
+        "encode", data_set, "--base", base, "--out", tmp_path / "out", *SETTINGS, "--dry-run"
+    )
+    assert code == 0, output
+    assert "  7 pictures an epoch, with repeats" in output.splitlines()
+    assert "  1 mask pictures" in output.splitlines()
+
+
+def test_small_pictures_are_refused_by_size(data_set: Path, base: Path, tmp_path: Path) -> None:
+    code, output = run(
+        *("encode", data_set, "--base", base, "--out", tmp_path / "out", *SETTINGS),
+        *("--min-size", 31, "--dry-run"),
+    )
+    assert code == 0, output
+    why = "40 x 30 pixels: its shorter side has fewer than --min-size 31"
+    assert f"small.png: {why}" in output
+    assert "15 pictures, 3 rejected" in output
+
+
+@pytest.mark.usefixtures("no_models")
+def test_too_little_disk_is_said_before_the_first_picture(
+    data_set: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = Usage(10**9, 10**9 - 10**5, 10**5)
+    monkeypatch.setattr(precompute.room.shutil, "disk_usage", lambda _: usage)
+    out = tmp_path / "out"
+    code, output = run("encode", data_set, "--base", base, "--out", out, *SETTINGS)
+    assert code == 1, output
+    (line,) = (line for line in output.splitlines() if line.startswith("Error: "))
+    assert re.search(
+        r"out: needs about 0\.\d\d MB of disk, where 0\.10 MB are free: make room", line
+    )
+    assert not [*out.glob("*.tar")]
+    _, told = run("encode", data_set, "--base", base, "--out", out, *SETTINGS, "--dry-run")
+    assert "0.10 MB are free on the disk of" in told and "too little for a fresh encode" in told

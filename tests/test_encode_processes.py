@@ -1,0 +1,109 @@
+"""Encoding on several processes: the bytes of one, and no rank waits for another at work."""
+
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from encodes import contents, encode, settings_of
+
+import precompute.encode
+from tools.draw_pictures import draw_pictures
+
+ROOT = Path(__file__).parent.parent
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["precompute.encode", "transformers", "diffusers"])
+
+
+def _rank(rank: int, world: int, port: int, settings: Any, output: Path) -> None:
+    with open(output, "a") as file:
+        os.dup2(file.fileno(), sys.stdout.fileno())
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(world), **address})
+    torch.set_num_threads(2)
+    precompute.encode.encode(settings)
+
+
+def encode_on(world: int, data: Path, base: Path, out: Path, **settings: Any) -> Path:
+    """As ``encode``, on ``world`` processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    output = out.with_name(out.name + ".output")
+    arguments = (world, port, settings_of(data, base, out, **settings), output)
+    ranks = [_context.Process(target=_rank, args=(rank, *arguments)) for rank in range(world)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(120)
+    assert [rank.exitcode for rank in ranks] == [0] * world, output.read_text()
+    return out
+
+
+@pytest.fixture(scope="module")
+def alone(pictures: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("alone") / "cache"
+    encode(pictures, base, out)
+    return out
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_any_number_of_processes_writes_the_same_bytes(
+    alone: Path, pictures: Path, base: Path, tmp_path: Path, world: int
+) -> None:
+    """Whatever number of threads the launcher gave them."""
+    out = encode_on(world, pictures, base, tmp_path / "cache")
+    assert contents(out) == contents(alone)
+
+
+def test_a_rerun_on_several_processes_copies_what_is_right(
+    pictures: Path, base: Path, tmp_path: Path
+) -> None:
+    """train/ and val/ at once, and shards taken apart and put together again."""
+    outs = [tmp_path / "one", tmp_path / "several"]
+    for out, world in zip(outs, (1, 2), strict=True):
+        for change in ({"shard_size": 2}, {"repack": True, "shard_size": 5}):
+            if world == 1:
+                precompute.encode.encode(settings_of(pictures, base, out, val_share=0.3, **change))
+            else:
+                encode_on(world, pictures, base, out, val_share=0.3, **change)
+    assert contents(outs[0]) == contents(outs[1])
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_ends_the_others_and_a_rerun_finishes(
+    base: Path, tmp_path: Path
+) -> None:
+    draw_pictures(tmp_path / "data", count=60, size=64)
+    out = tmp_path / "cache"
+    given = [str(tmp_path / "data"), "--base", str(base), "--out", str(out), "--gpus", "2"]
+    given += ["--resolution", "64", "--bucket-step", "16", "--shard-size", "3", "--batch-size", "4"]
+    child = subprocess.Popen(
+        [sys.executable, "cli.py", "encode", *given, "--threads", "1", "--device", "cpu"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and len(list(out.glob("*.index"))) < 4:
+        time.sleep(0.005)
+    ranks = [
+        int(pid) for pid in Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
+    ]
+    os.kill(ranks[-1], signal.SIGKILL)
+    output, _ = child.communicate(timeout=120)
+    assert child.returncode == 1, output
+    assert "was killed by SIGKILL" in output and "Traceback" not in output
+    assert len(list(out.glob("*.index"))) < 20 and not (out / "manifest.json").exists()
+    encode(tmp_path / "data", base, out)
+    encode(tmp_path / "data", base, tmp_path / "whole")
+    assert contents(out) == contents(tmp_path / "whole")

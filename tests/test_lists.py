@@ -1,0 +1,172 @@
+"""A list comes through line by line: each refusal has its reason, and stops nothing."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from precompute.records import Source
+from shards.reader import Cache
+from tests.conftest import Encode
+from tests.folders import (
+    captions,
+    key_of,
+    picture,
+    put,
+    put_list,
+    read_one,
+    reasons,
+)
+
+
+@pytest.mark.parametrize("name", ["captions.jsonl", "metadata.jsonl"])
+@pytest.mark.parametrize("text", ["text", "caption"])
+@pytest.mark.parametrize("file", ["file_name", "file", "image"])
+def test_lists_and_their_fields(tmp_path: Path, name: str, text: str, file: str) -> None:
+    put(tmp_path / "a.png", "not this text")
+    put_list(tmp_path, {file: "a.png", text: " a cat ", "other": 1}, name=name)
+    assert captions(read_one(tmp_path)) == {"a.png": ("a cat",)}
+
+
+def test_a_list_looks_beside_itself_then_in_images(tmp_path: Path) -> None:
+    for name in ("a.png", "both.png", "sub/b.png", "images/both.png", "images/c.png"):
+        put(tmp_path / name)
+    names = ["a.png", "both.png", "sub/b.png", "c.png", "./images/both.png"]
+    put_list(tmp_path, *({"file_name": name, "text": name} for name in names))
+    source = read_one(tmp_path)
+    assert captions(source) == {
+        "a.png": ("a.png",),
+        "both.png": ("both.png",),
+        "sub/b.png": ("sub/b.png",),
+        "images/c.png": ("c.png",),
+        "images/both.png": ("./images/both.png",),
+    }
+    assert reasons(source) == {}
+
+
+def test_a_list_may_have_a_mark_blank_lines_and_line_separators(tmp_path: Path) -> None:
+    """U+2028 ends a line for str.splitlines, not for JSON lines."""
+    for name in ("a.png", "b.png"):
+        put(tmp_path / name)
+    lines = '\ufeff{"file_name": "a.png", "text": "x\u2028y\u0085z"}\r\n\r\n  \n'
+    put_list(tmp_path, lines + '{"file_name": "b.png", "text": "b"}\n')
+    source = read_one(tmp_path)
+    assert captions(source) == {"a.png": ("x\u2028y\u0085z",), "b.png": ("b",)}
+    assert reasons(source) == {}
+
+
+BAD_LINES: list[tuple[Any, str, str]] = [
+    ('{"file_name": "a.png", ', "captions.jsonl:{}", "not valid JSON: "),
+    ("a.png a cat", "captions.jsonl:{}", "not valid JSON: "),
+    (["a.png", "a cat"], "captions.jsonl:{}", "not a JSON object"),
+    ({"text": "a cat"}, "captions.jsonl:{}", "names no picture: none of file_name, file, image"),
+    ({"file_name": 5, "text": "x"}, "captions.jsonl:{}", "names no picture"),
+    ({"file_name": "", "text": "x"}, "captions.jsonl:{}", "names no picture"),
+    ({"file_name": "none.png", "text": "x"}, "none.png", "captions.jsonl:{}: no such file"),
+    ({"file_name": "sub", "text": "x"}, "sub", "captions.jsonl:{}: no such file"),
+    ({"file_name": "no\0.png", "text": "x"}, "no\0.png", "captions.jsonl:{}: no such file"),
+    ({"file_name": "a.png", "text": "x"}, "captions.jsonl:{}", "a.png is named a second time"),
+    ({"file_name": "./a.png", "text": "x"}, "captions.jsonl:{}", "a.png is named a second time"),
+    ({"file_name": "empty.png", "text": " "}, "empty.png", "its caption is empty"),
+    ({"file_name": "null.png", "text": None}, "null.png", "captions.jsonl:{}: no caption"),
+    ({"file_name": "bare.png"}, "bare.png", "captions.jsonl:{}: no caption"),
+    ({"file_name": "../x.png", "text": "x"}, "../x.png", "lies outside the data set"),
+    ({"file_name": "broken.png", "text": "x"}, "broken.png", "not a picture that Pillow can read"),
+    ({"file_name": "text.md", "text": "x"}, "text.md", "not a picture that Pillow can read"),
+    ({"file_name": "half.jpg", "text": "x"}, "half.jpg", "truncated"),
+    ({"file_name": "half.png", "text": "x"}, "half.png", "truncated"),
+]
+
+
+@pytest.fixture
+def refused(tmp_path: Path) -> Path:
+    """BAD_LINES after two good ones, and a picture that no line names."""
+    folder = tmp_path / "set"
+    whole = picture("PNG", 64)
+    for name in ("a.png", "b.png", "null.png", "bare.png", "empty.png", "unnamed.png"):
+        put(folder / name, data=whole)
+    put(tmp_path / "x.png", data=whole)
+    (folder / "sub").mkdir()
+    put(folder / "broken.png", data=b"\x89P and then nothing of the kind")
+    put(folder / "text.md", data=b"# Not a picture")
+    for name, form in (("half.jpg", "JPEG"), ("half.png", "PNG")):
+        data = picture(form, 64)
+        put(folder / name, data=data[: len(data) * 3 // 4])
+    good = [{"file_name": name, "text": "good"} for name in ("a.png", "b.png")]
+    put_list(folder, *good, *(line for line, _, _ in BAD_LINES))
+    return folder
+
+
+def test_every_refusal_has_its_reason_and_stops_nothing(
+    refused: Path, tmp_path: Path, encode_to: Encode
+) -> None:
+    out = encode_to(refused, tmp_path / "cache")
+    text = (out / "rejected.jsonl").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in text.split("\n")[:-1]]
+    assert [row["key"] for row in rows] == sorted(key_of(row["path"]) for row in rows)
+    assert all(row["key"] == key_of(row["path"]) for row in rows)
+    found = {row["path"]: row["reason"] for row in rows}
+    assert found.pop("unnamed.png") == "not named in captions.jsonl, so it has no caption"
+    expected = {path.format(n): why.format(n) for n, (_, path, why) in enumerate(BAD_LINES, 3)}
+    assert set(found) == set(expected)
+    for path, why in expected.items():
+        assert why.lower() in found[path].lower(), path
+        assert "\n" not in found[path]
+    cache = Cache(out)
+    (group,) = cache.groups()
+    places = [cache.locate(group, row) for row in range(group.count)]
+    assert {shard.about(row)["path"] for shard, row in places} == {"a.png", "b.png"}
+
+
+def test_a_list_of_refused_lines_only_is_no_error(tmp_path: Path) -> None:
+    put_list(tmp_path, {"file_name": "gone.png", "text": "x"})
+    source = read_one(tmp_path)
+    assert (source.records, set(reasons(source))) == ([], {"gone.png"})
+    assert len(source.records) + len(source.rejected) == 1
+
+
+def one_more(folder: Path, line: str) -> Source:
+    """A good picture and one bad line."""
+    put(folder / "good.png")
+    put_list(folder, {"file_name": "good.png", "text": "good"}, line)
+    source = read_one(folder)
+    assert "good.png" in captions(source)
+    return source
+
+
+def test_a_name_too_long_for_the_file_system_is_refused(tmp_path: Path) -> None:
+    """As when a line has its caption in the place of its name."""
+    line = json.dumps({"file_name": "a cat " * 50, "text": "cat.png"})
+    assert "no such file" in reasons(one_more(tmp_path, line))["a cat " * 50]
+
+
+def test_half_a_surrogate_pair_in_a_name_is_refused(tmp_path: Path) -> None:
+    source = one_more(tmp_path, '{"file_name": "\\ud83d.png", "text": "x"}')
+    assert [item.key for item in source.rejected] == [key_of(item) for item in reasons(source)]
+
+
+def test_half_a_surrogate_pair_in_a_caption_is_refused(tmp_path: Path) -> None:
+    """As a tool writes it that cuts captions inside an emoji."""
+    put(tmp_path / "cut.png")
+    source = one_more(tmp_path, '{"file_name": "cut.png", "text": "x \\ud83d"}')
+    assert set(captions(source)) == {"good.png"}
+
+
+def test_endless_brackets_are_no_json(tmp_path: Path) -> None:
+    assert "JSON" in reasons(one_more(tmp_path, "[" * 200_000))["captions.jsonl:2"]
+
+
+def test_an_absolute_name_in_a_relative_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path / "set" / "a.png")
+    put_list(tmp_path / "set", {"file_name": str(tmp_path / "set" / "a.png"), "text": "a"})
+    monkeypatch.chdir(tmp_path)
+    assert set(captions(read_one(Path("set")))) == {"a.png"}
+
+
+def test_a_detour_names_the_same_file(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    source = one_more(tmp_path, '{"file_name": "sub/../good.png", "text": "x"}')
+    assert reasons(source) == {"captions.jsonl:2": "good.png is named a second time"}

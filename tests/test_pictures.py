@@ -1,0 +1,340 @@
+"""Any picture: taken whole and in the right colours, or refused with the true reason."""
+
+import io
+import json
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image, ImageCms
+
+import cli
+import precompute.images
+from precompute.colours import to_srgb
+from precompute.images import LARGE_PIXELS, open_picture, picture_size, room_for
+from precompute.refusals import PictureError, explain, unidentified
+from shards.reader import Cache
+from tests.picture_files import (
+    SIZE,
+    bad_files,
+    good_files,
+    linear_profile,
+    png_16,
+    png_part,
+    saved,
+    scene,
+    srgb_profile,
+)
+
+LYING = {f"turned-{turned}.jpg" for turned in range(5, 9)}
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 good pictures and 40 that are none."""
+    folder = tmp_path_factory.mktemp("mixed")
+    for name, data, *_ in (*good_files(), *bad_files()):
+        (folder / name).write_bytes(data)
+        (folder / name).with_suffix(".txt").write_text(f"about {name}")
+    return folder
+
+
+def run_encode(data_set: Path, out: Path, base: Path, *flags: str) -> Result:
+    """``cli.py encode`` in this process."""
+    settings = ["--resolution", "64", "--bucket-step", "16", "--batch-size", "4", "--threads", "1"]
+    command = ["encode", str(data_set), "--base", str(base), "--out", str(out), *settings, *flags]
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        return CliRunner().invoke(cli.commands, command)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def rejected(cache: Path) -> dict[str, str]:
+    lines = (cache / "rejected.jsonl").read_text().splitlines()
+    return {row["path"]: row["reason"] for row in map(json.loads, lines)}
+
+
+def test_60_are_encoded_and_40_rejected_for_their_true_reasons(
+    mixed: Path, tmp_path: Path, base: Path
+) -> None:
+    run = run_encode(mixed, tmp_path / "cache", base)
+    assert run.exit_code == 0, run.output
+    cache = Cache(tmp_path / "cache")
+    paths = {s.about(row)["path"] for s in cache.shards() for row in range(len(s.index))}
+    assert paths == {name for name, _ in good_files()}
+    assert len(paths) == 60
+    reasons = {name: reason for name, _, reason in bad_files()}
+    assert len(reasons) == 40
+    assert rejected(tmp_path / "cache") == reasons
+    assert "Warning: 40 rejected, see" in run.stderr
+    assert "60 pictures in" in run.stdout
+    again = run_encode(mixed, tmp_path / "cache", base, "--max-rejected", "0.3")
+    assert again.exit_code == 1
+    assert "40% of the pictures were rejected" in again.stderr
+    assert Cache(tmp_path / "cache").manifest == cache.manifest
+
+
+def test_good_files_keep_their_pixels() -> None:
+    """As Pillow alone makes them RGB, where no profile, depth or transparency is in the way."""
+    num_alike = 0
+    for name, data in good_files():
+        picture = open_picture(data)
+        assert picture.mode == "RGB"
+        size = SIZE[::-1] if name in LYING else SIZE
+        assert picture.size == picture_size(data) == size, name
+        with Image.open(io.BytesIO(data)) as plain:
+            plain.load()
+            turned = plain.getexif().get(0x0112, 1) != 1
+            is_plain = plain.mode in ("1", "L", "P", "RGB", "CMYK") and "profile" not in name
+            if is_plain and not turned and not plain.has_transparency_data:
+                num_alike += 1
+                assert picture.tobytes() == plain.convert("RGB").tobytes(), name
+    assert num_alike > 25
+
+
+@pytest.mark.parametrize("name", ["animated.png", "animated.gif", "animated.webp", "pages.tif"])
+def test_of_several_pictures_the_first_is_taken(name: str) -> None:
+    picture = np.asarray(open_picture(dict(good_files())[name])).astype(int)
+    assert abs(picture - np.asarray(scene())).mean() < 8
+    assert abs(picture - np.asarray(scene(seed=1))).mean() > 20
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_16_bits_keep_their_levels(channels: int) -> None:
+    levels = np.arange(256, dtype=np.uint16).reshape(16, 16, 1).repeat(channels, axis=2) * 257
+    if channels in (2, 4):
+        levels[..., -1] = 65535
+    picture = np.asarray(open_picture(png_16(levels))).astype(int)
+    assert abs(picture - (levels[..., :1] >> 8)).max() <= 1
+
+
+# Colour profiles.
+
+
+def as_srgb(linear: Any) -> Any:
+    """Shares of light to sRGB's levels (IEC 61966-2-1)."""
+    return 255 * np.where(
+        linear <= 0.0031308, 12.92 * linear, 1.055 * np.maximum(linear, 1e-9) ** (1 / 2.4) - 0.055
+    )
+
+
+@pytest.mark.parametrize("form", ["PNG", "WEBP", "TIFF"])
+def test_a_linear_profile_has_its_known_effect(form: str) -> None:
+    options = {"lossless": True} if form == "WEBP" else {}
+    data = saved(scene(), form, icc_profile=linear_profile(), **options)
+    expected = as_srgb(np.asarray(scene()) / 255)
+    assert abs(np.asarray(open_picture(data)) - expected).max() <= 2
+    assert abs(np.asarray(scene()) - expected).max() > 50
+
+
+def test_a_grey_profile_has_its_known_effect() -> None:
+    grey = scene().convert("L")
+    data = saved(grey, "PNG", icc_profile=linear_profile(b"GRAY"))
+    expected = as_srgb(np.asarray(grey)[..., None] / 255)
+    assert abs(np.asarray(open_picture(data)) - expected).max() <= 2
+
+
+def test_a_profile_does_what_imagecms_does() -> None:
+    profile = linear_profile()
+    source, target = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
+    expected = ImageCms.profileToProfile(scene(), source, target, outputMode="RGB")
+    assert expected is not None
+    found = open_picture(saved(scene(), "PNG", icc_profile=profile))
+    assert found.tobytes() == expected.tobytes()
+
+
+def test_a_profile_is_applied_below_the_transparency() -> None:
+    image = scene().convert("RGBA")
+    image.putalpha(128)
+    data = saved(image, "PNG", icc_profile=linear_profile())
+    expected = (as_srgb(np.asarray(scene()) / 255) + 255) / 2
+    assert abs(np.asarray(open_picture(data)) - expected).max() <= 3
+
+
+def test_a_grey_picture_may_have_a_profile_of_colours() -> None:
+    grey = scene().convert("L")
+    data = saved(grey, "PNG", icc_profile=linear_profile())
+    expected = as_srgb(np.asarray(grey)[..., None] / 255)
+    assert abs(np.asarray(open_picture(data)) - expected).max() <= 2
+
+
+@pytest.mark.parametrize(
+    ("mode", "profile"),
+    [
+        ("RGB", srgb_profile()),
+        ("RGB", srgb_profile()[:200]),
+        ("RGB", b"no profile"),
+        ("RGB", linear_profile(b"GRAY")),
+        ("CMYK", linear_profile()),
+    ],
+    ids=["sRGB", "cut", "none", "of greys", "of light"],
+)
+def test_a_profile_that_says_nothing_changes_nothing(mode: str, profile: bytes) -> None:
+    image = scene().convert(mode)
+    image.info["icc_profile"] = profile
+    assert to_srgb(image).tobytes() == image.convert("RGB").tobytes()
+
+
+# JPEGs with a part missing, and an end mark after what is left.
+
+
+def cut_inside(data: bytes, num: int) -> bytes:
+    assert data.endswith(b"\xff\xd9")
+    return data[: -2 - num] + b"\xff\xd9"
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+@pytest.mark.parametrize(
+    "options", [{}, {"progressive": True}, {"restart_marker_rows": 1}, {"restart_marker_blocks": 1}]
+)
+def test_a_cut_jpeg_is_refused_though_it_has_an_end_mark(mode: str, options: Any) -> None:
+    data = saved(scene((160, 128)).convert(mode), "JPEG", **options)
+    whole, num_glued = open_picture(data).tobytes(), 0
+    for num in (60, 80, *range(100, len(data) * 3 // 4, 131)):  # more than the last block
+        with pytest.raises((PictureError, OSError)) as caught:
+            open_picture(cut_inside(data, num))
+        assert "truncated" in explain(caught.value), num
+        num_glued += "a part before it is missing" in str(caught.value)  # Pillow alone takes it
+    assert num_glued > 3
+    assert open_picture(data).tobytes() == whole
+
+
+@pytest.mark.parametrize("level", range(120, 137))
+@pytest.mark.parametrize("progressive", [False, True])
+def test_grey_jpegs_are_whole(level: int, progressive: bool) -> None:
+    image = Image.new("RGB", (70, 50), (level, level, level))
+    assert open_picture(saved(image, "JPEG", progressive=progressive)).size == (70, 50)
+
+
+def test_a_jpeg_with_more_behind_its_end_is_whole() -> None:
+    data = saved(scene(), "JPEG", progressive=True)
+    assert open_picture(data + b"trailer \xff\xd8 of a phone" * 9).tobytes() == (
+        open_picture(data).tobytes()
+    )
+
+
+def test_a_jpeg_that_lacks_scans_is_refused() -> None:
+    """Of a progressive file, whole up to some scan: it would be blurred, not grey."""
+    data = saved(scene(), "JPEG", progressive=True)
+    starts = [place for place in range(len(data)) if data[place : place + 2] == b"\xff\xda"]
+    assert len(starts) > 5
+    for start in starts[1:]:
+        with pytest.raises(PictureError, match="a part before it is missing"):
+            open_picture(data[:start] + b"\xff\xd9")
+
+
+@pytest.mark.parametrize("form", ["PNG", "GIF", "WEBP", "AVIF", "JPEG2000", "BMP", "PPM", "TIFF"])
+def test_other_forms_are_refused_wherever_they_are_cut(form: str) -> None:
+    data = saved(scene(), form)
+    for share in np.linspace(0.02, 0.98, 25):
+        with pytest.raises(Exception) as caught:
+            open_picture(data[: int(len(data) * share)])
+        reason = explain(caught.value)
+        assert "truncated" in reason or "damaged" in reason or "no picture" in reason, reason
+        assert "\n" not in reason and "Error" not in reason and " at 0x" not in reason
+
+
+# Sizes.
+
+
+def test_sizes_are_refused_before_a_pixel_is_decoded() -> None:
+    header = struct.pack(">IIBBBBB", 2**31 - 1, 2**31 - 1, 8, 2, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n" + png_part(b"IHDR", header) + png_part(b"IDAT", b"")
+    for read in (picture_size, open_picture):
+        with pytest.raises(PictureError, match=r"^2147483647 x 2147483647 pixels are more than"):
+            read(data)
+
+
+def test_the_longest_that_is_taken_is_8_to_1() -> None:
+    assert picture_size(saved(Image.new("L", (800, 100)), "PNG")) == (800, 100)
+    with pytest.raises(PictureError, match="100 x 801 pixels are longer than 8:1"):
+        picture_size(saved(Image.new("L", (100, 801)), "PNG"))
+
+
+def test_of_large_pictures_one_is_in_memory() -> None:
+    large, small = (LARGE_PIXELS, 2), (1000, 1000)
+    with room_for(large), room_for(small):
+        taken = threading.Event()
+
+        def wait() -> None:
+            with room_for(large):
+                taken.set()
+
+        other = threading.Thread(target=wait)
+        other.start()
+        assert not taken.wait(0.1)
+    other.join()
+    assert taken.is_set()
+
+
+def test_the_header_of_a_png_is_read_without_its_pixels() -> None:
+    data = saved(scene(), "PNG")
+    place = data.index(b"IDAT") + 4
+    assert picture_size(data[:place] + bytes(len(data) - place)) == SIZE
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_png_may_lie_on_its_side(late: bool) -> None:
+    """Its EXIF may follow the pixels."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = saved(scene(), "PNG", exif=exif)
+    if late:
+        start = data.index(b"eXIf") - 4
+        (length,) = struct.unpack(">I", data[start : start + 4])
+        part = data[start : start + 12 + length]
+        data = data.replace(part, b"")
+        end = data.index(b"IEND") - 4
+        data = data[:end] + part + data[end:]
+    assert picture_size(data) == open_picture(data).size == SIZE[::-1]
+
+
+# Others.
+
+
+def test_heic_is_taken_with_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for pillow-heif, which is not installed: it registers an opener."""
+    plugin = types.ModuleType("pillow_heif")
+
+    def register() -> None:
+        Image.register_open("HEIF", lambda file, name: open_as_ppm(file), lambda start: True)
+
+    def open_as_ppm(file: Any) -> Any:
+        return Image.open(io.BytesIO(saved(scene(), "PPM")))
+
+    plugin.register_heif_opener = register  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "pillow_heif", plugin)
+    precompute.images._heif_plugin.cache_clear()
+    data = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(50)
+    try:
+        assert open_picture(data).tobytes() == scene().tobytes()
+    finally:
+        monkeypatch.undo()
+        Image.OPEN.pop("HEIF", None)
+        Image.ID.remove("HEIF")
+        precompute.images._heif_plugin.cache_clear()
+    with pytest.raises(PictureError, match="a HEIC picture"):
+        open_picture(data)
+
+
+def test_memory_that_runs_out_is_no_property_of_a_picture() -> None:
+    with pytest.raises(MemoryError):
+        explain(MemoryError())
+
+
+def test_postscript_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "Popen", None)
+    data = saved(scene(), "EPS")
+    with pytest.raises(PictureError, match="a PostScript drawing"):
+        open_picture(data)
+    assert "PostScript" in str(unidentified(data))

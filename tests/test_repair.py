@@ -1,0 +1,171 @@
+"""``verify --repair`` drops what is damaged and nothing else; the next encode makes it again."""
+
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from cli import commands
+from shards import CacheError
+from shards.manifest import MANIFEST, read_manifest
+from shards.repair import drop_damaged
+from shards.verify import verify
+from tests.conftest import Encode
+from tools.draw_pictures import draw_pictures
+
+Verify = Callable[..., Result]
+SIDE = ["unconditional.safetensors", "rejected.jsonl"]
+
+
+@pytest.fixture(scope="module")
+def data_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("repair-pictures")
+    draw_pictures(folder, count=9, size=64)
+    (folder / "broken.png").write_bytes(b"no picture")
+    (folder / "broken.txt").write_text("a picture that cannot be read")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(
+    tmp_path_factory: pytest.TempPathFactory, data_set: Path, encode_to: Callable[..., Path]
+) -> Path:
+    """5 shards in 3 buckets. Not to be changed."""
+    return encode_to(data_set, tmp_path_factory.mktemp("repair") / "whole", shard_size=2)
+
+
+@pytest.fixture
+def cache(whole: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(whole, tmp_path / "cache")
+
+
+@pytest.fixture
+def run_verify() -> Iterator[Verify]:
+    before = signal.getsignal(signal.SIGTERM)
+    yield lambda *arguments: CliRunner().invoke(commands, ["verify", *map(str, arguments)])
+    signal.signal(signal.SIGTERM, before)
+
+
+def damage(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All that is of the cache, not of this machine."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "scan.json"}
+
+
+@pytest.mark.parametrize("end", ["tar", "index"])
+def test_a_damaged_shard_is_dropped_and_made_again(
+    end: str, cache: Path, whole: Path, data_set: Path, run_verify: Verify, encode_to: Encode
+) -> None:
+    damage(cache / f"64x64-000001.{end}")
+    run = run_verify(cache, "--repair")
+    assert run.exit_code == 1
+    lines = run.stdout.splitlines()
+    assert lines[0].startswith(f"{cache}/64x64-000001.{end}: ")
+    assert lines[1:] == [
+        f"{cache}/64x64-000001: dropped, with its 1 samples",
+        "next: run the same encode again, it makes what was dropped",
+    ]
+    gone = {f"64x64-000001.{one}" for one in ("tar", "index")} | {MANIFEST}
+    assert contents(whole).keys() - contents(cache).keys() == gone
+    with pytest.raises(CacheError, match="unfinished; run the same encode again"):
+        read_manifest(cache)
+    encode_to(data_set, cache, shard_size=2)
+    assert contents(cache) == contents(whole)
+    assert run_verify(cache, "--repair").exit_code == 0
+
+
+@pytest.mark.parametrize("name", [*SIDE, MANIFEST])
+@pytest.mark.parametrize("harm", [damage, Path.unlink], ids=["damaged", "missing"])
+def test_side_files_are_made_again(
+    name: str,
+    harm: Callable[[Path], None],
+    cache: Path,
+    whole: Path,
+    data_set: Path,
+    run_verify: Verify,
+    encode_to: Encode,
+) -> None:
+    harm(cache / name)
+    run = run_verify(cache, "--repair")
+    missing = name == MANIFEST and harm is Path.unlink
+    assert run.exit_code == (2 if missing else 1)
+    assert ("dropped" in run.stdout) == (not missing)
+    encode_to(data_set, cache, shard_size=2)
+    assert contents(cache) == contents(whole)
+
+
+def test_under_a_damaged_manifest_shards_are_checked_too(
+    cache: Path, whole: Path, data_set: Path, run_verify: Verify, encode_to: Encode
+) -> None:
+    """Encode alone would trust a tar of the right size."""
+    damage(cache / MANIFEST)
+    damage(cache / "64x64-000000.tar")
+    damage(cache / "48x80-000000.index")
+    run = run_verify(cache, "--repair")
+    assert run.exit_code == 1
+    for name in ("64x64-000000", "48x80-000000", MANIFEST):
+        assert f"{cache}/{name}: dropped" in run.stdout
+    encode_to(data_set, cache, shard_size=2)
+    assert contents(cache) == contents(whole)
+
+
+def test_a_whole_cache_is_left_alone(cache: Path, whole: Path, run_verify: Verify) -> None:
+    run = run_verify(cache, "--repair")
+    assert (run.exit_code, "all whole" in run.stdout) == (0, True)
+    assert contents(cache) == contents(whole)
+
+
+def test_what_is_not_of_the_cache_stays(cache: Path, run_verify: Verify) -> None:
+    before = contents(cache)
+    (cache / "notes.txt").write_text("mine")
+    run = run_verify(cache, "--repair")
+    assert run.exit_code == 1
+    assert "dropped" not in run.stdout
+    assert contents(cache) == before | {"notes.txt": b"mine"}
+
+
+def test_without_the_flag_nothing_is_dropped(cache: Path, run_verify: Verify) -> None:
+    damage(cache / "64x64-000001.tar")
+    before = contents(cache)
+    assert run_verify(cache).exit_code == 1
+    assert contents(cache) == before
+
+
+def test_the_manifest_goes_first_and_the_mark_before_its_tar(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    damage(cache / "64x64-000000.tar")
+    damage(cache / "rejected.jsonl")
+    manifest = read_manifest(cache)
+    found = [*verify(cache, manifest)]
+    gone: list[str] = []
+    real = Path.unlink
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        gone.append(path.name)
+        real(path, missing_ok=missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    drop_damaged(cache, manifest, found)
+    assert gone == [MANIFEST, "64x64-000000.index", "64x64-000000.tar", "rejected.jsonl"]
+
+
+def test_a_cache_that_is_written_is_not_repaired(cache: Path, run_verify: Verify) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    damage(cache / "64x64-000000.tar")
+    before = contents(cache)
+    with open(cache / "encode.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        run = run_verify(cache, "--repair")
+        assert run.exit_code == 2
+        assert "another encode writes to it" in run.stderr
+    (cache / "encode.lock").unlink()
+    assert contents(cache) == before

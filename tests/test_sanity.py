@@ -1,0 +1,209 @@
+"""Latents that are not what the VAE gives are seen, whatever the VAE; right ones raise no alarm."""
+
+import json
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import precompute.halves
+import precompute.images
+import precompute.latents
+from precompute.images import open_picture, render
+from precompute.latents import LatentEncoder
+from precompute.sanity import (
+    SIDE,
+    alarms_of_drawings,
+    alarms_of_picture,
+    draw,
+    measure_drawings,
+    measure_picture,
+)
+from sdxl.load import load_vae
+from shards.buckets import cover
+from shards.manifest import MANIFEST
+from tests.conftest import Encode
+from tests.picture_files import linear_profile, saved, scene
+
+CPU = torch.device("cpu")
+Change = Callable[[torch.Tensor], torch.Tensor]
+PIXEL_FAULTS: dict[str, Change] = {
+    "no normalisation": lambda pixels: (pixels + 1) / 2,
+    "swapped channels": lambda pixels: pixels.flip(1),
+}
+
+
+def plant(patch: pytest.MonkeyPatch, fault: str) -> None:
+    """In the stage's own code, as a slip of the pen would."""
+    if fault == "doubled scale":
+        real: Any = precompute.latents.scale_mean
+        patch.setattr(precompute.latents, "scale_mean", lambda *args: 2 * real(*args))
+        return
+    change, render_variants = PIXEL_FAULTS[fault], precompute.images.render_variants
+    for module in (precompute.images, precompute.halves):
+        patch.setattr(module, "render_variants", lambda *args: change(render_variants(*args)))
+
+
+def sanity_of(cache: Path) -> Any:
+    return json.loads((cache / MANIFEST).read_text())["sanity"]
+
+
+def told(caught: list[warnings.WarningMessage]) -> list[str]:
+    return [str(one.message) for one in caught if "DO NOT TRAIN" in str(one.message)]
+
+
+@pytest.mark.parametrize("fault", [*PIXEL_FAULTS, "doubled scale"])
+@pytest.mark.parametrize("which", ["random", "miniature"])
+def test_a_planted_fault_is_seen(
+    fault: str,
+    which: str,
+    base: Path,
+    pictures: Path,
+    tmp_path: Path,
+    encode_to: Encode,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = {"base": "miniature"} if which == "miniature" else {}
+    with monkeypatch.context() as patch:
+        plant(patch, fault)
+        with pytest.warns(UserWarning, match="DO NOT TRAIN ON THIS CACHE") as caught:
+            encode_to(pictures, tmp_path / "cache", **settings)
+    lines = told([*caught])
+    assert any("built-in drawings" in line for line in lines)
+    if fault != "swapped channels":  # which some pictures look the same with
+        assert any(".png: its latents are" in line for line in lines)
+    assert all("\n" not in line for line in lines)
+    with pytest.warns(UserWarning, match="DO NOT TRAIN ON THIS CACHE") as caught:
+        encode_to(pictures, tmp_path / "cache", **settings)  # nothing to do; it is still wrong
+    assert set(told([*caught])) == set(lines)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
+@pytest.mark.parametrize("vae_dtype", ["fp32", "bf16"])
+def test_a_right_cache_raises_no_alarm(
+    dtype: str, vae_dtype: str, pictures: Path, tmp_path: Path, encode_to: Encode
+) -> None:
+    """Of a VAE of random weights; warnings are errors here."""
+    encode_to(pictures, tmp_path / "cache", dtype=dtype, vae_dtype=vae_dtype)
+    found = sanity_of(tmp_path / "cache")
+    assert len(found["pictures"]) == 3
+    most = 0.04 if "bf16" in (dtype, vae_dtype) else 0.001
+    assert all(one["error"] < most for one in found["pictures"])
+    assert found["drawings"]["error"] < most
+
+
+@pytest.mark.parametrize("settings", [{"flip": True}, {"crops": 2}, {"square": True}], ids=str)
+def test_variants_raise_no_alarm(
+    settings: dict[str, Any], pictures: Path, tmp_path: Path, encode_to: Encode
+) -> None:
+    encode_to(pictures, tmp_path / "cache", **settings)
+    assert len(sanity_of(tmp_path / "cache")["pictures"]) == 3
+
+
+def test_the_miniature_gives_its_pictures_back(
+    pictures: Path, tmp_path: Path, encode_to: Encode
+) -> None:
+    encode_to(pictures, tmp_path / "cache", base="miniature")
+    found = sanity_of(tmp_path / "cache")
+    assert found["drawings"]["psnr"] > 14
+    assert all(one["psnr"] > 15 for one in found["pictures"])
+    assert all("bare_psnr" not in one for one in found["pictures"])
+
+
+def test_it_follows_from_what_the_cache_holds(
+    pictures: Path, tmp_path: Path, encode_to: Encode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not from the runs it took; and no VAE is loaded where the pictures are the same."""
+    data_set = shutil.copytree(pictures, tmp_path / "set")
+    late = sorted(data_set.glob("*.png"))[4:]
+    for path in late:
+        path.rename(tmp_path / path.name)
+    cache = encode_to(data_set, tmp_path / "cache")
+    for path in late:
+        (tmp_path / path.name).rename(path)
+    encode_to(data_set, cache)
+    fresh = encode_to(data_set, tmp_path / "fresh")
+    assert sanity_of(cache) == sanity_of(fresh)
+    (data_set / "000.txt").write_text("another caption")
+    monkeypatch.setattr("precompute.encoders.LatentEncoder", None)
+    encode_to(data_set, cache)
+    assert sanity_of(cache) == sanity_of(fresh)
+
+
+def test_a_wrong_scaling_factor_of_a_vae_is_seen(base: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(base / "vae", tmp_path / "vae")
+    config = json.loads((folder / "config.json").read_text())
+    for factor, num in ((0.25, 0), (3.0, 1), (0.01, 1)):
+        (folder / "config.json").write_text(json.dumps(config | {"scaling_factor": factor}))
+        found = measure_drawings(LatentEncoder(str(folder), torch.float32, CPU, 2))
+        lines = alarms_of_drawings(found)
+        assert len(lines) == num
+        assert all("scaling_factor" in line for line in lines)
+
+
+def test_a_posterior_twice_as_wide_is_seen(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real: Any = precompute.latents.scale_std
+    monkeypatch.setattr(precompute.latents, "scale_std", lambda *args: 2 * real(*args))
+    (line,) = alarms_of_drawings(measure_drawings(LatentEncoder(str(base), torch.float32, CPU, 2)))
+    assert "the posterior's std of built-in drawings is 2 times" in line
+
+
+def test_the_figures_are_those_of_diffusers(base: Path) -> None:
+    """PSNR, mean and std of the drawings, by the plain formulas."""
+    vae: Any = load_vae(str(base), torch.float32)
+    found = measure_drawings(LatentEncoder(str(base), torch.float32, CPU, 2))
+    pixels = np.stack(draw()).astype(np.float32)
+    assert pixels.shape == (2, SIDE, SIDE, 3)
+    tensor = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
+    with torch.no_grad():
+        mean = vae.encode(tensor).latent_dist.mean
+        decoded = vae.decode(mean).sample.clamp(-1, 1)
+    levels = (decoded.permute(0, 2, 3, 1).numpy() + 1) * 127.5
+    psnr = 10 * np.log10(255**2 / np.mean((levels - pixels) ** 2))
+    assert found["psnr"] == pytest.approx(psnr, abs=0.02)
+    scaled = mean * vae.config.scaling_factor
+    assert found["std"] == pytest.approx(scaled.std(dim=(0, 2, 3)).tolist(), abs=0.006)
+    assert found["mean"] == pytest.approx(scaled.mean(dim=(0, 2, 3)).tolist(), abs=0.006)
+
+
+def test_only_what_can_be_opened_by_another_way_is_compared(base: Path) -> None:
+    encoder = LatentEncoder(str(base), torch.float32, CPU, 1)
+    geometry = cover((96, 64), (64, 48))
+    image = scene()
+    stored = encoder.encode(render(image, geometry)[None]).mean[0]
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    for data in (
+        saved(image.convert("P"), "PNG"),
+        saved(image.convert("RGBA"), "PNG"),
+        saved(image.convert("CMYK"), "JPEG"),
+        saved(image, "PNG", icc_profile=linear_profile()),
+        saved(image, "PNG", exif=exif),
+    ):
+        assert measure_picture(encoder, "a", data, geometry, stored) is None
+    for form in ("PNG", "BMP"):
+        found = measure_picture(encoder, "a", saved(image, form), geometry, stored)
+        assert found is not None
+        assert found["error"] < 1e-4
+        assert alarms_of_picture(found) == []
+    grey = image.convert("L")
+    stored = encoder.encode(render(open_picture(saved(grey, "PNG")), geometry)[None]).mean[0]
+    found = measure_picture(encoder, "a", saved(grey, "PNG"), geometry, stored)
+    assert found is not None and found["error"] < 1e-4
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
+def test_latents_that_are_no_numbers_are_all_wrong(base: Path, value: float) -> None:
+    encoder = LatentEncoder(str(base), torch.float32, CPU, 1)
+    stored = torch.full((4, 6, 8), value)
+    found = measure_picture(encoder, "a", saved(scene(), "PNG"), cover((96, 64), (64, 48)), stored)
+    assert found is not None
+    assert found["error"] == 1
+    assert len(alarms_of_picture(found)) >= 1
+    json.dumps(found, allow_nan=False)
