@@ -70,7 +70,7 @@ def encode(ctx: click.Context, debug: bool, **values: Any) -> None:
     with door(debug):
         settings = _settings(ctx, values)
         if settings.dry_run:
-            from precompute.dry_run import dry_run
+            from precompute.planning.dry_run import dry_run
 
             for line in dry_run(settings):
                 click.echo(line)

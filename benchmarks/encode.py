@@ -26,10 +26,10 @@ import click
 import torch
 from PIL import Image
 
+from precompute.dataset.sources import read_data_set
 from precompute.encode import encode
-from precompute.scan import plan_pictures
+from precompute.planning.scan import plan_pictures
 from precompute.settings import EncodeSettings
-from precompute.sources import read_data_set
 from sdxl.load import load_text_encoders, load_tokenizers, load_vae
 from shards.buckets import Geometry
 from tools.draw_pictures import draw_pictures

@@ -1,9 +1,9 @@
 """The stage: what is there, what is missing, encode that, mark it.
 
-A run that has work writes down first where each sample goes (``precompute.work``), then removes
-the manifest, sets aside the shards that it writes anew, and writes them; the manifest comes last,
-and then the plan is removed. A run that follows one that died anywhere finds the plan, the whole
-shards and those set aside, and ends with the same bytes.
+A run that has work writes down first where each sample goes (``precompute.planning.work``), then
+removes the manifest, sets aside the shards that it writes anew, and writes them; the manifest comes
+last, and then the plan is removed. A run that follows one that died anywhere finds the plan, the
+whole shards and those set aside, and ends with the same bytes.
 """
 
 import errno
@@ -15,19 +15,26 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from precompute.cache import CachePlan, check_out, finish, make_plan, prepare, warn_of_surprises
+from precompute.dataset.records import Memory
+from precompute.dataset.sources import read_data_set
 from precompute.encoders import Encoders
+from precompute.planning.cache import (
+    CachePlan,
+    check_out,
+    finish,
+    make_plan,
+    prepare,
+    warn_of_surprises,
+)
+from precompute.planning.room import Sizer, check_room
+from precompute.planning.scan import read_memory, write_memory
+from precompute.planning.work import WorkFile
 from precompute.progress import Progress
 from precompute.recipe import read_recipe
-from precompute.records import Memory
 from precompute.report import Report
-from precompute.room import Sizer, check_room
-from precompute.scan import read_memory, write_memory
 from precompute.settings import EncodeSettings
 from precompute.shard import write_work_shard
-from precompute.sources import read_data_set
 from precompute.threads import num_cores, num_threads
-from precompute.work import WorkFile
 from processes.crew import Crew
 from processes.lock import locked
 from sdxl.device import exact_fp32

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from precompute.changes import Changes
-from precompute.records import Rejected
+from precompute.dataset.records import Rejected
+from precompute.planning.changes import Changes
 from shards.buckets import bucket_name
 from shards.index import Index
 from shards.sample import TENSORS

@@ -7,8 +7,8 @@ from typing import Any
 from precompute.copies import Copies
 from precompute.encoders import Encoders
 from precompute.halves import Failed, Half, latent_halves, text_halves
-from precompute.placement import CHANGING, Planned
-from precompute.work import Found, Task
+from precompute.planning.placement import CHANGING, Planned
+from precompute.planning.work import Found, Task
 from sdxl.latent_rgb import LatentSums
 from shards.sample import Sample
 

@@ -19,8 +19,8 @@ from encodes import (
 from PIL import Image
 
 import precompute.encoders
-from precompute.changes import PREPROCESSING
-from precompute.records import Blob
+from precompute.dataset.records import Blob
+from precompute.planning.changes import PREPROCESSING
 from precompute.report import summarise
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*settings changed")

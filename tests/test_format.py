@@ -19,9 +19,9 @@ import torch
 import webdataset as wds
 from conftest import Encode
 
-from precompute.changes import PREPROCESSING
+from precompute.dataset.records import Blob
 from precompute.encode import encode
-from precompute.records import Blob
+from precompute.planning.changes import PREPROCESSING
 from precompute.settings import EncodeSettings
 from shards import CacheError
 from shards.index import Index

@@ -7,8 +7,8 @@ import numpy.typing as npt
 import torch
 from PIL import ImageOps
 
-from precompute.images import open_picture, opened
-from precompute.refusals import PictureError
+from precompute.pictures.images import open_picture, opened
+from precompute.pictures.refusals import PictureError
 from shards.buckets import Geometry, Size
 
 FACTOR = 8  # pixels of a latent's side

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from precompute.changes import SETTING_CAUSES, Changes, compare
+from precompute.dataset.records import Memory, Rejected, Source
 from precompute.encoders import Encoders
-from precompute.held import (
+from precompute.planning.changes import SETTING_CAUSES, Changes, compare
+from precompute.planning.held import (
     Held,
     finish_moves,
     read_held,
@@ -17,11 +18,11 @@ from precompute.held import (
     set_aside,
     shard_names,
 )
-from precompute.placement import Place, place
+from precompute.planning.placement import Place, place
+from precompute.planning.scan import plan_pictures
+from precompute.planning.work import ShardWork, read_about, read_places, write_work
 from precompute.prompts import settle_prompts
-from precompute.records import Memory, Rejected, Source
 from precompute.report import Report
-from precompute.scan import plan_pictures
 from precompute.settings import EncodeSettings
 from precompute.spot_checks import (
     Candidate,
@@ -31,7 +32,6 @@ from precompute.spot_checks import (
     warn_of_drawings,
 )
 from precompute.text import text_shape, unconditional_is_whole, write_unconditional
-from precompute.work import ShardWork, read_about, read_places, write_work
 from sdxl.latent_rgb import LatentSums
 from sdxl.prompts import Prompt
 from shards.durable import PARTIAL, fsync_folder, write_changed

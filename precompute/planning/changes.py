@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from precompute.held import Held
-from precompute.placement import CHANGING, MARKS, Planned, PlannedShard
-from precompute.work import Found, ShardWork, Task
+from precompute.planning.held import Held
+from precompute.planning.placement import CHANGING, MARKS, Planned, PlannedShard
+from precompute.planning.work import Found, ShardWork, Task
 
 # What the geometry of each sample tells already; the rest of a recipe's preprocessing is of pixels.
 GEOMETRY = {"mode", "resolution", "bucket_step", "crops", "flip"}

@@ -11,7 +11,7 @@ from functools import lru_cache
 from itertools import count
 from typing import Any
 
-from precompute.records import Record
+from precompute.dataset.records import Record
 from shards.buckets import Geometry, Size
 from shards.manifest import content_digest
 from shards.writer import shard_name

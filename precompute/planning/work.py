@@ -10,8 +10,8 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
-from precompute.placement import Place, Planned
-from precompute.records import Blob, Record
+from precompute.dataset.records import Blob, Record
+from precompute.planning.placement import Place, Planned
 from shards.buckets import Geometry, Size
 from shards.durable import durable_file
 from shards.manifest import PLAN
