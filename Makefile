@@ -5,7 +5,7 @@ DEMO := demo-output
 
 PARALLEL := --numprocesses 2 --dist loadfile
 
-.PHONY: demo test test-slow check setup clean
+.PHONY: demo test test-slow check bench setup clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -24,10 +24,17 @@ test: .venv/ready
 test-slow: .venv/ready
 	HF_HUB_OFFLINE=1 $(RUN) -m pytest $(PARALLEL) -m slow
 
+# What a CPU can measure, at small sizes, in less than five minutes; docs/benchmarks.md has the rest.
+bench: .venv/ready
+	$(RUN) -m benchmarks.read --quick
+	$(RUN) -m benchmarks.train_step --rounds 5
+	$(RUN) -m benchmarks.peers --quick
+	$(RUN) -m benchmarks.estimates
+
 check: .venv/ready
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
 clean:
-	rm -rf $(DEMO) build shardtune.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(DEMO) benchmark-output benchmark-work build shardtune.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -83,6 +83,8 @@ def _launched(settings: Any) -> bool:
     """Whether this command was run by processes of its own, to the end."""
     from processes.gpus import num_processes
 
+    if sys.argv[1:2] != [click.get_current_context().info_name]:
+        return False  # called by another program (demo, a test): its command line is not this one
     num = num_processes(settings.gpus, settings.device)
     if num > 1:
         from processes.launch import launch
@@ -147,6 +149,7 @@ def _tell_encoded(report: Any, num_chunks: int) -> None:
     click.echo(
         f"\n{report.folder}: {report.num_samples:,} pictures in {report.num_shards:,} shards, "
         f"{report.num_bytes / 1e6:.1f} MB: {summarise(report)}"
+        + (", so nothing was encoded" if report.is_as_it_was else "")
     )
     for bucket, count in report.buckets.items():
         click.echo(
@@ -237,13 +240,20 @@ def generate(ctx: click.Context, debug: bool, **values: Any) -> None:
     """Draw pictures from prompts, with a LoRA, a fine-tuned UNet, or the base alone."""
     with door(debug):
         settings = _settings(ctx, values)
+        if _launched(settings):
+            return
         from infer.generate import generate as run
 
         report = run(settings)
-        click.echo(
-            f"{report.num_drawn} pictures drawn, {report.num_kept} kept, in {settings.out}; "
-            f"all of them at a glance: {report.sheet}"
-        )
+        if report is not None:
+            one = "" if report.num_drawn == 1 else "s"
+            rate = (
+                f" ({report.num_drawn / report.seconds:.3g} images/s)" if report.num_drawn else ""
+            )
+            click.echo(
+                f"{report.num_drawn} picture{one} drawn{rate}, {report.num_kept} kept, in "
+                f"{settings.out}; all at a glance: {report.sheet}"
+            )
 
 
 @stage("export", "infer.export_settings:ExportSettings")

@@ -4,12 +4,11 @@ The bare loop has its tensors resident and does nothing but forward, backward, c
 run in this process on the same batches, in turns (A B A B ...), so that a noisy machine disturbs
 both alike; the ratio is that of the medians.
 
-    python -m benchmarks.train_step --base BASE CACHE [--full] [--rounds 7] [--steps 20]
+    python -m benchmarks.train_step [--base BASE] [CACHE | --pixels 64] [--full] [--rounds 7]
 """
 
-import json
-import platform
 import statistics
+import tempfile
 import time
 from itertools import cycle, islice
 from pathlib import Path
@@ -18,6 +17,8 @@ from typing import Any
 import click
 import torch
 
+from benchmarks.caches import kind_for, random_samples, write_random
+from benchmarks.report import keep, machine, ratio, show
 from sdxl.device import pick_device
 from shards.batches import Batch, Reader
 from shards.plan import Plan, Share
@@ -73,18 +74,53 @@ class Ours:
                 self.log.flush()
 
 
+def compare(
+    config: TrainConfig, device: torch.device, rounds: int, steps: int
+) -> dict[str, dict[str, list[float]]]:
+    """Seconds of each round of both, by wall clock and by processor (of all threads)."""
+    opened = Cache(config.caches[0].folder)
+    plan = Plan(opened.groups(), 0, config.batch_size)
+    ours = Ours(config, build_learner(config, World(device)), opened, plan)
+    bare = build_learner(config, World(device))
+    reader = Reader([opened], plan, Share(batch_size=config.batch_size, world=1, rank=0))
+    stream = reader.epochs()
+    resident = [batch.to(device) for batch in islice(stream, plan.num_batches)]
+    stream.close()
+    endless = cycle(resident)
+    optimizer = bare.optimizer.whole
+    works = {
+        "ours": lambda: ours.steps(steps),
+        "bare": lambda: bare_steps(bare, optimizer, list(islice(endless, steps))),
+    }
+    seconds: dict[str, dict[str, list[float]]] = {
+        clock: {name: [] for name in works} for clock in ("wall", "processor")
+    }
+    for number in range(rounds + 1):  # the first one warms up
+        for name, work in works.items():
+            before = time.process_time()
+            taken = timed(work, device)
+            if number:
+                seconds["wall"][name].append(taken)
+                seconds["processor"][name].append(time.process_time() - before)
+    ours.batches.close()
+    ours.log.close(failed=False)
+    return seconds
+
+
 @click.command()
-@click.argument("cache", type=click.Path(path_type=Path))
-@click.option("--base", required=True)
+@click.argument("cache", required=False, type=click.Path(path_type=Path))
+@click.option("--base", default="miniature", show_default=True)
+@click.option("--pixels", default=64, show_default=True, help="Of random samples, without CACHE.")
 @click.option("--full", is_flag=True)
-@click.option("--batch-size", default=4, show_default=True)
+@click.option("--batch-size", default=8, show_default=True)
 @click.option("--steps", default=20, show_default=True, help="Of a round.")
 @click.option("--rounds", default=7, show_default=True, help="Of each, in turns.")
 @click.option("--device", default="auto", show_default=True)
 @click.option("--out", default=Path("benchmark-output"), type=click.Path(path_type=Path))
 def main(
-    cache: Path,
+    cache: Path | None,
     base: str,
+    pixels: int,
     full: bool,
     batch_size: int,
     steps: int,
@@ -94,52 +130,33 @@ def main(
 ) -> None:
     """Steps/s of the product and of the bare loop, and their ratio."""
     place = pick_device(device)
-    config = TrainConfig(
-        caches=(CacheUse(cache),),
-        base=base,
-        out=out,
-        full=full,
-        steps=1,
-        batch_size=batch_size,
-        device=device,
-    )
-    opened = Cache(cache)
-    plan = Plan(opened.groups(), 0, batch_size)
-    ours = Ours(config, build_learner(config, World(place)), opened, plan)
-    bare = build_learner(config, World(place))
-    reader = Reader([opened], plan, Share(batch_size=batch_size, world=1, rank=0))
-    stream = reader.epochs()
-    resident = [batch.to(place) for batch in islice(stream, plan.num_batches)]
-    stream.close()
-    endless = cycle(resident)
-    optimizer = bare.optimizer.whole
-    seconds: dict[str, list[float]] = {"ours": [], "bare": []}
-    for number in range(rounds + 1):  # the first one warms up
-        pairs = {
-            "ours": lambda: ours.steps(steps),
-            "bare": lambda: bare_steps(bare, optimizer, list(islice(endless, steps))),
+    with tempfile.TemporaryDirectory() as folder:
+        if cache is None:
+            cache, kind = Path(folder) / "cache", kind_for(base, pixels)
+            write_random(cache, kind, random_samples(kind, 64))
+        config = TrainConfig(
+            caches=(CacheUse(cache),),
+            base=base,
+            out=Path(folder) / "run",
+            full=full,
+            steps=1,
+            batch_size=batch_size,
+            device=device,
+        )
+        seconds = compare(config, place, rounds, steps)
+    rows = [
+        {
+            "clock": clock,
+            "ours steps/s": steps / statistics.median(found["ours"]),
+            "bare steps/s": steps / statistics.median(found["bare"]),
+            "ratio": ratio(found, "ours", "bare"),
+            "target": 0.97,
         }
-        for name, work in pairs.items():
-            taken = timed(work, place)
-            if number:
-                seconds[name].append(taken)
-    ours.batches.close()
-    ours.log.close(failed=False)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    result = {
-        "device": torch.cuda.get_device_name()
-        if place.type == "cuda"
-        else platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-        "full": full,
-        "batch_size": batch_size,
-        "steps_per_round": steps,
-        "rounds": rounds,
-        "ours_steps_per_second": round(steps / medians["ours"], 3),
-        "bare_steps_per_second": round(steps / medians["bare"], 3),
-        "ratio": round(medians["bare"] / medians["ours"], 4),
-    }
-    click.echo(json.dumps(result, indent=2))
+        for clock, found in seconds.items()
+    ]
+    what = "the whole UNet" if full else "LoRA"
+    show(f"{what} of {base}, batch {batch_size}, {rounds} rounds of {steps} steps", rows)
+    keep(out / "train_step.json", {"machine": machine(str(place)), "pixels": pixels, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from shards.writer import shard_name
 
 MARK_DIGITS = 20  # of a sha256 in hex, as a key has
 MARKS = ("picture", "mask", "geometry", "captions", "weight")
+CHANGING = ["", "", "", "", 0.0]  # marks that fit no picture: it is tried again the next time
 
 
 @dataclass(frozen=True, eq=False, slots=True)

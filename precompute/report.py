@@ -27,8 +27,6 @@ class Report:
     num_samples: int = 0
     num_shards: int = 0
     num_bytes: int = 0
-    num_written: int = 0  # shards, in this run
-    num_encoded: int = 0  # samples of which something was encoded in this run
     num_upscaled: int = 0
     num_cut_captions: int = 0
     num_variants: int = 0  # crops and mirrored pictures among them
@@ -37,6 +35,12 @@ class Report:
     num_taken: int = 0  # pictures an epoch, with repeats
     num_prompts: int = 0  # to draw previews from
     rejected: list[Rejected] = field(default_factory=list)
+
+    @property
+    def is_as_it_was(self) -> bool:
+        """Whether the cache held all that it should before this run."""
+        changes = self.changes
+        return not (changes.num_new or changes.num_removed or changes.causes)
 
     @property
     def rejected_share(self) -> float:

@@ -100,6 +100,14 @@ class WorkFile:
             return json.loads(file.readline())
 
 
+def read_about(folder: Path) -> dict[str, Any]:
+    """What an interrupted run's shards have in common; of none, nothing."""
+    try:
+        return dict(WorkFile(folder).about)
+    except (FileNotFoundError, ValueError, TypeError):
+        return {}
+
+
 def read_places(folder: Path) -> dict[str, Place]:
     """Where an interrupted run put its samples; of none, nothing."""
     try:

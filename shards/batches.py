@@ -5,16 +5,26 @@ embeddings, P width of the pooled ones.
 """
 
 import functools
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Container, Generator, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import count
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
+from shards.draws import Draws, pick
 from shards.manifest import UNCONDITIONAL
-from shards.plan import Entry, GlobalBatch, Plan, Share, sample_generator
-from shards.reader import Cache, read_ahead
+from shards.plan import Entry, GlobalBatch, Plan, Share
+from shards.reader import Cache, Shard, read_ahead
+from shards.rows import Rows
+from shards.sample import Layout
+
+# In the order in which they lie in a file: memory is fastest read forward.
+MASKED = ("sizes", "latents.mean", "latents.std", "mask")
+UNMASKED = MASKED[:3]
+TEXT = ("pooled_prompt_embeds", "prompt_embeds")
+Place = tuple[Cache, Shard, int]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -54,32 +64,6 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         return self.map(lambda tensor: tensor.to(device, non_blocking=True))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Draws:
-    """What is random about one sample in one pass, each drawn from a stream of its own."""
-
-    seed: int
-    epoch: int
-    cache: int
-    key: str
-    pass_: int
-
-    def _stream(self, purpose: str) -> Any:
-        return sample_generator(purpose, self.seed, self.epoch, self.cache, self.key, self.pass_)
-
-    def normal(self, purpose: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """Standard normal fp32."""
-        return torch.from_numpy(self._stream(purpose).standard_normal(shape, "float32"))
-
-    def uniform(self, purpose: str) -> float:
-        """Uniform in [0, 1)."""
-        return float(self._stream(purpose).random(dtype="float32"))
-
-    def choice(self, purpose: str, size: int) -> int:
-        """Uniform in 0..size-1."""
-        return int(self._stream(purpose).integers(size)) if size > 1 else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,11 +121,14 @@ class Reader:
         entries = self.share.entries(batch, micro)
         real = bool(entries)
         entries = entries or batch.entries[:1]
-        tensors = self._empty(entries)
-        keys = []
-        for number, entry in enumerate(entries):
-            row = {name: tensor[number] for name, tensor in tensors.items()}
-            keys.append(self._read_sample(batch.epoch, entry, row))
+        places = [self._locate(entry) for entry in entries]
+        into = _Into(self.reading, [shard.index.layout for _, shard, _ in places])
+        draws = Draws()
+        keys = [
+            self._read_sample(batch.epoch, number, entry, place, draws, into)
+            for number, (entry, place) in enumerate(zip(entries, places, strict=True))
+        ]
+        tensors = into.tensors()
         if not real:
             tensors["weights"].zero_()
         return Batch(
@@ -159,10 +146,10 @@ class Reader:
         total = 0.0
         for entry in batch.entries:
             cache, shard, row = self._locate(entry)
-            total += cache.weight * float(shard.index.records[row]["weight"])
+            total += cache.weight * shard.index.record(row).weight
         return total or 1.0  # where all weigh nothing, so does their loss
 
-    def _locate(self, entry: Entry) -> tuple[Cache, Any, int]:
+    def _locate(self, entry: Entry) -> Place:
         group = self.plan.groups[entry.group]
         cache = self.caches[group.cache]
         return cache, *cache.locate(group, entry.row)
@@ -175,57 +162,77 @@ class Reader:
             found.append(str(shard.about(row)["path"]))
         return found
 
-    def _empty(self, entries: Sequence[Entry]) -> dict[str, torch.Tensor]:
-        """Where the samples go, so that each is copied once."""
-        layouts = [self._locate(entry)[1].index.layout for entry in entries]
-        latent, prompt, pooled = layouts[0].latent, layouts[0].prompt, layouts[0].pooled
-        dtype = functools.reduce(torch.promote_types, {one.torch_dtype("mask") for one in layouts})
-        num = len(entries)
-        tensors = {
-            "latents": torch.empty(num, *latent),
-            "prompt": torch.empty(num, *prompt, dtype=dtype),
-            "pooled": torch.empty(num, pooled, dtype=dtype),
-            "time_ids": torch.empty(num, 6),
-            "noise": torch.empty(num, *latent),
-            "times": torch.empty(num),
-            "weights": torch.empty(num),
-        }
-        if self.reading.offsets:
-            tensors["offsets"] = torch.empty(num, latent[0], 1, 1)
-        if self.reading.masks:
-            tensors["mask"] = torch.empty(num, 1, *latent[1:])
-        return tensors
+    def _read_sample(
+        self, epoch: int, number: int, entry: Entry, place: Place, draws: Draws, into: "_Into"
+    ) -> str:
+        """Fill row ``number`` of each tensor; returns the sample's key."""
+        reading, cache_number = self.reading, self.plan.groups[entry.group].cache
+        cache, shard, row = place
+        record = shard.index.record(row)
+        key = record.key.decode()
+        draws.start(self.plan.seed, epoch, cache_number, key, entry.pass_)
+        variant, caption = pick(draws.variant, record.num_variants), None
+        if not reading.caption_dropout or draws.dropout >= reading.caption_dropout:
+            caption = pick(draws.caption, record.num_captions)
+        wanted = [(name, variant) for name in into.variant_names]
+        if caption is not None:
+            wanted += [(name, caption) for name in TEXT]
+        found = into.rows.fill(number, shard.checked(record, wanted))
+        if caption is None:
+            for name in TEXT:
+                dropped = self._unconditional[cache_number][f"{reading.unconditional}.{name}"]
+                into.rows.tensors[name][number] = dropped[0]
+        into.draw(number, draws, found)
+        into.weights[number] = cache.weight * record.weight
+        return key
 
-    def _read_sample(self, epoch: int, entry: Entry, into: dict[str, torch.Tensor]) -> str:
-        """Fill one row of each tensor; returns the sample's key."""
-        reading, number = self.reading, self.plan.groups[entry.group].cache
-        cache, shard, row = self._locate(entry)
-        record, key = shard.index.records[row], shard.index.key(row)
-        draws = Draws(seed=self.plan.seed, epoch=epoch, cache=number, key=key, pass_=entry.pass_)
-        variant = draws.choice("variant", int(record["num_variants"]))
-        shape = shard.index.layout.latent
-        shard.read_into(into["latents"], row, "latents.mean", variant)
-        if shard.index.slice(row, "latents.std", variant) is not None:
-            std = torch.empty(shape)
-            shard.read_into(std, row, "latents.std", variant)
-            into["latents"] += std * draws.normal("latents", shape)
-        shard.read_into(into["time_ids"], row, "sizes", variant)
-        if reading.caption_dropout and draws.uniform("dropout") < reading.caption_dropout:
-            unconditional = self._unconditional[number]
-            into["prompt"].copy_(unconditional[f"{reading.unconditional}.prompt_embeds"][0])
-            into["pooled"].copy_(unconditional[f"{reading.unconditional}.pooled_prompt_embeds"][0])
+
+class _Into:
+    """Where the samples of one micro-batch go."""
+
+    def __init__(self, reading: Reading, layouts: Sequence[Layout]) -> None:
+        self.variant_names = MASKED if reading.masks else UNMASKED
+        self.rows = Rows((*self.variant_names, *TEXT), layouts)
+        num, self._latent = len(layouts), layouts[0].latent
+        self._noise, self._posterior, self._offsets = (
+            np.empty((num, *shape), np.float32)
+            for shape in (self._latent, self._latent, (self._latent[0], 1, 1))
+        )
+        self.weights, self.times = np.empty(num, np.float32), np.empty(num, np.float32)
+        self._without_std: list[int] = []
+        self._reading = reading
+
+    def draw(self, number: int, draws: Draws, found: Container[str]) -> None:
+        """What is random about row ``number``, in a fixed order; ``found`` are its tensors."""
+        self.times[number] = draws.time
+        draws.normal(self._offsets[number])
+        draws.normal(self._noise[number])
+        if "latents.std" in found:
+            draws.normal(self._posterior[number])
         else:
-            caption = draws.choice("caption", int(record["num_captions"]))
-            shard.read_into(into["prompt"], row, "prompt_embeds", caption)
-            shard.read_into(into["pooled"], row, "pooled_prompt_embeds", caption)
-        into["noise"].copy_(draws.normal("noise", shape))
-        into["times"].fill_(draws.uniform("times"))
-        into["weights"].fill_(cache.weight * float(record["weight"]))
-        if reading.offsets:
-            into["offsets"].copy_(draws.normal("offsets", (shape[0], 1, 1)))
-        if reading.masks:
-            if shard.index.slice(row, "mask", variant) is None:
-                into["mask"].fill_(1.0)
-            else:
-                shard.read_into(into["mask"], row, "mask", variant)
-        return str(key)
+            self._without_std.append(number)
+        if self._reading.masks and "mask" not in found:
+            self.rows.tensors["mask"][number] = 1.0
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """As ``Batch`` wants them."""
+        rows = self.rows.tensors
+        latents = rows["latents.mean"].float()
+        if len(self._without_std) < len(latents):
+            spread = rows["latents.std"].float() * torch.from_numpy(self._posterior)
+            spread[self._without_std] = 0.0
+            latents = latents + spread
+        tensors = {
+            "latents": latents,
+            "prompt": rows["prompt_embeds"],
+            "pooled": rows["pooled_prompt_embeds"],
+            "time_ids": rows["sizes"].float(),
+            "noise": torch.from_numpy(self._noise),
+            "times": torch.from_numpy(self.times),
+            "weights": torch.from_numpy(self.weights),
+        }
+        if self._reading.offsets:
+            tensors["offsets"] = torch.from_numpy(self._offsets)
+        if self._reading.masks:
+            tensors["mask"] = rows["mask"].float()
+        return tensors

@@ -1,12 +1,15 @@
 """The epoch plan: which samples make batch t of epoch e, computed and never stored.
 
 A keyed permutation inside each bucket and one over the batches: O(batch) time and O(1) memory at
-any size, so a resumed run seeks. Nothing here depends on the number of processes.
+any size, so a resumed run seeks. Some batches are computed at once, which changes none of them.
+Nothing here depends on the number of processes.
 
 G is the global batch: batch size x accumulation x world size.
 """
 
+import functools
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +19,7 @@ from shards.buckets import Size
 from shards.manifest import content_digest
 
 NUM_ROUNDS = 12  # of the Feistel network; small domains need more than the usual 4
+BLOCK_SIZE = 1024  # entries computed at once: numpy takes as long for one as for a hundred
 Array = npt.NDArray[np.uint64]
 
 
@@ -24,39 +28,43 @@ def derive_key(*parts: int | str) -> int:
     return xxhash.xxh3_128_intdigest(repr(parts).encode())
 
 
-def sample_generator(
-    purpose: str, seed: int, epoch: int, cache: int, key: str, pass_: int
-) -> np.random.Generator:
-    """The random stream of one sample in one pass of one epoch, for one purpose.
-
-    Keyed, not drawn in turn: the same on every device, at any world size, after any resume.
-    """
-    bits = derive_key(purpose, seed, epoch, cache, key, pass_)
-    return np.random.Generator(np.random.Philox(key=bits))
-
-
 def permute(positions: Array, size: int, key: int) -> Array:
     """Where each position goes in a keyed permutation of 0..size-1.
 
     A balanced Feistel network on the next power of four, walked until it is inside (Black and
     Rogaway, "Ciphers with arbitrary finite domains", 2002).
     """
-    half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
-    round_keys = np.random.Generator(np.random.Philox(key=key)).integers(
-        0, 2**64, NUM_ROUNDS, np.uint64
-    )
-    values = _feistel(positions.astype(np.uint64), half, round_keys)
-    while (outside := values >= size).any():
-        values[outside] = _feistel(values[outside], half, round_keys)
+    sizes = np.full(len(positions), size, np.uint64)
+    return permute_each(positions, sizes, _round_keys(key)[:, None].repeat(len(positions), axis=1))
+
+
+def permute_each(positions: Array, sizes: Array, round_keys: Array) -> Array:
+    """``permute`` with a size [n] and keys [NUM_ROUNDS, n] for each position [n]."""
+    halves = _half_bits(sizes)
+    values = _feistel(positions.astype(np.uint64), halves, round_keys)
+    while len(outside := np.flatnonzero(values >= sizes)):
+        values[outside] = _feistel(values[outside], halves[outside], round_keys[:, outside])
     return values
 
 
-def _feistel(values: Array, half: np.uint64, round_keys: Array) -> Array:
-    mask = (np.uint64(1) << half) - np.uint64(1)
-    left, right = values >> half, values & mask
+@functools.lru_cache(maxsize=1024)
+def _round_keys(key: int) -> Array:
+    return np.random.Generator(np.random.Philox(key=key)).integers(0, 2**64, NUM_ROUNDS, np.uint64)
+
+
+def _half_bits(sizes: Array) -> Array:
+    """Bits of each half of a Feistel network that has room for 0..size-1."""
+    found, where = np.unique(sizes, return_inverse=True)
+    halves = [max(1, ((int(size) - 1).bit_length() + 1) // 2) for size in found]
+    return np.array(halves, np.uint64)[where]
+
+
+def _feistel(values: Array, halves: Array, round_keys: Array) -> Array:
+    masks = (np.uint64(1) << halves) - np.uint64(1)
+    left, right = values >> halves, values & masks
     for round_key in round_keys:
-        left, right = right, left ^ (_mix(right ^ round_key) & mask)
-    return (left << half) | right
+        left, right = right, left ^ (_mix(right ^ round_key) & masks)
+    return (left << halves) | right
 
 
 def _mix(values: Array) -> Array:
@@ -76,8 +84,7 @@ class Group:
     count: int
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """One sample in one of its passes: ``pass_`` counts its repeats within the epoch."""
 
     group: int
@@ -108,40 +115,65 @@ class Plan:
         self.seed = seed
         self.global_batch = global_batch
         self.buckets = sorted({group.bucket for group in groups})
-        # Per bucket: its groups, and where each one's entries end.
-        self._members = [[i for i, g in enumerate(groups) if g.bucket == b] for b in self.buckets]
-        self._ends = [
-            np.cumsum([groups[i].count * groups[i].repeats for i in members])
-            for members in self._members
-        ]
-        self._batch_ends = np.cumsum([-(-int(ends[-1]) // global_batch) for ends in self._ends])
-        self.num_batches = int(self._batch_ends[-1]) if groups else 0
-        self.num_entries = sum(group.count * group.repeats for group in groups)
+        # The groups in the buckets' order, and where each one's entries and counts end; where each
+        # bucket's entries and batches end.
+        self._order = sorted(range(len(groups)), key=lambda i: (groups[i].bucket, i))
+        members = [groups[i] for i in self._order]
+        self._counts = np.array([group.count for group in members], np.uint64)
+        self._ends = np.cumsum([group.count * group.repeats for group in members], dtype=np.uint64)
+        sizes = dict.fromkeys(self.buckets, 0)
+        for group in members:
+            sizes[group.bucket] += group.count * group.repeats
+        self._sizes = np.array([*sizes.values()], np.uint64)
+        self._size_ends = np.cumsum(self._sizes, dtype=np.uint64)
+        batches = [-(-size // global_batch) for size in sizes.values()]
+        self._batch_ends = np.cumsum(batches, dtype=np.uint64)
+        self.num_batches = sum(batches)
+        self.num_entries = sum(sizes.values())
         if self.num_entries == 0:
             raise ValueError("there is no sample to train on: the cache is empty")
         self.digest = content_digest([[asdict(g) for g in groups], seed, global_batch])
+        self._at_once = max(1, BLOCK_SIZE // global_batch)
+        self._block = functools.lru_cache(maxsize=4)(self._compute_block)
 
     def batch(self, epoch: int, number: int) -> GlobalBatch:
         """Batch ``number`` in 0..num_batches-1 of an epoch; equal arguments, equal answer."""
-        key = derive_key("batches", self.seed, epoch)
-        slot = int(permute(np.array([number], np.uint64), self.num_batches, key)[0])
-        which = int(np.searchsorted(self._batch_ends, slot, side="right"))
-        first = slot - (int(self._batch_ends[which - 1]) if which else 0)
-        ends, bucket = self._ends[which], self.buckets[which]
-        size = int(ends[-1])
-        start = first * self.global_batch
-        positions = np.arange(start, min(start + self.global_batch, size), dtype=np.uint64)
-        places = permute(positions, size, derive_key("samples", self.seed, epoch, *bucket))
-        entries = tuple(self._entry(which, int(place)) for place in places)
-        return GlobalBatch(epoch=epoch, number=number, bucket=bucket, entries=entries)
+        block, place = divmod(number, self._at_once)
+        bucket, entries = self._block(epoch, block)[place]
+        return GlobalBatch(
+            epoch=epoch, number=number, bucket=bucket, entries=tuple(map(Entry._make, entries))
+        )
 
-    def _entry(self, which: int, place: int) -> Entry:
-        ends = self._ends[which]
-        member = int(np.searchsorted(ends, place, side="right"))
-        group = self._members[which][member]
-        inside = place - (int(ends[member - 1]) if member else 0)
-        pass_, row = divmod(inside, self.groups[group].count)
-        return Entry(group, row, pass_)
+    def _compute_block(self, epoch: int, block: int) -> list[tuple[Size, list[list[int]]]]:
+        """Bucket and entries (group, row, pass) of each batch from ``block * _at_once`` on."""
+        first = block * self._at_once
+        numbers = np.arange(first, min(first + self._at_once, self.num_batches), dtype=np.uint64)
+        slots = permute(numbers, self.num_batches, derive_key("batches", self.seed, epoch))
+        which = np.searchsorted(self._batch_ends, slots, side="right")
+        starts = (slots - _begins(self._batch_ends)[which]) * np.uint64(self.global_batch)
+        lengths = np.minimum(self._sizes[which] - starts, np.uint64(self.global_batch))
+        ends = np.cumsum(lengths)
+        owner = np.repeat(np.arange(len(numbers)), lengths.astype(np.intp))
+        bucket = which[owner]
+        positions = starts[owner] + np.arange(ends[-1], dtype=np.uint64) - _begins(ends)[owner]
+        keys = np.stack(
+            [_round_keys(derive_key("samples", self.seed, epoch, *b)) for b in self.buckets], axis=1
+        )
+        places = permute_each(positions, self._sizes[bucket], keys[:, bucket])
+        places += _begins(self._size_ends)[bucket]
+        member = np.searchsorted(self._ends, places, side="right")
+        passes, rows = np.divmod(places - _begins(self._ends)[member], self._counts[member])
+        groups = np.array(self._order, np.uint64)[member]
+        entries = np.stack([groups, rows, passes], axis=1).tolist()
+        cuts = [0, *ends.tolist()]
+        return [
+            (self.buckets[w], entries[cuts[i] : cuts[i + 1]]) for i, w in enumerate(which.tolist())
+        ]
+
+
+def _begins(ends: Array) -> Array:
+    """Where stretches begin that follow each other and end at ``ends``."""
+    return np.concatenate([np.zeros(1, np.uint64), ends[:-1]])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,25 +2,25 @@
 
 import functools
 import json
-import mmap
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
-import numpy as np
 import safetensors.torch
 import torch
-import xxhash
+from xxhash import xxh3_64_intdigest
 
 from shards import CacheError
 from shards.buckets import Size
-from shards.index import Index, Part
+from shards.index import Index, Part, Record, Slice, map_file
 from shards.manifest import data_digest, read_manifest, read_side_file
 from shards.plan import Group
 
-MAX_OPEN_SHARDS = 256  # each holds a file; the usual limit is 1024
+MAX_OPEN_SHARDS = 8192  # each maps two files, and holds none open; Linux maps up to 65,530
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -38,49 +38,64 @@ class Shard:
         if self.index.sha256 != index_sha256:
             raise CacheError(f"{folder / name}.index: not the one that the manifest names")
         try:
-            with open(self.path, "rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:
+            self._data = map_file(self.path)
+        except OSError as error:
             raise CacheError(f"{self.path}: cannot be read ({error})") from None
-        if len(self._map) != self.index.header["tar_bytes"]:
+        if len(self._data) != self.index.header["tar_bytes"]:
             raise CacheError(
-                f"{self.path}: truncated or replaced: {len(self._map)} bytes where "
+                f"{self.path}: truncated or replaced: {len(self._data)} bytes where "
                 f"{self.index.header['tar_bytes']} were written; encode again"
             )
 
+    def checked(self, record: Record, wanted: Iterable[Slice]) -> Iterator[tuple[str, memoryview]]:
+        """The bytes of these slices of a sample, of those that it has, with their tensor's name.
+
+        They are views of the mapped tar. Each is hashed when it is its turn, so that who copies it
+        then finds it in the processor's cache.
+        """
+        data, offset = self._data, record.offset
+        form = self.index.form(record)
+        digests = self.index.digests(record, form)
+        for one in wanted:
+            if (slot := form.slots.get(one)) is not None:
+                start, stop, digest = slot
+                view = data[offset + start : offset + stop]
+                if xxh3_64_intdigest(view) != digests[digest]:
+                    self._refuse(record, f"{one[0]}[{one[1]}]")
+                yield one[0], view
+
     def read_into(self, target: torch.Tensor, row: int, name: str, number: int = 0) -> None:
         """Copy one checked slice into ``target`` (contiguous; of any dtype that holds it)."""
-        found = self.index.slice(row, name, number)
-        assert found is not None, f"{self.path} has no {name}"
-        source, dtype = self._checked(row, *found), self.index.layout.torch_dtype(name)
-        if target.dtype == dtype:
-            target.view(torch.uint8).view(-1).numpy()[:] = source
-        else:
-            target.view(-1).copy_(torch.frombuffer(bytearray(source), dtype=dtype))
+        ((_, source),) = self.checked(self.index.record(row), [(name, number)])
+        dtype = self.index.layout.torch_dtype(name)
+        target.view(-1).copy_(torch.frombuffer(bytearray(source), dtype=dtype))
 
     def about(self, row: int) -> dict[str, Any]:
         """The sample's JSON: path, captions, digests."""
-        return dict(json.loads(bytes(self._checked(row, *next(self.index.parts(row))))))
+        return dict(json.loads(bytes(self._part(row, *next(self.index.parts(row))))))
 
     def members(self, row: int) -> dict[str, bytes]:
         """Both tar members of a sample, by extension; every part is checked."""
         for part, digest in self.index.parts(row):
-            self._checked(row, part, digest)
-        record = self.index.records[row]
+            self._part(row, part, digest)
+        record = self.index.record(row)
         places = {
-            "json": (int(record["json_offset"]), int(record["json_size"])),
-            "safetensors": (int(record["offset"]), int(record["size"])),
+            "json": (record.json_offset, record.json_size),
+            "safetensors": (record.offset, record.size),
         }
-        return {end: self._map[at : at + size] for end, (at, size) in places.items()}
+        return {end: bytes(self._data[at : at + size]) for end, (at, size) in places.items()}
 
-    def _checked(self, row: int, part: Part, digest: int) -> Any:
-        data = np.frombuffer(self._map, np.uint8, part.size, part.offset)
-        if xxhash.xxh3_64_intdigest(data.data) != digest:
-            raise CacheError(
-                f"{self.path}: sample {self.index.key(row)}: {part.what} is damaged (xxh3 "
-                "differs); `python cli.py verify` names all damage"
-            )
-        return data
+    def _part(self, row: int, part: Part, digest: int) -> memoryview:
+        view = self._data[part.offset : part.offset + part.size]
+        if xxh3_64_intdigest(view) != digest:
+            self._refuse(self.index.record(row), part.what)
+        return view
+
+    def _refuse(self, record: Record, what: str) -> NoReturn:
+        raise CacheError(
+            f"{self.path}: sample {record.key.decode()}: {what} is damaged (xxh3 differs); "
+            "`python cli.py verify` names all damage"
+        )
 
 
 class Cache:
@@ -100,7 +115,7 @@ class Cache:
                 bucket: Size = (shard["bucket"][0], shard["bucket"][1])
                 self._groups.setdefault((bucket, shard["repeats"]), []).append(shard)
         self._ends = {
-            group: np.cumsum([shard["count"] for shard in shards])
+            group: [*accumulate(shard["count"] for shard in shards)]
             for group, shards in self._groups.items()
         }
         self._open = functools.lru_cache(maxsize=MAX_OPEN_SHARDS)(self._open_shard)
@@ -113,7 +128,7 @@ class Cache:
     def groups(self, number: int = 0) -> list[Group]:
         """What a ``Plan`` needs to know of this cache, which is the ``number``-th of the run."""
         return [
-            Group(cache=number, bucket=bucket, repeats=repeats * self.repeats, count=int(ends[-1]))
+            Group(cache=number, bucket=bucket, repeats=repeats * self.repeats, count=ends[-1])
             for (bucket, repeats), ends in sorted(self._ends.items())
         ]
 
@@ -121,9 +136,9 @@ class Cache:
         """The shard that holds sample ``row`` of a group, and its row there."""
         place = group.bucket, group.repeats // self.repeats
         ends = self._ends[place]
-        which = int(np.searchsorted(ends, row, side="right"))
+        which = bisect_right(ends, row)
         shard = self._groups[place][which]
-        return self._open(shard["name"]), row - (int(ends[which - 1]) if which else 0)
+        return self._open(shard["name"]), row - (ends[which - 1] if which else 0)
 
     def shards(self) -> Iterator[Shard]:
         """All shards that hold samples, one after the other."""

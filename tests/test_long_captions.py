@@ -14,7 +14,7 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
 from infer.generate import generate
-from infer.settings import GenerateSettings
+from infer.settings import GenerateSettings, LoraUse
 from precompute.prompts import change_prompts
 from sdxl.conditioning import TextEncoders
 from sdxl.long_captions import read_long_captions
@@ -152,7 +152,7 @@ def test_a_run_says_it_and_generate_obeys(
     checkpoint = tmp_path / "run" / "checkpoints" / "checkpoint-1"
     assert read(next(checkpoint.rglob("unet" if full else "*lora*.safetensors"))) == 2
     text = random.Random(0).choices(words, k=200)
-    how: dict[str, Any] = {"unet" if full else "lora": weights}
+    how: dict[str, Any] = {"unet": weights} if full else {"lora": (LoraUse(weights),)}
 
     def drawn(name: str, num_words: int, **how: Any) -> Any:
         out, prompt = tmp_path / name, " ".join(text[:num_words])

@@ -16,7 +16,7 @@ from made import (
     made_batch,
 )
 
-from shards.batches import Draws
+from shards.draws import Draws
 from train.objective import (
     Objective,
     errors,
@@ -148,9 +148,11 @@ def test_noise_offset_is_in_the_sample_and_in_the_target() -> None:
 
 def test_offset_noise_moves_the_mean_of_each_channel_apart() -> None:
     """A channel's mean has variance 1 / (h w) + strength^2, and channels are independent."""
-    draws = [Draws(seed=0, epoch=0, cache=0, key=f"{n:020x}", pass_=0) for n in range(4000)]
-    noise = torch.stack([one.normal("noise", (4, 2, 4)) for one in draws])
-    offsets = torch.stack([one.normal("offsets", (4, 1, 1)) for one in draws])
+    draws, noise, offsets = Draws(), torch.empty(4000, 4, 2, 4), torch.empty(4000, 4, 1, 1)
+    for n in range(4000):
+        draws.start(seed=0, epoch=0, cache=0, key=f"{n:020x}", pass_=0)
+        draws.normal(offsets[n].numpy())
+        draws.normal(noise[n].numpy())
     means = offset_noise(noise, offsets, 0.5).mean(dim=(2, 3)).numpy()
     expected = np.eye(4) * (1 / 8 + 0.25)
     assert np.allclose(np.cov(means.T), expected, atol=0.03)

@@ -17,7 +17,8 @@ import safetensors.torch
 import torch
 
 from shards.batches import Batch, Reader
-from shards.plan import Entry, GlobalBatch, Group, Plan, Share, permute, sample_generator
+from shards.draws import Draws, pick
+from shards.plan import Entry, GlobalBatch, Group, Plan, Share, derive_key, permute
 from shards.reader import Cache
 
 A, B, C, D, E = (64, 64), (96, 48), (48, 96), (80, 56), (56, 80)
@@ -135,6 +136,18 @@ def test_no_batch_size_is_an_error(global_batch: int) -> None:
 def test_no_samples_are_an_error(groups: list[Group]) -> None:
     with pytest.raises(ValueError, match="no sample"):
         Plan(groups, seed=0, global_batch=1)
+
+
+@pytest.mark.parametrize("global_batch", [1, 4, 12])
+def test_how_many_batches_are_computed_at_once_changes_none(
+    monkeypatch: pytest.MonkeyPatch, global_batch: int
+) -> None:
+    groups = [*RAGGED, Group(cache=0, bucket=E, repeats=1, count=1500)]
+    found = []
+    for size in (1, 7, 1024, 10**6):
+        monkeypatch.setattr("shards.plan.BLOCK_SIZE", size)
+        found.append(batches(Plan(groups, seed=2, global_batch=global_batch), 1))
+    assert found[0] == found[1] == found[2] == found[3]
 
 
 def test_the_digest_tells_plans_apart() -> None:
@@ -309,9 +322,8 @@ def test_ten_million_entries_need_no_memory() -> None:
 
 # The random streams.
 
-STREAM = {"purpose": "noise", "seed": 0, "epoch": 0, "cache": 0, "key": "a" * 20, "pass_": 0}
+STREAM = {"seed": 0, "epoch": 0, "cache": 0, "key": "a" * 20, "pass_": 0}
 OTHERS = [
-    {"purpose": "times"},
     {"seed": 1},
     {"epoch": 1},
     {"cache": 1},
@@ -323,13 +335,32 @@ OTHERS = [
 ]
 
 
-def draw(change: dict[str, Any], count: int = 20_000) -> Any:
-    return sample_generator(**(STREAM | change)).standard_normal(count, np.float32)
+def draw(change: dict[str, Any], count: int = 20_000, draws: Draws | None = None) -> Any:
+    draws = draws or Draws()
+    draws.start(**(STREAM | change))
+    found = np.empty(count, np.float32)
+    draws.normal(found)
+    return found
 
 
 def test_equal_arguments_draw_equal_noise() -> None:
-    assert np.array_equal(draw({}), draw({}))
-    assert np.array_equal(draw({})[:5], draw({}, count=5))
+    """Whatever was drawn before, and however far."""
+    draws = Draws()
+    for count in (1, 3, 20_000, 5):
+        assert np.array_equal(draw({}, count, draws), draw({})[:count])
+        draw({"epoch": count}, 7, draws)
+
+
+def test_a_stream_is_philox_by_its_key() -> None:
+    draws = Draws()
+    for change in [{}, *OTHERS]:
+        key = derive_key("sample", *(STREAM | change).values())
+        reference = np.random.Generator(np.random.Philox(key=key))
+        uniforms = reference.random(8, np.float32)
+        noise = draw(change, 1001, draws)
+        found = [draws.variant, draws.caption, draws.dropout, draws.time]
+        assert found == uniforms[:4].tolist()
+        assert np.array_equal(noise, reference.standard_normal(1001, np.float32))
 
 
 def test_every_argument_gives_a_stream_of_its_own() -> None:
@@ -353,11 +384,24 @@ def test_noise_is_standard_normal_within_a_stream() -> None:
     assert abs(np.corrcoef(noise[:-1], noise[1:])[0, 1]) < 0.01
 
 
-def test_times_are_uniform_across_passes() -> None:
-    streams = [sample_generator(**(STREAM | {"purpose": "times", "pass_": n})) for n in range(5000)]
-    times = np.sort([stream.random(dtype=np.float32) for stream in streams])
-    gap = abs(times - np.arange(5000) / 5000).max()
-    assert gap < 1.95 / math.sqrt(5000), "Kolmogorov-Smirnov, one in a thousand"
+def test_choices_are_uniform_across_passes_and_apart() -> None:
+    draws, found = Draws(), []
+    for pass_ in range(5000):
+        draws.start(**(STREAM | {"pass_": pass_}))
+        noise = np.empty(1, np.float32)
+        draws.normal(noise)
+        found.append([draws.variant, draws.caption, draws.dropout, draws.time, float(noise[0])])
+    table = np.array(found)
+    for column in table[:, :4].T:
+        gap = abs(np.sort(column) - np.arange(5000) / 5000).max()
+        assert gap < 1.95 / math.sqrt(5000), "Kolmogorov-Smirnov, one in a thousand"
+    assert abs(np.corrcoef(table.T) - np.eye(5)).max() < 5 / math.sqrt(5000)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 65535])
+def test_a_pick_is_inside(size: int) -> None:
+    assert [pick(u, size) for u in (0.0, 1 - 2.0**-24)] == [0, size - 1]
+    assert {pick(u / 97, size) for u in range(97)} == {u * size // 97 for u in range(97)}
 
 
 # Reading by plan: the cache has 5, 5 and 4 samples.

@@ -1,0 +1,51 @@
+"""Time to the first batch of a cache, and what it keeps in memory; in a process of its own.
+
+python -m benchmarks.first_batch CACHE
+"""
+
+import json
+import time
+from pathlib import Path
+
+import click
+import torch
+
+from benchmarks.report import resident_bytes
+from shards.batches import Reader
+from shards.plan import Plan, Share
+from shards.reader import Cache
+
+BATCH_SIZE = 8
+
+
+@click.command()
+@click.argument("cache", type=click.Path(path_type=Path))
+def main(cache: Path) -> None:
+    """One JSON object."""
+    torch.empty(1)
+    before, start = resident_bytes(), time.perf_counter()
+    opened = Cache(cache)
+    plan = Plan(opened.groups(), 0, BATCH_SIZE)
+    reader = Reader([opened], plan, Share(batch_size=BATCH_SIZE, world=1, rank=0))
+    stream = reader.epochs(threads=1)
+    next(stream)
+    first_seconds = time.perf_counter() - start
+    first = resident_bytes()
+    stream.close()
+    start = time.process_time()
+    num_shards = sum(1 for _ in opened.shards())
+    open_seconds = time.process_time() - start
+    last = resident_bytes()
+    result = {
+        "first_batch_seconds": first_seconds,
+        "first_batch_mb": (first["RssAnon"] - before["RssAnon"]) / 1e6,
+        "shards": num_shards,
+        "ms_to_open_one": 1e3 * open_seconds / num_shards,
+        "all_open_mb": (last["RssAnon"] - before["RssAnon"]) / 1e6,
+        "all_open_mapped_mb": (last["RssFile"] - before["RssFile"]) / 1e6,
+    }
+    click.echo(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""The same LoRA from a cache, and by encoding online: images a second, memory, whole runs.
+
+Data, base, rank, batch, steps and precision are the same; each run is a command in a process of
+its own, start and loading included. From two lengths come seconds an epoch and seconds before the
+first, and from these the epoch from which the cache pays for itself.
+
+    python -m benchmarks.peers [--quick] [--base BASE] [--device cpu]
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import click
+
+from benchmarks.report import Used, keep, machine, measured, show
+from tools.draw_pictures import draw_pictures
+
+EPOCHS = (1, 3, 10)
+
+
+class Peers:
+    """The commands of both, with the same settings."""
+
+    def __init__(self, folder: Path, base: str, resolution: int, device: str) -> None:
+        self.folder, self.data, self.base = folder, folder / "data", base
+        self.precision = "bf16" if device == "cuda" else "fp32"
+        self.size = ["--resolution", str(resolution)]
+        self.common = ["--base", base, "--device", device]
+        self.training = ["--rank", "4", "--batch-size", "4", "--precision", self.precision]
+
+    def encode(self) -> Used:
+        command = [sys.executable, "cli.py", "encode", str(self.data), "--square"]
+        out = ["--out", str(self.folder / "cache"), "--batch-size", "4"]
+        return measured([*command, *out, *self.size, *self.common])
+
+    def ours(self, epochs: int) -> tuple[Used, dict[str, Any]]:
+        run = self.folder / "run"
+        command = [sys.executable, "cli.py", "train", str(self.folder / "cache")]
+        more = ["--out", str(run), "--overwrite", "--epochs", str(epochs)]
+        used = measured([*command, *more, *self.training, *self.common])
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        last = [row for row in rows if "train/images_per_second" in row][-1]
+        return used, {
+            "images_per_second": last["train/images_per_second"],
+            "peak_bytes": last["train/peak_memory_bytes"],
+        }
+
+    def online(self, epochs: int, vae_dtype: str) -> tuple[Used, dict[str, Any]]:
+        command = [sys.executable, "-m", "benchmarks.online", str(self.data)]
+        more = ["--epochs", str(epochs), "--vae-dtype", vae_dtype, *self.size]
+        used = measured([*command, *more, *self.training, *self.common])
+        return used, json.loads(used.output.splitlines()[-1])
+
+
+def line_of(walls: dict[int, float]) -> tuple[float, float]:
+    """(seconds before the first epoch, seconds an epoch) by the shortest and the longest run."""
+    least, most = min(walls), max(walls)
+    each = (walls[most] - walls[least]) / (most - least)
+    return walls[least] - least * each, each
+
+
+def compare(peers: Peers, epochs: tuple[int, ...]) -> list[dict[str, Any]]:
+    """One row per way; wall and processor seconds of the whole runs by number of epochs."""
+    encoding = peers.encode()
+    runs: dict[str, dict[int, tuple[Used, dict[str, Any]]]] = {}
+    for number in epochs:  # in turns, for the noise of the machine
+        runs.setdefault("ours, from shards", {})[number] = peers.ours(number)
+        for dtype in ("fp32", "bf16"):
+            runs.setdefault(f"online, VAE {dtype}", {})[number] = peers.online(number, dtype)
+    rows = []
+    for name, found in runs.items():
+        once = encoding if name.startswith("ours") else None
+        longest = found[max(epochs)]
+        row: dict[str, Any] = {
+            "way": name,
+            "images/s": longest[1]["images_per_second"],
+            "peak GB": longest[1]["peak_bytes"] / 1e9,
+            "encode s": once.cpu_seconds if once else 0.0,
+        }
+        for number, (used, _) in found.items():
+            row[f"{number} ep s"] = used.cpu_seconds + (once.cpu_seconds if once else 0.0)
+        row["wall s"] = {n: used.wall_seconds for n, (used, _) in found.items()}
+        rows.append(row)
+    _add_break_even(rows, epochs)
+    return rows
+
+
+def _add_break_even(rows: list[dict[str, Any]], epochs: tuple[int, ...]) -> None:
+    """The epoch in which our run, encoding included, overtakes each other one."""
+    lines = [line_of({n: row[f"{n} ep s"] for n in epochs}) for row in rows]
+    before, each = lines[0]
+    for row, (their_before, their_each) in zip(rows[1:], lines[1:], strict=True):
+        gain = their_each - each
+        row["pays from epoch"] = (before - their_before) / gain if gain > 0 else None
+        row["s an epoch / ours"] = their_each / each
+
+
+@click.command()
+@click.option("--quick", is_flag=True, help="Small sizes: about a minute and a half.")
+@click.option("--base", default="miniature", show_default=True)
+@click.option("--pictures", default=48, show_default=True)
+@click.option("--resolution", default=128, show_default=True)
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--out", default=Path("benchmark-output"), type=click.Path(path_type=Path))
+def main(quick: bool, base: str, pictures: int, resolution: int, device: str, out: Path) -> None:
+    """Cached against online encoding."""
+    epochs = (1, 3) if quick else EPOCHS
+    if quick:
+        pictures, resolution = min(pictures, 16), min(resolution, 64)
+    with tempfile.TemporaryDirectory() as folder:
+        peers = Peers(Path(folder), base, resolution, device)
+        draw_pictures(peers.data, pictures, size=resolution)
+        rows = compare(peers, epochs)
+    names = ("way", "images/s", "peak GB", "encode s", *(f"{n} ep s" for n in epochs))
+    more = ("s an epoch / ours", "pays from epoch")
+    shown = [{name: row.get(name) for name in (*names, *more)} for row in rows]
+    show(
+        f"LoRA of {base}, {pictures} pictures of {resolution} px, batch 4, {peers.precision}; "
+        "processor seconds of whole commands",
+        shown,
+    )
+    keep(out / "peers.json", {"machine": machine(device), "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""Ways to bring a sample's tensors from a warm page cache into memory of one's own."""
+
+import io
+import mmap
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import webdataset as wds
+
+from benchmarks.caches import Kind
+from shards.batches import TEXT, UNMASKED, Reader
+from shards.plan import Plan, Share
+from shards.reader import Cache
+from shards.rows import Rows
+from shards.sample import Sample
+
+BATCH_SIZE = 8
+Work = Callable[[], object]
+
+
+def places(cache: Cache) -> list[tuple[str, int]]:
+    """(shard, row) of every sample, in one shuffled order that all who can seek go by."""
+    found = [(shard.path.stem, row) for shard in cache.shards() for row in range(len(shard.index))]
+    random.Random(0).shuffle(found)
+    return found
+
+
+def mmap_copy(cache: Cache) -> Work:
+    """The floor: each sample's bytes from a mapped tar into a buffer, and nothing else."""
+    maps, spans = {}, {}
+    for shard in cache.shards():
+        with open(shard.path, "rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        maps[shard.path.stem] = np.frombuffer(mapped, np.uint8)
+        starts = shard.index.records["offset"] + shard.index.records["header_size"]
+        ends = shard.index.records["offset"] + shard.index.records["size"]
+        spans[shard.path.stem] = [*zip(starts.tolist(), ends.tolist(), strict=True)]
+    order = [(maps[name], *spans[name][row]) for name, row in places(cache)]
+    buffer = np.empty(max(end - start for _, start, end in order), np.uint8)
+
+    def work() -> None:
+        for data, start, end in order:
+            buffer[: end - start] = data[start:end]
+
+    return work
+
+
+def ours(cache: Cache, kind: Kind, num_variants: int) -> Work:
+    """Slices of each sample, hashed and copied into a batch's tensors: its text, and the latents of
+    some of its variants (a step takes one)."""
+    group = cache.groups()[0]
+    order = [*range(group.count)]
+    random.Random(0).shuffle(order)
+    wanted = [[(name, n) for name in (*UNMASKED, *TEXT) if n < kind.counts[name]] for n in (0, 1)]
+    rows = Rows([*kind.counts], [kind.layout] * 2)
+
+    def work() -> None:
+        for place in order:
+            shard, row = cache.locate(group, place)
+            record = shard.index.record(row)
+            for number in range(num_variants):
+                rows.fill(number, shard.checked(record, wanted[number]))
+
+    return work
+
+
+def training(cache: Cache) -> Work:
+    """What a run does for its batches: plan, read one variant and caption, draw all that is random,
+    in fp32 as the step wants it."""
+    plan = Plan(cache.groups(), 0, BATCH_SIZE)
+    reader = Reader([cache], plan, Share(batch_size=BATCH_SIZE, world=1, rank=0))
+
+    def work() -> None:
+        for number in range(plan.num_batches):
+            reader.read(plan.batch(0, number), 0)
+
+    return work
+
+
+def stock_webdataset(cache: Cache) -> Work:
+    """The same tars in order, each sample's file parsed by safetensors."""
+    tars = sorted(str(shard.path) for shard in cache.shards())
+
+    def work() -> None:
+        for sample in wds.WebDataset(tars, shardshuffle=False):
+            safetensors.torch.load(sample["safetensors"])
+
+    return work
+
+
+def write_npz(folder: Path, samples: list[Sample]) -> None:
+    """One uncompressed npz per picture."""
+    folder.mkdir()
+    for sample in samples:
+        arrays = {name: tensor.numpy() for name, tensor in sample.tensors.items()}
+        with io.BytesIO() as file:
+            np.savez(file, allow_pickle=False, **arrays)
+            (folder / f"{sample.key}.npz").write_bytes(file.getvalue())
+
+
+def npz(folder: Path) -> Work:
+    paths = sorted(folder.iterdir())
+    random.Random(0).shuffle(paths)
+
+    def work() -> None:
+        for path in paths:
+            with np.load(path) as file:
+                for name in file.files:
+                    file[name]
+
+    return work

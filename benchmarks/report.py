@@ -1,0 +1,148 @@
+"""What every benchmark does: take turns, tell the machine, print a table, keep a JSON."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+LIBRARIES = ("torch", "numpy", "diffusers", "transformers", "peft", "webdataset", "xxhash")
+Clock = Callable[[], float]
+
+
+def take_turns(
+    works: Mapping[str, Callable[[], object]], rounds: int, clock: Clock = time.process_time
+) -> dict[str, list[float]]:
+    """Seconds of each work in each round: A B C, A B C, ... after a round that warms up.
+
+    The clock counts this process's own processor time: on a machine that others use too, wall time
+    tells more of them.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for number in range(rounds + 1):
+        for name, work in works.items():
+            start = clock()
+            work()
+            if number:
+                seconds[name].append(clock() - start)
+    return seconds
+
+
+def ratio(seconds: Mapping[str, Sequence[float]], one: str, other: str) -> float:
+    """How often ``one`` is as fast as ``other``: the median over the rounds."""
+    pairs = zip(seconds[other], seconds[one], strict=True)
+    return statistics.median(theirs / mine for theirs, mine in pairs)
+
+
+@dataclass(frozen=True)
+class Used:
+    """What a command took."""
+
+    wall_seconds: float
+    cpu_seconds: float  # of all its threads
+    peak_bytes: int  # resident, with the pages of mapped files that it has looked at
+    anonymous_bytes: int  # of these its own, which cannot be dropped: by looking often (Linux)
+    output: str
+
+
+def measured(command: Sequence[str]) -> Used:
+    """Run a command to its end; its stderr is shown.
+
+    Raises:
+        CalledProcessError: it failed.
+    """
+    start, anonymous = time.perf_counter(), 0
+    with tempfile.TemporaryFile("w+") as output:
+        child = subprocess.Popen(command, stdout=output)
+        while True:
+            pid, status, usage = os.wait4(child.pid, os.WNOHANG)
+            if pid:
+                break
+            anonymous = max(anonymous, resident_bytes(child.pid)["RssAnon"])
+            time.sleep(0.05)
+        seconds, child.returncode = time.perf_counter() - start, os.waitstatus_to_exitcode(status)
+        output.seek(0)
+        text = output.read()
+    if child.returncode:
+        raise subprocess.CalledProcessError(child.returncode, list(command), text)
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = usage.ru_maxrss * unit
+    return Used(seconds, usage.ru_utime + usage.ru_stime, peak, anonymous, text)
+
+
+def resident_bytes(pid: int | str = "self") -> dict[str, int]:
+    """A process's own memory and that of mapped files, as far as it is resident; 0 but on Linux."""
+    found = {"RssAnon": 0, "RssFile": 0}
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return found
+    for line in lines:
+        name, _, value = line.partition(":")
+        if name in found:
+            found[name] = int(value.split()[0]) * 1024
+    return found
+
+
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """Date, processor and versions, which every figure is to be read with."""
+    about: dict[str, Any] = {
+        "date": datetime.date.today().isoformat(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
+    }
+    if device.startswith("cuda"):
+        about["gpu"] = torch.cuda.get_device_name(device)
+        about["cuda"] = torch.version.cuda
+    return about
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "unknown")
+
+
+def show(title: str, rows: Sequence[Mapping[str, object]]) -> None:
+    """A table, one line per row; its columns are the first row's names."""
+    click.echo(f"\n{title}")
+    if not rows:
+        return
+    names = list(rows[0])
+    cells = [names, *([_text(row.get(name)) for name in names] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
+    for line in cells:
+        texts = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
+        click.echo("  " + "  ".join(texts).rstrip())
+
+
+def _text(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.3f}" if abs(value) < 100 else f"{value:,.0f}"
+    return "-" if value is None else str(value)
+
+
+def keep(path: Path, result: Mapping[str, object]) -> None:
+    """Write the figures as JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(result, indent=2) + "\n")
+    os.replace(partial, path)
+    click.echo(f"\n{path}")

@@ -1,0 +1,192 @@
+"""The benchmarks run: all ways to read read, and every GPU cell runs on a CPU, tiny."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import benchmarks.gpu as gpu
+from benchmarks import gpu_cells, readers
+from benchmarks.caches import KINDS, Kind, random_samples, write_random, write_sparse
+from benchmarks.gpu import Cell, fill_in, grid, measure, rows_of, run_cell
+from benchmarks.gpu_cells import largest
+from benchmarks.report import ratio, take_turns
+from shards.batches import Reader
+from shards.plan import Plan, Share
+from shards.reader import Cache
+from shards.verify import verify
+
+SMALL = Kind(pixels=64, variants=2, width=12, pooled=5)
+
+
+def test_the_sizes_are_sdxls() -> None:
+    assert [round(kind.sample_bytes / 1e3) for kind in KINDS.values()] == [449, 580]
+
+
+def test_random_caches_are_whole_and_their_samples_differ(tmp_path: Path) -> None:
+    samples = random_samples(SMALL, 5)
+    write_random(tmp_path / "cache", SMALL, samples)
+    cache = Cache(tmp_path / "cache")
+    assert [fault for found in verify(cache.folder, cache.manifest) for fault in found] == []
+    assert len({bytes(one.tensors["latents.mean"].numpy()) for one in samples}) == 5
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # webdataset closes its tars late
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_every_reader_reads_the_whole_cache(tmp_path: Path) -> None:
+    samples = random_samples(SMALL, 5)
+    write_random(tmp_path / "cache", SMALL, samples)
+    readers.write_npz(tmp_path / "npz", samples)
+    cache = Cache(tmp_path / "cache")
+    assert len(set(readers.places(cache))) == 5
+    for work in (
+        readers.mmap_copy(cache),
+        readers.ours(cache, SMALL, 2),
+        readers.training(cache),
+        readers.stock_webdataset(cache),
+        readers.npz(tmp_path / "npz"),
+    ):
+        work()
+
+
+def test_a_sparse_cache_reads_as_zeros(tmp_path: Path) -> None:
+    write_sparse(tmp_path / "cache", SMALL, 700)  # two shards
+    cache = Cache(tmp_path / "cache")
+    plan = Plan(cache.groups(), 0, 7)
+    reader = Reader([cache], plan, Share(batch_size=7, world=1, rank=0))
+    keys = set()
+    for number in range(plan.num_batches):
+        batch = reader.read(plan.batch(0, number), 0)
+        assert not batch.latents.any() and not batch.prompt.any() and batch.noise.any()
+        keys |= set(batch.keys)
+    assert len(keys) == 700
+
+
+def test_turns_and_ratios() -> None:
+    clock = iter(range(100))
+    order: list[str] = []
+    works = {name: lambda name=name: order.append(name) for name in "ab"}
+    seconds = take_turns(works, 3, clock=lambda: float(next(clock)))  # type: ignore[arg-type]
+    assert order == [*"abababab"] and seconds == {"a": [1.0] * 3, "b": [1.0] * 3}
+    assert ratio({"a": [1, 2, 4], "b": [2, 6, 20]}, "a", "b") == 3
+    assert ratio({"a": [1, 2, 4], "b": [2, 6, 20]}, "b", "a") == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("most", [1, 2, 7, 8, 100])
+def test_the_largest_that_fits_is_found(most: int) -> None:
+    for limit in range(most + 3):
+        tried: list[int] = []
+
+        def fits(number: int, tried: list[int] = tried, limit: int = limit) -> bool:
+            tried.append(number)
+            return number <= limit
+
+        assert largest(fits, most) == min(limit, most)
+        assert max(tried) <= most and len(tried) == len(set(tried))
+
+
+# The cells of the GPU benchmark.
+
+
+def test_cells_have_names_of_their_own_and_settings_that_go_together() -> None:
+    cells = grid()
+    assert len({cell.name for cell in cells}) == len(cells) > 30
+    assert {cell.kind for cell in cells} == set(gpu_cells.KINDS)
+    for pixels in (512, 1024):
+        for what in ("LoRA 4", "LoRA 16", "full"):
+            assert any(cell.name.startswith(f"{what}, {pixels}") for cell in cells)
+
+
+def one_of_each() -> Iterator[Any]:
+    """Cells that differ in more than sizes."""
+    seen, sizes = set(), ("pixels", "gib", "rank", "batch_size")
+    for cell in grid():
+        settings = {name: value for name, value in cell.settings.items() if name not in sizes}
+        path = cell.kind, json.dumps(settings, sort_keys=True)
+        again = "compile" in settings and "full" in settings  # it compiles the same blocks
+        if path not in seen and not again:
+            yield pytest.param(cell, id=cell.name)
+        seen.add(path)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the compiler and of torchao
+@pytest.mark.parametrize("cell", [*one_of_each()])
+def test_a_cell_runs_tiny_on_a_cpu(tmp_path: Path, cell: Cell) -> None:
+    found = measure(cell, tmp_path, "cpu", tiny=True)
+    figures = [value for value in found.values() if not isinstance(value, dict)]
+    assert figures and all(value > 0 for value in figures)
+    assert not list(tmp_path.iterdir())  # nothing is left
+
+
+def test_the_work_of_a_step_is_counted(tmp_path: Path) -> None:
+    """Recomputing a forward pass is work too; a second sample is as much again."""
+    place = gpu_cells.Place(
+        base="miniature", encoders="miniature", work=tmp_path, device=torch.device("cpu"), tiny=True
+    )
+    flops = {}
+    for batch_size, again in ((1, False), (1, True), (2, False)):
+        training = gpu_cells.Training(place, 512, batch_size, gradient_checkpointing=again)
+        training.stop()
+        flops[batch_size, again] = training.flops
+    assert 1.2 < flops[1, True] / flops[1, False] < 1.6
+    assert flops[2, False] == pytest.approx(2 * flops[1, False], rel=0.02)
+
+
+def test_a_batch_that_does_not_fit_is_stepped_back_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = gpu_cells.Ours.steps
+
+    def steps(self: Any, num: int) -> None:
+        if self.config.batch_size > 1:
+            raise torch.OutOfMemoryError("planted")
+        real(self, num)
+
+    monkeypatch.setattr(gpu_cells.Ours, "steps", steps)
+    (cell,) = [cell for cell in grid() if cell.name == "largest LoRA 4, 512, 12 GiB"]
+    assert measure(cell, tmp_path, "cpu", tiny=True)["largest_batch"] == 1
+
+
+def test_it_goes_on_with_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cells = [Cell(name, "ceiling", {}) for name in "abc"]
+    asked: list[str] = []
+
+    def run_cell(cell: Cell, options: list[str]) -> dict[str, Any]:
+        asked.append(cell.name)
+        return {"error": "planted"} if asked == ["a", "b"] else {"tflops": 1.0}
+
+    monkeypatch.setattr(gpu, "run_cell", run_cell)
+    path = tmp_path / "gpu.json"
+    fill_in(cells[:2], path, [], 1e9)
+    results = fill_in(cells, path, [], 1e9)  # b failed, c was never run
+    assert asked == ["a", "b", "b", "c"]
+    assert json.loads(path.read_text())["cells"] == results
+    assert [row["TFLOP/s"] for row in rows_of(cells, results)] == [1.0] * 3
+    fill_in([*cells, replace(cells[0], name="d")], path, [], budget_seconds=-1)
+    assert len(asked) == 4, "no cell starts when the time is up"
+
+
+@pytest.mark.slow
+def test_a_cell_has_a_process_of_its_own_and_may_fail(tmp_path: Path) -> None:
+    cell, options = grid()[0], ["--work", str(tmp_path), "--tiny", "--device"]
+    assert run_cell(cell, [*options, "cpu"])["tflops"] > 0
+    assert "finds no such device" in run_cell(cell, [*options, "cuda:99"])["error"]
+
+
+def test_the_command_shows_what_is_not_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "run_cell", lambda cell, options: {"tflops": 2.0})
+    options = ["--work", str(tmp_path), "--out", str(tmp_path), "--tiny", "--only", "1024, b1"]
+    run = CliRunner().invoke(gpu.main, options, catch_exceptions=False)
+    assert run.exit_code == 0
+    names = [line.strip() for line in run.output.splitlines() if line.startswith("  LoRA 4, 1024")]
+    assert len(names) == 3 and all("<=" in line for line in names)
+    run = CliRunner().invoke(gpu.main, [*options[:-1], "", "--budget-seconds", "-1"])
+    assert "not measured" in run.output and "run again" in run.output
