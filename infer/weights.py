@@ -72,6 +72,7 @@ class Weights:
             "unet": weights_digest(unet, "unet"),
             "unet_config": config_digest(config_at(unet, "unet")),
             "dtype": _name(dtype),
+            "num_chunks": self.num_chunks,
             "vae_dtype": _name(self.vae_dtype(dtype)),
         }
         for part, (path, config) in configs.items():
