@@ -3,63 +3,15 @@
 
 import logging
 import os
-import signal
 import sys
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
+from cli_door import door
 from cli_options import StageCommand
-
-
-class BadInput(click.ClickException):
-    exit_code = 2
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM: what Ctrl-C does, with an exit code of its own."""
-
-
-def _terminate(*_: Any) -> None:
-    raise Terminated
-
-
-@contextmanager
-def door(debug: bool) -> Iterator[None]:
-    """An error leaves as one line: exit code 2 for bad input, 1 for the machine's."""
-    warnings.simplefilter("ignore")
-    if os.environ.get("RANK", "0") == "0":
-        warnings.filterwarnings("default", module=r"(precompute|train|infer|shards|sdxl)\.")
-    warnings.showwarning = lambda message, *_, **__: click.echo(f"Warning: {message}", err=True)
-    signal.signal(signal.SIGTERM, _terminate)
-    try:
-        yield
-    except (ValueError, OSError, MemoryError, FloatingPointError) as error:
-        if debug:
-            raise
-        kind = BadInput if isinstance(error, ValueError) else click.ClickException
-        raise kind(_rank() + " ".join(str(error).split())) from error
-    except RuntimeError as error:
-        if debug or type(error).__name__ != "OutOfMemoryError":
-            raise
-        reason = " ".join(str(error).split())[:200]
-        raise click.ClickException(
-            f"out of memory: try a smaller --batch-size ({reason})"
-        ) from error
-    except KeyboardInterrupt as stop:
-        if os.environ.get("RANK", "0") == "0":
-            click.echo(" ".join(["\nInterrupted.", *getattr(stop, "__notes__", [])]), err=True)
-        sys.exit(143 if isinstance(stop, Terminated) else 130)
-
-
-def _rank() -> str:
-    """Who says it, where several processes might."""
-    rank = os.environ.get("RANK", "0")
-    return "" if rank == "0" else f"process {rank}: "
 
 
 def stage(name: str, settings: str) -> Callable[[Callable[..., None]], click.Command]:
@@ -83,6 +35,8 @@ def _launched(settings: Any) -> bool:
     """Whether this command was run by processes of its own, to the end."""
     from processes.gpus import num_processes
 
+    if sys.argv[1:2] != [click.get_current_context().info_name]:
+        return False  # called by another program (demo, a test): its command line is not this one
     num = num_processes(settings.gpus, settings.device)
     if num > 1:
         from processes.launch import launch
@@ -116,7 +70,7 @@ def encode(ctx: click.Context, debug: bool, **values: Any) -> None:
     with door(debug):
         settings = _settings(ctx, values)
         if settings.dry_run:
-            from precompute.dry_run import dry_run
+            from precompute.planning.dry_run import dry_run
 
             for line in dry_run(settings):
                 click.echo(line)
@@ -124,10 +78,14 @@ def encode(ctx: click.Context, debug: bool, **values: Any) -> None:
         if _launched(settings):
             return
         from precompute.encode import encode as run
+        from precompute.report import describe, warn_of_rejected
 
         reports = run(settings)
         for report in reports:
-            _tell_encoded(report, settings.long_captions)
+            for line in describe(report, settings.long_captions):
+                click.echo(line)
+            if warning := warn_of_rejected(report):
+                click.echo(warning, err=True)
         for report in reports:
             if report.rejected_share > settings.max_rejected:
                 raise click.ClickException(
@@ -139,38 +97,6 @@ def encode(ctx: click.Context, debug: bool, **values: Any) -> None:
                 f"next: python cli.py train {settings.out} --base {settings.base} --out RUN "
                 "--epochs 10"
             )
-
-
-def _tell_encoded(report: Any, num_chunks: int) -> None:
-    from precompute.report import summarise
-
-    click.echo(
-        f"\n{report.folder}: {report.num_samples:,} pictures in {report.num_shards:,} shards, "
-        f"{report.num_bytes / 1e6:.1f} MB: {summarise(report)}"
-    )
-    for bucket, count in report.buckets.items():
-        click.echo(
-            f"  {bucket:>9}  {count:6d}  {'#' * round(40 * count / max(1, report.num_samples))}"
-        )
-    for number, usual, what in (
-        (report.num_variants, report.num_samples, "variants of them (crops, mirrored)"),
-        (report.num_captions, report.num_samples, "captions"),
-        (report.num_taken, report.num_samples, "pictures an epoch, with repeats"),
-        (report.num_masks, 0, "with a mask; train --masked-loss obeys it"),
-        (report.num_upscaled, 0, "smaller than their bucket, so enlarged"),
-        (report.num_cut_captions, 0, f"captions cut at {77 * num_chunks} tokens"),
-    ):
-        if number != usual:
-            click.echo(f"  {number:,} {what}")
-    if report.num_prompts:
-        click.echo(f"  {report.num_prompts} preview prompts")
-    if report.rejected:
-        first = report.rejected[0]
-        click.echo(
-            f"Warning: {len(report.rejected):,} rejected, see {report.folder / 'rejected.jsonl'}; "
-            f"e.g. {first.path}: {first.reason}",
-            err=True,
-        )
 
 
 @commands.command()
@@ -237,13 +163,20 @@ def generate(ctx: click.Context, debug: bool, **values: Any) -> None:
     """Draw pictures from prompts, with a LoRA, a fine-tuned UNet, or the base alone."""
     with door(debug):
         settings = _settings(ctx, values)
+        if _launched(settings):
+            return
         from infer.generate import generate as run
 
         report = run(settings)
-        click.echo(
-            f"{report.num_drawn} pictures drawn, {report.num_kept} kept, in {settings.out}; "
-            f"all of them at a glance: {report.sheet}"
-        )
+        if report is not None:
+            one = "" if report.num_drawn == 1 else "s"
+            rate = (
+                f" ({report.num_drawn / report.seconds:.3g} images/s)" if report.num_drawn else ""
+            )
+            click.echo(
+                f"{report.num_drawn} picture{one} drawn{rate}, {report.num_kept} kept, in "
+                f"{settings.out}; all at a glance: {report.sheet}"
+            )
 
 
 @stage("export", "infer.export_settings:ExportSettings")
@@ -304,54 +237,10 @@ def demo(out: Path, debug: bool) -> None:
 def verify(cache: Path, repair: bool, debug: bool) -> None:
     """Hash every byte of CACHE again; name what is damaged, and exit with 1 if anything is."""
     with door(debug):
-        if not all([_verify_one(folder, repair) for folder in _parts(cache)]):
+        from cli_caches import parts_of, verify_one
+
+        if not all([verify_one(folder, repair) for folder in parts_of(cache)]):
             raise SystemExit(1)
-
-
-def _parts(cache: Path) -> list[Path]:
-    """The caches in a folder: itself, or its train and val."""
-    from shards.manifest import MANIFEST
-
-    parts = [cache / name for name in ("train", "val") if (cache / name).is_dir()]
-    return [cache] if (cache / MANIFEST).exists() or not parts else parts
-
-
-def _verify_one(folder: Path, repair: bool) -> bool:
-    """Say what is damaged in one cache, and drop it; whether nothing is."""
-    from tqdm import tqdm
-
-    from precompute.lock import locked
-    from shards import CacheError
-    from shards.manifest import MANIFEST, read_manifest
-    from shards.repair import drop_damaged, stand_in
-    from shards.verify import verify as check
-
-    try:
-        manifest = read_manifest(folder)
-    except CacheError as error:
-        if not (folder / MANIFEST).exists() and folder.name not in ("train", "val"):
-            raise  # no cache at all: bad input, not damage
-        click.echo(str(error))
-        if not repair or not (folder / MANIFEST).exists():
-            return False
-        manifest = stand_in(folder)
-    num_shards = len(manifest["shards"])
-    checks = tqdm(check(folder, manifest), total=num_shards + 1, unit="shard", desc=folder.name)
-    found = [*checks]
-    faults = [fault for some in found for fault in some]
-    for fault in faults:
-        click.echo(fault)
-    if repair and (faults or "digest" not in manifest):
-        with locked(folder):
-            dropped = drop_damaged(folder, manifest, found)
-        for line in dropped:
-            click.echo(line)
-        if dropped:
-            click.echo("next: run the same encode again, it makes what was dropped")
-    if not faults and "digest" in manifest:
-        samples = manifest["num_samples"]
-        click.echo(f"{folder}: {samples} samples in {num_shards} shards, all whole")
-    return not faults and "digest" in manifest
 
 
 @commands.command()
@@ -365,28 +254,11 @@ def _verify_one(folder: Path, repair: bool) -> bool:
 def inspect(cache: Path, sheets: Path | None, debug: bool) -> None:
     """Say what CACHE holds: buckets, captions, recipe, statistics, what was rejected."""
     with door(debug):
-        parts = _parts(cache)
+        from cli_caches import inspect_one, parts_of
+
+        parts = parts_of(cache)
         for folder in parts:
-            _inspect_one(folder, sheets and (sheets / folder.name if len(parts) > 1 else sheets))
-
-
-def _inspect_one(folder: Path, sheets: Path | None) -> None:
-    from tqdm import tqdm
-
-    from shards.inspect import describe_contents, read_contents
-    from shards.reader import Cache
-
-    cache = Cache(folder)
-    num_shards = sum(1 for shard in cache.manifest["shards"] if shard["count"])
-    *_, contents = tqdm(
-        read_contents(cache), total=num_shards, unit="shard", desc=folder.name, leave=False
-    )
-    click.echo("\n".join(describe_contents(cache, contents)))
-    if sheets is not None:
-        from precompute.sheets import write_sheets
-
-        for path in write_sheets(cache, sheets):
-            click.echo(path)
+            inspect_one(folder, sheets and (sheets / folder.name if len(parts) > 1 else sheets))
 
 
 if __name__ == "__main__":

@@ -95,9 +95,11 @@ def _parameter(one: Field[Any], hint: Any) -> click.Parameter:
     flags = f"{flag}/--no-{flag[2:]}" if kind is click.BOOL else flag
     required = one.default is MISSING
     shown = not required and one.default not in ((), None) and bool(one.default)
+    several = typing.get_origin(hint) is tuple and not isinstance(kind, Numbers)
     return click.Option(
         [flags, one.name],
         type=kind,
+        multiple=several,
         default=None if required else one.default,
         show_default=shown,
         help=one.metadata["help"] + ("  [required]" if required else ""),
@@ -114,7 +116,10 @@ def _click_type(hint: Any) -> click.ParamType[Any]:
         if hint is int:
             return Numbers()
     if hasattr(hint, "parse"):
-        return Parsed(hint, {"Every": "STEPS|Nep"}.get(hint.__name__, hint.__name__))
+        return Parsed(
+            hint,
+            {"Every": "STEPS|Nep", "LoraUse": "FILE[,WEIGHT]"}.get(hint.__name__, hint.__name__),
+        )
     simple = {bool: click.BOOL, int: click.INT, float: click.FLOAT, str: click.STRING}
     return simple.get(hint) or click.Path(path_type=Path)
 
@@ -125,7 +130,7 @@ def _from_toml(option: click.Parameter, value: Any, recipe: Path, ctx: click.Con
         raise ValueError(f"{recipe}: {option.name} cannot be {value!r}")
     if is_flag:
         return value
-    if option.nargs == -1:
+    if option.nargs == -1 or option.multiple:
         parts = value if isinstance(value, list) else [value]
         return tuple(_converted(option, str(part), recipe, ctx) for part in parts)
     text = ",".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -26,10 +26,10 @@ import click
 import torch
 from PIL import Image
 
+from precompute.dataset.sources import read_data_set
 from precompute.encode import encode
-from precompute.scan import plan_pictures
+from precompute.planning.scan import plan_pictures
 from precompute.settings import EncodeSettings
-from precompute.sources import read_data_set
 from sdxl.load import load_text_encoders, load_tokenizers, load_vae
 from shards.buckets import Geometry
 from tools.draw_pictures import draw_pictures
@@ -158,7 +158,7 @@ def measure_growth(folder: Path, base: str, pictures: int) -> dict[str, Any]:
         with contextlib.redirect_stderr(io.StringIO()):
             (report,) = encode(settings)
         taken.append(time.perf_counter() - start)
-    if report.num_encoded or report.num_samples != pictures:
+    if not report.is_as_it_was or report.num_samples != pictures:
         raise RuntimeError(f"not all of it was as it was: {report}")
     num_files = sum(1 for _ in data_set.iterdir())
     return {

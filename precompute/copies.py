@@ -7,7 +7,7 @@ from pathlib import Path
 import safetensors.torch
 
 from precompute.halves import Half
-from precompute.work import Found
+from precompute.planning.work import Found
 from shards import CacheError
 from shards.index import Index
 from shards.manifest import REPLACED

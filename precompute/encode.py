@@ -1,12 +1,13 @@
 """The stage: what is there, what is missing, encode that, mark it.
 
-A run that has work writes down first where each sample goes (``precompute.work``), then removes
-the manifest, sets aside the shards that it writes anew, and writes them; the manifest comes last,
-and then the plan is removed. A run that follows one that died anywhere finds the plan, the whole
-shards and those set aside, and ends with the same bytes.
+A run that has work writes down first where each sample goes (``precompute.planning.work``), then
+removes the manifest, sets aside the shards that it writes anew, and writes them; the manifest comes
+last, and then the plan is removed. A run that follows one that died anywhere finds the plan, the
+whole shards and those set aside, and ends with the same bytes.
 """
 
 import errno
+import gc
 import json
 import warnings
 from collections.abc import Iterator
@@ -14,24 +15,31 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from precompute.cache import CachePlan, check_out, finish, make_plan, prepare, warn_of_settings
+from precompute.dataset.records import Memory
+from precompute.dataset.sources import read_data_set
 from precompute.encoders import Encoders
-from precompute.lock import locked
+from precompute.planning.cache import (
+    CachePlan,
+    check_out,
+    finish,
+    make_plan,
+    prepare,
+    warn_of_surprises,
+)
+from precompute.planning.room import Sizer, check_room
+from precompute.planning.scan import read_memory, write_memory
+from precompute.planning.work import WorkFile
 from precompute.progress import Progress
 from precompute.recipe import read_recipe
-from precompute.records import Memory
 from precompute.report import Report
-from precompute.room import Sizer, check_room
-from precompute.scan import read_memory, write_memory
 from precompute.settings import EncodeSettings
 from precompute.shard import write_work_shard
-from precompute.sources import read_data_set
 from precompute.threads import num_cores, num_threads
-from precompute.work import WorkFile
 from processes.crew import Crew
+from processes.lock import locked
 from sdxl.device import exact_fp32
-from sdxl.prompts import read_prompts
-from shards.manifest import MANIFEST
+from sdxl.prompts import Prompt, read_prompts
+from shards.manifest import LOCK, MANIFEST
 
 BATCH_SIZE = 2
 
@@ -67,25 +75,36 @@ def encode(settings: EncodeSettings) -> list[Report]:
             return []
         texts = settings.preview_prompts
         prompts = None if texts is None else read_prompts(texts)
-        plans += _plan(settings, stack)
+        with _no_collection():
+            plans += _plan(settings, stack)
         works = {plan.folder: plan.works for plan in plans}
         check_room(settings.out, works, Sizer.of(settings))
         job = _job(settings, plans)
         stack.enter_context(num_threads(job.threads))
-        encoders = Encoders(settings, job.batch_size)
-        reports = []
-        for plan in plans:
-            warn_of_settings(plan)
-            is_val = len(plans) > 1 and plan.folder.name == "val"  # previews are of training
-            report = Report(plan.folder, plan.changes, num_upscaled=plan.num_upscaled)
-            report.num_prompts = prepare(plan, encoders, None if is_val else prompts)
-            reports.append(report)
-        crew.tell("job", json.dumps(asdict(job)))
-        _write_shards(crew, encoders, job)
-        for plan, report in zip(plans, reports, strict=True):
-            finish(plan, report, encoders)
-        crew.gather("end", "")
-        return reports
+        return _lead(crew, Encoders(settings, job.batch_size), job, plans, prompts)
+
+
+def _lead(
+    crew: Crew,
+    encoders: Encoders,
+    job: Job,
+    plans: list[CachePlan],
+    prompts: list[Prompt] | None,
+) -> list[Report]:
+    """The main process's part, once it is known what is to be done."""
+    reports = []
+    for plan in plans:
+        warn_of_surprises(plan)
+        report = Report(plan.folder, plan.changes, num_upscaled=plan.num_upscaled)
+        is_val = len(plans) > 1 and plan.folder.name == "val"  # previews are of training
+        report.num_prompts = prepare(plan, encoders, None if is_val else prompts)
+        reports.append(report)
+    crew.tell("job", json.dumps(asdict(job)))
+    _write_shards(crew, encoders, job)
+    for plan, report in zip(plans, reports, strict=True):
+        finish(plan, report, encoders)
+    crew.gather("end", "")
+    return reports
 
 
 def _plan(settings: EncodeSettings, stack: ExitStack) -> list[CachePlan]:
@@ -100,7 +119,7 @@ def _plan(settings: EncodeSettings, stack: ExitStack) -> list[CachePlan]:
         raise ValueError(f"{settings.out}: is one cache, not train/ and val/; give another --out")
     recipe = read_recipe(settings)
     for name in sources:
-        stack.enter_context(locked(settings.out / name))
+        stack.enter_context(locked(settings.out / name / LOCK))
     plans = [
         make_plan(source, settings.out / name, settings, recipe, memory)
         for name, source in sources.items()
@@ -110,7 +129,10 @@ def _plan(settings: EncodeSettings, stack: ExitStack) -> list[CachePlan]:
 
 
 def _job(settings: EncodeSettings, plans: list[CachePlan]) -> Job:
-    """Batch size and threads decide the last bits: those of before, unless others are asked for."""
+    """Batch size and threads decide the last bits: those of before, unless others are asked for.
+
+    The default does not depend on how many processes there are, nor on their environment.
+    """
     before = next((plan.made_with for plan in plans if plan.made_with), {})
     found = {}
     for name, default in (("batch_size", BATCH_SIZE), ("threads", num_cores())):
@@ -143,6 +165,16 @@ def _write_shards(crew: Crew, encoders: Encoders, job: Job) -> None:
             progress.shard_done()
         if crew.is_main:
             progress.wait_for(len(todo))
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Nearly half the time of a scan goes into looking for cycles in lists that have none."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 @contextmanager

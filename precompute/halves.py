@@ -13,10 +13,10 @@ from typing import Any, TypeVar
 import torch
 
 from precompute.encoders import Encoders
-from precompute.images import open_picture, render_variants, room_for
-from precompute.masks import Grey, open_alpha, open_mask, render_mask
-from precompute.placement import Planned
-from precompute.refusals import explain
+from precompute.pictures.images import open_picture, render_variants, room_for
+from precompute.pictures.masks import Grey, open_alpha, open_mask, render_mask
+from precompute.pictures.refusals import explain
+from precompute.planning.placement import Planned
 from precompute.settings import EncodeSettings
 from precompute.threads import num_cores
 from sdxl.latent_rgb import LatentSums

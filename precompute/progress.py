@@ -41,7 +41,7 @@ class Progress:
             self._show(self._count("samples", 0))
 
     def _count(self, what: str, number: int) -> int:
-        return self._crew.count(f"encode {what}", number)
+        return self._crew.add(f"encode {what}", number)
 
     def _show(self, done: int) -> None:
         if self._crew.is_main and done > self._bar.n:

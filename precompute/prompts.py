@@ -8,12 +8,13 @@ from typing import Any
 from precompute.encoders import Encoders
 from precompute.recipe import read_text_recipe
 from precompute.text import load_text, text_causes
+from processes.lock import locked
 from sdxl.base import zeros_for_empty_prompt
 from sdxl.conditioning import Conditioning, TextEncoders
 from sdxl.device import exact_fp32, pick_device
 from sdxl.prompts import Prompt, read_prompts
 from shards.durable import write_durable
-from shards.manifest import MANIFEST, PROMPTS, read_manifest, renew_side_file
+from shards.manifest import LOCK, MANIFEST, PROMPTS, read_manifest, renew_side_file
 from shards.previews import PreviewFile
 from shards.sample import DTYPES
 
@@ -34,13 +35,15 @@ def change_prompts(
     prompts = read_prompts(file)
     is_split = not (cache / MANIFEST).exists() and (cache / "train").is_dir()
     folder = cache / "train" if is_split else cache
-    recipe = read_manifest(folder)["recipe"]
-    _check_encoders(folder, recipe, base, tokenizers)
-    exact_fp32()
-    num_chunks = recipe.get("long_captions", 1)
-    encoders = load_text(base, pick_device(device), tokenizers, num_chunks)
-    write_prompts(folder, prompts, encoders, _made_with(recipe, base))
-    renew_side_file(folder, PROMPTS)
+    read_manifest(folder)  # or it is no cache, and not to be locked
+    with locked(folder / LOCK):
+        recipe = read_manifest(folder)["recipe"]
+        _check_encoders(folder, recipe, base, tokenizers)
+        exact_fp32()
+        num_chunks = recipe.get("long_captions", 1)
+        encoders = load_text(base, pick_device(device), tokenizers, num_chunks)
+        write_prompts(folder, prompts, encoders, _made_with(recipe, base))
+        renew_side_file(folder, PROMPTS)
     return folder / PROMPTS, len(prompts)
 
 
@@ -85,6 +88,12 @@ def write_prompts(
         warnings.warn(
             f"{len(cut)} preview prompts are cut at {77 * encoders.num_chunks} tokens, e.g. "
             f"{cut[0][:60]!r}",
+            stacklevel=2,
+        )
+    if any(one.sampler or one.num_images for one in prompts):
+        warnings.warn(
+            "previews are drawn once each, by the base's own sampler: --ss and --n-images are not "
+            "used",
             stacklevel=2,
         )
     dtype = made_with["dtype"]

@@ -1,10 +1,11 @@
 """What an encode came to, for whoever tells it."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from precompute.changes import Changes
-from precompute.records import Rejected
+from precompute.dataset.records import Rejected
+from precompute.planning.changes import Changes
 from shards.buckets import bucket_name
 from shards.index import Index
 from shards.sample import TENSORS
@@ -27,8 +28,6 @@ class Report:
     num_samples: int = 0
     num_shards: int = 0
     num_bytes: int = 0
-    num_written: int = 0  # shards, in this run
-    num_encoded: int = 0  # samples of which something was encoded in this run
     num_upscaled: int = 0
     num_cut_captions: int = 0
     num_variants: int = 0  # crops and mirrored pictures among them
@@ -37,6 +36,12 @@ class Report:
     num_taken: int = 0  # pictures an epoch, with repeats
     num_prompts: int = 0  # to draw previews from
     rejected: list[Rejected] = field(default_factory=list)
+
+    @property
+    def is_as_it_was(self) -> bool:
+        """Whether the cache held all that it should before this run."""
+        changes = self.changes
+        return not (changes.num_new or changes.num_removed or changes.causes)
 
     @property
     def rejected_share(self) -> float:
@@ -72,3 +77,37 @@ def summarise(report: Report) -> str:
     if changes.num_unchanged or not parts:
         parts.append(f"{changes.num_unchanged:,} unchanged")
     return ", ".join(parts)
+
+
+def describe(report: Report, num_chunks: int) -> Iterator[str]:
+    """Lines for people; captions have ``num_chunks`` chunks."""
+    yield (
+        f"\n{report.folder}: {report.num_samples:,} pictures in {report.num_shards:,} shards, "
+        f"{report.num_bytes / 1e6:.1f} MB: {summarise(report)}"
+        + (", so nothing was encoded" if report.is_as_it_was else "")
+    )
+    for bucket, count in report.buckets.items():
+        yield f"  {bucket:>9}  {count:6d}  {'#' * round(40 * count / max(1, report.num_samples))}"
+    for number, usual, what in (
+        (report.num_variants, report.num_samples, "variants of them (crops, mirrored)"),
+        (report.num_captions, report.num_samples, "captions"),
+        (report.num_taken, report.num_samples, "pictures an epoch, with repeats"),
+        (report.num_masks, 0, "with a mask; train --masked-loss obeys it"),
+        (report.num_upscaled, 0, "smaller than their bucket, so enlarged"),
+        (report.num_cut_captions, 0, f"captions cut at {77 * num_chunks} tokens"),
+    ):
+        if number != usual:
+            yield f"  {number:,} {what}"
+    if report.num_prompts:
+        yield f"  {report.num_prompts} preview prompts"
+
+
+def warn_of_rejected(report: Report) -> str:
+    """One line, where pictures were rejected."""
+    if not report.rejected:
+        return ""
+    first = report.rejected[0]
+    return (
+        f"Warning: {len(report.rejected):,} rejected, see {report.folder / 'rejected.jsonl'}; "
+        f"e.g. {first.path}: {first.reason}"
+    )

@@ -7,13 +7,10 @@ from typing import Any
 from precompute.copies import Copies
 from precompute.encoders import Encoders
 from precompute.halves import Failed, Half, latent_halves, text_halves
-from precompute.placement import MARKS, Planned
-from precompute.work import Found, Task
+from precompute.planning.placement import CHANGING, Planned
+from precompute.planning.work import Found, Task
 from sdxl.latent_rgb import LatentSums
 from shards.sample import Sample
-
-CHANGING = ["", "", "", "", 0.0]  # marks that fit no picture: it is tried again the next time
-assert len(CHANGING) == len(MARKS)
 
 
 @dataclass

@@ -18,8 +18,8 @@ import numpy.typing as npt
 import torch
 from PIL import Image, ImageDraw
 
-from precompute.images import ORIENTATION, open_picture, render
 from precompute.latents import LatentEncoder
+from precompute.pictures.images import ORIENTATION, open_picture, render
 from shards.buckets import Geometry, cover
 
 Pixels = npt.NDArray[np.uint8]

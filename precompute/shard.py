@@ -6,10 +6,10 @@ from typing import Any
 
 from precompute.copies import Copies
 from precompute.encoders import Encoders
-from precompute.held import remove_shard
+from precompute.planning.held import remove_shard
+from precompute.planning.work import ShardWork
 from precompute.samples import Notes, make_samples
 from precompute.text import text_shape
-from precompute.work import ShardWork
 from sdxl.latent_rgb import LatentSums
 from shards.manifest import REPLACED
 from shards.sample import Layout, Sample

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from precompute.encoders import Encoders
-from precompute.placement import Planned, PlannedShard
+from precompute.planning.placement import Planned, PlannedShard
 from precompute.sanity import alarms_of_drawings, alarms_of_picture, measure_picture
 from shards import CacheError
 from shards.index import Index

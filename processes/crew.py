@@ -6,6 +6,7 @@ piece by piece, so that a slow process takes fewer.
 
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -30,7 +31,7 @@ class Crew:
             )
         self.rank = int(os.environ["RANK"]) if self.size > 1 else 0
         self._store: Any = None
-        self._counts: dict[str, int] = {}
+        self._sums: Counter[str] = Counter()  # of a process alone
         if self.size > 1:
             distributed: Any = torch.distributed  # whose stubs hide what its manual names
             store, _, _ = next(distributed.rendezvous("env://", timeout=timedelta(minutes=5)))
@@ -51,6 +52,13 @@ class Crew:
             time.sleep(POLL_SECONDS)
         return bytes(self._store.get(name)).decode()
 
+    def add(self, name: str, num: int) -> int:
+        """Add to the sum ``name`` that all share (0 at first); what it is then."""
+        if self._store is None:
+            self._sums[name] += num
+            return self._sums[name]
+        return int(self._store.add(name, num))
+
     def claim(self, name: str, num: int) -> Iterator[int]:
         """Numbers below ``num``, in order; of all processes that ask, one gets each.
 
@@ -61,13 +69,6 @@ class Crew:
             return
         while (number := self._store.add(f"{name}/claimed", 1) - 1) < num:
             yield number
-
-    def count(self, name: str, number: int) -> int:
-        """Add to a number that all processes have in common, and read it."""
-        if self._store is not None:
-            return int(self._store.add(f"{name}/count", number))
-        self._counts[name] = self._counts.get(name, 0) + number
-        return self._counts[name]
 
     def gather(self, name: str, value: str) -> list[str]:
         """What every process says as ``name``, in rank order, for the main one, which waits for

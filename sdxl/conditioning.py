@@ -57,8 +57,13 @@ class TextEncoders:
         self.zeros_for_empty = zeros_for_empty_prompt(base)
         self.tokenizers = load_tokenizers(base, tokenizers)
         self.device, self.num_chunks = device, num_chunks
-        self._encoders = [encoder.to(device) for encoder in load_text_encoders(base, dtype)]
-        self._empty: dict[int, Conditioning] = {}  # a batch of empty chunks, by its size
+        self.models = [encoder.to(device) for encoder in load_text_encoders(base, dtype)]
+
+    def to(self, device: torch.device) -> None:
+        """Move both encoders."""
+        self.device = device
+        for model in self.models:
+            model.to(device)
 
     @torch.inference_mode()
     def encode(self, prompts: list[str], batch_size: int) -> Conditioning:
@@ -70,10 +75,14 @@ class TextEncoders:
         that is longer is cut.
         """
         found = []
+        empty: Conditioning | None = None  # of this call alone: adapters come and go
         for start in range(0, len(prompts), batch_size):
-            part = prompts[start : start + batch_size]
-            chunks = self._chunks(part + [""] * (batch_size - len(part)))
-            rows = [self._encode_chunks(*one) for one in chunks]
+            part, rows = prompts[start : start + batch_size], []
+            for ids in self._chunks(part + [""] * (batch_size - len(part))):
+                is_empty = self._is_empty(*ids)
+                row = empty if is_empty and empty is not None else self._encode_chunk(*ids)
+                empty = row if is_empty else empty
+                rows.append(row)
             prompt = torch.cat([row.prompt for row in rows], dim=1)
             found.append(Conditioning(prompt, rows[0].pooled)[: len(part)])
         return Conditioning.cat(found)
@@ -83,24 +92,21 @@ class TextEncoders:
         pairs = (_chunked(tokenizer, prompts, self.num_chunks) for tokenizer in self.tokenizers)
         return list(zip(*(ids.unbind(dim=1) for ids in pairs), strict=True))
 
-    def _encode_chunks(self, first: torch.Tensor, second: torch.Tensor) -> Conditioning:
-        """One chunk of each prompt; as ``StableDiffusionXLPipeline.encode_prompt`` encodes it."""
-        size, both = len(first), (first, second)
-        is_empty = all(
+    def _is_empty(self, *both: torch.Tensor) -> bool:
+        """Whether no prompt has text in this chunk."""
+        return all(
             bool((ids == _chunked(tokenizer, [""], 1)[0]).all())
             for tokenizer, ids in zip(self.tokenizers, both, strict=True)
         )
-        if is_empty and size in self._empty:
-            return self._empty[size]
+
+    def _encode_chunk(self, *both: torch.Tensor) -> Conditioning:
+        """One chunk of each prompt; as ``StableDiffusionXLPipeline.encode_prompt`` encodes it."""
         outs = [
             encoder(ids.to(self.device), output_hidden_states=True)
-            for encoder, ids in zip(self._encoders, both, strict=True)
+            for encoder, ids in zip(self.models, both, strict=True)
         ]
         prompt = torch.cat([out.hidden_states[-2] for out in outs], dim=-1)
-        found = Conditioning(prompt.cpu(), outs[1].text_embeds.cpu())
-        if is_empty:
-            self._empty[size] = found
-        return found
+        return Conditioning(prompt.cpu(), outs[1].text_embeds.cpu())
 
     def encode_each(
         self, texts: Iterable[str | None], batch_size: int

@@ -1,12 +1,17 @@
-"""Prompt files: one prompt a line, with kohya's options (``a cat --n blurry --w 768 --d 7``).
+"""Prompts, with kohya's options: ``a cat --n blurry --w 768 --d 7``, or the same as a table.
 
-``generate`` and the previews of ``encode`` and ``prompts`` read the same syntax. Free of torch, so
-that a command can refuse a bad file before it loads any model.
+``generate`` and the previews of ``encode`` and ``prompts`` read the same files: ``.txt`` (one a
+line), ``.jsonl``, ``.json`` and ``.toml`` (tables, or lines as strings). Free of torch, so that a
+command can refuse a bad file before it loads any model.
 """
 
+import json
 import re
+import tomllib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 # "--" opens an option only at a line's start or after a space, and only when a name follows at
 # once: "rain -- then sun" and "a --- b" are prose.
@@ -14,15 +19,40 @@ OPTION_START = re.compile(r"(?:^|\s)--(?=[^\s-])")
 LINE_END = re.compile(r"\r\n|\r|\n")
 WHOLE_NUMBER = re.compile(r"[0-9]{1,20}")  # int() alone would also take "1_0", "+1" and "٣"
 DECIMAL = re.compile(r"[0-9]+(\.[0-9]*)?|\.[0-9]+")  # likewise float(): "nan", "inf"
-KNOWN_OPTIONS = ("n", "w", "h", "d", "s", "l")
 MAX_SEED = 2**64 - 1  # the largest torch.Generator.manual_seed takes
+MAX_STEPS = 999  # of 1000 that a UNet is trained on; with 1000 some samplers go beyond the last
+SAMPLERS = ("euler", "euler-a", "ddim", "ddpm", "dpm++2m")
+OPTIONS = {
+    "n": "negative",
+    "w": "width",
+    "h": "height",
+    "d": "seed",
+    "s": "num_steps",
+    "l": "guidance_scale",
+    "ss": "sampler",
+    "n-images": "num_images",
+    "ow": "original_width",
+    "oh": "original_height",
+    "cl": "crop_left",
+    "ct": "crop_top",
+}  # of a line, and what a table calls them
+KOHYA_NAMES = {
+    "prompt": "text",
+    "negative_prompt": "negative",
+    "sample_steps": "num_steps",
+    "scale": "guidance_scale",
+    "sample_sampler": "sampler",
+}  # in tables, besides those
+KOHYA_SAMPLERS = {"euler_a": "euler-a", "k_euler": "euler", "k_euler_a": "euler-a"}
+KOHYA_SAMPLERS |= {"dpmsolver++": "dpm++2m"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """One picture to draw; None leaves the choice to the caller's defaults.
+    """What to draw; None leaves the choice to the caller's defaults.
 
-    ``width`` and ``height`` are in pixels.
+    Sizes and crops are in pixels. ``original_*`` and ``crop_*`` are what SDXL is told of the
+    picture's past: its size before it was resized, and where it was cut.
     """
 
     text: str
@@ -32,39 +62,71 @@ class Prompt:
     seed: int | None = None
     num_steps: int | None = None
     guidance_scale: float | None = None
+    sampler: str | None = None
+    num_images: int | None = None
+    original_width: int | None = None
+    original_height: int | None = None
+    crop_left: int | None = None
+    crop_top: int | None = None
 
 
 def parse_prompt(line: str) -> Prompt:
     """Read one line; ``ValueError`` names the option, what was found and what is allowed."""
     text, *parts = OPTION_START.split(line.strip())
-    text = text.strip()
-    if not text:
+    values: dict[str, Any] = {}
+    for part in parts:
+        name, *rest = part.split(maxsplit=1)
+        if name not in OPTIONS:
+            known = " ".join(f"--{option}" for option in OPTIONS)
+            raise ValueError(f"unknown option --{name} (known: {known})")
+        if OPTIONS[name] in values:
+            raise ValueError(f"option --{name} is given more than once")
+        if not rest:
+            raise ValueError(f"option --{name} has no value")
+        values[OPTIONS[name]] = _value(OPTIONS[name], f"--{name}", rest[0].strip())
+    return _prompt(text, values)
+
+
+def prompt_of_table(table: dict[str, Any]) -> Prompt:
+    """Read one table of a ``.json`` or ``.toml`` file; ``ValueError`` as of ``parse_prompt``."""
+    values: dict[str, Any] = {}
+    for name, value in table.items():
+        field = KOHYA_NAMES.get(name, name)
+        if field not in _READERS:
+            raise ValueError(f"unknown option {name} (known: {', '.join(_READERS)})")
+        if field in values:
+            raise ValueError(f"option {name} is given more than once")
+        is_text = isinstance(value, str)
+        if not is_text and (_READERS[field] is str or type(value) not in (int, float)):
+            raise ValueError(f"option {name} must be text or a number, not {value!r}")
+        values[field] = _value(field, name, str(value))
+    return _prompt(values.pop("text", ""), values)
+
+
+def _prompt(text: str, values: dict[str, Any]) -> Prompt:
+    if not text.strip():
         raise ValueError("the prompt is empty: text must come before the options")
-    values = _option_values(parts)
-    return Prompt(
-        text=text,
-        negative=values.get("n"),
-        width=_side(values, "w"),
-        height=_side(values, "h"),
-        seed=_whole_number(values, "d", least=0, most=MAX_SEED),
-        num_steps=_whole_number(values, "s", least=1),
-        guidance_scale=_guidance_scale(values),
-    )
+    if ("original_width" in values) != ("original_height" in values):
+        raise ValueError("options --ow and --oh, the original size, go together")
+    return Prompt(text=text.strip(), **values)
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """Read a prompt file, skipping blank lines and ``#`` lines.
+    """Read a prompt file; of a ``.txt`` blank lines and ``#`` lines are skipped.
 
-    Raises ``ValueError`` with one line that names the file, and the line number where there is one.
+    Raises ``ValueError`` with one line that names the file, and the line or prompt at fault.
     """
+    readers = {"": _lines, ".txt": _lines, ".jsonl": _json_lines, ".json": _json, ".toml": _toml}
+    if path.suffix.lower() not in readers:
+        raise ValueError(f"{path}: a prompt file is a .txt, .jsonl, .json or .toml")
     prompts = []
-    for number, line in enumerate(LINE_END.split(_read_text(path)), start=1):
-        if not line.strip() or line.lstrip().startswith("#"):
-            continue
+    for where, one in readers[path.suffix.lower()](path, _read_text(path)):
         try:
-            prompts.append(parse_prompt(line))
+            if not isinstance(one, str | dict):
+                raise ValueError(f"a prompt is text or a table, not {one!r}")
+            prompts.append(parse_prompt(one) if isinstance(one, str) else prompt_of_table(one))
         except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from error
+            raise ValueError(f"{path}, {where}: {error}") from error
     if not prompts:
         raise ValueError(f"{path}: no prompts found (one a line; blank and # lines are skipped)")
     return prompts
@@ -82,50 +144,104 @@ def _read_text(path: Path) -> str:
         raise ValueError(f"{path}, line {number}: not UTF-8; save the file as UTF-8") from error
 
 
-def _option_values(parts: list[str]) -> dict[str, str]:
-    """Turn ``["w 768", "n blurry"]`` into ``{"w": "768", "n": "blurry"}``."""
-    values: dict[str, str] = {}
-    for part in parts:
-        name, *rest = part.split(maxsplit=1)
-        if name not in KNOWN_OPTIONS:
-            known = " ".join(f"--{option}" for option in KNOWN_OPTIONS)
-            raise ValueError(f"unknown option --{name} (known: {known})")
-        if name in values:
-            raise ValueError(f"option --{name} is given more than once")
-        if not rest:
-            raise ValueError(f"option --{name} has no value")
-        values[name] = rest[0].strip()
-    return values
+def _lines(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(LINE_END.split(text), start=1):
+        if line.strip() and not line.lstrip().startswith("#"):
+            yield f"line {number}", line
 
 
-def _whole_number(
-    values: dict[str, str], name: str, *, least: int, most: int | None = None
-) -> int | None:
-    value = values.get(name)
-    if value is None:
-        return None
-    number = int(value) if WHOLE_NUMBER.fullmatch(value) else -1
-    if number < least or (most is not None and number > most):
-        limits = f"of at least {least}" if most is None else f"from {least} to {most}"
-        raise ValueError(f"option --{name} must be a whole number {limits}, not {value!r}")
-    return number
+def _json_lines(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+    for where, line in _lines(path, text):
+        yield where, _from_json(f"{path}, {where}", line)
 
 
-def _side(values: dict[str, str], name: str) -> int | None:
+def _json(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+    found = _from_json(str(path), text)
+    if not isinstance(found, list):
+        raise ValueError(f"{path}: must be a list of prompts, [...], each text or a table")
+    return ((f"prompt {number}", one) for number, one in enumerate(found, start=1))
+
+
+def _toml(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+    """``[[prompt]]`` tables; or, as kohya has it, ``[[prompt.subset]]`` over ``[prompt]``."""
+    try:
+        found = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path}: not valid TOML ({error})") from None
+    prompts = found.pop("prompt", None)
+    if isinstance(prompts, dict) and isinstance(prompts.get("subset", []), list):
+        subsets = prompts.pop("subset", [{}])
+        prompts = [{**prompts, **one} if isinstance(one, dict) else one for one in subsets]
+    if not isinstance(prompts, list) or found:
+        raise ValueError(f"{path}: must have [[prompt]] tables, and nothing else beside them")
+    return ((f"prompt {number}", one) for number, one in enumerate(prompts, start=1))
+
+
+def _from_json(where: str, text: str) -> Any:
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"{where}: option {twice[0]} is given more than once")
+        return dict(pairs)
+
+    try:
+        return json.loads(text, object_pairs_hook=once)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not valid JSON ({error})") from None
+
+
+def _value(field: str, name: str, text: str) -> Any:
+    """The value of a field from its text; the readers' errors say what is allowed."""
+    try:
+        return _READERS[field](text)
+    except ValueError as allowed:
+        raise ValueError(f"option {name} must be {allowed}, not {text!r}") from None
+
+
+def _whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        number = int(text) if WHOLE_NUMBER.fullmatch(text) else -1
+        if number < least or (most is not None and number > most):
+            limits = f"of at least {least}" if most is None else f"from {least} to {most}"
+            raise ValueError(f"a whole number {limits}")
+        return number
+
+    return read
+
+
+def _side(text: str) -> int:
     """A width or height in pixels; 8, because one latent covers 8x8 of them."""
-    value = values.get(name)
-    if value is None:
-        return None
-    number = int(value) if WHOLE_NUMBER.fullmatch(value) else 0
+    number = int(text) if WHOLE_NUMBER.fullmatch(text) else 0
     if number < 8 or number % 8:
-        raise ValueError(f"option --{name} must be a positive multiple of 8, not {value!r}")
+        raise ValueError("a positive multiple of 8")
     return number
 
 
-def _guidance_scale(values: dict[str, str]) -> float | None:
-    value = values.get("l")
-    if value is None:
-        return None
-    if not DECIMAL.fullmatch(value):
-        raise ValueError(f"option --l must be a number of at least 0, such as 7.5, not {value!r}")
-    return float(value)
+def _guidance_scale(text: str) -> float:
+    if not DECIMAL.fullmatch(text):
+        raise ValueError("a number of at least 0, such as 7.5")
+    return float(text)
+
+
+def _sampler(text: str) -> str:
+    name = KOHYA_SAMPLERS.get(text, text)
+    if name not in SAMPLERS:
+        raise ValueError(f"one of {', '.join(SAMPLERS)}")
+    return name
+
+
+_READERS: dict[str, Callable[[str], Any]] = {
+    "text": str,
+    "negative": str,
+    "width": _side,
+    "height": _side,
+    "seed": _whole_number(0, MAX_SEED),
+    "num_steps": _whole_number(1, MAX_STEPS),
+    "guidance_scale": _guidance_scale,
+    "sampler": _sampler,
+    "num_images": _whole_number(1),
+    "original_width": _whole_number(1),
+    "original_height": _whole_number(1),
+    "crop_left": _whole_number(0),
+    "crop_top": _whole_number(0),
+}

@@ -10,6 +10,8 @@ import torch
 
 from sdxl.conditioning import Conditioning
 
+DECODED_AT_ONCE = 128 * 128  # latent pixels: a picture of 1024², which takes 3 GB in fp32
+
 
 def starting_noise(generators: list[torch.Generator], shape: tuple[int, int, int]) -> torch.Tensor:
     """[N, C, h, w] fp32, each picture from its own generator, whatever the batch.
@@ -19,9 +21,15 @@ def starting_noise(generators: list[torch.Generator], shape: tuple[int, int, int
     return torch.cat([torch.randn((1, *shape), generator=generator) for generator in generators])
 
 
-def default_time_ids(num: int, width: int, height: int) -> torch.Tensor:
-    """[N, 6]: original and target size are the picture's, and nothing is cropped."""
-    return torch.tensor([[height, width, 0, 0, height, width]] * num)
+def time_ids_of(
+    size: tuple[int, int], original: tuple[int, int] | None = None, crop: tuple[int, int] = (0, 0)
+) -> torch.Tensor:
+    """[1, 6]: original height and width, crop's top and left, target height and width, in pixels.
+
+    Sizes are given as (width, height), ``crop`` as (left, top).
+    """
+    original = original or size
+    return torch.tensor([[original[1], original[0], crop[1], crop[0], size[1], size[0]]])
 
 
 @torch.no_grad()  # not inference_mode: a UNet under FSDP could not be trained any more after it
@@ -35,23 +43,26 @@ def sample_latents(
     time_ids: torch.Tensor,
     num_steps: int,
     guidance_scale: float,
+    guidance_rescale: float = 0.0,
     generators: list[torch.Generator],
 ) -> torch.Tensor:
     """Denoise ``noise`` [N, C, h, w] with classifier-free guidance (off at a scale <= 1).
 
     ``prompt`` and ``negative`` have N rows, ``time_ids`` is [N, 6]. ``generators``, one a picture,
-    serve samplers that add noise on the way. Returns scaled latents in the
-    UNet's dtype, on its device.
+    serve samplers that add noise on the way. ``guidance_rescale`` pulls the standard deviation of
+    what guidance gives towards that of the prompt's own prediction (Lin et al., "Common Diffusion
+    Noise Schedules and Sample Steps are Flawed", 3.4). Returns scaled latents in the UNet's dtype,
+    on its device.
     """
     guided = guidance_scale > 1
     parts = [negative, prompt] if guided else [prompt]
-    place = {"device": unet.device, "dtype": unet.dtype}
+    place = {"device": unet.device, "dtype": unet.dtype}  # both are slow to ask for
     states = torch.cat([part.prompt for part in parts]).to(**place)
     added = {
         "text_embeds": torch.cat([part.pooled for part in parts]).to(**place),
         "time_ids": torch.cat([time_ids] * len(parts)).to(**place),
     }
-    scheduler.set_timesteps(num_steps, device=unet.device)
+    scheduler.set_timesteps(num_steps, device=place["device"])
     latents: torch.Tensor = noise.to(**place) * scheduler.init_noise_sigma
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)
@@ -69,17 +80,29 @@ def sample_latents(
         if guided:
             without, with_prompt = predicted.chunk(2)
             predicted = without + guidance_scale * (with_prompt - without)
+            if guidance_rescale > 0:
+                predicted = _rescaled(predicted, with_prompt, guidance_rescale)
         stepped: torch.Tensor = scheduler.step(predicted, t, latents, **extra, return_dict=False)[0]
-        latents = stepped.to(unet.dtype)
+        latents = stepped.to(place["dtype"])
     return latents
+
+
+def _rescaled(guided: torch.Tensor, with_prompt: torch.Tensor, amount: float) -> torch.Tensor:
+    from diffusers.pipelines.stable_diffusion_xl import pipeline_stable_diffusion_xl as pipeline
+
+    found: torch.Tensor = pipeline.rescale_noise_cfg(guided, with_prompt, amount)
+    return found
 
 
 @torch.inference_mode()
 def decode_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     """Scaled latents [N, C, h, w] to pictures [N, 3, 8h, 8w] in 0..1, fp32, on the CPU."""
     latents = unscale(vae.config, latents.to(vae.device, vae.dtype))
-    # One at a time: in fp32 at 1024² each takes 3 GB.
-    decoded = [vae.decode(one[None], return_dict=False)[0].float().cpu() for one in latents]
+    at_once = max(1, DECODED_AT_ONCE // latents[0, 0].numel())
+    decoded = [
+        vae.decode(some, return_dict=False)[0].float().cpu()
+        for some in torch.split(latents, at_once)
+    ]
     return (torch.cat(decoded) / 2 + 0.5).clamp(0, 1)
 
 

@@ -16,20 +16,20 @@ def contact_sheet(
 ) -> Image.Image:
     """The first pictures (at least one), each fitted in a tile, with the start of its prompt below.
 
-    ``tile`` is a tile's side in pixels. A file is opened when its turn comes.
+    ``tile`` is a tile's side in pixels; tiles are lower where all pictures are. A file is opened
+    when its turn comes.
     """
-    shown = pictures[:MOST]
+    shown = [(_fit(picture, tile), prompt) for picture, prompt in pictures[:MOST]]
     columns = math.ceil(math.sqrt(len(shown)))
     rows = math.ceil(len(shown) / columns)
-    sheet = Image.new("RGB", (columns * tile, rows * (tile + LINE)), "white")
+    high = max(fitted.height for fitted, _ in shown)
+    sheet = Image.new("RGB", (columns * tile, rows * (high + LINE)), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
-    for number, (picture, prompt) in enumerate(shown):
+    for number, (fitted, prompt) in enumerate(shown):
         row, column = divmod(number, columns)
-        x, y = column * tile, row * (tile + LINE)
-        fitted = _fit(picture, tile)
-        width, height = fitted.size
-        sheet.paste(fitted, (x + (tile - width) // 2, y + (tile - height) // 2))
-        pen.text((x + 3, y + tile + 1), _cut(prompt, tile - 6, pen, font), fill="black", font=font)
+        x, y = column * tile, row * (high + LINE)
+        sheet.paste(fitted, (x + (tile - fitted.width) // 2, y + (high - fitted.height) // 2))
+        pen.text((x + 3, y + high + 1), _cut(prompt, tile - 6, pen, font), fill="black", font=font)
     return sheet
 
 
@@ -48,7 +48,7 @@ def _cut(
     pen: ImageDraw.ImageDraw,
     font: ImageFont.ImageFont | ImageFont.FreeTypeFont,
 ) -> str:
-    line = prompt
+    line = " ".join(prompt.split())  # a prompt may have several lines
     while line and pen.textlength(line, font=font) > width:
         line = line[:-2]
     return line

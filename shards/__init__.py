@@ -17,8 +17,9 @@ D width of the prompt embeddings (SDXL: 2048), P width of the pooled embedding (
 
 Sample: two tar members, ``KEY.json`` and ``KEY.safetensors``. KEY is the first 20 hex digits of
 sha256(relative posix path, with its extension, as UTF-8): webdataset ends a key at the first dot,
-so no name of the user's can be one. The JSON holds ``path``, ``captions``, ``weight`` and
-``digests`` (sha256 of the picture's bytes and of the captions). The tensors are
+so no name of the user's can be one. The JSON holds ``path``, ``captions``, ``weight``, ``digests``
+(sha256 of the picture's bytes, of the captions, of its mask's) and ``notes`` (by half, ``latents``
+and ``text``: what the statistics of a shard are summed up from). The tensors are
 
     latents.mean           [V, 4, h, w]     scaled as the UNet sees them
     latents.std            [V, 4, h, w]     of the VAE's posterior, scaled; absent in mean-only
@@ -43,8 +44,18 @@ Index: binary, little endian, made to be memory-mapped (see ``shards.index``)::
 The parts of a sample, in digest order: the JSON; the safetensors header (with its length); then
 per variant mean, std, mask, sizes (those that exist); then per caption prompt, pooled.
 
-The index header carries the shard's name, bucket, repeats, the tar's size and sha256, the recipe's
-digest (settings and weights that made it) and sums from which the manifest's statistics come.
+The index header carries the shard's name, bucket, repeats, the tar's size and sha256, the recipe
+(settings and digests of weights that made it), ``members`` (a row for each that was to be in it:
+its key, and what its halves are made from), ``rejected`` (those of them that failed: path, reason),
+``made_with`` (batch size and the like: they decide last bits) and sums from which the manifest's
+statistics come.
+
+While an encode is under way there are also, and belong to no cache::
+
+    plan.jsonl        where each sample goes (see ``precompute.planning.work``)
+    replaced/         shards that are being written anew: what is still right is copied from there
+    encode.lock       held by the process that writes
+    scan.json         stays: sizes and times of the data set's files
 
 Manifest: canonical JSON (sorted keys, two spaces, one newline at the end) with a ``digest`` over
 the rest, so that any changed byte shows. It lists each shard with its index's sha256, and the

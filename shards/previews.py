@@ -8,7 +8,8 @@ Tensors, N prompts in the cache's dtype, rows in the order of the prompt file:
     negative.pooled_prompt_embeds    [N, P]
 
 The header's one metadata key, ``shardtune``, is sorted JSON: ``prompts`` (for each text, negative,
-width, height, seed, num_steps, guidance_scale; null: the reader's default), ``made_with`` (what
+width, height, seed, num_steps, guidance_scale, sampler, num_images, original_width and _height,
+crop_left and _top, in pixels; null or missing: the reader's default), ``made_with`` (what
 else decides the tensors) and ``digest`` (sha256 over those two and the tensors). With that digest
 the file vouches for itself where an interrupted encode has left no manifest.
 """

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ os.environ["OMP_NUM_THREADS"] = (
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import encodes
 
 from precompute.encode import encode
 from precompute.settings import EncodeSettings
@@ -103,3 +106,18 @@ def sdxl_configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     (folder / "config.json").write_text(json.dumps(config))
     return folder.parent
+
+
+@pytest.fixture(scope="session")
+def finished(pictures: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``data`` and its ``cache``: six shards of at most three."""
+    folder = tmp_path_factory.mktemp("finished")
+    encodes.encode(encodes.copy_old(pictures, folder / "data"), base, folder / "cache")
+    return folder
+
+
+@pytest.fixture
+def work(finished: Path, tmp_path: Path) -> Path:
+    """A copy of both, as it is after a rerun: all is remembered."""
+    shutil.copytree(finished, tmp_path / "work")
+    return tmp_path / "work"

@@ -17,8 +17,9 @@ from precompute.report import Report
 from precompute.settings import EncodeSettings
 from sdxl.conditioning import TextEncoders
 from shards.index import Index
-from shards.manifest import SCAN
+from shards.manifest import SCAN, read_manifest
 from shards.reader import Shard
+from shards.verify import verify
 
 LONG_AGO = 1_000_000_000  # seconds: a time of change that is remembered at once
 
@@ -121,3 +122,20 @@ def shards_of(folder: Path) -> dict[str, set[str]]:
         shard = Shard(folder, path.stem, Index(path).sha256)
         found[path.stem] = {shard.about(row)["path"] for row in range(len(shard.index))}
     return found
+
+
+def again(work: Path, base: Path, **settings: Any) -> Report:
+    """A rerun in what the fixture ``work`` gave."""
+    return encode(work / "data", base, work / "cache", **settings)
+
+
+def assert_as_fresh(work: Path, base: Path, **settings: Any) -> None:
+    """The same samples as a fresh encode's; and once repacked, the same cache."""
+    fresh = work / "fresh"
+    encode(work / "data", base, fresh, **settings)
+    assert samples_of(work / "cache") == samples_of(fresh)
+    assert [fault for found in verify(fresh, read_manifest(fresh)) for fault in found] == []
+    with counted() as count:
+        again(work, base, repack=True, **settings)
+    assert count == (0, 0)
+    assert contents(work / "cache") == contents(fresh)

@@ -9,9 +9,9 @@ from typing import Any
 
 from PIL import Image
 
-from precompute.records import Source
+from precompute.dataset.records import Source
+from precompute.dataset.sources import read_data_set
 from precompute.settings import EncodeSettings
-from precompute.sources import read_data_set
 
 
 def picture(form: str = "PNG", side: int = 16) -> bytes:

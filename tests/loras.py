@@ -2,12 +2,13 @@
 
 import json
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from made import learner_of
 
 from sdxl.lora_write import lora_bytes
@@ -37,9 +38,32 @@ def halves(unet: Any) -> dict[str, dict[str, torch.Tensor]]:
     return found
 
 
+@cache
+def _plain(base: Path) -> Tensors:
+    state: Tensors = UNet2DConditionModel.from_pretrained(base / "unet").state_dict()
+    return state
+
+
+def plain(base: Path) -> Tensors:
+    """The weights of the base's UNet."""
+    return {name: tensor.clone() for name, tensor in _plain(base).items()}
+
+
+def fused_by_diffusers(base: Path, lora: Path) -> Tensors:
+    """The same by the pipeline's own loader and its own fusing."""
+    models = dict.fromkeys(("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+    unet = UNet2DConditionModel.from_pretrained(base / "unet")
+    pipeline = StableDiffusionXLPipeline(**models, unet=unet, scheduler=None, add_watermarker=False)
+    pipeline.load_lora_weights(str(lora.parent), weight_name=lora.name)
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    state: Tensors = unet.state_dict()
+    return state
+
+
 def fused(base: Path, unet: Any, scale: float) -> Tensors:
     """All weights of the base with scale B A in them, and with DoRA's rows."""
-    weights = UNet2DConditionModel.from_pretrained(base / "unet").state_dict()
+    weights = plain(base)
     for module, one in halves(unet).items():
         down, up = one["down"], one["up"]
         product = torch.einsum("or,ri->oi", up.flatten(1), down.flatten(1))
@@ -68,8 +92,8 @@ def assert_close(found: Tensors, expected: Tensors) -> None:
 
 def num_changed(found: Tensors, base: Path) -> int:
     """Weights that are not the base's any more."""
-    plain = UNet2DConditionModel.from_pretrained(base / "unet").state_dict()
-    return sum(not torch.allclose(found[n], plain[n], atol=1e-4) for n in plain)
+    before = _plain(base)
+    return sum(not torch.allclose(found[n], before[n], atol=1e-4) for n in before)
 
 
 def as_diffusers(unet: Any, prefix: str = "unet.", old: bool = False) -> Tensors:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from precompute.captions import shuffled
+from precompute.dataset.captions import shuffled
 from precompute.settings import EncodeSettings
 from tests.folders import captions, put, put_list, read_one, reasons
 

@@ -9,56 +9,21 @@ import pytest
 import safetensors.torch
 from encodes import (
     LONG_AGO,
-    contents,
-    copy_old,
+    again,
+    assert_as_fresh,
     counted,
-    encode,
     make_old,
-    samples_of,
     shards_of,
     stamps,
 )
 from PIL import Image
 
 import precompute.encoders
-from precompute.changes import PREPROCESSING
-from precompute.records import Blob
+from precompute.dataset.records import Blob
+from precompute.planning.changes import PREPROCESSING
 from precompute.report import summarise
-from shards.manifest import read_manifest
-from shards.verify import verify
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*settings changed")
-
-
-@pytest.fixture(scope="module")
-def finished(pictures: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``data`` and its ``cache``: six shards of at most three."""
-    folder = tmp_path_factory.mktemp("finished")
-    encode(copy_old(pictures, folder / "data"), base, folder / "cache")
-    return folder
-
-
-@pytest.fixture
-def work(finished: Path, tmp_path: Path) -> Path:
-    """A copy of both, as it is after a rerun: all is remembered."""
-    shutil.copytree(finished, tmp_path / "work")
-    return tmp_path / "work"
-
-
-def again(work: Path, base: Path, **settings: Any) -> Any:
-    return encode(work / "data", base, work / "cache", **settings)
-
-
-def assert_as_fresh(work: Path, base: Path, **settings: Any) -> None:
-    """The same samples as a fresh encode's; and once repacked, the same cache."""
-    fresh = work / "fresh"
-    encode(work / "data", base, fresh, **settings)
-    assert samples_of(work / "cache") == samples_of(fresh)
-    assert [fault for found in verify(fresh, read_manifest(fresh)) for fault in found] == []
-    with counted() as count:
-        again(work, base, repack=True, **settings)
-    assert count == (0, 0)
-    assert contents(work / "cache") == contents(fresh)
 
 
 def test_nothing_changed_nothing_is_touched(

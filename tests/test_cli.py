@@ -150,12 +150,28 @@ def test_prompts(base: Path, tmp_path: Path) -> None:
     file.write_text("# mine\na cat --w 64\na dog --x 3\n")
     common = ["generate", "--base", base, "--out", tmp_path / "out"]
     line = refused(*common, "--prompts", file)
-    assert "prompts.txt, line 3: unknown option --x (known: --n --w --h --d --s --l)" in line
+    assert "prompts.txt, line 3: unknown option --x (known: --n --w --h --d --s --l --ss" in line
     assert "either --prompts FILE or --prompt TEXT" in refused(*common)
     assert "--size must be N or WxH" in refused(*common, "--prompt", "a cat", "--size", "65")
     assert "no such LoRA file" in refused(*common, "--prompt", "a cat", "--lora", tmp_path / "x")
-    both = ["--lora", tmp_path, "--unet", tmp_path]
-    assert "--lora and --unet exclude" in refused(*common, "--prompt", "a cat", *both)
+
+
+def test_generate_counts_and_takes_several_loras(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Other GPUs would be sent this very command line, which is not generate's.
+    monkeypatch.setattr("processes.gpus.num_processes", lambda *_: 8)
+    common = ["generate", "--base", base, "--out", tmp_path / "out", "--size", 64]
+    common += ["--prompt", "a cat", "--num-steps", 1]
+    code, output = run(*common)
+    assert code == 0, output
+    assert "1 picture drawn (" in output and "0 kept, in" in output and "images/s" in output
+    code, output = run(*common)
+    assert code == 0 and "0 pictures drawn, 1 kept, in" in output
+    two = ["--lora", f"{tmp_path}/a,0.5", "--lora", f"{tmp_path}/b,x"]
+    assert "b,x: the weight after the comma, 'x', is no number" in refused(*common, *two)
+    assert "--gpus takes a number from 1 on, or auto" in refused(*common, "--gpus", 0)
+    assert "--crop must be LEFT,TOP in pixels" in refused(*common, "--crop", "8")
 
 
 def test_debug_shows_the_traceback(tmp_path: Path, base: Path) -> None:

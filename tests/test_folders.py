@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from precompute.records import Blob, Memory
+from precompute.dataset.records import Blob, Memory
+from precompute.dataset.sources import read_data_set
 from precompute.settings import EncodeSettings
-from precompute.sources import read_data_set
 from tests.folders import captions, put, put_list, read_one, reasons
 
 

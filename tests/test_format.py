@@ -3,6 +3,7 @@
 import gc
 import hashlib
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -18,9 +19,9 @@ import torch
 import webdataset as wds
 from conftest import Encode
 
-from precompute.changes import PREPROCESSING
+from precompute.dataset.records import Blob
 from precompute.encode import encode
-from precompute.records import Blob
+from precompute.planning.changes import PREPROCESSING
 from precompute.settings import EncodeSettings
 from shards import CacheError
 from shards.index import Index
@@ -304,6 +305,8 @@ def test_an_interrupted_encode_goes_on_to_the_same_bytes(
     output, _ = child.communicate(timeout=60)
     assert child.returncode == code, output
     assert "Traceback" not in output
+    if number != signal.SIGKILL:
+        assert re.search(r"Interrupted\. \d+ of 12 shards are whole; the same command goes", output)
     assert bool(list(out.glob("*.partial"))) <= (number == signal.SIGKILL)
     assert 3 <= len(list(out.glob("*.index"))) < 12 and not (out / "manifest.json").exists()
     encode_to(tmp_path / "data", out, **settings)

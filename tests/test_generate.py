@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from drawing import PROMPTS, check_equal, check_same, draw, reference
 from PIL import Image
 
-from infer.generate import generate
-from infer.settings import GenerateSettings
-from train.config import CacheUse, Every, TrainConfig
+from infer.settings import LoraUse
+from train.config import CacheUse, TrainConfig
 from train.loop import train
 
-PROMPTS = ["a red circle", "a blue square on a white ground", "a green triangle"]
 Trained = Callable[..., Path]
 
 
@@ -40,45 +39,9 @@ def trained(cache: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -
     return run
 
 
-def draw(base: Path, out: Path, prompts: list[str], **settings: Any) -> list[np.ndarray]:
-    file = out.with_suffix(".txt")
-    file.write_text("\n".join(prompts))
-    defaults: dict[str, Any] = {"num_steps": 5, "size": "64", "seed": 11, "batch_size": 3}
-    generate(
-        GenerateSettings(
-            base=str(base), out=out, prompts=file, device="cpu", **{**defaults, **settings}
-        )
-    )
-    return [load(path) for path in sorted(out.glob("0*.png"))]
-
-
-def load(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
-        return np.asarray(image).astype(int)
-
-
-def reference(base: Path, prompts: list[str], change: Any = None, **call: Any) -> list[np.ndarray]:
-    """What the pipeline draws when it is called directly."""
-    pipeline = StableDiffusionXLPipeline.from_pretrained(str(base))
-    pipeline.set_progress_bar_config(disable=True)
-    if change is not None:
-        change(pipeline)
-    generators = [torch.Generator().manual_seed(11 + number) for number in range(len(prompts))]
-    defaults = {"num_inference_steps": 5, "height": 64, "width": 64, "guidance_scale": 5.0}
-    pictures = pipeline(prompts, generator=generators, **{**defaults, **call}).images
-    return [np.asarray(picture).astype(int) for picture in pictures]
-
-
-def check_equal(ours: list[np.ndarray], theirs: list[np.ndarray]) -> None:
-    assert len(ours) == len(theirs) > 0
-    for one, two in zip(ours, theirs, strict=True):
-        assert one.shape == two.shape
-        assert np.abs(one - two).max() <= 1 and np.mean(one != two) < 0.01
-
-
 def test_the_base_draws_as_the_pipeline_does(base: Path, tmp_path: Path) -> None:
     ours = draw(base, tmp_path / "out", PROMPTS)
-    check_equal(ours, reference(base, PROMPTS))
+    check_same(ours, reference(base, PROMPTS))
     assert np.abs(ours[0] - ours[1]).mean() > 5
 
 
@@ -97,7 +60,7 @@ def test_negative_prompts_sizes_and_guidance(base: Path, tmp_path: Path) -> None
 def test_a_lora_has_its_strength_in_diffusers(base: Path, trained: Trained, tmp_path: Path) -> None:
     """Rank 8 with alpha 3: read as alpha = rank, or as alpha = 1, it would draw otherwise."""
     lora = trained(rank=8, alpha=3.0)
-    ours = draw(base, tmp_path / "out", PROMPTS, lora=lora)
+    ours = draw(base, tmp_path / "out", PROMPTS, lora=(LoraUse(lora),))
     theirs = reference(base, PROMPTS, lambda pipeline: pipeline.load_lora_weights(str(lora)))
     check_equal(ours, theirs)
     folder = str(lora.parent)
@@ -154,21 +117,6 @@ def test_a_full_unet_draws_as_in_diffusers(base: Path, trained: Trained, tmp_pat
         assert torch.equal(value, whole[name].half())
 
 
-def test_any_checkpoint_can_be_drawn_from(base: Path, trained: Trained, tmp_path: Path) -> None:
-    lora = trained(checkpoint_every=Every(3))
-    checkpoint = lora.parent / "checkpoints" / "checkpoint-3"
-    early = draw(base, tmp_path / "early", PROMPTS[:1], lora=checkpoint)
-    late = draw(base, tmp_path / "late", PROMPTS[:1], lora=lora)
-    assert np.abs(early[0] - late[0]).mean() > 1
-
-
-def test_batch_size_changes_no_picture(base: Path, tmp_path: Path) -> None:
-    prompts = PROMPTS * 2
-    at_once = draw(base, tmp_path / "6", prompts, batch_size=6)
-    for size in (1, 4):
-        check_equal(draw(base, tmp_path / str(size), prompts, batch_size=size), at_once)
-
-
 def test_a_rerun_draws_only_what_is_missing_or_other(base: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     before = draw(base, out, PROMPTS)
@@ -220,7 +168,7 @@ def test_a_lora_of_another_model_is_refused_by_name(base: Path, tmp_path: Path) 
     tensors = {f"{name}A.weight": torch.zeros(4, 8), f"{name}B.weight": torch.zeros(8, 4)}
     safetensors.torch.save_file(tensors, file)
     with pytest.raises(ValueError, match=r"other.safetensors: does not fit this base: .*blocks.7"):
-        draw(base, tmp_path / "out", PROMPTS[:1], lora=file)
+        draw(base, tmp_path / "out", PROMPTS[:1], lora=(LoraUse(file),))
     file.write_bytes(file.read_bytes()[:50])
     with pytest.raises(ValueError, match=r"other.safetensors: no LoRA file"):
-        draw(base, tmp_path / "out", PROMPTS[:1], lora=file)
+        draw(base, tmp_path / "out", PROMPTS[:1], lora=(LoraUse(file),))

@@ -13,10 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-from precompute.colours import to_srgb
-from precompute.images import open_picture, picture_size, render
-from precompute.records import Blob, Record
-from precompute.scan import plan_pictures
+from precompute.dataset.records import Blob, Record
+from precompute.pictures.colours import to_srgb
+from precompute.pictures.images import open_picture, picture_size, render
+from precompute.planning.scan import plan_pictures
 from precompute.settings import EncodeSettings
 from shards.buckets import Geometry, Size, bucket_sizes, cover, nearest_bucket, stretch
 

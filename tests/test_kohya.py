@@ -9,8 +9,16 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
-from loras import assert_close, fused, halves, made_lora, num_changed, state_after
+from loras import (
+    assert_close,
+    fused,
+    fused_by_diffusers,
+    halves,
+    made_lora,
+    num_changed,
+    plain,
+    state_after,
+)
 from safetensors import safe_open
 
 from sdxl.adapted import Adapted
@@ -82,11 +90,7 @@ def test_diffusers_fuses_what_the_adapter_adds(
     base: Path, tmp_path: Path, settings: dict[str, Any], scale: float
 ) -> None:
     unet = made_lora(base, tmp_path, targets="all", **settings)
-    pipeline = StableDiffusionXLPipeline.from_pretrained(str(base))
-    pipeline.load_lora_weights(str(tmp_path), weight_name=KOHYA)
-    pipeline.fuse_lora()
-    pipeline.unload_lora_weights()
-    found = pipeline.unet.state_dict()
+    found = fused_by_diffusers(base, tmp_path / KOHYA)
     assert_close(found, fused(base, unet, scale))
     assert num_changed(found, base) == len(halves(unet)) > 30
 
@@ -109,7 +113,7 @@ def test_dora_by_arithmetic(base: Path, tmp_path: Path, conv: bool) -> None:
     settings = {"rank": 8, "alpha": 3.0, "adapter": "dora", "conv": conv, "targets": "all"}
     unet = made_lora(base, tmp_path, **settings)
     state = safetensors.torch.load_file(tmp_path / KOHYA)
-    weights = UNet2DConditionModel.from_pretrained(base / "unet").state_dict()
+    weights = plain(base)
     merged = state_after(unet)
     keys = kohya_keys(halves(unet), unet.config)
     assert len(keys) > 30 and len(state) == 4 * len(keys)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from precompute.records import Source
+from precompute.dataset.records import Source
 from shards.reader import Cache
 from tests.conftest import Encode
 from tests.folders import (

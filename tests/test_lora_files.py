@@ -18,6 +18,7 @@ from loras import (
     as_underscored,
     assert_close,
     fused,
+    fused_by_diffusers,
     halves,
     made_lora,
     state_after,
@@ -25,8 +26,9 @@ from loras import (
 )
 from made import made_batch
 
+from sdxl.base import read_config
 from sdxl.card import Card
-from sdxl.load import load_text_encoders, load_unet
+from sdxl.load import bare_model, load_text_encoders, load_unet
 from sdxl.lora_files import apply_loras, apply_text_loras, load_lora, num_lora_parameters
 from sdxl.lora_fit import fit
 from sdxl.lora_formats import KOHYA, LORA, UNET, read_lora_file
@@ -246,19 +248,21 @@ OTHERS: dict[str, tuple[Tensors, str]] = {
 def test_what_cannot_be_read_is_refused_by_its_name(base: Path, tmp_path: Path, kind: str) -> None:
     tensors, message = OTHERS[kind]
     path = write(tmp_path / "other.safetensors", tensors)
+    unet = bare_model(UNET, read_config(base / "unet"))
     with pytest.raises(ValueError, match=rf"other.safetensors: .*{message}") as refused:
-        load_lora(load_unet(str(base), torch.float32), path)
+        load_lora(unet, path)
     assert "\n" not in str(refused.value)
 
 
 def test_an_unknown_one_is_called_what_it_calls_itself(base: Path, tmp_path: Path) -> None:
     said = {"modelspec.architecture": "kandinsky/lora"}
     path = write(tmp_path / "other.safetensors", key("lora_unet_first_block"), said)
+    unet = bare_model(UNET, read_config(base / "unet"))
     with pytest.raises(ValueError, match=r"a LoRA of kandinsky/lora\): it adapts first_block"):
-        load_lora(load_unet(str(base), torch.float32), path)
+        load_lora(unet, path)
 
 
-def test_files_that_are_none(base: Path, tmp_path: Path, adapted: tuple[Any, Path]) -> None:
+def test_files_that_are_none(tmp_path: Path, adapted: tuple[Any, Path]) -> None:
     unet, folder = adapted
     peft = as_peft(unet, tmp_path / "peft", r=RANK)
     (peft / "adapter_config.json").unlink()
@@ -273,7 +277,7 @@ def test_files_that_are_none(base: Path, tmp_path: Path, adapted: tuple[Any, Pat
         tmp_path / "nothing": "nothing: no such LoRA file",
     }.items():
         with pytest.raises(ValueError, match=message):
-            load_lora(load_unet(str(base), torch.float32), path)
+            read_lora_file(path)
     (peft / "adapter_config.json").write_text('{"peft_type": "LOHA"}')
     with pytest.raises(ValueError, match=r"adapter_config.json: a LOHA, and no LoRA"):
         read_lora_file(peft)
@@ -307,9 +311,7 @@ def test_the_module_that_differs_keeps_its_rank_and_alpha(base: Path, tmp_path: 
     assert_close(state_after(again), expected)
     written = tmp_path / "written.safetensors"
     written.write_bytes(diffusers_bytes({UNET: found}, Card()))
-    pipeline = StableDiffusionXLPipeline.from_pretrained(str(base))
-    pipeline.load_lora_weights(str(written))
-    assert_close(state_after(pipeline.unet), expected)
+    assert_close(fused_by_diffusers(base, written), expected)
     third = load_unet(str(base), torch.float32)
     load_lora(third, written)
     assert_close(state_after(third), expected)

@@ -223,3 +223,18 @@ def test_a_failed_write_leaves_nothing(base: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"text_encoder_2: .*k_proj\.bias is missing"):
         write_original(tmp_path / "one.safetensors", parts)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("component", ["vae", "text_encoder", "text_encoder_2"])
+def test_a_config_saved_by_todays_libraries_has_the_same_digest(component: str) -> None:
+    config = sdxl_config(component)
+    if component == "vae":
+        with torch.device("meta"):
+            text = AutoencoderKL.from_config(config).to_json_string()
+    else:
+        text = CLIPTextConfig(**config).to_json_string()
+    saved = json.loads(text)
+    assert saved != config
+    assert config_digest(saved) == config_digest(config)
+    changed = {"scaling_factor": 1.0} if component == "vae" else {"layer_norm_eps": 1e-6}
+    assert config_digest({**saved, **changed}) != config_digest(config)

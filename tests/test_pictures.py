@@ -17,10 +17,10 @@ from click.testing import CliRunner, Result
 from PIL import Image, ImageCms
 
 import cli
-import precompute.images
-from precompute.colours import to_srgb
-from precompute.images import LARGE_PIXELS, open_picture, picture_size, room_for
-from precompute.refusals import PictureError, explain, unidentified
+import precompute.pictures.images
+from precompute.pictures.colours import to_srgb
+from precompute.pictures.images import LARGE_PIXELS, open_picture, picture_size, room_for
+from precompute.pictures.refusals import PictureError, explain, unidentified
 from shards.reader import Cache
 from tests.picture_files import (
     SIZE,
@@ -314,7 +314,7 @@ def test_heic_is_taken_with_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
 
     plugin.register_heif_opener = register  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "pillow_heif", plugin)
-    precompute.images._heif_plugin.cache_clear()
+    precompute.pictures.images._heif_plugin.cache_clear()
     data = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(50)
     try:
         assert open_picture(data).tobytes() == scene().tobytes()
@@ -322,7 +322,7 @@ def test_heic_is_taken_with_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.undo()
         Image.OPEN.pop("HEIF", None)
         Image.ID.remove("HEIF")
-        precompute.images._heif_plugin.cache_clear()
+        precompute.pictures.images._heif_plugin.cache_clear()
     with pytest.raises(PictureError, match="a HEIC picture"):
         open_picture(data)
 

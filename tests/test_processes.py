@@ -29,7 +29,10 @@ def _work(rank: int, port: int, out: Path) -> None:
     for number in crew.claim("work", 20):
         taken.append(number)
         time.sleep(0.05 if rank == 0 else 0.005)  # a slow process takes fewer
+        crew.add("sum", number)
     told = crew.gather("taken", json.dumps(taken))
+    if crew.is_main:
+        assert crew.add("sum", 0) == sum(range(20))
     (out / f"{rank}.json").write_text(json.dumps([heard, taken, told]))
 
 
@@ -59,6 +62,7 @@ def test_one_process_alone_takes_all(monkeypatch: pytest.MonkeyPatch) -> None:
     crew.tell("plan", "abc")
     assert [*crew.claim("work", 3)] == [0, 1, 2]
     assert crew.is_main and crew.gather("x", "y") == ["y"]
+    assert [crew.add("sum", 2), crew.add("other", 1), crew.add("sum", 3)] == [2, 1, 5]
 
 
 def test_a_world_without_a_rank_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,8 @@ import pytest
 
 from sdxl.prompts import Prompt, parse_prompt, read_prompts
 
+KNOWN = "(known: --n --w --h --d --s --l --ss --n-images --ow --oh --cl --ct)"
+
 
 def test_every_option() -> None:
     line = "a red cat, sitting --n blurry, low quality --w 768 --h 512 --d 0 --s 1 --l 7.5"
@@ -21,6 +23,142 @@ def test_every_option() -> None:
         num_steps=1,
         guidance_scale=7.5,
     )
+
+
+ALL = Prompt(
+    text="a red cat",
+    negative="dogs",
+    width=768,
+    height=512,
+    seed=3,
+    num_steps=20,
+    guidance_scale=7.0,
+    sampler="euler-a",
+    num_images=2,
+    original_width=1000,
+    original_height=600,
+    crop_left=0,
+    crop_top=5,
+)
+LINE = (
+    "a red cat --n dogs --w 768 --h 512 --d 3 --s 20 --l 7 --ss euler-a --n-images 2 --ow 1000 "
+    "--oh 600 --cl 0 --ct 5"
+)
+TABLE = (
+    '"prompt": "a red cat", "negative_prompt": "dogs", "width": 768, "height": 512, "seed": 3, '
+    '"sample_steps": 20, "scale": 7, "sample_sampler": "euler_a", "num_images": 2, '
+    '"original_width": 1000, "original_height": 600, "crop_left": 0, "crop_top": 5'
+)
+KOHYA = """
+[prompt]
+width = 768
+negative_prompt = "dogs"
+[[prompt.subset]]
+prompt = "a red cat"
+[[prompt.subset]]
+prompt = "a dog"
+negative_prompt = "cats"
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.txt", f"# all\n{LINE}\na dog"),
+        ("a.jsonl", f'{{{TABLE}}}\n\n"a dog"'),
+        ("a.JSON", f'[{{{TABLE}}}, "a dog"]'),
+        ("b.json", f'["{LINE}", {{"text": "a dog"}}]'),
+        (
+            "a.toml",
+            f"[[prompt]]\n{TABLE.replace(', ', chr(10)).replace(':', ' =')}\n"
+            '[[prompt]]\ntext = "a dog"',
+        ),
+    ],
+)
+def test_every_kind_of_file(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    assert read_prompts(tmp_path / name) == [ALL, Prompt(text="a dog")]
+
+
+def test_kohyas_toml(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text(KOHYA)
+    assert read_prompts(tmp_path / "a.toml") == [
+        Prompt(text="a red cat", negative="dogs", width=768),
+        Prompt(text="a dog", negative="cats", width=768),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "a.jsonl",
+            '"a"\n{"prompt": "b", "widht": 8}',
+            ", line 2: unknown option widht (known: tex",
+        ),
+        ("a.jsonl", '"a"\n{"prompt"', ", line 2: not valid JSON ("),
+        (
+            "a.json",
+            '["a", {"text": "b", "width": 65}]',
+            ", prompt 2: option width must be a positi",
+        ),
+        (
+            "a.json",
+            '[{"text": "b", "width": 64.0}]',
+            ", prompt 1: option width must be a positive mu",
+        ),
+        (
+            "a.json",
+            '[{"text": "b", "width": null}]',
+            ", prompt 1: option width must be text or a num",
+        ),
+        (
+            "a.json",
+            '[{"text": "b", "seed": true}]',
+            ", prompt 1: option seed must be text or a numb",
+        ),
+        ("a.json", '[{"text": 5}]', ", prompt 1: option text must be text or a number, not 5"),
+        (
+            "a.json",
+            '[{"text": "b", "scale": NaN}]',
+            ", prompt 1: option scale must be a number of at",
+        ),
+        ("a.json", '[{"text": "b", "text": "c"}]', ": option text is given more than once"),
+        ("a.json", '[{"text": "b", "prompt": "c"}]', ", prompt 1: option prompt is given more tha"),
+        ("a.json", '[{"width": 64}]', ", prompt 1: the prompt is empty"),
+        ("a.json", "[7]", ", prompt 1: a prompt is text or a table, not 7"),
+        ("a.json", '{"text": "a"}', ": must be a list of prompts, [...], each text or a table"),
+        ("a.json", "[]", ": no prompts found"),
+        ("a.toml", "[[prompt]]\ntext = ", ": not valid TOML ("),
+        (
+            "a.toml",
+            'steps = 3\n[[prompt]]\ntext = "a"',
+            ": must have [[prompt]] tables, and nothing",
+        ),
+        ("a.toml", 'prompt = "a"', ": must have [[prompt]] tables"),
+        ("a.csv", "a", ": a prompt file is a .txt, .jsonl, .json or .toml"),
+        ("a.txt", "a --ow 64", ", line 1: options --ow and --oh, the original size, go together"),
+        (
+            "a.txt",
+            "a --ss heun",
+            ", line 1: option --ss must be one of euler, euler-a, ddim, ddpm, d",
+        ),
+        (
+            "a.txt",
+            "a --n-images 0",
+            ", line 1: option --n-images must be a whole number of at least",
+        ),
+    ],
+)
+def test_a_mistake_in_a_file_names_file_place_and_option(
+    tmp_path: Path, name: str, content: str, message: str
+) -> None:
+    path = tmp_path / name
+    path.write_text(content)
+    with pytest.raises(ValueError) as caught:
+        read_prompts(path)
+    assert str(caught.value).startswith(f"{path}{message}")
+    assert "\n" not in str(caught.value)
 
 
 def test_defaults_are_none_and_prompts_are_frozen() -> None:
@@ -49,9 +187,18 @@ def test_prose_stays_text(text: str) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("a --x 1", "unknown option --x (known: --n --w --h --d --s --l)"),
-        ("a --w=64", "unknown option --w=64 (known: --n --w --h --d --s --l)"),
-        ("a --7.5", "unknown option --7.5 (known: --n --w --h --d --s --l)"),
+        (
+            "a --x 1",
+            f"unknown option --x {KNOWN}",
+        ),
+        (
+            "a --w=64",
+            f"unknown option --w=64 {KNOWN}",
+        ),
+        (
+            "a --7.5",
+            f"unknown option --7.5 {KNOWN}",
+        ),
         ("a --w 64 --w 64", "option --w is given more than once"),
         ("a --n", "option --n has no value"),
         ("a --w --h 64", "option --w has no value"),
@@ -64,8 +211,8 @@ def test_prose_stays_text(text: str) -> None:
         ("a --w 64 px", "option --w must be a positive multiple of 8, not '64 px'"),
         ("a --d -1", f"option --d must be a whole number from 0 to {2**64 - 1}, not '-1'"),
         ("a --d 1_0", f"option --d must be a whole number from 0 to {2**64 - 1}, not '1_0'"),
-        ("a --s 0", "option --s must be a whole number of at least 1, not '0'"),
-        ("a --s ten", "option --s must be a whole number of at least 1, not 'ten'"),
+        ("a --s 0", "option --s must be a whole number from 1 to 999, not '0'"),
+        ("a --s ten", "option --s must be a whole number from 1 to 999, not 'ten'"),
         ("a --l -1", "option --l must be a number of at least 0, such as 7.5, not '-1'"),
         ("a --l nan", "option --l must be a number of at least 0, such as 7.5, not 'nan'"),
         ("a --l inf", "option --l must be a number of at least 0, such as 7.5, not 'inf'"),
@@ -99,9 +246,7 @@ def test_a_mistake_names_file_and_line(tmp_path: Path) -> None:
     path.write_text("a cat\n# note\na dog --x 1\n", encoding="utf-8")
     with pytest.raises(ValueError) as caught:
         read_prompts(path)
-    assert str(caught.value) == (
-        f"{path}, line 3: unknown option --x (known: --n --w --h --d --s --l)"
-    )
+    assert str(caught.value) == (f"{path}, line 3: unknown option --x {KNOWN}")
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ import pytest
 import webdataset
 from PIL import Image
 
-from precompute.images import open_picture
-from precompute.sources import split
+from precompute.dataset.sources import split
+from precompute.pictures.images import open_picture
 from shards.reader import Cache
 from tests.conftest import Encode
 from tests.folders import (

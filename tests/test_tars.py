@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import webdataset
 
-from precompute.records import Memory, Record
+from precompute.dataset.records import Memory, Record
+from precompute.dataset.sources import read_data_set
 from precompute.settings import EncodeSettings
-from precompute.sources import read_data_set
 from shards.reader import Cache
 from tests.conftest import Encode
 from tests.folders import captions, picture, put, read_one, reasons

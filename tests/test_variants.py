@@ -10,10 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from precompute.images import open_picture, render, render_variants
-from precompute.masks import open_alpha, open_mask, render_mask
+from precompute.pictures.images import open_picture, render, render_variants
+from precompute.pictures.masks import open_alpha, open_mask, render_mask
+from precompute.pictures.variants import plan_variants, random_crops
 from precompute.settings import EncodeSettings
-from precompute.variants import plan_variants, random_crops
 from shards.buckets import Geometry, cover, stretch
 
 SIZES = [(200, 100), (97, 131), (64, 64), (33, 90)]

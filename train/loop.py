@@ -23,7 +23,7 @@ from train.memory import advice
 from train.optim import learning_rate
 from train.preview import Previewer
 from train.resume import Start, find_start, restore, state_of
-from train.run_folder import describe, make_folder
+from train.run_folder import describe, lock_folder, make_folder
 from train.warm_up import largest_bucket, warm_up
 from train.weights import Kind, publish
 
@@ -76,21 +76,22 @@ def train(config: TrainConfig) -> Path:
         num_steps = _num_steps(config, plan, start)
         about = describe(config, plan, learner, num_steps)
         warm_up(learner, config, plan, tokens)
-        make_folder(config, world, about)
-        run = Run(
-            config=config,
-            reader=Reader(caches, plan, share, _reading(config)),
-            val=val,
-            learner=learner,
-            kind=kind,
-            log=RunLog(config, world, start.step, num_steps, about),
-            previewer=previewer,
-            identity=identity,
-            start=start,
-            num_steps=num_steps,
-            skipped_in_a_row=start.skipped_in_a_row,
-        )
-        path = _run(run)
+        with lock_folder(config, world):
+            make_folder(config, world, about)
+            run = Run(
+                config=config,
+                reader=Reader(caches, plan, share, _reading(config)),
+                val=val,
+                learner=learner,
+                kind=kind,
+                log=RunLog(config, world, start.step, num_steps, about),
+                previewer=previewer,
+                identity=identity,
+                start=start,
+                num_steps=num_steps,
+                skipped_in_a_row=start.skipped_in_a_row,
+            )
+            path = _run(run)
         stop_world(world)
         return path
     except torch.OutOfMemoryError as error:
@@ -110,11 +111,7 @@ def _run(run: Run) -> Path:
     try:
         if run.start.path is not None:
             left = run.num_steps - run.start.step
-            what = (
-                f"{left:,} of {run.num_steps:,} steps are left"
-                if left
-                else "the run is finished already"
-            )
+            what = f"{left:,} of {run.num_steps:,} steps are left" if left else "it is finished"
             run.log.say(f"goes on from {run.start.path}: {what}")
         num = sum(p.numel() for p in run.learner.optimizer.parameters.values())
         run.log.say(

@@ -19,7 +19,7 @@ from sdxl.conditioning import Conditioning
 from sdxl.latent_rgb import latents_to_rgb
 from sdxl.load import load_scheduler, load_vae
 from sdxl.prompts import Prompt
-from sdxl.sampling import decode_latents, default_time_ids, sample_latents, starting_noise
+from sdxl.sampling import decode_latents, sample_latents, starting_noise, time_ids_of
 from sdxl.sheet import MOST, contact_sheet
 from shards import CacheError
 from shards.buckets import Size
@@ -141,11 +141,16 @@ def _sample(
             previews.prompt[rows],
             previews.negative[rows],
             noise=starting_noise([generator], shape),
-            time_ids=default_time_ids(1, width, height),
+            time_ids=_time_ids(prompt, width, height),
             num_steps=prompt.num_steps or num_steps,
             guidance_scale=guidance_scale,
             generators=[generator],
         )
+
+
+def _time_ids(prompt: Prompt, width: int, height: int) -> torch.Tensor:
+    original = (prompt.original_width or width, prompt.original_height or height)
+    return time_ids_of((width, height), original, (prompt.crop_left or 0, prompt.crop_top or 0))
 
 
 @dataclass(kw_only=True, eq=False)

@@ -2,9 +2,11 @@
 
 import json
 import shutil
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from processes.lock import locked
 from shards.durable import write_durable
 from shards.plan import Plan
 from train.adapters import trainable
@@ -13,6 +15,7 @@ from train.distributed import World
 from train.learner import Learner
 
 CONFIG = "config.json"
+LOCK = "train.lock"  # while a run is at work in the folder
 
 
 def check_folder(config: TrainConfig) -> None:
@@ -20,7 +23,7 @@ def check_folder(config: TrainConfig) -> None:
     out = config.out
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: not a folder")
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and any(path.name != LOCK for path in out.iterdir()):
         if not _is_run(out):
             raise ValueError(f"{out}: not empty, and no run of shardtune; give another --out")
         if not (config.resume or config.overwrite):
@@ -43,11 +46,24 @@ def make_folder(config: TrainConfig, world: World, about: dict[str, Any]) -> Non
     """
     world.wait()  # all ranks have looked before one writes
     if world.is_main:
-        if config.overwrite and config.out.exists():
-            shutil.rmtree(config.out)
-        config.out.mkdir(parents=True, exist_ok=True)
+        if config.overwrite:
+            _clear(config.out)
         write_durable(config.out / CONFIG, (json.dumps(about, indent=2) + "\n").encode())
     world.wait()
+
+
+def _clear(folder: Path) -> None:
+    """Remove all that an older run left; the lock is this one's."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
+
+
+def lock_folder(config: TrainConfig, world: World) -> AbstractContextManager[None]:
+    """Hold this while the folder is written to: a second run there is refused."""
+    return locked(config.out / LOCK) if world.is_main else nullcontext()
 
 
 def describe(config: TrainConfig, plan: Plan, learner: Learner, num_steps: int) -> dict[str, Any]:

@@ -5,12 +5,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from precompute.placement import Planned
-from precompute.records import Memory, Rejected, Source
-from precompute.room import Sizer, free_bytes, say_bytes
-from precompute.scan import plan_pictures, read_memory
+from precompute.dataset.records import Memory, Rejected, Source
+from precompute.dataset.sources import read_data_set
+from precompute.planning.placement import Planned
+from precompute.planning.room import Sizer, free_bytes, say_bytes
+from precompute.planning.scan import plan_pictures, read_memory
 from precompute.settings import EncodeSettings
-from precompute.sources import read_data_set
 from sdxl.conditioning import room
 from sdxl.load import load_tokenizers
 from shards.buckets import bucket_name

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from precompute.placement import Planned
+from precompute.planning.placement import Planned
+from precompute.planning.work import ShardWork
 from precompute.settings import EncodeSettings
-from precompute.work import ShardWork
 from sdxl.base import model_config, vae_config
 from shards.manifest import REPLACED
 from shards.sample import Layout

@@ -1,4 +1,4 @@
-"""One encode at a time in a cache."""
+"""One run at a time in a folder."""
 
 import errno
 import os
@@ -7,29 +7,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from shards.manifest import LOCK
-
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the cache's lock file, which is gone when it is let go. Makes the folder.
+def locked(file: Path) -> Iterator[None]:
+    """Hold a lock file, which is gone when it is let go. Makes its folder.
 
     Raises:
         ValueError: another process holds it.
         OSError: the folder cannot be written.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = _take(folder / LOCK)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = _take(file)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise
-        raise OSError(f"{folder}: cannot be written: {error.strerror}") from error
+        raise OSError(f"{file.parent}: cannot be written: {error.strerror}") from error
     try:
         yield
     finally:
         with suppress(OSError):
-            (folder / LOCK).unlink(missing_ok=True)
+            file.unlink(missing_ok=True)
         os.close(descriptor)
 
 
@@ -55,12 +53,12 @@ def _lock(descriptor: int, path: Path) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ValueError(
-            f"{path.parent}: another encode writes to it; wait for that, or give another --out"
+            f"{path.parent}: another {path.stem} writes to it; wait for that, or give another --out"
         ) from None
     except OSError as error:
         warnings.warn(
             f"{path}: this file system locks no files ({error.strerror}): see to it yourself that "
-            "only one encode writes there",
+            f"only one {path.stem} writes there",
             stacklevel=2,
         )
 

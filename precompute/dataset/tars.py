@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from precompute.records import Blob, Memory, Rejected
-from precompute.rows import NO_ROW, Row, load_row, read_row
+from precompute.dataset.records import Blob, Memory, Rejected
+from precompute.dataset.rows import NO_ROW, Row, load_row, read_row
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 TEXTS = (".txt", ".caption", ".json")

@@ -7,7 +7,8 @@ import numpy.typing as npt
 import torch
 from PIL import ImageOps
 
-from precompute.images import open_picture, opened
+from precompute.pictures.images import open_picture, opened
+from precompute.pictures.refusals import PictureError
 from shards.buckets import Geometry, Size
 
 FACTOR = 8  # pixels of a latent's side
@@ -20,12 +21,14 @@ def open_mask(data: bytes, original: Size) -> Grey:
     """A mask picture, of any size in the aspect ratio of its picture.
 
     Raises:
-        ValueError: another aspect ratio, partly transparent, or black all over.
+        PictureError: another aspect ratio, partly transparent, or black all over.
         Exception: whatever Pillow raises of a file it cannot read.
     """
     alpha = open_alpha(data)
     if alpha is not None and alpha.min() < 255:
-        raise ValueError("partly transparent: make it a grey picture, white where the loss counts")
+        raise PictureError(
+            "partly transparent: make it a grey picture, white where the loss counts"
+        )
     grey = open_picture(data).convert("L")
     check_mask_size(grey.size, original)
     return _checked(np.asarray(grey))
@@ -34,18 +37,20 @@ def open_mask(data: bytes, original: Size) -> Grey:
 def check_mask_size(size: Size, original: Size) -> None:
     """
     Raises:
-        ValueError: another aspect ratio than its picture's, by more than rounding to pixels.
+        PictureError: another aspect ratio than its picture's, by more than rounding to pixels.
     """
     (width, height), (columns, rows) = original, size
     if abs(columns * height - rows * width) > max(width, height, columns, rows):
-        raise ValueError(f"of {columns} x {rows} pixels, where its picture has {width} x {height}")
+        raise PictureError(
+            f"of {columns} x {rows} pixels, where its picture has {width} x {height}"
+        )
 
 
 def open_alpha(data: bytes) -> Grey | None:
     """A picture's own alpha, upright; None where it has none.
 
     Raises:
-        ValueError: the picture is transparent all over.
+        PictureError: the picture is transparent all over.
         Exception: whatever Pillow raises of a file it cannot read.
     """
     with opened(data) as image:
@@ -61,7 +66,7 @@ def open_alpha(data: bytes) -> Grey | None:
 
 def _checked(mask: Grey) -> Grey:
     if not mask.any():
-        raise ValueError("black all over, so nothing would be learned of its picture")
+        raise PictureError("black all over, so nothing would be learned of its picture")
     return mask
 
 

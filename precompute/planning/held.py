@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from precompute.placement import MARKS, Place
+from precompute.planning.placement import MARKS, Place
 from shards import CacheError
 from shards.durable import fsync_folder
 from shards.index import Index

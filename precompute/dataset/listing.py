@@ -4,10 +4,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from precompute.captions import is_text, settle
-from precompute.folder import Tree
-from precompute.records import Blob, Record, Rejected
-from precompute.rows import TEXT_FIELDS, first_field, load_row, read_row
+from precompute.dataset.captions import is_text, settle
+from precompute.dataset.folder import Tree
+from precompute.dataset.records import Blob, Record, Rejected
+from precompute.dataset.rows import TEXT_FIELDS, first_field, load_row, read_row
 from precompute.settings import EncodeSettings
 
 LISTS = ("captions.jsonl", "metadata.jsonl")

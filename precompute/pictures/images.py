@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from precompute.colours import to_srgb
-from precompute.jpeg import is_cut
-from precompute.refusals import PictureError, unidentified
+from precompute.pictures.colours import to_srgb
+from precompute.pictures.jpeg import is_cut
+from precompute.pictures.refusals import PictureError, unidentified
 from shards.buckets import Geometry, Size
 
 # What pictures are kept in. Pillow knows more, of which some run programs (EPS).

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from precompute.changes import SETTING_CAUSES, Changes, compare
+from precompute.dataset.records import Memory, Rejected, Source
 from precompute.encoders import Encoders
-from precompute.held import (
+from precompute.planning.changes import SETTING_CAUSES, Changes, compare
+from precompute.planning.held import (
     Held,
     finish_moves,
     read_held,
@@ -17,11 +18,11 @@ from precompute.held import (
     set_aside,
     shard_names,
 )
-from precompute.placement import Place, place
+from precompute.planning.placement import Place, place
+from precompute.planning.scan import plan_pictures
+from precompute.planning.work import ShardWork, read_about, read_places, write_work
 from precompute.prompts import settle_prompts
-from precompute.records import Memory, Rejected, Source
 from precompute.report import Report
-from precompute.scan import plan_pictures
 from precompute.settings import EncodeSettings
 from precompute.spot_checks import (
     Candidate,
@@ -31,7 +32,6 @@ from precompute.spot_checks import (
     warn_of_drawings,
 )
 from precompute.text import text_shape, unconditional_is_whole, write_unconditional
-from precompute.work import ShardWork, read_places, write_work
 from sdxl.latent_rgb import LatentSums
 from sdxl.prompts import Prompt
 from shards.durable import PARTIAL, fsync_folder, write_changed
@@ -54,7 +54,7 @@ class CachePlan:
     changes: Changes
     rejected: list[Rejected]  # before any picture is decoded
     num_upscaled: int
-    made_with: dict[str, Any] | None  # what made the shards that are there
+    made_with: dict[str, Any]  # what made the shards that are there; empty if there are none
     first_pictures: list[Candidate]
     sanity: dict[str, Any]  # what the manifest says now
 
@@ -99,7 +99,6 @@ def make_plan(
     works, changes = compare(shards, here, aside, recipe)
     names = [shard.name for shard in shards]
     written = {work.name for work in works}
-    made_with = [one for held in here.values() for one in held.index.header["made_with"]]
     return CachePlan(
         folder=folder,
         recipe=recipe,
@@ -110,10 +109,15 @@ def make_plan(
         changes=changes,
         rejected=[*source.rejected, *unreadable],
         num_upscaled=sum(one.variants[0].is_upscaled for one in planned),
-        made_with=made_with[-1] if made_with else None,
+        made_with=read_about(folder).get("made_with") or _made_with([*here.values()]),
         first_pictures=first_pictures(shards),
         sanity=earlier_checks(folder),
     )
+
+
+def _made_with(here: list[Held]) -> dict[str, Any]:
+    found = [one for held in here for one in held.index.header["made_with"]]
+    return dict(found[-1]) if found else {}
 
 
 def _places(folder: Path, here: dict[str, Held]) -> dict[str, Place]:
@@ -127,8 +131,14 @@ def _places(folder: Path, here: dict[str, Held]) -> dict[str, Place]:
     return places
 
 
-def warn_of_settings(plan: CachePlan) -> None:
-    """An expensive surprise is said before it starts."""
+def warn_of_surprises(plan: CachePlan) -> None:
+    """What a finished cache loses to a setting or to damage is said before it starts."""
+    if plan.broken and (plan.folder / MANIFEST).exists():
+        warnings.warn(
+            f"{plan.folder}: {len(plan.broken):,} shards are not whole, e.g. {plan.broken[0]}: "
+            "what they held is encoded again, as if it were new",
+            stacklevel=2,
+        )
     causes = {c: n for c, n in plan.changes.causes.items() if c in SETTING_CAUSES}
     if causes and (plan.folder / MANIFEST).exists():
         said = ", ".join(f"{cause} ({number:,})" for cause, number in sorted(causes.items()))
@@ -152,7 +162,7 @@ def prepare(plan: CachePlan, encoders: Encoders, prompts: list[Prompt] | None) -
             warn_of_drawings(encoders.drawings)
         if not text_is_whole or any(task.text is None for task in tasks):
             assert encoders.text
-        write_work(folder, {"recipe": recipe}, plan.works)
+        write_work(folder, {"recipe": recipe, "made_with": encoders.made_with}, plan.works)
         (folder / MANIFEST).unlink(missing_ok=True)
         fsync_folder(folder)
     for path in folder.glob("*" + PARTIAL):
@@ -179,9 +189,9 @@ def finish(plan: CachePlan, report: Report, encoders: Encoders) -> None:
     if total is not None and report.num_samples:
         about["latents"] = {"channels": len(total.gram) - 1, **total.statistics()}
         about["latent_rgb"] = total.fit()
-        about["sanity"] = check_cache(
-            folder, plan.recipe, plan.first_pictures, plan.sanity, encoders
-        )
+        gone = {one.key for one in rejected}
+        pictures = [one for one in plan.first_pictures if one.planned.record.key not in gone]
+        about["sanity"] = check_cache(folder, plan.recipe, pictures, plan.sanity, encoders)
     report.rejected = sorted(rejected, key=lambda one: one.key)
     if not report.num_samples:
         warnings.warn(f"{folder}: no picture could be encoded; {REJECTED} says why", stacklevel=2)

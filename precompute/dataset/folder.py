@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from precompute.captions import is_text, settle, texts_of
-from precompute.records import Blob, Memory, Record, Rejected
-from precompute.rows import NO_ROW, Row
+from precompute.dataset.captions import is_text, settle, texts_of
+from precompute.dataset.records import Blob, Memory, Record, Rejected
+from precompute.dataset.rows import NO_ROW, Row
+from precompute.dataset.tars import Pack
 from precompute.settings import EncodeSettings
-from precompute.tars import Pack
 
 PICTURES = (
     ".jpg",

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from precompute.held import Held
-from precompute.placement import MARKS, Planned, PlannedShard
-from precompute.work import Found, ShardWork, Task
+from precompute.planning.held import Held
+from precompute.planning.placement import CHANGING, MARKS, Planned, PlannedShard
+from precompute.planning.work import Found, ShardWork, Task
 
 # What the geometry of each sample tells already; the rest of a recipe's preprocessing is of pixels.
 GEOMETRY = {"mode", "resolution", "bucket_step", "crops", "flip"}
@@ -119,10 +119,13 @@ def _task(planned: Planned, sources: list[_Source], changes: Changes) -> Task:
 def _find(planned: Planned, source: _Source) -> tuple[Task, set[str]]:
     """What one shard has of a sample, and why it has not all."""
     key, held = planned.record.key, source.held
+    if held.marks[key] == CHANGING:
+        return Task(planned), {"picture"}
     was = dict(zip(MARKS, held.marks[key], strict=True))
     now = dict(zip(MARKS, planned.marks, strict=True))
     changed = {name for name in MARKS if was[name] != now[name]}
-    causes = source.causes | {SAMPLE_CAUSES[name] for name in changed}
+    named = changed - {"geometry"} if "picture" in changed else changed  # it has another size
+    causes = source.causes | {SAMPLE_CAUSES[name] for name in named}
     if held.place.repeats != planned.record.repeats:
         causes |= {"repeats"}
     if key in held.reasons:

@@ -15,14 +15,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from precompute.images import picture_size
-from precompute.masks import check_mask_size
-from precompute.placement import Planned
-from precompute.records import Blob, Memory, Record, Rejected
-from precompute.refusals import explain
+from precompute.dataset.records import Blob, Memory, Record, Rejected
+from precompute.pictures.images import picture_size
+from precompute.pictures.masks import check_mask_size
+from precompute.pictures.refusals import PictureError, explain
+from precompute.pictures.variants import plan_variants
+from precompute.planning.placement import Planned
 from precompute.settings import EncodeSettings
 from precompute.threads import num_cores
-from precompute.variants import plan_variants
 from shards.buckets import Geometry, Size, bucket_sizes, cover, nearest_bucket, stretch
 from shards.durable import PARTIAL
 from shards.manifest import SCAN
@@ -111,7 +111,10 @@ def _mask_digest(record: Record, original: Size, memory: Memory) -> str:
         return ""
 
     def read() -> Header:
-        data = mask.read()
+        try:
+            data = mask.read()
+        except ValueError as error:  # it changed
+            raise PictureError(str(error)) from None
         return [hashlib.sha256(data).hexdigest(), *picture_size(data)]
 
     try:

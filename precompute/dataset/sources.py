@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from precompute.captions import is_text
-from precompute.folder import (
+from precompute.dataset.captions import is_text
+from precompute.dataset.folder import (
     PICTURES,
     Tree,
     find_masks,
@@ -17,10 +17,10 @@ from precompute.folder import (
     shown,
     walk,
 )
-from precompute.listing import LISTS, read_list
-from precompute.records import Memory, Record, Rejected, Source
+from precompute.dataset.listing import LISTS, read_list
+from precompute.dataset.records import Memory, Record, Rejected, Source
+from precompute.dataset.tars import COMPRESSED, open_pack
 from precompute.settings import EncodeSettings
-from precompute.tars import COMPRESSED, open_pack
 from shards.manifest import UNCONDITIONAL
 
 Item = Record | Rejected

@@ -11,13 +11,14 @@ from functools import lru_cache
 from itertools import count
 from typing import Any
 
-from precompute.records import Record
+from precompute.dataset.records import Record
 from shards.buckets import Geometry, Size
 from shards.manifest import content_digest
 from shards.writer import shard_name
 
 MARK_DIGITS = 20  # of a sha256 in hex, as a key has
 MARKS = ("picture", "mask", "geometry", "captions", "weight")
+CHANGING = ["", "", "", "", 0.0]  # marks that fit no picture: it is tried again the next time
 
 
 @dataclass(frozen=True, eq=False, slots=True)

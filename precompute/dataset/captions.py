@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from precompute.records import Record, Rejected
+from precompute.dataset.records import Record, Rejected
 from precompute.settings import EncodeSettings
 from shards.plan import derive_key
 

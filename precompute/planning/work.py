@@ -10,8 +10,8 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
-from precompute.placement import Place, Planned
-from precompute.records import Blob, Record
+from precompute.dataset.records import Blob, Record
+from precompute.planning.placement import Place, Planned
 from shards.buckets import Geometry, Size
 from shards.durable import durable_file
 from shards.manifest import PLAN
@@ -98,6 +98,14 @@ class WorkFile:
         with open(self._path, "rb") as file:
             file.seek(self._starts[number])
             return json.loads(file.readline())
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """What an interrupted run's shards have in common; of none, nothing."""
+    try:
+        return dict(WorkFile(folder).about)
+    except (FileNotFoundError, ValueError, TypeError):
+        return {}
 
 
 def read_places(folder: Path) -> dict[str, Place]:

@@ -1,0 +1,167 @@
+"""Images a second of ``cli.py generate`` against the bare loop over diffusers' own pipeline.
+
+Both draw the same prompts and seeds at the same batch size and write PNGs, in this process, in
+turns (A B A B ...), so that a noisy machine disturbs both alike; the ratio is that of the medians.
+Models are loaded before. Then each draws alone in a process of its own, loading included, for its
+peak memory: that of the GPU, and of the process.
+
+    python -m benchmarks.generate --base BASE [--num-images 16] [--batch-size 4] [--rounds 7]
+"""
+
+import json
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import click
+import torch
+
+from benchmarks.train_step import timed
+from infer.generate import generate, make_studio
+from infer.settings import GenerateSettings
+from infer.studio import Studio
+from sdxl.base import base_path
+from sdxl.device import pick_device
+
+COLOURS = ("red", "blue", "green", "yellow")
+SHAPES = ("circle", "square", "triangle", "star")
+GUIDANCE = 5.0
+
+
+def prompts_of(num: int) -> list[str]:
+    """Different ones: a bare loop encodes equal prompts again and again."""
+    return [
+        f"a {COLOURS[n % 4]} {SHAPES[n // 4 % 4]} on a white ground, number {n}" for n in range(num)
+    ]
+
+
+def settings_of(options: dict[str, Any], out: Path) -> GenerateSettings:
+    """``out`` gets the prompt file as well."""
+    file = out.with_suffix(".txt")
+    file.write_text("\n".join(prompts_of(options["num_images"])))
+    return GenerateSettings(
+        base=options["base"],
+        prompts=file,
+        out=out,
+        size=str(options["side"]) if options["side"] else None,
+        num_steps=options["steps"],
+        guidance_scale=GUIDANCE,
+        batch_size=options["batch_size"],
+        device=options["device"],
+        gpus=None,
+    )
+
+
+def ours(options: dict[str, Any], folder: Path, stays: bool) -> Callable[[int], None]:
+    """The product: plan, digests, windows, PNGs with their settings, captions, contact sheet."""
+    studio: Studio = make_studio(settings_of(options, folder / "ours"), stays)
+    return lambda number: _check(
+        generate(settings_of(options, folder / f"ours-{number}"), studio), options
+    )
+
+
+def _check(report: Any, options: dict[str, Any]) -> None:
+    assert report.num_drawn == options["num_images"]
+
+
+def bare(options: dict[str, Any], folder: Path) -> Callable[[int], None]:
+    """diffusers' pipeline, batch by batch, and ``image.save``."""
+    from diffusers import StableDiffusionXLPipeline
+
+    device = pick_device(options["device"])
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    path = str(base_path(options["base"]))
+    pipeline: Any = StableDiffusionXLPipeline.from_pretrained(path, torch_dtype=dtype)
+    pipeline.to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    prompts, size = prompts_of(options["num_images"]), options["batch_size"]
+
+    def loop(number: int) -> None:
+        out = folder / f"bare-{number}"
+        out.mkdir()
+        for start in range(0, len(prompts), size):
+            some = prompts[start : start + size]
+            generators = [torch.Generator().manual_seed(start + n) for n in range(len(some))]
+            found = pipeline(
+                some,
+                generator=generators,
+                num_inference_steps=options["steps"],
+                height=options["side"] or None,
+                width=options["side"] or None,
+                guidance_scale=GUIDANCE,
+            )
+            for offset, image in enumerate(found.images):
+                image.save(out / f"{start + offset:06d}.png")
+
+    return loop
+
+
+def peak_of(which: str, options: dict[str, Any]) -> dict[str, float]:
+    """Peak memory in GB of one alone, in a process of its own."""
+    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    command = [sys.executable, "-m", "benchmarks.generate", *arguments, f"--alone={which}"]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    return dict(json.loads(run.stdout.splitlines()[-1]))
+
+
+def draw_alone(which: str, options: dict[str, Any], folder: Path) -> dict[str, float]:
+    """Load and draw once, and say the peaks."""
+    work = ours(options, folder, stays=False) if which == "ours" else bare(options, folder)
+    work(0)
+    # Not getrusage: of a process just started it tells the peak of the one that started it.
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    peaks = {"process_gb": int(status["VmHWM"].split()[0]) * 1024 / 1e9}
+    if torch.cuda.is_available():
+        peaks["gpu_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    return {name: round(value, 3) for name, value in peaks.items()}
+
+
+def compare(options: dict[str, Any], rounds: int, folder: Path) -> dict[str, Any]:
+    place = pick_device(options["device"])
+    works = {"ours": ours(options, folder, stays=True), "bare": bare(options, folder)}
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for number in range(rounds + 1):  # the first one loads and warms up
+        for name, work in works.items():
+            taken = timed(lambda work=work, number=number: work(number), place)
+            if number:
+                seconds[name].append(taken)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    rates = {f"{n}_images_per_second": round(options["num_images"] / medians[n], 3) for n in works}
+    gpu = torch.cuda.get_device_name() if place.type == "cuda" else ""
+    return {
+        "machine": gpu or platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        **options,
+        "rounds": rounds,
+        **rates,
+        "ratio": round(medians["bare"] / medians["ours"], 4),
+        "peaks": {name: peak_of(name, options) for name in works},
+    }
+
+
+@click.command()
+@click.option("--base", required=True)
+@click.option("--num-images", default=16, show_default=True, help="Of a round.")
+@click.option("--steps", default=20, show_default=True, help="Of denoising.")
+@click.option("--side", default=0, help="Of the pictures, in pixels; 0: the base's own.")
+@click.option("--batch-size", default=4, show_default=True)
+@click.option("--device", default="auto", show_default=True)
+@click.option("--rounds", default=7, show_default=True, help="Of each, in turns.")
+@click.option("--alone", type=click.Choice(["ours", "bare"]), hidden=True)
+def main(rounds: int, alone: str | None, **options: Any) -> None:
+    """Images/s of the product and of the bare pipeline loop, their ratio, and peak memory."""
+    with TemporaryDirectory() as folder:
+        if alone is not None:
+            found: dict[str, Any] = draw_alone(alone, options, Path(folder))
+        else:
+            found = compare(options, rounds, Path(folder))
+    click.echo(json.dumps(found, indent=None if alone else 2))
+
+
+if __name__ == "__main__":
+    main()

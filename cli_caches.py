@@ -1,0 +1,64 @@
+"""What the door does to finished caches: verify, repair, inspect. Imported inside the commands."""
+
+from pathlib import Path
+
+import click
+from tqdm import tqdm
+
+from precompute.sheets import write_sheets
+from processes.lock import locked
+from shards import CacheError
+from shards.inspect import describe_contents, read_contents
+from shards.manifest import LOCK, MANIFEST, read_manifest
+from shards.reader import Cache
+from shards.repair import drop_damaged, stand_in
+from shards.verify import verify
+
+
+def parts_of(cache: Path) -> list[Path]:
+    """The caches in a folder: itself, or its train and val."""
+    parts = [cache / name for name in ("train", "val") if (cache / name).is_dir()]
+    return [cache] if (cache / MANIFEST).exists() or not parts else parts
+
+
+def verify_one(folder: Path, repair: bool) -> bool:
+    """Say what is damaged in one cache, and drop it; whether nothing is."""
+    try:
+        manifest = read_manifest(folder)
+    except CacheError as error:
+        if not (folder / MANIFEST).exists() and folder.name not in ("train", "val"):
+            raise  # no cache at all: bad input, not damage
+        click.echo(str(error))
+        if not repair or not (folder / MANIFEST).exists():
+            return False
+        manifest = stand_in(folder)
+    num_shards = len(manifest["shards"])
+    checks = tqdm(verify(folder, manifest), total=num_shards + 1, unit="shard", desc=folder.name)
+    found = [*checks]
+    faults = [fault for some in found for fault in some]
+    for fault in faults:
+        click.echo(fault)
+    if repair and (faults or "digest" not in manifest):
+        with locked(folder / LOCK):
+            dropped = drop_damaged(folder, manifest, found)
+        for line in dropped:
+            click.echo(line)
+        if dropped:
+            click.echo("next: run the same encode again, it makes what was dropped")
+    if not faults and "digest" in manifest:
+        samples = manifest["num_samples"]
+        click.echo(f"{folder}: {samples} samples in {num_shards} shards, all whole")
+    return not faults and "digest" in manifest
+
+
+def inspect_one(folder: Path, sheets: Path | None) -> None:
+    """Say what one cache holds; draw its sheets into ``sheets``."""
+    cache = Cache(folder)
+    num_shards = sum(1 for shard in cache.manifest["shards"] if shard["count"])
+    *_, contents = tqdm(
+        read_contents(cache), total=num_shards, unit="shard", desc=folder.name, leave=False
+    )
+    click.echo("\n".join(describe_contents(cache, contents)))
+    if sheets is not None:
+        for path in write_sheets(cache, sheets):
+            click.echo(path)

@@ -1,0 +1,115 @@
+"""What to draw: each picture with all that it takes but the weights; in batches and windows."""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import groupby
+
+from infer.settings import GenerateSettings
+from sdxl.prompts import Prompt
+
+MOST_UNTILED = 1536 * 1536  # pixels: the VAE takes 3 kB for each in fp32
+Batch = list["Drawing"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """One picture. Sizes and crops in pixels; ``sampler`` None is the base's own."""
+
+    number: int
+    prompt: str
+    negative: str | None
+    width: int
+    height: int
+    seed: int
+    num_steps: int
+    guidance_scale: float
+    guidance_rescale: float
+    sampler: str | None
+    original_width: int
+    original_height: int
+    crop_left: int
+    crop_top: int
+    tiled: bool
+    compare: bool
+
+    @property
+    def kind(self) -> tuple[int, int, int, float, str]:
+        """What pictures of one batch have in common."""
+        return self.width, self.height, self.num_steps, self.guidance_scale, self.sampler or ""
+
+
+def plan_drawings(
+    settings: GenerateSettings, prompts: list[Prompt], default_side: int
+) -> list[Drawing]:
+    """``num_images`` pictures, prompts in rotation, each as often in turn as its line says; what a
+    line says wins over the settings.
+
+    Picture i has seed + i. A line's own seed grows by one each time the line comes round.
+    """
+    rotation = [which for which, one in enumerate(prompts) for _ in range(one.num_images or 1)]
+    turns: Counter[int] = Counter()
+    drawings = []
+    for number in range(settings.num_images or len(rotation)):
+        which = rotation[number % len(rotation)]
+        own = prompts[which].seed
+        seed = settings.seed + number if own is None else own + turns[which]
+        turns[which] += 1
+        drawings.append(_drawing(settings, prompts[which], default_side, number, seed % 2**64))
+    return drawings
+
+
+def _drawing(
+    settings: GenerateSettings, prompt: Prompt, default_side: int, number: int, seed: int
+) -> Drawing:
+    width, height = settings.pixels or (default_side, default_side)
+    width, height = prompt.width or width, prompt.height or height
+    original, crop = settings.original_pixels or (width, height), settings.crop_pixels
+    tiled = settings.vae_tiling
+    scale = prompt.guidance_scale
+    return Drawing(
+        number=number,
+        prompt=prompt.text,
+        negative=settings.negative if prompt.negative is None else prompt.negative,
+        width=width,
+        height=height,
+        seed=seed,
+        num_steps=prompt.num_steps or settings.num_steps,
+        guidance_scale=settings.guidance_scale if scale is None else scale,
+        guidance_rescale=settings.guidance_rescale,
+        sampler=prompt.sampler or settings.sampler,
+        original_width=prompt.original_width or original[0],
+        original_height=prompt.original_height or original[1],
+        crop_left=crop[0] if prompt.crop_left is None else prompt.crop_left,
+        crop_top=crop[1] if prompt.crop_top is None else prompt.crop_top,
+        tiled=width * height > MOST_UNTILED if tiled is None else tiled,
+        compare=settings.compare,
+    )
+
+
+def make_batches(drawings: Iterable[Drawing], size: int) -> list[Batch]:
+    """Batches of one kind each. Pictures of the same prompt come together, so that few windows
+    need it; else they are in the order of their numbers."""
+    ordered = sorted(drawings, key=lambda one: one.number)
+    first: dict[tuple[str, str | None], int] = {}
+    for one in ordered:
+        first.setdefault((one.prompt, one.negative), one.number)
+    ordered.sort(key=lambda one: (one.kind, first[one.prompt, one.negative]))
+    batches = []
+    for _, group in groupby(ordered, key=lambda one: one.kind):
+        members = list(group)
+        batches += [members[start : start + size] for start in range(0, len(members), size)]
+    return batches
+
+
+def make_windows(batches: list[Batch], size: int) -> list[list[Batch]]:
+    """Consecutive batches of up to ``size`` pictures in all; a larger batch is one by itself."""
+    windows: list[list[Batch]] = []
+    room = 0
+    for batch in batches:
+        if len(batch) > room:
+            windows.append([])
+            room = size
+        windows[-1].append(batch)
+        room -= len(batch)
+    return windows

@@ -1,0 +1,169 @@
+"""The weights that draw: the base's, and a fine-tune's on them."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from infer.settings import GenerateSettings
+from sdxl.base import config_at, model_config, vae_config
+from sdxl.fingerprint import config_digest, file_digest, tokenizer_digest, weights_digest
+from sdxl.load import load_unet, load_unet_folder, load_vae
+from sdxl.long_captions import read_long_captions
+from sdxl.lora_files import apply_loras, read_num_chunks, read_schedule
+from sdxl.lora_formats import LORA, find_lora
+from sdxl.samplers import load_sampler
+from sdxl.schedule import Schedule, schedule_beside
+from sdxl.tokenizers import find_tokenizer
+
+EMA = "ema"  # in a checkpoint: the averaged weights, in a folder like the checkpoint itself
+
+
+class Weights:
+    """Where the weights of a run lie, and what they say of themselves.
+
+    Raises:
+        ValueError: a LoRA or a UNet is not there.
+    """
+
+    def __init__(self, settings: GenerateSettings) -> None:
+        self.settings = settings
+        self.loras = [(_lora_file(use.path, settings.ema), use.weight) for use in settings.lora]
+        self.unet = None if settings.unet is None else _unet_folder(settings.unet, settings.ema)
+        self.schedule = _schedule(self.loras, self.unet)
+        self.num_chunks = _num_chunks(self.loras, self.unet)
+
+    @property
+    def plain_schedule(self) -> Schedule:
+        """Of what ``--compare`` compares with: the UNet without LoRAs, or the base's own."""
+        return _schedule([], self.unet if self.loras else None)
+
+    def load_unet(self, dtype: torch.dtype) -> Any:
+        """The UNet with all LoRAs on it, on the CPU."""
+        if self.unet is not None:
+            unet: Any = load_unet_folder(self.unet, dtype)
+        else:
+            unet = load_unet(self.settings.base, dtype)
+        if self.loras:
+            apply_loras(unet, self.loras)
+            unet.to(dtype=dtype)
+        return unet
+
+    def load_vae(self, dtype: torch.dtype) -> Any:
+        """On the CPU: in fp32, but where the UNet is in fp16 and the VAE is safe in it."""
+        return load_vae(self._vae, self.vae_dtype(dtype))
+
+    def vae_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        safe = vae_config(self._vae)[1].get("force_upcast") is False
+        return dtype if safe and dtype == torch.float16 else torch.float32
+
+    @property
+    def _vae(self) -> str:
+        return self.settings.vae or self.settings.base
+
+    def digests(self, dtype: torch.dtype) -> dict[str, Any]:
+        """Of all weights that make the pictures, for the pictures' own record."""
+        base = self.settings.base
+        configs = {name: model_config(base, name) for name in ("text_encoder", "text_encoder_2")}
+        configs["vae"] = vae_config(self._vae)
+        unet = self.unet or model_config(base, "unet")[0]
+        found: dict[str, Any] = {
+            "unet": weights_digest(unet, "unet"),
+            "unet_config": config_digest(config_at(unet, "unet")),
+            "dtype": _name(dtype),
+            "vae_dtype": _name(self.vae_dtype(dtype)),
+        }
+        for part, (path, config) in configs.items():
+            found[part] = weights_digest(path, part)
+            found[f"{part}_config"] = config_digest(config)
+        for name in ("tokenizer", "tokenizer_2"):
+            tokenizer = find_tokenizer(base, name, self.settings.tokenizers)
+            found[name] = tokenizer_digest(tokenizer)
+        if self.num_chunks > 1:
+            found["long_captions"] = self.num_chunks
+        if self.loras:
+            found["loras"] = [[*_file_digests(file), weight] for file, weight in self.loras]
+        if self.settings.compare and not self.loras:
+            found["unet_without"] = weights_digest(model_config(base, "unet")[0], "unet")
+        return found
+
+    @property
+    def lora_names(self) -> str:
+        """For people: each LoRA and its weight."""
+        uses = self.settings.lora
+        return ", ".join(f"{use.path.stem}: {use.weight:g}" for use in uses)
+
+    def sampler(self, name: str | None, plain: bool = False) -> Any:
+        """The sampler for what the weights predict; ``plain``: what those compared with do."""
+        schedule = self.plain_schedule if plain else self.schedule
+        return load_sampler(self.settings.base, name, schedule)
+
+
+def enable_loras(model: Any, enabled: bool) -> None:
+    """Let all LoRAs on a model work, or none."""
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.enable_adapters(enabled)
+
+
+def has_loras(model: Any) -> bool:
+    return any(isinstance(module, BaseTunerLayer) for module in model.modules())
+
+
+def _file_digests(lora: Path) -> list[str]:
+    """Of a LoRA file, and of peft's settings where they lie beside it."""
+    beside = lora.with_name("adapter_config.json")
+    return [file_digest(lora), *([file_digest(beside)] if beside.is_file() else [])]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _schedule(loras: list[tuple[Path, float]], unet: Path | None) -> Schedule:
+    """What the fine-tune predicts and on which schedule, where it says so; a LoRA, which was
+    trained last, before a UNet."""
+    told = {file: read_schedule(file) for file, _ in loras}
+    told = {file: one for file, one in told.items() if one.prediction_type is not None}
+    if len(set(told.values())) > 1:
+        file, one = next(iter(told.items()))
+        other, two = next((f, s) for f, s in told.items() if s != one)
+        raise ValueError(
+            f"{file} was trained for {one.prediction_type} (zero SNR: {one.zero_snr}) and {other} "
+            f"for {two.prediction_type} (zero SNR: {two.zero_snr}): they do not go together"
+        )
+    if told:
+        return next(iter(told.values()))
+    return Schedule() if unet is None else schedule_beside(unet)
+
+
+def _num_chunks(loras: list[tuple[Path, float]], unet: Path | None) -> int:
+    """Of 77 tokens each, that a prompt has: as many as any of the weights learned captions in."""
+    found = [read_num_chunks(file) for file, _ in loras]
+    return max([*found, 1 if unet is None else read_long_captions(unet)])
+
+
+def _lora_file(path: Path, ema: bool) -> Path:
+    folder = _averaged(path) if ema else path
+    if not (folder / LORA).is_file() and (folder / "unet").is_dir():
+        raise ValueError(f"{path}: holds a whole UNet and no LoRA; give it as --unet")
+    return find_lora(folder)
+
+
+def _unet_folder(path: Path, ema: bool) -> Path:
+    folder = _averaged(path) if ema else path
+    if (folder / "unet" / "config.json").is_file():
+        return folder / "unet"
+    if (folder / LORA).is_file():
+        raise ValueError(f"{path}: holds a LoRA and no whole UNet; give it as --lora")
+    return folder
+
+
+def _averaged(path: Path) -> Path:
+    if not (path / EMA).is_dir():
+        raise ValueError(
+            f"--ema: {path} has no {EMA}/; give the checkpoint of a run with an average (what such "
+            "a run ends with is averaged already)"
+        )
+    return path / EMA

@@ -1,0 +1,1 @@
+"""Bytes to pixels: which pictures are taken, and what becomes of them."""

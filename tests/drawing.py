@@ -1,0 +1,111 @@
+"""Pictures for the tests: as ``generate`` draws them, and as diffusers' own pipeline does."""
+
+import multiprocessing
+import os
+import socket
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionXLPipeline
+from PIL import Image
+
+from infer.generate import generate
+from infer.settings import GenerateSettings
+
+PROMPTS = ["a red circle", "a blue square on a white ground", "a green triangle"]
+Pictures = list[np.ndarray]
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["infer.generate"])
+
+
+def settings_of(base: Path, out: Path, prompts: list[str], **settings: Any) -> GenerateSettings:
+    """64 pixels, 5 steps, seeds from 11 on."""
+    file = out.with_suffix(".txt")
+    file.write_text("\n".join(prompts), encoding="utf-8")
+    defaults: dict[str, Any] = {"num_steps": 5, "size": "64", "seed": 11, "batch_size": 3}
+    return GenerateSettings(
+        base=str(base), out=out, prompts=file, device="cpu", **{**defaults, **settings}
+    )
+
+
+def draw(base: Path, out: Path, prompts: list[str], **settings: Any) -> Pictures:
+    generate(settings_of(base, out, prompts, **settings))
+    return pictures_in(out)
+
+
+def pictures_in(folder: Path) -> Pictures:
+    return [load(path) for path in sorted(folder.glob("0*.png"))]
+
+
+def load(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image).astype(int)
+
+
+def reference(base: Path, prompts: list[str], change: Any = None, **call: Any) -> Pictures:
+    """What the pipeline draws when it is called directly."""
+    pipeline = StableDiffusionXLPipeline.from_pretrained(str(base))
+    pipeline.set_progress_bar_config(disable=True)
+    if change is not None:
+        change(pipeline)
+    return drawn_by(pipeline, prompts, **call)
+
+
+def drawn_by(pipeline: Any, prompts: list[str], seed: int = 11, **call: Any) -> Pictures:
+    generators = [torch.Generator().manual_seed(seed + number) for number in range(len(prompts))]
+    defaults = {"num_inference_steps": 5, "height": 64, "width": 64, "guidance_scale": 5.0}
+    pictures = pipeline(prompts, generator=generators, **{**defaults, **call}).images
+    return [np.asarray(picture).astype(int) for picture in pictures]
+
+
+def check_equal(ours: Pictures, theirs: Pictures) -> None:
+    """To the rounding of a few values: batches differ."""
+    assert len(ours) == len(theirs) > 0
+    for one, two in zip(ours, theirs, strict=True):
+        assert one.shape == two.shape
+        assert np.abs(one - two).max() <= 1 and np.mean(one != two) < 0.01
+
+
+def check_same(ours: Pictures, theirs: Pictures) -> None:
+    """To the last bit: batches are the same."""
+    assert len(ours) == len(theirs) > 0
+    for one, two in zip(ours, theirs, strict=True):
+        assert np.array_equal(one, two)
+
+
+def differ(ours: Pictures, theirs: Pictures) -> float:
+    """The mean difference, in levels, where it is largest."""
+    return max(float(np.abs(one - two).mean()) for one, two in zip(ours, theirs, strict=True))
+
+
+def start(settings: GenerateSettings, world: int) -> list[BaseProcess]:
+    """Draw on several processes, without their seconds of imports."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks: list[BaseProcess] = [
+        _context.Process(target=_rank, args=(rank, world, port, settings), daemon=True)
+        for rank in range(world)
+    ]
+    for rank in ranks:
+        rank.start()
+    return ranks
+
+
+def draw_on(settings: GenerateSettings, world: int) -> None:
+    ranks = start(settings, world)
+    for rank in ranks:
+        rank.join(120)
+    assert [rank.exitcode for rank in ranks] == [0] * world
+
+
+def _rank(rank: int, world: int, port: int, settings: GenerateSettings) -> None:
+    torch.set_num_threads(1)
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, **address}
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    generate(settings)

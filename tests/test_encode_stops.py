@@ -1,0 +1,209 @@
+"""An encode that is stopped, or cannot write, damages nothing; a rerun goes on."""
+
+import errno
+import fcntl
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from encodes import (
+    again,
+    assert_as_fresh,
+    contents,
+    copy_old,
+    counted,
+    make_old,
+    samples_of,
+    stamps,
+)
+
+import shards.durable
+from cli import commands
+from precompute.prompts import change_prompts
+from precompute.report import summarise
+from shards.manifest import LOCK, OWN, read_manifest
+
+ROOT = Path(__file__).parent.parent
+
+
+def command(*arguments: Any) -> tuple[int, str]:
+    """The door's exit code, and all it says."""
+    from click.testing import CliRunner
+
+    result = CliRunner().invoke(commands, [str(one) for one in arguments])
+    return result.exit_code, result.output
+
+
+# Pictures that fail.
+
+
+def test_a_picture_that_fails_is_tried_again_when_it_changes(work: Path, base: Path) -> None:
+    data, cache = work / "data", work / "cache"
+    good = (data / "003.png").read_bytes()
+    (data / "003.png").write_bytes(good[:-30])  # its header is whole
+    make_old(data)
+    again(work, base)
+    assert "003.png" not in samples_of(cache)
+    before = stamps(cache)
+    with counted() as count:
+        report = again(work, base)
+    assert summarise(report) == "14 unchanged" and len(report.rejected) == 1
+    assert count == (0, 0) and stamps(cache) == before
+    (data / "004.txt").write_text("the hole stays where it is when its shard is written anew")
+    (data / "006.txt").write_text("likewise")
+    (data / "007.txt").write_text("likewise")
+    with counted() as count:
+        assert len(again(work, base).rejected) == 1
+    assert count == (0, 3)
+    (data / "003.png").write_bytes(good)
+    with counted() as count:
+        report = again(work, base)
+    assert count == (1, 1) and not report.rejected
+    assert_as_fresh(work, base)
+
+
+def test_a_picture_that_changes_under_way_is_tried_again(
+    work: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if it then is again what it was when its header was read."""
+    data = work / "data"
+    (data / "003.txt").unlink()
+    again(work, base)
+    (data / "003.txt").write_text("back again")
+    real = os.fstat
+
+    def touched(descriptor: int) -> Any:
+        path = Path(f"/proc/self/fd/{descriptor}")
+        reads.append(path.exists() and path.resolve().name == "003.png")
+        if reads[-1] and sum(reads) == 2:
+            os.utime(data / "003.png")
+        return real(descriptor)
+
+    reads: list[bool] = []
+    make_old(data)
+    (work / "cache" / "scan.json").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fstat", touched)
+        report = again(work, base)
+    assert [one.path for one in report.rejected] == ["003.png"]
+    assert "changed while" in report.rejected[0].reason
+    assert not again(work, base).rejected
+    assert_as_fresh(work, base)
+
+
+def test_a_damaged_half_is_encoded_again(work: Path, base: Path) -> None:
+    """What is copied is checked: here every sample of a shard is damaged in its latents."""
+    tar = work / "cache" / "64x64-000000.tar"
+    damaged = bytearray(tar.read_bytes())
+    for path, members in samples_of(work / "cache").items():
+        at = damaged.find(members["safetensors"][-1000:])
+        if at >= 0:
+            damaged[at + 999] ^= 1
+            changed = path
+    tar.write_bytes(damaged)
+    (work / "data" / changed).with_suffix(".txt").write_text("an edited caption")
+    with counted() as count:
+        again(work, base)
+    assert count == (3, 3)
+    assert_as_fresh(work, base)
+
+
+def test_too_many_rejected_is_an_exit_code_after_finishing(
+    pictures: Path, base: Path, tmp_path: Path
+) -> None:
+    data = copy_old(pictures, tmp_path / "data")
+    for number in range(8):
+        (data / f"{number:03}.png").write_bytes(b"no picture")
+    given = ["encode", data, "--base", base, "--out", tmp_path / "cache", "--resolution", 64]
+    given += ["--bucket-step", 16, "--threads", 1, "--device", "cpu"]
+    code, output = command(*given)
+    assert code == 1 and "57% of the pictures were rejected (--max-rejected 0.5)" in output
+    assert read_manifest(tmp_path / "cache")["num_samples"] == 6
+    code, output = command(*given, "--max-rejected", 0.6)
+    assert code == 0 and "so nothing was encoded" in output and "8 rejected" in output
+
+
+# The machine.
+
+
+@pytest.mark.parametrize("last", [1, 2, 4, 9, 14])
+def test_a_full_disk_is_one_line_and_a_rerun_goes_on(
+    work: Path, base: Path, monkeypatch: pytest.MonkeyPatch, last: int
+) -> None:
+    """The disk is full from the ``last``-th durable file on."""
+    (work / "data" / "003.txt").write_text("an edited caption")
+    (work / "data" / "004.txt").write_text("an edited caption")
+    (work / "data" / "001.png").unlink()
+    real, files = os.fsync, []
+
+    def fsync(descriptor: int) -> None:
+        files.append(descriptor)
+        if len(files) >= last:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards.durable.os, "fsync", fsync)
+        with pytest.raises(OSError, match="the disk is full"):
+            again(work, base)
+    assert not list((work / "cache").rglob("*.partial"))
+    with counted() as count:
+        again(work, base)
+    assert count.captions <= 2 and count.pictures == 0
+    assert_as_fresh(work, base)
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(
+    work: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = contents(work / "cache")
+    (work / "data" / "003.txt").write_text("an edited caption")
+    real = os.open
+
+    def read_only(path: Any, *more: Any, **named: Any) -> int:
+        if Path(path).name == LOCK:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return real(path, *more, **named)
+
+    monkeypatch.setattr(os, "open", read_only)
+    code, output = command(
+        "encode",
+        work / "data",
+        "--base",
+        base,
+        "--out",
+        work / "cache",
+        "--resolution",
+        64,
+        "--bucket-step",
+        16,
+    )
+    assert (code, output) == (1, f"Error: {work / 'cache'}: cannot be written: Permission denied\n")
+    assert contents(work / "cache") == before
+
+
+def test_a_second_encode_into_one_cache_is_refused(work: Path, base: Path, tmp_path: Path) -> None:
+    before = contents(work / "cache")
+    (tmp_path / "prompts.txt").write_text("a cat")
+    with open(work / "cache" / LOCK, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        (work / "data" / "003.txt").write_text("an edited caption")
+        with pytest.raises(ValueError, match="cache: another encode writes to it; wait for that"):
+            again(work, base)
+        with pytest.raises(ValueError, match="another encode writes to it"):
+            change_prompts(work / "cache", tmp_path / "prompts.txt", str(base), "cpu")
+    assert {n: data for n, data in contents(work / "cache").items() if n != LOCK} == before
+    again(work, base)  # a lock file that nobody holds, as a kill leaves it
+    assert not any((work / "cache" / name).exists() for name in OWN if name != "scan.json")
+
+
+def test_a_file_system_without_locks_is_a_warning(
+    work: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.warns(UserWarning, match="locks no files .*see to it yourself"):
+        again(work, base)

@@ -1,0 +1,165 @@
+"""Several LoRAs at once, on the base or a fine-tuned UNet, compared with none; any checkpoint."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+from diffusers import UNet2DConditionModel
+from drawing import (
+    PROMPTS,
+    Pictures,
+    check_equal,
+    check_same,
+    differ,
+    draw,
+    reference,
+)
+from loras import made_lora, text_lora
+from PIL import Image
+from runs import run
+
+from infer.settings import GenerateSettings, LoraUse
+from sdxl.card import Card
+from sdxl.lora_formats import KOHYA, LORA
+from sdxl.lora_write import lora_bytes
+from train.config import Every
+
+
+@pytest.fixture(scope="module")
+def two(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two random LoRAs; the second as kohya's file, with parts for both text encoders."""
+    folder = tmp_path_factory.mktemp("loras")
+    made_lora(base, folder / "one", rank=8, alpha=3.0, targets="all")
+    made_lora(base, folder / "two", rank=4, alpha=8.0)
+    both = safetensors.torch.load_file(folder / "two" / KOHYA) | text_lora(4, 8.0, (32, 48))
+    safetensors.torch.save_file(both, folder / "both.safetensors")
+    return folder / "one" / LORA, folder / "both.safetensors"
+
+
+def with_two(two: tuple[Path, Path]) -> Any:
+    """The change to diffusers' pipeline that two LoRAs at their weights are."""
+
+    def change(pipeline: Any) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of peft: that there is one already
+            for name, path in zip("ab", two, strict=True):
+                pipeline.load_lora_weights(str(path), adapter_name=name)
+        pipeline.set_adapters(["a", "b"], [0.8, 0.5])
+
+    return change
+
+
+def test_several_with_weights(base: Path, two: tuple[Path, Path], tmp_path: Path) -> None:
+    uses = (LoraUse.parse(f"{two[0]},0.8"), LoraUse.parse(f"{two[1]},0.5"))
+    ours = draw(base, tmp_path / "out", PROMPTS, lora=uses)
+    check_equal(ours, reference(base, PROMPTS, with_two(two)))
+    with Image.open(tmp_path / "out" / "000000.png") as image:
+        line = image.info["parameters"].splitlines()[-1]
+    assert line.endswith('Lora weights: "pytorch_lora_weights: 0.8, both: 0.5"')
+    with pytest.warns(UserWarning, match="drawn again: weights changed"):
+        first = draw(base, tmp_path / "out", PROMPTS, lora=(*uses[:1], LoraUse(two[1], 0.4)))
+    assert differ(first, ours) > 0.1
+
+
+def halves(pictures: Pictures, side: int = 64) -> tuple[Pictures, Pictures]:
+    """The pictures of both sides, without their labels."""
+    assert all(one.shape == (side + 20, 2 * side + 4, 3) for one in pictures)
+    return [one[20:, :side] for one in pictures], [one[20:, side + 4 :] for one in pictures]
+
+
+def test_compare_draws_with_and_without(base: Path, two: tuple[Path, Path], tmp_path: Path) -> None:
+    """Also where a LoRA changes the text encoders, and the base is told the unchanged text."""
+    uses = (LoraUse(two[0], 0.8), LoraUse(two[1], 0.5))
+    found = draw(base, tmp_path / "both", PROMPTS, lora=uses, compare=True, low_memory=True)
+    without, with_loras = halves(found)
+    check_same(without, reference(base, PROMPTS))
+    check_equal(with_loras, reference(base, PROMPTS, with_two(two)))
+    assert differ(without, with_loras) > 1
+    with Image.open(tmp_path / "both" / "contact-sheet.png") as sheet:
+        assert sheet.size[0] == 2 * 512
+
+
+@pytest.mark.slow
+def test_compare_with_a_whole_unet(
+    base: Path, cache: Path, two: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Of a UNet the other side is the base's; of a LoRA on it, the UNet without the LoRA."""
+    out = tmp_path / "run"
+    run(cache, base, out, full=True, lr=1e-3, steps=3, checkpoint_every=Every(2))
+
+    def replace(pipeline: Any) -> None:
+        pipeline.unet = UNet2DConditionModel.from_pretrained(str(out / "unet"))
+
+    def both(pipeline: Any) -> None:
+        replace(pipeline)
+        pipeline.load_lora_weights(str(two[0]))
+
+    tuned = reference(base, PROMPTS, replace)
+    found = draw(base, tmp_path / "unet", PROMPTS, unet=out, compare=True)
+    without, with_unet = halves(found)
+    check_same(without, reference(base, PROMPTS))
+    check_same(with_unet, tuned)
+    found = draw(base, tmp_path / "lora", PROMPTS, unet=out, lora=(LoraUse(two[0]),), compare=True)
+    without, with_both = halves(found)
+    check_same(without, tuned)
+    check_equal(with_both, reference(base, PROMPTS, both))
+    early = draw(base, tmp_path / "early", PROMPTS, unet=out / "checkpoints" / "checkpoint-2")
+    assert differ(early, tuned) > 0.1
+
+
+def test_checkpoints_and_their_averages(base: Path, cache: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    run(cache, base, out, steps=4, lr=3e-2, ema=0.9, checkpoint_every=Every(2))
+    first, checkpoint = (out / "checkpoints" / f"checkpoint-{step}" for step in (2, 4))
+    last = draw(base, tmp_path / "last", PROMPTS, lora=(LoraUse(checkpoint),))
+    early = draw(base, tmp_path / "early", PROMPTS, lora=(LoraUse(first),))
+    assert differ(early, last) > 0.1
+    average = draw(base, tmp_path / "average", PROMPTS, lora=(LoraUse(checkpoint),), ema=True)
+    check_same(average, draw(base, tmp_path / "run-drawn", PROMPTS, lora=(LoraUse(out),)))
+    assert differ(last, average) > 0.1
+    with pytest.raises(ValueError, match=r"--ema: .*run has no ema/; give the checkpoint of a run"):
+        draw(base, tmp_path / "x", PROMPTS, lora=(LoraUse(out),), ema=True)
+
+
+def test_what_goes_where_is_said(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "full" / "unet").mkdir(parents=True)
+    (tmp_path / "full" / "unet" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="full: holds a whole UNet and no LoRA; give it as --unet"):
+        draw(base, tmp_path / "out", PROMPTS, lora=(LoraUse(tmp_path / "full"),))
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / LORA).write_bytes(b"")
+    with pytest.raises(ValueError, match="lora: holds a LoRA and no whole UNet; give it as --lora"):
+        draw(base, tmp_path / "out", PROMPTS, unet=tmp_path / "lora")
+    for name in ("compare", "ema"):
+        with pytest.raises(ValueError, match=f"--{name} needs --lora or --unet"):
+            GenerateSettings(base="x", out=tmp_path, prompt="a", **{name: True})
+
+
+def test_loras_of_different_schedules_do_not_go_together(base: Path, tmp_path: Path) -> None:
+    unet = made_lora(base, tmp_path / "unused", targets="attention-out", rank=2)
+    uses = []
+    for kind in ("epsilon", "v_prediction"):
+        path = tmp_path / f"{kind}.safetensors"
+        path.write_bytes(lora_bytes(unet, card=Card(prediction_type=kind))[LORA])
+        uses.append(LoraUse(path))
+    with pytest.raises(
+        ValueError, match=r"epsilon.safetensors was trained for epsilon .*: they do not go"
+    ):
+        draw(base, tmp_path / "out", PROMPTS, lora=tuple(uses))
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "weight"),
+    [("a.safetensors", "a.safetensors", 1), ("a,b.st,0.5", "a,b.st", 0.5), ("x,-1", "x", -1)],
+)
+def test_a_weight_follows_the_comma(text: str, path: str, weight: float) -> None:
+    assert LoraUse.parse(text) == LoraUse(Path(path), weight)
+    assert LoraUse.parse(str(LoraUse.parse(text))) == LoraUse.parse(text)
+
+
+@pytest.mark.parametrize("text", ["a,half", "a,", "a,nan", "a,inf", ",1"])
+def test_a_weight_that_is_none(text: str) -> None:
+    with pytest.raises(ValueError, match=r"is no number|must be FILE or FILE,WEIGHT"):
+        LoraUse.parse(text)
