@@ -6,12 +6,14 @@ them (``benchmarks.gpu``). Nothing is computed and no weights are made.
     python -m benchmarks.estimates [--out benchmark-output]
 """
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
 from diffusers import UNet2DConditionModel
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.full_base import CONFIGS
@@ -95,28 +97,39 @@ def saved(pixels: int) -> list[dict[str, Any]]:
     return rows
 
 
+def meta_unet(full: bool) -> Any:
+    """The UNet as a run trains it, in bf16, without weights."""
+    with torch.device("meta"):
+        unet: Any = UNet2DConditionModel.from_config(
+            UNet2DConditionModel.load_config(str(CONFIGS / "unet"))
+        )
+        unet.requires_grad_(full)
+        if not full:
+            add_adapter(unet, config_of(**LORA))
+        return unet.to(torch.bfloat16).train()
+
+
+def inputs_of(pixels: int) -> dict[str, Any]:
+    """What it takes for one picture, on the device or in the mode at hand."""
+    side, dtype = pixels // 8, torch.bfloat16
+    return {
+        "sample": torch.empty(1, 4, side, side, dtype=dtype),
+        "timestep": torch.zeros(1),
+        "encoder_hidden_states": torch.empty(1, TOKENS, 2048, dtype=dtype),
+        "added_cond_kwargs": {
+            "text_embeds": torch.empty(1, 1280, dtype=dtype),
+            "time_ids": torch.empty(1, 6),
+        },
+    }
+
+
 def operations(pixels: int) -> list[dict[str, Any]]:
     """TFLOP of one picture's forward and backward pass, on the meta device, without recomputing."""
     rows = []
     for name, full in (("LoRA 4", False), ("full", True)):
+        unet = meta_unet(full)
         with torch.device("meta"):
-            unet: Any = UNet2DConditionModel.from_config(
-                UNet2DConditionModel.load_config(str(CONFIGS / "unet"))
-            ).to(torch.bfloat16)
-            unet.requires_grad_(full)
-            if not full:
-                add_adapter(unet, config_of(**LORA))
-                unet.to(torch.bfloat16)
-            side = pixels // 8
-            inputs = {
-                "sample": torch.empty(1, 4, side, side, dtype=torch.bfloat16),
-                "timestep": torch.zeros(1),
-                "encoder_hidden_states": torch.empty(1, TOKENS, 2048, dtype=torch.bfloat16),
-                "added_cond_kwargs": {
-                    "text_embeds": torch.empty(1, 1280, dtype=torch.bfloat16),
-                    "time_ids": torch.empty(1, 6),
-                },
-            }
+            inputs = inputs_of(pixels)
         with FlopCounterMode(display=False) as counter:
             output = unet(**inputs).sample
             forward = counter.get_total_flops()
@@ -132,6 +145,50 @@ def operations(pixels: int) -> list[dict[str, Any]]:
     return rows
 
 
+def by_block(pixels: int) -> list[dict[str, Any]]:
+    """Operations and saved bytes of a LoRA's forward pass, by the blocks of the UNet; over fake
+    tensors, where attention is a fused kernel as on a card."""
+    saved: Counter[str] = Counter()
+    kept: dict[int, Any] = {}
+    inside = ["the rest"]
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in kept:
+            kept[storage._cdata] = storage  # held, so that its address is not used again
+            saved[inside[-1]] += storage.nbytes()
+        return tensor
+
+    unet = meta_unet(full=False)
+    groups = {"down_blocks": unet.down_blocks, "up_blocks": unet.up_blocks}
+    blocks = {f"{name}.{n}": b for name, group in groups.items() for n, b in enumerate(group)}
+    blocks["mid_block"] = unet.mid_block
+    for name, block in blocks.items():
+        block.register_forward_pre_hook(lambda *_, name=name: inside.append(name))
+        block.register_forward_hook(lambda *_: inside.pop() and None)
+    with FakeTensorMode():
+        weights = {
+            name: torch.empty(p.shape, dtype=p.dtype, requires_grad=p.requires_grad)
+            for name, p in unet.named_parameters()
+        }
+        kept |= {w.untyped_storage()._cdata: w.untyped_storage() for w in weights.values()}
+        with (
+            FlopCounterMode(display=False) as counter,
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        ):
+            torch.func.functional_call(unet, weights, (), inputs_of(pixels))
+    flops = {n.split(".", 1)[-1]: sum(f.values()) for n, f in counter.get_flop_counts().items()}
+    return [
+        {
+            "block": name,
+            "px": pixels,
+            "forward TFLOP": flops[name] / 1e12 if name in blocks else None,
+            "saved GB": saved[name] / 1e9,
+        }
+        for name in (*sorted(blocks), "the rest")
+    ]
+
+
 @click.command()
 @click.option("--out", default=Path("benchmark-output"), type=click.Path(path_type=Path))
 def main(out: Path) -> None:
@@ -140,10 +197,12 @@ def main(out: Path) -> None:
         "memory": memory(),
         "saved": [row for pixels in (512, 1024) for row in saved(pixels)],
         "operations": [row for pixels in (512, 1024) for row in operations(pixels)],
+        "blocks": by_block(1024),
     }
     show("peak allocated, batch 1, bf16: ESTIMATED on fake tensors, not measured", tables["memory"])
     show("what autograd saves of one picture", tables["saved"])
     show("operations of one picture", tables["operations"])
+    show("a LoRA's forward pass by block", tables["blocks"])
     keep(out / "estimates.json", {"machine": machine(), **tables})
 
 

@@ -23,13 +23,13 @@ BATCH_SIZE = 8
 def main(cache: Path) -> None:
     """One JSON object."""
     torch.empty(1)
-    before, start = resident_bytes(), time.perf_counter()
+    before, start, busy = resident_bytes(), time.perf_counter(), time.process_time()
     opened = Cache(cache)
     plan = Plan(opened.groups(), 0, BATCH_SIZE)
     reader = Reader([opened], plan, Share(batch_size=BATCH_SIZE, world=1, rank=0))
     stream = reader.epochs(threads=1)
     next(stream)
-    first_seconds = time.perf_counter() - start
+    first_seconds, busy = time.perf_counter() - start, time.process_time() - busy
     first = resident_bytes()
     stream.close()
     start = time.process_time()
@@ -38,6 +38,7 @@ def main(cache: Path) -> None:
     last = resident_bytes()
     result = {
         "first_batch_seconds": first_seconds,
+        "of_processor": busy,
         "first_batch_mb": (first["RssAnon"] - before["RssAnon"]) / 1e6,
         "shards": num_shards,
         "ms_to_open_one": 1e3 * open_seconds / num_shards,

@@ -1,7 +1,7 @@
 """Samples a second from a warm page cache, against a bare copy, webdataset and npz.
 
-Real SDXL sample sizes; all read the same samples in turns (A B C ..., A B C ...), in processor
-time of one thread, medians. Then the time to a first batch and the resident memory of large caches,
+Real SDXL sample sizes; all read the same samples in turns (A B C, B C A, ...), in processor time of
+one thread, medians. Then the time to a first batch and the resident memory of large caches,
 whose indexes are real and whose payloads are holes, and what a seek in a long epoch takes.
 
     python -m benchmarks.read [--quick] [--out benchmark-output]

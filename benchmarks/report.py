@@ -25,16 +25,19 @@ Clock = Callable[[], float]
 def take_turns(
     works: Mapping[str, Callable[[], object]], rounds: int, clock: Clock = time.process_time
 ) -> dict[str, list[float]]:
-    """Seconds of each work in each round: A B C, A B C, ... after a round that warms up.
+    """Seconds of each work in each round: A B C, B C A, ... after a round that warms up, so that
+    none always follows the same other.
 
     The clock counts this process's own processor time: on a machine that others use too, wall time
     tells more of them.
     """
     seconds: dict[str, list[float]] = {name: [] for name in works}
+    names = [*works]
     for number in range(rounds + 1):
-        for name, work in works.items():
+        turn = number % len(names)
+        for name in (*names[turn:], *names[:turn]):
             start = clock()
-            work()
+            works[name]()
             if number:
                 seconds[name].append(clock() - start)
     return seconds

@@ -72,7 +72,7 @@ def test_turns_and_ratios() -> None:
     order: list[str] = []
     works = {name: lambda name=name: order.append(name) for name in "ab"}
     seconds = take_turns(works, 3, clock=lambda: float(next(clock)))  # type: ignore[arg-type]
-    assert order == [*"abababab"] and seconds == {"a": [1.0] * 3, "b": [1.0] * 3}
+    assert order == [*"abbaabba"] and seconds == {"a": [1.0] * 3, "b": [1.0] * 3}
     assert ratio({"a": [1, 2, 4], "b": [2, 6, 20]}, "a", "b") == 3
     assert ratio({"a": [1, 2, 4], "b": [2, 6, 20]}, "b", "a") == pytest.approx(1 / 3)
 
