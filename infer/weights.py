@@ -81,8 +81,6 @@ class Weights:
         for name in ("tokenizer", "tokenizer_2"):
             tokenizer = find_tokenizer(base, name, self.settings.tokenizers)
             found[name] = tokenizer_digest(tokenizer)
-        if self.num_chunks > 1:
-            found["long_captions"] = self.num_chunks
         if self.loras:
             found["loras"] = [[*_file_digests(file), weight] for file, weight in self.loras]
         if self.settings.compare and not self.loras:

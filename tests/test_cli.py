@@ -9,11 +9,12 @@ import pytest
 from click.testing import CliRunner
 
 import cli
+import cli_door
 
 
 @pytest.fixture(autouse=True)
 def _keep_signals_and_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(cli_door.signal, "signal", lambda *_: None)
     monkeypatch.setattr(cli.warnings, "simplefilter", lambda *_: None)
     monkeypatch.setattr(cli.warnings, "filterwarnings", lambda *_, **__: None)
 

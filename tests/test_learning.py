@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import cli
+import cli_door
 from tools.miniature.data import fresh_prompts, write_prior_set, write_sample_set
 from tools.miniature.drawing import NEW_SHAPES, OLD_SHAPES
 from tools.miniature.score import Score, drawn_pictures, score
@@ -23,7 +24,7 @@ Draw = Callable[..., Score]
 
 @pytest.fixture(autouse=True)
 def _keep_signals_and_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(cli_door.signal, "signal", lambda *_: None)
     monkeypatch.setattr(cli.warnings, "simplefilter", lambda *_: None)
     monkeypatch.setattr(cli.warnings, "filterwarnings", lambda *_, **__: None)
 

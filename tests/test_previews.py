@@ -22,6 +22,7 @@ from PIL import Image
 from torch.distributed.fsdp import fully_shard
 
 import cli
+import cli_door
 from precompute.pictures.images import open_picture, render
 from precompute.prompts import change_prompts
 from sdxl.latent_rgb import LatentSums, latents_to_rgb
@@ -83,7 +84,7 @@ def unet(base: Path) -> Any:
 def run(*arguments: Any) -> tuple[int, str]:
     """Exit code and output of a command, which changes signals and warnings in a process."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli.signal, "signal", lambda *_: None)
+        patch.setattr(cli_door.signal, "signal", lambda *_: None)
         patch.setattr(cli.warnings, "simplefilter", lambda *_: None)
         patch.setattr(cli.warnings, "filterwarnings", lambda *_, **__: None)
         result = CliRunner().invoke(cli.commands, [str(argument) for argument in arguments])

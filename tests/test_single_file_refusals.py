@@ -11,6 +11,7 @@ import torch
 from click.testing import CliRunner
 
 import cli
+import cli_door
 from sdxl import BaseError
 from sdxl.load import load_text_encoders, load_tokenizers, load_unet, load_vae
 from sdxl.original import PREFIXES
@@ -23,7 +24,7 @@ LAYER = PREFIXES["text_encoder_2"] + "transformer.resblocks.0."
 
 @pytest.fixture(autouse=True)
 def _keep_signals_and_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(cli_door.signal, "signal", lambda *_: None)
     monkeypatch.setattr(cli.warnings, "simplefilter", lambda *_: None)
     monkeypatch.setattr(cli.warnings, "filterwarnings", lambda *_, **__: None)
 
