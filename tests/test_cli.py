@@ -15,8 +15,8 @@ import cli_door
 @pytest.fixture(autouse=True)
 def _keep_signals_and_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli_door.signal, "signal", lambda *_: None)
-    monkeypatch.setattr(cli.warnings, "simplefilter", lambda *_: None)
-    monkeypatch.setattr(cli.warnings, "filterwarnings", lambda *_, **__: None)
+    monkeypatch.setattr(cli_door.warnings, "simplefilter", lambda *_: None)
+    monkeypatch.setattr(cli_door.warnings, "filterwarnings", lambda *_, **__: None)
 
 
 def run(*arguments: Any) -> tuple[int, str]:

@@ -25,8 +25,8 @@ Draw = Callable[..., Score]
 @pytest.fixture(autouse=True)
 def _keep_signals_and_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli_door.signal, "signal", lambda *_: None)
-    monkeypatch.setattr(cli.warnings, "simplefilter", lambda *_: None)
-    monkeypatch.setattr(cli.warnings, "filterwarnings", lambda *_, **__: None)
+    monkeypatch.setattr(cli_door.warnings, "simplefilter", lambda *_: None)
+    monkeypatch.setattr(cli_door.warnings, "filterwarnings", lambda *_, **__: None)
 
 
 def do(command: str) -> None:

@@ -85,8 +85,8 @@ def run(*arguments: Any) -> tuple[int, str]:
     """Exit code and output of a command, which changes signals and warnings in a process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cli_door.signal, "signal", lambda *_: None)
-        patch.setattr(cli.warnings, "simplefilter", lambda *_: None)
-        patch.setattr(cli.warnings, "filterwarnings", lambda *_, **__: None)
+        patch.setattr(cli_door.warnings, "simplefilter", lambda *_: None)
+        patch.setattr(cli_door.warnings, "filterwarnings", lambda *_, **__: None)
         result = CliRunner().invoke(cli.commands, [str(argument) for argument in arguments])
     return result.exit_code, result.output
 
