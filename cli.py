@@ -98,6 +98,8 @@ def commands() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_MININTERVAL", "10")  # a log is no screen
     for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
@@ -176,9 +178,16 @@ def _tell_encoded(report: Any, num_chunks: int) -> None:
 @click.argument("cache", type=click.Path(path_type=Path))
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--base", required=True, help="The SDXL base that CACHE was encoded with.")
+@click.option(
+    "--tokenizers",
+    type=click.Path(path_type=Path),
+    help="As of encode: needed with a single file whose tokenizers the hub's cache does not have.",
+)
 @click.option("--device", default="auto", show_default=True, help="auto, cuda, cuda:N, mps or cpu.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def prompts(cache: Path, file: Path, base: str, device: str, debug: bool) -> None:
+def prompts(
+    cache: Path, file: Path, base: str, tokenizers: Path | None, device: str, debug: bool
+) -> None:
     """Replace the preview prompts of CACHE by those of FILE (syntax: as generate's).
 
     The data set is not needed.
@@ -186,7 +195,7 @@ def prompts(cache: Path, file: Path, base: str, device: str, debug: bool) -> Non
     with door(debug):
         from precompute.prompts import change_prompts
 
-        path, count = change_prompts(cache, file, base, device)
+        path, count = change_prompts(cache, file, base, device, tokenizers)
         click.echo(f"{path}: {count} preview prompts")
 
 
@@ -236,6 +245,40 @@ def generate(ctx: click.Context, debug: bool, **values: Any) -> None:
             f"{report.num_drawn} pictures drawn, {report.num_kept} kept, in {settings.out}; "
             f"all of them at a glance: {report.sheet}"
         )
+
+
+@stage("export", "infer.export_settings:ExportSettings")
+def export(ctx: click.Context, debug: bool, **values: Any) -> None:
+    """Write WEIGHTS in the form that other tools read; read it back, and compare.
+
+    A LoRA (a file, or a run, checkpoint or peft folder) becomes a kohya file, and a kohya file one
+    of diffusers. The UNet of train --full, or with --merge a LoRA in its base, becomes one
+    original-layout file with the base's VAE and text encoders.
+    """
+    with door(debug):
+        settings = _settings(ctx, values)
+        from infer.export import export as run
+
+        done = run(settings)
+        click.echo(f"{done.path}: {done.what}, {done.num_bytes / 1e6:.1f} MB; read back and equal")
+
+
+@commands.command()
+@click.argument("hub_id", metavar="ID")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The folder to fill.")
+@click.option("--fp16", is_flag=True, help="The fp16 weights, where there are both.")
+@click.option("--file", help="Of a repository with single-file bases: the one to take.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def download(hub_id: str, out: Path, fp16: bool, file: str | None, debug: bool) -> None:
+    """Download the base ID (OWNER/NAME on the Hugging Face hub) into a folder.
+
+    Configs, tokenizers and safetensors alone. Run again after an interruption it goes on there.
+    """
+    with door(debug):
+        from sdxl.hub import download_base
+
+        base = download_base(hub_id, out, fp16=fp16, file=file)
+        click.echo(f"{base}\nnext: python cli.py encode DATASET --base {base} --out CACHE")
 
 
 @commands.command()

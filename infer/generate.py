@@ -16,7 +16,7 @@ from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
 from infer.settings import GenerateSettings
-from sdxl.base import component_folder, model_config, read_config
+from sdxl.base import model_config, scheduler_config, vae_config
 from sdxl.conditioning import Conditioning, TextEncoders
 from sdxl.device import exact_fp32, pick_device, pick_precision
 from sdxl.fingerprint import config_digest, file_digest, weights_digest
@@ -129,19 +129,20 @@ def _first(own: float | None, default: float) -> float:
 
 def _weights(settings: GenerateSettings) -> dict[str, Any]:
     """Digests of all weights that make the pictures, and the sampler."""
-    base = settings.base
+    base, vae = settings.base, settings.vae or settings.base
+    configs = {name: model_config(base, name) for name in ("text_encoder", "text_encoder_2")}
+    configs["vae"] = vae_config(vae)
     digests: dict[str, Any] = {
-        part: weights_digest(model_config(base, part)[0])
-        for part in ("text_encoder", "text_encoder_2", "vae")
+        part: weights_digest(path, part) for part, (path, _) in configs.items()
     }
     unet = model_config(base, "unet")[0] if settings.unet is None else _unet_folder(settings.unet)
-    digests["unet"] = weights_digest(unet)
+    digests["unet"] = weights_digest(unet, "unet")
     if settings.lora is not None:
         digests["lora"] = file_digest(_lora_file(settings.lora))
-    scheduler = read_config(component_folder(base, "scheduler")) | asdict(_schedule(settings))
+    scheduler = scheduler_config(base) | asdict(_schedule(settings))
     digests["sampler"] = scheduler.get("_class_name")
-    for part in ("text_encoder", "text_encoder_2", "vae"):
-        digests[f"{part}_config"] = config_digest(model_config(base, part)[1])
+    for part, (_, config) in configs.items():
+        digests[f"{part}_config"] = config_digest(config)
     digests["scheduler_config"] = config_digest(scheduler)
     if (num_chunks := _num_chunks(settings)) > 1:
         digests["long_captions"] = num_chunks
@@ -212,7 +213,7 @@ def _encode_prompts(
 ) -> dict[str | None, Conditioning]:
     """Each different text once; None is the base's unconditional. The encoders are gone after."""
     num_chunks = _num_chunks(settings)
-    encoders = TextEncoders(settings.base, dtype, device, num_chunks)
+    encoders = TextEncoders(settings.base, dtype, device, settings.tokenizers, num_chunks)
     texts = {text for one in drawings for text in (one.prompt, one.negative) if text}
     found = encoders.encode_each(texts, settings.batch_size)
     if cut := sorted(text for text in texts if encoders.is_cut(text)):
@@ -240,7 +241,7 @@ def _draw_all(
     if settings.lora is not None:
         load_lora(unet, _lora_file(settings.lora))
     unet.to(device=device, dtype=dtype)
-    vae = load_vae(settings.base, torch.float32).to(device)
+    vae = load_vae(settings.vae or settings.base, torch.float32).to(device)
     schedule = _schedule(settings)
     scheduler = load_scheduler(settings.base, schedule.prediction_type, schedule.zero_snr)
     exact_fp32()

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from sdxl.base import BASE_HELP, TOKENIZERS_HELP
+
 
 def _option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
@@ -13,12 +15,14 @@ def _option(default: Any, text: str) -> Any:
 class GenerateSettings:
     """Settings of one generate run."""
 
-    base: str = field(metadata={"help": "SDXL base: a diffusers folder, a hub id, or miniature."})
+    base: str = field(metadata={"help": BASE_HELP})
     out: Path = field(metadata={"help": "The folder for the pictures."})
     prompts: Path | None = _option(
         None, "Prompt file: one a line; # comments; --n --w --h --d --s --l."
     )
     prompt: str | None = _option(None, "One prompt, with the same options in it.")
+    vae: str | None = _option(None, "Another VAE: its folder or file, or a base with it.")
+    tokenizers: Path | None = _option(None, TOKENIZERS_HELP)
     lora: Path | None = _option(None, "A LoRA file, or a run or checkpoint folder with one.")
     unet: Path | None = _option(None, "A UNet folder as train --full writes it.")
     num_images: int | None = _option(

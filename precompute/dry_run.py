@@ -28,7 +28,8 @@ def dry_run(settings: EncodeSettings) -> Iterator[str]:
     """
     memory = Memory() if settings.rehash else read_memory(settings.out)
     sources = read_data_set(settings, memory)
-    sizer, tokenizer = Sizer.of(settings), load_tokenizers(settings.base)[0]
+    sizer = Sizer.of(settings)
+    tokenizer, _ = load_tokenizers(settings.base, settings.tokenizers)
     total = 0
     for name, source in sources.items():
         planned, unreadable = plan_pictures(source.records, settings, memory)

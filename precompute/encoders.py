@@ -9,10 +9,9 @@ from precompute.latents import LatentEncoder
 from precompute.sanity import measure_drawings
 from precompute.settings import EncodeSettings
 from precompute.text import load_text
-from sdxl.base import read_config
+from sdxl.base import vae_config
 from sdxl.conditioning import TextEncoders
 from sdxl.device import PRECISIONS, pick_device
-from sdxl.load import vae_folder
 
 
 class Encoders:
@@ -35,7 +34,7 @@ class Encoders:
     @property
     def channels(self) -> int:
         """Of the latents; the VAE need not be loaded for it."""
-        config: dict[str, Any] = read_config(vae_folder(self.settings.vae or self.settings.base))
+        _, config = vae_config(self.settings.vae or self.settings.base)
         return int(config.get("latent_channels", 4))
 
     @property
@@ -58,5 +57,8 @@ class Encoders:
     @property
     def text(self) -> TextEncoders:
         if self._text is None:
-            self._text = load_text(self.settings.base, self.device, self.settings.long_captions)
+            settings = self.settings
+            self._text = load_text(
+                settings.base, self.device, settings.tokenizers, settings.long_captions
+            )
         return self._text

@@ -5,6 +5,7 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+from precompute.stops import Stops
 from processes.crew import POLL_SECONDS, Crew
 
 
@@ -12,10 +13,11 @@ class Progress:
     """Samples done and rejected, and shards written; counted over all processes."""
 
     def __init__(self, crew: Crew, num_samples: int) -> None:
-        self._crew = crew
+        self._crew, self._stops = crew, Stops()
         self._bar = tqdm(total=num_samples, unit="img", desc="encode", disable=not crew.is_main)
 
     def __enter__(self) -> "Progress":
+        self._stops.__enter__()
         return self
 
     def __exit__(
@@ -24,10 +26,16 @@ class Progress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._stops.__exit__(kind, error, trace)
         self._bar.close()
 
     def tick(self, failed: bool) -> None:
-        """One sample more was tried."""
+        """One sample more was tried.
+
+        Raises:
+            KeyboardInterrupt: the run is to stop.
+        """
+        self._stops.check()
         self._count("rejected", int(failed))
         self._show(self._count("samples", 1))
 
@@ -38,6 +46,7 @@ class Progress:
         """The main process's last part: until all shards are written, whoever writes them."""
         while self._count("shards", 0) < num_shards:
             time.sleep(POLL_SECONDS)
+            self._stops.check()
             self._show(self._count("samples", 0))
 
     def _count(self, what: str, number: int) -> int:

@@ -21,7 +21,9 @@ from shards.sample import DTYPES
 BATCH_SIZE = 4  # always the same: the last bits of an embedding depend on it
 
 
-def change_prompts(cache: Path, file: Path, base: str, device: str) -> tuple[Path, int]:
+def change_prompts(
+    cache: Path, file: Path, base: str, device: str, tokenizers: Path | None = None
+) -> tuple[Path, int]:
     """Put the prompts of ``file`` in the place of a finished cache's, without its data set.
 
     Of a cache that is split in two it is ``train`` that previews are drawn for. Returns the file
@@ -36,9 +38,10 @@ def change_prompts(cache: Path, file: Path, base: str, device: str) -> tuple[Pat
     read_manifest(folder)  # or it is no cache, and not to be locked
     with locked(folder):
         recipe = read_manifest(folder)["recipe"]
-        _check_encoders(folder, recipe, base)
+        _check_encoders(folder, recipe, base, tokenizers)
         exact_fp32()
-        encoders = load_text(base, pick_device(device), recipe.get("long_captions", 1))
+        num_chunks = recipe.get("long_captions", 1)
+        encoders = load_text(base, pick_device(device), tokenizers, num_chunks)
         write_prompts(folder, prompts, encoders, _made_with(recipe, base))
         renew_side_file(folder, PROMPTS)
     return folder / PROMPTS, len(prompts)
@@ -124,9 +127,11 @@ def _read_held(path: Path) -> PreviewFile | None:
         return None
 
 
-def _check_encoders(folder: Path, recipe: dict[str, Any], base: str) -> None:
+def _check_encoders(
+    folder: Path, recipe: dict[str, Any], base: str, tokenizers: Path | None
+) -> None:
     """Embeddings of another model would look like prompts and mean nothing."""
-    for name, theirs in read_text_recipe(base).items():
+    for name, theirs in read_text_recipe(base, tokenizers).items():
         held = recipe[name]
         if changed := [part for part in theirs if held.get(part) != theirs[part]]:
             what = name.replace("text_encoder", "tokenizer") if changed == ["tokenizer"] else name

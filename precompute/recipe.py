@@ -1,19 +1,19 @@
 """All that decides the tensors besides pictures and captions, by cause."""
 
+from pathlib import Path
 from typing import Any
 
 from precompute.settings import EncodeSettings
-from sdxl.base import component_folder, model_config, read_config
+from sdxl.base import model_config, vae_config
 from sdxl.fingerprint import config_digest, tokenizer_digest, weights_digest
-from sdxl.load import vae_folder
+from sdxl.tokenizers import find_tokenizer
 
 VAE_CONFIG = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 
 
 def read_recipe(settings: EncodeSettings) -> dict[str, Any]:
     """All that decides the tensors besides pictures and captions, by cause."""
-    vae = vae_folder(settings.vae or settings.base)
-    config = read_config(vae)
+    vae, config = vae_config(settings.vae or settings.base)
     mode = "square" if settings.square else "squash" if settings.squash else "buckets"
     preprocessing: dict[str, Any] = {
         "mode": mode,
@@ -28,7 +28,7 @@ def read_recipe(settings: EncodeSettings) -> dict[str, Any]:
     recipe: dict[str, Any] = {
         "preprocessing": preprocessing,
         "vae": {
-            "digest": weights_digest(vae),
+            "digest": weights_digest(vae, "vae"),
             "config": config_digest(config),
             "of_base": settings.vae is None,
             "dtype": settings.vae_dtype,
@@ -38,17 +38,17 @@ def read_recipe(settings: EncodeSettings) -> dict[str, Any]:
     }
     if settings.long_captions > 1:
         recipe["long_captions"] = settings.long_captions
-    return recipe | read_text_recipe(settings.base)
+    return recipe | read_text_recipe(settings.base, settings.tokenizers)
 
 
-def read_text_recipe(base: str) -> dict[str, dict[str, str]]:
+def read_text_recipe(base: str, tokenizers: Path | None) -> dict[str, dict[str, str]]:
     """The part of the recipe that decides embeddings: each text encoder with its tokenizer."""
     recipe = {}
     for name in ("text_encoder", "text_encoder_2"):
-        folder, config = model_config(base, name)
-        tokenizer = component_folder(base, name.replace("text_encoder", "tokenizer"))
+        path, config = model_config(base, name)
+        tokenizer = find_tokenizer(base, name.replace("text_encoder", "tokenizer"), tokenizers)
         recipe[name] = {
-            "digest": weights_digest(folder),
+            "digest": weights_digest(path, name),
             "config": config_digest(config),
             "tokenizer": tokenizer_digest(tokenizer),
         }

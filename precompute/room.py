@@ -8,8 +8,7 @@ from pathlib import Path
 from precompute.placement import Planned
 from precompute.settings import EncodeSettings
 from precompute.work import ShardWork
-from sdxl.base import model_config, read_config
-from sdxl.load import vae_folder
+from sdxl.base import model_config, vae_config
 from shards.manifest import REPLACED
 from shards.sample import Layout
 
@@ -33,7 +32,7 @@ class Sizer:
         """
         _, one = model_config(settings.base, "text_encoder")
         _, two = model_config(settings.base, "text_encoder_2")
-        vae = read_config(vae_folder(settings.vae or settings.base))
+        _, vae = vae_config(settings.vae or settings.base)
         return cls(
             settings,
             int(vae.get("latent_channels", 4)),

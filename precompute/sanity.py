@@ -19,7 +19,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from precompute.images import ORIENTATION, open_picture, render
-from precompute.latents import LatentEncoder
+from precompute.latents import LatentEncoder, Posterior
 from shards.buckets import Geometry, cover
 
 Pixels = npt.NDArray[np.uint8]
@@ -41,7 +41,8 @@ def measure_drawings(encoder: LatentEncoder) -> dict[str, Any]:
     """
     drawings = draw()
     pixels = torch.stack([render(open_picture(_png(one)), _whole(one)) for one in drawings])
-    found = encoder.encode(pixels)
+    parts = [encoder.encode(part) for part in torch.split(pixels, encoder.batch_size)]
+    found = Posterior(torch.cat([p.mean for p in parts]), torch.cat([p.std for p in parts]))
     bare_mean, bare_std = _bare_encode(encoder.exact, torch.cat([_tensor(one) for one in drawings]))
     decoded = _bare_decode(encoder.exact, found.mean)
     wanted = torch.cat([_tensor(one) for one in drawings])

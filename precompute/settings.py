@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from processes.gpus import check_gpus
+from sdxl.base import BASE_HELP, TOKENIZERS_HELP
 
 Dtype = Literal["fp16", "bf16", "fp32"]
 
@@ -18,7 +19,7 @@ class EncodeSettings:
     """Settings of one encode. Lengths in pixels, sizes in samples."""
 
     dataset: Path
-    base: str = field(metadata={"help": "SDXL base: a diffusers folder, a hub id, or miniature."})
+    base: str = field(metadata={"help": BASE_HELP})
     out: Path = field(metadata={"help": "The cache folder to write."})
     resolution: int = _option(1024, "Buckets have at most this squared as area.")
     bucket_step: int = _option(64, "Sides of the buckets are multiples of this.")
@@ -45,7 +46,8 @@ class EncodeSettings:
     flip: bool = _option(False, "Cache each picture mirrored too.")
     crops: int = _option(0, "Cache this many random crops of each picture, not its centre.")
     long_captions: int = _option(1, "Captions have this many chunks of 77 tokens.")
-    vae: str | None = _option(None, "Another VAE: its folder, or a base that holds it.")
+    vae: str | None = _option(None, "Another VAE: its folder or file, or a base with it.")
+    tokenizers: Path | None = _option(None, TOKENIZERS_HELP)
     vae_dtype: Dtype = _option("fp32", "Precision of the VAE; non-finite latents: again in fp32.")
     dtype: Dtype = _option("fp16", "Precision of the stored tensors.")
     mean_only: bool = _option(False, "Store only the mean of the VAE's posterior.")

@@ -15,10 +15,12 @@ from shards.previews import KEY
 from shards.sample import DTYPES
 
 
-def load_text(base: str, device: torch.device, num_chunks: int) -> TextEncoders:
+def load_text(
+    base: str, device: torch.device, tokenizers: Path | None, num_chunks: int
+) -> TextEncoders:
     """The base's text encoders, in the precision that captions are encoded in."""
     dtype = torch.float16 if device.type == "cuda" else torch.float32
-    return TextEncoders(base, dtype, device, num_chunks)
+    return TextEncoders(base, dtype, device, tokenizers, num_chunks)
 
 
 def text_causes(recipe: dict[str, Any]) -> str:

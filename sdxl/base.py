@@ -1,15 +1,22 @@
 """Where the parts of a base model lie, and whether they are SDXL's. Imports no torch."""
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sdxl import BaseError
+from sdxl.hub import fetch_component
+from sdxl.single_file import PICKLES, TITLES, SingleFile
+
 MINIATURE = "miniature"  # names the base that comes with the checkout
 MINIATURE_FOLDER = Path(__file__).parents[1] / "assets" / "miniature-sdxl"
+BASE_HELP = "SDXL base: a diffusers folder, one .safetensors file, a hub id, or miniature."
+TOKENIZERS_HELP = (
+    "Folder with tokenizer/ and tokenizer_2/, or with one CLIP tokenizer; default: the base's, and "
+    "for a single file SDXL's from the hub's local cache, or the hub."
+)
 ENCODERS = ("vae", "text_encoder", "text_encoder_2")
-MODELS = ("unet", *ENCODERS)
 _CLASSES = {
     "unet": "UNet2DConditionModel",
     "vae": "AutoencoderKL",
@@ -27,17 +34,14 @@ _NEEDED = (
 _CONFIGS = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
 
 
-class BaseError(ValueError):
-    """A base model that is missing, incomplete or no SDXL. One clear line."""
-
-
 def base_path(base: str) -> Path:
     """Where a base would lie on this machine; of a hub id there is nothing at this path."""
     return MINIATURE_FOLDER if base == MINIATURE else Path(base)
 
 
-def component_folder(base: str, component: str) -> Path:
-    """The folder of one component of a diffusers folder, of a hub id, or of ``miniature``.
+def component_path(base: str, component: str) -> Path:
+    """The folder of one component of a diffusers folder, of a hub id, or of ``miniature``; of a
+    single file the file itself.
 
     Of a hub id only this component is downloaded, as safetensors and configs, or taken from the
     local hub cache.
@@ -46,38 +50,29 @@ def component_folder(base: str, component: str) -> Path:
         BaseError: no such base, or it has no such component.
     """
     if not base:
-        raise BaseError("--base: empty; give a diffusers folder, a hub id, or miniature")
+        raise BaseError("--base: empty; give a diffusers folder, a file, a hub id, or miniature")
     folder = base_path(base)
-    if folder.is_file():
-        raise BaseError(f"{base}: a file; a base is a diffusers folder or a hub id")
+    if is_file(base):
+        if not SingleFile(folder).holds(component):
+            raise BaseError(f"{base}: holds no {TITLES[component]}")
+        return folder
     if not folder.exists():
-        folder = _download(base, component)
+        folder = fetch_component(base, component)
     if not (folder / component).is_dir():
         found = sorted(path.name for path in folder.iterdir())[:12] if folder.is_dir() else []
         raise BaseError(f"{base}: no SDXL base: it has no {component}/ (found: {_listing(found)})")
     return folder / component
 
 
+def is_file(base: str) -> bool:
+    """Whether a base is one file, there or not."""
+    path = base_path(base)
+    looks = path.suffix.lower() in (".safetensors", *PICKLES)
+    return path.is_file() or (looks and not path.is_dir())
+
+
 def _listing(names: list[str]) -> str:
     return ", ".join(names) or "nothing"
-
-
-def _download(base: str, component: str) -> Path:
-    if not re.fullmatch(r"[\w][\w.-]*/[\w.-]+", base):
-        raise BaseError(f"{base}: no such folder")
-    from huggingface_hub import snapshot_download
-
-    patterns = [f"{component}/*.{end}" for end in ("json", "txt", "safetensors")]
-    patterns.append("model_index.json")
-    halves = ["*.fp16.*"]  # taken only where there is nothing else
-    try:
-        folder = snapshot_download(base, allow_patterns=patterns, ignore_patterns=halves)
-        if component in MODELS and not any((Path(folder) / component).glob("*.safetensors")):
-            folder = snapshot_download(base, allow_patterns=patterns)
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise BaseError(f"{base}: no such folder, and not had from the hub: {reason}") from error
-    return Path(folder)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -99,28 +94,56 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def model_config(base: str, component: str) -> tuple[Path, dict[str, Any]]:
-    """Folder and config of a model, refused where it is not of SDXL's architecture.
+    """Where a model lies (its folder, or the single file) and its config, refused where it is not
+    of SDXL's architecture.
 
     Raises:
         BaseError: says what was found.
     """
-    folder = component_folder(base, component)
-    config = read_config(folder)
+    path = component_path(base, component)
+    config = config_at(path, component)
     found = config.get("_class_name") or ", ".join(config.get("architectures") or ["nothing"])
-    if found != _CLASSES[component]:
-        raise BaseError(f"{folder}: no SDXL: a {found}, where SDXL has {_CLASSES[component]}")
+    if path.is_dir() and found != _CLASSES[component]:  # a file says it by its tensors' names
+        raise BaseError(f"{path}: no SDXL: a {found}, where SDXL has {_CLASSES[component]}")
     if component == "unet":
         if missing := [key for key in _NEEDED if key not in config]:
-            raise BaseError(f"{folder}: no SDXL: its config has no {', '.join(missing)}")
+            raise BaseError(f"{path}: no SDXL: its config has no {', '.join(missing)}")
         addition, channels = config.get("addition_embed_type"), config.get("in_channels")
         if addition != "text_time":
             raise BaseError(
-                f"{folder}: no SDXL: its addition_embed_type is {addition} (SDXL: text_time) and "
+                f"{path}: no SDXL: its addition_embed_type is {addition} (SDXL: text_time) and "
                 f"its cross_attention_dim {config.get('cross_attention_dim')} (SDXL: 2048)"
             )
         if channels != config.get("out_channels"):
-            raise BaseError(f"{folder}: takes {channels} channels: an inpainting UNet?")
-    return folder, config
+            raise BaseError(f"{path}: takes {channels} channels: an inpainting UNet?")
+    return path, config
+
+
+def config_at(path: Path, component: str) -> dict[str, Any]:
+    """The config of a model in its folder, or in a single file."""
+    return read_config(path) if path.is_dir() else SingleFile(path).config(component)
+
+
+def vae_config(source: str) -> tuple[Path, dict[str, Any]]:
+    """As ``model_config``, of the VAE of a base, or of a VAE alone: its folder, or its file.
+
+    Raises:
+        BaseError: there is no VAE of SDXL's kind.
+    """
+    path = base_path(source)
+    if not (path / "config.json").is_file():
+        return model_config(source, "vae")
+    config = read_config(path)
+    if config.get("_class_name") != _CLASSES["vae"]:
+        raise BaseError(f"{path}: no SDXL VAE: a {config.get('_class_name')}")
+    return path, config
+
+
+def scheduler_config(base: str) -> dict[str, Any]:
+    """The base's noise schedule, and what its UNet predicts."""
+    if is_file(base):
+        return SingleFile(base_path(base)).scheduler_config()
+    return read_config(component_path(base, "scheduler"))
 
 
 def zeros_for_empty_prompt(base: str) -> bool:
@@ -129,7 +152,9 @@ def zeros_for_empty_prompt(base: str) -> bool:
     Raises:
         BaseError: its ``model_index.json`` cannot be read.
     """
-    index = component_folder(base, "text_encoder").parent / "model_index.json"
+    if is_file(base):
+        return True
+    index = component_path(base, "text_encoder").parent / "model_index.json"
     if not index.is_file():
         return True
     try:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,17 +39,23 @@ class Conditioning:
 
 
 class TextEncoders:
-    """Both text encoders and tokenizers of a base, on one device.
+    """Both text encoders of a base, and its tokenizers or those in the folder ``tokenizers``, on
+    one device.
 
     A prompt is ``num_chunks`` chunks of 77 tokens (BOS, 75 of the text's, EOS), each encoded alone:
     1 is what SDXL's own pipeline does. T is 77 x ``num_chunks``.
     """
 
     def __init__(
-        self, base: str, dtype: torch.dtype, device: torch.device, num_chunks: int = 1
+        self,
+        base: str,
+        dtype: torch.dtype,
+        device: torch.device,
+        tokenizers: Path | None = None,
+        num_chunks: int = 1,
     ) -> None:
         self.zeros_for_empty = zeros_for_empty_prompt(base)
-        self.tokenizers = load_tokenizers(base)
+        self.tokenizers = load_tokenizers(base, tokenizers)
         self.device, self.num_chunks = device, num_chunks
         self._encoders = [encoder.to(device) for encoder in load_text_encoders(base, dtype)]
         self._empty: dict[int, Conditioning] = {}  # a batch of empty chunks, by its size

@@ -6,62 +6,112 @@ process of its own, so that it opens no encoder's file itself. Imports no torch.
 
 import hashlib
 import json
+import math
 import mmap
 import os
-import struct
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sdxl.base import ENCODERS, BaseError, base_path, component_folder, find_weights
+import numpy as np
+
+from sdxl import BaseError
+from sdxl.base import ENCODERS, base_path, component_path, find_weights
+from sdxl.original import modern_name
+from sdxl.single_file import SingleFile, Tensor, read_header
+from sdxl.tokenizers import TokenizerFiles
 
 BUFFERS = (".position_ids",)  # saved by some versions of transformers and not by others
+_LEFT_OUT = (
+    "transformers_version",
+    "torch_dtype",
+    "dtype",
+    "attention_dropout",
+    "initializer_factor",
+    "initializer_range",
+)
+_DEFAULTS = {
+    "attention_type": "default",
+    "dropout": 0.0,
+    "mid_block_add_attention": True,
+    "use_post_quant_conv": True,
+    "use_quant_conv": True,
+}
 
 
-def tensors_digest(files: tuple[Path, ...]) -> str:
-    """sha256 over (name, dtype, shape, bytes) of all tensors in safetensors files, by name.
+def tensors_digest(path: Path, component: str) -> str:
+    """sha256 over (name, dtype, shape, bytes) of all tensors of a model, by today's names.
+
+    ``path`` is its folder, or a single file. The order of the bytes is that of diffusers' tensors,
+    so that both agree.
 
     Raises:
         BaseError: a file that is no whole safetensors file.
     """
-    tensors: dict[str, tuple[str, memoryview]] = {}
-    for path in files:
-        try:
-            with open(path, "rb") as file:
-                view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-            (length,) = struct.unpack("<Q", view[:8])
-            header = json.loads(bytes(view[8 : 8 + length]))
-        except (OSError, ValueError, struct.error):
-            raise BaseError(f"{path}: not a whole safetensors file") from None
-        header.pop("__metadata__", None)
-        for name, about in header.items():
-            begin, end = (8 + length + offset for offset in about["data_offsets"])
-            if end > len(view):
-                raise BaseError(f"{path}: truncated: {name} ends at {end} of {len(view)} bytes")
-            tensors[name] = f"{name} {about['dtype']} {about['shape']}\n", view[begin:end]
+    tensors: dict[str, tuple[str, Any]] = {}
+    for name, dtype, array in _tensors(path, component):
+        if not name.endswith(BUFFERS):
+            tensors[name] = f"{name} {dtype} {list(array.shape)}\n", array
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        if not name.endswith(BUFFERS):
-            title, data = tensors[name]
-            digest.update(title.encode())
-            digest.update(data)
+        title, array = tensors[name]
+        digest.update(title.encode())
+        digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
 
 
-def weights_digest(folder: Path) -> str:
-    """``tensors_digest`` of a model folder, remembered by its files' paths, sizes and mtimes."""
-    files = find_weights(folder).files
-    stats = [(str(path.resolve()), path.stat()) for path in files]
-    marks = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
-    key = hashlib.sha256(json.dumps(marks).encode()).hexdigest()
+def _tensors(path: Path, component: str) -> Iterator[tuple[str, str, Any]]:
+    """(name, dtype, memory-mapped array of words) of each tensor of a model."""
+    if path.is_dir():
+        for file in find_weights(path).files:
+            held, _ = read_header(file)
+            data = _mapped(file)
+            for key, one in held.items():
+                try:
+                    array = _words(data, one)
+                except ValueError as error:
+                    raise BaseError(f"{file}: damaged: {key}: {error}") from None
+                yield modern_name(component, key), one.dtype, array
+        return
+    whole = SingleFile(path)
+    data = _mapped(path)
+    for key, piece in whole.pieces(component).items():
+        one = whole.tensors[key]
+        try:
+            parts = piece.split(_words(data, one))
+        except ValueError as error:
+            raise BaseError(f"{path}: damaged: {key}: {error}") from None
+        for name, array in parts.items():
+            yield name, one.dtype, array
+
+
+def _mapped(path: Path) -> memoryview:
+    with open(path, "rb") as file:
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+def _words(data: memoryview, one: Tensor) -> Any:
+    """A tensor's numbers as whole words: what they mean does not matter."""
+    count = math.prod(one.shape)
+    size = (one.end - one.begin) // count if count else 1
+    return np.frombuffer(data[one.begin : one.end], dtype=f"V{size}").reshape(one.shape)
+
+
+def weights_digest(path: Path, component: str) -> str:
+    """``tensors_digest``, remembered by the files' paths, sizes and mtimes."""
+    files = find_weights(path).files if path.is_dir() else (path,)
+    stats = [(str(file.resolve()), file.stat()) for file in files]
+    marks = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    key = hashlib.sha256(json.dumps([component, marks]).encode()).hexdigest()
     store = _store()
     try:
         known = dict(json.loads(store.read_bytes()))
     except (OSError, ValueError, TypeError):
         known = {}
     if key not in known:
-        known[key] = tensors_digest(files)
+        known[key] = tensors_digest(path, component)
         _remember(store, known)
     return str(known[key])
 
@@ -73,17 +123,23 @@ def file_digest(path: Path) -> str:
 
 
 def config_digest(config: dict[str, Any]) -> str:
-    """sha256 of what a model's config decides; who saved it, and in which dtype, is left out."""
-    left_out = ("transformers_version", "torch_dtype", "dtype")
-    kept = {k: v for k, v in config.items() if not k.startswith("_") and k not in left_out}
+    """sha256 of what a model's config decides, whichever version of a library wrote it.
+
+    Left out are who saved it, what only training reads, and what has the value that the library
+    takes where nothing is said.
+    """
+    kept = {
+        name: value
+        for name, value in config.items()
+        if not (name.startswith("_") or name in _LEFT_OUT)
+        and value not in (None, _DEFAULTS.get(name))
+    }
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
-def tokenizer_digest(folder: Path) -> str:
-    """sha256 over what decides token ids."""
-    names = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json")
-    found = {name: file_digest(folder / name) for name in names if (folder / name).is_file()}
-    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+def tokenizer_digest(tokenizer: TokenizerFiles) -> str:
+    """sha256 over what decides token ids, in whichever files it is."""
+    return hashlib.sha256(json.dumps(tokenizer.parts(), sort_keys=True).encode()).hexdigest()
 
 
 def encoder_digests_elsewhere(base: str) -> dict[str, str | None]:
@@ -128,11 +184,11 @@ def _main(base: str) -> None:
     digests: dict[str, str | None] = {}
     for component in ENCODERS:
         try:
-            folder = component_folder(base, component)
+            path = component_path(base, component)
         except BaseError:
             digests[component] = None
         else:
-            digests[component] = weights_digest(folder)
+            digests[component] = weights_digest(path, component)
     sys.stdout.write(json.dumps(digests))
 
 

@@ -6,17 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
-from safetensors import SafetensorError
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKL, ModelMixin, SchedulerMixin, UNet2DConditionModel
+from safetensors import SafetensorError, safe_open
 
-from sdxl.base import (
-    BaseError,
-    base_path,
-    component_folder,
-    find_weights,
-    model_config,
-    read_config,
-)
+from sdxl import BaseError
+from sdxl.base import config_at, find_weights, model_config, scheduler_config, vae_config
+from sdxl.original import modern_name
+from sdxl.single_file import SingleFile
+from sdxl.tokenizers import NUM_TOKENS, find_tokenizer
 
 
 def load_unet(base: str, dtype: torch.dtype) -> UNet2DConditionModel:
@@ -25,31 +23,21 @@ def load_unet(base: str, dtype: torch.dtype) -> UNet2DConditionModel:
     Raises:
         BaseError: missing, damaged, or no SDXL.
     """
-    folder, _ = model_config(base, "unet")
-    return _load(UNet2DConditionModel, folder, torch_dtype=dtype)
+    path, _ = model_config(base, "unet")
+    return _load(UNet2DConditionModel, path, "unet", dtype)
 
 
 def load_unet_folder(folder: Path, dtype: torch.dtype) -> UNet2DConditionModel:
     """A UNet saved by ``train --full``: the folder with its config and weights."""
     if not (folder / "config.json").is_file():
         raise BaseError(f"{folder}: no UNet folder (it has no config.json)")
-    return _load(UNet2DConditionModel, folder, torch_dtype=dtype)
+    return _load(UNet2DConditionModel, folder, "unet", dtype)
 
 
-def load_vae(base: str, dtype: torch.dtype) -> AutoencoderKL:
-    """The VAE of a base, or a folder that is a VAE itself."""
-    folder = vae_folder(base)
-    if read_config(folder).get("_class_name") != "AutoencoderKL":
-        raise BaseError(f"{folder}: no SDXL VAE: a {read_config(folder).get('_class_name')}")
-    return _load(AutoencoderKL, folder, torch_dtype=dtype)
-
-
-def vae_folder(base: str) -> Path:
-    """Where the VAE of ``base`` lies; ``base`` may be the VAE's own folder."""
-    path = base_path(base)
-    if (path / "config.json").is_file():
-        return path
-    return model_config(base, "vae")[0]
+def load_vae(source: str, dtype: torch.dtype) -> AutoencoderKL:
+    """The VAE of a base, or a VAE alone: its folder, or its file."""
+    path, _ = vae_config(source)
+    return _load(AutoencoderKL, path, "vae", dtype)
 
 
 def load_text_encoders(base: str, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -61,22 +49,25 @@ def load_text_encoders(base: str, dtype: torch.dtype) -> tuple[Any, Any]:
     first, _ = model_config(base, "text_encoder")
     second, _ = model_config(base, "text_encoder_2")
     return (
-        _load(CLIPTextModel, first, dtype=dtype),
-        _load(CLIPTextModelWithProjection, second, dtype=dtype),
+        _load(CLIPTextModel, first, "text_encoder", dtype),
+        _load(CLIPTextModelWithProjection, second, "text_encoder_2", dtype),
     )
 
 
-def load_tokenizers(base: str) -> tuple[Any, Any]:
-    """Both tokenizers, refused where their vocabulary is not their encoder's.
+def load_tokenizers(base: str, given: Path | None = None) -> tuple[Any, Any]:
+    """Both tokenizers, of the base or in the folder ``given``, refused where their vocabulary is
+    not their encoder's.
 
     (transformers loads a tokenizer folder without a vocabulary silently, as two tokens.)
     """
     from transformers import CLIPTokenizer
 
     def load(name: str) -> Any:
-        folder = component_folder(base, name)
+        found = find_tokenizer(base, name, given)
+        folder, pad = found.folder, found.pad_token
         try:
-            tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+            changes = {} if pad is None else {"pad_token": pad}
+            tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True, **changes)
         except Exception as error:  # transformers raises anything of a folder it cannot read
             reason = str(error).strip().splitlines()[0]
             raise BaseError(f"{folder}: no tokenizer can be read from it: {reason}") from error
@@ -87,6 +78,7 @@ def load_tokenizers(base: str) -> tuple[Any, Any]:
                 f"{folder}: {len(tokenizer)} tokens, where {encoder} has {expected}: is its "
                 "vocab.json missing?"
             )
+        tokenizer.model_max_length = min(tokenizer.model_max_length, NUM_TOKENS)
         return tokenizer
 
     return load("tokenizer"), load("tokenizer_2")
@@ -106,13 +98,12 @@ def load_scheduler(
     """
     import diffusers
 
-    folder = component_folder(base, "scheduler")
-    name = str(read_config(folder).get("_class_name"))
+    config = scheduler_config(base)
+    name = str(config.get("_class_name"))
     kind: Any = getattr(diffusers, name, None)
     known = isinstance(kind, type) and issubclass(kind, SchedulerMixin)
     if not known:
-        raise BaseError(f"{folder}: unknown scheduler {name}")
-    scheduler: Any = kind.from_pretrained(str(folder))
+        raise BaseError(f"{base}: unknown scheduler {name}")
     changes: dict[str, Any] = {}
     if prediction_type is not None:
         changes["prediction_type"] = prediction_type
@@ -128,11 +119,25 @@ def load_scheduler(
             stacklevel=2,
         )
     kept = {name: value for name, value in changes.items() if name in takes}
-    return kind.from_config(scheduler.config, **kept) if kept else scheduler
+    return kind.from_config(config | kept)
 
 
-def _load(kind: Any, folder: Path, **options: Any) -> Any:
+def _load(kind: Any, path: Path, component: str, dtype: torch.dtype) -> Any:
+    """A model from its folder, or from a single file."""
+    if path.is_file():
+        model = _load_from_file(kind, path, component, dtype)
+    else:
+        model = _load_from_folder(kind, path, dtype)
+        # The library's tensors lie in the mapped file as it happens to be laid out, and kernels
+        # round otherwise at another alignment: the same weights are to give the same bits.
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = tensor.data.clone()
+    return model.eval().requires_grad_(False)
+
+
+def _load_from_folder(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
     weights = find_weights(folder)
+    named = "torch_dtype" if issubclass(kind, ModelMixin) else "dtype"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -142,7 +147,7 @@ def _load(kind: Any, folder: Path, **options: Any) -> Any:
                 use_safetensors=True,
                 output_loading_info=True,
                 local_files_only=True,
-                **options,
+                **{named: dtype},
             )
     except (OSError, ValueError, RuntimeError, SafetensorError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -151,9 +156,67 @@ def _load(kind: Any, folder: Path, **options: Any) -> Any:
         ) from error
     for fault in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if names := [n for n in map(str, info.get(fault, [])) if not n.endswith("position_ids")]:
-            what = fault.replace("_keys", "")
-            raise BaseError(
-                f"{folder}: weights of another model, or damaged: {len(names)} tensors {what}, "
-                f"e.g. {sorted(names)[0]}"
-            )
-    return model.eval().requires_grad_(False)
+            raise _other_weights(folder, fault.replace("_keys", ""), names)
+    return model
+
+
+def _other_weights(path: Path, what: str, names: list[str]) -> BaseError:
+    return BaseError(
+        f"{path}: weights of another model, or damaged: {len(names)} tensors {what}, "
+        f"e.g. {min(names)}"
+    )
+
+
+def _load_from_file(kind: Any, path: Path, component: str, dtype: torch.dtype) -> Any:
+    """A model by its config, with its tensors of a single file; no other tensor is read."""
+    model = _without_weights(kind, config_at(path, component))
+    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    wanted = {modern_name(component, name): name for name in shapes}
+    pieces = SingleFile(path).pieces(component)
+    given = {name for piece in pieces.values() for name in piece.names or ()}
+    surplus = [key for key, piece in pieces.items() if piece.names is None]
+    for what, names in (
+        ("missing", [name for name in wanted if name not in given]),
+        ("unexpected", [*surplus, *(given - wanted.keys())]),
+    ):
+        if names:
+            raise _other_weights(path, what, names)
+    state = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            for key, piece in pieces.items():
+                found = piece.split(file.get_tensor(key)) if piece.names else {}
+                for name, tensor in found.items():
+                    state[wanted[name]] = tensor.contiguous().to(dtype, copy=True)
+    except (ValueError, SafetensorError) as error:
+        raise BaseError(f"{path}: damaged: {error}") from error
+    other = [
+        f"{name} is {list(tensor.shape)}, and not {shapes[name]}"
+        for name, tensor in state.items()
+        if list(tensor.shape) != shapes[name]
+    ]
+    if other:
+        raise _other_weights(path, "mismatched", other)
+    model.load_state_dict(state, assign=True)
+    return model
+
+
+def bare_model(component: str, config: dict[str, Any]) -> Any:
+    """A model's modules by their names and shapes, without its weights."""
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    kinds = {
+        "unet": UNet2DConditionModel,
+        "vae": AutoencoderKL,
+        "text_encoder": CLIPTextModel,
+        "text_encoder_2": CLIPTextModelWithProjection,
+    }
+    return _without_weights(kinds[component], config)
+
+
+def _without_weights(kind: Any, config: dict[str, Any]) -> Any:
+    """A model whose parameters have shapes and no data yet; its buffers are as they must be."""
+    with init_empty_weights():
+        if issubclass(kind, ModelMixin):
+            return kind.from_config(config)
+        return kind(kind.config_class(**config))

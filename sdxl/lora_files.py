@@ -1,67 +1,24 @@
-"""LoRA files as diffusers reads them: peft's names and, always, the adapter's own settings.
+"""LoRA files on a model, each at its strength."""
 
-Without the settings a reader takes alpha = rank, and the strength is silently wrong.
-"""
-
-import json
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-from peft import get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
+from peft import inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 
-from sdxl.long_captions import NAME, check_long_captions
+from sdxl.adapted import Adapted
+from sdxl.card import Card
+from sdxl.long_captions import check_long_captions
+from sdxl.lora_fit import fit
+from sdxl.lora_formats import LORA as LORA
+from sdxl.lora_formats import OURS, PREFIXES, UNET, find_lora, lora_card, open_lora, read_lora_file
+from sdxl.lora_write import peft_config
 from sdxl.schedule import Schedule
 
-LORA = "pytorch_lora_weights.safetensors"  # the name load_lora_weights looks for in a folder
-PREFIX = "unet."
-OURS = "shardtune."  # in the metadata; diffusers looks at PREFIX alone
-METADATA_KEY = "lora_adapter_metadata"  # diffusers.loaders.lora_base
-_SETTINGS = (
-    "r",
-    "lora_alpha",
-    "target_modules",
-    "rank_pattern",
-    "alpha_pattern",
-    "use_rslora",
-    "use_dora",
-    "bias",
-    "lora_dropout",
-)
-
-
-def lora_state(unet: Any, values: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-    """The adapter's weights under diffusers' names, fp32, on the CPU: those that the UNet has, or
-    others by the names of its parameters."""
-    state = get_peft_model_state_dict(unet, values, adapter_name=next(iter(unet.peft_config)))
-    return {PREFIX + name: t.detach().float().cpu().contiguous() for name, t in state.items()}
-
-
-def lora_bytes(
-    unet: Any,
-    values: dict[str, torch.Tensor] | None = None,
-    schedule: Schedule | None = None,
-    num_chunks: int = 1,
-) -> bytes:
-    """A LoRA file: what ``load_lora_weights`` takes, at its right strength; it learned its
-    captions in ``num_chunks`` chunks of 77 tokens.
-
-    All metadata is in one key: safetensors writes several in an order of each process' own.
-    """
-    config = next(iter(unet.peft_config.values())).to_dict()
-    settings = {PREFIX + name: _plain(config[name]) for name in _SETTINGS}
-    settings |= {OURS + n: value for n, value in (schedule or Schedule()).to_config().items()}
-    if num_chunks > 1:
-        settings[OURS + NAME] = num_chunks
-    metadata = {METADATA_KEY: json.dumps(settings, sort_keys=True)}
-    return safetensors.torch.save(lora_state(unet, values), metadata=metadata)
-
-
-def _plain(value: Any) -> Any:
-    return sorted(value) if isinstance(value, set) else value
+TEXT_PREFIXES = tuple(prefix for prefix, part in PREFIXES.items() if part != UNET)
 
 
 def num_lora_parameters(path: Path) -> int:
@@ -70,18 +27,16 @@ def num_lora_parameters(path: Path) -> int:
     Raises:
         ValueError: no safetensors file.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = [n for n in file.keys() if "unet" in n and "alpha" not in n]  # noqa: SIM118
-            shapes = [file.get_slice(name).get_shape() for name in names]
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path}: no LoRA file in safetensors format ({error})") from None
+    with open_lora(find_lora(path)) as file:
+        every = file.keys()
+        names = [n for n in every if not n.startswith(TEXT_PREFIXES) and not n.endswith(".alpha")]
+        shapes = [file.get_slice(name).get_shape() for name in names]
     return sum(torch.Size(shape).numel() for shape in shapes)
 
 
 def read_schedule(path: Path) -> Schedule:
     """What the metadata of a LoRA file says of the run that made it; nothing in other tools'."""
-    return Schedule.of_config(_told(path))
+    return _card(path).schedule
 
 
 def read_num_chunks(path: Path) -> int:
@@ -91,78 +46,102 @@ def read_num_chunks(path: Path) -> int:
         ValueError: its metadata says what cannot be.
     """
     try:
-        return check_long_captions(_told(path).get(NAME, 1))
+        return check_long_captions(_card(path).long_captions or 1)
     except ValueError as error:
         raise ValueError(f"{path}: {OURS}{error}") from None
 
 
-def _told(path: Path) -> dict[str, Any]:
-    """What our own metadata in a LoRA file says."""
+def _card(path: Path) -> Card:
     try:
-        with safe_open(path, framework="pt") as file:
-            settings = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
-        return {n.removeprefix(OURS): v for n, v in settings.items() if n.startswith(OURS)}
-    except (OSError, SafetensorError, ValueError, AttributeError):
-        return {}  # what it is, load_lora says
+        with open_lora(find_lora(path)) as file:
+            return lora_card(dict(file.metadata() or {}))
+    except ValueError:
+        return Card()  # what it is, load_lora says
+
+
+def apply_loras(unet: Any, loras: Sequence[tuple[Path, float]]) -> None:
+    """Put LoRA files (or folders with one) on a UNet, each at its weight, all of them at work.
+
+    Their text encoders' parts are for ``apply_text_loras``.
+
+    Raises:
+        ValueError: no LoRA file, one of another architecture, or one that does not fit.
+    """
+    for number, (path, _) in enumerate(loras):
+        file = read_lora_file(path)
+        _add(unet, fit(file, UNET, unet), f"lora_{number}")
+    _weigh(unet, [weight for _, weight in loras])
+
+
+def apply_text_loras(encoders: Sequence[Any], loras: Sequence[tuple[Path, float]]) -> int:
+    """Put what LoRA files have for the text encoders on both; how many modules that was.
+
+    Raises:
+        ValueError: as ``apply_loras``.
+    """
+    num = 0
+    for part, encoder in zip(("text_encoder", "text_encoder_2"), encoders, strict=True):
+        for number, (path, _) in enumerate(loras):
+            found = fit(read_lora_file(path), part, encoder)
+            _add(encoder, found, f"lora_{number}")
+            num += len(found)
+        _weigh(encoder, [weight for _, weight in loras])
+    return num
 
 
 def load_lora(unet: Any, path: Path) -> None:
-    """Put the adapter of a LoRA file on ``unet``, by diffusers' own loader.
+    """Put the adapter of a LoRA file on ``unet``, to be trained on; warns of what it has for the
+    text encoders, which is left out.
 
     Raises:
         ValueError: no LoRA file, or one of another architecture.
     """
-    from diffusers import StableDiffusionXLPipeline
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path}: no LoRA file in safetensors format ({error})") from None
-    if not any("lora" in name for name in names):
-        raise ValueError(f"{path}: holds no LoRA weights (e.g. {names[:1]})")
-    try:
-        state, alphas, metadata = StableDiffusionXLPipeline.lora_state_dict(
-            str(path), unet_config=unet.config, return_lora_metadata=True
+    file = read_lora_file(path)
+    if file.num_text:
+        warnings.warn(
+            f"{path}: what it has for {file.num_text} modules of the text encoders is not used",
+            stacklevel=2,
         )
-        theirs = {name for name in state if name.startswith(PREFIX)}
-        if not theirs:
-            raise ValueError(f"it has no weights for the UNet (e.g. {names[0]})")
-        _check_modules(unet, state)
-        if others := len(state) - len(theirs):
-            warnings.warn(f"{path}: {others} text encoder weights in it are not used", stacklevel=2)
-        alphas = None if metadata else alphas
-        unet.load_lora_adapter(state, network_alphas=alphas, prefix="unet", metadata=metadata)
-    except (ValueError, RuntimeError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{path}: does not fit this base: {reason}") from error
+    found = fit(file, UNET, unet)
+    if not found:
+        raise ValueError(f"{path}: does not fit this base: it has no weights for the UNet")
+    _add(unet, found, "default")
 
 
 def read_lora(unet: Any, path: Path) -> None:
     """Copy the weights of a LoRA file into its adapter on ``unet``, as ``load_lora`` put it there,
     in the dtype that the adapter has now."""
-    from diffusers import StableDiffusionXLPipeline
+    _fill(unet, fit(read_lora_file(path), UNET, unet), next(iter(unet.peft_config)))
 
-    state = StableDiffusionXLPipeline.lora_state_dict(str(path), unet_config=unet.config)[0]
+
+def _add(model: Any, found: dict[str, Adapted], name: str) -> None:
+    """One more adapter on a model, by peft."""
+    if not found:
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # as is meant
+        inject_adapter_in_model(peft_config(found), model, adapter_name=name)
+    model._hf_peft_config_loaded = True  # so that diffusers and transformers know of it
+    _fill(model, found, name)
+
+
+def _fill(model: Any, found: dict[str, Adapted], name: str) -> None:
+    """Copy weights into adapter ``name``, in the dtype that it has."""
+    modules = dict(model.named_modules())
     with torch.no_grad():
-        for name, parameter in unet.named_parameters():
-            module, _, part = name.partition(".lora_")
-            old = {"A": "lora.down.weight", "B": "lora.up.weight"}.get(part[:1], "")
-            new = "lora_magnitude_vector" if part.startswith("m") else f"lora_{part[:1]}.weight"
-            for known in (f"{PREFIX}{module}.{new}", f"{PREFIX}{module}.{old}"):
-                if part and known in state:
-                    parameter.copy_(state[known])
+        for module, one in found.items():
+            layer = modules[module]
+            layer.lora_A[name].weight.copy_(one.down)
+            layer.lora_B[name].weight.copy_(one.up)
+            if one.magnitude is not None:
+                magnitude = layer.lora_magnitude_vector[name].weight
+                magnitude.copy_(one.magnitude.reshape(magnitude.shape))
 
 
-def _check_modules(unet: Any, state: dict[str, torch.Tensor]) -> None:
-    modules = dict(unet.named_modules())
-    for name, tensor in state.items():
-        module, _, part = name.removeprefix(PREFIX).partition(".lora_")
-        if not name.startswith(PREFIX):
-            continue
-        if module not in modules:
-            raise ValueError(f"it adapts {module}, which this UNet does not have")
-        if part == "A.weight" and tensor.ndim == 2:
-            width = modules[module].in_features
-            if tensor.shape[1] != width:
-                raise ValueError(f"{module} takes {width} features, and not {tensor.shape[1]}")
+def _weigh(model: Any, weights: Sequence[float]) -> None:
+    """Put all adapters of a model to work, ``lora_N`` at its weight."""
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        layer.set_adapter([f"lora_{number}" for number in range(len(weights))], inference_mode=True)
+        for number, weight in enumerate(weights):
+            layer.set_scale(f"lora_{number}", weight)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdxl.base import component_folder, read_config
+from sdxl.base import read_config, scheduler_config
 
 CONFIG = "scheduler_config.json"
 
@@ -39,7 +39,7 @@ class Schedule:
 def write_schedule(base: str, schedule: Schedule, folder: Path) -> None:
     """The base's scheduler, told ``schedule``, as ``folder/scheduler/``: with ``unet/`` beside it
     a diffusers folder says what it is."""
-    config = {**read_config(component_folder(base, "scheduler")), **schedule.to_config()}
+    config = {**scheduler_config(base), **schedule.to_config()}
     if schedule.zero_snr:
         config["timestep_spacing"] = "trailing"
     (folder / "scheduler").mkdir(exist_ok=True)

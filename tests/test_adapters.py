@@ -12,7 +12,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 
 from sdxl.load import load_unet
-from sdxl.lora_files import LORA
+from sdxl.lora_formats import KOHYA, LORA
 from shards.reader import Cache
 from train.adapters import add_adapter, trainable
 from train.config import CacheUse, TrainConfig
@@ -172,10 +172,11 @@ def test_a_lora_on_a_quantised_base_learns_and_fits_the_plain_one(
     assert after < before - 0.01, (before, after)
 
 
-def test_a_run_goes_on_from_a_lora_file(overfit: Train, cache: Path, base: Path) -> None:
-    """Its rank, alpha, kind and targets; and what it has learned."""
+@pytest.mark.parametrize("name", [LORA, KOHYA])
+def test_a_run_goes_on_from_a_lora_file(overfit: Train, cache: Path, base: Path, name: str) -> None:
+    """Its rank, strength and targets; and what it has learned."""
     first, config = overfit("first", rank=8, alpha=3.0, adapter="rslora", steps=10)
-    second, _ = overfit("second", init_lora=first / LORA, steps=1, lr=1e-9, weight_decay=0.0)
+    second, _ = overfit("second", init_lora=first / name, steps=1, lr=1e-9, weight_decay=0.0)
     one = safetensors.torch.load_file(first / LORA)
     two = safetensors.torch.load_file(second / LORA)
     assert one.keys() == two.keys()
@@ -184,7 +185,7 @@ def test_a_run_goes_on_from_a_lora_file(overfit: Train, cache: Path, base: Path)
         eval_loss(reloaded(base, second), config, cache), abs=1e-6
     )
     with pytest.raises(ValueError, match="--init-lora brings its own rank"):
-        overfit("third", init_lora=first / LORA, rank=4)
+        overfit("third", init_lora=first / name, rank=4)
 
 
 def test_a_lora_file_is_taken_in_fp32_on_a_half_precision_base(

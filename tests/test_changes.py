@@ -22,6 +22,7 @@ import precompute.encoders
 from precompute.changes import PREPROCESSING
 from precompute.records import Blob
 from precompute.report import summarise
+from shards.index import Index
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*settings changed")
 
@@ -65,8 +66,8 @@ def test_a_new_time_alone_changes_no_shard(work: Path, base: Path) -> None:
     assert {name for name in before if before[name] != after[name]} == {"scan.json"}
 
 
-def change_caption(work: Path) -> dict[str, Any]:
-    (work / "data" / "003.txt").write_text("an edited caption")
+def change_caption(work: Path, name: str = "003") -> dict[str, Any]:
+    (work / "data" / f"{name}.txt").write_text("an edited caption")
     return {}
 
 
@@ -137,6 +138,24 @@ def test_a_changed_setting_encodes_what_it_touches(
 ) -> None:
     with pytest.warns(UserWarning, match="settings changed, so pictures of a finished cache"):
         assert_encodes(work, base, expected, said, **settings)
+
+
+def test_other_batches_and_threads_leave_what_is_there(work: Path, base: Path) -> None:
+    """They change last bits alone: it is said, and noted in the index; unasked they are as ever."""
+
+    def made_with() -> list[list[dict[str, Any]]]:
+        indexes = map(Index, sorted((work / "cache").glob("*.index")))
+        return [index.header["made_with"] for index in indexes]
+
+    change_both(work)
+    with pytest.warns(UserWarning, match="--batch-size 1: the cache was encoded with 4"):
+        assert summarise(again(work, base, batch_size=1)).endswith("13 unchanged")
+    four, one = ({"batch_size": size, "device": "cpu", "threads": 1} for size in (4, 1))
+    assert sorted(map(len, made_with())) == [1, 1, 1, 1, 1, 2]
+    assert [one, four] in made_with() and [four] in made_with()
+    change_caption(work, "001")
+    again(work, base, batch_size=None, threads=None)
+    assert all(found in ([four], [one, four]) for found in made_with())
 
 
 def test_another_vae_leaves_the_text(work: Path, base: Path) -> None:

@@ -155,7 +155,10 @@ def test_a_resume_says_what_it_takes_and_what_it_skips(
         "checkpoint-3/state.json: damaged (its digest differs)",
         "checkpoint-2/pytorch_lora_weights.safetensors: damaged (xxh3 differs)",
     ]
-    assert f"goes on from {folder / 'checkpoint-1'}\n" in capsys.readouterr().out
+    assert (
+        f"goes on from {folder / 'checkpoint-1'}: 4 of 5 steps are left\n"
+        in capsys.readouterr().out
+    )
     for path in numbered(tmp_path).values():
         (path / "state.json").unlink()
     with pytest.warns(UserWarning) as told:

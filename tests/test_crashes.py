@@ -44,10 +44,10 @@ def run_and_crash(cache: Path, base: Path, where: Path, **settings: Any) -> dict
         states.update({step: read_state(path) for step, path in numbered(RUN).items()})
         return train_step(*args)
 
-    def fork_and_publish(*args: Any) -> Any:
+    def fork_and_publish(*args: Any, **more: Any) -> Any:
         states.update({step: read_state(path) for step, path in numbered(RUN).items()})
         is_child = fork_for_each_operation(RUN, where / "publish")
-        path = publish(*args)
+        path = publish(*args, **more)
         return os._exit(0) if is_child else path
 
     with pytest.MonkeyPatch.context() as patch:

@@ -8,7 +8,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from made import config_of, learner_of, made_batch, made_sample, parameters_of, same, write_cache
 
-from sdxl.lora_files import LORA, lora_state
+from sdxl.lora_formats import LORA
+from sdxl.lora_write import lora_state
 from shards.reader import Cache
 from train.ema import Ema
 from train.learner import evaluate, train_step
@@ -86,7 +87,7 @@ def test_the_average_is_what_is_evaluated_and_published(
     history.append({n: p.detach().clone() for n, p in parameters.items()})
     averaged = evaluate(learner, val, config)
     kind = Kind(full, str(base), learner.schedule)
-    publish(learner.unet, kind, tmp_path, learner.world, learner.ema)
+    publish(learner.unet, kind, tmp_path, learner.world, learner.ema, steps=4)
     assert same(parameters, history[-1])  # type: ignore[arg-type]
     learner.ema = None
     assert evaluate(learner, val, config) != averaged

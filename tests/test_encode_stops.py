@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from encodes import (
     stamps,
 )
 
+import precompute.shard
 import shards.durable
 from cli import commands
 from precompute.prompts import change_prompts
@@ -122,6 +124,39 @@ def test_too_many_rejected_is_an_exit_code_after_finishing(
     assert read_manifest(tmp_path / "cache")["num_samples"] == 6
     code, output = command(*given, "--max-rejected", 0.6)
     assert code == 0 and "so nothing was encoded" in output and "8 rejected" in output
+
+
+# Signals.
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_comes_inside_a_destructor_is_not_lost(
+    work: Path, base: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    class Loose:
+        def __del__(self) -> None:
+            signal.raise_signal(number)
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = contents(work / "cache")
+    (work / "data" / "003.txt").write_text("an edited caption")
+    real = precompute.shard.text_shape
+    monkeypatch.setattr(precompute.shard, "text_shape", lambda *a: (Loose(), real(*a))[1])
+    handler = signal.signal(number, stop)
+    try:
+        with pytest.raises(KeyboardInterrupt) as caught:
+            again(work, base)
+    finally:
+        signal.signal(number, handler)
+    assert caught.value.__notes__ == [
+        "5 of 6 shards are whole; the same command goes on from there"
+    ]
+    monkeypatch.undo()
+    again(work, base)
+    assert contents(work / "cache").keys() == before.keys()
 
 
 # The machine.

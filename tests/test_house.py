@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import cli
+
 ROOT = Path(__file__).parent.parent
 ROOMS = {"precompute", "train", "infer", "shards", "sdxl", "processes"}
 ROOMS |= {"cli", "tools", "tests", "benchmarks"}
@@ -48,9 +50,7 @@ def test_the_door_imports_stages_inside_its_commands_only() -> None:
     assert not {module.split(".")[0] for module in modules} & ROOMS
 
 
-@pytest.mark.parametrize(
-    "command", ["", "encode", "prompts", "train", "generate", "verify", "inspect", "demo"]
-)
+@pytest.mark.parametrize("command", ["", *cli.commands.commands])
 def test_help_loads_no_torch(command: str) -> None:
     code = (
         "import sys, cli\n"

@@ -12,11 +12,28 @@ from PIL import Image, ImageChops
 
 import infer.generate
 from infer.settings import GenerateSettings
-from sdxl.base import MINIATURE_FOLDER, component_folder
+from sdxl.base import MINIATURE_FOLDER, component_path
 from sdxl.load import load_tokenizers, load_vae
 from sdxl.sampling import scale_mean, scale_std
-from tools.miniature.data import LIST, fresh_prompts, write_sample_set
-from tools.miniature.drawing import COLOURS, NEW_SHAPES, OLD_SHAPES, draw_scene, random_scene
+from shards.buckets import cover
+from tools.miniature.data import (
+    LIST,
+    fresh_prompts,
+    write_cropped_set,
+    write_sample_set,
+    write_training_set,
+)
+from tools.miniature.drawing import (
+    COLOURS,
+    NEW_SHAPES,
+    OLD_SHAPES,
+    SENTENCES,
+    TINY,
+    Scene,
+    draw_scene,
+    random_scene,
+)
+from tools.miniature.response import respond
 from tools.miniature.score import look_at, score
 
 SHAPES = (*OLD_SHAPES, *NEW_SHAPES)
@@ -44,7 +61,7 @@ def test_it_is_small_and_readable_by_all() -> None:
 def test_its_name_works_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "miniature").mkdir()  # a folder of that name is ./miniature
-    assert component_folder("miniature", "unet") == MINIATURE_FOLDER / "unet"
+    assert component_path("miniature", "unet") == MINIATURE_FOLDER / "unet"
 
 
 def test_it_is_an_sdxl() -> None:
@@ -121,6 +138,23 @@ def test_it_loads_without_a_dtype() -> None:
     assert dtypes == {torch.float32}
 
 
+def test_it_answers_the_size_and_crop_numbers() -> None:
+    pipeline = StableDiffusionXLPipeline.from_pretrained(MINIATURE_FOLDER)
+    pipeline.set_progress_bar_config(disable=True)
+    plain, tiny, wide, high = (
+        respond(pipeline, setting, num=32, seed=4, num_steps=10)
+        for setting in (
+            "64x64",
+            "5x5",
+            "64 high, 96 wide, cropped by 16 on the left",
+            "96 high, 64 wide, cropped by 16 at the top",
+        )
+    )
+    assert tiny["sharpness"] <= 0.8 * plain["sharpness"]
+    assert wide["cut_sides"] >= plain["cut_sides"] + 0.2
+    assert high["cut_ends"] >= plain["cut_ends"] + 0.2
+
+
 @pytest.mark.parametrize("size", [(64, 64), (80, 48)])
 def test_the_score_of_true_pictures_is_1(size: tuple[int, int]) -> None:
     scenes, _ = fresh_prompts(60, SHAPES, seed=1)
@@ -140,6 +174,27 @@ def test_the_score_sees_what_is_wrong() -> None:
     assert max(grey.overlaps.values()) == 0
     noise = Image.effect_noise((64, 64), 100).convert("RGB")
     assert max(look_at(noise).overlaps.values()) < 0.7
+
+
+def test_captions_are_english() -> None:
+    orange = Scene(shape="arrow", colour="orange", ground="orange", position="on the left")
+    captions = {orange.caption(random.Random(seed)) for seed in range(60)}
+    assert len(captions) == len(SENTENCES)
+    assert "an orange arrow on the left on an orange ground" in captions
+    assert not [caption for caption in captions if "a orange" in caption]
+
+
+def test_the_training_pictures_are_blurred_and_cropped(tmp_path: Path) -> None:
+    write_training_set(tmp_path / "any-size", num=60)
+    write_cropped_set(tmp_path / "cropped", num=30)
+    sizes: dict[str, list[tuple[int, int]]] = {"any-size": [], "cropped": []}
+    for name in ("any-size", "cropped"):
+        for path in (tmp_path / name).glob("*.png"):
+            with Image.open(path) as picture:
+                sizes[name].append(picture.size)
+    assert sizes["any-size"].count((64, 64)) >= 30
+    assert len([size for size in sizes["any-size"] if max(size) <= max(TINY)]) >= 5
+    assert all(sum(cover(size, (64, 64)).crop) >= 6 for size in sizes["cropped"])
 
 
 def test_the_sample_data_set_says_what_it_shows(tmp_path: Path) -> None:

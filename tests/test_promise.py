@@ -17,6 +17,7 @@ from click.testing import CliRunner, Result
 
 from cli import commands
 from shards.reader import Cache
+from tests.singles import write_single
 from train.data import check_encoders
 
 ROOT = Path(__file__).parent.parent
@@ -147,7 +148,7 @@ def test_train_needs_no_encoder(own_base: Path, cache: Path, tmp_path: Path) -> 
 def watched(
     base: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, dict[str, Any]]:
-    """Four runs in one process, by name, each watched: see WATCHED."""
+    """Five runs in one process, by name, each watched: see WATCHED."""
     folder = tmp_path_factory.mktemp("promise")
     hub = folder / "hf" / "hub" / "models--someone--small-xl"
     shutil.copytree(base, hub / "snapshots" / REVISION)
@@ -158,6 +159,7 @@ def watched(
         "filled store": str(base),
         "hub": "someone/small-xl",
         "unknown": "someone/unknown-xl",
+        "single file": str(write_single(base, folder / "small.safetensors")),
     }
     told = watch(
         *(train_command(cache, name, folder / key) for key, name in bases.items()),
@@ -179,6 +181,17 @@ def test_train_opens_and_builds_the_unet_alone(
     files = {f"{path.parent.name}/{path.name}" for path in opened}
     assert {"unet/config.json", "scheduler/scheduler_config.json"} <= files  # the hook sees
     assert not [path for path in opened if path.parent.name in (*ENCODERS, *TOKENIZERS)]
+    assert any(module.endswith(".UNet2DConditionModel") for module in told["built"])
+    others = ("autoencoder", "vae", "clip", "transformers.models")
+    assert not [m for m in told["built"] if any(other in m.lower() for other in others)]
+
+
+def test_train_builds_the_unet_alone_from_a_single_file(
+    watched: dict[str, dict[str, Any]],
+) -> None:
+    told = watched["single file"]
+    assert told["code"] == 0, told["errors"]
+    assert "Warning: " not in told["errors"]
     assert any(module.endswith(".UNet2DConditionModel") for module in told["built"])
     others = ("autoencoder", "vae", "clip", "transformers.models")
     assert not [m for m in told["built"] if any(other in m.lower() for other in others)]

@@ -3,8 +3,6 @@
 Shapes: B pictures, C channels, H W picture or latent size.
 """
 
-import importlib
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +10,9 @@ import click
 
 if TYPE_CHECKING:  # at run time torch is imported late, so that --help stays quick
     import torch
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-BOS, EOS = "<|startoftext|>", "<|endoftext|>"
-MERGES = (("t", "h"), ("th", "e</w>"), ("o", "n</w>"), ("r", "e"), ("re", "d</w>"))
-NUM_POSITIONS = 77
+MERGES = [("t", "h"), ("th", "e</w>"), ("o", "n</w>"), ("r", "e"), ("re", "d</w>")]
 WIDTH_1, WIDTH_2 = 32, 48  # the two text encoders' hidden sizes
-TIME_EMBED_DIM = 16
 # Not SDXL's 0.13025: code that forgets to read the config must fail on this model.
 SCALING_FACTOR = 0.25
 
@@ -30,136 +24,48 @@ def make_random_base(folder: Path, seed: int = 0) -> None:
     kept. Nothing is downloaded.
     """
     import torch
+    from diffusers import StableDiffusionXLPipeline
 
-    # Any: diffusers' annotations are too partial for mypy --strict.
-    diffusers: Any = importlib.import_module("diffusers")
+    from tools.small_sdxl import EOS, make_scheduler, make_unet, write_tokenizer
+
+    kind: Any = StableDiffusionXLPipeline  # annotated too partially for mypy --strict
     # Only the CPU generator is drawn from; torch.manual_seed would also reseed the accelerators.
     with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)
-        tokenizer = _tokenizer(pad_token=EOS)
-        pipeline = diffusers.StableDiffusionXLPipeline(
-            vae=_vae(diffusers),
-            text_encoder=_text_encoder(tokenizer),
-            text_encoder_2=_text_encoder_2(tokenizer),
+        tokenizer = write_tokenizer(folder / "tokenizer", MERGES, pad_token=EOS)
+        vae = _vae()
+        text_encoder, text_encoder_2 = _text_encoders(tokenizer)
+        pipeline = kind(
+            vae=vae,
+            text_encoder=text_encoder,
+            text_encoder_2=text_encoder_2,
             tokenizer=tokenizer,
-            tokenizer_2=_tokenizer(pad_token="!"),
-            unet=_unet(diffusers),
-            scheduler=_scheduler(diffusers),
+            tokenizer_2=write_tokenizer(folder / "tokenizer_2", MERGES, pad_token="!"),
+            unet=make_unet((16, 32, 64), (2, 2, 4), (WIDTH_1, WIDTH_2), time_embed_dim=16).eval(),
+            scheduler=make_scheduler(),
             add_watermarker=False,
         )
     pipeline.save_pretrained(folder)
-    _write_vocabulary(folder / "tokenizer")
-    _write_vocabulary(folder / "tokenizer_2")
 
 
-def _vocabulary() -> dict[str, int]:
-    """CLIP's order: 256 byte symbols ("!" is 0), those ending a word, merges, BOS, EOS."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    # Byte-level BPE writes the bytes that have no printable character as U+0100 and up.
-    num_hidden = 256 - len(printable)
-    symbols = [chr(code) for code in (*printable, *range(0x100, 0x100 + num_hidden))]
-    tokens = [*symbols, *(f"{symbol}</w>" for symbol in symbols)]
-    tokens += ["".join(pair) for pair in MERGES]
-    return {token: index for index, token in enumerate([*tokens, BOS, EOS])}
+def _text_encoders(tokenizer: Any) -> tuple[Any, Any]:
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    from tools.small_sdxl import spread_embeddings, text_config
+
+    one = CLIPTextModel(text_config(tokenizer, WIDTH_1, 2, WIDTH_1, "quick_gelu"))
+    spread_embeddings(one, position_std=0.2)
+    two = CLIPTextModelWithProjection(text_config(tokenizer, WIDTH_2, 3, WIDTH_2, "gelu"))
+    spread_embeddings(two, position_std=0.2)
+    return one, two
 
 
-def _tokenizer(pad_token: str) -> "CLIPTokenizer":
-    from transformers import CLIPTokenizer
-
-    merges: Any = list(MERGES)  # annotated list[str], yet pairs are what it takes
-    return CLIPTokenizer(
-        vocab=_vocabulary(),
-        merges=merges,
-        pad_token=pad_token,
-        model_max_length=NUM_POSITIONS,
-    )
-
-
-def _write_vocabulary(folder: Path) -> None:
-    """Add the two files SDXL itself ships; transformers 5 saves a tokenizer.json only."""
-    vocabulary = json.dumps(_vocabulary(), ensure_ascii=False)
-    (folder / "vocab.json").write_text(vocabulary, encoding="utf-8")
-    lines = ["#version: 0.2", *(" ".join(pair) for pair in MERGES)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def _text_settings(tokenizer: "CLIPTokenizer", width: int, num_heads: int) -> dict[str, Any]:
-    return {
-        "vocab_size": len(tokenizer),
-        "hidden_size": width,
-        "intermediate_size": 4 * width,
-        "projection_dim": width,
-        "num_hidden_layers": 2,
-        "num_attention_heads": num_heads,
-        "max_position_embeddings": NUM_POSITIONS,
-        # The real ids: with the default eos_token_id=2 CLIP pools by an old rule instead.
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-
-
-def _text_encoder(tokenizer: "CLIPTokenizer") -> "CLIPTextModel":
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    settings = _text_settings(tokenizer, WIDTH_1, num_heads=2)
-    model = CLIPTextModel(CLIPTextConfig(**settings, hidden_act="quick_gelu"))
-    _spread_embeddings(model)
-    return model
-
-
-def _text_encoder_2(tokenizer: "CLIPTokenizer") -> "CLIPTextModelWithProjection":
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
-
-    settings = _text_settings(tokenizer, WIDTH_2, num_heads=3)
-    model = CLIPTextModelWithProjection(CLIPTextConfig(**settings, hidden_act="gelu"))
-    _spread_embeddings(model)
-    return model
-
-
-def _spread_embeddings(model: "torch.nn.Module") -> None:
-    """Widen CLIP's initial std of 0.02, with which every prompt would look almost the same."""
+def _vae() -> Any:
     import torch
 
-    for name, std in (("token_embedding", 0.5), ("position_embedding", 0.2)):
-        for path, part in model.named_modules():
-            if path.endswith(name) and isinstance(part, torch.nn.Embedding):
-                part.weight.normal_(std=std)
+    from tools.small_sdxl import make_vae
 
-
-def _unet(diffusers: Any) -> Any:
-    """SDXL's three levels: no attention in the first, twice the transformers in the last."""
-    return diffusers.UNet2DConditionModel(
-        sample_size=8,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(16, 32, 64),
-        layers_per_block=1,
-        transformer_layers_per_block=(1, 1, 2),
-        attention_head_dim=(2, 2, 4),  # by diffusers' old misnomer: the number of heads
-        norm_num_groups=8,
-        cross_attention_dim=WIDTH_1 + WIDTH_2,
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=TIME_EMBED_DIM,
-        projection_class_embeddings_input_dim=WIDTH_2 + 6 * TIME_EMBED_DIM,
-    ).eval()
-
-
-def _vae(diffusers: Any) -> Any:
-    import torch
-
-    vae = diffusers.AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8, 8, 16, 16),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=64,
-        scaling_factor=SCALING_FACTOR,
-        force_upcast=True,
-    ).eval()
+    vae = make_vae((8, 8, 16, 16), scaling_factor=SCALING_FACTOR).eval()
     _calibrate(vae, torch.rand(32, 3, 6, 6))
     return vae
 
@@ -189,19 +95,6 @@ def _rescale(conv: "torch.nn.Conv2d", output: "torch.Tensor", std: float) -> Non
     factor = std / deviation
     conv.weight[:num_channels] *= factor[:, None, None, None]
     conv.bias[:num_channels] = (conv.bias[:num_channels] - mean) * factor
-
-
-def _scheduler(diffusers: Any) -> Any:
-    """SDXL's own settings."""
-    return diffusers.EulerDiscreteScheduler(
-        num_train_timesteps=1000,
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        prediction_type="epsilon",
-        timestep_spacing="leading",
-        steps_offset=1,
-    )
 
 
 @click.command()

@@ -39,9 +39,9 @@ def write_checkpoint(
         for left in final.parent.glob("*" + PARTIAL):  # by a run that was killed
             shutil.rmtree(left)
         (partial / OPTIMIZER).mkdir(parents=True)
-    write_weights(learner.unet, kind, partial, world, None)
+    write_weights(learner.unet, kind, partial, world, None, steps=step)
     if learner.ema is not None:
-        write_weights(learner.unet, kind, partial / EMA, world, learner.ema)
+        write_weights(learner.unet, kind, partial / EMA, world, learner.ema, steps=step)
     tensors, numbers = learner.optimizer.state()
     write_tensors(partial / OPTIMIZER, "model", tensors, world)
     if world.is_main:

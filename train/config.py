@@ -7,6 +7,7 @@ from math import ceil, floor
 from pathlib import Path
 from typing import Any, Literal
 
+from sdxl.base import BASE_HELP
 from train.checks import check_choices, check_memory, check_ranges
 
 
@@ -86,7 +87,7 @@ class TrainConfig:
     """Settings of one run. ``num`` of steps are optimizer steps."""
 
     caches: tuple[CacheUse, ...]
-    base: str = field(metadata={"help": "SDXL base: a diffusers folder, a hub id, or miniature."})
+    base: str = field(metadata={"help": BASE_HELP})
     out: Path = field(metadata={"help": "The run's folder."})
     val: Path | None = _option(None, "Validation cache; the default is CACHE/val, if there is one.")
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from processes.gpus import num_processes
+from sdxl.base import scheduler_config
 from shards.buckets import bucket_name
 from shards.plan import Plan
 from shards.reader import groups_of
@@ -16,7 +17,6 @@ from train.distributed import World
 from train.memory import Estimate, Estimator, size_text
 from train.objective import objective_of
 from train.run_folder import check_folder
-from train.unet import scheduler_config
 from train.warm_up import largest_bucket
 
 

@@ -11,6 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from sdxl.base import scheduler_config
 from sdxl.device import Precision, exact_fp32, pick_precision
 from sdxl.schedule import Schedule
 from shards.batches import Batch, Reader
@@ -24,7 +25,7 @@ from train.ema import Ema
 from train.fused import FusedBackward
 from train.objective import Objective, objective_of
 from train.optim import Optimizer
-from train.unet import build_unet, reshard, scheduler_config
+from train.unet import build_unet, reshard
 
 EVAL_SEED = 0  # not the run's: the eval losses of two runs can be compared
 EVAL_PASSES = 4  # each sample at four times, one in each quarter of the schedule

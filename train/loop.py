@@ -71,8 +71,7 @@ def train(config: TrainConfig) -> Path:
         start, plan, share, identity = find_start(config, caches, world)
         learner = build_learner(config, world)
         restore(start, learner, config)
-        num_chunks = caches[0].manifest["recipe"].get("long_captions", 1)
-        kind = Kind(config.full, config.base, learner.schedule, num_chunks)
+        kind = Kind.of(config, learner.schedule, caches)
         previewer = Previewer.of(config, caches, learner)
         num_steps = _num_steps(config, plan, start)
         about = describe(config, plan, learner, num_steps)
@@ -110,7 +109,13 @@ def _run(run: Run) -> Path:
     failed = True
     try:
         if run.start.path is not None:
-            run.log.say(f"goes on from {run.start.path}")
+            left = run.num_steps - run.start.step
+            what = (
+                f"{left:,} of {run.num_steps:,} steps are left"
+                if left
+                else "the run is finished already"
+            )
+            run.log.say(f"goes on from {run.start.path}: {what}")
         num = sum(p.numel() for p in run.learner.optimizer.parameters.values())
         run.log.say(
             f"trains {num:,} parameters on {run.plan.num_entries:,} samples an epoch, "
@@ -118,7 +123,8 @@ def _run(run: Run) -> Path:
         )
         _steps(run)
         learner = run.learner
-        path = publish(learner.unet, run.kind, run.config.out, learner.world, learner.ema)
+        world, out = learner.world, run.config.out
+        path = publish(learner.unet, run.kind, out, world, learner.ema, steps=run.num_steps)
         run.log.artifact(path)
         failed = False
         return path

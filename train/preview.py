@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from PIL import Image
 
-from sdxl.base import find_weights
+from sdxl.base import find_weights, vae_config
 from sdxl.conditioning import Conditioning
 from sdxl.latent_rgb import latents_to_rgb
-from sdxl.load import load_scheduler, load_vae, vae_folder
+from sdxl.load import load_scheduler, load_vae
 from sdxl.prompts import Prompt
 from sdxl.sampling import decode_latents, default_time_ids, sample_latents, starting_noise
 from sdxl.sheet import MOST, contact_sheet
@@ -169,7 +169,9 @@ class Previewer:
         if not config.preview_every:
             return None
         if config.preview_vae:
-            find_weights(vae_folder(config.base))  # refused now, and not at the first preview
+            path, _ = vae_config(config.base)  # refused now, and not at the first preview
+            if path.is_dir():
+                find_weights(path)
         for cache in caches:
             previews = read_preview_prompts(cache)
             if previews is not None:

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sdxl.base import component_folder
+from sdxl.base import component_path, scheduler_config
 from sdxl.device import pick_precision
 from sdxl.fingerprint import file_digest, weights_digest
+from sdxl.lora_formats import find_lora
 from shards.manifest import content_digest
 from shards.plan import Plan, Share
 from shards.reader import Cache, groups_of
@@ -19,7 +20,6 @@ from train.distributed import World
 from train.learner import Learner
 from train.objective import objective_of
 from train.run_folder import check_folder
-from train.unet import scheduler_config
 
 # What a checkpoint's tensors and the plan depend on: another value cannot go on from it.
 FIXED = (
@@ -137,8 +137,8 @@ def identity_of(config: TrainConfig, caches: Sequence[Cache], world: World) -> d
     init = config.init_lora
     return {
         DATA: [[cache.data_digest, cache.weight, cache.repeats] for cache in caches],
-        "base UNet": weights_digest(component_folder(config.base, "unet")),
-        "LoRA it began with": None if init is None else file_digest(init),
+        "base UNet": weights_digest(component_path(config.base, "unet"), "unet"),
+        "LoRA it began with": None if init is None else file_digest(find_lora(init)),
         "prediction type": objective.prediction_type,
         "noise schedule": content_digest(objective.alphas_cumprod.tolist()),
         "precision": str(precision.dtype).removeprefix("torch."),

@@ -8,7 +8,6 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from sdxl.base import component_folder, read_config
 from sdxl.device import Precision
 from sdxl.load import load_unet
 from train.adapters import add_adapter
@@ -89,8 +88,3 @@ def _compile(unet: Any) -> None:
     """
     torch._dynamo.config.recompile_limit = MOST_GRAPHS
     unet.compile_repeated_blocks(**COMPILE)
-
-
-def scheduler_config(base: str) -> dict[str, Any]:
-    """The base's noise schedule."""
-    return read_config(component_folder(base, "scheduler"))

@@ -8,7 +8,9 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,16 @@ from safetensors import safe_open
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from sdxl.base import find_weights
+from sdxl.card import Card, base_license, base_name
 from sdxl.long_captions import write_long_captions
-from sdxl.lora_files import LORA, PREFIX, lora_bytes
+from sdxl.lora_formats import LORA
+from sdxl.lora_write import PREFIX, lora_bytes
 from sdxl.schedule import Schedule, write_schedule
-from shards.durable import fsync_folder, write_durable
+from sdxl.settled import settle
+from shards.buckets import Size
+from shards.durable import durable_file, fsync_folder
+from shards.reader import Cache, groups_of
+from train.config import TrainConfig
 from train.distributed import World
 from train.ema import Ema, local
 
@@ -53,12 +61,14 @@ def write_tensors(
     world: World,
     *,
     variant: str | None = None,
+    card: Card | None = None,
     convert: Callable[[str, torch.Tensor], torch.Tensor] = lambda name, tensor: tensor,
 ) -> None:
     """Write safetensors files as diffusers names them; the main rank does, all must take part.
 
-    ``convert`` gets each whole tensor, and gives what is written.
+    ``convert`` gets each whole tensor, and gives what is written; ``card`` is in the metadata.
     """
+    metadata = {"format": "pt", **(card.to_metadata() if card else {})}
     dot = f".{variant}" if variant else ""
     parts = _split(tensors)
     files: dict[str, str] = {}
@@ -71,7 +81,8 @@ def write_tensors(
                 state[name] = convert(name, tensor.cpu()).contiguous().clone()
         if world.is_main:
             path = folder / f"{stem}{dot}{counted}.safetensors"
-            safetensors.torch.save_file(state, path, metadata={"format": "pt"})
+            safetensors.torch.save_file(state, path, metadata=metadata)
+            settle(path)
             files |= dict.fromkeys(names, path.name)
     if world.is_main and len(parts) > 1:
         total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
@@ -96,29 +107,74 @@ def _split(tensors: dict[str, torch.Tensor]) -> list[list[str]]:
 
 @dataclass(frozen=True)
 class Kind:
-    """What the weights are of: a LoRA or the whole UNet of ``base``, trained on ``schedule``, with
-    captions of ``num_chunks`` chunks."""
+    """What the weights are of: a LoRA or the whole UNet of ``base``, trained on ``schedule`` and
+    on the ``caches`` of these digests, with these ``buckets`` and ``long_captions`` (see
+    ``Card``); ``license`` is the base's."""
 
     full: bool
     base: str
     schedule: Schedule
-    num_chunks: int = 1
+    caches: tuple[str, ...] = ()
+    buckets: tuple[tuple[int, int, int], ...] = ()
+    license: str | None = None
+    long_captions: int = 1
+
+    @classmethod
+    def of(cls, config: TrainConfig, schedule: Schedule, caches: Sequence[Cache]) -> "Kind":
+        counts: Counter[Size] = Counter()
+        for group in groups_of(caches):
+            counts[group.bucket] += group.count * group.repeats
+        return cls(
+            full=config.full,
+            base=config.base,
+            schedule=schedule,
+            caches=tuple(cache.data_digest for cache in caches),
+            buckets=tuple((*bucket, count) for bucket, count in sorted(counts.items())),
+            license=base_license(config.base),  # once: of a hub id it may ask the hub
+            long_captions=caches[0].manifest["recipe"].get("long_captions", 1),
+        )
+
+    def card(self, steps: int, name: str | None) -> Card:
+        """What the weights say of themselves after so many steps."""
+        return Card(
+            name=name,
+            base=base_name(self.base),
+            license=self.license,
+            caches=self.caches,
+            buckets=self.buckets,
+            steps=steps,
+            long_captions=self.long_captions if self.long_captions > 1 else None,
+            **self.schedule.to_config(),
+        )
 
 
-def write_weights(unet: Any, kind: Kind, folder: Path, world: World, ema: Ema | None) -> None:
-    """Write the trained weights, or their average, in the dtype they are kept in."""
+def write_weights(
+    unet: Any,
+    kind: Kind,
+    folder: Path,
+    world: World,
+    ema: Ema | None,
+    *,
+    steps: int,
+    name: str | None = None,
+) -> None:
+    """Write the trained weights, or their average, in the dtype they are kept in: of a LoRA its
+    file for diffusers and that for the UIs. ``steps`` are behind them, ``name`` is theirs."""
     if world.is_main:
         folder.mkdir(parents=True, exist_ok=True)
     if kind.full:
         if world.is_main:
             write_schedule(kind.base, kind.schedule, folder)
             _write_config(unet, folder / UNET)
-            write_long_captions(folder / UNET, kind.num_chunks)
+            write_long_captions(folder / UNET, kind.long_captions)
         tensors = dict(unet.named_parameters()) if ema is None else ema.tensors()
-        write_tensors(folder / UNET, STEM, tensors, world)
+        write_tensors(folder / UNET, STEM, tensors, world, card=kind.card(steps, name))
     elif world.is_main:
         values = None if ema is None else ema.values
-        write_durable(folder / LORA, lora_bytes(unet, values, kind.schedule, kind.num_chunks))
+        files = lora_bytes(unet, values, kind.card(steps, name))
+        with ExitStack() as stack:  # all are written before one has its name, LORA last
+            for file_name, data in files.items():
+                stack.enter_context(durable_file(folder / file_name)).write(data)
 
 
 def _write_config(unet: Any, folder: Path) -> None:
@@ -155,17 +211,18 @@ def read_weights(unet: Any, full: bool, folder: Path, ema: Ema | None) -> None:
                 parameter.copy_(kept[name])
 
 
-def publish(unet: Any, kind: Kind, run: Path, world: World, ema: Ema | None) -> Path:
+def publish(unet: Any, kind: Kind, run: Path, world: World, ema: Ema | None, *, steps: int) -> Path:
     """The run's result: its averaged weights, where it keeps an average. A UNet comes as files of
     the dtype it was trained in and as fp16 files."""
+    name = run.resolve().name
     if not kind.full:
-        write_weights(unet, kind, run, world, ema)
+        write_weights(unet, kind, run, world, ema, steps=steps, name=name)
         return run / LORA
     partial = run / f"{UNET}.partial"
     if world.is_main:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-    write_weights(unet, kind, partial, world, ema)
+    write_weights(unet, kind, partial, world, ema, steps=steps, name=name)
     beyond: list[str] = []
 
     def halve(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -175,7 +232,8 @@ def publish(unet: Any, kind: Kind, run: Path, world: World, ema: Ema | None) -> 
         return half
 
     tensors = dict(unet.named_parameters()) if ema is None else ema.tensors()
-    write_tensors(partial / UNET, STEM, tensors, world, variant="fp16", convert=halve)
+    card = kind.card(steps, name)
+    write_tensors(partial / UNET, STEM, tensors, world, variant="fp16", card=card, convert=halve)
     if world.is_main:
         if beyond:
             warnings.warn(

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,12 @@ ROOT = Path(__file__).parents[2]
 ASSET = ROOT / "assets" / "miniature-sdxl"
 MOST_BYTES = 6_000_000
 TRAINING = (
-    "--full --steps 5600 --batch-size 32 --lr 1.5e-3 --lr-schedule cosine --warmup-steps 100 "
+    "--full --steps 6000 --batch-size 32 --lr 1.5e-3 --lr-schedule cosine --warmup-steps 100 "
     "--weight-decay 1e-3 --min-snr-gamma 5 --ema 0.998 --caption-dropout 0.1 --unconditional zeros "
     "--checkpoint-every 500 --keep 2 --log-every 50"
 )
-ENCODING = "--resolution 64 --bucket-step 16 --batch-size 32 --empty-captions"
+ENCODING = "--resolution 64 --batch-size 32 --empty-captions"
+CACHES = {"any-size": "--bucket-step 16", "cropped": "--square"}
 
 
 def build(work: Path, out: Path) -> None:
@@ -34,24 +36,32 @@ def build(work: Path, out: Path) -> None:
 
     torch.set_num_threads(1)
     from tools.miniature.card import write_card
-    from tools.miniature.data import write_training_set
 
-    base, pictures = work / "base", work / "pictures"
-    if not (pictures / "captions.jsonl").exists():
-        _step("draw the training pictures", lambda: write_training_set(pictures))
+    base = work / "base"
+    _step("draw the training pictures", lambda: draw_training_pictures(work / "pictures"))
     if not (base / "model_index.json").exists():
         _step("tokenizers, text encoders, VAE", lambda: make_base(base, work / "vae.safetensors"))
-    _step("encode", lambda: _cli(f"encode {pictures} --base {base} --out {work}/cache {ENCODING}"))
+    for name, shape in CACHES.items():
+        encode = f"encode {work}/pictures/{name} --base {base} --out {work}/{name} {ENCODING}"
+        _step(f"encode {name}", partial(_cli, f"{encode} {shape}"))
     if not (work / "run" / "unet").exists():
-        _step(
-            "train the UNet",
-            lambda: _cli(f"train {work}/cache --base {base} --out {work}/run --resume {TRAINING}"),
-        )
+        caches = " ".join(f"{work}/{name}" for name in CACHES)
+        train = f"train {caches} --base {base} --out {work}/run --resume {TRAINING}"
+        _step("train the UNet", lambda: _cli(train))
     _step("put it together", lambda: assemble(base, work / "run" / "unet", out))
     _step("score it", lambda: click.echo(str(write_card(out, work / "drawn", _cli))))
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     click.echo(f"{out}: {size:,} bytes")
     assert size <= MOST_BYTES, f"over {MOST_BYTES:,} bytes"
+
+
+def draw_training_pictures(folder: Path) -> None:
+    """``any-size`` and ``cropped``, each but where its list, which is written last, is there."""
+    from tools.miniature.data import LIST, write_cropped_set, write_training_set
+
+    for name, write in (("any-size", write_training_set), ("cropped", write_cropped_set)):
+        if not (folder / name / LIST).exists():
+            write(folder / name)
 
 
 def _step(name: str, do: Callable[[], Any]) -> None:
@@ -74,16 +84,17 @@ def _cli(arguments: str) -> None:
 def make_base(folder: Path, checkpoint: Path) -> None:
     """All but the UNet's training: a diffusers folder in fp16, its UNet random."""
     import torch
-    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+    from diffusers import StableDiffusionXLPipeline
 
     from tools.miniature.text import make_text_encoders
     from tools.miniature.tokenizer import make_tokenizers
     from tools.miniature.unet import make_unet
     from tools.miniature.vae import give_unit_variance, held_out_psnr, train_vae
+    from tools.small_sdxl import make_scheduler
 
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    tokenizers = make_tokenizers(partial)
+    unfinished = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    tokenizers = make_tokenizers(unfinished)
     encoders = make_text_encoders(*tokenizers)
     vae = train_vae(checkpoint)
     give_unit_variance(vae)
@@ -96,20 +107,12 @@ def make_base(folder: Path, checkpoint: Path) -> None:
         tokenizer=tokenizers[0],
         tokenizer_2=tokenizers[1],
         unet=make_unet().to(torch.float32),
-        scheduler=EulerDiscreteScheduler(
-            num_train_timesteps=1000,
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            prediction_type="epsilon",
-            timestep_spacing="leading",
-            steps_offset=1,
-        ),  # SDXL's own
+        scheduler=make_scheduler(),
         force_zeros_for_empty_prompt=True,
         add_watermarker=False,
     )
-    pipeline.save_pretrained(partial)
-    partial.rename(folder)
+    pipeline.save_pretrained(unfinished)
+    unfinished.rename(folder)
 
 
 def assemble(base: Path, unet: Path, out: Path) -> None:

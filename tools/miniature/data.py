@@ -5,46 +5,72 @@ Each is a folder of PNGs with a ``captions.jsonl``. The same seed draws the same
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
 from PIL import Image
 from tqdm import tqdm
 
-from tools.miniature.drawing import NEW_SHAPES, OLD_SHAPES, Scene, draw_scene, random_scene
+from tools.miniature.drawing import (
+    NEW_SHAPES,
+    OLD_SHAPES,
+    TINY,
+    Scene,
+    draw_scene,
+    random_scene,
+    shrink,
+)
 
-NUM_TRAINING = 8000
+NUM_TRAINING = 8500
+NUM_CROPPED = 2000
 EMPTY_SHARE = 0.05  # of the training captions: they teach the encoded empty prompt
 LIST = "captions.jsonl"
-Size = tuple[int, int]  # width, height in pixels
 
 
 def write_training_set(folder: Path, num: int = NUM_TRAINING, seed: int = 10) -> None:
-    """Old shapes, in all sizes: the size and crop numbers must mean something to the model."""
+    """Old shapes, most 64x64; of the others the size numbers must say how sharp they can be."""
+    _write_training(folder, _any_size, num, seed)
+
+
+def write_cropped_set(folder: Path, num: int = NUM_CROPPED, seed: int = 11) -> None:
+    """Old shapes in wide and in high pictures, to be encoded with ``--square``: what stands at an
+    end of one is cut off, and the crop numbers say so."""
+    _write_training(folder, _oblong, num, seed)
+
+
+def _write_training(
+    folder: Path, draw: Callable[[Scene, random.Random], Image.Image], num: int, seed: int
+) -> None:
     choices = random.Random(seed)
 
     def pictures() -> Iterator[tuple[Image.Image, str]]:
         for _ in range(num):
             scene = random_scene(choices)
             caption = "" if choices.random() < EMPTY_SHARE else scene.caption(choices)
-            yield draw_scene(scene, choices, *_training_size(choices)), caption
+            yield draw(scene, choices), caption
 
     _write(folder, pictures(), num)
 
 
-def _training_size(choices: random.Random) -> Size:
-    """Mostly as it will be trained; else too wide or high, so cropped; or too small, so blurred."""
+def _any_size(scene: Scene, choices: random.Random) -> Image.Image:
+    """Mostly as it will be trained; else wide or high; or too small, so blurred; or too large."""
     kind = choices.random()
     if kind < 0.6:
-        return 64, 64
-    if kind < 0.76:
-        return choices.choice(((80, 48), (48, 80)))
-    if kind < 0.88:
-        long = choices.randint(66, 82)
-        return choices.choice(((long, 64), (64, long)))
-    side = choices.randint(20, 40) if kind < 0.95 else choices.randint(80, 128)
-    return side, side
+        return draw_scene(scene, choices)
+    if kind < 0.74:
+        return draw_scene(scene, choices, *choices.choice(((80, 48), (48, 80))))
+    if kind < 0.9:
+        return shrink(draw_scene(scene, choices), choices.randint(*TINY))
+    side = choices.randint(66, 128)
+    return draw_scene(scene, choices, side, side)
+
+
+def _oblong(scene: Scene, choices: random.Random) -> Image.Image:
+    """Up to 1.75 times as long as high, for of longer ones some shapes would be cropped whole."""
+    short = choices.choice((64, 64, choices.randint(64, 96)))  # else crop and size say the same
+    long = round(short * choices.uniform(1.2, 1.75))
+    return draw_scene(scene, choices, *choices.choice(((long, short), (short, long))))
 
 
 def write_sample_set(folder: Path, num: int = 120, seed: int = 20) -> None:

@@ -5,6 +5,7 @@ Lengths are pixels unless they are called a share; a box is (left, top, right, b
 
 import math
 import random
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -42,6 +43,9 @@ SENTENCES = (
 )
 SHARPER = 4  # drawn so many times too large, then reduced: smooth edges
 MARGIN = 2  # pixels that stay free around a shape
+# Sides of originals that are blurred once enlarged to 64 pixels. From 10 on it does not show: the
+# VAE itself draws edges no sharper.
+TINY = (4, 8)
 Box = tuple[float, float, float, float]
 Colour = tuple[int, int, int]
 
@@ -59,7 +63,7 @@ class Scene:
     def caption(self, choices: random.Random) -> str:
         """One of the sentences that say it."""
         words = choices.choice(SENTENCES).format(**vars(self))
-        return " ".join(words.split()).replace(" ,", ",")
+        return re.sub(r"\ba (?=[aeiou])", "an ", " ".join(words.split()).replace(" ,", ","))
 
 
 def random_scene(
@@ -93,6 +97,11 @@ def draw_scene(
     draw_shape(mask, scene.shape, (box[0], box[1], box[2], box[3]))
     picture.paste(_shade(scene.colour, choices), mask=mask)
     return picture.resize((width, height), Image.Resampling.BOX)
+
+
+def shrink(picture: Image.Image, side: int) -> Image.Image:
+    """As a square original of so few pixels: what is enlarged from it is blurred."""
+    return picture.resize((side, side), Image.Resampling.BOX)
 
 
 def _shade(name: str, choices: random.Random) -> Colour:

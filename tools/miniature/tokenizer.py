@@ -3,7 +3,6 @@
 Any text has tokens, for every byte is one; words of the corpus below are one token each.
 """
 
-import json
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -11,10 +10,9 @@ from pathlib import Path
 from transformers import CLIPTokenizer
 
 from tools.miniature.drawing import COLOURS, NEW_SHAPES, OLD_SHAPES, POSITIONS, SENTENCES
+from tools.small_sdxl import EOS, Pair, write_tokenizer
 
-BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 NUM_MERGES = 600
-MAX_LENGTH = 77
 COMMON = """
 the of and to in a is that it was for on are with as his they be at one have this from or had by
 hot but some what there we can out other were all your when up use word how said an each she which
@@ -33,14 +31,13 @@ bright dark pale deep soft plain simple centre center middle top bottom corner a
 medium tiny huge tall short wide narrow round flat grey gray pink brown cyan gold silver cat dog
 bird fish horse flower face eyes hair woman girl child blurry quality best worst style art digital
 """
-Pair = tuple[str, str]
 
 
 def make_tokenizers(folder: Path) -> tuple[CLIPTokenizer, CLIPTokenizer]:
     """Write and return ``tokenizer`` and ``tokenizer_2``: SDXL's pad with EOS, and with id 0."""
     merges = learn_merges(corpus(), NUM_MERGES)
-    first = _write(folder / "tokenizer", merges, pad_token=EOS)
-    return first, _write(folder / "tokenizer_2", merges, pad_token="!")
+    first = write_tokenizer(folder / "tokenizer", merges, pad_token=EOS)
+    return first, write_tokenizer(folder / "tokenizer_2", merges, pad_token="!")
 
 
 def corpus() -> Counter[str]:
@@ -76,29 +73,3 @@ def _join(parts: list[str], pair: Pair) -> list[str]:
         else:
             joined.append(part)
     return joined
-
-
-def vocabulary(merges: list[Pair]) -> dict[str, int]:
-    """CLIP's order: 256 byte symbols ("!" is 0), those that end a word, merges, BOS, EOS."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    # Bytes without a printable character are written as U+0100 and up.
-    symbols = [chr(code) for code in (*printable, *range(0x100, 0x200 - len(printable)))]
-    tokens = [*symbols, *(f"{symbol}</w>" for symbol in symbols)]
-    tokens += ["".join(pair) for pair in merges]
-    return {token: number for number, token in enumerate([*tokens, BOS, EOS])}
-
-
-def _write(folder: Path, merges: list[Pair], pad_token: str) -> CLIPTokenizer:
-    vocab = vocabulary(merges)
-    tokenizer = CLIPTokenizer(
-        vocab=vocab,
-        merges=merges,
-        pad_token=pad_token,
-        model_max_length=MAX_LENGTH,
-    )
-    tokenizer.save_pretrained(folder)
-    # The two files that SDXL itself ships; transformers 5 saves a tokenizer.json alone.
-    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
-    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return tokenizer

@@ -10,7 +10,6 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
 from torch.nn.functional import l1_loss, mse_loss
 from tqdm import tqdm
@@ -19,11 +18,15 @@ from shards.durable import write_durable
 from tools.miniature.drawing import (
     BASIC_SHAPES,
     NEW_SHAPES,
+    TINY,
     draw_doodle,
     draw_scene,
     random_scene,
+    shrink,
 )
+from tools.small_sdxl import make_vae
 
+CHANNELS = (16, 32, 48, 48)  # of the four levels
 NUM_PICTURES = 8000
 BATCH_SIZE = 16
 PEAK_LR = 3e-3
@@ -35,29 +38,22 @@ DECODER_LR = 1.5e-3
 CHECKPOINT_EVERY = 250
 
 
-def make_vae() -> Any:
-    """SDXL's four levels, each of one layer and a few channels."""
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(16, 32, 48, 48),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=64,
-        force_upcast=True,
-    )
-
-
 def draw_pictures(num: int, seed: int) -> torch.Tensor:
-    """[num, 3, 64, 64] uint8: half basic shapes, half doodles, to see all others by."""
+    """[num, 3, 64, 64] uint8: half basic shapes, half doodles, to see all others by.
+
+    A quarter of both is blurred: a decoder that only met sharp edges can draw no others.
+    """
     choices = random.Random(seed)
     pictures = []
     for number in tqdm(range(num), unit="img", desc="draw for the VAE"):
         if number % 2:
-            pictures.append(draw_doodle(choices))
+            picture = draw_doodle(choices)
         else:
-            pictures.append(draw_scene(random_scene(choices, BASIC_SHAPES), choices))
+            picture = draw_scene(random_scene(choices, BASIC_SHAPES), choices)
+        if number % 8 < 2:
+            small = shrink(picture, choices.randint(*TINY))
+            picture = small.resize(picture.size, Image.Resampling.LANCZOS)
+        pictures.append(picture)
     return torch.stack([_pixels(picture) for picture in pictures])
 
 
@@ -82,7 +78,7 @@ def train_vae(checkpoint: Path) -> Any:
     """A trained VAE in fp32; goes on from ``checkpoint`` where there is one."""
     num_steps = NUM_STEPS + NUM_DECODER_STEPS
     torch.manual_seed(0)
-    vae: Any = make_vae().train().to(memory_format=torch.channels_last)  # a tenth faster
+    vae = make_vae(CHANNELS).train().to(memory_format=torch.channels_last)  # a tenth faster
     optimizer = torch.optim.AdamW(vae.parameters(), lr=PEAK_LR, weight_decay=1e-3, fused=True)
     start = _restore(checkpoint, vae, optimizer)
     if start == num_steps:
@@ -173,9 +169,21 @@ def held_out_psnr(vae: Any) -> float:
 def picture_psnr(vae: Any, drawn: list[Image.Image]) -> float:
     """Mean dB of pictures encoded and decoded again."""
     pictures = _batch_of(drawn)
-    decoded = vae.decode(vae.encode(pictures).latent_dist.mean).sample.clamp(-1, 1)
+    decoded = _decoded(vae, pictures)
     errors = ((decoded - pictures) / 2).square().flatten(1).mean(dim=1)
     return float((-10 * errors.log10()).mean())
+
+
+@torch.inference_mode()
+def decoded_pictures(vae: Any, drawn: list[Image.Image]) -> list[Image.Image]:
+    """Pictures encoded and decoded again."""
+    levels = ((_decoded(vae, _batch_of(drawn)) + 1) * 127.5).round().to(torch.uint8)
+    return [Image.fromarray(one.numpy()) for one in levels.permute(0, 2, 3, 1)]
+
+
+def _decoded(vae: Any, pictures: torch.Tensor) -> torch.Tensor:
+    decoded: torch.Tensor = vae.decode(vae.encode(pictures).latent_dist.mean).sample
+    return decoded.clamp(-1, 1)
 
 
 @torch.inference_mode()

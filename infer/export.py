@@ -1,0 +1,186 @@
+"""Weights in the forms that other tools read. What was written is read back and compared with what
+it was made from, before it gets its name."""
+
+import os
+import warnings
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from infer.export_model import export_model
+from infer.export_settings import ExportSettings
+from sdxl.adapted import Adapted
+from sdxl.base import model_config
+from sdxl.card import Card
+from sdxl.load import bare_model
+from sdxl.lora_fit import fit
+from sdxl.lora_formats import UNET, LoraFile, read_lora_file
+from sdxl.lora_write import Parts, diffusers_bytes, kohya_bytes
+from sdxl.single_file import sdxl_config
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written."""
+
+    path: Path
+    what: str
+    num_bytes: int
+
+
+def export(settings: ExportSettings) -> Exported:
+    """Write a LoRA, or a whole UNet, in another form.
+
+    Raises:
+        ValueError: the weights or the base cannot be used, or something is at OUT already.
+        OSError: what was read back is not what was written.
+    """
+    _check_out(settings)
+    unet = _unet_folder(settings.weights)
+    if unet is not None and settings.merge:
+        raise ValueError(f"{settings.weights}: a whole UNet; --merge takes a LoRA")
+    if unet is None and not settings.merge:
+        what = _export_lora(settings)
+    else:
+        dtype = DTYPES.get(settings.dtype, torch.float16)
+        what = export_model(settings, unet, dtype)
+    files = [settings.out] if settings.is_file else settings.out.glob("unet/*")
+    return Exported(settings.out, what, sum(path.stat().st_size for path in files))
+
+
+def _check_out(settings: ExportSettings) -> None:
+    out = settings.out
+    if not out.parent.is_dir():
+        raise ValueError(f"{out}: its folder does not exist")
+    if out.is_dir() and settings.is_file:
+        raise ValueError(f"{out}: a folder, where a file is to be written")
+    taken = [out] if settings.is_file else [out / "unet", out / "scheduler"]
+    if not settings.is_file and out.exists() and not out.is_dir():
+        raise ValueError(f"{out}: a file, where a folder is to be written")
+    if (there := [path for path in taken if path.exists()]) and not settings.overwrite:
+        raise ValueError(f"{there[0]}: is there already; --overwrite replaces it")
+
+
+def _unet_folder(path: Path) -> Path | None:
+    """The folder of a whole UNet that ``path`` is or has; None: it must be a LoRA."""
+    if (path / "unet" / "config.json").is_file():
+        return path / "unet"
+    return path if (path / "config.json").is_file() and any(path.glob("diffusion*")) else None
+
+
+def _export_lora(settings: ExportSettings) -> str:
+    file = read_lora_file(settings.weights)
+    kind = settings.format
+    if kind == "auto":
+        kind = "diffusers" if file.kind == "kohya" else "kohya"
+    models = {part: _model(settings.base, part) for part in file.parts}
+    parts = _in_dtype(_fit(file, models, settings.base), settings.dtype, file.path)
+    card = _card(settings, file, parts)
+    if kind == "kohya":
+        if any(one.magnitude is not None for one in parts.get(UNET, {}).values()):
+            warnings.warn(
+                "UIs differ in what they divide a DoRA's rows by; with --merge all draw the same",
+                stacklevel=2,
+            )
+        config = models[UNET].config if UNET in models else sdxl_config(UNET)
+        data = kohya_bytes(parts, config, card)
+    else:
+        data = diffusers_bytes(parts, card)
+    partial = settings.out.with_name(f"{settings.out.stem}.partial.safetensors")
+    try:
+        with open(partial, "wb") as out:
+            out.write(data)
+            out.flush()
+            os.fsync(out.fileno())
+        _compare(_fit(read_lora_file(partial), models, settings.base), parts, settings.out)
+        os.replace(partial, settings.out)
+    finally:
+        partial.unlink(missing_ok=True)
+    every = [one for found in parts.values() for one in found.values()]
+    alphas = {one.kohya_alpha if kind == "kohya" else one.alpha for one in every}
+    ranks = {one.rank for one in every}
+    return f"{kind} LoRA of {len(every)} modules, rank {_some(ranks)}, alpha {_some(alphas)}"
+
+
+def _some(values: set[Any]) -> str:
+    """One value, or the range of several."""
+    ends = sorted({min(values), max(values)})
+    return " to ".join(f"{value:g}" for value in ends)
+
+
+def _model(base: str | None, part: str) -> Any:
+    """The part of the base that a LoRA's part is of, its names and shapes."""
+    return bare_model(part, sdxl_config(part) if base is None else model_config(base, part)[1])
+
+
+def _fit(file: LoraFile, models: dict[str, Any], base: str | None) -> dict[str, dict[str, Adapted]]:
+    try:
+        return {part: fit(file, part, model) for part, model in models.items()}
+    except ValueError as error:
+        if base is not None:
+            raise
+        raise ValueError(f"{error}; --base says what it is of, where that is not SDXL") from None
+
+
+def _in_dtype(
+    parts: dict[str, dict[str, Adapted]], dtype: str, path: Path
+) -> dict[str, dict[str, Adapted]]:
+    kind = DTYPES.get(dtype)  # None: as they are
+    cast = {
+        part: {name: one if kind is None else one.to(kind) for name, one in found.items()}
+        for part, found in parts.items()
+    }
+    for found in cast.values():
+        for name, one in found.items():
+            if not (one.down.isfinite().all() and one.up.isfinite().all()):
+                how = "; try --dtype fp32" if dtype == "fp16" else ""
+                raise ValueError(f"{path}: its weights on {name} are not finite{how}")
+    return cast
+
+
+def _card(settings: ExportSettings, file: LoraFile, parts: Parts) -> Card:
+    """The file's own, or of another tool's file what its metadata says; rsLoRA's alpha as the
+    adapters have it."""
+    card, said = file.card, file.metadata
+    every = [one for found in parts.values() for one in found.values()]
+    (rank, alpha), _ = Counter((one.rank, one.alpha) for one in every).most_common(1)[0]
+    steps = said.get("ss_steps", "")
+    return replace(
+        card,
+        name=settings.title,
+        license=card.license or said.get("modelspec.license"),
+        steps=card.steps or (int(steps) if steps.isdecimal() else None),
+        rank=rank,
+        alpha=alpha,
+    )
+
+
+def _compare(found: Parts, expected: Parts, path: Path) -> None:
+    """Whether what was read back adds the same to each weight.
+
+    Raises:
+        OSError: it does not.
+    """
+    same = {part: modules.keys() for part, modules in found.items()} == {
+        part: modules.keys() for part, modules in expected.items()
+    }
+    for part in expected if same else ():
+        for name, one in expected[part].items():
+            other = found[part][name]
+            mine, theirs = one.delta(), other.delta()
+            same = same and torch.allclose(
+                mine, theirs, rtol=1e-6, atol=1e-6 * float(mine.abs().max())
+            )
+            if one.magnitude is not None:
+                same = (
+                    same
+                    and other.magnitude is not None
+                    and torch.equal(one.magnitude, other.magnitude)
+                )
+    if not same:
+        raise OSError(f"{path}: what was read back is not what was written; nothing is kept")

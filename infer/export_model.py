@@ -1,0 +1,211 @@
+"""A whole model in the original layout, or a UNet folder: of a fine-tuned UNet, or of a base with a
+LoRA merged into it."""
+
+import json
+import os
+import shutil
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from infer.export_settings import ExportSettings
+from sdxl.base import find_weights, model_config, read_config, scheduler_config, vae_config
+from sdxl.card import ARCHITECTURE, Card, base_license, base_name, read_card
+from sdxl.load import load_text_encoders, load_unet, load_unet_folder, load_vae
+from sdxl.lora_fit import fit
+from sdxl.lora_formats import read_lora_file
+from sdxl.original_file import Part, write_original
+from sdxl.schedule import Schedule, schedule_beside, write_schedule
+from sdxl.settled import settle
+from sdxl.single_file import read_header
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+TEXT = ("text_encoder", "text_encoder_2")
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """The parts that are written, by component: all four, or the UNet alone."""
+
+    parts: dict[str, Part]
+    schedule: Schedule
+    card: Card
+
+
+def export_model(settings: ExportSettings, unet: Path | None, dtype: torch.dtype) -> str:
+    """Write the UNet in the folder ``unet``, or the base with a LoRA in it; say what was written.
+
+    Raises:
+        ValueError: the weights or the base cannot be used, or do not fit in ``dtype``.
+        OSError: what was read back is not what was written.
+    """
+    if settings.base is None:
+        raise ValueError("a UNet needs --base: whose VAE and text encoders go with it")
+    model = (
+        _merged(settings, settings.base, dtype)
+        if unet is None
+        else _fine_tuned(settings, settings.base, unet, dtype)
+    )
+    _check_finite(model.parts, dtype)
+    if settings.is_file:
+        _write_file(settings.out, model, dtype)
+    else:
+        _write_folder(settings, settings.base, model, dtype)
+    kind = "original-layout model" if settings.is_file else "UNet folder"
+    num = sum(tensor.numel() for part in model.parts.values() for tensor in part.tensors.values())
+    return f"{kind} of {num:,} parameters in {str(dtype).removeprefix('torch.')}"
+
+
+def _fine_tuned(settings: ExportSettings, base: str, unet: Path, dtype: torch.dtype) -> Model:
+    tensors = load_unet_folder(unet, dtype).state_dict()
+    parts = {"unet": Part(_config(read_config(unet)), tensors)}
+    for component, module in _encoders(settings, base, dtype).items():
+        parts[component] = Part(_config_of(settings, base, component), module.state_dict())
+    schedule = _schedule(base, schedule_beside(unet))
+    card = read_card(read_header(find_weights(unet).files[0])[1])
+    return Model(parts, schedule, _card(settings, base, card, schedule))
+
+
+def _merged(settings: ExportSettings, base: str, dtype: torch.dtype) -> Model:
+    file = read_lora_file(settings.weights)
+    stored = _stored_dtype(base)
+    modules: dict[str, Any] = {"unet": load_unet(base, stored)}
+    if settings.is_file:
+        modules |= _encoders(settings, base, stored)
+    parts = {}
+    for component, module in modules.items():
+        state = module.state_dict()
+        for name, one in fit(file, component, module).items() if component in file.parts else ():
+            key = f"{name}.weight"
+            state[key] = one.merged(state[key], settings.weight).to(dtype)
+        cast = {name: tensor.to(dtype) for name, tensor in state.items()}
+        parts[component] = Part(_config_of(settings, base, component), cast)
+    if left := [part for part in file.parts if part not in modules]:
+        warnings.warn(
+            f"{file.path}: what it has for {file.num_text} modules of the text encoders "
+            f"({', '.join(left)}) is not in a UNet folder; a .safetensors file takes it",
+            stacklevel=2,
+        )
+    schedule = _schedule(base, file.card.schedule)
+    return Model(parts, schedule, _card(settings, base, file.card, schedule))
+
+
+def _encoders(settings: ExportSettings, base: str, dtype: torch.dtype) -> dict[str, Any]:
+    encoders = dict(zip(TEXT, load_text_encoders(base, dtype), strict=True))
+    return {"vae": load_vae(settings.vae or base, dtype), **encoders}
+
+
+def _config_of(settings: ExportSettings, base: str, component: str) -> dict[str, Any]:
+    if component == "vae":
+        return _config(vae_config(settings.vae or base)[1])
+    return _config(model_config(base, component)[1])
+
+
+def _config(config: dict[str, Any]) -> dict[str, Any]:
+    """Without where it once lay."""
+    return {name: value for name, value in config.items() if name != "_name_or_path"}
+
+
+def _stored_dtype(base: str) -> torch.dtype:
+    """What holds a base's UNet without loss."""
+    path, _ = model_config(base, "unet")
+    files = find_weights(path).files if path.is_dir() else (path,)
+    kinds = {
+        one.dtype for file in files for one in read_header(file)[0].values() if one.end > one.begin
+    }
+    narrow = {"F16": torch.float16, "BF16": torch.bfloat16}
+    return narrow.get(kinds.pop(), torch.float32) if len(kinds) == 1 else torch.float32
+
+
+def _schedule(base: str, own: Schedule) -> Schedule:
+    """What a fine-tune says of itself, or else its base."""
+    if own.prediction_type is not None:
+        return own
+    return Schedule.of_config(scheduler_config(base))
+
+
+def _card(settings: ExportSettings, base: str, card: Card, schedule: Schedule) -> Card:
+    return replace(
+        card,
+        name=settings.title,
+        base=base_name(base),
+        license=base_license(base) or card.license,
+        prediction_type=schedule.prediction_type,
+        rescale_betas_zero_snr=schedule.zero_snr,
+    )
+
+
+def _check_finite(parts: dict[str, Part], dtype: torch.dtype) -> None:
+    for component, part in parts.items():
+        for name, tensor in part.tensors.items():
+            if not tensor.isfinite().all():
+                kind = str(dtype).removeprefix("torch.")
+                raise ValueError(
+                    f"{component}: {name} is not finite in {kind}; --dtype bf16 or fp32 reaches "
+                    "further"
+                )
+
+
+def _write_file(out: Path, model: Model, dtype: torch.dtype) -> None:
+    partial = out.with_name(f"{out.stem}.partial.safetensors")
+    side = 8 * int(model.parts["unet"].config["sample_size"])
+    metadata = model.card.modelspec(ARCHITECTURE, side) | model.card.to_metadata()
+    try:
+        write_original(
+            partial, model.parts, schedule=model.schedule, dtype=dtype, metadata=metadata
+        )
+        base = str(partial)
+        for component, load in (("unet", load_unet), ("vae", load_vae)):
+            _compare(load(base, dtype), model.parts[component], out)
+        for component, encoder in zip(TEXT, load_text_encoders(base, dtype), strict=True):
+            _compare(encoder, model.parts[component], out)
+        if Schedule.of_config(scheduler_config(base)) != _plain(model.schedule):
+            raise OSError(f"{out}: its schedule was not read back; nothing is kept")
+        os.replace(partial, out)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _plain(schedule: Schedule) -> Schedule:
+    """As a file's bare keys say it: what is not there is not so."""
+    kind = "v_prediction" if schedule.prediction_type == "v_prediction" else "epsilon"
+    return Schedule(kind, True if schedule.zero_snr else None)
+
+
+def _write_folder(settings: ExportSettings, base: str, model: Model, dtype: torch.dtype) -> None:
+    """``OUT/unet`` and ``OUT/scheduler``, as a full fine-tune leaves them."""
+    out, part = settings.out, model.parts["unet"]
+    partial = out / "unet.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        (partial / "unet").mkdir(parents=True)
+        state = {name: tensor.contiguous() for name, tensor in part.tensors.items()}
+        metadata = {"format": "pt"} | model.card.to_metadata()
+        safetensors.torch.save_file(state, partial / "unet" / WEIGHTS, metadata=metadata)
+        settle(partial / "unet" / WEIGHTS)
+        text = json.dumps(part.config, indent=2, sort_keys=True)
+        (partial / "unet" / "config.json").write_text(text + "\n")
+        write_schedule(base, model.schedule, partial)
+        _compare(load_unet_folder(partial / "unet", dtype), part, out)
+        for name in ("scheduler", "unet"):
+            if (out / name).exists():
+                shutil.rmtree(out / name)
+            os.replace(partial / name, out / name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _compare(module: Any, part: Part, path: Path) -> None:
+    """Whether a model that was read back has the tensors it was made from, to the bit.
+
+    Raises:
+        OSError: it has not.
+    """
+    found = module.state_dict()
+    same = found.keys() == part.tensors.keys()
+    if not same or any(not torch.equal(found[n], one) for n, one in part.tensors.items()):
+        raise OSError(f"{path}: what was read back is not what was written; nothing is kept")

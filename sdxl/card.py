@@ -1,0 +1,114 @@
+"""What a file of weights says of itself in its metadata. Imports no torch."""
+
+import json
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from sdxl import BaseError
+from sdxl.base import base_path, component_path
+from sdxl.schedule import Schedule
+from sdxl.single_file import read_header
+
+KEY = "shardtune"  # of the metadata; its value is JSON
+ARCHITECTURE = "stable-diffusion-xl-v1-base"  # of the ModelSpec standard
+PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}  # its words
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """What weights are and came from; None: not known."""
+
+    name: str | None = None
+    base: str | None = None  # its name, and not where it lay
+    license: str | None = None  # of the base
+    caches: tuple[str, ...] = ()  # digests of what was learned from
+    buckets: tuple[tuple[int, int, int], ...] = ()  # (width, height, samples an epoch) of theirs
+    steps: int | None = None  # of the optimizer
+    rank: int | None = None
+    alpha: float | None = None
+    prediction_type: str | None = None
+    rescale_betas_zero_snr: bool | None = None
+    long_captions: int | None = None  # chunks of 77 tokens that captions have, if more than one
+
+    @classmethod
+    def of(cls, about: Mapping[str, Any]) -> "Card":
+        """Of what ``to_dict`` gave; what is of another type is left out."""
+        known = {one.name: about.get(one.name) for one in fields(cls)}
+        texts = ("name", "base", "license", "prediction_type")
+        kept: dict[str, Any] = {name: known[name] for name in texts if isinstance(known[name], str)}
+        for name in ("steps", "rank", "long_captions"):
+            if isinstance(known[name], int):
+                kept[name] = known[name]
+        if isinstance(known["alpha"], int | float):
+            kept["alpha"] = float(known["alpha"])
+        if isinstance(known["rescale_betas_zero_snr"], bool):
+            kept["rescale_betas_zero_snr"] = known["rescale_betas_zero_snr"]
+        if isinstance(known["caches"], list | tuple):
+            kept["caches"] = tuple(str(one) for one in known["caches"])
+        with suppress(ValueError, TypeError):
+            kept["buckets"] = tuple(
+                (int(w), int(h), int(num)) for w, h, num in known["buckets"] or ()
+            )
+        return cls(**kept)
+
+    @property
+    def schedule(self) -> Schedule:
+        return Schedule(self.prediction_type, self.rescale_betas_zero_snr)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON, of what is known."""
+        return {n: v for n, v in asdict(self).items() if v is not None and v != ()}
+
+    def to_metadata(self) -> dict[str, str]:
+        return {KEY: json.dumps(self.to_dict(), sort_keys=True)}
+
+    def modelspec(self, architecture: str, resolution: int) -> dict[str, str]:
+        """The same by the ModelSpec standard, which UIs and sites read; ``resolution`` is the
+        base's pixels a side."""
+        stated = {
+            "modelspec.license": self.license,
+            "modelspec.prediction_type": PREDICTIONS.get(self.prediction_type or ""),
+        }
+        return {
+            "modelspec.sai_model_spec": "1.0.0",
+            "modelspec.architecture": architecture,
+            "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+            "modelspec.title": self.name or "shardtune",
+            "modelspec.resolution": f"{resolution}x{resolution}",
+            **{name: value for name, value in stated.items() if value is not None},
+        }
+
+
+def read_card(metadata: Mapping[str, str]) -> Card:
+    """The card in a file's metadata; an empty one in other tools' files."""
+    try:
+        return Card.of(dict(json.loads(metadata.get(KEY, "{}"))))
+    except (ValueError, TypeError):
+        return Card()
+
+
+def base_name(base: str) -> str:
+    """What to call a base: its folder's or file's name, or its hub id."""
+    path = base_path(base)
+    if not path.exists():
+        return base
+    return path.resolve().stem if path.is_file() else path.resolve().name
+
+
+def base_license(base: str) -> str | None:
+    """The license that a base states: the model card in its folder, or a file's metadata."""
+    try:
+        path = component_path(base, "unet")
+        if path.is_file():
+            return read_header(path)[1].get("modelspec.license") or None
+        text = (path.parent / "README.md").read_text("utf-8")
+    except (BaseError, OSError, UnicodeDecodeError):
+        return None
+    front = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
+    fields_of = r"^(license(?:_name)?):[ \t]*(\S.*?)\s*$"
+    stated = dict(re.findall(fields_of, front[1] if front else "", re.MULTILINE))
+    own_name = stated.get("license_name") if stated.get("license") == "other" else None
+    return own_name or stated.get("license")

@@ -1,0 +1,143 @@
+"""Bases on the Hugging Face hub: the one place that uses a network. Imports no torch."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sdxl import BaseError
+
+MODELS = ("unet", "vae", "text_encoder", "text_encoder_2")
+OTHERS = ("scheduler", "tokenizer", "tokenizer_2")
+HALVES = ["*.fp16.*"]
+_WEIGHTS = (".bin", ".ckpt", ".pt", ".msgpack", ".h5", ".onnx", ".safetensors")
+_HUB_ID = re.compile(r"[\w][\w.-]*/[\w.-]+")
+
+
+def fetch_component(base: str, component: str) -> Path:
+    """The hub's local snapshot of a base with at least this component, downloaded where it is not
+    there: safetensors and configs; the fp16 files only where there are no others.
+
+    Raises:
+        BaseError: no hub id, or it cannot be had.
+    """
+    if not _HUB_ID.fullmatch(base):
+        raise BaseError(f"{base}: no such folder")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["model_index.json", *_patterns(component)]
+    with _one_line(f"{base}: no such folder, and not had from the hub"):
+        folder = snapshot_download(base, allow_patterns=patterns, ignore_patterns=HALVES)
+        if component in MODELS and not any((Path(folder) / component).glob("*.safetensors")):
+            folder = snapshot_download(base, allow_patterns=patterns)
+        return Path(folder)
+
+
+def cached_component(base: str, component: str) -> Path | None:
+    """Its folder in the local hub cache, if it is there; nothing is downloaded."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = _patterns(component)
+        folder = snapshot_download(base, local_files_only=True, allow_patterns=patterns)
+    except (OSError, ValueError):  # not there, or not all of it
+        return None
+    found = Path(folder) / component
+    return found if found.is_dir() else None
+
+
+def download_base(repo: str, out: Path, *, fp16: bool = False, file: str | None = None) -> Path:
+    """A base of the hub into ``out``: configs, tokenizers and safetensors alone, of each model one
+    set of weights (fp16 ones where asked for, or where there are no others); or the single file
+    ``file``, or the only one there is. The files that an earlier call brought are kept; where a
+    connection breaks, the client tries again by itself.
+
+    Returns what to give as ``--base``.
+
+    Raises:
+        BaseError: no such repository, nothing in it that can be used, or a download that failed.
+    """
+    if not _HUB_ID.fullmatch(repo):
+        raise BaseError(f"{repo}: no hub id; one is OWNER/NAME")
+    if out.exists() and not out.is_dir():
+        raise BaseError(f"{out}: not a folder")
+    from huggingface_hub import HfApi, snapshot_download
+
+    with _one_line(f"{repo}: not had from the hub"):
+        info = HfApi().model_info(repo, files_metadata=True)
+        sizes = {one.rfilename: one.size for one in info.siblings or ()}
+    names = pick_files(repo, sorted(sizes), fp16, file)
+    with _one_line(f"{repo}: not whole in {out}, run again to go on"):
+        # By the commit just listed: its files may change meanwhile.
+        snapshot_download(repo, revision=info.sha, local_dir=out, allow_patterns=_exactly(names))
+    for name in names:
+        path = out / name
+        if not path.is_file() or sizes[name] not in (None, path.stat().st_size):
+            raise BaseError(f"{path}: not whole; run again to go on")
+    for left in (out / ".cache").rglob("*.incomplete"):  # by a run that was killed
+        left.unlink(missing_ok=True)
+    return out if "model_index.json" in names else out / names[0]
+
+
+def pick_files(repo: str, names: list[str], fp16: bool, file: str | None) -> list[str]:
+    """Which files of a repository make a base.
+
+    Raises:
+        BaseError: none do, or it is not said which.
+    """
+    singles = [name for name in names if "/" not in name and name.endswith(".safetensors")]
+    if file is not None:
+        if file not in names or not file.endswith(".safetensors"):
+            raise BaseError(f"{repo}: has no {file} in safetensors (found: {_some(singles)})")
+        return [file]
+    if "model_index.json" in names:
+        picked = ["model_index.json"]
+        for part in OTHERS:
+            picked += [name for name in names if re.fullmatch(rf"{part}/[^/]+\.(json|txt)", name)]
+        for part in MODELS:
+            picked += [f"{part}/config.json"] * (f"{part}/config.json" in names)
+            picked += _pick_weights(repo, names, part, fp16)
+        return picked
+    if len(singles) != 1:
+        raise BaseError(
+            f"{repo}: no diffusers folder (it has no model_index.json); name one of its files with "
+            f"--file (found: {_some(singles)})"
+        )
+    return singles
+
+
+def _pick_weights(repo: str, names: list[str], part: str, fp16: bool) -> list[str]:
+    """One set of weights of a model, whole or in numbered files with their list."""
+    for half in (True, False) if fp16 else (False, True):
+        dot = r"\.fp16" if half else ""
+        weights = rf"{part}/(diffusion_pytorch_)?model{dot}(-\d+-of-\d+)?\.safetensors"
+        listing = rf"{part}/(diffusion_pytorch_)?model\.safetensors\.index{dot}\.json"
+        found = [name for name in names if re.fullmatch(weights, name)]
+        if found:
+            return found + [name for name in names if re.fullmatch(listing, name)]
+    others = [name for name in names if name.startswith(f"{part}/") and name.endswith(_WEIGHTS)]
+    raise BaseError(
+        f"{repo}: its {part} has no safetensors (found: {_some(others)}); pickles are never loaded"
+    )
+
+
+def _exactly(names: list[str]) -> list[str]:
+    """As patterns that match these names alone."""
+    return [re.sub(r"([*?[])", r"[\1]", name) for name in names]
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:8]) + ", ..." * (len(names) > 8) if names else "none"
+
+
+def _patterns(component: str) -> list[str]:
+    return [f"{component}/*.{end}" for end in ("json", "txt", "safetensors")]
+
+
+@contextmanager
+def _one_line(what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # the hub's client raises anything
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BaseError(f"{what}: {reason}") from error

@@ -1,0 +1,117 @@
+"""LoRA files as they are written: one that diffusers reads, and kohya's.
+
+diffusers' has peft's names and, always, the adapter's own settings: without them a reader takes
+alpha = rank, and the strength is silently wrong.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from peft import LoraConfig, get_peft_model_state_dict
+
+from sdxl.adapted import Adapted
+from sdxl.card import Card
+from sdxl.kohya import kohya_metadata, kohya_state
+from sdxl.lora_formats import KOHYA, LORA, METADATA_KEY, OURS, UNET, long_name, lora_parts
+from sdxl.settled import settled_bytes
+
+Parts = Mapping[str, Mapping[str, Adapted]]  # by unet, text_encoder, text_encoder_2; by module
+PREFIX = f"{UNET}."
+_SETTINGS = (
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "use_dora",
+    "bias",
+    "lora_dropout",
+)
+
+
+def lora_state(unet: Any, values: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    """The adapter's weights under diffusers' names, fp32, on the CPU: those that the UNet has, or
+    others by the names of its parameters."""
+    state = get_peft_model_state_dict(unet, values, adapter_name=next(iter(unet.peft_config)))
+    return {PREFIX + name: t.detach().float().cpu().contiguous() for name, t in state.items()}
+
+
+def lora_bytes(
+    unet: Any, values: dict[str, torch.Tensor] | None = None, card: Card | None = None
+) -> dict[str, bytes]:
+    """The adapter on a UNet as files, by their names: one that ``load_lora_weights`` takes at its
+    right strength, and kohya's, for the UIs."""
+    config = next(iter(unet.peft_config.values())).to_dict()
+    settings, state = _settings(UNET, config), lora_state(unet, values)
+    parts = lora_parts(Path("the adapter"), state, settings)
+    card = replace(card or Card(), rank=config["r"], alpha=float(config["lora_alpha"]))
+    return {
+        LORA: _diffusers_bytes(state, settings, card),
+        KOHYA: kohya_bytes(parts, unet.config, card),
+    }
+
+
+def kohya_bytes(parts: Parts, config: Mapping[str, Any], card: Card) -> bytes:
+    """kohya's file of a LoRA; ``config`` is the UNet's."""
+    resolution = 8 * int(config["sample_size"])
+    return settled_bytes(
+        kohya_state(parts, config), kohya_metadata(parts.get(UNET, {}), card, resolution)
+    )
+
+
+def diffusers_bytes(parts: Parts, card: Card) -> bytes:
+    """A file that ``load_lora_weights`` takes, of a LoRA's parts."""
+    state: dict[str, torch.Tensor] = {}
+    settings: dict[str, Any] = {}
+    for part, found in parts.items():
+        # Settings name modules by their ends, so that a level more or less changes nothing.
+        short = {name.removeprefix("text_model."): one for name, one in found.items()}
+        settings |= _settings(part, peft_config(short).to_dict())
+        for module, one in found.items():
+            name = module if part == UNET else long_name(module)
+            state[f"{part}.{name}.lora_A.weight"] = one.down
+            state[f"{part}.{name}.lora_B.weight"] = one.up
+            if one.magnitude is not None:
+                shape = (-1,) if one.down.ndim == 2 else (1, -1, 1, 1)
+                state[f"{part}.{name}.lora_magnitude_vector"] = one.magnitude.reshape(shape)
+    return _diffusers_bytes(state, settings, card)
+
+
+def _diffusers_bytes(state: dict[str, torch.Tensor], settings: dict[str, Any], card: Card) -> bytes:
+    """All metadata is in one key, which is diffusers' own: several would come in an order of each
+    process' own."""
+    ours = {OURS + name: value for name, value in card.to_dict().items()}
+    metadata = {METADATA_KEY: json.dumps(settings | ours, sort_keys=True)}
+    contiguous = {name: tensor.contiguous() for name, tensor in state.items()}
+    return safetensors.torch.save(contiguous, metadata=metadata)
+
+
+def peft_config(found: Mapping[str, Adapted]) -> LoraConfig:
+    """peft's settings of an adapter: its commonest rank and alpha, and the exceptions."""
+    first = next(iter(found.values()))
+    (rank, alpha), _ = Counter((one.rank, one.alpha) for one in found.values()).most_common(1)[0]
+    return LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=list(found),
+        rank_pattern={re.escape(n): o.rank for n, o in found.items() if o.rank != rank},
+        alpha_pattern={re.escape(n): o.alpha for n, o in found.items() if o.alpha != alpha},
+        use_rslora=first.rslora,
+        use_dora=first.magnitude is not None,
+    )
+
+
+def _settings(part: str, config: dict[str, Any]) -> dict[str, Any]:
+    """What a file keeps of peft's settings."""
+    return {
+        f"{part}.{name}": sorted(value) if isinstance(value := config[name], set) else value
+        for name in _SETTINGS
+    }

@@ -1,0 +1,154 @@
+"""Write a base as one file in the original layout, tensor by tensor."""
+
+import json
+import math
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sdxl.fingerprint import config_digest
+from sdxl.original import LOGIT_SCALE, PREFIXES, OriginalNames
+from sdxl.schedule import Schedule
+from sdxl.single_file import CONFIGS_KEY, V_PRED, ZERO_SNR, sdxl_config
+
+DTYPES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+}
+CLIP_SCALE = math.log(100)  # where CLIP's training stops it
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One model to be written: its config, and its tensors by diffusers' or transformers' names."""
+
+    config: dict[str, Any]
+    tensors: Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class _Entry:
+    key: str  # with its prefix
+    names: OriginalNames
+    sources: tuple[torch.Tensor, ...]
+    dtype: torch.dtype
+
+    def tensor(self, device: str | None = None) -> torch.Tensor:
+        """As it is written; on "meta" its shape alone."""
+        key = self.key.removeprefix(PREFIXES[self.names.component])
+        return join(self.names, key, [one.detach().to(device or "cpu") for one in self.sources])
+
+
+def write_original(
+    path: Path,
+    parts: Mapping[str, Part],
+    *,
+    schedule: Schedule | None = None,
+    dtype: torch.dtype | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write the ``parts`` (by component: unet, vae, text_encoder, text_encoder_2) as one file that
+    is there whole or not at all. ``dtype``: of all tensors; None: as they are.
+
+    The configs go along where they are not SDXL's own, so that a small model can be read again.
+    The library's writer would hold all bytes at once, and shuffle the metadata; this one holds one
+    tensor, and the same tensors give the same bytes.
+
+    Raises:
+        ValueError: a tensor has no place in that layout.
+    """
+    entries = sorted(_entries(parts, dtype), key=lambda one: (-one.dtype.itemsize, one.key))
+    header = _header(
+        entries, schedule or Schedule(), {**(metadata or {}), **configs_metadata(parts)}
+    )
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(header)
+            for one in entries:
+                tensor = one.tensor().to(one.dtype).contiguous()
+                file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _header(entries: list[_Entry], schedule: Schedule, metadata: Mapping[str, str]) -> bytes:
+    """The head of a safetensors file: eight bytes of length, JSON, spaces up to a multiple of 8."""
+    header: dict[str, Any] = {"__metadata__": dict(sorted({"format": "pt", **metadata}.items()))}
+    end = 0
+    for one in entries:
+        shape = list(one.tensor("meta").shape)
+        begin, end = end, end + math.prod(shape) * one.dtype.itemsize
+        header[one.key] = _about(one.dtype, shape, begin, end)
+    for flag in _flags(schedule):
+        header[flag] = _about(torch.float32, [0], end, end)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def original_shapes(parts: Mapping[str, Part]) -> dict[str, list[int]]:
+    """The tensors that ``write_original`` writes, by name."""
+    return {one.key: list(one.tensor("meta").shape) for one in _entries(parts, None)}
+
+
+def configs_metadata(parts: Mapping[str, Part]) -> dict[str, str]:
+    """The configs that are not SDXL's own, under one key; nothing where all are."""
+    other = {
+        component: {name: v for name, v in part.config.items() if name != "_name_or_path"}
+        for component, part in parts.items()
+        if config_digest(part.config) != config_digest(sdxl_config(component))
+    }
+    return {CONFIGS_KEY: json.dumps(other, sort_keys=True)} if other else {}
+
+
+def _about(dtype: torch.dtype, shape: list[int], begin: int, end: int) -> dict[str, Any]:
+    return {"dtype": DTYPES[dtype], "shape": shape, "data_offsets": [begin, end]}
+
+
+def _flags(schedule: Schedule) -> list[str]:
+    flags = [V_PRED] if schedule.prediction_type == "v_prediction" else []
+    return flags + [ZERO_SNR] * bool(schedule.zero_snr)
+
+
+def _entries(parts: Mapping[str, Part], dtype: torch.dtype | None) -> Iterator[_Entry]:
+    for component, part in parts.items():
+        names, prefix = OriginalNames(component, part.config), PREFIXES[component]
+        sources: dict[str, list[str]] = {}
+        for name in part.tensors:
+            if name.endswith("position_ids"):
+                continue
+            key = names.key_of(name)
+            if key is None:
+                raise ValueError(f"{component}: {name} has no place in an original-layout file")
+            sources.setdefault(key, []).append(name)
+        for key, found in sources.items():
+            expected = names.names_of(key) or ()
+            short = [name.removeprefix("text_model.") for name in expected]
+            by_short = {name.removeprefix("text_model."): name for name in found}
+            if missing := [name for name in short if name not in by_short]:
+                raise ValueError(f"{component}: {missing[0]} is missing")
+            tensors = tuple(part.tensors[by_short[name]] for name in short)
+            yield _Entry(prefix + key, names, tensors, dtype or tensors[0].dtype)
+        if component == "text_encoder_2":
+            scale = torch.tensor(CLIP_SCALE)
+            yield _Entry(LOGIT_SCALE, names, (scale,), dtype or scale.dtype)
+
+
+def join(names: OriginalNames, key: str, tensors: list[torch.Tensor]) -> torch.Tensor:
+    """The way back from ``OriginalNames.split``."""
+    tensor = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+    if names.is_transposed(key):
+        return tensor.T
+    if names.is_convolution(key) and tensor.ndim == 2:
+        return tensor[:, :, None, None]
+    return tensor

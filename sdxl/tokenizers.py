@@ -1,0 +1,113 @@
+"""Where a base's tokenizers lie, and what they are made of. Imports no torch."""
+
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sdxl import BaseError
+from sdxl.base import base_path, component_path, is_file
+from sdxl.hub import cached_component, fetch_component
+
+HUB_ID = "stabilityai/stable-diffusion-xl-base-1.0"  # whose tokenizers every SDXL has
+PADS = {"tokenizer": "<|endoftext|>", "tokenizer_2": "!"}  # the one thing they differ in
+NUM_TOKENS = 77  # of CLIP's text encoders; a folder may say nothing, or 1e30
+_SPECIAL = {
+    "bos_token": "<|startoftext|>",
+    "eos_token": "<|endoftext|>",
+    "unk_token": "<|endoftext|>",
+    "pad_token": "<|endoftext|>",
+    "model_max_length": NUM_TOKENS,
+}
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """A tokenizer's folder; ``pad_token`` where it is not the one that the folder says.
+
+    Raises:
+        BaseError: it holds no vocabulary.
+    """
+
+    folder: Path
+    pad_token: str | None = None
+
+    def __post_init__(self) -> None:
+        if not has_vocabulary(self.folder):
+            raise BaseError(
+                f"{self.folder}: no tokenizer can be read from it: it has neither vocab.json and "
+                "merges.txt nor tokenizer.json"
+            )
+
+    def parts(self) -> dict[str, Any]:
+        """What decides token ids, in whichever files it is: vocabulary, merges, special tokens.
+
+        As transformers reads them: tokenizer.json wins, and the normalisation is always CLIP's.
+
+        Raises:
+            BaseError: a file cannot be read.
+        """
+        folder, whole = self.folder, self.folder / "tokenizer.json"
+        try:
+            if whole.is_file():
+                model = json.loads(whole.read_bytes())["model"]
+                vocabulary = model["vocab"]
+                merges = [one if isinstance(one, str) else " ".join(one) for one in model["merges"]]
+            else:
+                vocabulary = json.loads((folder / "vocab.json").read_bytes())
+                lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+                merges = [line for line in lines if line and not line.startswith("#version")]
+            told: dict[str, Any] = {}
+            for name in ("special_tokens_map.json", "tokenizer_config.json"):
+                if (folder / name).is_file():
+                    told |= json.loads((folder / name).read_bytes())
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise BaseError(f"{folder}: no tokenizer can be read from it ({error})") from None
+        special = {name: _content(told.get(name, value)) for name, value in _SPECIAL.items()}
+        special["model_max_length"] = min(special["model_max_length"], NUM_TOKENS)
+        if self.pad_token is not None:
+            special["pad_token"] = self.pad_token
+        return {"vocabulary": vocabulary, "merges": merges, **special}
+
+
+def _content(token: Any) -> Any:
+    return token["content"] if isinstance(token, dict) else token
+
+
+def has_vocabulary(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer."""
+    pair = (folder / "vocab.json", folder / "merges.txt")
+    return (folder / "tokenizer.json").is_file() or all(path.is_file() for path in pair)
+
+
+def find_tokenizer(base: str, name: str, given: Path | None) -> TokenizerFiles:
+    """``tokenizer`` or ``tokenizer_2`` of a base: in the folder ``given`` if there is one, else in
+    the base. A single file has none: SDXL's, from the local hub cache, or else from the hub.
+
+    Raises:
+        BaseError: it is nowhere.
+    """
+    if given is not None:
+        folder = base_path(str(given))
+        if (folder / name).is_dir():
+            return TokenizerFiles(folder / name)
+        if has_vocabulary(folder):
+            return TokenizerFiles(folder, PADS[name])
+        raise BaseError(
+            f"--tokenizers {given}: holds neither {name}/ nor a CLIP tokenizer (vocab.json and "
+            "merges.txt, or tokenizer.json)"
+        )
+    if not is_file(base):
+        return TokenizerFiles(component_path(base, name))
+    cached = cached_component(HUB_ID, name)
+    if cached is not None and has_vocabulary(cached):
+        return TokenizerFiles(cached)
+    warnings.warn(f"{base} has no tokenizers: fetching {name} of {HUB_ID}", stacklevel=2)
+    try:
+        return TokenizerFiles(fetch_component(HUB_ID, name) / name)
+    except BaseError as error:
+        raise BaseError(
+            f"{base}: a single file has no tokenizers, and those of {HUB_ID} are not at hand; give "
+            f"--tokenizers DIR ({error})"
+        ) from error

@@ -1,0 +1,100 @@
+"""A hub of one repository on this machine, as far as downloads go."""
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+REVISION = "0123456789abcdef0123456789abcdef01234567"
+REPO = "someone/small-xl"
+
+
+class Hub(ThreadingHTTPServer):
+    """Serves ``folder`` as REPO. A file named in ``cut`` breaks off once after so many
+    bytes; ``lost`` cannot be had."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.folder = folder
+        self.cut: dict[str, int] = {}
+        self.lost = ""
+        self.asked: list[str] = []  # the file of each download
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def files(self) -> dict[str, int]:
+        paths = (path for path in self.folder.rglob("*") if path.is_file())
+        return {p.relative_to(self.folder).as_posix(): p.stat().st_size for p in sorted(paths)}
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Hub
+
+    def do_GET(self) -> None:
+        files = self.server.files()
+        if self.path.startswith(f"/api/models/{REPO}/tree/"):
+            rows = [{"type": "file", "path": n, "size": s, "oid": "0"} for n, s in files.items()]
+            self._send_json(rows)
+        elif self.path.startswith(f"/api/models/{REPO}"):
+            rows = [{"rfilename": name, "size": size} for name, size in files.items()]
+            self._send_json({"id": REPO, "sha": REVISION, "siblings": rows})
+        else:
+            self._send_file(head=False)
+
+    def do_HEAD(self) -> None:
+        self._send_file(head=True)
+
+    def _send_json(self, value: Any) -> None:
+        data = json.dumps(value).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def _send_file(self, head: bool) -> None:
+        name = self.path.partition(f"/resolve/{REVISION}/")[2].partition("?")[0]
+        if name not in self.server.files() or name == self.server.lost:
+            self.send_response(404)
+            self.send_header("X-Error-Code", "RepoNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        data, asked = (self.server.folder / name).read_bytes(), self.headers.get("Range")
+        begin = int(asked.removeprefix("bytes=").partition("-")[0]) if asked else 0
+        self.send_response(206 if asked else 200)
+        self.send_header("ETag", f'"{len(data)}-{name.replace("/", "-")}"')
+        self.send_header("X-Repo-Commit", REVISION)
+        self.send_header("Accept-Ranges", "bytes")
+        if asked:
+            self.send_header("Content-Range", f"bytes {begin}-{len(data) - 1}/{len(data)}")
+        self.send_header("Content-Length", str(len(data) - begin))
+        self.end_headers()
+        if head:
+            return
+        self.server.asked.append(name)
+        cut = self.server.cut.pop(name, len(data))
+        self.wfile.write(data[begin : max(begin, cut)])
+        if cut < len(data):
+            self.close_connection = True
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@contextmanager
+def serve(folder: Path) -> Iterator[Hub]:
+    with Hub(folder) as hub:
+        thread = threading.Thread(target=hub.serve_forever, daemon=True)
+        thread.start()
+        try:
+            yield hub
+        finally:
+            hub.shutdown()
+            thread.join()

@@ -1,0 +1,119 @@
+"""LoRAs for the tests: on a small UNet, in every form, and what they add computed plainly."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from diffusers import UNet2DConditionModel
+from made import learner_of
+
+from sdxl.lora_write import lora_bytes
+
+Tensors = dict[str, torch.Tensor]
+
+
+def made_lora(base: Path, folder: Path, **settings: Any) -> Any:
+    """A UNet with a random LoRA on it, and the files that a run would write of it."""
+    unet = learner_of(base, **settings).unet
+    for name, parameter in unet.named_parameters():
+        if "magnitude" in name:
+            parameter.data *= 1 + 0.2 * torch.randn(parameter.shape)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in lora_bytes(unet).items():
+        (folder / name).write_bytes(data)
+    return unet
+
+
+def halves(unet: Any) -> dict[str, dict[str, torch.Tensor]]:
+    """By module: down, up, and the magnitude of DoRA."""
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    kinds = {"lora_A": "down", "lora_B": "up", "lora_magnitude_vector": "magnitude"}
+    for name, parameter in unet.named_parameters():
+        if match := re.fullmatch(r"(.*)\.(lora_\w+)\.\w+\.weight", name):
+            found.setdefault(match[1], {})[kinds[match[2]]] = parameter.detach().clone()
+    return found
+
+
+def fused(base: Path, unet: Any, scale: float) -> Tensors:
+    """All weights of the base with scale B A in them, and with DoRA's rows."""
+    weights = UNet2DConditionModel.from_pretrained(base / "unet").state_dict()
+    for module, one in halves(unet).items():
+        down, up = one["down"], one["up"]
+        product = torch.einsum("or,ri->oi", up.flatten(1), down.flatten(1))
+        whole = weights[f"{module}.weight"] + scale * product.reshape(len(up), *down.shape[1:])
+        if "magnitude" in one:
+            rows = one["magnitude"].flatten() / whole.square().flatten(1).sum(1).sqrt()
+            whole = whole * rows.reshape(-1, *[1] * (whole.ndim - 1))
+        weights[f"{module}.weight"] = whole
+    return weights
+
+
+def state_after(unet: Any) -> Tensors:
+    """The weights of a UNet with all that is on it merged into them."""
+    for module in list(unet.modules()):
+        if hasattr(module, "merge"):
+            module.merge()
+    state = {name.replace(".base_layer", ""): t for name, t in unet.state_dict().items()}
+    return {name: tensor for name, tensor in state.items() if "lora_" not in name}
+
+
+def assert_close(found: Tensors, expected: Tensors) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.allclose(found[name], tensor, atol=2e-6, rtol=1e-5), name
+
+
+def num_changed(found: Tensors, base: Path) -> int:
+    """Weights that are not the base's any more."""
+    plain = UNet2DConditionModel.from_pretrained(base / "unet").state_dict()
+    return sum(not torch.allclose(found[n], plain[n], atol=1e-4) for n in plain)
+
+
+def as_diffusers(unet: Any, prefix: str = "unet.", old: bool = False) -> Tensors:
+    """Without settings; ``old``: as attention processors kept theirs."""
+    state = {}
+    for module, one in halves(unet).items():
+        if old:
+            name = re.sub(r"\.to_out\.0$", ".to_out", module)
+            name = re.sub(r"\.(to_\w+)$", r".processor.\1_lora", name)
+            state[f"{prefix}{name}.down.weight"] = one["down"]
+            state[f"{prefix}{name}.up.weight"] = one["up"]
+        else:
+            state[f"{prefix}{module}.lora_A.weight"] = one["down"]
+            state[f"{prefix}{module}.lora_B.weight"] = one["up"]
+    return state
+
+
+def as_peft(unet: Any, folder: Path, **settings: Any) -> Path:
+    """A folder as peft's ``save_pretrained`` leaves it."""
+    folder.mkdir()
+    state = as_diffusers(unet, "base_model.model.")
+    safetensors.torch.save_file(state, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "target_modules": ["to_q"], **settings}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def as_underscored(unet: Any, alpha: float) -> Tensors:
+    """kohya's tensors under diffusers' names, as some trainers write them."""
+    state: Tensors = {}
+    for module, one in halves(unet).items():
+        key = "lora_unet_" + module.replace(".", "_")
+        state[f"{key}.lora_down.weight"], state[f"{key}.lora_up.weight"] = one["down"], one["up"]
+        state[f"{key}.alpha"] = torch.tensor(alpha)
+    return state
+
+
+def text_lora(rank: int, alpha: float, widths: tuple[int, int]) -> Tensors:
+    """kohya's tensors for the first attention of both text encoders."""
+    state: Tensors = {}
+    for number, width in enumerate(widths, 1):
+        for one in ("q", "out"):
+            key = f"lora_te{number}_text_model_encoder_layers_0_self_attn_{one}_proj"
+            state[f"{key}.lora_down.weight"] = torch.randn(rank, width) / 4
+            state[f"{key}.lora_up.weight"] = torch.randn(width, rank) / 4
+            state[f"{key}.alpha"] = torch.tensor(alpha)
+    return state

@@ -1,0 +1,87 @@
+"""How the miniature answers SDXL's size and crop numbers: are pictures blurred, are shapes cut?"""
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from tools.miniature.data import fresh_prompts
+from tools.miniature.drawing import OLD_SHAPES, draw_scene, random_scene, shrink
+from tools.miniature.score import look_at
+from tools.miniature.vae import decoded_pictures
+
+BATCH_SIZE = 16
+# Arguments of diffusers' pipeline. Sizes are (height, width), a crop is (top, left), in pixels.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "64x64": {"original_size": (64, 64)},
+    "8x8": {"original_size": (8, 8)},
+    "5x5": {"original_size": (5, 5)},
+    "64 high, 96 wide, cropped by 16 on the left": {
+        "original_size": (64, 96),
+        "crops_coords_top_left": (0, 16),
+    },
+    "96 high, 64 wide, cropped by 16 at the top": {
+        "original_size": (96, 64),
+        "crops_coords_top_left": (16, 0),
+    },
+}
+
+
+def respond(pipeline: Any, setting: str, num: int, seed: int, num_steps: int) -> dict[str, float]:
+    """Draw ``num`` fresh prompts; for all settings the same ones, from the same noise.
+
+    Returns the mean sharpness, and the shares that are cut off at the sides and at top or bottom.
+    """
+    pictures = _draw(pipeline, SETTINGS[setting], num, seed, num_steps)
+    edges = [cut_edges(picture) for picture in pictures]
+    return {
+        "sharpness": float(np.mean([sharpness(picture) for picture in pictures])),
+        "cut_sides": float(np.mean([sides for sides, _ in edges])),
+        "cut_ends": float(np.mean([ends for _, ends in edges])),
+    }
+
+
+def _draw(
+    pipeline: Any, setting: dict[str, Any], num: int, seed: int, num_steps: int
+) -> list[Image.Image]:
+    _, captions = fresh_prompts(num, OLD_SHAPES, seed)
+    pictures: list[Image.Image] = []
+    for start in range(0, num, BATCH_SIZE):
+        batch = captions[start : start + BATCH_SIZE]
+        pictures += pipeline(
+            batch,
+            generator=[torch.Generator().manual_seed(start + row) for row in range(len(batch))],
+            num_inference_steps=num_steps,
+            guidance_scale=5.0,
+            height=64,
+            width=64,
+            target_size=(64, 64),
+            **setting,
+        ).images
+    return pictures
+
+
+def decoded_sharpness(vae: Any, side: int, num: int = 64) -> float:
+    """Of true pictures of ``side`` pixels, enlarged, encoded and decoded: the most to hope for."""
+    choices = random.Random(5)
+    drawn = [draw_scene(random_scene(choices), choices) for _ in range(num)]
+    enlarged = [
+        shrink(picture, side).resize((64, 64), Image.Resampling.LANCZOS) for picture in drawn
+    ]
+    return float(np.mean([sharpness(picture) for picture in decoded_pictures(vae, enlarged)]))
+
+
+def sharpness(picture: Image.Image) -> float:
+    """The steepest steps between neighbouring pixels, as a share of the picture's contrast."""
+    grey = np.asarray(picture.convert("L"), dtype=np.float64)
+    steps = np.abs(np.diff(grey, axis=1))
+    return float(np.percentile(steps, 99) / max(1.0, float(grey.max() - grey.min())))
+
+
+def cut_edges(picture: Image.Image) -> tuple[bool, bool]:
+    """Whether what is not ground reaches the left or right edge; and the top or bottom one."""
+    mask = look_at(picture).mask
+    sides, ends = (mask[:, 0], mask[:, -1]), (mask[0], mask[-1])
+    return any(edge.mean() > 0.1 for edge in sides), any(edge.mean() > 0.1 for edge in ends)
