@@ -18,7 +18,13 @@ from tools.miniature.score import Score, drawn_pictures, score
 
 NUM_PROMPTS = 32
 TRAINING = "--batch-size 16 --lr-schedule cosine --warmup-steps 20 --device cpu"
-LORA = "--steps 400 --rank 8 --alpha 32 --targets all --lr 3e-3"
+LORA = "--steps 400 --rank 16 --targets all --lr 3e-3"
+# The weights must learn to predict v of zeros too, which drawing subtracts as the unconditional.
+V_PREDICTION = (
+    "--full --prediction-type v_prediction --steps 500 --lr 1e-3 --min-snr-gamma 5 "
+    "--caption-dropout 0.1 --unconditional zeros"
+)
+SEED = 70  # of the prompts that are scored; the settings were chosen by those of seed 60
 Draw = Callable[..., Score]
 
 
@@ -53,7 +59,7 @@ def draw(tmp_path: Path) -> Draw:
 
     def run(shapes: tuple[str, ...], flags: str = "", num: int = NUM_PROMPTS) -> Score:
         size = "large" if shapes == NEW_SHAPES else None
-        scenes, captions = fresh_prompts(num, shapes, seed=60, size=size)
+        scenes, captions = fresh_prompts(num, shapes, seed=SEED, size=size)
         out = tmp_path / f"drawn-{len(list(tmp_path.iterdir()))}"
         prompts = out.with_suffix(".txt")
         prompts.write_text("".join(f"{caption}\n" for caption in captions))
@@ -103,8 +109,8 @@ def test_the_whole_unet_learns_new_shapes(caches: Path, draw: Draw, tmp_path: Pa
 def test_the_miniature_learns_to_predict_v(caches: Path, draw: Draw, tmp_path: Path) -> None:
     run = tmp_path / "run"
     do(
-        f"train {caches}/new {caches}/old --base miniature --out {run} {TRAINING} --full "
-        "--prediction-type v_prediction --steps 500 --lr 1e-3"
+        f"train {caches}/new {caches}/old,repeats=2 --base miniature --out {run} {TRAINING} "
+        f"{V_PREDICTION}"
     )
     new, old = draw(NEW_SHAPES, f"--unet {run}"), draw(OLD_SHAPES, f"--unet {run}")
     assert new.shape >= 0.65
