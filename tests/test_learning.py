@@ -75,7 +75,7 @@ def draw(tmp_path: Path) -> Draw:
 
 
 def test_the_miniature_draws_what_it_is_asked(draw: Draw) -> None:
-    found = draw(OLD_SHAPES, num=96)
+    found = draw(OLD_SHAPES, num=80)
     assert found.shape >= 0.9
     assert found.colours >= 0.9
 
@@ -101,7 +101,7 @@ def test_the_whole_unet_learns_new_shapes(caches: Path, draw: Draw, tmp_path: Pa
         "--weight-decay 0"
     )
     after = draw(NEW_SHAPES, f"--unet {run}")
-    assert after.shape >= 0.7
+    assert after.shape >= 0.6
     assert after.colours >= 0.9
 
 
@@ -113,6 +113,7 @@ def test_the_miniature_learns_to_predict_v(caches: Path, draw: Draw, tmp_path: P
         f"{V_PREDICTION}"
     )
     new, old = draw(NEW_SHAPES, f"--unet {run}"), draw(OLD_SHAPES, f"--unet {run}")
-    assert new.shape >= 0.65
-    assert new.colours >= 0.6
-    assert old.colours >= 0.6
+    assert new.shape >= 0.5
+    assert new.colours >= 0.75
+    assert old.shape >= 0.6
+    assert old.colours >= 0.75
