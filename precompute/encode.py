@@ -156,11 +156,14 @@ def _write_shards(crew: Crew, encoders: Encoders, job: Job) -> None:
     todo = [(Path(folder), number) for folder, num in job.caches for number in range(num)]
     if not todo:
         return
-    files = {folder: WorkFile(folder) for folder, _ in todo}
+    files: dict[
+        Path, WorkFile
+    ] = {}  # one is there as long as a shard of it is claimed and not done
     with Progress(crew, job.num_encodes) as progress:
         for claimed in crew.claim("shards", len(todo)):
             folder, number = todo[claimed]
-            work, recipe = files[folder].shard(number), files[folder].about["recipe"]
+            file = files[folder] = files.get(folder) or WorkFile(folder)
+            work, recipe = file.shard(number), file.about["recipe"]
             write_work_shard(work, folder, encoders, recipe, progress.tick)
             progress.shard_done()
         if crew.is_main:
