@@ -102,6 +102,7 @@ def test_a_full_unet_draws_as_in_diffusers(base: Path, trained: Trained, tmp_pat
     files = sorted(path.name for path in unet.iterdir())
     names = ["diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.safetensors"]
     assert files == ["config.json", *names]
+    assert str(base) not in (unet / "config.json").read_text(), "where the base lies is private"
 
     def replace(pipeline: Any) -> None:
         pipeline.unet = UNet2DConditionModel.from_pretrained(str(unet))

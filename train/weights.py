@@ -180,6 +180,7 @@ def write_weights(
 def _write_config(unet: Any, folder: Path) -> None:
     config = json.loads(unet.to_json_string())
     config["_class_name"] = "UNet2DConditionModel"  # FSDP puts a class of its own in its place
+    config.pop("_name_or_path", None)  # where the base lay is nobody's business
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
