@@ -23,15 +23,23 @@ def parts_of(cache: Path) -> list[Path]:
 
 def verify_one(folder: Path, repair: bool) -> bool:
     """Say what is damaged in one cache, and drop it; whether nothing is."""
+    if not repair or not (folder / MANIFEST).exists():
+        return _verify(folder, repair=False)
+    with locked(folder / LOCK):  # or what was found to be damaged might have been encoded anew
+        return _verify(folder, repair=True)
+
+
+def _verify(folder: Path, *, repair: bool) -> bool:
     try:
         manifest = read_manifest(folder)
     except CacheError as error:
         if not (folder / MANIFEST).exists() and folder.name not in ("train", "val"):
             raise  # no cache at all: bad input, not damage
+        if repair:
+            manifest = stand_in(folder, error)
         click.echo(str(error))
-        if not repair or not (folder / MANIFEST).exists():
+        if not repair:
             return False
-        manifest = stand_in(folder)
     num_shards = len(manifest["shards"])
     checks = tqdm(verify(folder, manifest), total=num_shards + 1, unit="shard", desc=folder.name)
     found = [*checks]
@@ -39,8 +47,7 @@ def verify_one(folder: Path, repair: bool) -> bool:
     for fault in faults:
         click.echo(fault)
     if repair and (faults or "digest" not in manifest):
-        with locked(folder / LOCK):
-            dropped = drop_damaged(folder, manifest, found)
+        dropped = drop_damaged(folder, manifest, found)
         for line in dropped:
             click.echo(line)
         if dropped:

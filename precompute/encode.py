@@ -109,7 +109,7 @@ def _lead(
 
 def _plan(settings: EncodeSettings, stack: ExitStack) -> list[CachePlan]:
     """Read the data set and what is there; from here on no other process may write there."""
-    memory = read_memory(settings.out)
+    memory = read_memory(settings.out, settings.dataset)
     if settings.rehash:
         memory = Memory()
     sources = read_data_set(settings, memory)
@@ -124,7 +124,7 @@ def _plan(settings: EncodeSettings, stack: ExitStack) -> list[CachePlan]:
         make_plan(source, settings.out / name, settings, recipe, memory)
         for name, source in sources.items()
     ]
-    write_memory(settings.out, memory)
+    write_memory(settings.out, settings.dataset, memory)
     return plans
 
 

@@ -20,6 +20,10 @@ OWN = (SCAN, PLAN, LOCK)
 SIDE_FILES = (UNCONDITIONAL, PROMPTS, "rejected.jsonl")
 
 
+class OtherManifest(CacheError):
+    """A manifest that is whole, but not one that this version reads."""
+
+
 def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False) + "\n"
 
@@ -125,7 +129,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise CacheError(f"{path}: the manifest is damaged (not what encode wrote)") from None
     whole = content_digest(manifest) == digest
     if manifest.get("format") == FORMAT and manifest.get("version") != VERSION and whole:
-        raise CacheError(
+        raise OtherManifest(
             f"{path}: cache format version {manifest.get('version')}; this shardtune reads "
             f"version {VERSION}. Encode the data set again, or update shardtune."
         )
@@ -133,7 +137,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not whole or canonical_json(manifest).encode() != data:
         raise CacheError(f"{path}: the manifest is damaged (its digest differs)")
     if manifest.get("format") != FORMAT:
-        raise CacheError(f"{path}: not a shardtune cache (format {manifest.get('format')!r})")
+        raise OtherManifest(f"{path}: not a shardtune cache (format {manifest.get('format')!r})")
     return dict(manifest)
 
 

@@ -6,7 +6,14 @@ from typing import Any
 from shards import CacheError
 from shards.durable import fsync_folder
 from shards.index import Index
-from shards.manifest import MANIFEST, PROMPTS, SIDE_FILES, file_sha256
+from shards.manifest import (
+    MANIFEST,
+    PROMPTS,
+    SIDE_FILES,
+    UNCONDITIONAL,
+    OtherManifest,
+    file_sha256,
+)
 
 REMEDIES = {PROMPTS: "`python cli.py prompts` makes it again"}
 
@@ -36,11 +43,18 @@ def drop_damaged(folder: Path, manifest: dict[str, Any], found: list[list[str]])
     return lines
 
 
-def stand_in(folder: Path) -> dict[str, Any]:
+def stand_in(folder: Path, error: CacheError) -> dict[str, Any]:
     """For a damaged manifest: what the indexes at hand vouch for, as ``verify`` takes it.
 
     An index that is damaged itself is among the shards, with a digest that nothing has.
+
+    Raises:
+        CacheError: ``error``, where what it says of the manifest is no damage: it is of another
+            version, or of another program.
     """
+    is_ours = (folder / UNCONDITIONAL).exists() or any(folder.glob("*.index"))
+    if isinstance(error, OtherManifest) or not is_ours:
+        raise error
     shards = []
     for path in sorted(folder.glob("*.index")):
         try:

@@ -11,7 +11,9 @@ from encodes import (
     LONG_AGO,
     again,
     assert_as_fresh,
+    copy_old,
     counted,
+    encode,
     make_old,
     shards_of,
     stamps,
@@ -46,6 +48,17 @@ def test_nothing_changed_nothing_is_touched(
     report = again(work, base)
     assert stamps(work) == before
     assert summarise(report) == "14 unchanged"
+
+
+def test_another_data_set_is_read_though_its_files_look_alike(work: Path, base: Path) -> None:
+    """Files that were unpacked have times that tell nothing."""
+    again(work, base)
+    other = copy_old(work / "data", work / "other")
+    text = other / "000.txt"
+    text.write_text(text.read_text()[::-1])
+    os.utime(text, (LONG_AGO, LONG_AGO))
+    report = encode(other, base, work / "cache")
+    assert summarise(report) == "1 caption changed, 13 unchanged"
 
 
 def test_rehash_sees_what_size_and_time_hide(work: Path, base: Path) -> None:

@@ -4,13 +4,15 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
+import cli_caches
 from cli import commands
 from shards import CacheError
-from shards.manifest import MANIFEST, read_manifest
+from shards.manifest import LOCK, MANIFEST, canonical_json, content_digest, read_manifest
 from shards.repair import drop_damaged
 from shards.verify import verify
 from tests.conftest import Encode
@@ -156,6 +158,42 @@ def test_the_manifest_goes_first_and_the_mark_before_its_tar(
     monkeypatch.setattr(Path, "unlink", unlink)
     drop_damaged(cache, manifest, found)
     assert gone == [MANIFEST, "64x64-000000.index", "64x64-000000.tar", "rejected.jsonl"]
+
+
+def test_what_is_not_damaged_but_foreign_is_not_dropped(
+    cache: Path, tmp_path: Path, run_verify: Verify
+) -> None:
+    foreign = tmp_path / "web"
+    foreign.mkdir()
+    (foreign / MANIFEST).write_text('{"name": "a page", "digest": "none"}')
+    newer = read_manifest(cache)
+    del newer["digest"]
+    newer["version"] += 1
+    newer["digest"] = content_digest(newer)
+    (cache / MANIFEST).write_text(canonical_json(newer))
+    for folder in (foreign, cache):
+        before = contents(folder)
+        run = run_verify(folder, "--repair")
+        assert (run.exit_code, run.stdout) == (2, "")
+        assert contents(folder) == before
+
+
+def test_what_is_verified_to_repair_it_is_not_encoded_meanwhile(
+    cache: Path, run_verify: Verify, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else whole shards might be dropped, for what those before them had."""
+    held = []
+
+    def verify_locked(folder: Path, manifest: dict[str, Any]) -> Iterator[list[str]]:
+        held.append((folder / LOCK).exists())
+        yield from verify(folder, manifest)
+
+    monkeypatch.setattr(cli_caches, "verify", verify_locked)
+    damage(cache / "64x64-000000.tar")
+    for flags in ([], ["--repair"]):
+        run_verify(cache, *flags)
+    assert held == [False, True]
+    assert not (cache / LOCK).exists()
 
 
 def test_a_cache_that_is_written_is_not_repaired(cache: Path, run_verify: Verify) -> None:

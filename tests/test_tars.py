@@ -229,3 +229,18 @@ def test_webdatasets_own_tars_are_encoded(tmp_path: Path, encode_to: Encode) -> 
     }
     digest = hashlib.sha256(picture(side=64)).hexdigest()
     assert {one["digests"]["picture"] for one in abouts} == {digest}
+
+
+def test_names_and_messages_that_are_no_text_are_told_all_the_same(tmp_path: Path) -> None:
+    (tmp_path / os.fsdecode(b"x\xff.tar.gz")).write_bytes(b"")
+    put_tar(tmp_path / "a.tar", {"1.json": b'{"status": "failed", "error_message": "\\ud800"}'})
+    with tarfile.open(tmp_path / "b.tar", "w", format=tarfile.GNU_FORMAT) as archive:
+        link = tarfile.TarInfo(os.fsdecode(b"l\xff.png"))
+        link.type, link.linkname = tarfile.SYMTYPE, "x.png"
+        archive.addfile(link)
+    put(tmp_path / "good.png", "good")
+    with pytest.warns(UserWarning, match="no pictures in this tar"):
+        found = reasons(read_one(tmp_path))
+    assert {*found} == {"x\\xff.tar.gz", "a.tar/1", "b.tar/l\\xff.png"}
+    assert found["a.tar/1"] == "failed: \\ud800"
+    assert all(text.encode() for text in [*found, *found.values()])

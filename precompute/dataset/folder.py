@@ -122,7 +122,7 @@ def read_pictures(place: Tree | Pack, settings: EncodeSettings) -> Iterator[Reco
         if not is_picture(path) or path in beside:
             continue
         if not is_text(path):
-            yield Rejected(shown(place.label(path)), "its name is not UTF-8 text")
+            yield Rejected(place.label(path), "its name is not UTF-8 text")
             continue
         try:
             record, why = _with_caption(place, path, settings)
@@ -179,8 +179,3 @@ def mask_beside(place: Tree | Pack, path: str, masks: dict[str, list[str]]) -> B
         names = [name.rpartition("/")[2] for name in found]
         raise ValueError(f"both {names[0]} and {names[1]}: which is its mask?")
     return place.blob(found[0]) if found else None
-
-
-def shown(path: str) -> str:
-    """A file's name as text, whatever its bytes are."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")

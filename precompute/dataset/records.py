@@ -69,14 +69,26 @@ class Record:
 
 @dataclass(frozen=True)
 class Rejected:
-    """A picture that is not encoded, and why."""
+    """A picture that is not encoded, and why; both as text, whatever bytes its name has."""
 
     path: str
     reason: str
 
+    def __post_init__(self) -> None:
+        for name in ("path", "reason"):
+            object.__setattr__(self, name, _as_text(getattr(self, name)))
+
     @property
     def key(self) -> str:
         return sample_key(self.path)
+
+
+def _as_text(text: str) -> str:
+    try:
+        data = os.fsencode(text)
+    except UnicodeEncodeError:  # half a character, of a JSON string
+        return text.encode("utf-8", "backslashreplace").decode()
+    return data.decode("utf-8", "backslashreplace")
 
 
 @dataclass

@@ -14,7 +14,6 @@ from precompute.dataset.folder import (
     is_picture,
     mask_beside,
     read_pictures,
-    shown,
     walk,
 )
 from precompute.dataset.listing import LISTS, read_list
@@ -86,7 +85,7 @@ def read_source(folder: Path, settings: EncodeSettings, memory: Memory, prefix: 
     for path in sorted(tree.files):
         found += _packed(tree, path, settings)
     lost = (path for path in tree.broken if is_picture(path))
-    found += [Rejected(shown(path), "a link that leads nowhere") for path in lost]
+    found += [Rejected(path, "a link that leads nowhere") for path in lost]
     found = [*repeat_folders(found, settings.repeat_folders)]
     if not found:
         raise ValueError(f"{folder}: no pictures in it ({' '.join(sorted(PICTURES))} .tar)")
@@ -117,7 +116,7 @@ def _unnamed(tree: Tree, found: list[Item], listing: str) -> Iterator[Rejected]:
     masks = {item.mask.file for item in found if isinstance(item, Record) and item.mask}
     for path in tree.files:
         if is_picture(path) and path not in named and tree.root / path not in masks:
-            yield Rejected(shown(path), f"not named in {listing}, so it has no caption")
+            yield Rejected(path, f"not named in {listing}, so it has no caption")
 
 
 def _packed(tree: Tree, path: str, settings: EncodeSettings) -> Iterator[Item]:
@@ -129,7 +128,7 @@ def _packed(tree: Tree, path: str, settings: EncodeSettings) -> Iterator[Item]:
     if not path.lower().endswith(".tar") or is_shard:
         return
     if not is_text(path):
-        yield Rejected(shown(path), "its name is not UTF-8 text")
+        yield Rejected(path, "its name is not UTF-8 text")
         return
     pack = open_pack(tree.root, path, tree.files[path], tree.memory, tree.prefix)
     yield from read_pictures(pack, settings)

@@ -26,7 +26,9 @@ def dry_run(settings: EncodeSettings) -> Iterator[str]:
     Raises:
         ValueError: the data set, the base or the settings cannot be used.
     """
-    memory = Memory() if settings.rehash else read_memory(settings.out)
+    memory = read_memory(settings.out, settings.dataset)
+    if settings.rehash:
+        memory = Memory()
     sources = read_data_set(settings, memory)
     sizer = Sizer.of(settings)
     tokenizer, _ = load_tokenizers(settings.base, settings.tokenizers)

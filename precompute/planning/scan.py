@@ -34,22 +34,25 @@ VERSION = 1  # of what is remembered, and of how a header is read
 Header = list[Any]
 
 
-def read_memory(folder: Path) -> Memory:
-    """What the last scan for this cache found; nothing if that cannot be read."""
+def read_memory(folder: Path, data_set: Path) -> Memory:
+    """What the last scan for this cache found; nothing if that cannot be read, or was of another
+    data set: there, a file of this name, size and time may hold something else."""
     try:
         held = json.loads((folder / SCAN).read_bytes())
-        return Memory(known=dict(held["files"])) if held["version"] == VERSION else Memory()
+        is_ours = (held["version"], held["data_set"]) == (VERSION, str(data_set.resolve()))
+        return Memory(known=dict(held["files"])) if is_ours else Memory()
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return Memory()
 
 
-def write_memory(folder: Path, memory: Memory) -> None:
+def write_memory(folder: Path, data_set: Path, memory: Memory) -> None:
     """Keep what was seen; where that cannot be written, the next run is slower."""
     if memory.seen == memory.known:
         return
     partial = folder / (SCAN + PARTIAL)
     try:
-        partial.write_text(json.dumps({"version": VERSION, "files": memory.seen}))
+        held = {"version": VERSION, "data_set": str(data_set.resolve()), "files": memory.seen}
+        partial.write_text(json.dumps(held))
         os.replace(partial, folder / SCAN)
     except OSError:
         return
