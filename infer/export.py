@@ -138,7 +138,8 @@ def _in_dtype(
     }
     for found in cast.values():
         for name, one in found.items():
-            if not (one.down.isfinite().all() and one.up.isfinite().all()):
+            factors = [one.down, one.up, *([] if one.magnitude is None else [one.magnitude])]
+            if not all(factor.float().isfinite().all() for factor in factors):
                 how = "; try --dtype fp32" if dtype == "fp16" else ""
                 raise ValueError(f"{path}: its weights on {name} are not finite{how}")
     return cast

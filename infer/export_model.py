@@ -16,6 +16,7 @@ from infer.export_settings import ExportSettings
 from sdxl.base import find_weights, model_config, read_config, scheduler_config, vae_config
 from sdxl.card import ARCHITECTURE, Card, base_license, base_name, read_card
 from sdxl.load import load_text_encoders, load_unet, load_unet_folder, load_vae
+from sdxl.long_captions import read_long_captions, write_long_captions
 from sdxl.lora_fit import fit
 from sdxl.lora_formats import read_lora_file
 from sdxl.original_file import Part, write_original
@@ -67,15 +68,16 @@ def _fine_tuned(settings: ExportSettings, base: str, unet: Path, dtype: torch.dt
         parts[component] = Part(_config_of(settings, base, component), module.state_dict())
     schedule = _schedule(base, schedule_beside(unet))
     card = read_card(read_header(find_weights(unet).files[0])[1])
+    if (num_chunks := read_long_captions(unet)) > 1:
+        card = replace(card, long_captions=num_chunks)
     return Model(parts, schedule, _card(settings, base, card, schedule))
 
 
 def _merged(settings: ExportSettings, base: str, dtype: torch.dtype) -> Model:
     file = read_lora_file(settings.weights)
-    stored = _stored_dtype(base)
-    modules: dict[str, Any] = {"unet": load_unet(base, stored)}
-    if settings.is_file:
-        modules |= _encoders(settings, base, stored)
+    modules: dict[str, Any] = {"unet": load_unet(base, _stored_dtype(base))}
+    if settings.is_file:  # in fp32: they may be stored in another dtype than the UNet
+        modules |= _encoders(settings, base, torch.float32)
     parts = {}
     for component, module in modules.items():
         state = module.state_dict()
@@ -122,10 +124,12 @@ def _stored_dtype(base: str) -> torch.dtype:
 
 
 def _schedule(base: str, own: Schedule) -> Schedule:
-    """What a fine-tune says of itself, or else its base."""
-    if own.prediction_type is not None:
-        return own
-    return Schedule.of_config(scheduler_config(base))
+    """What a fine-tune says of itself, and of what it does not its base: as it is sampled."""
+    said = Schedule.of_config(scheduler_config(base))
+    if own.prediction_type is None:
+        return said
+    zero_snr = said.zero_snr if own.zero_snr is None else own.zero_snr
+    return Schedule(own.prediction_type, zero_snr)
 
 
 def _card(settings: ExportSettings, base: str, card: Card, schedule: Schedule) -> Card:
@@ -189,6 +193,7 @@ def _write_folder(settings: ExportSettings, base: str, model: Model, dtype: torc
         settle(partial / "unet" / WEIGHTS)
         text = json.dumps(part.config, indent=2, sort_keys=True)
         (partial / "unet" / "config.json").write_text(text + "\n")
+        write_long_captions(partial / "unet", model.card.long_captions or 1)
         write_schedule(base, model.schedule, partial)
         _compare(load_unet_folder(partial / "unet", dtype), part, out)
         for name in ("scheduler", "unet"):

@@ -90,6 +90,9 @@ def _about(studio: Studio, drawings: list[Drawing]) -> About:
         sampler = studio.weights.sampler(name)
         config = config_digest(dict(sampler.config))
         samplers[name or ""] = {"name": type(sampler).__name__, "config": config}
+        if studio.settings.compare:
+            plain = studio.weights.sampler(name, plain=True)
+            samplers[name or ""]["config_without"] = config_digest(dict(plain.config))
     return {"weights": studio.weights.digests(studio.dtype), "samplers": samplers}
 
 

@@ -7,7 +7,14 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from infer.settings import GenerateSettings
-from sdxl.base import config_at, model_config, vae_config
+from sdxl.base import (
+    base_path,
+    config_at,
+    is_file,
+    model_config,
+    vae_config,
+    zeros_for_empty_prompt,
+)
 from sdxl.fingerprint import config_digest, file_digest, tokenizer_digest, weights_digest
 from sdxl.load import load_unet, load_unet_folder, load_vae
 from sdxl.long_captions import read_long_captions
@@ -32,7 +39,7 @@ class Weights:
         self.loras = [(_lora_file(use.path, settings.ema), use.weight) for use in settings.lora]
         self.unet = None if settings.unet is None else _unet_folder(settings.unet, settings.ema)
         self.schedule = _schedule(self.loras, self.unet)
-        self.num_chunks = _num_chunks(self.loras, self.unet)
+        self.num_chunks = _num_chunks(settings.base, self.loras, self.unet)
 
     @property
     def plain_schedule(self) -> Schedule:
@@ -74,6 +81,7 @@ class Weights:
             "dtype": _name(dtype),
             "num_chunks": self.num_chunks,
             "vae_dtype": _name(self.vae_dtype(dtype)),
+            "zeros_for_empty_prompt": zeros_for_empty_prompt(base),
         }
         for part, (path, config) in configs.items():
             found[part] = weights_digest(path, part)
@@ -137,10 +145,14 @@ def _schedule(loras: list[tuple[Path, float]], unet: Path | None) -> Schedule:
     return Schedule() if unet is None else schedule_beside(unet)
 
 
-def _num_chunks(loras: list[tuple[Path, float]], unet: Path | None) -> int:
+def _num_chunks(base: str, loras: list[tuple[Path, float]], unet: Path | None) -> int:
     """Of 77 tokens each, that a prompt has: as many as any of the weights learned captions in."""
     found = [read_num_chunks(file) for file, _ in loras]
-    return max([*found, 1 if unet is None else read_long_captions(unet)])
+    if unet is not None:
+        found.append(read_long_captions(unet))
+    elif is_file(base):  # it may be an export of what was fine-tuned
+        found.append(read_num_chunks(base_path(base)))
+    return max([*found, 1])
 
 
 def _lora_file(path: Path, ema: bool) -> Path:

@@ -132,6 +132,8 @@ def read_lora_file(path: Path) -> LoraFile:
     with open_lora(path) as file:
         metadata = dict(file.metadata() or {})
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if not tensors:
+        raise ValueError(f"{path}: holds no LoRA weights: it has no tensor at all")
     settings, kind = _settings(metadata), _kind(tensors)
     if kind == "peft":
         settings = {f"{UNET}.{n}": v for n, v in _peft_settings(path).items()}

@@ -18,8 +18,11 @@ from typing import Any
 OPTION_START = re.compile(r"(?:^|\s)--(?=[^\s-])")
 LINE_END = re.compile(r"\r\n|\r|\n")
 WHOLE_NUMBER = re.compile(r"[0-9]{1,20}")  # int() alone would also take "1_0", "+1" and "٣"
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 DECIMAL = re.compile(r"[0-9]+(\.[0-9]*)?|\.[0-9]+")  # likewise float(): "nan", "inf"
 MAX_SEED = 2**64 - 1  # the largest torch.Generator.manual_seed takes
+MAX_PIXELS = 999_999_999  # of a size or crop that SDXL is told, as --original-size
+MAX_IMAGES = 999_999  # of one line
 MAX_STEPS = 999  # of 1000 that a UNet is trained on; with 1000 some samplers go beyond the last
 SAMPLERS = ("euler", "euler-a", "ddim", "ddpm", "dpm++2m")
 OPTIONS = {
@@ -106,6 +109,9 @@ def prompt_of_table(table: dict[str, Any]) -> Prompt:
 def _prompt(text: str, values: dict[str, Any]) -> Prompt:
     if not text.strip():
         raise ValueError("the prompt is empty: text must come before the options")
+    for one in (text, str(values.get("negative", ""))):
+        if LONE_SURROGATE.search(one):  # no tokenizer reads it
+            raise ValueError(f"{one[:60]!r} holds half a character, which is no Unicode text")
     if ("original_width" in values) != ("original_height" in values):
         raise ValueError("options --ow and --oh, the original size, go together")
     return Prompt(text=text.strip(), **values)
@@ -186,7 +192,7 @@ def _from_json(where: str, text: str) -> Any:
 
     try:
         return json.loads(text, object_pairs_hook=once)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{where}: not valid JSON ({error})") from None
 
 
@@ -239,9 +245,9 @@ _READERS: dict[str, Callable[[str], Any]] = {
     "num_steps": _whole_number(1, MAX_STEPS),
     "guidance_scale": _guidance_scale,
     "sampler": _sampler,
-    "num_images": _whole_number(1),
-    "original_width": _whole_number(1),
-    "original_height": _whole_number(1),
-    "crop_left": _whole_number(0),
-    "crop_top": _whole_number(0),
+    "num_images": _whole_number(1, MAX_IMAGES),
+    "original_width": _whole_number(1, MAX_PIXELS),
+    "original_height": _whole_number(1, MAX_PIXELS),
+    "crop_left": _whole_number(0, MAX_PIXELS),
+    "crop_top": _whole_number(0, MAX_PIXELS),
 }

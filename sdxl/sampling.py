@@ -96,14 +96,17 @@ def _rescaled(guided: torch.Tensor, with_prompt: torch.Tensor, amount: float) ->
 
 @torch.inference_mode()
 def decode_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
-    """Scaled latents [N, C, h, w] to pictures [N, 3, 8h, 8w] in 0..1, fp32, on the CPU."""
+    """Scaled latents [N, C, h, w] to pictures [N, 3, 8h, 8w] in 0..1, fp32, on the CPU; NaN
+    where the VAE overflows."""
     latents = unscale(vae.config, latents.to(vae.device, vae.dtype))
     at_once = max(1, DECODED_AT_ONCE // latents[0, 0].numel())
     decoded = [
         vae.decode(some, return_dict=False)[0].float().cpu()
         for some in torch.split(latents, at_once)
     ]
-    return (torch.cat(decoded) / 2 + 0.5).clamp(0, 1)
+    pictures = torch.cat(decoded) / 2 + 0.5
+    # An overflow is no white: what is not finite stays so, to be seen by the caller.
+    return torch.where(pictures.isfinite(), pictures.clamp(0, 1), torch.nan)
 
 
 def _normalisation(config: Any, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,5 +1,7 @@
 """Several LoRAs at once, on the base or a fine-tuned UNet, compared with none; any checkpoint."""
 
+import json
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from loras import made_lora, text_lora
 from PIL import Image
 from runs import run
 
+from infer.generate import _about, _plan, make_studio
 from infer.settings import GenerateSettings, LoraUse
 from sdxl.card import Card
 from sdxl.lora_formats import KOHYA, LORA
@@ -163,3 +166,32 @@ def test_a_weight_follows_the_comma(text: str, path: str, weight: float) -> None
 def test_a_weight_that_is_none(text: str) -> None:
     with pytest.raises(ValueError, match=r"is no number|must be FILE or FILE,WEIGHT"):
         LoraUse.parse(text)
+
+
+def test_all_that_decides_a_picture_is_in_its_record(base: Path, tmp_path: Path) -> None:
+    """Also what the base says of the unconditional, and how the side without LoRA is sampled."""
+    folder = tmp_path / "base"
+    shutil.copytree(base, folder)
+    made_lora(folder, tmp_path)
+    use = (LoraUse(tmp_path / LORA),)
+    settings = GenerateSettings(
+        base=str(folder), out=tmp_path / "out", prompt="a", lora=use, compare=True
+    )
+
+    def about() -> Any:
+        return _about(make_studio(settings), _plan(settings))
+
+    first = about()
+    assert about() == first
+    path = folder / "scheduler" / "scheduler_config.json"
+    before = path.read_text()
+    told = json.loads(before)
+    path.write_text(json.dumps(told | {"prediction_type": "v_prediction"}))
+    second = about()  # the LoRA says for itself what it predicts
+    assert second["samplers"] != first["samplers"] and second["weights"] == first["weights"]
+    path.write_text(before)
+    assert about() == first
+    index = folder / "model_index.json"
+    told = json.loads(index.read_bytes()) | {"force_zeros_for_empty_prompt": False}
+    index.write_text(json.dumps(told))
+    assert about()["weights"] != first["weights"]

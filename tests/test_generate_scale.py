@@ -162,6 +162,18 @@ def test_a_vae_that_overflows_in_half_decodes_in_fp32(base: Path) -> None:
     assert torch.equal(found, decode_latents(vae.to(torch.float32), latents))
 
 
+def test_an_infinite_pixel_is_no_white_one(base: Path) -> None:
+    vae: Any = load_vae(str(base), torch.float16)
+    with torch.no_grad():
+        vae.decoder.conv_out.bias.fill_(6e4)
+        vae.decoder.conv_out.weight.mul_(1e4)  # the last layer: nothing after it makes NaN of inf
+    latents = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert (vae.decode(latents.half()).sample == torch.inf).any()
+    assert not decode_latents(vae, latents).isfinite().all()
+    assert infer.studio._pictures(vae, latents).isfinite().all()
+
+
 def test_a_picture_that_is_not_finite_is_no_picture(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -269,10 +269,12 @@ def test_files_that_are_none(tmp_path: Path, adapted: tuple[Any, Path]) -> None:
     torch.save({"a": torch.ones(1)}, tmp_path / "pickle.safetensors")
     (tmp_path / "cut.safetensors").write_bytes((folder / LORA).read_bytes()[:-5])
     (tmp_path / "empty").mkdir()
+    write(tmp_path / "none.safetensors", {})
     for path, message in {
         peft: r"adapter_config.json: missing, and with it the strength of adapter_model",
         tmp_path / "pickle.safetensors": "no LoRA file in safetensors format",
         tmp_path / "cut.safetensors": "no LoRA file in safetensors format",
+        tmp_path / "none.safetensors": "holds no LoRA weights: it has no tensor at all",
         tmp_path / "empty": "pytorch_lora_weights.safetensors: no such LoRA file",
         tmp_path / "nothing": "nothing: no such LoRA file",
     }.items():

@@ -137,6 +137,13 @@ def test_kohyas_toml(tmp_path: Path) -> None:
         ),
         ("a.toml", 'prompt = "a"', ": must have [[prompt]] tables"),
         ("a.csv", "a", ": a prompt file is a .txt, .jsonl, .json or .toml"),
+        (
+            "a.txt",
+            "a --ow 99999999999999999999 --oh 8",
+            ", line 1: option --ow must be a whole number from 1 to 999999999",
+        ),
+        ("a.json", '["a \\ud800"]', ", prompt 1: 'a \\ud800' holds half a character"),
+        ("a.json", "[" * 200_000, ": not valid JSON"),
         ("a.txt", "a --ow 64", ", line 1: options --ow and --oh, the original size, go together"),
         (
             "a.txt",
@@ -146,7 +153,7 @@ def test_kohyas_toml(tmp_path: Path) -> None:
         (
             "a.txt",
             "a --n-images 0",
-            ", line 1: option --n-images must be a whole number of at least",
+            ", line 1: option --n-images must be a whole number from 1 to",
         ),
     ],
 )

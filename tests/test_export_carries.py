@@ -1,0 +1,88 @@
+"""What an export takes along besides the weights themselves."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from loras import made_lora
+
+from infer.export import export
+from infer.export_settings import ExportSettings
+from infer.settings import GenerateSettings, LoraUse
+from infer.weights import Weights
+from sdxl.base import scheduler_config
+from sdxl.card import Card
+from sdxl.load import load_vae
+from sdxl.lora_formats import KOHYA, LORA
+from sdxl.lora_write import lora_bytes
+from tools.random_base import make_random_base
+
+
+def merged(base: Path, lora: Path, out: Path, dtype: str = "fp16") -> Path:
+    settings: Any = {"base": str(base), "merge": True, "dtype": dtype}
+    return export(ExportSettings(weights=lora, out=out, **settings)).path
+
+
+def lora_with(base: Path, folder: Path, **card: Any) -> Path:
+    unet = made_lora(base, folder)
+    (folder / LORA).write_bytes(lora_bytes(unet, None, Card(**card))[LORA])
+    return folder / LORA
+
+
+def chunks_of(out: Path, base: Path, **use: Any) -> int:
+    return Weights(GenerateSettings(base=str(base), out=out, prompt="a", **use)).num_chunks
+
+
+def test_long_captions(base: Path, tmp_path: Path) -> None:
+    lora = lora_with(base, tmp_path, long_captions=3)
+    assert chunks_of(tmp_path, base, lora=(LoraUse(lora),)) == 3
+    folder = merged(base, lora, tmp_path / "folder")
+    assert chunks_of(tmp_path, base, unet=folder) == 3
+    file = merged(base, lora, tmp_path / "whole.safetensors")
+    assert chunks_of(tmp_path, file) == 3
+    again = tmp_path / "again.safetensors"  # of a UNet folder
+    export(ExportSettings(weights=folder, out=again, base=str(base)))
+    assert chunks_of(tmp_path, again) == 3
+    assert chunks_of(tmp_path, base) == 1
+
+
+def test_of_what_a_lora_does_not_say_the_base_decides(base: Path, tmp_path: Path) -> None:
+    """As ``generate`` samples it, so the merged one is."""
+    make_random_base(tmp_path / "base")
+    path = tmp_path / "base" / "scheduler" / "scheduler_config.json"
+    told = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | told))
+    lora = lora_with(tmp_path / "base", tmp_path, prediction_type="v_prediction")
+    found = scheduler_config(str(merged(tmp_path / "base", lora, tmp_path / "out.safetensors")))
+    assert {name: found[name] for name in told} == told
+
+
+def test_a_vae_in_another_dtype_than_the_unet_keeps_its_bits(base: Path, tmp_path: Path) -> None:
+    make_random_base(tmp_path / "base")
+    path = tmp_path / "base" / "unet" / "diffusion_pytorch_model.safetensors"
+    state = safetensors.torch.load_file(path)
+    safetensors.torch.save_file({n: t.half() for n, t in state.items()}, path, {"format": "pt"})
+    made_lora(tmp_path / "base", tmp_path)
+    out = merged(tmp_path / "base", tmp_path / LORA, tmp_path / "out.safetensors", "fp32")
+    expected = load_vae(str(tmp_path / "base"), torch.float32).state_dict()
+    found = load_vae(str(out), torch.float32).state_dict()
+    assert any(not torch.equal(t, t.half().float()) for t in expected.values())
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("name", [LORA, KOHYA])
+def test_a_lora_in_eight_bits(base: Path, tmp_path: Path, name: str) -> None:
+    made_lora(base, tmp_path)
+    state = safetensors.torch.load_file(tmp_path / name)
+    small = {
+        n: t if n.endswith("alpha") else t.to(torch.float8_e4m3fn).contiguous()
+        for n, t in state.items()
+    }
+    safetensors.torch.save_file(small, tmp_path / "eight.safetensors")
+    settings = ExportSettings(
+        weights=tmp_path / "eight.safetensors", out=tmp_path / "out.safetensors", base=str(base)
+    )
+    assert export(settings).what.startswith("diffusers" if name == KOHYA else "kohya")
