@@ -35,7 +35,8 @@ def drop_damaged(folder: Path, manifest: dict[str, Any], found: list[list[str]])
     for shard in shards:
         for end in ("index", "tar"):  # the mark first: a tar without an index is nothing
             _drop(folder, f"{shard['name']}.{end}")
-        lines.append(f"{folder / shard['name']}: dropped, with its {shard['count']} samples")
+        held = "1 sample" if shard["count"] == 1 else f"{shard['count']} samples"
+        lines.append(f"{folder / shard['name']}: dropped, with its {held}")
     for name in files:
         _drop(folder, name)
         remedy = REMEDIES.get(name)

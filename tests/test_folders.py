@@ -40,6 +40,11 @@ def test_repeat_folders_that_are_not_there_are_a_warning(tmp_path: Path) -> None
         assert repeats(tmp_path, repeat_folders=True) == {"cats/a.png": 1}
 
 
+def test_repeat_folders_whose_pictures_are_all_refused_are_there(tmp_path: Path) -> None:
+    put(tmp_path / "2_cats" / "a.png")
+    assert repeats(tmp_path, repeat_folders=True) == {}  # no warning: it would be an error
+
+
 def test_weight_and_repeats_of_a_list(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [
         {},

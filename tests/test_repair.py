@@ -72,7 +72,7 @@ def test_a_damaged_shard_is_dropped_and_made_again(
     lines = run.stdout.splitlines()
     assert lines[0].startswith(f"{cache}/64x64-000001.{end}: ")
     assert lines[1:] == [
-        f"{cache}/64x64-000001: dropped, with its 1 samples",
+        f"{cache}/64x64-000001: dropped, with its 1 sample",
         "next: run the same encode again, it makes what was dropped",
     ]
     gone = {f"64x64-000001.{one}" for one in ("tar", "index")} | {MANIFEST}

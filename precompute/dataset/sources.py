@@ -144,8 +144,9 @@ def repeat_folders(found: Iterable[Item], wanted: bool) -> Iterator[Item]:
     for item in found:
         parts = [part for part in item.path.split("/")[:-1] if not part.lower().endswith(".tar")]
         name = next((part for part in reversed(parts) if REPEATS.fullmatch(part)), "")
-        if name and isinstance(item, Record):
+        if name and (wanted or isinstance(item, Record)):
             folders[name] = int(name.partition("_")[0])
+        if name and isinstance(item, Record):
             if wanted and not folders[name]:
                 item = Rejected(item.path, f"its folder {name} takes it 0 times an epoch")
             elif wanted:
