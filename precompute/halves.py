@@ -54,8 +54,12 @@ def latent_halves(members: Sequence[Planned], encoders: Encoders) -> Iterator[Ha
             goes on from there the next time.
     """
     size, threads = encoders.batch_size, num_cores()
+    most = max((len(one.variants) for one in members), default=1)  # each is a picture in memory
     opened = read_ahead(
-        lambda one: _open_member(one, encoders.settings), members, threads, 2 * size + threads
+        lambda one: _open_member(one, encoders.settings),
+        members,
+        threads,
+        -(-(2 * size + threads) // most),
     )
 
     def encode(rows: list[Pixels]) -> list[tuple[torch.Tensor, ...]]:
@@ -145,15 +149,17 @@ def _stored(
 
 def _open_member(planned: Planned, settings: EncodeSettings) -> list[Pixels] | Failed:
     """Of each variant its pixels and its mask, or why there are none."""
-    changed = Failed("it changed while the data set was encoded; encode again", for_good=False)
     record = planned.record
     try:
         data = record.picture.read()
         mask = None if record.mask is None else record.mask.read()
-    except ValueError:
-        return changed
+    except ValueError as error:  # it changed
+        return Failed(str(error), for_good=False)
     if [_digest(data), _digest(mask)] != [planned.picture, planned.mask]:
-        return changed
+        return Failed(
+            "it changed, and its size and time do not show it; encode again with --rehash",
+            for_good=False,
+        )
     try:
         with room_for(planned.variants[0].original):
             pictures = render_variants(open_picture(data), planned.variants)

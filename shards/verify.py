@@ -35,14 +35,26 @@ def _check_side_files(folder: Path, manifest: dict[str, Any]) -> Iterator[str]:
         path = folder / name
         if not path.is_file():
             yield f"{path}: missing"
-        elif file_sha256(path) != digest:
-            yield f"{path}: damaged (sha256 differs)"
+            continue
+        try:
+            if file_sha256(path) != digest:
+                yield f"{path}: damaged (sha256 differs)"
+        except OSError as error:
+            yield f"{path}: cannot be read ({error.strerror or error})"
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.name not in known:
             yield f"{path}: not a file of this cache; encode again, or remove it"
 
 
 def _check_shard(folder: Path, shard: dict[str, Any]) -> list[str]:
+    """A disk that fails to read one shard is no reason to leave the others unchecked."""
+    try:
+        return _hash_shard(folder, shard)
+    except OSError as error:
+        return [f"{folder / shard['name']}.tar: cannot be read ({error.strerror or error})"]
+
+
+def _hash_shard(folder: Path, shard: dict[str, Any]) -> list[str]:
     tar = folder / f"{shard['name']}.tar"
     try:
         index = Index(folder / f"{shard['name']}.index")

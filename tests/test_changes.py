@@ -21,6 +21,7 @@ from encodes import (
 from PIL import Image
 
 import precompute.encoders
+import precompute.halves
 from precompute.dataset.records import Blob
 from precompute.planning.changes import PREPROCESSING
 from precompute.report import summarise
@@ -211,3 +212,26 @@ def test_who_joins_fills_new_shards_and_who_leaves_moves_nobody(work: Path, base
     for name in before.keys() - changed:
         assert stamps(cache)[f"{name}.tar"] == files[f"{name}.tar"]
     assert_as_fresh(work, base)
+
+
+def test_a_picture_of_other_bytes_but_the_same_time_is_told_how_to_be_read(
+    work: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And of pictures with several variants fewer are decoded ahead: each takes as much."""
+    again(work, base)
+    picture = work / "data" / "000.png"
+    data = bytearray(picture.read_bytes())
+    data[-1] ^= 1
+    picture.write_bytes(data)
+    os.utime(picture, (LONG_AGO, LONG_AGO))
+    ahead, real = [], precompute.halves.read_ahead
+
+    def read_ahead(function: Any, items: Any, threads: int, most: int) -> Any:
+        ahead.append(most)
+        return real(function, items, threads, most)
+
+    monkeypatch.setattr(precompute.halves, "read_ahead", read_ahead)
+    monkeypatch.setattr(precompute.halves, "num_cores", lambda: 16)
+    (rejected,) = again(work, base, flip=True).rejected
+    assert (rejected.path, "encode again with --rehash" in rejected.reason) == ("000.png", True)
+    assert set(ahead) == {(2 * 4 + 16) // 2}  # batches of 4, 16 threads, 2 variants

@@ -1,5 +1,7 @@
 """``verify --repair`` drops what is damaged and nothing else; the next encode makes it again."""
 
+import errno
+import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -10,9 +12,17 @@ import pytest
 from click.testing import CliRunner, Result
 
 import cli_caches
+import shards.verify
 from cli import commands
 from shards import CacheError
-from shards.manifest import LOCK, MANIFEST, canonical_json, content_digest, read_manifest
+from shards.manifest import (
+    LOCK,
+    MANIFEST,
+    canonical_json,
+    content_digest,
+    file_sha256,
+    read_manifest,
+)
 from shards.repair import drop_damaged
 from shards.verify import verify
 from tests.conftest import Encode
@@ -158,6 +168,24 @@ def test_the_manifest_goes_first_and_the_mark_before_its_tar(
     monkeypatch.setattr(Path, "unlink", unlink)
     drop_damaged(cache, manifest, found)
     assert gone == [MANIFEST, "64x64-000000.index", "64x64-000000.tar", "rejected.jsonl"]
+
+
+def test_what_the_disk_fails_to_read_is_named_and_dropped(
+    cache: Path, run_verify: Verify, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(path: Path) -> str:
+        if path.name in ("64x64-000001.tar", "rejected.jsonl"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return file_sha256(path)
+
+    monkeypatch.setattr(shards.verify, "file_sha256", read)
+    damage(cache / "64x64-000000.tar")
+    run = run_verify(cache, "--repair")
+    assert run.exit_code == 1
+    for name in ("64x64-000001.tar", "rejected.jsonl"):
+        assert f"{cache / name}: cannot be read (Input/output error)" in run.stdout
+    for name in ("64x64-000000", "64x64-000001", "rejected.jsonl"):
+        assert f"{cache / name}: dropped" in run.stdout
 
 
 def test_what_is_not_damaged_but_foreign_is_not_dropped(
