@@ -155,6 +155,9 @@ def _check_finite(parts: dict[str, Part], dtype: torch.dtype) -> None:
 
 
 def _write_file(out: Path, model: Model, dtype: torch.dtype) -> None:
+    kind = model.schedule.prediction_type
+    if kind not in (None, "epsilon", "v_prediction"):
+        raise ValueError(f"the UNet predicts {kind!r}, which one file cannot say; give a folder")
     partial = out.with_name(f"{out.stem}.partial.safetensors")
     side = 8 * int(model.parts["unet"].config["sample_size"])
     metadata = model.card.modelspec(ARCHITECTURE, side) | model.card.to_metadata()
@@ -196,9 +199,10 @@ def _write_folder(settings: ExportSettings, base: str, model: Model, dtype: torc
         write_long_captions(partial / "unet", model.card.long_captions or 1)
         write_schedule(base, model.schedule, partial)
         _compare(load_unet_folder(partial / "unet", dtype), part, out)
-        for name in ("scheduler", "unet"):
+        for name in ("unet", "scheduler"):
             if (out / name).exists():
                 shutil.rmtree(out / name)
+        for name in ("scheduler", "unet"):  # the UNet last: without it the folder is none
             os.replace(partial / name, out / name)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

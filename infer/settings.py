@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from processes.gpus import check_gpus
 from sdxl.base import BASE_HELP, TOKENIZERS_HELP
-from sdxl.prompts import MAX_STEPS
+from sdxl.prompts import MAX_PIXELS, MAX_SIDE, MAX_STEPS
 
 Size = tuple[int, int]  # pixels: width and height, or left and top
 
@@ -150,7 +150,8 @@ def _sides(name: str, text: str | None, multiple: int) -> Size | None:
         return None
     found = re.fullmatch(r"([0-9]{1,9})(?:x([0-9]{1,9}))?", text.lower())
     sides = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
-    if any(side < multiple or side % multiple for side in sides):
+    most = MAX_SIDE if multiple > 1 else MAX_PIXELS
+    if any(not multiple <= side <= most or side % multiple for side in sides):
         what = f", multiples of {multiple}" if multiple > 1 else ""
-        raise ValueError(f"--{name} must be N or WxH{what}, not {text!r}")
+        raise ValueError(f"--{name} must be N or WxH{what}, up to {most}, not {text!r}")
     return sides

@@ -21,6 +21,7 @@ WHOLE_NUMBER = re.compile(r"[0-9]{1,20}")  # int() alone would also take "1_0", 
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 DECIMAL = re.compile(r"[0-9]+(\.[0-9]*)?|\.[0-9]+")  # likewise float(): "nan", "inf"
 MAX_SEED = 2**64 - 1  # the largest torch.Generator.manual_seed takes
+MAX_SIDE = 16_384  # pixels of a picture
 MAX_PIXELS = 999_999_999  # of a size or crop that SDXL is told, as --original-size
 MAX_IMAGES = 999_999  # of one line
 MAX_STEPS = 999  # of 1000 that a UNet is trained on; with 1000 some samplers go beyond the last
@@ -218,8 +219,8 @@ def _whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
 def _side(text: str) -> int:
     """A width or height in pixels; 8, because one latent covers 8x8 of them."""
     number = int(text) if WHOLE_NUMBER.fullmatch(text) else 0
-    if number < 8 or number % 8:
-        raise ValueError("a positive multiple of 8")
+    if not 8 <= number <= MAX_SIDE or number % 8:
+        raise ValueError(f"a positive multiple of 8 up to {MAX_SIDE}")
     return number
 
 

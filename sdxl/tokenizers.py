@@ -65,7 +65,7 @@ class TokenizerFiles:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise BaseError(f"{folder}: no tokenizer can be read from it ({error})") from None
         special = {name: _content(told.get(name, value)) for name, value in _SPECIAL.items()}
-        special["model_max_length"] = min(special["model_max_length"], NUM_TOKENS)
+        special["model_max_length"] = min(special["model_max_length"] or NUM_TOKENS, NUM_TOKENS)
         if self.pad_token is not None:
             special["pad_token"] = self.pad_token
         return {"vocabulary": vocabulary, "merges": merges, **special}

@@ -143,6 +143,8 @@ def test_each_caption_is_shuffled_behind_its_prefix(tmp_path: Path) -> None:
     [
         ({"shuffle_tags": -1}, "--shuffle-tags must be at least 0, not -1"),
         ({"keep_tokens": 1}, "--keep-tokens goes with --shuffle-tags"),
+        ({"crops": 1001}, "--crops must be at most 1000, not 1001"),
+        ({"shuffle_tags": 500, "long_captions": 9}, "are more than 4000 chunks a picture"),
         ({"min_size": -1}, "--min-size must be at least 0, not -1"),
     ],
 )

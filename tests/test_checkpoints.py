@@ -11,6 +11,7 @@ from conftest import Encode
 from runs import Died, at_step, die, losses, rows, run
 
 import train.loop
+from processes.lock import locked
 from train.checkpoint import newest_checkpoint, numbered
 from train.config import CacheUse, Every
 
@@ -230,3 +231,23 @@ def test_what_cannot_change_is_refused_and_what_can_is_noted(
         "the run goes on with --lr 0.0005; it was 0.001",
         "the run goes on with --timestep-range (0, 500); it was []",
     ]
+
+
+def test_a_second_run_in_a_folder_is_refused(cache: Path, base: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with locked(out / "train.lock"), pytest.raises(ValueError, match="another train writes to it"):
+        run(cache, base, out, steps=1)
+    assert not out.exists() or not any(out.iterdir())
+    run(cache, base, out, steps=1)
+    assert not (out / "train.lock").exists()
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    for how in ({"resume": True, "steps": 2}, {"overwrite": True, "steps": 1}):
+        with locked(out / "train.lock"), pytest.raises(ValueError, match="another train"):
+            run(cache, base, out, **how)
+        after = {path: path.stat().st_mtime_ns for path in before}
+        assert {p: t for p, t in after.items() if p != out} == {
+            p: t for p, t in before.items() if p != out
+        }
+    (out / "train.lock").touch()  # as a kill leaves it
+    run(cache, base, out, steps=1, overwrite=True)
+    assert {path.name for path in out.iterdir()} >= {"config.json", "metrics.jsonl"}

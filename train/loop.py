@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from train.memory import advice
 from train.optim import learning_rate
 from train.preview import Previewer
 from train.resume import Start, find_start, restore, state_of
-from train.run_folder import describe, lock_folder, make_folder
+from train.run_folder import check_folder, describe, lock_folder, make_folder
 from train.warm_up import largest_bucket, warm_up
 from train.weights import Kind, publish
 
@@ -66,17 +66,23 @@ def train(config: TrainConfig) -> Path:
     """
     world = start_world(config.device)
     try:
-        caches, val = open_data(config, world)
-        tokens = caches[0].manifest["text"]["tokens"]
-        start, plan, share, identity = find_start(config, caches, world)
-        learner = build_learner(config, world)
-        restore(start, learner, config)
-        kind = Kind.of(config, learner.schedule, caches)
-        previewer = Previewer.of(config, caches, learner)
-        num_steps = _num_steps(config, plan, start)
-        about = describe(config, plan, learner, num_steps)
-        warm_up(learner, config, plan, tokens)
-        with lock_folder(config, world):
+        goes_on = config.resume and config.out.exists()
+        with ExitStack() as held:
+            if goes_on:  # another run may be about to write what this one goes on from
+                check_folder(config)
+                held.enter_context(lock_folder(config, world))
+            caches, val = open_data(config, world)
+            tokens = caches[0].manifest["text"]["tokens"]
+            start, plan, share, identity = find_start(config, caches, world)
+            learner = build_learner(config, world)
+            restore(start, learner, config)
+            kind = Kind.of(config, learner.schedule, caches)
+            previewer = Previewer.of(config, caches, learner)
+            num_steps = _num_steps(config, plan, start)
+            about = describe(config, plan, learner, num_steps)
+            warm_up(learner, config, plan, tokens)
+            if not goes_on:
+                held.enter_context(lock_folder(config, world))
             make_folder(config, world, about)
             run = Run(
                 config=config,
