@@ -13,6 +13,7 @@ from shards.manifest import LOCK, MANIFEST, read_manifest
 from shards.reader import Cache
 from shards.repair import drop_damaged, stand_in
 from shards.verify import verify
+from shards.words import counted
 
 
 def parts_of(cache: Path) -> list[Path]:
@@ -54,7 +55,8 @@ def _verify(folder: Path, *, repair: bool) -> bool:
             click.echo("next: run the same encode again, it makes what was dropped")
     if not faults and "digest" in manifest:
         samples = manifest["num_samples"]
-        click.echo(f"{folder}: {samples} samples in {num_shards} shards, all whole")
+        whole = f"{counted(samples, 'sample')} in {counted(num_shards, 'shard')}, all whole"
+        click.echo(f"{folder}: {whole}")
     return not faults and "digest" in manifest
 
 

@@ -9,6 +9,7 @@ from precompute.planning.changes import Changes
 from shards.buckets import bucket_name
 from shards.index import Index
 from shards.sample import TENSORS
+from shards.words import counted
 
 NOUNS = {  # of one sample, and of several
     "picture": ("picture", "pictures"),
@@ -82,7 +83,8 @@ def summarise(report: Report) -> str:
 def describe(report: Report, num_chunks: int) -> Iterator[str]:
     """Lines for people; captions have ``num_chunks`` chunks."""
     yield (
-        f"\n{report.folder}: {report.num_samples:,} pictures in {report.num_shards:,} shards, "
+        f"\n{report.folder}: {counted(report.num_samples, 'picture')} in "
+        f"{counted(report.num_shards, 'shard')}, "
         f"{report.num_bytes / 1e6:.1f} MB: {summarise(report)}"
         + (", so nothing was encoded" if report.is_as_it_was else "")
     )

@@ -14,6 +14,7 @@ from shards.buckets import bucket_name
 from shards.manifest import read_side_file
 from shards.reader import Cache, Shard
 from shards.sample import TENSORS
+from shards.words import counted
 
 REJECTED = "rejected.jsonl"
 MOST_SHOWN = 5  # of the most frequent
@@ -56,7 +57,8 @@ def describe_contents(cache: Cache, contents: Contents) -> list[str]:
     manifest = cache.manifest
     num_bytes = sum(shard["bytes"] for shard in manifest["shards"])
     return [
-        f"{cache.folder}: {manifest['num_samples']} samples in {len(manifest['shards'])} shards, "
+        f"{cache.folder}: {counted(manifest['num_samples'], 'sample')} in "
+        f"{counted(len(manifest['shards']), 'shard')}, "
         f"{num_bytes / 1e6:.1f} MB; cache format {manifest['version']}, "
         f"digest {manifest['digest'][:12]}",
         *_describe_buckets(contents),
@@ -122,7 +124,7 @@ def _describe_captions(contents: Contents) -> Iterator[str]:
 def _describe_samples(contents: Contents) -> Iterator[str]:
     yield (
         f"variants a sample: {_spread(contents.variants)}; masks: {contents.num_masks or 'none'}; "
-        f"weights: {_spread(contents.weights)}; repeats: {_spread(contents.repeats)}"
+        f"weight of a sample: {_spread(contents.weights)}; repeats: {_spread(contents.repeats)}"
     )
     if len(contents.folders) > 1:
         yield from _top("folders", contents.folders)

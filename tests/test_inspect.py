@@ -71,7 +71,7 @@ def test_it_counts_what_is_there(varied: Path) -> None:
     assert "captions: 11 (1 to 3 a sample), 5 different; 0 to 120 characters, median 5" in text
     top = re.findall(r"^ +(\d+)  (.*)$", text, re.MULTILINE)
     assert ("5", "a cat") in top and ("1", "(empty)") in top and ("1", "x" * 87 + "...") in top
-    assert "variants a sample: 1 to 2; masks: 2; weights: 0.5 to 1; repeats: 1" in text
+    assert "variants a sample: 1 to 2; masks: 2; weight of a sample: 0.5 to 1; repeats: 1" in text
     assert ("3", "cats/") in top and ("2", "dogs/") in top and ("2", "./") in top
     assert "rejected: none" in text
 
