@@ -20,8 +20,8 @@ NUM_PROMPTS = 32  # of each kind, for the score
 NUM_SHOWN = 5  # of each kind, in the picture at the end
 ENCODING = "--resolution 64 --bucket-step 16 --batch-size 16"
 TRAINING = (
-    "--steps 400 --batch-size 16 --rank 8 --alpha 32 --targets all --lr 3e-3 "
-    "--lr-schedule cosine --warmup-steps 20 --caption-dropout 0.05"
+    "--steps 500 --batch-size 16 --rank 16 --targets all --lr 1.5e-3 --lr-schedule cosine "
+    "--warmup-steps 20 --ema 0.98 --min-snr-gamma 5 --caption-dropout 0.05"
 )
 DRAWING = "--num-steps 15 --batch-size 16"
 Door = Callable[[list[str]], object]  # cli.py's commands, as if typed
