@@ -94,6 +94,7 @@ def test_a_lora_learns_new_shapes_and_keeps_the_old(
     assert draw(OLD_SHAPES, f"--lora {run}").both >= 0.55
 
 
+@pytest.mark.slow
 def test_the_whole_unet_learns_new_shapes(caches: Path, draw: Draw, tmp_path: Path) -> None:
     run = tmp_path / "run"
     do(
