@@ -28,7 +28,8 @@ def door(debug: bool) -> Iterator[None]:
     """An error leaves as one line: exit code 2 for bad input, 1 for the machine's."""
     warnings.simplefilter("ignore")
     if os.environ.get("RANK", "0") == "0":
-        warnings.filterwarnings("default", module=r"(precompute|train|infer|shards|sdxl)\.")
+        ours = r"(precompute|train|infer|processes|shards|sdxl)\."
+        warnings.filterwarnings("default", module=ours)
     warnings.showwarning = lambda message, *_, **__: click.echo(f"Warning: {message}", err=True)
     signal.signal(signal.SIGTERM, _terminate)
     try:

@@ -4,11 +4,13 @@ import ast
 import subprocess
 import sys
 import tomllib
+import warnings
 from pathlib import Path
 
 import pytest
 
 import cli
+import cli_door
 
 ROOT = Path(__file__).parent.parent
 ROOMS = {"precompute", "train", "infer", "shards", "sdxl", "processes"}
@@ -80,3 +82,13 @@ def test_constraints_pin_every_direct_dependency() -> None:
             continue  # the extras themselves
         name = dependency.split(">")[0].split("<")[0].lower()
         assert name in pinned, name
+
+
+@pytest.mark.parametrize("room", ALLOWED)
+def test_the_door_says_the_warnings_of_every_room(
+    room: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli_door.signal, "signal", lambda *_: None)
+    with warnings.catch_warnings(), cli_door.door(debug=False):
+        warnings.warn_explicit("look", UserWarning, "x.py", 1, module=f"{room}.x")
+    assert capsys.readouterr().err == "Warning: look\n"
