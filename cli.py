@@ -1,7 +1,6 @@
 #!/usr/bin/env python
 """The door. Each stage is imported inside its command, so that ``--help`` is quick."""
 
-import logging
 import os
 import sys
 from collections.abc import Callable
@@ -10,7 +9,7 @@ from typing import Any
 
 import click
 
-from cli_door import door
+from cli_door import door, hush_libraries
 from cli_options import StageCommand
 
 
@@ -48,14 +47,9 @@ def _launched(settings: Any) -> bool:
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 def commands() -> None:
     """Fine-tune SDXL from precomputed shards: encode once, train, generate."""
-    # Libraries' own chatter; their real errors reach us as exceptions.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    hush_libraries()
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_MININTERVAL", "10")  # a log is no screen
-    for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 @stage("encode", "precompute.settings:EncodeSettings")

@@ -1,5 +1,6 @@
 """How errors, warnings and signals leave a command: as one line and an exit code."""
 
+import logging
 import os
 import signal
 import sys
@@ -21,6 +22,15 @@ class Terminated(KeyboardInterrupt):
 
 def _terminate(*_: Any) -> None:
     raise Terminated
+
+
+def hush_libraries() -> None:
+    """Their own chatter; their real errors reach us as exceptions. Before they are imported."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 @contextmanager

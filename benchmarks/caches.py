@@ -10,7 +10,7 @@ import torch
 import xxhash
 
 from sdxl.base import model_config
-from shards.index import RECORD_DTYPE, Index, write_index
+from shards.index import RECORD_DTYPE, Index, make_form, write_index
 from shards.manifest import UNCONDITIONAL, write_manifest
 from shards.sample import TENSORS, Layout, Sample, sample_key
 from shards.writer import shard_name, write_shard
@@ -24,10 +24,10 @@ HEADER_BYTES = 520  # of a safetensors file of five tensors, about
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """What the samples of a cache are: square pictures in fp16, with mean and std."""
+    """What the samples of a cache are: square pictures in fp16, one variant, one caption."""
 
     pixels: int
-    variants: int
+    mean_only: bool = False
     width: int = 2048  # of the prompt embeddings
     pooled: int = 1280
 
@@ -37,26 +37,27 @@ class Kind:
         return Layout(dtype="fp16", latent=latent, prompt=(TOKENS, self.width), pooled=self.pooled)
 
     @property
-    def counts(self) -> dict[str, int]:
-        """How many slices a sample has of each tensor that it has."""
-        variants = ("latents.mean", "latents.std", "sizes")
-        return {**dict.fromkeys(variants, self.variants), **dict.fromkeys(TENSORS[-2:], 1)}
+    def names(self) -> tuple[str, ...]:
+        """The tensors of a sample."""
+        absent = {"mask", "latents.std"} if self.mean_only else {"mask"}
+        return tuple(name for name in TENSORS if name not in absent)
 
     @property
     def sample_bytes(self) -> int:
-        layout = self.layout
-        return sum(count * layout.slice_bytes(name) for name, count in self.counts.items())
+        return sum(self.layout.slice_bytes(name) for name in self.names)
 
 
-# 449 kB: a picture of 512 px and its mirror image. 580 kB: one of 1024 px.
-KINDS = {"449 kB": Kind(pixels=512, variants=2), "580 kB": Kind(pixels=1024, variants=1)}
+KINDS = {
+    "449 kB": Kind(pixels=1024, mean_only=True),
+    "580 kB": Kind(pixels=1024),
+}
 
 
 def kind_for(base: str, pixels: int) -> Kind:
     """Samples as the UNet of a base takes them."""
     _, unet = model_config(base, "unet")
     added = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
-    return Kind(pixels=pixels, variants=1, width=unet["cross_attention_dim"], pooled=added)
+    return Kind(pixels=pixels, width=unet["cross_attention_dim"], pooled=added)
 
 
 def random_samples(kind: Kind, count: int) -> list[Sample]:
@@ -65,11 +66,11 @@ def random_samples(kind: Kind, count: int) -> list[Sample]:
     samples = []
     for number in range(count):
         tensors, start = {}, number
-        for name, slices in kind.counts.items():
-            shape = (slices, *kind.layout.shape(name))
+        for name in kind.names:
+            shape = (1, *kind.layout.shape(name))
             size = int(torch.Size(shape).numel())
             if name == "sizes":
-                tensors[name] = torch.tensor([[kind.pixels] * 6] * slices, dtype=torch.int32)
+                tensors[name] = torch.tensor([[kind.pixels] * 6], dtype=torch.int32)
             else:
                 tensors[name] = noise[start : start + size].reshape(shape)
                 start += size
@@ -113,18 +114,17 @@ def _write_hole(folder: Path, name: str, kind: Kind, count: int, seed: int) -> N
     records = np.zeros(count, RECORD_DTYPE)
     text = np.random.default_rng(seed).bytes(10 * count).hex()
     records["key"] = sorted(text[20 * n : 20 * n + 20].encode() for n in range(count))
-    records["num_variants"], records["num_captions"], records["weight"] = kind.variants, 1, 1.0
+    records["num_variants"], records["num_captions"], records["weight"] = 1, 1, 1.0
     records["json_size"], records["json_offset"] = JSON_BYTES, starts + np.uint64(TAR_BLOCK)
     records["offset"] = starts + np.uint64(3 * TAR_BLOCK)
     records["size"], records["header_size"] = size, HEADER_BYTES
     at = HEADER_BYTES
-    for tensor, slices in kind.counts.items():
+    for tensor in kind.names:
         records["tensors"][:, TENSORS.index(tensor)] = at
-        at += slices * kind.layout.slice_bytes(tensor)
-    per_sample = [xxhash.xxh3_64_intdigest(bytes(n)) for n in (JSON_BYTES, HEADER_BYTES)]
-    zeros = {n: xxhash.xxh3_64_intdigest(bytes(kind.layout.slice_bytes(n))) for n in kind.counts}
-    per_sample += [zeros[n] for n in ("latents.mean", "latents.std", "sizes")] * kind.variants
-    per_sample += [zeros[n] for n in TENSORS[-2:]]
+        at += kind.layout.slice_bytes(tensor)
+    form = make_form((1, 1), records["tensors"][0].tolist(), kind.layout)
+    parts = [JSON_BYTES, HEADER_BYTES, *(one.stop - one.start for one in form.stretches())]
+    per_sample = [xxhash.xxh3_64_intdigest(bytes(size)) for size in parts]
     records["first_digest"] = np.arange(count, dtype=np.uint64) * np.uint64(len(per_sample))
     with open(folder / f"{name}.tar", "wb") as file:
         os.truncate(file.fileno(), count * stride)

@@ -2,39 +2,45 @@
 
 The bare work is what nobody can do without: read, decode, resize and crop each picture, the VAE and
 both text encoders of diffusers and transformers on batches of the same size. Both run in this
-process in turns (A B A B ...), models loaded each time; the ratio is that of the medians of
-processor seconds, which other processes disturb little.
+process in turns (A B, B A, ...), models loaded each time, by processor seconds, which other
+processes disturb little.
 
     python -m benchmarks.encode [--base BASE] [--pictures 300] [--resolution 256] [--rounds 2]
 """
 
 import contextlib
 import io
-import json
-import os
-import platform
-import shutil
-import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
 import torch
 from PIL import Image
 
+from benchmarks.report import (
+    PROCESSOR,
+    clocks,
+    keep,
+    machine,
+    measured,
+    rates,
+    show,
+    take_turns,
+)
 from precompute.dataset.sources import read_data_set
 from precompute.encode import encode
 from precompute.planning.scan import plan_pictures
+from precompute.report import Report
 from precompute.settings import EncodeSettings
 from sdxl.load import load_text_encoders, load_tokenizers, load_vae
 from shards.buckets import Geometry
 from tools.draw_pictures import draw_pictures
 
-ROOT = Path(__file__).parent.parent
 BATCH_SIZE = 4
 
 
@@ -94,38 +100,26 @@ def _pixels(file: Path, geometry: Geometry) -> torch.Tensor:
     return data.view(height, width, 3).permute(2, 0, 1).float() / 127.5 - 1
 
 
-def processor_seconds(work: Callable[[], Any]) -> float:
-    """Of this process, all its threads."""
-    start = time.process_time()
+def quiet(work: Callable[[], object]) -> None:
+    """Without its progress on the terminal."""
     with contextlib.redirect_stderr(io.StringIO()):
         work()
-    return time.process_time() - start
 
 
-def measure_cost(folder: Path, base: str, pictures: int, resolution: int, rounds: int) -> Any:
-    data_set, out = folder / "pictures", folder / "cache"
+def measure_cost(
+    folder: Path, base: str, pictures: int, resolution: int, rounds: int
+) -> list[dict[str, Any]]:
+    data_set, numbers = folder / "pictures", count()
     draw_pictures(data_set, count=pictures, size=resolution * 3 // 2)
-    settings = settings_of(data_set, base, out, resolution)
-    bare, seconds = BareWork(settings), {"ours": list[float](), "bare": list[float]()}
+    settings = settings_of(data_set, base, folder, resolution)
 
     def ours() -> None:
-        encode(settings)
+        out = folder / f"cache-of-round-{next(numbers)}"
+        quiet(lambda: encode(replace(settings, out=out)))
 
-    for number in range(rounds + 1):  # the first one warms up
-        shutil.rmtree(out, ignore_errors=True)
-        for name, work in (("ours", ours), ("bare", bare.run)):
-            taken = processor_seconds(work)
-            if number:
-                seconds[name].append(taken)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    return {
-        "pictures": pictures,
-        "resolution": resolution,
-        "rounds": rounds,
-        "ours_seconds": round(medians["ours"], 2),
-        "bare_seconds": round(medians["bare"], 2),
-        "ratio": round(medians["ours"] / medians["bare"], 4),
-    }
+    works = {"ours": ours, "bare": BareWork(settings).run}
+    rows = rates(take_turns(works, rounds, PROCESSOR), pictures, "images", target=1 / 1.05)
+    return [row | {"times the work": 1 / row["ratio"], "target": 1.05} for row in rows]
 
 
 def peak_bytes(settings: EncodeSettings) -> int:
@@ -134,16 +128,7 @@ def peak_bytes(settings: EncodeSettings) -> int:
     command += ["--out", settings.out, "--device", "cpu", "--threads", 1]
     for name in ("resolution", "bucket_step", "batch_size"):
         command += ["--" + name.replace("_", "-"), getattr(settings, name)]
-    process = subprocess.Popen(
-        [str(part) for part in command],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise RuntimeError(f"encode ended with {os.waitstatus_to_exitcode(status)}")
-    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return measured([str(part) for part in command]).peak_bytes
 
 
 def measure_growth(folder: Path, base: str, pictures: int) -> dict[str, Any]:
@@ -155,18 +140,15 @@ def measure_growth(folder: Path, base: str, pictures: int) -> dict[str, Any]:
     draw_pictures(data_set, count=pictures, size=32)
     settings = settings_of(data_set, base, folder / f"cache-{pictures}", 32)
     peak = peak_bytes(settings)
-    reports = []
-    taken = [processor_seconds(lambda: reports.extend(encode(settings))) for _ in range(3)]
+    reports: list[Report] = []
+    again = {"rescan": lambda: quiet(lambda: reports.extend(encode(settings)))}
+    taken = take_turns(again, 3, clocks(torch.device("cpu")))
     report = reports[-1]
     if not report.is_as_it_was or report.num_samples != pictures:
         raise RuntimeError(f"not all of it was as it was: {report}")
     num_files = sum(1 for _ in data_set.iterdir())
-    return {
-        "pictures": pictures,
-        "peak_mb": round(peak / 1e6, 1),
-        "files": num_files,
-        "rescan_files_per_processor_second": round(num_files / min(taken)),
-    }
+    speeds = {f"files/s, {c}": num_files / min(taken[c]["rescan"]) for c in taken}
+    return {"pictures": pictures, "peak MB": peak / 1e6, "files": num_files, **speeds}
 
 
 @click.command()
@@ -179,15 +161,14 @@ def measure_growth(folder: Path, base: str, pictures: int) -> dict[str, Any]:
 def main(base: str, pictures: int, resolution: int, rounds: int, memory: str, out: Path) -> None:
     """Processor seconds against the bare work, peak memory and rescan speed."""
     torch.set_num_threads(1)
-    shutil.rmtree(out, ignore_errors=True)
-    result: dict[str, Any] = {
-        "machine": platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-        "growth": [measure_growth(out, base, int(n)) for n in memory.split(",") if n],
-    }
-    if rounds:
-        result["cost"] = measure_cost(out, base, pictures, resolution, rounds)
-    click.echo(json.dumps(result, indent=2))
+    with TemporaryDirectory() as folder:
+        growth = [measure_growth(Path(folder), base, int(n)) for n in memory.split(",") if n]
+        show(
+            "a fresh encode of small pictures; a rescan with nothing to do (target 20,000)", growth
+        )
+        cost = measure_cost(Path(folder), base, pictures, resolution, rounds) if rounds else []
+        show(f"{pictures} pictures of {resolution} px against the bare work", cost)
+    keep(out / "encode.json", {"machine": machine(), "growth": growth, "cost": cost})
 
 
 if __name__ == "__main__":

@@ -1,19 +1,18 @@
 """Images a second of ``cli.py generate`` against the bare loop over diffusers' own pipeline.
 
 Both draw the same prompts and seeds at the same batch size and write PNGs, in this process, in
-turns (A B A B ...), so that a noisy machine disturbs both alike; the ratio is that of the medians.
-Models are loaded before. Then each draws alone in a process of its own, loading included, for its
-peak memory: that of the GPU, and of the process.
+turns (A B, B A, ...), so that a noisy machine disturbs both alike. Models are loaded before. Then
+each draws alone in a process of its own, loading included, for its peak memory: that of the GPU,
+and of the process.
 
-    python -m benchmarks.generate --base BASE [--num-images 16] [--batch-size 4] [--rounds 7]
+    python -m benchmarks.generate [--base BASE] [--side 192] [--batch-size 4] [--rounds 7]
 """
 
 import json
-import platform
-import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,7 +20,7 @@ from typing import Any
 import click
 import torch
 
-from benchmarks.train_step import timed
+from benchmarks.report import clocks, keep, machine, rates, show, take_turns
 from infer.generate import generate, make_studio
 from infer.settings import GenerateSettings
 from infer.studio import Studio
@@ -121,46 +120,37 @@ def draw_alone(which: str, options: dict[str, Any], folder: Path) -> dict[str, f
     return {name: round(value, 3) for name, value in peaks.items()}
 
 
-def compare(options: dict[str, Any], rounds: int, folder: Path) -> dict[str, Any]:
-    place = pick_device(options["device"])
+def compare(options: dict[str, Any], rounds: int, folder: Path) -> list[dict[str, Any]]:
+    """A row per clock."""
     works = {"ours": ours(options, folder, stays=True), "bare": bare(options, folder)}
-    seconds: dict[str, list[float]] = {name: [] for name in works}
-    for number in range(rounds + 1):  # the first one loads and warms up
-        for name, work in works.items():
-            taken = timed(lambda work=work, number=number: work(number), place)
-            if number:
-                seconds[name].append(taken)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    rates = {f"{n}_images_per_second": round(options["num_images"] / medians[n], 3) for n in works}
-    gpu = torch.cuda.get_device_name() if place.type == "cuda" else ""
-    return {
-        "machine": gpu or platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-        **options,
-        "rounds": rounds,
-        **rates,
-        "ratio": round(medians["bare"] / medians["ours"], 4),
-        "peaks": {name: peak_of(name, options) for name in works},
-    }
+    numbers = count()  # each draws into a folder of its own
+    turns = {name: lambda work=work: work(next(numbers)) for name, work in works.items()}
+    seconds = take_turns(turns, rounds, clocks(pick_device(options["device"])))
+    return rates(seconds, options["num_images"], "images", target=0.97)
 
 
 @click.command()
-@click.option("--base", required=True)
+@click.option("--base", default="miniature", show_default=True)
 @click.option("--num-images", default=16, show_default=True, help="Of a round.")
 @click.option("--steps", default=20, show_default=True, help="Of denoising.")
 @click.option("--side", default=0, help="Of the pictures, in pixels; 0: the base's own.")
 @click.option("--batch-size", default=4, show_default=True)
 @click.option("--device", default="auto", show_default=True)
 @click.option("--rounds", default=7, show_default=True, help="Of each, in turns.")
+@click.option("--out", default=Path("benchmark-output"), type=click.Path(path_type=Path))
 @click.option("--alone", type=click.Choice(["ours", "bare"]), hidden=True)
-def main(rounds: int, alone: str | None, **options: Any) -> None:
+def main(rounds: int, out: Path, alone: str | None, **options: Any) -> None:
     """Images/s of the product and of the bare pipeline loop, their ratio, and peak memory."""
     with TemporaryDirectory() as folder:
         if alone is not None:
-            found: dict[str, Any] = draw_alone(alone, options, Path(folder))
-        else:
-            found = compare(options, rounds, Path(folder))
-    click.echo(json.dumps(found, indent=None if alone else 2))
+            click.echo(json.dumps(draw_alone(alone, options, Path(folder))))
+            return
+        rows = compare(options, rounds, Path(folder))
+    peaks = [{"way": name, **peak_of(name, options)} for name in ("ours", "bare")]
+    show(f"{options['base']}, batch {options['batch_size']}, {rounds} rounds", rows)
+    show("peak memory", peaks)
+    about = {"machine": machine(options["device"]), **options, "rounds": rounds}
+    keep(out / "generate.json", {**about, "rows": rows, "peaks": peaks})
 
 
 if __name__ == "__main__":

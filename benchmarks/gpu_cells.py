@@ -15,7 +15,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.caches import kind_for, random_samples, write_random
-from benchmarks.train_step import Ours, timed
+from benchmarks.report import timed
+from benchmarks.train_step import Ours
 from infer.generate import generate
 from infer.settings import GenerateSettings
 from precompute.encode import encode

@@ -38,13 +38,13 @@ def compare(folder: Path, kind: Kind, count: int, rounds: int) -> list[dict[str,
     cache = Cache(folder / "cache")
     works = {
         "mmap copy": readers.mmap_copy(cache),
-        "ours": readers.ours(cache, kind, kind.variants),
-        "ours, one variant": readers.ours(cache, kind, 1),
+        "hash, then copy": readers.hash_and_copy(cache),
+        "ours": readers.ours(cache, kind),
         "ours, with draws": readers.training(cache),
         "webdataset": readers.stock_webdataset(cache),
         "npz": readers.npz(folder / "npz"),
     }
-    seconds = take_turns(works, rounds)
+    seconds = take_turns(works, rounds)["processor"]
     return [
         {
             "reader": name,
@@ -52,7 +52,6 @@ def compare(folder: Path, kind: Kind, count: int, rounds: int) -> list[dict[str,
             "ms": 1e3 * statistics.median(seconds[name]) / count,
             "ours / it": ratio(seconds, "ours", name),
             "target": TARGETS.get(name),
-            "one variant / it": ratio(seconds, "ours, one variant", name),
         }
         for name in works
     ]
@@ -95,7 +94,7 @@ def main(quick: bool, rounds: int, out: Path) -> None:
         with tempfile.TemporaryDirectory() as folder:
             rows = compare(Path(folder), kind, count, rounds)
         result["reading"][name] = rows
-        show(f"{count} samples of {name} ({kind.pixels} px), warm page cache, one thread", rows)
+        show(f"{count} samples of {name}, warm page cache, one thread", rows)
     for size in sizes:
         with tempfile.TemporaryDirectory() as folder:
             result["opening"].append(open_large(Path(folder) / "cache", size, 3))

@@ -7,11 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import safetensors.torch
 import webdataset as wds
+from xxhash import xxh3_64_intdigest
 
 from benchmarks.caches import Kind
-from shards.batches import TEXT, UNMASKED, Reader
+from shards.batches import Reader
 from shards.plan import Plan, Share
 from shards.reader import Cache
 from shards.rows import Rows
@@ -19,6 +21,7 @@ from shards.sample import Sample
 
 BATCH_SIZE = 8
 Work = Callable[[], object]
+Bytes = npt.NDArray[np.uint8]
 
 
 def places(cache: Cache) -> list[tuple[str, int]]:
@@ -28,8 +31,8 @@ def places(cache: Cache) -> list[tuple[str, int]]:
     return found
 
 
-def mmap_copy(cache: Cache) -> Work:
-    """The floor: each sample's bytes from a mapped tar into a buffer, and nothing else."""
+def _spans(cache: Cache) -> tuple[list[tuple[Bytes, int, int]], Bytes]:
+    """Where the tensors of each sample lie (mapped tar, start, end), and room for one sample."""
     maps, spans = {}, {}
     for shard in cache.shards():
         with open(shard.path, "rb") as file:
@@ -39,7 +42,12 @@ def mmap_copy(cache: Cache) -> Work:
         ends = shard.index.records["offset"] + shard.index.records["size"]
         spans[shard.path.stem] = [*zip(starts.tolist(), ends.tolist(), strict=True)]
     order = [(maps[name], *spans[name][row]) for name, row in places(cache)]
-    buffer = np.empty(max(end - start for _, start, end in order), np.uint8)
+    return order, np.empty(max(end - start for _, start, end in order), np.uint8)
+
+
+def mmap_copy(cache: Cache) -> Work:
+    """The floor: each sample's bytes from a mapped tar into a buffer, and nothing else."""
+    order, buffer = _spans(cache)
 
     def work() -> None:
         for data, start, end in order:
@@ -48,21 +56,36 @@ def mmap_copy(cache: Cache) -> Work:
     return work
 
 
-def ours(cache: Cache, kind: Kind, num_variants: int) -> Work:
-    """Slices of each sample, hashed and copied into a batch's tensors: its text, and the latents of
-    some of its variants (a step takes one)."""
+def ours(cache: Cache, kind: Kind) -> Work:
+    """All of each sample, found by its place in the plan's order, hashed, and copied into the
+    tensors of a batch."""
     group = cache.groups()[0]
     order = [*range(group.count)]
     random.Random(0).shuffle(order)
-    wanted = [[(name, n) for name in (*UNMASKED, *TEXT) if n < kind.counts[name]] for n in (0, 1)]
-    rows = Rows([*kind.counts], [kind.layout] * 2)
+    rows = Rows(kind.names, [kind.layout])
 
     def work() -> None:
         for place in order:
             shard, row = cache.locate(group, place)
             record = shard.index.record(row)
-            for number in range(num_variants):
-                rows.fill(number, shard.checked(record, wanted[number]))
+            form = shard.index.form(record)
+            wanted = form.variants[0] + form.captions[0]
+            rows.fill(0, shard.checked(record, form, wanted))
+
+    return work
+
+
+def hash_and_copy(cache: Cache) -> Work:
+    """What no hash before a copy can do without: each sample hashed as a whole, then copied."""
+    order, buffer = _spans(cache)
+    views = [data.data for data, _, _ in order]
+    target = buffer.data
+
+    def work() -> None:
+        for view, (_, start, end) in zip(views, order, strict=True):
+            source = view[start:end]
+            xxh3_64_intdigest(source)
+            target[: end - start] = source
 
     return work
 

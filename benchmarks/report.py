@@ -22,25 +22,65 @@ LIBRARIES = ("torch", "numpy", "diffusers", "transformers", "peft", "webdataset"
 Clock = Callable[[], float]
 
 
-def take_turns(
-    works: Mapping[str, Callable[[], object]], rounds: int, clock: Clock = time.process_time
-) -> dict[str, list[float]]:
-    """Seconds of each work in each round: A B C, B C A, ... after a round that warms up, so that
-    none always follows the same other.
+PROCESSOR = {"processor": time.process_time}
 
-    The clock counts this process's own processor time: on a machine that others use too, wall time
-    tells more of them.
+
+def clocks(device: torch.device) -> dict[str, Clock]:
+    """Of a GPU the wall clock, at the end of what it was given to do; else the processor's too.
+
+    The processor's counts all threads of this process, and little of what others do beside it.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in works}
+
+    def at_end() -> float:
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    if device.type == "cuda":
+        return {"wall": at_end}
+    return {"wall": time.perf_counter, **PROCESSOR}
+
+
+def take_turns(
+    works: Mapping[str, Callable[[], object]],
+    rounds: int,
+    clocks: Mapping[str, Clock] = PROCESSOR,
+) -> dict[str, dict[str, list[float]]]:
+    """Seconds by clock and work, of each round: A B C, B C A, ... after a round that warms up, so
+    that none always follows the same other."""
+    seconds: dict[str, dict[str, list[float]]] = {c: {name: [] for name in works} for c in clocks}
     names = [*works]
     for number in range(rounds + 1):
         turn = number % len(names)
         for name in (*names[turn:], *names[:turn]):
-            start = clock()
+            start = {c: clock() for c, clock in clocks.items()}
             works[name]()
-            if number:
-                seconds[name].append(clock() - start)
+            taken = {c: clock() - start[c] for c, clock in clocks.items()}
+            for c in clocks if number else ():
+                seconds[c][name].append(taken[c])
     return seconds
+
+
+def timed(work: Callable[[], object], device: torch.device) -> float:
+    """Wall seconds that ``work()`` takes, to the end of what it gave the device to do."""
+    clock = clocks(device)["wall"]
+    start = clock()
+    work()
+    return clock() - start
+
+
+def rates(
+    seconds: Mapping[str, Mapping[str, Sequence[float]]], amount: int, unit: str, target: float
+) -> list[dict[str, Any]]:
+    """A row per clock: ``amount`` units a round by "ours" and by "bare", and their ratio."""
+    return [
+        {
+            "clock": clock,
+            **{f"{n} {unit}/s": amount / statistics.median(found[n]) for n in ("ours", "bare")},
+            "ratio": ratio(found, "ours", "bare"),
+            "target": target,
+        }
+        for clock, found in seconds.items()
+    ]
 
 
 def ratio(seconds: Mapping[str, Sequence[float]], one: str, other: str) -> float:

@@ -1,15 +1,13 @@
 """Steps a second of ``cli.py train`` against the bare loop, on the same UNet and optimizer.
 
 The bare loop has its tensors resident and does nothing but forward, backward, clip and step. Both
-run in this process on the same batches, in turns (A B A B ...), so that a noisy machine disturbs
-both alike; the ratio is that of the medians.
+run in this process on the same batches, in turns (A B, B A, ...), so that a noisy machine disturbs
+both alike; the ratio is the median of the rounds'.
 
     python -m benchmarks.train_step [--base BASE] [CACHE | --pixels 64] [--full] [--rounds 7]
 """
 
-import statistics
 import tempfile
-import time
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ import click
 import torch
 
 from benchmarks.caches import kind_for, random_samples, write_random
-from benchmarks.report import keep, machine, ratio, show
+from benchmarks.report import clocks, keep, machine, rates, show, take_turns
 from sdxl.device import pick_device
 from shards.batches import Batch, Reader
 from shards.plan import Plan, Share
@@ -39,17 +37,6 @@ def bare_steps(learner: Learner, optimizer: Any, batches: list[Batch]) -> None:
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-
-
-def timed(work: Any, device: torch.device) -> float:
-    """Seconds that ``work()`` takes, to the end of what it gave the device to do."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 class Ours:
@@ -92,16 +79,7 @@ def compare(
         "ours": lambda: ours.steps(steps),
         "bare": lambda: bare_steps(bare, optimizer, list(islice(endless, steps))),
     }
-    seconds: dict[str, dict[str, list[float]]] = {
-        clock: {name: [] for name in works} for clock in ("wall", "processor")
-    }
-    for number in range(rounds + 1):  # the first one warms up
-        for name, work in works.items():
-            before = time.process_time()
-            taken = timed(work, device)
-            if number:
-                seconds["wall"][name].append(taken)
-                seconds["processor"][name].append(time.process_time() - before)
+    seconds = take_turns(works, rounds, clocks(device))
     ours.batches.close()
     ours.log.close(failed=False)
     return seconds
@@ -144,16 +122,7 @@ def main(
             device=device,
         )
         seconds = compare(config, place, rounds, steps)
-    rows = [
-        {
-            "clock": clock,
-            "ours steps/s": steps / statistics.median(found["ours"]),
-            "bare steps/s": steps / statistics.median(found["bare"]),
-            "ratio": ratio(found, "ours", "bare"),
-            "target": 0.97,
-        }
-        for clock, found in seconds.items()
-    ]
+    rows = rates(seconds, steps, "steps", target=0.97)
     what = "the whole UNet" if full else "LoRA"
     show(f"{what} of {base}, batch {batch_size}, {rounds} rounds of {steps} steps", rows)
     keep(out / "train_step.json", {"machine": machine(str(place)), "pixels": pixels, "rows": rows})

@@ -1,6 +1,6 @@
 """The contract between the stages: a cache of encoded pictures, and the order they are read in.
 
-Format ``shardtune-cache``, version 1
+Format ``shardtune-cache``, version 2
 =====================================
 
 A cache is a folder::
@@ -34,7 +34,7 @@ in one of float16, bfloat16, float32 (``sizes`` apart).
 
 Index: binary, little endian, made to be memory-mapped (see ``shards.index``)::
 
-    16 bytes   b"shardtune-index\\n"
+    16 bytes   b"shardtune-index2"
     8 bytes    u64, length n of the header
     n bytes    header: JSON (sorted keys), padded with spaces so that the records start at 64
     records    one of RECORD_DTYPE per sample, in key order: where its members and tensors are
@@ -42,7 +42,9 @@ Index: binary, little endian, made to be memory-mapped (see ``shards.index``)::
     32 bytes   sha256 of all that stands before
 
 The parts of a sample, in digest order: the JSON; the safetensors header (with its length); then
-per variant mean, std, mask, sizes (those that exist); then per caption prompt, pooled.
+each variant's slices of its tensors, then each caption's. Slices of one variant, or of one caption,
+that lie side by side in the file are one part: with one variant and one caption there are two, as
+safetensors writes them.
 
 The index header carries the shard's name, bucket, repeats, the tar's size and sha256, the recipe
 (settings and digests of weights that made it), ``members`` (a row for each that was to be in it:
@@ -65,7 +67,7 @@ replaced in a finished cache (``cli.py prompts``).
 """
 
 FORMAT = "shardtune-cache"
-VERSION = 1
+VERSION = 2
 
 
 class CacheError(ValueError):

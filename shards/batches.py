@@ -18,12 +18,8 @@ from shards.manifest import UNCONDITIONAL
 from shards.plan import Entry, GlobalBatch, Plan, Share
 from shards.reader import Cache, Shard, read_ahead
 from shards.rows import Rows
-from shards.sample import Layout
+from shards.sample import CAPTION_TENSORS, TENSORS, Layout
 
-# In the order in which they lie in a file: memory is fastest read forward.
-MASKED = ("sizes", "latents.mean", "latents.std", "mask")
-UNMASKED = MASKED[:3]
-TEXT = ("pooled_prompt_embeds", "prompt_embeds")
 Place = tuple[Cache, Shard, int]
 
 
@@ -171,18 +167,16 @@ class Reader:
         record = shard.index.record(row)
         key = record.key.decode()
         draws.start(self.plan.seed, epoch, cache_number, key, entry.pass_)
-        variant, caption = pick(draws.variant, record.num_variants), None
+        form = shard.index.form(record)
+        wanted = form.variants[pick(draws.variant, len(form.variants))]
         if not reading.caption_dropout or draws.dropout >= reading.caption_dropout:
-            caption = pick(draws.caption, record.num_captions)
-        wanted = [(name, variant) for name in into.variant_names]
-        if caption is not None:
-            wanted += [(name, caption) for name in TEXT]
-        found = into.rows.fill(number, shard.checked(record, wanted))
-        if caption is None:
-            for name in TEXT:
+            wanted += form.captions[pick(draws.caption, len(form.captions))]
+        else:
+            for name in CAPTION_TENSORS:
                 dropped = self._unconditional[cache_number][f"{reading.unconditional}.{name}"]
                 into.rows.tensors[name][number] = dropped[0]
-        into.draw(number, draws, found)
+        into.rows.fill(number, shard.checked(record, form, wanted))
+        into.draw(number, draws, form.tensors)
         into.weights[number] = cache.weight * record.weight
         return key
 
@@ -191,8 +185,8 @@ class _Into:
     """Where the samples of one micro-batch go."""
 
     def __init__(self, reading: Reading, layouts: Sequence[Layout]) -> None:
-        self.variant_names = MASKED if reading.masks else UNMASKED
-        self.rows = Rows((*self.variant_names, *TEXT), layouts)
+        names = [name for name in TENSORS if name != "mask" or reading.masks]
+        self.rows = Rows(names, layouts)
         num, self._latent = len(layouts), layouts[0].latent
         self._noise, self._posterior, self._offsets = (
             np.empty((num, *shape), np.float32)

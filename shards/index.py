@@ -1,9 +1,10 @@
 """The index of a shard: where each sample and slice lies in the tar, and its digest."""
 
 import hashlib
+import itertools
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,10 +17,11 @@ from shards import CacheError
 from shards.durable import write_durable
 from shards.sample import CAPTION_TENSORS, TENSORS, VARIANT_TENSORS, Layout
 
-MAGIC = b"shardtune-index\n"
+MAGIC = b"shardtune-index2"
 ALIGNMENT = 64
 SHA_BYTES = 32
 DIGEST_BYTES = 8
+FIRST_STRETCH = 2  # digests before: the JSON's, the header's
 
 RECORD_DTYPE = np.dtype(
     [
@@ -39,7 +41,7 @@ RECORD_DTYPE = np.dtype(
 )
 
 
-_RECORD = struct.Struct("<20s2HfI4QI6II")  # RECORD_DTYPE, read ten times as fast as by numpy
+_RECORD = struct.Struct("<20s4sfI4QI24sI")  # RECORD_DTYPE, read ten times as fast as by numpy
 assert _RECORD.size == RECORD_DTYPE.itemsize
 
 
@@ -52,11 +54,13 @@ class Part(NamedTuple):
 
 
 class Record(NamedTuple):
-    """A sample's record in Python's own numbers; the fields are RECORD_DTYPE's."""
+    """A sample's record in Python's own numbers; the fields are RECORD_DTYPE's, in their order.
+
+    ``counts`` (of variants, of captions) and ``tensors`` stay packed: a ``Form`` looks into them.
+    """
 
     key: bytes
-    num_variants: int
-    num_captions: int
+    counts: bytes
     weight: float
     json_size: int
     json_offset: int
@@ -64,25 +68,41 @@ class Record(NamedTuple):
     size: int
     first_digest: int
     header_size: int
-    tensors: tuple[int, ...]
+    tensors: bytes
+    reserved: int
 
 
-class Slot(NamedTuple):
-    """Where a slice lies in its safetensors member, and its digest among the sample's."""
+class Slice(NamedTuple):
+    """One variant or caption of a tensor; where it lies in its stretch."""
 
+    name: str
     start: int
     stop: int
-    digest: int
 
 
-Slice = tuple[str, int]  # tensor, and number of the variant or caption
+class Stretch(NamedTuple):
+    """Neighbouring slices of one variant or caption, which share a digest; where they lie in the
+    safetensors member."""
+
+    what: str
+    start: int
+    stop: int
+    slices: tuple[Slice, ...]
+    digest: int  # which of the sample's
 
 
 class Form(NamedTuple):
     """How a sample is laid out; most of a shard are alike."""
 
-    slots: dict[Slice, Slot]  # of every slice that it has, in the order of the digests
+    variants: tuple[tuple[Stretch, ...], ...]
+    captions: tuple[tuple[Stretch, ...], ...]
     digests: struct.Struct  # of all its parts
+    tensors: frozenset[str]  # those that the sample has
+
+    def stretches(self) -> Iterator[Stretch]:
+        """All, in the order of their digests."""
+        for one in (*self.variants, *self.captions):
+            yield from one
 
 
 def map_file(path: Path) -> memoryview:
@@ -102,28 +122,23 @@ def map_file(path: Path) -> memoryview:
     return mapped.numpy().data.toreadonly()
 
 
-def describe_payload(payload: bytes, digests: list[int]) -> dict[str, Any]:
+def describe_payload(payload: bytes, layout: Layout, digests: list[int]) -> dict[str, Any]:
     """Record fields of one safetensors member; appends the digests of its parts to ``digests``."""
     (length,) = struct.unpack("<Q", payload[:8])
     start = 8 + length
     header: dict[str, Any] = json.loads(payload[8:start])
-    header.pop("__metadata__", None)
+    offsets = [start + header[n]["data_offsets"][0] if n in header else 0 for n in TENSORS]
+    counts = []
+    for names in (VARIANT_TENSORS, CAPTION_TENSORS):
+        (count,) = {header[name]["shape"][0] for name in names if name in header}
+        counts.append(count)
     view = memoryview(payload)
     digests.append(xxhash.xxh3_64_intdigest(view[:start]))
-    offsets = [start + header[n]["data_offsets"][0] if n in header else 0 for n in TENSORS]
-    counts = {}
-    for names in (VARIANT_TENSORS, CAPTION_TENSORS):
-        present = [name for name in names if name in header]
-        count = counts[names] = header[present[0]]["shape"][0]
-        for number in range(count):
-            for name in present:
-                begin, end = header[name]["data_offsets"]
-                size = (end - begin) // count
-                at = start + begin + number * size
-                digests.append(xxhash.xxh3_64_intdigest(view[at : at + size]))
+    form = make_form(counts, offsets, layout)
+    digests += [xxhash.xxh3_64_intdigest(view[s.start : s.stop]) for s in form.stretches()]
     return {
-        "num_variants": counts[VARIANT_TENSORS],
-        "num_captions": counts[CAPTION_TENSORS],
+        "num_variants": counts[0],
+        "num_captions": counts[1],
         "header_size": start,
         "size": len(payload),
         "tensors": offsets,
@@ -176,7 +191,7 @@ class Index:
             prompt=tuple(self.header["prompt"]),
             pooled=self.header["pooled"],
         )
-        self._forms: dict[tuple[int, int, tuple[int, ...]], Form] = {}
+        self._forms: dict[tuple[bytes, bytes], Form] = {}
 
     def __len__(self) -> int:
         return self._count
@@ -190,19 +205,20 @@ class Index:
         """Sample ``row``, 0..len-1."""
         if not 0 <= row < self._count:
             raise IndexError(row)
-        values = _RECORD.unpack_from(self._data, self._first_record + row * _RECORD.size)
-        return Record._make((*values[:10], values[10:-1]))
+        at = self._first_record + row * _RECORD.size
+        return Record._make(_RECORD.unpack_from(self._data, at))
 
     def key(self, row: int) -> str:
         return self.record(row).key.decode()
 
     def form(self, record: Record) -> Form:
         """How a sample is laid out."""
-        shape = record.num_variants, record.num_captions, record.tensors
-        form = self._forms.get(shape)
+        packed = record.counts, record.tensors
+        form = self._forms.get(packed)
         if form is None:
-            slots = dict(_slots(*shape, self.layout))
-            form = self._forms[shape] = Form(slots, struct.Struct(f"<{2 + len(slots)}Q"))
+            counts = struct.unpack("<2H", record.counts)
+            offsets = struct.unpack(f"<{len(TENSORS)}I", record.tensors)
+            form = self._forms[packed] = make_form(counts, offsets, self.layout)
         return form
 
     def digests(self, record: Record, form: Form) -> tuple[int, ...]:
@@ -218,21 +234,48 @@ class Index:
             Part("json", record.json_offset, record.json_size),
             Part("header", record.offset, record.header_size),
         ]
-        for (name, number), slot in form.slots.items():
-            offset, size = record.offset + slot.start, slot.stop - slot.start
-            parts.append(Part(f"{name}[{number}]", offset, size))
+        for one in form.stretches():
+            parts.append(Part(one.what, record.offset + one.start, one.stop - one.start))
         yield from zip(parts, self.digests(record, form), strict=True)
 
 
-def _slots(
-    num_variants: int, num_captions: int, tensors: tuple[int, ...], layout: Layout
-) -> Iterator[tuple[Slice, Slot]]:
-    digest = 2  # after those of the JSON and the header
-    for names, count in ((VARIANT_TENSORS, num_variants), (CAPTION_TENSORS, num_captions)):
-        present = [name for name in names if tensors[TENSORS.index(name)]]
+def make_form(counts: Sequence[int], offsets: Sequence[int], layout: Layout) -> Form:
+    """How a sample is laid out that has so many variants and captions, and its tensors there."""
+    where = dict(zip(TENSORS, offsets, strict=True))
+    digests = itertools.count(FIRST_STRETCH)
+
+    def half(of: str, count: int, names: Sequence[str]) -> Iterator[tuple[Stretch, ...]]:
+        present = sorted((where[name], name) for name in names if where[name])
         for number in range(count):
-            for name in present:
+            places = []
+            for offset, name in present:
                 size = layout.slice_bytes(name)
-                start = tensors[TENSORS.index(name)] + number * size
-                yield (name, number), Slot(start, start + size, digest)
-                digest += 1
+                start = offset + number * size
+                places.append((name, start, start + size))
+            runs = _neighbours(places)
+            yield tuple(_stretch(f"{of} {number}", run, next(digests)) for run in runs)
+
+    variants = tuple(half("variant", counts[0], VARIANT_TENSORS))
+    captions = tuple(half("caption", counts[1], CAPTION_TENSORS))
+    tensors = frozenset(name for name, offset in where.items() if offset)
+    return Form(variants, captions, struct.Struct(f"<{next(digests)}Q"), tensors)
+
+
+Place = tuple[str, int, int]  # of a slice in the member
+
+
+def _neighbours(places: Sequence[Place]) -> list[list[Place]]:
+    runs: list[list[Place]] = []
+    for one in places:
+        if runs and runs[-1][-1][2] == one[1]:
+            runs[-1].append(one)
+        else:
+            runs.append([one])
+    return runs
+
+
+def _stretch(of: str, run: Sequence[Place], digest: int) -> Stretch:
+    what = f"{', '.join(name for name, _, _ in run)} of {of}"
+    first, last = run[0][1], run[-1][2]
+    slices = tuple(Slice(name, start - first, stop - first) for name, start, stop in run)
+    return Stretch(what, first, last, slices, digest)

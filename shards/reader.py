@@ -16,9 +16,10 @@ from xxhash import xxh3_64_intdigest
 
 from shards import CacheError
 from shards.buckets import Size
-from shards.index import Index, Part, Record, Slice, map_file
+from shards.index import Form, Index, Part, Record, Stretch, map_file
 from shards.manifest import data_digest, read_manifest, read_side_file
 from shards.plan import Group
+from shards.sample import CAPTION_TENSORS
 
 MAX_OPEN_SHARDS = 8192  # each maps two files, and holds none open; Linux maps up to 65,530
 T = TypeVar("T")
@@ -47,28 +48,32 @@ class Shard:
                 f"{self.index.header['tar_bytes']} were written; encode again"
             )
 
-    def checked(self, record: Record, wanted: Iterable[Slice]) -> Iterator[tuple[str, memoryview]]:
-        """The bytes of these slices of a sample, of those that it has, with their tensor's name.
+    def checked(
+        self, record: Record, form: Form, stretches: Iterable[Stretch]
+    ) -> Iterator[tuple[Stretch, memoryview]]:
+        """The bytes of some stretches of a sample, as views of the mapped tar.
 
-        They are views of the mapped tar. Each is hashed when it is its turn, so that who copies it
-        then finds it in the processor's cache.
+        Each is hashed when it is its turn: who copies it then finds it in the processor's cache.
         """
         data, offset = self._data, record.offset
-        form = self.index.form(record)
         digests = self.index.digests(record, form)
-        for one in wanted:
-            if (slot := form.slots.get(one)) is not None:
-                start, stop, digest = slot
-                view = data[offset + start : offset + stop]
-                if xxh3_64_intdigest(view) != digests[digest]:
-                    self._refuse(record, f"{one[0]}[{one[1]}]")
-                yield one[0], view
+        for stretch in stretches:
+            view = data[offset + stretch.start : offset + stretch.stop]
+            if xxh3_64_intdigest(view) != digests[stretch.digest]:
+                self._refuse(record, stretch.what)
+            yield stretch, view
 
     def read_into(self, target: torch.Tensor, row: int, name: str, number: int = 0) -> None:
         """Copy one checked slice into ``target`` (contiguous; of any dtype that holds it)."""
-        ((_, source),) = self.checked(self.index.record(row), [(name, number)])
+        record = self.index.record(row)
+        form = self.index.form(record)
+        half = form.captions if name in CAPTION_TENSORS else form.variants
         dtype = self.index.layout.torch_dtype(name)
-        target.view(-1).copy_(torch.frombuffer(bytearray(source), dtype=dtype))
+        for stretch, source in self.checked(record, form, half[number]):
+            for one in stretch.slices:
+                if one.name == name:
+                    values = bytearray(source[one.start : one.stop])
+                    target.view(-1).copy_(torch.frombuffer(values, dtype=dtype))
 
     def about(self, row: int) -> dict[str, Any]:
         """The sample's JSON: path, captions, digests."""

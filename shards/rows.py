@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from shards.index import Stretch
 from shards.sample import DTYPES, Layout
 
 
@@ -26,16 +27,18 @@ class Rows:
             for name, tensor in self.tensors.items()
         }
 
-    def fill(self, number: int, slices: Iterable[tuple[str, memoryview]]) -> list[str]:
-        """Row ``number`` of these tensors from the bytes of their slices; returns their names."""
-        theirs, names = self._dtypes[number], []
-        same, into = theirs == self._dtype, self._bytes
-        for name, source in slices:
-            names.append(name)
-            if same or name == "sizes":
-                size = len(source)
-                into[name][number * size : (number + 1) * size] = source
-            else:
-                row = self.tensors[name][number].view(-1)
-                row.copy_(torch.frombuffer(bytearray(source), dtype=theirs))
-        return names
+    def fill(self, number: int, stretches: Iterable[tuple[Stretch, memoryview]]) -> None:
+        """Row ``number`` from the bytes of a sample's stretches; slices of other tensors than these
+        are left out."""
+        theirs, into = self._dtypes[number], self._bytes
+        same = theirs == self._dtype
+        for stretch, source in stretches:
+            for name, start, stop in stretch.slices:
+                if name not in into:
+                    continue
+                if same or name == "sizes":
+                    at, size = number * (stop - start), stop - start
+                    into[name][at : at + size] = source[start:stop]
+                else:
+                    row = self.tensors[name][number].view(-1)
+                    row.copy_(torch.frombuffer(bytearray(source[start:stop]), dtype=theirs))

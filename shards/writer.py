@@ -54,7 +54,7 @@ def write_shard(
                 row: dict[str, Any] = {"key": sample.key.encode(), "weight": sample.weight}
                 row["first_digest"] = len(digests)
                 digests.append(xxhash.xxh3_64_intdigest(members["json"]))
-                rows.append(row | describe_payload(members["safetensors"], digests))
+                rows.append(row | describe_payload(members["safetensors"], layout, digests))
     places = _member_places(tar)
     records = np.zeros(len(rows), RECORD_DTYPE)
     for record, row in zip(records, rows, strict=True):

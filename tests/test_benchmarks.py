@@ -21,7 +21,7 @@ from shards.plan import Plan, Share
 from shards.reader import Cache
 from shards.verify import verify
 
-SMALL = Kind(pixels=64, variants=2, width=12, pooled=5)
+SMALL = Kind(pixels=64, width=12, pooled=5)
 
 
 def test_the_sizes_are_sdxls() -> None:
@@ -46,7 +46,8 @@ def test_every_reader_reads_the_whole_cache(tmp_path: Path) -> None:
     assert len(set(readers.places(cache))) == 5
     for work in (
         readers.mmap_copy(cache),
-        readers.ours(cache, SMALL, 2),
+        readers.ours(cache, SMALL),
+        readers.hash_and_copy(cache),
         readers.training(cache),
         readers.stock_webdataset(cache),
         readers.npz(tmp_path / "npz"),
@@ -71,8 +72,8 @@ def test_turns_and_ratios() -> None:
     clock = iter(range(100))
     order: list[str] = []
     works = {name: lambda name=name: order.append(name) for name in "ab"}
-    seconds = take_turns(works, 3, clock=lambda: float(next(clock)))  # type: ignore[arg-type]
-    assert order == [*"abbaabba"] and seconds == {"a": [1.0] * 3, "b": [1.0] * 3}
+    seconds = take_turns(works, 3, {"beats": lambda: float(next(clock))})  # type: ignore[arg-type]
+    assert order == [*"abbaabba"] and seconds == {"beats": {"a": [1.0] * 3, "b": [1.0] * 3}}
     assert ratio({"a": [1, 2, 4], "b": [2, 6, 20]}, "a", "b") == 3
     assert ratio({"a": [1, 2, 4], "b": [2, 6, 20]}, "b", "a") == pytest.approx(1 / 3)
 

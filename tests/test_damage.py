@@ -336,14 +336,14 @@ def test_a_file_that_is_not_of_the_cache(copy: Path, name: str) -> None:
 
 
 def test_an_unknown_version_is_refused_by_its_number(copy: Path) -> None:
-    resign(copy, version=VERSION + 41)
-    with pytest.raises(CacheError, match=r"manifest\.json: cache format version 42; .*version 1\."):
+    resign(copy, version=VERSION + 40)
+    with pytest.raises(CacheError, match=r"manifest\.json: cache format version 42; .*version 2\."):
         read_manifest(copy)
 
 
 def test_a_version_that_nobody_signed_is_damage(copy: Path) -> None:
     data = (copy / MANIFEST).read_text()
-    (copy / MANIFEST).write_text(data.replace('"version": 1', '"version": 2'))
+    (copy / MANIFEST).write_text(data.replace(f'"version": {VERSION}', f'"version": {VERSION + 1}'))
     with pytest.raises(CacheError, match=r"manifest\.json: the manifest is damaged"):
         read_manifest(copy)
 

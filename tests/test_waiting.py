@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sdxl.device import Precision
 from train.distributed import World
 from train.ema import Ema
-from train.learner import Learner, train_step
+from train.learner import Learner, losses_by_quarter, train_step
 from train.objective import Objective
 from train.optim import Optimizer, takes_flag
 
@@ -109,7 +109,8 @@ def test_no_copy_to_or_from_the_device_blocks(base: Path) -> None:
             batch = made_batch(2, (4, 4, 4), **more)
             result = train_step(learner, iter([batch]), number, 1e-3)
     assert told.steps == 2 and watch.reads == [] and watch.copies == []
-    for value in (result.loss, result.grad_norm, result.finite, result.quarters):
+    sums = losses_by_quarter([result])
+    for value in (result.loss, result.grad_norm, result.finite, sums):
         assert value.device == meta
     with pytest.raises(RuntimeError, match="meta"):
         bool(result.finite)

@@ -1,10 +1,10 @@
 """One step of learning, and one evaluation."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.fsdp import FSDPModule
@@ -85,6 +85,15 @@ class Learner:
         return self.forward.no_sync()
 
 
+class Micro(NamedTuple):
+    """What the log wants to know of a micro-batch of this rank; tensors [B] are on the device."""
+
+    place: tuple[int, int, int]  # epoch, number, micro
+    losses: torch.Tensor
+    weights: torch.Tensor
+    quarters: torch.Tensor  # 0..3: in which quarter of the schedule each sample's timestep lies
+
+
 @dataclass
 class Step:
     """What a step came to; tensors are on the device, and of all ranks."""
@@ -92,13 +101,10 @@ class Step:
     loss: torch.Tensor  # sum(w l) / sum(w) over the global batch
     grad_norm: torch.Tensor  # before clipping
     finite: torch.Tensor  # bool: if not, the weights stayed as they were
-    quarters: torch.Tensor  # [2, 4] of this rank: sums of finite losses by quarter of the
-    # schedule, and how many they are
     lr: float
     num_samples: int = 0  # of all ranks
     wait_seconds: float = 0.0  # for data
-    losses: list[tuple[tuple[int, int, int], torch.Tensor]] = field(default_factory=list)
-    """Of this rank: (epoch, number, micro) of each micro-batch, and its samples' losses."""
+    micros: list[Micro] = field(default_factory=list)
 
 
 def build_learner(config: TrainConfig, world: World) -> Learner:
@@ -154,7 +160,6 @@ def train_step(learner: Learner, batches: Iterator[Batch], number: int, lr: floa
         loss=torch.zeros((), device=device),
         grad_norm=torch.zeros(()),  # this and the next are put in place by the update
         finite=torch.ones(()),
-        quarters=torch.zeros(2, NUM_QUARTERS, device=device),
         lr=lr,
     )
     last = False
@@ -171,21 +176,26 @@ def train_step(learner: Learner, batches: Iterator[Batch], number: int, lr: floa
             # DDP and FSDP take the mean over ranks, and the loss is a sum over them.
             learner.scaler.scale(loss * world.size).backward()  # type: ignore[no-untyped-call]
         result.loss += loss.detach()
-        _note(result, learner.objective, batch, losses.detach())
+        result.micros.append(_note(learner.objective, batch, losses.detach()))
     result.num_samples = batch.num_entries
     result.loss = world.sum(result.loss)
     _update(learner, result, number)
     return result
 
 
-def _note(step: Step, objective: Objective, batch: Batch, losses: torch.Tensor) -> None:
-    """Keep what the log wants to know of a micro-batch."""
+def _note(objective: Objective, batch: Batch, losses: torch.Tensor) -> Micro:
     num = len(objective.alphas_cumprod)
-    quarter = objective.timesteps(batch.times) * NUM_QUARTERS // num
-    counts = torch.arange(NUM_QUARTERS, device=losses.device)[:, None] == quarter  # [4, B]
-    counts = counts & (batch.weights > 0) & losses.isfinite()
-    step.quarters += torch.stack([torch.where(counts, losses, 0.0).sum(1), counts.float().sum(1)])
-    step.losses.append(((batch.epoch, batch.number, batch.micro), losses))
+    quarters = objective.timesteps(batch.times) * NUM_QUARTERS // num
+    return Micro((batch.epoch, batch.number, batch.micro), losses, batch.weights, quarters)
+
+
+def losses_by_quarter(steps: Iterable[Step]) -> torch.Tensor:
+    """[2, 4] of this rank: sums of finite losses by quarter of the schedule, and how many."""
+    _, losses, weights, quarters = zip(*(m for step in steps for m in step.micros), strict=True)
+    values, counted = torch.cat(losses), torch.cat(weights) > 0
+    where = torch.arange(NUM_QUARTERS, device=values.device)[:, None] == torch.cat(quarters)
+    where = where & counted & values.isfinite()  # [4, samples]
+    return torch.stack([torch.where(where, values, 0.0).sum(1), where.float().sum(1)])
 
 
 def _update(learner: Learner, step: Step, number: int) -> None:

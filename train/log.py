@@ -17,7 +17,7 @@ from tqdm import tqdm
 from shards.durable import write_durable
 from train.config import TrainConfig
 from train.distributed import World
-from train.learner import NUM_QUARTERS, Step
+from train.learner import NUM_QUARTERS, Step, losses_by_quarter
 
 METRICS = "metrics.jsonl"
 WANDB_ID = "wandb.json"
@@ -75,7 +75,7 @@ class RunLog:
         values = torch.stack(
             [torch.stack([s.loss, s.grad_norm, s.finite.float()]) for _, s in pending]
         ).tolist()
-        quarters = self.world.sum(torch.stack([s.quarters for _, s in pending]).sum(0)).tolist()
+        quarters = self.world.sum(losses_by_quarter(step for _, step in pending)).tolist()
         rows = [
             _row(number, step, *row) for (number, step), row in zip(pending, values, strict=True)
         ]

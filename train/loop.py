@@ -235,10 +235,10 @@ def _flush(run: Run) -> None:
 def _tell_skipped(run: Run, number: int, step: Step) -> None:
     """Name the samples whose loss was not finite; all of the step's, where it was the gradient."""
     bad, every = [], []
-    for (epoch, batch, micro), losses in step.losses:
-        paths = run.reader.paths(epoch, batch, micro)
+    for micro in step.micros:
+        paths, finite = run.reader.paths(*micro.place), micro.losses.isfinite().tolist()
         every += paths
-        bad += [path for path, ok in zip(paths, losses.isfinite().tolist(), strict=False) if not ok]
+        bad += [path for path, ok in zip(paths, finite, strict=False) if not ok]
     bad, every = run.learner.world.gather(bad), run.learner.world.gather(every)
     if not bad and run.learner.scaler.is_enabled():
         return  # fp16's scale was too high, and is halved
