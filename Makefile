@@ -30,6 +30,7 @@ bench: .venv/ready
 	$(RUN) -m benchmarks.train_step --rounds 5
 	$(RUN) -m benchmarks.peers --quick
 	$(RUN) -m benchmarks.estimates
+	$(RUN) -m benchmarks.allocations
 
 check: .venv/ready
 	$(RUN) -m ruff check .

@@ -20,6 +20,7 @@ from shards.rows import Rows
 from shards.sample import Sample
 
 BATCH_SIZE = 8
+CACHE_LINE = 64
 Work = Callable[[], object]
 Bytes = npt.NDArray[np.uint8]
 
@@ -32,7 +33,11 @@ def places(cache: Cache) -> list[tuple[str, int]]:
 
 
 def _spans(cache: Cache) -> tuple[list[tuple[Bytes, int, int]], Bytes]:
-    """Where the tensors of each sample lie (mapped tar, start, end), and room for one sample."""
+    """Where the tensors of each sample lie (mapped tar, start, end), and room for one sample.
+
+    The room begins at the same place of a cache line as they do: else some processors copy at less
+    than half the speed.
+    """
     maps, spans = {}, {}
     for shard in cache.shards():
         with open(shard.path, "rb") as file:
@@ -42,7 +47,10 @@ def _spans(cache: Cache) -> tuple[list[tuple[Bytes, int, int]], Bytes]:
         ends = shard.index.records["offset"] + shard.index.records["size"]
         spans[shard.path.stem] = [*zip(starts.tolist(), ends.tolist(), strict=True)]
     order = [(maps[name], *spans[name][row]) for name, row in places(cache)]
-    return order, np.empty(max(end - start for _, start, end in order), np.uint8)
+    room = np.empty(max(end - start for _, start, end in order) + CACHE_LINE, np.uint8)
+    data, start, _ = order[0]
+    shift = (data.ctypes.data + start - room.ctypes.data) % CACHE_LINE
+    return order, room[shift:]
 
 
 def mmap_copy(cache: Cache) -> Work:

@@ -1,19 +1,23 @@
 """Precisions take the paths they are named for, as seen in dtypes, the scale and gradients."""
 
 import warnings
+from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from sdxl.device import pick_precision
+from sdxl.device import PRECISIONS, pick_precision
 from shards.batches import Reader
 from shards.plan import Plan, Share
 from shards.reader import Cache
 from train.config import CacheUse, TrainConfig
 from train.distributed import World
 from train.learner import Learner, build_learner, train_step
+from train.memory import CudaNorms
 
 CPU = torch.device("cpu")
 
@@ -94,6 +98,55 @@ def test_bf16_is_autocast_without_a_scaler(cache: Path, base: Path, full: bool) 
         assert all(
             whole_of(learner).state[p]["exp_avg"].dtype == torch.float32 for p in group["params"]
         )
+
+
+class Seen(CudaNorms):
+    """Counts the dtypes of what norms give, where autocast is as on CUDA."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outputs: Counter[torch.dtype] = Counter()
+
+    def __torch_function__(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+        output = super().__torch_function__(function, *args, **kwargs)
+        if function in (F.group_norm, F.layer_norm):
+            self.outputs[output.dtype] += 1
+        return output
+
+
+@pytest.mark.parametrize("checkpoints", [False, True])
+@pytest.mark.parametrize(
+    ("precision", "settings"),
+    [
+        ("bf16", {}),
+        ("fp16", {}),
+        ("bf16", {"adapter": "dora"}),
+        ("bf16", {"full": True, "pure_bf16": True}),
+    ],
+)
+def test_norms_of_half_weights_stay_in_half(
+    cache: Path, base: Path, precision: str, settings: dict[str, Any], checkpoints: bool
+) -> None:
+    """So a step on CUDA computes what it does on a CPU."""
+    losses, seen = [], Seen()
+    settings = {**settings, "precision": precision, "gradient_checkpointing": checkpoints}
+    for mode in (nullcontext(), seen):
+        learner = learner_of(cache, base, allow_cpu_bf16=True, **settings)
+        batches = batches_of(cache)
+        with mode:
+            losses.append([float(train_step(learner, batches, n, 1e-3).loss) for n in range(2)])
+        batches.close()
+    assert [*seen.outputs] == [PRECISIONS[precision]] and seen.outputs.total() >= 20
+    assert losses[0] == losses[1]
+
+
+def test_norms_of_fp32_weights_are_autocasts(cache: Path, base: Path) -> None:
+    learner = learner_of(cache, base, precision="bf16", allow_cpu_bf16=True, full=True)
+    batches = batches_of(cache)
+    with Seen() as seen:
+        train_step(learner, batches, 0, 1e-3)
+    batches.close()
+    assert [*seen.outputs] == [torch.float32]
 
 
 def test_half_precision_losses_are_near_those_of_fp32(cache: Path, base: Path) -> None:

@@ -9,10 +9,14 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import benchmarks.gpu as gpu
 from benchmarks import gpu_cells, readers
+from benchmarks.allocations import RUNS, Allocations, peaks
 from benchmarks.caches import KINDS, Kind, random_samples, write_random, write_sparse
+from benchmarks.estimates import config_of
+from benchmarks.full_base import CONFIGS
 from benchmarks.gpu import Cell, fill_in, grid, measure, rows_of, run_cell
 from benchmarks.gpu_cells import largest
 from benchmarks.report import ratio, take_turns
@@ -20,6 +24,7 @@ from shards.batches import Reader
 from shards.plan import Plan, Share
 from shards.reader import Cache
 from shards.verify import verify
+from train.memory import Estimator
 
 SMALL = Kind(pixels=64, width=12, pooled=5)
 
@@ -76,6 +81,34 @@ def test_turns_and_ratios() -> None:
     assert order == [*"abbaabba"] and seconds == {"beats": {"a": [1.0] * 3, "b": [1.0] * 3}}
     assert ratio({"a": [1, 2, 4], "b": [2, 6, 20]}, "a", "b") == 3
     assert ratio({"a": [1, 2, 4], "b": [2, 6, 20]}, "b", "a") == pytest.approx(1 / 3)
+
+
+def test_allocations_are_counted_from_making_to_end() -> None:
+    with FakeTensorMode(), Allocations() as found:
+        one = torch.empty(128)  # 512 bytes
+        view = one.view(2, 64)
+        two = one + torch.empty(1)  # and for a moment 512 of the allocator's for 4
+        assert (found.live, found.peak) == (1024, 1536)
+        del one, two
+        assert found.live == 512  # the view holds it
+        weight = torch.empty(256, 256, requires_grad=True)
+        (view.new_empty(4, 256) @ weight).square().sum().backward()
+        del view
+        assert found.live == 2 * 4 * 256 * 256  # the weight and its gradient
+    assert found.peak > found.live
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", [RUNS[0], RUNS[-1]], ids=lambda run: run[0])
+def test_what_a_step_allocates_is_near_the_estimate(run: Any) -> None:
+    _, settings, pixels, target = run
+    config = config_of(allow_cpu_bf16=True, **settings)
+    found = peaks(config, pixels)
+    expected = Estimator(str(CONFIGS), 77).estimate(config, (pixels, pixels))
+    state = expected.weights + expected.optimizer
+    assert found["kept"] == pytest.approx(state, rel=0.02)
+    assert found["peak"] == pytest.approx(expected.peak, rel=0.05)
+    assert found["peak"] < 1e9 * target
 
 
 @pytest.mark.parametrize("most", [1, 2, 7, 8, 100])

@@ -128,6 +128,19 @@ def test_estimates_of_the_real_sdxl(sdxl_configs: Path) -> None:
     assert 6e9 < estimator.estimate(small, (1024, 1024)).peak < 9.5e9
 
 
+@pytest.mark.parametrize("settings", [{}, {"targets": "all"}, {"full": True}])
+def test_adafactors_state_is_estimated_as_it_is(
+    cache: Path, base: Path, settings: Settings
+) -> None:
+    config = config_of(cache, base, optimizer="adafactor", **settings)
+    learner = build_learner(config, World(CPU))
+    steps_of(learner, cache, 1)
+    tensors, _ = learner.optimizer.state()
+    state = sum(t.nbytes for name, t in tensors.items() if not name.endswith("|step"))
+    found = Estimator(str(base), 77, device="cpu").estimate(config, (64, 64))
+    assert found.optimizer == state
+
+
 def test_advice_is_a_line_with_the_reason(cache: Path, base: Path) -> None:
     config = config_of(cache, base, gradient_checkpointing=False, batch_size=8)
     line = advice(config, (64, 64), 77, 1, RuntimeError("CUDA out of memory. Tried 2 GiB.\nMore."))

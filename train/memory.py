@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.functional import group_norm, layer_norm
+from torch.overrides import TorchFunctionMode
 
 from sdxl.base import model_config
 from sdxl.device import PRECISIONS
@@ -24,7 +26,7 @@ from train.config import TrainConfig
 from train.quantize import is_quantised
 from train.unet import BLOCKS
 
-STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2.1, "adafactor": 0.1, "prodigy": 16.0}  # a parameter
+STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2.1, "prodigy": 16.0}  # a parameter
 QUANT_BYTES = {"int8": 1.01, "nf4": 0.57}  # a weight, with its scales
 WORKING_TENSORS = 4  # of the largest size there is, in flight beside what is saved
 
@@ -101,7 +103,7 @@ class Estimator:
         lora = 0 if config.full else 4 * trained
         # Autocast keeps a half-precision copy of what is trained in fp32 for the forward pass.
         casts = 0 if config.pure_bf16 or dtype == torch.float32 else dtype.itemsize * trained
-        state = STATE_BYTES[config.optimizer] * trained
+        state = self._state_bytes(config) * trained
         largest = max(p.numel() for p in unet.parameters())
         per_grad = 2 if config.pure_bf16 else 4
         saved = self.activations(config, bucket)
@@ -118,13 +120,23 @@ class Estimator:
             working=WORKING_TENSORS * config.batch_size * saved.largest,
         )
 
+    def _state_bytes(self, config: TrainConfig) -> float:
+        """Of the optimizer, a parameter."""
+        if config.optimizer != "adafactor":
+            return STATE_BYTES[config.optimizer]
+        parameters = trainable(self._unet(config)).values()
+        total = sum(p.numel() for p in parameters)
+        return sum(_adafactor_bytes(p.shape) for p in parameters) / total
+
     def activations(self, config: TrainConfig, bucket: Size) -> Activations:
         """Of one sample of ``bucket``, by a pass over fake tensors."""
-        key = self._key(config), min(bucket), max(bucket)
+        dtype = self._dtype(config)
+        kept = dtype if config.pure_bf16 else torch.float32  # of what is trained
+        key = self._key(config), kept, min(bucket), max(bucket)
         if key not in self._known:
-            self._known[key] = _measure(
-                self._unet(config), bucket, self.tokens, self._dtype(config)
-            )
+            # Of a LoRA the norms are the base's, which training keeps out of autocast.
+            with CudaNorms() if config.full and self.on_cuda else nullcontext():
+                self._known[key] = _measure(self._unet(config), bucket, self.tokens, dtype, kept)
         found: Activations = self._known[key]
         return found
 
@@ -189,7 +201,28 @@ _CHANGES: tuple[tuple[str, dict[str, Any]], ...] = (
 )
 
 
-def _measure(unet: Any, bucket: Size, tokens: int, dtype: torch.dtype) -> Activations:
+def _adafactor_bytes(shape: torch.Size) -> int:
+    """torch's keeps a mean over each of the last two dimensions: of a 3x3 convolution two thirds of
+    its size."""
+    numel = shape.numel()
+    return 4 * (numel // shape[-1] + numel // shape[-2] if len(shape) > 1 else numel)
+
+
+class CudaNorms(TorchFunctionMode):
+    """Norms with fp32 weights as autocast has them on CUDA: all in fp32. (On a CPU it leaves them
+    alone.)"""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function in (group_norm, layer_norm) and torch.is_autocast_enabled("cpu"):
+            args = [one.float() if isinstance(one, torch.Tensor) else one for one in args]
+        return function(*args, **(kwargs or {}))
+
+
+def _measure(
+    unet: Any, bucket: Size, tokens: int, dtype: torch.dtype, kept: torch.dtype
+) -> Activations:
     width, height = bucket[0] // 8, bucket[1] // 8
     config = unet.config
     added = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
@@ -198,7 +231,7 @@ def _measure(unet: Any, bucket: Size, tokens: int, dtype: torch.dtype) -> Activa
         tensors = {
             name: torch.empty(
                 p.shape,
-                dtype=torch.float32 if p.requires_grad else dtype,
+                dtype=kept if p.requires_grad else dtype,
                 requires_grad=p.requires_grad,
             )
             for name, p in unet.named_parameters()

@@ -1,5 +1,6 @@
 """The UNet of a run, made ready to train."""
 
+from types import MethodType
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from train.quantize import quantise
 
 COMPILE: dict[str, Any] = {"fullgraph": True, "dynamic": True}
 MOST_GRAPHS = 64
+NORMS = (torch.nn.GroupNorm, torch.nn.LayerNorm)
 BLOCKS = (BasicTransformerBlock, ResnetBlock2D)  # what FSDP gathers at a time
 
 
@@ -33,6 +35,8 @@ def build_unet(config: TrainConfig, precision: Precision, world: World) -> Any:
         unet.requires_grad_(True)
     else:
         add_adapter(unet, config)
+    if precision.autocast:
+        _keep_norms_in_half(unet)
     if config.channels_last:
         unet.to(memory_format=torch.channels_last)
     if uses_checkpointing(config, world.device):
@@ -56,6 +60,25 @@ def weight_dtype(config: TrainConfig, precision: Precision) -> torch.dtype:
 def uses_checkpointing(config: TrainConfig, device: torch.device) -> bool:
     asked = config.gradient_checkpointing
     return device.type == "cuda" if asked is None else asked
+
+
+def _keep_norms_in_half(unet: Any) -> None:
+    """Norms with half-precision weights compute in it, as they do when diffusers draws (their
+    statistics are fp32 inside).
+
+    CUDA's autocast would take input, weight and bias to fp32 each time: three more kernels a norm,
+    and what backward keeps of it twice as large.
+    """
+    for module in unet.modules():
+        if isinstance(module, NORMS) and module.weight.dtype != torch.float32:
+            norm: Any = module
+            norm.forward = MethodType(_norm_without_autocast, norm)
+
+
+def _norm_without_autocast(norm: Any, hidden: torch.Tensor) -> torch.Tensor:
+    with torch.autocast(hidden.device.type, enabled=False):
+        normed: torch.Tensor = type(norm).forward(norm, hidden.to(norm.weight.dtype))
+        return normed
 
 
 def _shard(unet: Any, precision: Precision, world: World) -> None:

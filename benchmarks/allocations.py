@@ -1,0 +1,151 @@
+"""What a step of the product allocates at its peak, at full size, on a CPU: over fake tensors.
+
+Fake tensors have shapes and no data, so the real UNet, adapter, loss, backward pass and optimizer
+run as they are, and nothing is computed. Every storage is counted from its making to its end, in
+the allocator's steps of 512 bytes. What a kernel takes for itself is not seen, and attention is
+the CPU's fused kernel, which keeps what a card's does.
+
+    python -m benchmarks.allocations [--out benchmark-output]
+"""
+
+import weakref
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import click
+import torch
+from diffusers import UNet2DConditionModel
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from benchmarks.estimates import FULL, LORA, config_of
+from benchmarks.report import keep, machine, show
+from sdxl.base import scheduler_config
+from sdxl.device import pick_precision
+from shards.batches import Batch
+from train.config import TrainConfig
+from train.distributed import World
+from train.learner import build_learner, train_step
+from train.objective import objective_of
+from train.unet import build_unet
+
+CPU = torch.device("cpu")
+STEP = 512  # bytes: of the CUDA allocator
+RUNS: tuple[tuple[str, dict[str, Any], int, float | None], ...] = (
+    ("LoRA 4", LORA, 512, 5.8),
+    ("LoRA 4", LORA, 1024, 6.5),
+    ("LoRA 4, no checkpointing", {**LORA, "gradient_checkpointing": False}, 1024, None),
+    ("full, bf16, fused, adafactor", FULL, 1024, 9.5),
+)
+
+
+class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Bytes of the storages that are alive, and the most there ever were."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live = self.peak = 0
+        self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function is torch.ops.aten._local_scalar_dense.default:  # the optimizer's own numbers
+            return True if args[0].dtype == torch.bool else 1
+        result = function(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, torch.Tensor):
+                self._note(value.untyped_storage())
+        self.peak = max(self.peak, self.live)
+        return result
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        if storage in self._known:
+            return
+        size = -(-storage.nbytes() // STEP) * STEP
+        self._known.add(storage)
+        self.live += size
+        weakref.finalize(storage, self._end, size)
+
+    def _end(self, size: int) -> None:
+        self.live -= size
+
+
+def unet_without_data(config: TrainConfig) -> Any:
+    """The run's UNet, on the meta device."""
+
+    def empty(base: str, dtype: torch.dtype) -> Any:
+        unet: Any = UNet2DConditionModel.from_config(
+            UNet2DConditionModel.load_config(f"{base}/unet")
+        )
+        return unet.to(dtype)
+
+    meta = torch.device("meta")
+    with mock.patch("train.unet.load_unet", empty), meta:
+        return build_unet(config, pick_precision("bf16", CPU, allow_cpu=True), World(meta))
+
+
+def fill(unet: Any) -> Any:
+    """The same with parameters of the mode at hand."""
+    for module in unet.modules():
+        for name, old in module.named_parameters(recurse=False):
+            new = torch.empty(old.shape, dtype=old.dtype)
+            setattr(module, name, torch.nn.Parameter(new, old.requires_grad))
+    return unet
+
+
+def batch_of(pixels: int) -> Batch:
+    """One picture's."""
+    side = pixels // 8
+    return Batch(
+        latents=torch.empty(1, 4, side, side),
+        prompt=torch.empty(1, 77, 2048, dtype=torch.float16),
+        pooled=torch.empty(1, 1280, dtype=torch.float16),
+        time_ids=torch.empty(1, 6),
+        noise=torch.empty(1, 4, side, side),
+        times=torch.empty(1),
+        weights=torch.empty(1),
+        keys=("key",),
+        total_weight=1.0,
+        num_entries=1,
+        epoch=0,
+        number=0,
+        micro=0,
+        num_micros=1,
+    )
+
+
+def peaks(config: TrainConfig, pixels: int) -> dict[str, float]:
+    """Bytes before the second step, when all state is there, and at its peak."""
+    objective = objective_of(config, scheduler_config(config.base))  # of real numbers
+    unet = unet_without_data(config)
+    with (
+        mock.patch("train.learner.objective_of", lambda *_: objective),
+        mock.patch("train.learner.build_unet", lambda *_: fill(unet)),
+        FakeTensorMode(allow_non_fake_inputs=True),
+        Allocations() as allocations,
+    ):
+        learner = build_learner(config, World(CPU))
+        train_step(learner, iter([batch_of(pixels)]), 0, 1e-4)
+        before = allocations.peak = allocations.live
+        train_step(learner, iter([batch_of(pixels)]), 1, 1e-4)
+    return {"kept": before, "peak": allocations.peak}
+
+
+@click.command()
+@click.option("--out", default=Path("benchmark-output"), type=click.Path(path_type=Path))
+def main(out: Path) -> None:
+    """A table of peaks in GB, at batch 1 in bf16."""
+    rows = []
+    for name, settings, pixels, target in RUNS:
+        found = peaks(config_of(allow_cpu_bf16=True, **settings), pixels)
+        gb = {f"{what} GB": size / 1e9 for what, size in found.items()}
+        rows.append({"run": name, "px": pixels, **gb, "target GB": target})
+    show("peak of the second step's allocations over fake tensors, batch 1, bf16", rows)
+    keep(out / "allocations.json", {"machine": machine(), "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
