@@ -2,13 +2,15 @@
 
 import warnings
 from collections import Counter
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from peft.tuners.lora import LoraLayer
 
 from sdxl.device import PRECISIONS, pick_precision
 from shards.batches import Reader
@@ -147,6 +149,54 @@ def test_norms_of_fp32_weights_are_autocasts(cache: Path, base: Path) -> None:
         train_step(learner, batches, 0, 1e-3)
     batches.close()
     assert [*seen.outputs] == [torch.float32]
+
+
+@contextmanager
+def saved_storages() -> Iterator[dict[int, torch.UntypedStorage]]:
+    """What autograd keeps."""
+    found: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        found[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield found
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("settings", [{}, {"conv": True, "adapter": "rslora"}])
+def test_a_loras_input_is_not_cast_in_vain(
+    cache: Path, base: Path, precision: str, settings: dict[str, Any]
+) -> None:
+    """peft's own casts to fp32 and back change no bit, and cost memory."""
+    found, sizes = [], []
+    for enabled in (False, True):
+        learner = learner_of(
+            cache, base, precision=precision, allow_cpu_bf16=True, targets="all", **settings
+        )
+        layers = [m for m in learner.unet.modules() if isinstance(m, LoraLayer)]
+        assert len(layers) > 20 and not any(m.cast_input_dtype_enabled for m in layers)
+        for layer in layers:
+            layer.cast_input_dtype_enabled = enabled
+        batches = batches_of(cache)
+        with saved_storages() as saved:
+            losses = [float(train_step(learner, batches, n, 1e-3).loss) for n in range(2)]
+        batches.close()
+        sizes.append(sum(storage.nbytes() for storage in saved.values()))
+        weights = [p.detach().clone() for p in learner.optimizer.parameters.values()]
+        found.append((losses, weights))
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(*pair) for pair in zip(found[0][1], found[1][1], strict=True))
+    assert sizes[0] < 0.9 * sizes[1]
+
+
+def test_dora_computes_its_norms_in_fp32(cache: Path, base: Path) -> None:
+    settings = {"adapter": "dora", "precision": "bf16", "allow_cpu_bf16": True}
+    learner = learner_of(cache, base, **settings)
+    layers = [m for m in learner.unet.modules() if isinstance(m, LoraLayer)]
+    assert layers and all(m.cast_input_dtype_enabled for m in layers)
 
 
 def test_half_precision_losses_are_near_those_of_fp32(cache: Path, base: Path) -> None:

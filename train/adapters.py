@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 
 from sdxl.lora_files import load_lora, read_lora
 from train.config import TrainConfig
@@ -71,6 +72,17 @@ def add_adapter(unet: Any, config: TrainConfig) -> None:
             torch.nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
     if config.init_lora is not None:
         read_lora(unet, config.init_lora)  # again in fp32: it was read in the base's precision
+
+
+def spare_casts(unet: Any) -> None:
+    """For runs under autocast, which takes a LoRA's input to its own dtype: peft would take it to
+    fp32 before, and autograd would keep a copy for each LoRA. The numbers are the same.
+
+    DoRA computes norms in its input's dtype, and stays as it is.
+    """
+    for module in unet.modules():
+        if isinstance(module, LoraLayer) and not module.lora_variant:
+            module.cast_input_dtype_enabled = False
 
 
 def trainable(unet: Any) -> dict[str, torch.nn.Parameter]:

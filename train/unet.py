@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from sdxl.device import Precision
 from sdxl.load import load_unet
-from train.adapters import add_adapter
+from train.adapters import add_adapter, spare_casts
 from train.config import TrainConfig
 from train.distributed import World
 from train.quantize import quantise
@@ -37,6 +37,7 @@ def build_unet(config: TrainConfig, precision: Precision, world: World) -> Any:
         add_adapter(unet, config)
     if precision.autocast:
         _keep_norms_in_half(unet)
+        spare_casts(unet)
     if config.channels_last:
         unet.to(memory_format=torch.channels_last)
     if uses_checkpointing(config, world.device):
