@@ -20,7 +20,7 @@ from sdxl.base import model_config
 from sdxl.device import PRECISIONS
 from sdxl.lora_files import num_lora_parameters
 from shards.buckets import Size
-from train.adapters import add_adapter, trainable
+from train.adapters import add_adapter, spare_casts, trainable
 from train.checks import check_processes
 from train.config import TrainConfig
 from train.quantize import is_quantised
@@ -134,8 +134,9 @@ class Estimator:
         kept = dtype if config.pure_bf16 else torch.float32  # of what is trained
         key = self._key(config), kept, min(bucket), max(bucket)
         if key not in self._known:
-            # Of a LoRA the norms are the base's, which training keeps out of autocast.
-            with CudaNorms() if config.full and self.on_cuda else nullcontext():
+            # Norms with half-precision weights are kept out of autocast.
+            masters = config.full and not config.pure_bf16
+            with CudaNorms() if masters and self.on_cuda else nullcontext():
                 self._known[key] = _measure(self._unet(config), bucket, self.tokens, dtype, kept)
         found: Activations = self._known[key]
         return found
@@ -174,6 +175,7 @@ class Estimator:
                 else:
                     unet.requires_grad_(False)
                     add_adapter(unet, replace(config, init_lora=None))
+                    spare_casts(unet)
             self._known[key] = unet.train()
         return self._known[key]
 
