@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 
-from benchmarks.caches import KINDS, random_samples, write_random
+from benchmarks.caches import Kind, random_samples, write_random
 from benchmarks.full_base import write_encoders, write_unet
 from benchmarks.report import keep, machine, measured, show
 
@@ -55,7 +55,7 @@ def main(work: Path | None, out: Path, encoders: str | None, arguments: tuple[st
             write_unet(folder / "base")
             write_encoders(folder / "encoders")
         if not (folder / "cache").exists():
-            kind = KINDS["449 kB"]
+            kind = Kind(pixels=512)
             write_random(folder / "cache", kind, random_samples(kind, 4))
         rows = [_run(name, folder) for name in (ALONE, CHECKPOINTED, BESIDE)]
     show(f"{NUM_STEPS} LoRA steps of the real UNet at 512 px, batch 1, bf16", rows)

@@ -149,7 +149,7 @@ def main(rounds: int, out: Path, alone: str | None, **options: Any) -> None:
     peaks = [{"way": name, **peak_of(name, options)} for name in ("ours", "bare")]
     show(f"{options['base']}, batch {options['batch_size']}, {rounds} rounds", rows)
     show("peak memory", peaks)
-    about = {"machine": machine(options["device"]), **options, "rounds": rounds}
+    about = {"machine": machine(str(pick_device(options["device"]))), **options, "rounds": rounds}
     keep(out / "generate.json", {**about, "rows": rows, "peaks": peaks})
 
 

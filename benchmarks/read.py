@@ -31,7 +31,7 @@ FIRST_BATCH_TARGET_SECONDS = 1.0
 
 
 def compare(folder: Path, kind: Kind, count: int, rounds: int) -> list[dict[str, Any]]:
-    """One row per way to read: samples a second, and how our two ways compare with it."""
+    """One row per way to read: samples a second, and how ours compares with it."""
     samples = random_samples(kind, count)
     write_random(folder / "cache", kind, samples)
     readers.write_npz(folder / "npz", samples)

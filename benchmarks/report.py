@@ -106,14 +106,15 @@ def measured(command: Sequence[str]) -> Used:
     Raises:
         CalledProcessError: it failed.
     """
-    start, anonymous = time.perf_counter(), 0
+    start, anonymous, most = time.perf_counter(), 0, 0
     with tempfile.TemporaryFile("w+") as output:
         child = subprocess.Popen(command, stdout=output)
         while True:
             pid, status, usage = os.wait4(child.pid, os.WNOHANG)
             if pid:
                 break
-            anonymous = max(anonymous, resident_bytes(child.pid)["RssAnon"])
+            found = resident_bytes(child.pid)
+            anonymous, most = max(anonymous, found["RssAnon"]), max(most, found["VmHWM"])
             time.sleep(0.05)
         seconds, child.returncode = time.perf_counter() - start, os.waitstatus_to_exitcode(status)
         output.seek(0)
@@ -121,13 +122,16 @@ def measured(command: Sequence[str]) -> Used:
     if child.returncode:
         raise subprocess.CalledProcessError(child.returncode, list(command), text)
     unit = 1 if sys.platform == "darwin" else 1024
-    peak = usage.ru_maxrss * unit
+    peak = (
+        most or usage.ru_maxrss * unit
+    )  # on Linux the latter is at least the peak of who starts it
     return Used(seconds, usage.ru_utime + usage.ru_stime, peak, anonymous, text)
 
 
 def resident_bytes(pid: int | str = "self") -> dict[str, int]:
-    """A process's own memory and that of mapped files, as far as it is resident; 0 but on Linux."""
-    found = {"RssAnon": 0, "RssFile": 0}
+    """A process's own memory and that of mapped files, as far as it is resident, and the most that
+    both ever were together; 0 but on Linux."""
+    found = {"RssAnon": 0, "RssFile": 0, "VmHWM": 0}
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:

@@ -41,10 +41,11 @@ Index: binary, little endian, made to be memory-mapped (see ``shards.index``)::
     digests    u64 each: xxh3-64 of every part that is read alone; a record names its first
     32 bytes   sha256 of all that stands before
 
-The parts of a sample, in digest order: the JSON; the safetensors header (with its length); then
-each variant's slices of its tensors, then each caption's. Slices of one variant, or of one caption,
-that lie side by side in the file are one part: with one variant and one caption there are two, as
-safetensors writes them.
+The parts of a sample, in digest order: the JSON; the safetensors header (with its length); each
+variant's slices of latents and sizes; each variant's mask; each caption's slices. Slices of one
+variant, or of one caption, that lie side by side in the file are one part, and parts are in file
+order: with one variant, one caption and no mask there are two in half precision, and three in
+float32, where safetensors puts the sizes last. A mask is a part of its own: not every run reads it.
 
 The index header carries the shard's name, bucket, repeats, the tar's size and sha256, the recipe
 (settings and digests of weights that made it), ``members`` (a row for each that was to be in it:
@@ -72,3 +73,14 @@ VERSION = 2
 
 class CacheError(ValueError):
     """A cache that is missing, damaged, unfinished or of another version. One clear line."""
+
+
+class OtherFormat(CacheError):
+    """It is whole, but of another version, or of another program."""
+
+    @classmethod
+    def version(cls, path: object, version: object) -> "OtherFormat":
+        return cls(
+            f"{path}: cache format version {version}; this shardtune reads version {VERSION}. "
+            "Encode the data set again, into a new folder, or use the shardtune that made it"
+        )

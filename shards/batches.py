@@ -168,7 +168,10 @@ class Reader:
         key = record.key.decode()
         draws.start(self.plan.seed, epoch, cache_number, key, entry.pass_)
         form = shard.index.form(record)
-        wanted = form.variants[pick(draws.variant, len(form.variants))]
+        variant = pick(draws.variant, len(form.variants))
+        wanted = form.variants[variant]
+        if reading.masks:
+            wanted += form.masks[variant]
         if not reading.caption_dropout or draws.dropout >= reading.caption_dropout:
             wanted += form.captions[pick(draws.caption, len(form.captions))]
         else:

@@ -1,4 +1,4 @@
-"""The index of a shard: where each sample and slice lies in the tar, and its digest."""
+"""The index of a shard: where each sample and slice lies in the tar, and the digests of parts."""
 
 import hashlib
 import itertools
@@ -13,11 +13,19 @@ import numpy.typing as npt
 import torch
 import xxhash
 
-from shards import CacheError
+from shards import CacheError, OtherFormat
 from shards.durable import write_durable
-from shards.sample import CAPTION_TENSORS, TENSORS, VARIANT_TENSORS, Layout
+from shards.sample import (
+    CAPTION_TENSORS,
+    LATENT_TENSORS,
+    MASK_TENSORS,
+    TENSORS,
+    VARIANT_TENSORS,
+    Layout,
+)
 
-MAGIC = b"shardtune-index2"
+NAME = b"shardtune-index"
+MAGIC = NAME + b"2"  # the version of the format; in the first it was a line's end
 ALIGNMENT = 64
 SHA_BYTES = 32
 DIGEST_BYTES = 8
@@ -94,14 +102,15 @@ class Stretch(NamedTuple):
 class Form(NamedTuple):
     """How a sample is laid out; most of a shard are alike."""
 
-    variants: tuple[tuple[Stretch, ...], ...]
+    variants: tuple[tuple[Stretch, ...], ...]  # of each, but for its mask
+    masks: tuple[tuple[Stretch, ...], ...]  # of each variant; empty without one
     captions: tuple[tuple[Stretch, ...], ...]
     digests: struct.Struct  # of all its parts
     tensors: frozenset[str]  # those that the sample has
 
     def stretches(self) -> Iterator[Stretch]:
         """All, in the order of their digests."""
-        for one in (*self.variants, *self.captions):
+        for one in (*self.variants, *self.masks, *self.captions):
             yield from one
 
 
@@ -135,6 +144,9 @@ def describe_payload(payload: bytes, layout: Layout, digests: list[int]) -> dict
     view = memoryview(payload)
     digests.append(xxhash.xxh3_64_intdigest(view[:start]))
     form = make_form(counts, offsets, layout)
+    covered = start + sum(stretch.stop - stretch.start for stretch in form.stretches())
+    if covered != len(payload):
+        raise ValueError(f"the tensors of a sample are not as its shard's layout: {layout}")
     digests += [xxhash.xxh3_64_intdigest(view[s.start : s.stop]) for s in form.stretches()]
     return {
         "num_variants": counts[0],
@@ -170,11 +182,14 @@ class Index:
             self._data = view = map_file(path)
         except FileNotFoundError:
             raise CacheError(f"{path}: the index is missing") from None
-        if view[: len(MAGIC)] != MAGIC or len(view) < len(MAGIC) + 8 + SHA_BYTES:
+        if view[: len(NAME)] != NAME or len(view) < len(MAGIC) + 8 + SHA_BYTES:
             raise CacheError(f"{path}: not a shardtune index, or its first bytes are damaged")
         digest = hashlib.sha256(view[:-SHA_BYTES])
         if digest.digest() != view[-SHA_BYTES:]:
             raise CacheError(f"{path}: the index is damaged (sha256 differs)")
+        if view[: len(MAGIC)] != MAGIC:
+            version = bytes(view[len(NAME) : len(MAGIC)]).decode("ascii", "replace")
+            raise OtherFormat.version(path, {"\n": "1"}.get(version, version))
         digest.update(view[-SHA_BYTES:])
         self.sha256 = digest.hexdigest()
         (length,) = struct.unpack_from("<Q", view, len(MAGIC))
@@ -227,7 +242,7 @@ class Index:
         return form.digests.unpack_from(self._data, at)
 
     def parts(self, row: int) -> Iterator[tuple[Part, int]]:
-        """Every part of a sample with its digest: JSON, header, then all slices."""
+        """Every part of a sample with its digest: JSON, header, then all stretches."""
         record = self.record(row)
         form = self.form(record)
         parts = [
@@ -244,7 +259,7 @@ def make_form(counts: Sequence[int], offsets: Sequence[int], layout: Layout) -> 
     where = dict(zip(TENSORS, offsets, strict=True))
     digests = itertools.count(FIRST_STRETCH)
 
-    def half(of: str, count: int, names: Sequence[str]) -> Iterator[tuple[Stretch, ...]]:
+    def of_each(of: str, count: int, names: Sequence[str]) -> Iterator[tuple[Stretch, ...]]:
         present = sorted((where[name], name) for name in names if where[name])
         for number in range(count):
             places = []
@@ -255,10 +270,11 @@ def make_form(counts: Sequence[int], offsets: Sequence[int], layout: Layout) -> 
             runs = _neighbours(places)
             yield tuple(_stretch(f"{of} {number}", run, next(digests)) for run in runs)
 
-    variants = tuple(half("variant", counts[0], VARIANT_TENSORS))
-    captions = tuple(half("caption", counts[1], CAPTION_TENSORS))
+    variants = tuple(of_each("variant", counts[0], LATENT_TENSORS))
+    masks = tuple(of_each("variant", counts[0], MASK_TENSORS))
+    captions = tuple(of_each("caption", counts[1], CAPTION_TENSORS))
     tensors = frozenset(name for name, offset in where.items() if offset)
-    return Form(variants, captions, struct.Struct(f"<{next(digests)}Q"), tensors)
+    return Form(variants, masks, captions, struct.Struct(f"<{next(digests)}Q"), tensors)
 
 
 Place = tuple[str, int, int]  # of a slice in the member
@@ -275,7 +291,7 @@ def _neighbours(places: Sequence[Place]) -> list[list[Place]]:
 
 
 def _stretch(of: str, run: Sequence[Place], digest: int) -> Stretch:
-    what = f"{', '.join(name for name, _, _ in run)} of {of}"
+    what = f"{of} ({', '.join(name for name, _, _ in run)})"
     first, last = run[0][1], run[-1][2]
     slices = tuple(Slice(name, start - first, stop - first) for name, start, stop in run)
     return Stretch(what, first, last, slices, digest)

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from shards import FORMAT, VERSION, CacheError
+from shards import FORMAT, VERSION, CacheError, OtherFormat
 from shards.durable import write_changed
 from shards.index import Index
 
@@ -18,10 +18,6 @@ LOCK = "encode.lock"
 REPLACED = "replaced"  # a folder: shards that are being written anew
 OWN = (SCAN, PLAN, LOCK)
 SIDE_FILES = (UNCONDITIONAL, PROMPTS, "rejected.jsonl")
-
-
-class OtherManifest(CacheError):
-    """A manifest that is whole, but not one that this version reads."""
 
 
 def canonical_json(value: Any) -> str:
@@ -129,15 +125,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise CacheError(f"{path}: the manifest is damaged (not what encode wrote)") from None
     whole = content_digest(manifest) == digest
     if manifest.get("format") == FORMAT and manifest.get("version") != VERSION and whole:
-        raise OtherManifest(
-            f"{path}: cache format version {manifest.get('version')}; this shardtune reads "
-            f"version {VERSION}. Encode the data set again, or update shardtune."
-        )
+        raise OtherFormat.version(path, manifest.get("version"))
     manifest["digest"] = digest
     if not whole or canonical_json(manifest).encode() != data:
         raise CacheError(f"{path}: the manifest is damaged (its digest differs)")
     if manifest.get("format") != FORMAT:
-        raise OtherManifest(f"{path}: not a shardtune cache (format {manifest.get('format')!r})")
+        raise OtherFormat(f"{path}: not a shardtune cache (format {manifest.get('format')!r})")
     return dict(manifest)
 
 

@@ -67,13 +67,13 @@ class Shard:
         """Copy one checked slice into ``target`` (contiguous; of any dtype that holds it)."""
         record = self.index.record(row)
         form = self.index.form(record)
-        half = form.captions if name in CAPTION_TENSORS else form.variants
+        halves = {**dict.fromkeys(CAPTION_TENSORS, form.captions), "mask": form.masks}
+        stretches = halves.get(name, form.variants)[number]
+        ((wanted, place),) = ((s, one) for s in stretches for one in s.slices if one.name == name)
+        ((_, source),) = self.checked(record, form, [wanted])
+        values = bytearray(source[place.start : place.stop])
         dtype = self.index.layout.torch_dtype(name)
-        for stretch, source in self.checked(record, form, half[number]):
-            for one in stretch.slices:
-                if one.name == name:
-                    values = bytearray(source[one.start : one.stop])
-                    target.view(-1).copy_(torch.frombuffer(values, dtype=dtype))
+        target.view(-1).copy_(torch.frombuffer(values, dtype=dtype))
 
     def about(self, row: int) -> dict[str, Any]:
         """The sample's JSON: path, captions, digests."""

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from shards import CacheError
+from shards import CacheError, OtherFormat
 from shards.durable import fsync_folder
 from shards.index import Index
 from shards.manifest import (
@@ -11,7 +11,6 @@ from shards.manifest import (
     PROMPTS,
     SIDE_FILES,
     UNCONDITIONAL,
-    OtherManifest,
     file_sha256,
 )
 
@@ -51,16 +50,18 @@ def stand_in(folder: Path, error: CacheError) -> dict[str, Any]:
 
     Raises:
         CacheError: ``error``, where what it says of the manifest is no damage: it is of another
-            version, or of another program.
+            version, or of another program. Also where an index is.
     """
     is_ours = (folder / UNCONDITIONAL).exists() or any(folder.glob("*.index"))
-    if isinstance(error, OtherManifest) or not is_ours:
+    if isinstance(error, OtherFormat) or not is_ours:
         raise error
     shards = []
     for path in sorted(folder.glob("*.index")):
         try:
             index = Index(path)
             digest, count = index.sha256, len(index)
+        except OtherFormat:
+            raise
         except CacheError:
             digest, count = "", 0
         shards.append({"name": path.stem, "index_sha256": digest, "count": count})

@@ -8,8 +8,10 @@ from typing import Any
 import safetensors.torch
 import torch
 
-# The order of the tensors in an index record, and of the per-variant and per-caption digests.
+# TENSORS is their order in an index record.
 VARIANT_TENSORS = ("latents.mean", "latents.std", "mask", "sizes")
+MASK_TENSORS = ("mask",)
+LATENT_TENSORS = tuple(name for name in VARIANT_TENSORS if name not in MASK_TENSORS)
 CAPTION_TENSORS = ("prompt_embeds", "pooled_prompt_embeds")
 TENSORS = VARIANT_TENSORS + CAPTION_TENSORS
 

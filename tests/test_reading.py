@@ -14,7 +14,8 @@ from shards import CacheError
 from shards.batches import UNCONDITIONAL, Batch, Reader
 from shards.plan import Entry, GlobalBatch
 from shards.reader import Cache
-from shards.sample import DTYPES, Sample
+from shards.sample import DTYPES, Layout, Sample
+from shards.writer import write_shard
 
 SMALL: dict[str, Any] = {"prompt": (6, 3), "pooled": 2}  # text is copied, whatever its size
 
@@ -205,6 +206,40 @@ def test_captions_and_variants_are_drawn_evenly_and_apart(
             assert ((row["latents"] - mean).abs() < 6 * held["latents.std"][variant]).all()
     assert counts.total() == 1440 and len(counts) == 12
     assert abs(chi_square([*counts.values()])) < 4
+
+
+@pytest.mark.parametrize("variants", [1, 2])
+def test_a_damaged_mask_stops_those_who_read_masks(tmp_path: Path, variants: int) -> None:
+    samples = [made_sample(f"{n}.png", variants=variants, mask=True, **SMALL) for n in range(6)]
+    folder = write_cache(tmp_path / "cache", samples)
+    (shard,) = Cache(folder).shards()
+    with open(shard.path, "r+b") as file:
+        for row in range(len(samples)):
+            for part, _ in shard.index.parts(row):
+                if "mask" in part.what:
+                    file.seek(part.offset)
+                    file.write(b"\xff")
+    (batch,) = epoch_of(reader_of([Cache(folder)], 6))
+    assert len(batch.keys) == 6
+    with pytest.raises(CacheError, match=r"variant \d \(mask\) is damaged"):
+        [*epoch_of(reader_of([Cache(folder)], 6, masks=True))]
+
+
+@pytest.mark.parametrize("name", ["mask", "latents.std", "latents.maen"])
+def test_a_tensor_that_is_not_there_is_not_read(tmp_path: Path, name: str) -> None:
+    (shard,) = Cache(write_cache(tmp_path / "cache", [made_sample("1.png")])).shards()
+    with pytest.raises(ValueError, match="values to unpack"):
+        shard.read_into(torch.zeros(1), 0, name)
+
+
+def test_a_sample_of_another_layout_is_not_written(tmp_path: Path) -> None:
+    layout = Layout(dtype="fp16", latent=(4, 2, 4), prompt=(6, 3), pooled=2)
+    single = made_sample("1.png", **SMALL)
+    tensors = {n: t if n == "sizes" else t.half() for n, t in single.tensors.items()}
+    half = Sample(**{**vars(single), "tensors": tensors})
+    with pytest.raises(ValueError, match="not as its shard's layout"):
+        write_shard(tmp_path, "32x16-000000", [single], layout, {})
+    write_shard(tmp_path, "32x16-000000", [half], layout, {})
 
 
 def test_masks_are_read_where_they_are_asked_for(many: tuple[Cache, dict[str, Sample]]) -> None:

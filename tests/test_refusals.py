@@ -37,6 +37,7 @@ CHOICES: list[tuple[dict[str, Any], str]] = [
     ({"init_lora": LORA, "conv": True}, "--init-lora .*--conv"),
     ({"init_lora": LORA, "adapter": "dora"}, "--init-lora .*--adapter"),
     ({"ema_on_cpu": True}, "--ema-on-cpu.* --ema$"),
+    ({"compile": True, "adapter": "dora"}, "--compile: DoRA cannot"),
     ({"preview_vae": True}, "--preview-vae.* --preview-every"),
     ({"full": True, "base_quant": "int8"}, "--base-quant .* --full"),
     ({"full": True, "base_quant": "nf4"}, "--base-quant .* --full"),

@@ -80,6 +80,8 @@ def check_choices(config: "TrainConfig") -> None:
                 raise ValueError(f"--init-lora brings its own {name}; leave {flag(name)} out")
         if config.adapter != "lora":
             raise ValueError("--init-lora brings its own kind of adapter; leave --adapter out")
+    if config.compile and config.adapter == "dora":
+        raise ValueError("--compile: DoRA cannot be compiled; leave --compile out")
     for name, needed, is_there in (
         ("ema_on_cpu", "--ema", config.ema > 0),
         ("preview_vae", "--preview-every", bool(config.preview_every)),

@@ -7,6 +7,7 @@ from typing import Any
 
 from precompute.dataset.records import Memory, Rejected, Source
 from precompute.dataset.sources import read_data_set
+from precompute.planning.held import read_held
 from precompute.planning.placement import Planned
 from precompute.planning.room import Sizer, free_bytes, say_bytes
 from precompute.planning.scan import plan_pictures, read_memory
@@ -34,6 +35,7 @@ def dry_run(settings: EncodeSettings) -> Iterator[str]:
     tokenizer, _ = load_tokenizers(settings.base, settings.tokenizers)
     total = 0
     for name, source in sources.items():
+        read_held(settings.out / name)  # of another version: refused, as encode would
         planned, unreadable = plan_pictures(source.records, settings, memory)
         yield from _tell(settings.out / name, source, planned, unreadable)
         yield from _tell_cuts(planned)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from precompute.planning.placement import MARKS, Place
-from shards import CacheError
+from shards import CacheError, OtherFormat
 from shards.durable import fsync_folder
 from shards.index import Index
 from shards.manifest import REPLACED
@@ -59,12 +59,18 @@ class Held:
 
 
 def read_held(folder: Path) -> dict[str, Held]:
-    """The whole shards in a folder, by name."""
+    """The whole shards in a folder, by name.
+
+    Raises:
+        CacheError: they are of another version of the format.
+    """
     found = {}
     for name in shard_names(folder):
         try:
             index = Index(folder / f"{name}.index")
             size = (folder / f"{name}.tar").stat().st_size
+        except OtherFormat:
+            raise
         except (CacheError, OSError):
             continue
         members = index.header.get("members")
