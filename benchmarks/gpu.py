@@ -20,6 +20,7 @@ from typing import Any
 
 import click
 
+from benchmarks.estimates import FULL, LORA
 from benchmarks.report import keep, machine, show
 
 BASE, ENCODERS = "base", "encoders"  # folders in --work
@@ -48,13 +49,6 @@ class Grid:
         self.cells.append(Cell(name, kind, settings, target))
 
 
-LORA: dict[str, Any] = {"rank": 4, "gradient_checkpointing": True}
-FULL: dict[str, Any] = {
-    "full": True,
-    "pure_bf16": True,
-    "fused_backward": True,
-    "optimizer": "adafactor",
-}
 PLAIN: dict[str, Any] = {"gradient_checkpointing": False}
 PEAKS = {512: ("<= 5.8 GB", "<= 3.6 GB"), 1024: ("<= 6.5 GB", "<= 4.2 GB")}
 
