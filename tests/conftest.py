@@ -14,9 +14,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = (
     "1"  # children compute with the same bits; small models gain nothing
 )
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from cli_door import hush_libraries
+
+hush_libraries()  # before they are imported
 
 import encodes
 
