@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from cli_door import door, hush_libraries
+from cli_door import door, echo, hush_libraries
 from cli_options import StageCommand
 
 
@@ -67,7 +67,7 @@ def encode(ctx: click.Context, debug: bool, **values: Any) -> None:
             from precompute.planning.dry_run import dry_run
 
             for line in dry_run(settings):
-                click.echo(line)
+                echo(line)
             return
         if _launched(settings):
             return
@@ -77,9 +77,9 @@ def encode(ctx: click.Context, debug: bool, **values: Any) -> None:
         reports = run(settings)
         for report in reports:
             for line in describe(report, settings.long_captions):
-                click.echo(line)
+                echo(line)
             if warning := warn_of_rejected(report):
-                click.echo(warning, err=True)
+                echo(warning, err=True)
         for report in reports:
             if report.rejected_share > settings.max_rejected:
                 raise click.ClickException(
@@ -87,7 +87,7 @@ def encode(ctx: click.Context, debug: bool, **values: Any) -> None:
                     f"(--max-rejected {settings.max_rejected})"
                 )
         if reports:
-            click.echo(
+            echo(
                 f"next: python cli.py train {settings.out} --base {settings.base} --out RUN "
                 "--epochs 10"
             )
@@ -115,7 +115,7 @@ def prompts(
         from precompute.prompts import change_prompts
 
         path, count = change_prompts(cache, file, base, device, tokenizers)
-        click.echo(f"{path}: {count} preview prompts")
+        echo(f"{path}: {count} preview prompts")
 
 
 @stage("train", "train.config:TrainConfig")
@@ -137,7 +137,7 @@ def train(ctx: click.Context, debug: bool, recipe: Path | None, **values: Any) -
             from train.dry_run import dry_run
 
             for line in dry_run(config):
-                click.echo(line)
+                echo(line)
             return
         if _launched(config):
             return
@@ -146,7 +146,7 @@ def train(ctx: click.Context, debug: bool, recipe: Path | None, **values: Any) -
         path = run(config)
         if os.environ.get("RANK", "0") == "0":
             how = f"--unet {path}" if config.full else f"--lora {path}"
-            click.echo(
+            echo(
                 f"{path}\nnext: python cli.py generate --base {config.base} {how} "
                 "--prompt TEXT --out PICTURES"
             )
@@ -167,7 +167,7 @@ def generate(ctx: click.Context, debug: bool, **values: Any) -> None:
             rate = (
                 f" ({report.num_drawn / report.seconds:.3g} images/s)" if report.num_drawn else ""
             )
-            click.echo(
+            echo(
                 f"{report.num_drawn} picture{one} drawn{rate}, {report.num_kept} kept, in "
                 f"{settings.out}; all at a glance: {report.sheet}"
             )
@@ -186,7 +186,7 @@ def export(ctx: click.Context, debug: bool, **values: Any) -> None:
         from infer.export import export as run
 
         done = run(settings)
-        click.echo(f"{done.path}: {done.what}, {done.num_bytes / 1e6:.1f} MB; read back and equal")
+        echo(f"{done.path}: {done.what}, {done.num_bytes / 1e6:.1f} MB; read back and equal")
 
 
 @commands.command()
@@ -204,7 +204,7 @@ def download(hub_id: str, out: Path, fp16: bool, file: str | None, debug: bool) 
         from sdxl.hub import download_base
 
         base = download_base(hub_id, out, fp16=fp16, file=file)
-        click.echo(f"{base}\nnext: python cli.py encode DATASET --base {base} --out CACHE")
+        echo(f"{base}\nnext: python cli.py encode DATASET --base {base} --out CACHE")
 
 
 @commands.command()

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-import click
 from tqdm import tqdm
 
+from cli_door import echo
 from precompute.sheets import write_sheets
 from processes.lock import locked
 from shards import CacheError
@@ -38,7 +38,7 @@ def _verify(folder: Path, *, repair: bool) -> bool:
             raise  # no cache at all: bad input, not damage
         if repair:
             manifest = stand_in(folder, error)
-        click.echo(str(error))
+        echo(str(error))
         if not repair:
             return False
     num_shards = len(manifest["shards"])
@@ -46,17 +46,17 @@ def _verify(folder: Path, *, repair: bool) -> bool:
     found = [*checks]
     faults = [fault for some in found for fault in some]
     for fault in faults:
-        click.echo(fault)
+        echo(fault)
     if repair and (faults or "digest" not in manifest):
         dropped = drop_damaged(folder, manifest, found)
         for line in dropped:
-            click.echo(line)
+            echo(line)
         if dropped:
-            click.echo("next: run the same encode again, it makes what was dropped")
+            echo("next: run the same encode again, it makes what was dropped")
     if not faults and "digest" in manifest:
         samples = manifest["num_samples"]
         whole = f"{counted(samples, 'sample')} in {counted(num_shards, 'shard')}, all whole"
-        click.echo(f"{folder}: {whole}")
+        echo(f"{folder}: {whole}")
     return not faults and "digest" in manifest
 
 
@@ -67,7 +67,7 @@ def inspect_one(folder: Path, sheets: Path | None) -> None:
     *_, contents = tqdm(
         read_contents(cache), total=num_shards, unit="shard", desc=folder.name, leave=False
     )
-    click.echo("\n".join(describe_contents(cache, contents)))
+    echo("\n".join(describe_contents(cache, contents)))
     if sheets is not None:
         for path in write_sheets(cache, sheets):
-            click.echo(path)
+            echo(str(path))

@@ -11,6 +11,8 @@ from typing import Any
 
 import click
 
+from runtime.text import printable
+
 
 class BadInput(click.ClickException):
     exit_code = 2
@@ -33,33 +35,51 @@ def hush_libraries() -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
+def echo(text: str, err: bool = False) -> None:
+    """Print a message. Names and captions in it cannot command the terminal."""
+    click.echo(printable(text), err=err)
+
+
 @contextmanager
 def door(debug: bool) -> Iterator[None]:
     """An error leaves as one line: exit code 2 for bad input, 1 for the machine's."""
     warnings.simplefilter("ignore")
     if os.environ.get("RANK", "0") == "0":
-        ours = r"(precompute|train|infer|processes|shards|sdxl)\."
+        ours = r"(precompute|train|infer|processes|runtime|shards|sdxl)\."
         warnings.filterwarnings("default", module=ours)
-    warnings.showwarning = lambda message, *_, **__: click.echo(f"Warning: {message}", err=True)
+    warnings.showwarning = lambda message, *_, **__: echo(f"Warning: {message}", err=True)
     signal.signal(signal.SIGTERM, _terminate)
     try:
         yield
-    except (ValueError, OSError, MemoryError, FloatingPointError) as error:
+    except click.ClickException:
+        raise  # it is a message already
+    except KeyboardInterrupt as stop:
+        if os.environ.get("RANK", "0") == "0":
+            echo(" ".join(["\nInterrupted.", *getattr(stop, "__notes__", [])]), err=True)
+        sys.exit(143 if isinstance(stop, Terminated) else 130)
+    except Exception as error:
         if debug:
             raise
         kind = BadInput if isinstance(error, ValueError) else click.ClickException
-        raise kind(_rank() + " ".join(str(error).split())) from error
-    except RuntimeError as error:
-        if debug or type(error).__name__ != "OutOfMemoryError":
-            raise
-        reason = " ".join(str(error).split())[:200]
-        raise click.ClickException(
-            f"out of memory: try a smaller --batch-size ({reason})"
-        ) from error
-    except KeyboardInterrupt as stop:
-        if os.environ.get("RANK", "0") == "0":
-            click.echo(" ".join(["\nInterrupted.", *getattr(stop, "__notes__", [])]), err=True)
-        sys.exit(143 if isinstance(stop, Terminated) else 130)
+        said = " ".join([describe_error(error), *getattr(error, "__notes__", [])])
+        raise kind(printable(_rank() + " ".join(said.split()))) from error
+
+
+def describe_error(error: Exception) -> str:
+    """What went wrong, for the user: which file, which field, what to do. Never empty."""
+    text = str(error)
+    if type(error).__name__ == "OutOfMemoryError":
+        return f"out of memory: try a smaller --batch-size ({text[:200]})"
+    if isinstance(error, MemoryError):
+        return text or "out of memory: this machine has too little for the command"
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        both = (name for name in (error.filename, error.filename2) if name is not None)
+        return f"{', '.join(map(str, both))}: {error.strerror}"
+    if isinstance(error, (ValueError, OSError, FloatingPointError)) and text:
+        return text
+    if type(error).__name__ == "SafetensorError":
+        return f"a safetensors file cannot be read or written: {text}"
+    return f"unexpected {type(error).__name__}: {text}; --debug shows where it happened"
 
 
 def _rank() -> str:

@@ -9,11 +9,11 @@ from precompute.encoders import Encoders
 from precompute.recipe import read_text_recipe
 from precompute.text import load_text, text_causes
 from processes.lock import locked
+from runtime.files import write_durable
 from sdxl.base import zeros_for_empty_prompt
 from sdxl.conditioning import Conditioning, TextEncoders
 from sdxl.device import exact_fp32, pick_device
 from sdxl.prompts import Prompt, read_prompts
-from shards.durable import write_durable
 from shards.manifest import LOCK, MANIFEST, PROMPTS, read_manifest, renew_side_file
 from shards.previews import PreviewFile
 from shards.sample import DTYPES

@@ -18,9 +18,10 @@ import torch
 from precompute.encoders import Encoders
 from precompute.planning.placement import Planned, PlannedShard
 from precompute.sanity import alarms_of_drawings, alarms_of_picture, measure_picture
+from runtime.files import content_digest
 from shards import CacheError
 from shards.index import Index
-from shards.manifest import content_digest, read_manifest
+from shards.manifest import read_manifest
 from shards.reader import Shard
 
 NUM_PICTURES = 3

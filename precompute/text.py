@@ -8,9 +8,9 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
+from runtime.files import content_digest, write_durable
 from sdxl.conditioning import TextEncoders
-from shards.durable import write_durable
-from shards.manifest import UNCONDITIONAL, content_digest
+from shards.manifest import UNCONDITIONAL
 from shards.previews import KEY
 from shards.sample import DTYPES
 

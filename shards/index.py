@@ -13,8 +13,8 @@ import numpy.typing as npt
 import torch
 import xxhash
 
+from runtime.files import write_durable
 from shards import CacheError, OtherFormat
-from shards.durable import write_durable
 from shards.sample import (
     CAPTION_TENSORS,
     LATENT_TENSORS,

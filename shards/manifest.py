@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from runtime.files import canonical_json, content_digest, file_sha256, write_changed
 from shards import FORMAT, VERSION, CacheError, OtherFormat
-from shards.durable import write_changed
 from shards.index import Index
 
 MANIFEST = "manifest.json"
@@ -18,15 +18,6 @@ LOCK = "encode.lock"
 REPLACED = "replaced"  # a folder: shards that are being written anew
 OWN = (SCAN, PLAN, LOCK)
 SIDE_FILES = (UNCONDITIONAL, PROMPTS, "rejected.jsonl")
-
-
-def canonical_json(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False) + "\n"
-
-
-def content_digest(value: Any) -> str:
-    """sha256 of a JSON value in its canonical form."""
-    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
 def write_manifest(folder: Path, about: dict[str, Any], indexes: list[Index]) -> dict[str, Any]:
@@ -74,11 +65,6 @@ def _sign_manifest(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     manifest["digest"] = content_digest(manifest)
     write_changed(folder / MANIFEST, canonical_json(manifest).encode())
     return manifest
-
-
-def file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def data_digest(manifest: dict[str, Any]) -> str:

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from runtime.files import content_digest
 from shards.buckets import Size
-from shards.manifest import content_digest
 
 NUM_ROUNDS = 12  # of the Feistel network; small domains need more than the usual 4
 BLOCK_SIZE = 1024  # entries computed at once: numpy takes as long for one as for a hundred

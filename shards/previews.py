@@ -24,7 +24,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from shards.manifest import canonical_json
+from runtime.files import canonical_json
 
 KEY = "shardtune"
 TENSORS = (

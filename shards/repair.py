@@ -3,16 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from runtime.files import file_sha256, fsync_folder
 from shards import CacheError, OtherFormat
-from shards.durable import fsync_folder
 from shards.index import Index
-from shards.manifest import (
-    MANIFEST,
-    PROMPTS,
-    SIDE_FILES,
-    UNCONDITIONAL,
-    file_sha256,
-)
+from shards.manifest import MANIFEST, PROMPTS, SIDE_FILES, UNCONDITIONAL
 
 REMEDIES = {PROMPTS: "`python cli.py prompts` makes it again"}
 

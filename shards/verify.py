@@ -8,9 +8,10 @@ from typing import Any
 
 import xxhash
 
+from runtime.files import file_sha256
 from shards import CacheError
 from shards.index import Index
-from shards.manifest import MANIFEST, OWN, file_sha256
+from shards.manifest import MANIFEST, OWN
 from shards.reader import read_ahead
 
 MOST_THREADS = 16  # hashing lets go of Python's lock, so each keeps a core or the disk busy

@@ -10,8 +10,8 @@ import numpy as np
 import webdataset as wds
 import xxhash
 
+from runtime.files import durable_file
 from shards.buckets import Size, bucket_name
-from shards.durable import durable_file
 from shards.index import RECORD_DTYPE, describe_payload, write_index
 from shards.sample import Layout, Sample
 

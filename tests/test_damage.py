@@ -18,9 +18,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 from cli import commands
+from runtime.files import canonical_json, content_digest
 from shards import VERSION, CacheError
 from shards.batches import Reader
-from shards.manifest import MANIFEST, canonical_json, content_digest, read_manifest
+from shards.manifest import MANIFEST, read_manifest
 from shards.plan import Plan, Share
 from shards.reader import Cache
 from shards.verify import verify

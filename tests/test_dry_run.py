@@ -13,7 +13,7 @@ from PIL import Image
 
 import cli
 import precompute.encoders
-import precompute.planning.room
+import runtime.files
 from tests.folders import put, put_list
 
 SETTINGS = ["--resolution", 64, "--bucket-step", 16, "--batch-size", 4, "--threads", 1]
@@ -136,7 +136,7 @@ def test_too_little_disk_is_said_before_the_first_picture(
     data_set: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = Usage(10**9, 10**9 - 10**5, 10**5)
-    monkeypatch.setattr(precompute.planning.room.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(runtime.files.shutil, "disk_usage", lambda _: usage)
     out = tmp_path / "out"
     code, output = run("encode", data_set, "--base", base, "--out", out, *SETTINGS)
     assert code == 1, output

@@ -20,7 +20,7 @@ from encodes import (
 )
 
 import precompute.shard
-import shards.durable
+import runtime.files
 from cli import commands
 from precompute.prompts import change_prompts
 from precompute.report import summarise
@@ -179,7 +179,7 @@ def test_a_full_disk_is_one_line_and_a_rerun_goes_on(
         real(descriptor)
 
     with monkeypatch.context() as patch:
-        patch.setattr(shards.durable.os, "fsync", fsync)
+        patch.setattr(runtime.files.os, "fsync", fsync)
         with pytest.raises(OSError, match="the disk is full"):
             again(work, base)
     assert not list((work / "cache").rglob("*.partial"))

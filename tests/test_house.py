@@ -13,15 +13,16 @@ import cli
 import cli_door
 
 ROOT = Path(__file__).parent.parent
-ROOMS = {"precompute", "train", "infer", "shards", "sdxl", "processes"}
+ROOMS = {"precompute", "train", "infer", "shards", "sdxl", "processes", "runtime"}
 ROOMS |= {"cli", "tools", "tests", "benchmarks"}
 ALLOWED = {
-    "precompute": {"shards", "sdxl", "processes"},
-    "train": {"shards", "sdxl", "processes"},
-    "infer": {"sdxl", "processes"},
-    "processes": set(),
-    "shards": set(),
-    "sdxl": set(),
+    "precompute": {"shards", "sdxl", "processes", "runtime"},
+    "train": {"shards", "sdxl", "processes", "runtime"},
+    "infer": {"sdxl", "processes", "runtime"},
+    "processes": {"runtime"},
+    "shards": {"runtime"},
+    "sdxl": {"runtime"},
+    "runtime": set(),
 }
 
 

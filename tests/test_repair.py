@@ -14,15 +14,9 @@ from click.testing import CliRunner, Result
 import cli_caches
 import shards.verify
 from cli import commands
+from runtime.files import canonical_json, content_digest, file_sha256
 from shards import CacheError
-from shards.manifest import (
-    LOCK,
-    MANIFEST,
-    canonical_json,
-    content_digest,
-    file_sha256,
-    read_manifest,
-)
+from shards.manifest import LOCK, MANIFEST, read_manifest
 from shards.repair import drop_damaged
 from shards.verify import verify
 from tests.conftest import Encode

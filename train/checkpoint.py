@@ -16,9 +16,8 @@ import torch
 import xxhash
 from safetensors import safe_open
 
+from runtime.files import PARTIAL, content_digest, fsync_folder
 from sdxl.base import find_weights
-from shards.durable import PARTIAL, fsync_folder
-from shards.manifest import content_digest
 from train.learner import Learner
 from train.weights import Kind, like, read_weights, sync_files, write_tensors, write_weights
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from shards.durable import write_durable
+from runtime.files import write_durable
 from train.config import TrainConfig
 from train.distributed import World
 from train.learner import NUM_QUARTERS, Step, losses_by_quarter

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from runtime.files import durable_file
 from sdxl.base import find_weights, vae_config
 from sdxl.conditioning import Conditioning
 from sdxl.latent_rgb import latents_to_rgb
@@ -23,7 +24,6 @@ from sdxl.sampling import decode_latents, sample_latents, starting_noise, time_i
 from sdxl.sheet import MOST, contact_sheet
 from shards import CacheError
 from shards.buckets import Size
-from shards.durable import durable_file
 from shards.manifest import PROMPTS, read_side_file
 from shards.previews import PreviewFile
 from shards.reader import Cache

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from runtime.files import content_digest
 from sdxl.base import component_path, scheduler_config
 from sdxl.device import pick_precision
 from sdxl.fingerprint import file_digest, weights_digest
 from sdxl.lora_formats import find_lora
-from shards.manifest import content_digest
 from shards.plan import Plan, Share
 from shards.reader import Cache, groups_of
 from train.checkpoint import load_checkpoint, newest_checkpoint

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from processes.lock import locked
-from shards.durable import write_durable
+from runtime.files import write_durable
 from shards.plan import Plan
 from train.adapters import trainable
 from train.config import TrainConfig

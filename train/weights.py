@@ -21,6 +21,7 @@ from peft import set_peft_model_state_dict
 from safetensors import safe_open
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from runtime.files import durable_file, fsync_folder, replace_path
 from sdxl.base import find_weights
 from sdxl.card import Card, base_license, base_name
 from sdxl.long_captions import write_long_captions
@@ -29,7 +30,6 @@ from sdxl.lora_write import PREFIX, lora_bytes
 from sdxl.schedule import Schedule, write_schedule
 from sdxl.settled import settle
 from shards.buckets import Size
-from shards.durable import durable_file, fsync_folder
 from shards.reader import Cache, groups_of
 from train.config import TrainConfig
 from train.distributed import World
@@ -243,21 +243,10 @@ def publish(unet: Any, kind: Kind, run: Path, world: World, ema: Ema | None, *, 
                 stacklevel=2,
             )
         sync_files(partial)
-        _replace(partial / "scheduler", run / "scheduler")
-        _replace(partial / UNET, run / UNET)
+        replace_path(partial / "scheduler", run / "scheduler")
+        replace_path(partial / UNET, run / UNET)
         shutil.rmtree(partial)
     return run / UNET
-
-
-def _replace(new: Path, old: Path) -> None:
-    """Rename a folder over another one."""
-    replaced = old.with_name(f"{old.name}.replaced.partial")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if old.exists():
-        os.replace(old, replaced)
-    os.replace(new, old)
-    fsync_folder(old.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def sync_files(folder: Path) -> None:

@@ -32,9 +32,9 @@ from precompute.spot_checks import (
     warn_of_drawings,
 )
 from precompute.text import text_shape, unconditional_is_whole, write_unconditional
+from runtime.files import PARTIAL, fsync_folder, write_changed
 from sdxl.latent_rgb import LatentSums
 from sdxl.prompts import Prompt
-from shards.durable import PARTIAL, fsync_folder, write_changed
 from shards.index import Index
 from shards.manifest import MANIFEST, OWN, PLAN, REPLACED, UNCONDITIONAL, write_manifest
 

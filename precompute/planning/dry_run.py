@@ -9,9 +9,10 @@ from precompute.dataset.records import Memory, Rejected, Source
 from precompute.dataset.sources import read_data_set
 from precompute.planning.held import read_held
 from precompute.planning.placement import Planned
-from precompute.planning.room import Sizer, free_bytes, say_bytes
+from precompute.planning.room import Sizer
 from precompute.planning.scan import plan_pictures, read_memory
 from precompute.settings import EncodeSettings
+from runtime.files import format_bytes, free_bytes
 from sdxl.conditioning import room
 from sdxl.load import load_tokenizers
 from shards.buckets import bucket_name
@@ -41,11 +42,11 @@ def dry_run(settings: EncodeSettings) -> Iterator[str]:
         yield from _tell_cuts(planned)
         yield from _tell_captions(planned, tokenizer, settings.long_captions)
         num_bytes = sum(map(sizer.bytes_of, planned))
-        yield f"  about {say_bytes(num_bytes)}"
+        yield f"  about {format_bytes(num_bytes)}"
         yield from _tell_rejected([*source.rejected, *unreadable])
         total += num_bytes
     free = free_bytes(settings.out)
-    yield f"{say_bytes(free)} are free on the disk of {settings.out}" + (
+    yield f"{format_bytes(free)} are free on the disk of {settings.out}" + (
         ": too little for a fresh encode" if total > free else ""
     )
     yield "nothing was encoded or written (--dry-run)"

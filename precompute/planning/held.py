@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from precompute.planning.placement import MARKS, Place
+from runtime.files import fsync_folder
 from shards import CacheError, OtherFormat
-from shards.durable import fsync_folder
 from shards.index import Index
 from shards.manifest import REPLACED
 from shards.sample import sample_key

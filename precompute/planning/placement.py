@@ -12,8 +12,8 @@ from itertools import count
 from typing import Any
 
 from precompute.dataset.records import Record
+from runtime.files import content_digest
 from shards.buckets import Geometry, Size
-from shards.manifest import content_digest
 from shards.writer import shard_name
 
 MARK_DIGITS = 20  # of a sha256 in hex, as a key has

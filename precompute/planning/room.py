@@ -1,6 +1,5 @@
 """The bytes that a cache takes, before anything is encoded; and whether the disk has them."""
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 from precompute.planning.placement import Planned
 from precompute.planning.work import ShardWork
 from precompute.settings import EncodeSettings
+from runtime.files import format_bytes, free_bytes
 from sdxl.base import model_config, vae_config
 from shards.manifest import REPLACED
 from shards.sample import Layout
@@ -78,22 +78,11 @@ def check_room(out: Path, works: Mapping[Path, Sequence[ShardWork]], sizer: Size
     needed, free = max(0, needed) + largest, free_bytes(out)
     if largest and needed > free:
         raise OSError(
-            f"{out}: needs about {say_bytes(needed)} of disk, where {say_bytes(free)} are free: "
-            "make room, or give another --out, --mean-only, or fewer variants or captions"
+            f"{out}: needs about {format_bytes(needed)} of disk, where {format_bytes(free)} are "
+            "free: make room, or give another --out, --mean-only, or fewer variants or captions"
         )
-
-
-def free_bytes(folder: Path) -> int:
-    """On the disk that the folder lies, or will lie, on."""
-    there = next(part for part in (folder, *folder.absolute().parents) if part.exists())
-    return shutil.disk_usage(there).free
 
 
 def _size(folder: Path, name: str) -> int:
     tars = (place / f"{name}.tar" for place in (folder, folder / REPLACED))
     return next((tar.stat().st_size for tar in tars if tar.exists()), 0)
-
-
-def say_bytes(num_bytes: int) -> str:
-    value, unit = (num_bytes / 1e9, "GB") if num_bytes >= 1e9 else (num_bytes / 1e6, "MB")
-    return f"{value:.1f} {unit}" if value >= 10 else f"{value:.2f} {unit}"

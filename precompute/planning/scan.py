@@ -23,8 +23,8 @@ from precompute.pictures.variants import plan_variants
 from precompute.planning.placement import Planned
 from precompute.settings import EncodeSettings
 from precompute.threads import num_cores
+from runtime.files import PARTIAL
 from shards.buckets import Geometry, Size, bucket_sizes, cover, nearest_bucket, stretch
-from shards.durable import PARTIAL
 from shards.manifest import SCAN
 from shards.reader import read_ahead
 

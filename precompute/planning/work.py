@@ -12,8 +12,8 @@ from typing import Any
 
 from precompute.dataset.records import Blob, Record
 from precompute.planning.placement import Place, Planned
+from runtime.files import durable_file
 from shards.buckets import Geometry, Size
-from shards.durable import durable_file
 from shards.manifest import PLAN
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from torch.nn.functional import l1_loss, mse_loss
 from tqdm import tqdm
 
-from shards.durable import write_durable
+from runtime.files import write_durable
 from tools.miniature.drawing import (
     BASIC_SHAPES,
     NEW_SHAPES,

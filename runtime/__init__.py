@@ -1,0 +1,1 @@
+"""What every command stands on: files, errors, text for terminals. Imports nothing of ours."""

@@ -1,0 +1,186 @@
+"""Files and folders that are whole or not there: the one place that renames, syncs and digests.
+
+A file is written beside its name (``.partial``), synced, and renamed. What is replaced is first
+renamed aside, and deleted only when the new one has its name: a kill at any point leaves the old
+one or the new one, whole. JSON that a later run reads back carries a digest of its own, so that a
+flipped bit is found and never believed.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from safetensors import SafetensorError
+
+PARTIAL = ".partial"
+REPLACED = ".replaced" + PARTIAL  # what a new file or folder is about to replace
+DIGEST = "digest"  # the field of our JSON files that vouches for the others
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextmanager
+def writing(path: Path, still_good: str = "") -> Iterator[None]:
+    """Name ``path`` in an error that the system or safetensors raises while it is written.
+
+    ``still_good`` is a sentence on what the user has in spite of it.
+
+    Raises:
+        OSError: with a message of its own: the path, the reason, what is still good.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "names_file", False):
+            raise  # by an inner ``writing``
+        full = getattr(error, "errno", None) in FULL or "os error 28" in str(error)
+        reason = "the disk is full" if full else (getattr(error, "strerror", None) or str(error))
+        said = f"{path}: cannot be written: {reason}" + (f". {still_good}" if still_good else "")
+        named = OSError(said)
+        named.errno = errno.ENOSPC if full else getattr(error, "errno", None)
+        named.names_file = True  # type: ignore[attr-defined]
+        raise named from error
+
+
+@contextmanager
+def durable_file(path: Path) -> Iterator[BinaryIO]:
+    """Open ``path + .partial`` for writing; on a clean exit it becomes ``path``, on disk for good.
+
+    On an exception the partial file is removed and ``path`` is what it was before.
+    """
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
+
+
+def write_durable(path: Path, data: bytes) -> None:
+    """Replace ``path`` by ``data`` atomically."""
+    with durable_file(path) as file:
+        file.write(data)
+
+
+def write_changed(path: Path, data: bytes) -> None:
+    """``write_durable``, unless ``path`` holds this already: then it is not touched."""
+    try:
+        if path.read_bytes() == data:
+            return
+    except FileNotFoundError:
+        pass
+    write_durable(path, data)
+
+
+def replace_path(new: Path, path: Path) -> None:
+    """Give the file or folder ``new`` the name ``path``; what had it is deleted after that.
+
+    Both lie in one folder. After a kill, ``path`` or ``path + .replaced.partial`` is the old one,
+    or ``path`` the new one: nothing is lost, and ``recover_replaced`` puts the old one back.
+    """
+    aside = path.with_name(path.name + REPLACED)
+    if path.exists():
+        remove_path(aside)
+        os.replace(path, aside)
+    os.replace(new, path)
+    fsync_folder(path.parent)
+    remove_path(aside)
+
+
+def recover_replaced(path: Path) -> None:
+    """Undo a ``replace_path`` that was cut off between its two renames; else a no-op."""
+    aside = path.with_name(path.name + REPLACED)
+    if aside.exists() and not path.exists():
+        os.replace(aside, path)
+        fsync_folder(path.parent)
+    else:
+        remove_path(aside)
+
+
+def remove_path(path: Path) -> None:
+    """Delete a file, a link or a whole folder; nothing where there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def is_inside(path: Path, folder: Path) -> bool:
+    """Whether ``path`` is ``folder`` or lies below it, links followed."""
+    return path.resolve().is_relative_to(folder.resolve())
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make renames in ``folder`` survive a power cut (a no-op where folders cannot be opened)."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with one spelling of each value: sorted keys, two spaces, a newline at the end."""
+    return json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False) + "\n"
+
+
+def content_digest(value: Any) -> str:
+    """sha256 of a JSON value in its canonical form."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def seal(value: dict[str, Any]) -> dict[str, Any]:
+    """A JSON object with the digest of all its other fields in the field ``digest``."""
+    rest = {name: field for name, field in value.items() if name != DIGEST}
+    return {**rest, DIGEST: content_digest(rest)}
+
+
+def unseal(data: bytes) -> dict[str, Any]:
+    """The fields of a sealed JSON object, without its digest.
+
+    Raises:
+        ValueError: not JSON, not an object, without a digest, or changed since it was sealed.
+    """
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not valid JSON: {str(error)[:100]}") from None
+    if not isinstance(value, dict) or DIGEST not in value:
+        raise ValueError("not a file of shardtune: it carries no digest")
+    digest = value.pop(DIGEST)
+    try:
+        if content_digest(value) == digest:
+            return value
+    except (ValueError, RecursionError):  # a lone surrogate, a number of too many digits
+        pass
+    raise ValueError("damaged: its digest differs")
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file's bytes, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def free_bytes(folder: Path) -> int:
+    """Free on the disk that ``folder`` lies, or will lie, on."""
+    there = next(part for part in (folder, *folder.absolute().parents) if part.exists())
+    return shutil.disk_usage(there).free
+
+
+def format_bytes(num_bytes: int) -> str:
+    """``1.25 MB``, ``12.5 GB``."""
+    value, unit = (num_bytes / 1e9, "GB") if num_bytes >= 1e9 else (num_bytes / 1e6, "MB")
+    return f"{value:.1f} {unit}" if value >= 10 else f"{value:.2f} {unit}"

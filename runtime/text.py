@@ -1,0 +1,14 @@
+"""Text on its way to a terminal or a log."""
+
+import re
+
+# Control characters but for tab and newline, the marks that reverse writing direction, and halves
+# of a surrogate pair: a name or a caption must not be able to clear a screen, or to lie.
+_UNSAFE = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
+def printable(text: str) -> str:
+    r"""``text`` with unsafe characters as escapes (``\x1b``); newlines and tabs stay."""
+    return _UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)

@@ -1,0 +1,100 @@
+"""runtime.files: what is replaced is aside until the new stands; our JSON vouches for itself."""
+
+import errno
+import json
+import os
+import random
+from pathlib import Path
+
+import pytest
+from safetensors import SafetensorError
+
+from runtime.files import (
+    REPLACED,
+    recover_replaced,
+    replace_path,
+    seal,
+    unseal,
+    writing,
+)
+from runtime.text import printable
+
+
+def fill(path: Path, text: str, folder: bool) -> Path:
+    if folder:
+        path.mkdir()
+        (path / "x").write_text(text)
+    else:
+        path.write_text(text)
+    return path
+
+
+def content(path: Path) -> str:
+    return (path / "x" if path.is_dir() else path).read_text()
+
+
+@pytest.mark.parametrize("folder", [True, False])
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_a_replacement_that_is_cut_off_leaves_the_old_or_the_new(
+    folder: bool, at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = fill(tmp_path / "a", "old", folder), fill(tmp_path / "b", "new", folder)
+    real, calls = os.replace, []
+
+    def replace(source: Path, target: Path) -> None:
+        calls.append(source)
+        if len(calls) - 1 == at:
+            raise KeyboardInterrupt
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    if at < 2:
+        with pytest.raises(KeyboardInterrupt):
+            replace_path(new, old)
+    else:
+        replace_path(new, old)
+    monkeypatch.undo()
+    recover_replaced(old)
+    assert content(old) == ("old" if at < 2 else "new")
+    assert not old.with_name(old.name + REPLACED).exists()
+
+
+def test_any_flipped_bit_of_a_sealed_file_is_found() -> None:
+    value = {"captions": ["a café", ""], "files": {"x": [1, 2.5, None]}}
+    data = json.dumps(seal(value)).encode()
+    assert unseal(data) == value
+    generator = random.Random(0)
+    for _ in range(300):
+        at, bit = generator.randrange(len(data)), 1 << generator.randrange(8)
+        flipped = data[:at] + bytes([data[at] ^ bit]) + data[at + 1 :]
+        try:
+            assert unseal(flipped) == value  # a space, or another spelling of the same
+        except ValueError:
+            continue
+
+
+@pytest.mark.parametrize("data", [b"", b"[]", b"{}", b"[" * 100_000, b'{"digest": 1}', b"\xff"])
+def test_what_was_never_sealed_is_refused(data: bytes) -> None:
+    with pytest.raises(ValueError):
+        unseal(data)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_an_error_while_writing_names_the_file_and_what_is_good(error: Exception) -> None:
+    with (
+        pytest.raises(OSError, match=r"^x/y: cannot be written: the disk is full. All good$") as e,
+        writing(Path("x/y"), "All good"),
+        writing(Path("x/y"), "All good"),
+    ):
+        raise error
+    assert e.value.errno == errno.ENOSPC
+
+
+def test_what_a_terminal_would_obey_is_escaped() -> None:
+    assert printable("a\x1b[2J\tb\nc\u202e\ud800é\x9b") == "a\\x1b[2J\tb\nc\\u202e\\ud800é\\x9b"
