@@ -144,7 +144,7 @@ def measure_growth(folder: Path, base: str, pictures: int) -> dict[str, Any]:
     again = {"rescan": lambda: quiet(lambda: reports.extend(encode(settings)))}
     taken = take_turns(again, 3, clocks(torch.device("cpu")))
     report = reports[-1]
-    if not report.is_as_it_was or report.num_samples != pictures:
+    if not report.changes.are_none or report.num_samples != pictures:
         raise RuntimeError(f"not all of it was as it was: {report}")
     num_files = sum(1 for _ in data_set.iterdir())
     speeds = {f"files/s, {c}": num_files / min(taken[c]["rescan"]) for c in taken}

@@ -16,28 +16,33 @@ from shards.sample import CAPTION_TENSORS, VARIANT_TENSORS
 
 
 class Copies:
-    """Reads from ``replaced/``. What is damaged or gone is None, and to be encoded again."""
+    """Reads from ``replaced/`` of a cache and, of a sample that moved between train and val, of
+    the other one. What is damaged or gone is None, and to be encoded again."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder / REPLACED
+        self._cache = folder
         self._open = functools.lru_cache(maxsize=MAX_OPEN_SHARDS)(self._open_shard)
 
     def latents(self, found: Found) -> Half | None:
-        return self._half(found, VARIANT_TENSORS, "latents")
+        return self._half(found, VARIANT_TENSORS, "latents", ("picture", "mask"))
 
     def text(self, found: Found) -> Half | None:
-        return self._half(found, CAPTION_TENSORS, "text")
+        return self._half(found, CAPTION_TENSORS, "text", ("captions",))
 
-    def _half(self, found: Found, names: tuple[str, ...], half: str) -> Half | None:
+    def _half(
+        self, found: Found, names: tuple[str, ...], half: str, digested: tuple[str, ...]
+    ) -> Half | None:
         try:
-            shard = self._open(found.shard)
+            shard = self._open(found.shard, found.cache)
             members = shard.members(found.row)
         except CacheError:
             return None
         tensors = safetensors.torch.load(members["safetensors"])
-        notes = json.loads(members["json"])["notes"][half]
+        about = json.loads(members["json"])
         kept = {name: tensors[name] for name in names if name in tensors}
-        return Half(kept, notes, shard.index.header["made_with"])
+        digests = {name: about["digests"][name] for name in digested if name in about["digests"]}
+        return Half(kept, about["notes"][half], shard.index.header["made_with"], digests)
 
-    def _open_shard(self, name: str) -> Shard:
-        return Shard(self._folder, name, Index(self._folder / f"{name}.index").sha256)
+    def _open_shard(self, name: str, cache: str) -> Shard:
+        folder = (self._cache.parent / cache if cache else self._cache) / REPLACED
+        return Shard(folder, name, Index(folder / f"{name}.index").sha256)

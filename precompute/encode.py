@@ -15,22 +15,19 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from precompute.dataset.records import Memory
-from precompute.dataset.sources import read_data_set
 from precompute.encoders import Encoders
 from precompute.planning.cache import (
     CachePlan,
-    check_out,
     finish,
-    make_plan,
+    plan_caches,
     prepare,
     warn_of_surprises,
 )
+from precompute.planning.losses import refuse_losses
 from precompute.planning.room import Sizer, check_room
-from precompute.planning.scan import read_memory, write_memory
+from precompute.planning.scan import Notes
 from precompute.planning.work import WorkFile
 from precompute.progress import Progress
-from precompute.recipe import read_recipe
 from precompute.report import Report
 from precompute.settings import EncodeSettings
 from precompute.shard import write_work_shard
@@ -39,7 +36,7 @@ from processes.crew import Crew
 from processes.lock import locked
 from sdxl.device import exact_fp32
 from sdxl.prompts import Prompt, read_prompts
-from shards.manifest import LOCK, MANIFEST
+from shards.manifest import LOCK
 
 BATCH_SIZE = 2
 
@@ -76,12 +73,17 @@ def encode(settings: EncodeSettings) -> list[Report]:
         texts = settings.preview_prompts
         prompts = None if texts is None else read_prompts(texts)
         with _no_collection():
-            plans += _plan(settings, stack)
+            notes = Notes(settings.out, settings.dataset, settings.rehash)
+            plans += plan_caches(
+                settings, notes, lambda folder: stack.enter_context(locked(folder / LOCK))
+            )
+            refuse_losses(plans, settings, notes)
+            notes.write()
         works = {plan.folder: plan.works for plan in plans}
         check_room(settings.out, works, Sizer.of(settings))
         job = _job(settings, plans)
         stack.enter_context(num_threads(job.threads))
-        return _lead(crew, Encoders(settings, job.batch_size), job, plans, prompts)
+        return _lead(crew, Encoders(settings, job.batch_size), job, plans, prompts, notes)
 
 
 def _lead(
@@ -90,6 +92,7 @@ def _lead(
     job: Job,
     plans: list[CachePlan],
     prompts: list[Prompt] | None,
+    notes: Notes,
 ) -> list[Report]:
     """The main process's part, once it is known what is to be done."""
     reports = []
@@ -102,30 +105,10 @@ def _lead(
     crew.tell("job", json.dumps(asdict(job)))
     _write_shards(crew, encoders, job)
     for plan, report in zip(plans, reports, strict=True):
-        finish(plan, report, encoders)
+        finish(plan, report, encoders, notes.memory)
+    notes.write()
     crew.gather("end", "")
     return reports
-
-
-def _plan(settings: EncodeSettings, stack: ExitStack) -> list[CachePlan]:
-    """Read the data set and what is there; from here on no other process may write there."""
-    memory = read_memory(settings.out, settings.dataset)
-    if settings.rehash:
-        memory = Memory()
-    sources = read_data_set(settings, memory)
-    for name in sources:
-        check_out(settings.out / name, settings.dataset / name)
-    if "" not in sources and (settings.out / MANIFEST).exists():
-        raise ValueError(f"{settings.out}: is one cache, not train/ and val/; give another --out")
-    recipe = read_recipe(settings)
-    for name in sources:
-        stack.enter_context(locked(settings.out / name / LOCK))
-    plans = [
-        make_plan(source, settings.out / name, settings, recipe, memory)
-        for name, source in sources.items()
-    ]
-    write_memory(settings.out, settings.dataset, memory)
-    return plans
 
 
 def _job(settings: EncodeSettings, plans: list[CachePlan]) -> Job:

@@ -4,10 +4,11 @@ Batches are always filled to one fixed size: the last bits of an encoder's outpu
 batch size, but not on who else is in the batch. So they may run across samples.
 """
 
+import errno
 import hashlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -16,13 +17,16 @@ from precompute.encoders import Encoders
 from precompute.pictures.images import open_picture, render_variants, room_for
 from precompute.pictures.masks import Grey, open_alpha, open_mask, render_mask
 from precompute.pictures.refusals import explain
-from precompute.planning.placement import Planned
+from precompute.planning.placement import Planned, picture_mark
 from precompute.settings import EncodeSettings
 from precompute.threads import num_cores
+from runtime.files import content_digest
 from sdxl.latent_rgb import LatentSums
 from shards.reader import read_ahead
 from shards.sample import DTYPES
 
+# Errors that are of one file; others (of a disk, of a network) end the run, and it goes on later.
+OF_THE_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP}
 R = TypeVar("R")
 S = TypeVar("S")
 # A variant: its picture [3, H, W] in -1..1, and its mask [1, h, w] in 0..1, empty if it has none.
@@ -36,6 +40,7 @@ class Half:
     tensors: dict[str, torch.Tensor]
     notes: dict[str, Any]
     made_with: list[dict[str, Any]]  # batch sizes and the like: they decide last bits
+    digests: dict[str, str]  # sha256 of what it was made from: "picture", "mask"; "captions"
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,15 @@ class Failed:
 
     reason: str
     for_good: bool = True
+    digests: dict[str, str] = field(default_factory=dict)  # as of a ``Half``, where it was read
+
+
+@dataclass(frozen=True, eq=False)
+class _Opened:
+    """The variants of a picture, or why there are none."""
+
+    rows: list[Pixels] | Failed
+    digests: dict[str, str]
 
 
 def latent_halves(members: Sequence[Planned], encoders: Encoders) -> Iterator[Half | Failed]:
@@ -61,6 +75,12 @@ def latent_halves(members: Sequence[Planned], encoders: Encoders) -> Iterator[Ha
         threads,
         -(-(2 * size + threads) // most),
     )
+    digests: deque[dict[str, str]] = deque()
+
+    def rows() -> Iterator[list[Pixels] | Failed]:
+        for one in opened:
+            digests.append(one.digests)
+            yield one.rows
 
     def encode(rows: list[Pixels]) -> list[tuple[torch.Tensor, ...]]:
         pictures = torch.stack([picture for picture, _ in rows])
@@ -68,9 +88,10 @@ def latent_halves(members: Sequence[Planned], encoders: Encoders) -> Iterator[Ha
         masks = [mask for _, mask in rows]
         return [*zip(posterior.mean, posterior.std, pictures, masks, strict=True)]
 
-    for planned, found in zip(members, in_batches(opened, encode, size), strict=True):
+    for planned, found in zip(members, in_batches(rows(), encode, size), strict=True):
+        made_from = digests.popleft()
         if isinstance(found, Failed):
-            yield found
+            yield replace(found, digests=made_from)
             continue
         mean, std, pictures, mask = (torch.stack(parts) for parts in zip(*found, strict=True))
         tensors = {"latents.mean": mean, "latents.std": std}
@@ -80,7 +101,7 @@ def latent_halves(members: Sequence[Planned], encoders: Encoders) -> Iterator[Ha
             del tensors["latents.std"]
         sums = LatentSums.empty(mean.shape[1])
         sums.add(mean, pictures)
-        half = _stored(tensors, {"sums": sums.to_json()}, encoders)
+        half = _stored(tensors, {"sums": sums.to_json()}, encoders, made_from)
         if isinstance(half, Half):
             sizes = [geometry.sizes for geometry in planned.variants]
             half.tensors["sizes"] = torch.tensor(sizes, dtype=torch.int32)
@@ -102,7 +123,10 @@ def text_halves(members: Sequence[Planned], encoders: Encoders) -> Iterator[Half
         prompt, pooled = (torch.stack(parts) for parts in zip(*found, strict=True))
         tensors = {"prompt_embeds": prompt, "pooled_prompt_embeds": pooled}
         num_cut = sum(map(encoders.text.is_cut, planned.record.captions))
-        yield _stored(tensors, {"num_cut_captions": num_cut}, encoders)
+        captions_digest = content_digest(list(planned.record.captions))
+        yield _stored(
+            tensors, {"num_cut_captions": num_cut}, encoders, {"captions": captions_digest}
+        )
 
 
 def in_batches(
@@ -136,30 +160,49 @@ def in_batches(
 
 
 def _stored(
-    tensors: dict[str, torch.Tensor], notes: dict[str, Any], encoders: Encoders
+    tensors: dict[str, torch.Tensor],
+    notes: dict[str, Any],
+    encoders: Encoders,
+    digests: dict[str, str],
 ) -> Half | Failed:
     """In the dtype of the cache, if that can hold it."""
     dtype = encoders.settings.dtype
     cast = {name: tensor.to(DTYPES[dtype]) for name, tensor in tensors.items()}
     for name, tensor in cast.items():
         if not tensor.isfinite().all():
-            return Failed(f"its {name} is not finite in {dtype}")
-    return Half(cast, notes, [encoders.made_with])
+            return Failed(f"its {name} is not finite in {dtype}", digests=digests)
+    return Half(cast, notes, [encoders.made_with], digests)
 
 
-def _open_member(planned: Planned, settings: EncodeSettings) -> list[Pixels] | Failed:
+def _open_member(planned: Planned, settings: EncodeSettings) -> _Opened:
     """Of each variant its pixels and its mask, or why there are none."""
     record = planned.record
     try:
         data = record.picture.read()
         mask = None if record.mask is None else record.mask.read()
     except ValueError as error:  # it changed
-        return Failed(str(error), for_good=False)
-    if [_digest(data), _digest(mask)] != [planned.picture, planned.mask]:
-        return Failed(
+        return _Opened(Failed(str(error), for_good=False), {})
+    except OSError as error:
+        if error.errno not in OF_THE_FILE:
+            raise
+        failed = Failed(f"while the dataset was encoded: {explain(error)}", for_good=False)
+        return _Opened(failed, {})
+    digests = {"picture": hashlib.sha256(data).hexdigest()}
+    if mask is not None:
+        digests["mask"] = hashlib.sha256(mask).hexdigest()
+    marks = [picture_mark(digests.get(name, "")) for name in ("picture", "mask")]
+    if [planned.picture or marks[0], planned.mask] != marks:
+        failed = Failed(
             "it changed, and its size and time do not show it; encode again with --rehash",
             for_good=False,
         )
+        return _Opened(failed, {})
+    return _Opened(_open_variants(planned, settings, data, mask), digests)
+
+
+def _open_variants(
+    planned: Planned, settings: EncodeSettings, data: bytes, mask: bytes | None
+) -> list[Pixels] | Failed:
     try:
         with room_for(planned.variants[0].original):
             pictures = render_variants(open_picture(data), planned.variants)
@@ -184,7 +227,3 @@ def _open_masks(
     if shares is None:
         return torch.empty(len(planned.variants), 0)
     return render_mask(shares, planned.variants)
-
-
-def _digest(data: bytes | None) -> str:
-    return "" if data is None else hashlib.sha256(data).hexdigest()

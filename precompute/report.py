@@ -39,12 +39,6 @@ class Report:
     rejected: list[Rejected] = field(default_factory=list)
 
     @property
-    def is_as_it_was(self) -> bool:
-        """Whether the cache held all that it should before this run."""
-        changes = self.changes
-        return not (changes.num_new or changes.num_removed or changes.causes)
-
-    @property
     def rejected_share(self) -> float:
         """Of all that the data set named."""
         return len(self.rejected) / max(1, len(self.rejected) + self.num_samples)
@@ -64,11 +58,12 @@ class Report:
         self.num_taken += len(index) * int(header["repeats"])
 
 
-def summarise(report: Report) -> str:
+def summarise(changes: Changes) -> str:
     """``12 new, 3 captions changed, 1 removed, 9,984 unchanged``."""
-    changes, causes = report.changes, report.changes.causes
     parts = [f"{changes.num_new:,} new"] if changes.num_new else []
-    for cause, number in sorted(causes.items()):
+    if changes.num_renamed:
+        parts.append(f"{changes.num_renamed:,} renamed")
+    for cause, number in sorted(changes.causes.items()):
         if cause in NOUNS:
             parts.append(f"{number:,} {NOUNS[cause][number > 1]} changed")
         else:
@@ -85,8 +80,8 @@ def describe(report: Report, num_chunks: int) -> Iterator[str]:
     yield (
         f"\n{report.folder}: {counted(report.num_samples, 'picture')} in "
         f"{counted(report.num_shards, 'shard')}, "
-        f"{report.num_bytes / 1e6:.1f} MB: {summarise(report)}"
-        + (", so nothing was encoded" if report.is_as_it_was else "")
+        f"{report.num_bytes / 1e6:.1f} MB: {summarise(report.changes)}"
+        + (", so nothing was encoded" if report.changes.are_none else "")
     )
     for bucket, count in report.buckets.items():
         yield f"  {bucket:>9}  {count:6d}  {'#' * round(40 * count / max(1, report.num_samples))}"

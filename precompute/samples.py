@@ -1,13 +1,13 @@
 """The members of one shard to samples: each half copied where it is still right, else encoded."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from precompute.copies import Copies
 from precompute.encoders import Encoders
 from precompute.halves import Failed, Half, latent_halves, text_halves
-from precompute.planning.placement import CHANGING, Planned
+from precompute.planning.placement import CHANGING, Planned, picture_mark
 from precompute.planning.work import Found, Task
 from sdxl.latent_rgb import LatentSums
 from shards.sample import Sample
@@ -66,13 +66,19 @@ def make_samples(
     for task, latents, text in halves:
         if task.is_encoded:
             tick(isinstance(latents, Failed) or isinstance(text, Failed))
+        planned = _with_marks(task.planned, latents.digests)
         if isinstance(latents, Failed):
-            notes.reject(task.planned, latents)
+            notes.reject(planned, latents)
         elif isinstance(text, Failed):
-            notes.reject(task.planned, text)
+            notes.reject(planned, text)
         else:
-            notes.add(task.planned, latents, text)
-            yield _join(task.planned, latents, text)
+            notes.add(planned, latents, text)
+            yield _join(planned, latents, text)
+
+
+def _with_marks(planned: Planned, digests: dict[str, str]) -> Planned:
+    """The picture is known by what was read of it, where it was not hashed before."""
+    return replace(planned, picture=planned.picture or picture_mark(digests.get("picture", "")))
 
 
 def _join(planned: Planned, latents: Half, text: Half) -> Sample:
@@ -81,7 +87,7 @@ def _join(planned: Planned, latents: Half, text: Half) -> Sample:
         path=planned.record.path,
         captions=planned.record.captions,
         tensors=latents.tensors | text.tensors,
-        digests=planned.digests,
+        digests=latents.digests | text.digests,
         notes={"latents": latents.notes, "text": text.notes},
         weight=planned.record.weight,
     )

@@ -74,11 +74,22 @@ class EncodeSettings:
         False, "Put the samples where a fresh encode would, copying what is still right."
     )
     max_rejected: float = _option(
-        0.5, "Exit with 1, after finishing, where more than this share is rejected."
+        0.5,
+        "Most images that may be rejected, as a share. What can be known before encoding is judged "
+        "before anything is written; the rest at the end, with exit code 1.",
+    )
+    max_removed: float | None = _option(
+        None,
+        "Most samples that may be removed from a cache, as a share of them; more is refused before "
+        "anything is written. Default: 0.1, and 0.5 for a cache of fewer than 100 samples.",
+    )
+    allow_other_dataset: bool = _option(
+        False, "Replace a cache that was made from another dataset."
     )
 
     dry_run: bool = _option(
-        False, "Say what would be encoded, cropped and rejected, and how much disk it takes."
+        False,
+        "Print what would be encoded, removed, cropped and rejected and its size, then exit.",
     )
 
     def __post_init__(self) -> None:
@@ -107,6 +118,8 @@ class EncodeSettings:
             raise ValueError(f"--threads must be from 1 to 1024, not {self.threads}")
         if not 0 <= self.max_rejected <= 1:
             raise ValueError(f"--max-rejected must be in 0..1, not {self.max_rejected}")
+        if self.max_removed is not None and not 0 <= self.max_removed <= 1:
+            raise ValueError(f"--max-removed must be in 0..1, not {self.max_removed}")
         if not 0 <= self.val_share < 1:
             raise ValueError(f"--val-share must be in 0..1, 1 excluded, not {self.val_share}")
         if self.resolution % 8:

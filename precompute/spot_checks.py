@@ -36,15 +36,14 @@ class Candidate:
     planned: Planned
 
     @property
-    def marks(self) -> list[Any]:
-        """What its latents are made from."""
-        return [self.planned.record.key, *self.planned.marks[:3]]
+    def key(self) -> str:
+        return self.planned.record.key
 
 
 def first_pictures(shards: Iterable[PlannedShard]) -> list[Candidate]:
     """The candidates of a cache, in key order."""
     members = (Candidate(shard.name, one) for shard in shards for one in shard.members)
-    return heapq.nsmallest(NUM_CANDIDATES, members, key=lambda one: one.planned.record.key)
+    return heapq.nsmallest(NUM_CANDIDATES, members, key=lambda one: one.key)
 
 
 def earlier_checks(folder: Path) -> dict[str, Any]:
@@ -59,15 +58,17 @@ def check_cache(
     folder: Path,
     recipe: dict[str, Any],
     candidates: list[Candidate],
+    marks: dict[str, list[Any]],
     before: dict[str, Any],
     encoders: Encoders,
 ) -> dict[str, Any]:
     """``sanity`` of the manifest; warns of what is off.
 
-    The VAE is loaded if ``before`` is of other pictures, or made in another way.
+    ``marks`` of each sample by key are what it was made from. The VAE is loaded if ``before`` is of
+    other pictures, or made in another way.
     """
     parts = [recipe[name] for name in ("preprocessing", "vae", "storage")]
-    of = content_digest([*parts, *(one.marks for one in candidates)])
+    of = content_digest([*parts, *([one.key, *marks[one.key][:3]] for one in candidates)])
     if before.get("of") != of:
         found = (_check_picture(folder, one, encoders) for one in candidates)
         pictures = [*islice((one for one in found if one is not None), NUM_PICTURES)]

@@ -168,6 +168,31 @@ def unseal(data: bytes) -> dict[str, Any]:
     raise ValueError("damaged: its digest differs")
 
 
+def write_checked(path: Path, data: bytes) -> None:
+    """Replace ``path`` by a line with the sha256 of ``data``, and ``data``; makes its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_durable(path, hashlib.sha256(data).hexdigest().encode() + b"\n" + data)
+
+
+def read_checked(path: Path) -> bytes:
+    """What ``write_checked`` wrote.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: a byte of it has changed.
+    """
+    digest, _, data = path.read_bytes().partition(b"\n")
+    if hashlib.sha256(data).hexdigest().encode() != digest:
+        raise ValueError(f"{path}: damaged: its digest differs")
+    return data
+
+
+def user_cache() -> Path:
+    """The folder for what this user's machine may remember, and need not: it is never shared."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "shardtune"
+
+
 def file_sha256(path: Path) -> str:
     """sha256 of a file's bytes, in hex."""
     with open(path, "rb") as file:

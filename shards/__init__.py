@@ -58,7 +58,6 @@ While an encode is under way there are also, and belong to no cache::
     plan.jsonl        where each sample goes (see ``precompute.planning.work``)
     replaced/         shards that are being written anew: what is still right is copied from there
     encode.lock       held by the process that writes
-    scan.json         stays: sizes and times of the data set's files
 
 Manifest: canonical JSON (sorted keys, two spaces, one newline at the end) with a ``digest`` over
 the rest, so that any changed byte shows. It lists each shard with its index's sha256, and the

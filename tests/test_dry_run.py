@@ -72,7 +72,7 @@ def test_it_says_all_and_writes_nothing(data_set: Path, base: Path, tmp_path: Pa
     assert code == 0, output
     assert sorted(tmp_path.rglob("*")) == before
     lines = output.splitlines()
-    assert lines[0] == f"{tmp_path / 'out'}: 16 pictures, 2 rejected"
+    assert lines[0] == f"{tmp_path / 'out'}: 16 pictures, 2 rejected: 16 new"
     assert sum(int(count) for _, count in buckets(output)) == 16
     assert re.search(r"  cropped: [\d.]+% of the area on average; most: .*wide.png 20%", output)
     assert re.search(r"  upscaled: \d+ smaller than their bucket; most: small.png \d\.\d\d", output)
@@ -113,7 +113,8 @@ def test_what_it_says_comes_true(
 def test_repeats_are_counted(data_set: Path, base: Path, tmp_path: Path) -> None:
     put_list(data_set, {"file_name": "000.png", "text": "x", "repeats": 7, "mask": "000.png"})
     code, output = run(
-        "encode", data_set, "--base", base, "--out", tmp_path / "out", *SETTINGS, "--dry-run"
+        *("encode", data_set, "--base", base, "--out", tmp_path / "out", *SETTINGS, "--dry-run"),
+        *("--max-rejected", 1),
     )
     assert code == 0, output
     assert "  7 pictures an epoch, with repeats" in output.splitlines()
@@ -145,5 +146,5 @@ def test_too_little_disk_is_said_before_the_first_picture(
         r"out: needs about 0\.\d\d MB of disk, where 0\.10 MB are free: make room", line
     )
     assert not [*out.glob("*.tar")]
-    _, told = run("encode", data_set, "--base", base, "--out", out, *SETTINGS, "--dry-run")
-    assert "0.10 MB are free on the disk of" in told and "too little for a fresh encode" in told
+    code, told = run("encode", data_set, "--base", base, "--out", out, *SETTINGS, "--dry-run")
+    assert code == 1 and "0.10 MB are free on the disk of" in told and line in told.splitlines()

@@ -50,7 +50,7 @@ def test_a_picture_that_fails_is_tried_again_when_it_changes(work: Path, base: P
     before = stamps(cache)
     with counted() as count:
         report = again(work, base)
-    assert summarise(report) == "14 unchanged" and len(report.rejected) == 1
+    assert summarise(report.changes) == "14 unchanged" and len(report.rejected) == 1
     assert count == (0, 0) and stamps(cache) == before
     (data / "004.txt").write_text("the hole stays where it is when its shard is written anew")
     (data / "006.txt").write_text("likewise")
@@ -84,10 +84,9 @@ def test_a_picture_that_changes_under_way_is_tried_again(
 
     reads: list[bool] = []
     make_old(data)
-    (work / "cache" / "scan.json").unlink()
     with monkeypatch.context() as patch:
         patch.setattr(os, "fstat", touched)
-        report = again(work, base)
+        report = again(work, base, rehash=True)
     assert [one.path for one in report.rejected] == ["003.png"]
     assert "changed while" in report.rejected[0].reason
     assert not again(work, base).rejected
@@ -111,17 +110,25 @@ def test_a_damaged_half_is_encoded_again(work: Path, base: Path) -> None:
     assert_as_fresh(work, base)
 
 
-def test_too_many_rejected_is_an_exit_code_after_finishing(
+def test_too_many_rejected_are_refused_as_soon_as_they_are_known(
     pictures: Path, base: Path, tmp_path: Path
 ) -> None:
-    data = copy_old(pictures, tmp_path / "data")
+    """By their headers before anything is written; by their data when the rest is finished."""
+    data, out = copy_old(pictures, tmp_path / "data"), tmp_path / "cache"
+    whole = (data / "000.png").read_bytes()
     for number in range(8):
         (data / f"{number:03}.png").write_bytes(b"no picture")
-    given = ["encode", data, "--base", base, "--out", tmp_path / "cache", "--resolution", 64]
+    given = ["encode", data, "--base", base, "--out", out, "--resolution", 64]
     given += ["--bucket-step", 16, "--threads", 1, "--device", "cpu"]
     code, output = command(*given)
+    assert code == 2 and "57% of the pictures were rejected (8 of 14; --max-rejected" in output
+    assert "8 rejected: not a picture that Pillow can read: 000.png, 001.png" in output
+    assert not [*out.glob("*.*")]
+    for number in range(8):
+        (data / f"{number:03}.png").write_bytes(whole[: len(whole) // 2])
+    code, output = command(*given)
     assert code == 1 and "57% of the pictures were rejected (--max-rejected 0.5)" in output
-    assert read_manifest(tmp_path / "cache")["num_samples"] == 6
+    assert read_manifest(out)["num_samples"] == 6
     code, output = command(*given, "--max-rejected", 0.6)
     assert code == 0 and "so nothing was encoded" in output and "8 rejected" in output
 

@@ -2,13 +2,15 @@
 
 import json
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from precompute.dataset.records import Memory, Rejected, Source
+from precompute.dataset.sources import read_data_set
 from precompute.encoders import Encoders
-from precompute.planning.changes import SETTING_CAUSES, Changes, compare
+from precompute.planning.changes import SETTING_CAUSES, Changes, Comparison, compare
 from precompute.planning.held import (
     Held,
     finish_moves,
@@ -18,10 +20,11 @@ from precompute.planning.held import (
     set_aside,
     shard_names,
 )
-from precompute.planning.placement import Place, place
-from precompute.planning.scan import plan_pictures
+from precompute.planning.placement import Place, Planned, place
+from precompute.planning.scan import Notes, add_digests, plan_pictures, remember_encoded
 from precompute.planning.work import ShardWork, read_about, read_places, write_work
 from precompute.prompts import settle_prompts
+from precompute.recipe import read_recipe
 from precompute.report import Report
 from precompute.settings import EncodeSettings
 from precompute.spot_checks import (
@@ -36,7 +39,7 @@ from runtime.files import PARTIAL, fsync_folder, write_changed
 from sdxl.latent_rgb import LatentSums
 from sdxl.prompts import Prompt
 from shards.index import Index
-from shards.manifest import MANIFEST, OWN, PLAN, REPLACED, UNCONDITIONAL, write_manifest
+from shards.manifest import MANIFEST, OWN, PLAN, REPLACED, SCAN, UNCONDITIONAL, write_manifest
 
 REJECTED = "rejected.jsonl"
 
@@ -47,12 +50,14 @@ class CachePlan:
 
     folder: Path
     recipe: dict[str, Any]
+    planned: list[Planned]  # all that it is to hold
     names: list[str]  # of all shards it will have
     works: list[ShardWork]  # those to be written
     outdated: list[str]  # whole shards to be set aside
     broken: list[str]  # what is left of shards that are not whole
     changes: Changes
     rejected: list[Rejected]  # before any picture is decoded
+    comparison: Comparison
     num_upscaled: int
     made_with: dict[str, Any]  # what made the shards that are there; empty if there are none
     first_pictures: list[Candidate]
@@ -83,36 +88,102 @@ def check_out(folder: Path, data_set: Path) -> None:
         )
 
 
-def make_plan(
-    source: Source, folder: Path, settings: EncodeSettings, recipe: dict[str, Any], memory: Memory
-) -> CachePlan:
-    """Compare the data set with what is there; nothing is changed but an interrupted move.
+def plan_caches(
+    settings: EncodeSettings, notes: Notes, lock: Callable[[Path], object] | None
+) -> list[CachePlan]:
+    """Read the dataset and compare it with what is there.
 
-    Samples stay where they are, or were to go when a run was interrupted; with ``repack`` they go
-    where a fresh encode would put them.
+    ``lock`` keeps other processes out of a cache's folder from before it is looked at; None: it is
+    a dry run, and nothing at all is written. Samples stay where they are, or were to go when a run
+    was interrupted; with ``--repack`` they go where a fresh encode would put them.
+
+    Raises:
+        ValueError: the dataset, the base or the settings cannot be used.
     """
-    planned, unreadable = plan_pictures(source.records, settings, memory)
-    finish_moves(folder)
-    here, aside = read_held(folder), read_held(folder / REPLACED)
-    before = {} if settings.repack else _places(folder, here)
-    shards = place(planned, before, settings.shard_size)
-    works, changes = compare(shards, here, aside, recipe)
-    names = [shard.name for shard in shards]
-    written = {work.name for work in works}
-    return CachePlan(
-        folder=folder,
-        recipe=recipe,
-        names=names,
-        works=works,
-        outdated=[name for name in here if name in written or name not in names],
-        broken=[name for name in shard_names(folder) if name not in here],
-        changes=changes,
-        rejected=[*source.rejected, *unreadable],
-        num_upscaled=sum(one.variants[0].is_upscaled for one in planned),
-        made_with=read_about(folder).get("made_with") or _made_with([*here.values()]),
-        first_pictures=first_pictures(shards),
-        sanity=earlier_checks(folder),
-    )
+    memory = notes.memory
+    sources = read_data_set(settings, memory)
+    for name in sources:
+        check_out(settings.out / name, settings.dataset / name)
+    if "" not in sources and (settings.out / MANIFEST).exists():
+        raise ValueError(f"{settings.out}: is one cache, not train/ and val/; give another --out")
+    recipe = read_recipe(settings)
+    drafts = []
+    for name, source in sources.items():
+        folder = settings.out / name
+        if lock is not None:
+            lock(folder)
+            finish_moves(folder)
+        drafts.append(_Draft.of(folder, source, settings, memory))
+    _add_digests(drafts, settings, memory)
+    comparisons = [draft.place(settings) for draft in drafts]
+    changes = compare(comparisons, recipe)
+    return [
+        draft.plan(one, recipe, *found)
+        for draft, one, found in zip(drafts, comparisons, changes, strict=True)
+    ]
+
+
+@dataclass
+class _Draft:
+    """One cache of a run, while its plan is made."""
+
+    folder: Path
+    planned: list[Planned]
+    rejected: list[Rejected]
+    here: dict[str, Held]
+    aside: dict[str, Held]
+
+    @classmethod
+    def of(cls, folder: Path, source: Source, settings: EncodeSettings, memory: Memory) -> "_Draft":
+        planned, unreadable = plan_pictures(source.records, settings, memory)
+        here, aside = read_held(folder), read_held(folder / REPLACED)
+        return cls(folder, planned, [*source.rejected, *unreadable], here, aside)
+
+    @property
+    def held_keys(self) -> set[str]:
+        return {key for held in (*self.here.values(), *self.aside.values()) for key in held.marks}
+
+    def place(self, settings: EncodeSettings) -> Comparison:
+        before = {} if settings.repack else _places(self.folder, self.here)
+        shards = place(self.planned, before, settings.shard_size)
+        return Comparison(self.folder, shards, self.here, self.aside)
+
+    def plan(
+        self, one: Comparison, recipe: dict[str, Any], works: list[ShardWork], changes: Changes
+    ) -> CachePlan:
+        names = [shard.name for shard in one.shards]
+        written = {work.name for work in works}
+        return CachePlan(
+            folder=self.folder,
+            recipe=recipe,
+            planned=self.planned,
+            names=names,
+            works=works,
+            outdated=[name for name in self.here if name in written or name not in names],
+            broken=[name for name in shard_names(self.folder) if name not in self.here],
+            changes=changes,
+            rejected=self.rejected,
+            comparison=one,
+            num_upscaled=sum(planned.variants[0].is_upscaled for planned in self.planned),
+            made_with=read_about(self.folder).get("made_with") or _made_with([*self.here.values()]),
+            first_pictures=first_pictures(one.shards),
+            sanity=earlier_checks(self.folder),
+        )
+
+
+def _add_digests(drafts: list[_Draft], settings: EncodeSettings, memory: Memory) -> None:
+    """The digests by which pictures are compared: of those that are there under the same key, and
+    where samples are to leave, of new ones as well, for they may be the same by another name."""
+    keys = [draft.held_keys for draft in drafts]
+    wanted = [{one.record.key for one in draft.planned} for draft in drafts]
+    any_leaves = any(held - planned for held, planned in zip(keys, wanted, strict=True))
+    for draft, held in zip(drafts, keys, strict=True):
+
+        def is_compared(one: Planned, held: set[str] = held) -> bool:
+            return any_leaves or one.record.key in held
+
+        draft.planned, unreadable = add_digests(draft.planned, is_compared, settings, memory)
+        draft.rejected += unreadable
 
 
 def _made_with(here: list[Held]) -> dict[str, Any]:
@@ -175,23 +246,27 @@ def prepare(plan: CachePlan, encoders: Encoders, prompts: list[Prompt] | None) -
     return settle_prompts(folder, prompts, encoders, recipe)
 
 
-def finish(plan: CachePlan, report: Report, encoders: Encoders) -> None:
+def finish(plan: CachePlan, report: Report, encoders: Encoders, memory: Memory) -> None:
     """Rejected pictures, the manifest, and nothing left of what the run needed."""
     folder, rejected = plan.folder, plan.rejected.copy()
     about: dict[str, Any] = {"recipe": plan.recipe, "text": text_shape(folder)}
     total: LatentSums | None = None
     indexes = [Index(folder / f"{name}.index") for name in plan.names]
+    marks: dict[str, list[Any]] = {}
     for index in indexes:
         report.add(index)
         rejected += [Rejected(*row) for row in index.header["rejected"]]
+        marks |= {key: row for key, *row in index.header["members"]}
         sums = LatentSums.from_json(index.header["sums"])
         total = sums if total is None else total + sums
+    pictures = {key: row[0] for key, row in marks.items()}
+    remember_encoded(plan.planned, pictures, encoders.settings.dataset, memory)
     if total is not None and report.num_samples:
         about["latents"] = {"channels": len(total.gram) - 1, **total.statistics()}
         about["latent_rgb"] = total.fit()
         gone = {one.key for one in rejected}
-        pictures = [one for one in plan.first_pictures if one.planned.record.key not in gone]
-        about["sanity"] = check_cache(folder, plan.recipe, pictures, plan.sanity, encoders)
+        first = [one for one in plan.first_pictures if one.planned.record.key not in gone]
+        about["sanity"] = check_cache(folder, plan.recipe, first, marks, plan.sanity, encoders)
     report.rejected = sorted(rejected, key=lambda one: one.key)
     if not report.num_samples:
         warnings.warn(f"{folder}: no picture could be encoded; {REJECTED} says why", stacklevel=2)
@@ -199,6 +274,7 @@ def finish(plan: CachePlan, report: Report, encoders: Encoders) -> None:
     _write_rejected(folder, report.rejected)
     write_manifest(folder, about, indexes)
     (folder / PLAN).unlink(missing_ok=True)
+    (folder / SCAN).unlink(missing_ok=True)  # of earlier versions: it held captions and full paths
 
 
 def _write_rejected(folder: Path, rejected: list[Rejected]) -> None:

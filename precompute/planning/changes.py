@@ -1,13 +1,15 @@
 """What of each sample is still right, what is not, and why.
 
 A sample has two halves: latents (with mask and sizes) and text. Each is made from marks of its own
-(``placement.MARKS``) by parts of the recipe.
+(``placement.MARKS``) by parts of the recipe. A sample is looked for by its key first, then by the
+bytes of its picture: so one that was renamed, or moved between train and val, is found again.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from precompute.planning.held import Held
 from precompute.planning.placement import CHANGING, MARKS, Planned, PlannedShard
@@ -33,12 +35,18 @@ SETTING_CAUSES = {*RECIPE_CAUSES.values(), *STORAGE_CAUSES.values()}
 
 @dataclass
 class Changes:
-    """How many samples are new, changed (by cause; one may have several), gone or as they were."""
+    """How many samples are new, renamed, changed (by cause; one may have several), removed or as
+    they were."""
 
     num_new: int = 0
+    num_renamed: int = 0
     num_removed: int = 0
     num_unchanged: int = 0
     causes: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def are_none(self) -> bool:
+        return not (self.num_new or self.num_renamed or self.num_removed or self.causes)
 
 
 def latent_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -55,33 +63,84 @@ def text_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
     return {**found, "storage": recipe["storage"]["dtype"], "long_captions": num_chunks}
 
 
-def compare(
-    shards: list[PlannedShard],
-    here: dict[str, Held],
-    aside: dict[str, Held],
-    recipe: dict[str, Any],
-) -> tuple[list[ShardWork], Changes]:
-    """The shards that must be written, with what is found of their samples; and what changed.
+@dataclass(eq=False)
+class Comparison:
+    """One cache as it is to be, and what lies there: ``here`` are whole shards in its ``folder``,
+    ``aside`` those of an interrupted run."""
 
-    ``here`` are whole shards in the cache's folder, ``aside`` those of an interrupted run.
-    """
+    folder: Path
+    shards: list[PlannedShard]
+    here: dict[str, Held]
+    aside: dict[str, Held]
+
+    def __post_init__(self) -> None:
+        self.keys = {one.record.key for shard in self.shards for one in shard.members}
+
+    @property
+    def held(self) -> Iterator[Held]:
+        yield from self.aside.values()
+        yield from self.here.values()
+
+    def orphans(self) -> Iterator[tuple[Held, str]]:
+        """The samples there that are not to be any more, by their keys; of one that lies there
+        twice, both."""
+        for held in self.held:
+            yield from ((held, key) for key in held.marks if key not in self.keys)
+
+
+def compare(
+    comparisons: list[Comparison], recipe: dict[str, Any]
+) -> list[tuple[list[ShardWork], Changes]]:
+    """Of each cache the shards that must be written, with what is found of their samples, and what
+    changed."""
+    by_picture: dict[str, list[_Origin]] = defaultdict(list)
+    for one in comparisons:
+        sources = {id(held): _Source(held, recipe, one.folder.name) for held in one.held}
+        for held, key in one.orphans():
+            if mark := held.marks[key][0]:
+                by_picture[mark].append(_Origin(sources[id(held)], key))
+    results = [_compare(one, recipe, by_picture) for one in comparisons]
+    for one, (_, changes, _) in zip(comparisons, results, strict=True):
+        moved = {
+            origin.key
+            for _, _, claimed in results
+            for origin in claimed
+            if origin.source.cache == one.folder.name
+        }
+        changes.num_removed = len({key for _, key in one.orphans()} - moved)
+    works = _with_frees([works for works, _, _ in results], comparisons)
+    return [(work, changes) for work, (_, changes, _) in zip(works, results, strict=True)]
+
+
+def _compare(
+    one: Comparison, recipe: dict[str, Any], by_picture: dict[str, list["_Origin"]]
+) -> tuple[list[ShardWork], Changes, list["_Origin"]]:
     changes = Changes()
-    stale = [shard for shard in shards if not _stays(shard, here.get(shard.name), recipe)]
-    staying = {shard.name for shard in shards} - {shard.name for shard in stale}
-    sources = {**aside, **{name: held for name, held in here.items() if name not in staying}}
-    by_key: dict[str, list[_Source]] = defaultdict(list)
-    for held in sources.values():
-        source = _Source(held, recipe)
+    stale = [shard for shard in one.shards if not _stays(shard, one.here.get(shard.name), recipe)]
+    staying = {shard.name for shard in one.shards} - {shard.name for shard in stale}
+    leaving = {name: held for name, held in one.here.items() if name not in staying}
+    by_key: dict[str, list[_Origin]] = defaultdict(list)
+    for held in (*one.aside.values(), *leaving.values()):
+        source = _Source(held, recipe, one.folder.name)
         for key in held.marks:
-            by_key[key].append(source)
-    changes.num_unchanged = sum(len(here[name].marks) for name in staying)
+            by_key[key].append(_Origin(source, key))
+    changes.num_unchanged = sum(len(one.here[name].marks) for name in staying)
+    claimed: list[_Origin] = []
     works = []
     for shard in stale:
-        tasks = tuple(_task(one, by_key.get(one.record.key, []), changes) for one in shard.members)
-        works.append(ShardWork(shard.name, shard.bucket, shard.repeats, tasks))
-    keys = {one.record.key for shard in shards for one in shard.members}
-    changes.num_removed = len(by_key.keys() - keys)
-    return _with_frees(works), changes
+        tasks = []
+        for planned in shard.members:
+            if origins := by_key.get(planned.record.key):
+                tasks.append(_same_key(planned, origins, changes))
+            elif planned.picture and (origins := by_picture.get(planned.picture)):
+                task, origin = _same_picture(planned, origins, changes, one.folder.name)
+                claimed.append(origin)
+                tasks.append(task)
+            else:
+                changes.num_new += 1
+                tasks.append(Task(planned))
+        works.append(ShardWork(shard.name, shard.bucket, shard.repeats, tuple(tasks)))
+    return works, changes, claimed
 
 
 def _stays(shard: PlannedShard, held: Held | None, recipe: dict[str, Any]) -> bool:
@@ -95,46 +154,60 @@ def _stays(shard: PlannedShard, held: Held | None, recipe: dict[str, Any]) -> bo
 
 
 class _Source:
-    """A shard to copy from, and which causes its recipe gives against that."""
+    """A shard of ``cache`` to copy from, and which causes its recipe gives against that."""
 
-    def __init__(self, held: Held, recipe: dict[str, Any]) -> None:
-        self.held = held
+    def __init__(self, held: Held, recipe: dict[str, Any], cache: str) -> None:
+        self.held, self.cache = held, cache
         self.causes = set(_recipe_causes(held.recipe, recipe))
         self.latents = latent_recipe(held.recipe) == latent_recipe(recipe)
         self.text = text_recipe(held.recipe) == text_recipe(recipe)
 
 
-def _task(planned: Planned, sources: list[_Source], changes: Changes) -> Task:
-    """What there is of a sample; of several places that which has most."""
-    if not sources:
-        changes.num_new += 1
-        return Task(planned)
-    found = [_find(planned, source) for source in sources]
+class _Origin(NamedTuple):
+    """A sample to copy from."""
+
+    source: _Source
+    key: str
+
+    def find(self, planned: Planned, cache: str) -> tuple[Task, set[str]]:
+        """What there is of ``planned``, a sample of ``cache``, and why it is not all."""
+        source, held, key = self.source, self.source.held, self.key
+        if held.marks[key] == CHANGING:
+            return Task(planned), {"picture"}
+        was = dict(zip(MARKS, held.marks[key], strict=True))
+        now = dict(zip(MARKS, planned.marks, strict=True))
+        changed = {name for name in MARKS if was[name] != now[name]}
+        named = changed - {"geometry"} if "picture" in changed else changed  # it has another size
+        causes = source.causes | {SAMPLE_CAUSES[name] for name in named}
+        if held.place.repeats != planned.record.repeats:
+            causes |= {"repeats"}
+        if key in held.reasons:
+            as_it_was = source.latents and source.text and not changed
+            return Task(planned, reason=held.reasons[key] if as_it_was else None), causes
+        there = Found(held.name, held.rows[key], "" if source.cache == cache else source.cache)
+        latents = there if source.latents and not changed & LATENT_MARKS else None
+        text = there if source.text and not changed & TEXT_MARKS else None
+        return Task(planned, latents, text), causes
+
+
+def _same_key(planned: Planned, origins: list[_Origin], changes: Changes) -> Task:
+    """What there is of a sample under its own key; of several places that which has most."""
+    found = [origin.find(planned, origin.source.cache) for origin in origins]
     task, causes = min(found, key=lambda one: len(one[1]))
     changes.causes.update(causes)
     changes.num_unchanged += not causes
     return task
 
 
-def _find(planned: Planned, source: _Source) -> tuple[Task, set[str]]:
-    """What one shard has of a sample, and why it has not all."""
-    key, held = planned.record.key, source.held
-    if held.marks[key] == CHANGING:
-        return Task(planned), {"picture"}
-    was = dict(zip(MARKS, held.marks[key], strict=True))
-    now = dict(zip(MARKS, planned.marks, strict=True))
-    changed = {name for name in MARKS if was[name] != now[name]}
-    named = changed - {"geometry"} if "picture" in changed else changed  # it has another size
-    causes = source.causes | {SAMPLE_CAUSES[name] for name in named}
-    if held.place.repeats != planned.record.repeats:
-        causes |= {"repeats"}
-    if key in held.reasons:
-        reason = held.reasons[key] if source.latents and source.text and not changed else None
-        return Task(planned, reason=reason), causes
-    there = Found(held.name, held.rows[key])
-    latents = there if source.latents and not changed & LATENT_MARKS else None
-    text = there if source.text and not changed & TEXT_MARKS else None
-    return Task(planned, latents, text), causes
+def _same_picture(
+    planned: Planned, origins: list[_Origin], changes: Changes, cache: str
+) -> tuple[Task, _Origin]:
+    """What there is of a sample whose picture lay there under another key."""
+    found = [(*origin.find(planned, cache), origin) for origin in origins]
+    task, causes, origin = min(found, key=lambda one: len(one[1]))
+    changes.num_renamed += 1
+    changes.causes.update(causes)
+    return task, origin
 
 
 def _recipe_causes(was: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
@@ -152,16 +225,23 @@ def _recipe_causes(was: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
             yield cause
 
 
-def _with_frees(works: list[ShardWork]) -> list[ShardWork]:
+def _with_frees(
+    caches: list[list[ShardWork]], comparisons: Iterable[Comparison]
+) -> list[list[ShardWork]]:
     """Name for each shard the old ones that no other copies from."""
-    users: dict[str, set[str]] = defaultdict(set)
-    for work in works:
-        for task in work.tasks:
-            for found in (task.latents, task.text):
-                if found is not None:
-                    users[found.shard].add(work.name)
-    alone = {old: next(iter(names)) for old, names in users.items() if len(names) == 1}
+    names = [one.folder.name for one in comparisons]
+    users: dict[tuple[str, str], set[tuple[str, str]]] = defaultdict(set)
+    for cache, works in zip(names, caches, strict=True):
+        for work in works:
+            for task in work.tasks:
+                for found in (task.latents, task.text):
+                    if found is not None:
+                        users[found.cache or cache, found.shard].add((cache, work.name))
+    alone: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for (cache, old), copying in sorted(users.items()):
+        if len(copying) == 1 and next(iter(copying))[0] == cache:
+            alone[next(iter(copying))].append(old)
     return [
-        replace(work, frees=tuple(old for old in sorted(alone) if alone[old] == work.name))
-        for work in works
+        [replace(work, frees=tuple(alone.get((cache, work.name), ()))) for work in works]
+        for cache, works in zip(names, caches, strict=True)
     ]

@@ -2,19 +2,21 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-from precompute.dataset.records import Memory, Rejected, Source
-from precompute.dataset.sources import read_data_set
-from precompute.planning.held import read_held
+from precompute.dataset.records import Rejected
+from precompute.planning.cache import CachePlan, plan_caches
+from precompute.planning.losses import refuse_losses
 from precompute.planning.placement import Planned
-from precompute.planning.room import Sizer
-from precompute.planning.scan import plan_pictures, read_memory
+from precompute.planning.room import Sizer, check_room
+from precompute.planning.scan import Notes
+from precompute.report import summarise
 from precompute.settings import EncodeSettings
 from runtime.files import format_bytes, free_bytes
 from sdxl.conditioning import room
+from sdxl.device import pick_device
 from sdxl.load import load_tokenizers
+from sdxl.prompts import read_prompts
 from shards.buckets import bucket_name
 
 WORST = 3  # how many are named of each kind
@@ -26,37 +28,34 @@ def dry_run(settings: EncodeSettings) -> Iterator[str]:
     """Lines that say it.
 
     Raises:
-        ValueError: the data set, the base or the settings cannot be used.
+        ValueError: encode would refuse: the dataset, the base, the settings, or what it would lose.
+        OSError: the disk has too little room.
     """
-    memory = read_memory(settings.out, settings.dataset)
-    if settings.rehash:
-        memory = Memory()
-    sources = read_data_set(settings, memory)
+    if settings.preview_prompts is not None:
+        read_prompts(settings.preview_prompts)
+    pick_device(settings.device)
+    notes = Notes(settings.out, settings.dataset, settings.rehash)
     sizer = Sizer.of(settings)
     tokenizer, _ = load_tokenizers(settings.base, settings.tokenizers)
-    total = 0
-    for name, source in sources.items():
-        read_held(settings.out / name)  # of another version: refused, as encode would
-        planned, unreadable = plan_pictures(source.records, settings, memory)
-        yield from _tell(settings.out / name, source, planned, unreadable)
-        yield from _tell_cuts(planned)
-        yield from _tell_captions(planned, tokenizer, settings.long_captions)
-        num_bytes = sum(map(sizer.bytes_of, planned))
-        yield f"  about {format_bytes(num_bytes)}"
-        yield from _tell_rejected([*source.rejected, *unreadable])
-        total += num_bytes
-    free = free_bytes(settings.out)
-    yield f"{format_bytes(free)} are free on the disk of {settings.out}" + (
-        ": too little for a fresh encode" if total > free else ""
-    )
+    plans = plan_caches(settings, notes, None)
+    for plan in plans:
+        yield from _tell(plan)
+        yield from _tell_cuts(plan.planned)
+        yield from _tell_captions(plan.planned, tokenizer, settings.long_captions)
+        yield f"  about {format_bytes(sum(map(sizer.bytes_of, plan.planned)))}"
+        yield from _tell_rejected(plan.rejected)
+    yield f"{format_bytes(free_bytes(settings.out))} are free on the disk of {settings.out}"
+    refuse_losses(plans, settings, notes)
+    check_room(settings.out, {plan.folder: plan.works for plan in plans}, sizer)
     yield "nothing was encoded or written (--dry-run)"
 
 
-def _tell(
-    folder: Path, source: Source, planned: Sequence[Planned], unreadable: Sequence[Rejected]
-) -> Iterator[str]:
-    rejected = len(source.rejected) + len(unreadable)
-    yield f"{folder}: {len(planned):,} pictures, {rejected:,} rejected"
+def _tell(plan: CachePlan) -> Iterator[str]:
+    planned = plan.planned
+    yield (
+        f"{plan.folder}: {len(planned):,} pictures, {len(plan.rejected):,} rejected: "
+        f"{summarise(plan.changes)}" + ("" if plan.has_work else ", so nothing is to be encoded")
+    )
     buckets = Counter(bucket_name(one.bucket) for one in planned)
     for bucket, count in sorted(buckets.items()):
         yield f"  {bucket:>9}  {count:6d}  {'#' * round(40 * count / len(planned))}"

@@ -12,7 +12,6 @@ from itertools import count
 from typing import Any
 
 from precompute.dataset.records import Record
-from runtime.files import content_digest
 from shards.buckets import Geometry, Size
 from shards.writer import shard_name
 
@@ -23,33 +22,36 @@ CHANGING = ["", "", "", "", 0.0]  # marks that fit no picture: it is tried again
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Planned:
-    """A picture with its place: what it was when its header was read, and what it becomes."""
+    """A picture with its place: what it was when its header was read, and what it becomes.
+
+    ``picture`` and ``mask`` are marks of their bytes; that of a picture is empty while its bytes
+    were not asked for: then it is hashed when it is encoded.
+    """
 
     record: Record
-    picture: str  # sha256 of the picture's bytes
+    picture: str
     variants: tuple[Geometry, ...]  # all of one bucket
-    mask: str = ""  # sha256 of the mask's bytes
+    mask: str = ""
 
     @property
     def bucket(self) -> Size:
         return self.variants[0].target
 
     @property
-    def digests(self) -> dict[str, str]:
-        captions = content_digest(list(self.record.captions))
-        digests = {"picture": self.picture, "captions": captions}
-        return digests | {"mask": self.mask} if self.mask else digests
-
-    @property
     def marks(self) -> list[Any]:
         """What its halves are made from, in the order of MARKS: JSON, kept in the index."""
         return [
-            self.picture[:MARK_DIGITS],
-            self.mask[:MARK_DIGITS],
+            self.picture,
+            self.mask,
             _geometry_mark(self.variants),
             _mark(self.record.captions),
             self.record.weight,
         ]
+
+
+def picture_mark(sha256: str) -> str:
+    """What stands for a digest (in hex) of a picture's or a mask's bytes."""
+    return sha256[:MARK_DIGITS]
 
 
 def _mark(value: Any) -> str:
@@ -87,29 +89,39 @@ def place(
 ) -> list[PlannedShard]:
     """The shards of one bucket and one number of repeats each; by name.
 
-    Who was in a shard of its group stays there. The others, in key order, fill new shards, with
-    the lowest numbers of their bucket that are free. With nothing before, it is what a fresh
-    encode makes.
+    Who was in a shard of its group stays there. The others, in key order, first fill the last shard
+    of their group, if that has room, then new shards, with the lowest numbers of their bucket that
+    are free. With nothing before, it is what a fresh encode makes.
     """
     by_key = {one.record.key: one for one in planned}
-    shards = []
-    for name, was in before.items():
+    kept: dict[str, list[Planned]] = {}
+    last: dict[tuple[Size, int], str] = {}  # of each group that keeps any shard
+    for name, was in sorted(before.items()):
         here = [by_key.get(key) for key in was.keys]
-        kept = [one for one in here if one is not None and _group(one) == was.group]
-        for one in kept:
+        stay = [one for one in here if one is not None and _group(one) == was.group]
+        for one in stay:
             del by_key[one.record.key]
-        if kept:
-            shards.append(PlannedShard(name, *was.group, tuple(kept)))
+        if stay:
+            kept[name] = stay
+            last[was.group] = name
     groups: dict[tuple[Size, int], list[Planned]] = defaultdict(list)
     for key in sorted(by_key):
         groups[_group(by_key[key])].append(by_key[key])
     numbers: dict[Size, Iterator[int]] = defaultdict(count)
+    shards = []
     for (bucket, repeats), members in sorted(groups.items()):
+        if name := last.get((bucket, repeats), ""):
+            room = max(0, shard_size - len(kept[name]))
+            kept[name] += members[:room]
+            members = members[room:]
         free = (shard_name(bucket, number) for number in numbers[bucket])
         for start in range(0, len(members), shard_size):
             name = next(name for name in free if name not in before)
             part = tuple(members[start : start + shard_size])
             shards.append(PlannedShard(name, bucket, repeats, part))
+    for name, stay in kept.items():
+        in_order = tuple(sorted(stay, key=lambda one: one.record.key))
+        shards.append(PlannedShard(name, *before[name].group, in_order))
     return sorted(shards, key=lambda shard: shard.name)
 
 

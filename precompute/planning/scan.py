@@ -1,14 +1,14 @@
-"""Headers of the pictures: what each is and becomes; and what is remembered of them.
+"""Headers of the images: what each is and becomes; and what is remembered of them.
 
-``scan.json`` in the cache's folder remembers sizes, times and digests of the data set's files, so
-that one that did not change is not opened again. It is of this machine, and no part of the cache:
-if it is lost or damaged, the files are read again.
+A header is read from the first bytes of a file where the format allows it. The digest of all bytes
+is computed only where something is compared by it (``add_digests``); a new image is hashed when it
+is encoded, for then it is read anyway.
 """
 
 import hashlib
 import json
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,71 +20,135 @@ from precompute.pictures.images import picture_size
 from precompute.pictures.masks import check_mask_size
 from precompute.pictures.refusals import PictureError, explain
 from precompute.pictures.variants import plan_variants
-from precompute.planning.placement import Planned
+from precompute.planning.placement import Planned, picture_mark
 from precompute.settings import EncodeSettings
 from precompute.threads import num_cores
-from runtime.files import PARTIAL
+from runtime.files import read_checked, user_cache, write_checked
 from shards.buckets import Geometry, Size, bucket_sizes, cover, nearest_bucket, stretch
-from shards.manifest import SCAN
 from shards.reader import read_ahead
 
-VERSION = 1  # of what is remembered, and of how a header is read
+VERSION = 2  # of what is remembered, and of how a header is read
+HEAD_BYTES = 1 << 16
+MOST_CHUNKS = 100_000  # of a PNG, before it is read whole instead
+PNG_START = b"\x89PNG\r\n\x1a\n"
 
-# What a picture's bytes are: their sha256, then its width and height, or why it is none.
+# What an image's bytes are: the mark of their digest, empty while nobody asked for it, then width
+# and height; or that mark and why it is no image.
 Header = list[Any]
 
 
-def read_memory(folder: Path, data_set: Path) -> Memory:
-    """What the last scan for this cache found; nothing if that cannot be read, or was of another
-    data set: there, a file of this name, size and time may hold something else."""
-    try:
-        held = json.loads((folder / SCAN).read_bytes())
-        is_ours = (held["version"], held["data_set"]) == (VERSION, str(data_set.resolve()))
-        return Memory(known=dict(held["files"])) if is_ours else Memory()
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return Memory()
+class Notes:
+    """What this machine remembers of the dataset of one cache: sizes, times and marks of its files.
 
+    It lies in the user's own cache folder, for it holds captions and the dataset's full path. If
+    it is lost, damaged, or of another dataset, the files are read again.
+    """
 
-def write_memory(folder: Path, data_set: Path, memory: Memory) -> None:
-    """Keep what was seen; where that cannot be written, the next run is slower."""
-    if memory.seen == memory.known:
-        return
-    partial = folder / (SCAN + PARTIAL)
-    try:
-        held = {"version": VERSION, "data_set": str(data_set.resolve()), "files": memory.seen}
-        partial.write_text(json.dumps(held))
-        os.replace(partial, folder / SCAN)
-    except OSError:
-        return
+    def __init__(self, out: Path, dataset: Path, rehash: bool = False) -> None:
+        name = hashlib.sha256(str(out.resolve()).encode("utf-8", "surrogateescape")).hexdigest()
+        self._path = user_cache() / "datasets" / f"{name[:32]}.json"
+        self._dataset = str(dataset.resolve())
+        self.other_dataset: str | None = None  # what the cache was made from, if not this one
+        self.is_known = False  # whether it is remembered that this dataset made the cache
+        self._held = self._read()
+        self.memory = Memory() if rehash else Memory(known=self._held)
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            held = json.loads(read_checked(self._path))
+            version, dataset, files = held["version"], held["dataset"], dict(held["files"])
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+            return {}
+        if version != VERSION:
+            return {}
+        self.is_known = dataset == self._dataset
+        self.other_dataset = None if self.is_known else str(dataset)
+        return files if self.is_known else {}
+
+    def write(self) -> None:
+        """Keep what was seen; where that cannot be written, the next run is slower."""
+        if self.is_known and self.memory.seen == self._held:
+            return
+        held = {"version": VERSION, "dataset": self._dataset, "files": self.memory.seen}
+        try:
+            write_checked(self._path, json.dumps(held).encode())
+        except OSError:
+            return
+        self._held, self.is_known = dict(self.memory.seen), True
 
 
 def plan_pictures(
     records: list[Record], settings: EncodeSettings, memory: Memory | None = None
 ) -> tuple[list[Planned], list[Rejected]]:
-    """What each picture becomes, from its header; of one that is remembered nothing is read."""
+    """What each image becomes, from its header; of one that is remembered nothing is read."""
     memory = memory or Memory()
-    shape = _shaper(settings)
+    shape, stamp = _shaper(settings), _stamper(settings.dataset)
     planned: list[Planned] = []
     rejected: list[Rejected] = []
-    for record, header in zip(records, _headers(records, memory), strict=True):
+    for record, header in zip(records, _headers(records, memory, stamp), strict=True):
         try:
             if isinstance(header, Rejected) or len(header) == 2:
                 reason = header.reason if isinstance(header, Rejected) else header[1]
                 rejected.append(Rejected(record.path, reason))
             else:
-                digest, width, height = header
+                mark, width, height = header
                 _check_size(width, height, settings.min_size)
                 variants = plan_variants(shape((width, height)), settings, record.key)
-                mask = _mask_digest(record, (width, height), memory)
-                planned.append(Planned(record, digest, variants, mask))
+                mask = _mask_mark(record, (width, height), memory, stamp)
+                planned.append(Planned(record, mark, variants, mask))
         except ValueError as error:
             rejected.append(Rejected(record.path, str(error)))
     return planned, rejected
 
 
-def _headers(records: list[Record], memory: Memory) -> list[Header | Rejected]:
+def add_digests(
+    planned: list[Planned],
+    wanted: Callable[[Planned], bool],
+    settings: EncodeSettings,
+    memory: Memory,
+) -> tuple[list[Planned], list[Rejected]]:
+    """The same with the marks of those that are ``wanted``, which are read whole for it."""
+    stamp = _stamper(settings.dataset)
+    missing = [one for one in planned if not one.picture and wanted(one)]
+    threads = num_cores()
+    reading = read_ahead(_digest, (one.record for one in missing), threads, 4 * threads)
+    bar = tqdm(reading, total=len(missing), unit="img", desc="compare", leave=False, delay=1)
+    marks: dict[str, str | Rejected] = {}
+    for one, mark in zip(missing, bar, strict=True):
+        marks[one.record.key] = mark
+        if not isinstance(mark, Rejected):
+            remember_digest(memory, stamp(one.record.picture), mark)
+    rejected = [mark for mark in marks.values() if isinstance(mark, Rejected)]
+    gone = {one.key for one in rejected}
+    known = {key: mark for key, mark in marks.items() if not isinstance(mark, Rejected)}
+    return [
+        replace(one, picture=known.get(one.record.key, one.picture))
+        for one in planned
+        if one.record.key not in gone
+    ], rejected
+
+
+def remember_encoded(
+    planned: Iterable[Planned], marks: dict[str, str], dataset: Path, memory: Memory
+) -> None:
+    """Note the marks of images that were hashed when they were encoded; ``marks`` is by key."""
+    stamp = _stamper(dataset)
+    for one in planned:
+        if not one.picture and (mark := marks.get(one.record.key)):
+            remember_digest(memory, stamp(one.record.picture), mark)
+
+
+def remember_digest(memory: Memory, stamp: tuple[str, int, int], mark: str) -> None:
+    header = memory.find(*stamp) or (memory.seen.get(stamp[0]) or [None] * 3)[2]
+    if header is not None and len(header) == 3:
+        memory.keep(*stamp, [mark, *header[1:]])
+
+
+def _headers(
+    records: list[Record], memory: Memory, stamp: Callable[[Blob], tuple[str, int, int]]
+) -> list[Header | Rejected]:
     """Of each record the header; those not remembered are read by threads."""
-    found: list[Any] = [memory.find(*_stamp(record.picture)) for record in records]
+    found: list[Any] = [memory.find(*stamp(record.picture)) for record in records]
     missing = [number for number, header in enumerate(found) if header is None]
     threads = num_cores()
     reading = read_ahead(_read_header, (records[n] for n in missing), threads, 4 * threads)
@@ -92,7 +156,7 @@ def _headers(records: list[Record], memory: Memory) -> list[Header | Rejected]:
     for number, header in zip(missing, bar, strict=True):
         found[number] = header
         if not isinstance(header, Rejected) and len(header) == 3:  # another Pillow may know it
-            memory.keep(*_stamp(records[number].picture), header)
+            memory.keep(*stamp(records[number].picture), header)
     return found
 
 
@@ -103,11 +167,16 @@ def _check_size(width: int, height: int, smallest: int) -> None:
         )
 
 
-def _mask_digest(record: Record, original: Size, memory: Memory) -> str:
-    """sha256 of the mask's bytes; empty of a picture that has none beside it.
+def _mask_mark(
+    record: Record,
+    original: Size,
+    memory: Memory,
+    stamp: Callable[[Blob, str], tuple[str, int, int]],
+) -> str:
+    """The mark of the mask's bytes; empty of an image that has none beside it.
 
     Raises:
-        ValueError: it cannot be read, or cannot be of this picture.
+        ValueError: it cannot be read, or cannot be of this image.
     """
     mask = record.mask
     if mask is None:
@@ -118,37 +187,92 @@ def _mask_digest(record: Record, original: Size, memory: Memory) -> str:
             data = mask.read()
         except ValueError as error:  # it changed
             raise PictureError(str(error)) from None
-        return [hashlib.sha256(data).hexdigest(), *picture_size(data)]
+        return [picture_mark(hashlib.sha256(data).hexdigest()), *picture_size(data)]
 
     try:
-        digest, width, height = memory.recall(*_stamp(mask, "mask"), read)
+        digest, width, height = memory.recall(*stamp(mask, "mask"), read)
         check_mask_size((width, height), original)
     except Exception as error:  # Pillow raises anything of a bad file
         raise ValueError(f"its mask: {explain(error)}") from None
     return str(digest)
 
 
-def _stamp(blob: Blob, what: str = "picture") -> tuple[str, int, int]:
-    return f"{what} {blob.file}:{blob.offset}", blob.size, blob.mtime_ns
+def _stamper(dataset: Path) -> Callable[..., tuple[str, int, int]]:
+    """What a file is remembered by: its path inside the dataset, size and time."""
+    root = f"{dataset}/"
+
+    def stamp(blob: Blob, what: str = "picture") -> tuple[str, int, int]:
+        inside = str(blob.file).removeprefix(root)
+        return f"{what} {inside}:{blob.offset}", blob.size, blob.mtime_ns
+
+    return stamp
 
 
-def _read_header(record: Record) -> Header | Rejected:
-    """A file that cannot be read now is no property of the picture, and not remembered."""
+def _digest(record: Record) -> str | Rejected:
+    data = _read(record)
+    return data if isinstance(data, Rejected) else picture_mark(hashlib.sha256(data).hexdigest())
+
+
+def _read(record: Record, head: bool = False) -> Any:
+    """A file that cannot be read now is no property of the image, and not remembered."""
     try:
-        data = record.picture.read()
-    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+        return _head(record.picture) if head else record.picture.read()
+    except OSError as error:
         return Rejected(record.path, explain(error))
     except ValueError as error:  # it changed
         return Rejected(record.path, str(error))
-    digest = hashlib.sha256(data).hexdigest()
+
+
+def _read_header(record: Record) -> Header | Rejected:
+    head = _read(record, head=True)
+    if isinstance(head, bytes):
+        try:
+            return ["", *picture_size(head)]
+        except Exception:  # the first bytes do not tell: all of them will
+            pass
+    elif isinstance(head, Rejected):
+        return head
+    data = _read(record)
+    if isinstance(data, Rejected):
+        return data
+    mark = picture_mark(hashlib.sha256(data).hexdigest())
     try:
-        return [digest, *picture_size(data)]
+        return [mark, *picture_size(data)]
     except Exception as error:  # Pillow raises anything of a bad file
-        return [digest, explain(error)]
+        return [mark, explain(error)]
+
+
+def _head(blob: Blob) -> bytes | None:
+    """The first bytes, where these tell the size and orientation of the whole; else None.
+
+    They do in a JPEG, whose marks come before its data. A PNG may have EXIF behind its data: its
+    chunks are walked to see that there is none. In other formats anything may come last.
+    """
+    with open(blob.file, "rb") as file:
+        file.seek(blob.offset)
+        head = file.read(min(HEAD_BYTES, blob.size))
+        if len(head) == blob.size:
+            return None
+        if head.startswith(b"\xff\xd8\xff"):
+            return head
+        place = len(PNG_START)
+        if not head.startswith(PNG_START):
+            return None
+        kinds = set[bytes]()
+        for _ in range(MOST_CHUNKS):
+            if place + 8 > blob.size:
+                return head if kinds <= {b"IDAT", b"IEND"} else None
+            file.seek(blob.offset + place)
+            chunk = file.read(8)
+            if chunk[4:] == b"IDAT":
+                kinds.clear()  # what stands before is in the head, or makes that fail
+            kinds.add(chunk[4:])
+            place += 12 + int.from_bytes(chunk[:4])
+    return None
 
 
 def _shaper(settings: EncodeSettings) -> Callable[[Size], Geometry]:
-    """What becomes of a picture of some size."""
+    """What becomes of an image of some size."""
     resolution = settings.resolution
     square = settings.square or settings.squash
     buckets = [] if square else bucket_sizes(resolution, settings.bucket_step)

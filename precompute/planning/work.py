@@ -1,14 +1,17 @@
 """What a run has to write: its shards, and of each sample what is copied and what is encoded.
 
 ``plan.jsonl`` in the cache's folder holds it while the run lasts: the first line what all shards
-have in common, then a line a shard. The processes of a run read their work there; a run that
-follows an interrupted one finds there where each sample was to go.
+have in common, then a line a shard; each is JSON behind a digest of its bytes. The processes of a
+run read their work there; a run that follows an interrupted one finds there where each sample was
+to go.
 """
 
 import json
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 from precompute.dataset.records import Blob, Record
 from precompute.planning.placement import Place, Planned
@@ -19,10 +22,14 @@ from shards.manifest import PLAN
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Where a half of a sample lies that is still right: a row of a shard that was set aside."""
+    """Where a half of a sample lies that is still right: a row of a shard that was set aside.
+
+    ``cache`` is the folder of the other cache of a run (train or val) where it is not one's own.
+    """
 
     shard: str
     row: int
+    cache: str = ""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -60,7 +67,8 @@ def write_work(folder: Path, about: dict[str, Any], works: list[ShardWork]) -> N
     """Write the plan file, durably: from now on this is where the samples go."""
     with durable_file(folder / PLAN) as file:
         for line in (about, *map(_shard_to_json, works)):
-            file.write(json.dumps(line).encode() + b"\n")
+            text = json.dumps(line).encode()
+            file.write(xxhash.xxh3_64_hexdigest(text).encode() + b" " + text + b"\n")
 
 
 class WorkFile:
@@ -97,7 +105,10 @@ class WorkFile:
     def _line(self, number: int) -> Any:
         with open(self._path, "rb") as file:
             file.seek(self._starts[number])
-            return json.loads(file.readline())
+            digest, _, text = file.readline().rstrip(b"\n").partition(b" ")
+        if xxhash.xxh3_64_hexdigest(text).encode() != digest:
+            raise ValueError(f"{self._path}: damaged; run the same encode again")
+        return json.loads(text)
 
 
 def read_about(folder: Path) -> dict[str, Any]:

@@ -1,0 +1,144 @@
+"""What a run would lose, known from its plan: refused before anything is touched.
+
+A sample is lost where its key is planned no more and its picture is nowhere in the dataset: one
+that was renamed, or moved between train and val, is not.
+"""
+
+import warnings
+from collections import defaultdict
+
+from precompute.dataset.records import Rejected
+from precompute.planning.cache import CachePlan
+from precompute.planning.scan import Notes
+from precompute.settings import EncodeSettings
+from shards import CacheError
+from shards.index import Index
+from shards.reader import Shard
+
+MOST_REMOVED = 0.1
+MOST_REMOVED_OF_FEW, FEW = 0.5, 100  # of fewer samples, one or two are more than a tenth
+MOST_NAMED = 8
+
+
+def refuse_losses(plans: list[CachePlan], settings: EncodeSettings, notes: Notes) -> None:
+    """
+    Raises:
+        ValueError: too many pictures are rejected, or samples removed, or the cache was made from
+            another dataset; says how many, and the option that allows it.
+    """
+    there = {one.picture for plan in plans for one in plan.planned if one.picture}
+    for plan in plans:
+        lost = _lost(plan, there)
+        if not settings.allow_other_dataset:
+            _refuse_other_dataset(plan, lost, settings, notes)
+            _refuse_removal(plan, lost, settings)
+    for plan in plans:
+        num = len(plan.rejected)
+        share = num / max(1, num + len(plan.planned))
+        if share > settings.max_rejected:
+            warn_of_reasons(plan.rejected)
+            raise ValueError(
+                f"{plan.folder}: {share:.0%} of the pictures were rejected ({num:,} of "
+                f"{num + len(plan.planned):,}; --max-rejected {settings.max_rejected}). Nothing "
+                "was written; --dry-run lists them"
+            )
+
+
+def warn_of_reasons(rejected: list[Rejected]) -> None:
+    """Name rejected files, by their reason."""
+    by_reason: dict[str, list[str]] = defaultdict(list)
+    for one in sorted(rejected, key=lambda one: one.path):
+        name = one.path.rpartition("/")[2].rpartition(".")[0]
+        reason = one.reason.replace(name, "X") if name else one.reason
+        by_reason[reason].append(one.path)
+    for reason, paths in sorted(by_reason.items(), key=lambda item: -len(item[1]))[:MOST_NAMED]:
+        more = f" and {len(paths) - MOST_NAMED:,} more" if len(paths) > MOST_NAMED else ""
+        names = ", ".join(paths[:MOST_NAMED])
+        warnings.warn(f"{len(paths):,} rejected: {reason}: {names}{more}", stacklevel=2)
+
+
+def num_held(plan: CachePlan) -> int:
+    """How many samples lie there, in the cache and set aside by an interrupted run."""
+    return len({key for held in plan.comparison.held for key in held.rows})
+
+
+def _lost(plan: CachePlan, there: set[str]) -> dict[str, tuple[str, int, bool]]:
+    """By key: the shard and row of each sample that would be lost, and whether it is set aside."""
+    aside = plan.comparison.aside
+    return {
+        key: (held.name, held.rows[key], held is aside.get(held.name))
+        for held, key in plan.comparison.orphans()
+        if key in held.rows and held.marks[key][0] not in there
+    }
+
+
+def _refuse_removal(
+    plan: CachePlan, lost: dict[str, tuple[str, int, bool]], settings: EncodeSettings
+) -> None:
+    num = num_held(plan)
+    most = settings.max_removed
+    if most is None:
+        most = MOST_REMOVED if num >= FEW else MOST_REMOVED_OF_FEW
+    if len(lost) <= most * num + 1e-6:  # 0.29 * 100 is less than 29
+        return
+    rejected = [one for one in plan.rejected if one.key in lost]
+    why = []
+    if rejected:
+        why.append(
+            f"{len(rejected):,} would be rejected ({rejected[0].path}: {rejected[0].reason})"
+        )
+    if len(rejected) < len(lost):
+        gone = next(key for key in lost if key not in {one.key for one in rejected})
+        why.append(
+            f"{len(lost) - len(rejected):,} are not in {settings.dataset} "
+            f"({_path(plan, *lost[gone])})"
+        )
+    raise ValueError(
+        f"{plan.folder}: {len(lost):,} of its {num:,} samples would be removed: "
+        f"{'; '.join(why)}. Nothing was touched. If that is meant, give --max-removed "
+        f"{_round_up(len(lost) / num)}; else mend the dataset, or give another --out"
+    )
+
+
+def _round_up(share: float) -> float:
+    """To a hundredth."""
+    return min(1.0, -(-share * 100 // 1) / 100)
+
+
+def _refuse_other_dataset(
+    plan: CachePlan,
+    lost: dict[str, tuple[str, int, bool]],
+    settings: EncodeSettings,
+    notes: Notes,
+) -> None:
+    """By what this machine remembers, and where it remembers nothing by the pictures: samples whose
+    picture is still there, or whose name is that of one that is rejected now, are common."""
+    num = num_held(plan)
+    if notes.is_known or not num:
+        return
+    there = {one.picture for one in plan.planned if one.picture}
+    names = {one.key for one in plan.rejected}
+    common = {
+        key
+        for held in plan.comparison.held
+        for key in held.rows
+        if key in names or held.marks[key][0] in there
+    }
+    if common and (notes.other_dataset is None or len(common) >= num / 2):
+        return
+    was = notes.other_dataset or "another dataset"
+    has = f"{len(common):,} of its {num:,} pictures are" if common else "none of its pictures is"
+    raise ValueError(
+        f"{plan.folder}: this cache was made from {was}; {has} in {settings.dataset}. Nothing was "
+        "touched. Give another --out, or --allow-other-dataset to replace what is there"
+    )
+
+
+def _path(plan: CachePlan, name: str, row: int, is_aside: bool) -> str:
+    """The path in the dataset that a sample was made from."""
+    held = (plan.comparison.aside if is_aside else plan.comparison.here)[name]
+    try:
+        shard = Shard(held.folder, name, Index(held.folder / f"{name}.index").sha256)
+        return str(shard.about(row)["path"])
+    except (CacheError, OSError):
+        return f"a sample of {name}"
