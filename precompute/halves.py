@@ -5,7 +5,9 @@ batch size, but not on who else is in the batch. So they may run across samples.
 """
 
 import errno
+import functools
 import hashlib
+import operator
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -41,6 +43,7 @@ class Half:
     notes: dict[str, Any]
     made_with: list[dict[str, Any]]  # batch sizes and the like: they decide last bits
     digests: dict[str, str]  # sha256 of what it was made from: "picture", "mask"; "captions"
+    sums: tuple[LatentSums, ...] = ()  # of latents that were encoded, by variant
 
 
 @dataclass(frozen=True)
@@ -99,13 +102,34 @@ def latent_halves(members: Sequence[Planned], encoders: Encoders) -> Iterator[Ha
             tensors["mask"] = mask
         if encoders.settings.mean_only:
             del tensors["latents.std"]
-        sums = LatentSums.empty(mean.shape[1])
-        sums.add(mean, pictures)
-        half = _stored(tensors, {"sums": sums.to_json()}, encoders, made_from)
+        sums = [*map(_sums_of, mean, pictures)]
+        half = _stored(tensors, {"sums": _total(sums).to_json()}, encoders, made_from)
         if isinstance(half, Half):
             sizes = [geometry.sizes for geometry in planned.variants]
             half.tensors["sizes"] = torch.tensor(sizes, dtype=torch.int32)
+            half = replace(half, sums=tuple(sums))
         yield half
+
+
+def _sums_of(mean: torch.Tensor, picture: torch.Tensor) -> LatentSums:
+    sums = LatentSums.empty(len(mean))
+    sums.add(mean.unsqueeze(0), picture.unsqueeze(0))
+    return sums
+
+
+def _total(sums: Sequence[LatentSums]) -> LatentSums:
+    """Added one after the other, so that variants which join later give the same bits."""
+    return functools.reduce(operator.add, sums)
+
+
+def joined(first: Half, others: Half) -> Half:
+    """Latents of a sample's first variants, which lay there, and of its others, just encoded."""
+    tensors = {
+        name: torch.cat([tensor, others.tensors[name]]) for name, tensor in first.tensors.items()
+    }
+    sums = _total([LatentSums.from_json(first.notes["sums"]), *others.sums])
+    made_with = [*first.made_with, *(one for one in others.made_with if one not in first.made_with)]
+    return Half(tensors, {"sums": sums.to_json()}, made_with, others.digests)
 
 
 def text_halves(members: Sequence[Planned], encoders: Encoders) -> Iterator[Half | Failed]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from precompute.copies import Copies
 from precompute.encoders import Encoders
-from precompute.halves import Failed, Half, latent_halves, text_halves
+from precompute.halves import Failed, Half, joined, latent_halves, text_halves
 from precompute.planning.placement import CHANGING, Planned, picture_mark
 from precompute.planning.work import Found, Task
 from sdxl.latent_rgb import LatentSums
@@ -101,14 +101,37 @@ def _halves(
     encoders: Encoders,
 ) -> Iterator[Half | Failed]:
     """One half of each sample, in order."""
-    missing = [one.planned for one in tasks if one.reason is None and place(one) is None]
+    missing = [
+        _what_is_missing(task.planned, place(task))
+        for task in tasks
+        if task.reason is None and _is_missing(place(task))
+    ]
     encoded = encode(missing, encoders)
     for task in tasks:
         found = place(task)
         if task.reason is not None:
             yield Failed(task.reason)
-        elif found is None:
-            yield next(encoded)
+            continue
+        made = next(encoded) if _is_missing(found) else None
+        if found is None or isinstance(made, Failed):
+            assert made is not None
+            yield made
+            continue
+        half = copy(found)
+        if half is None:  # damaged since
+            yield next(encode([task.planned], encoders))
         else:
-            half = copy(found)  # None: damaged since
-            yield half or next(encode([task.planned], encoders))
+            yield half if made is None else joined(half, made)
+
+
+def _is_missing(found: Found | None) -> bool:
+    """Whether something of a half is to be encoded."""
+    return found is None or bool(found.num_variants)
+
+
+def _what_is_missing(planned: Planned, found: Found | None) -> Planned:
+    return (
+        planned
+        if found is None
+        else replace(planned, variants=planned.variants[found.num_variants :])
+    )

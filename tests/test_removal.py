@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 from encodes import LONG_AGO, contents, copy_old, counted, encode, make_old, samples_of, settings_of
 from PIL import Image
 
@@ -132,6 +133,34 @@ def test_what_was_renamed_with_another_caption_costs_its_text(work: Path, base: 
         report = encode(data, base, work / "cache")
     assert count == (0, 1)
     assert summarise(report.changes) == "1 renamed, 1 caption changed, 13 unchanged"
+
+
+@pytest.mark.filterwarnings("ignore:.*settings changed")
+@pytest.mark.parametrize("mask", [False, True])
+def test_variants_that_join_are_encoded_alone(work: Path, base: Path, mask: bool) -> None:
+    """And the sample is that of a fresh encode, to the byte."""
+    data, cache = work / "data", work / "cache"
+    if mask:
+        with Image.open(data / "003.png") as image:
+            Image.new("L", image.size, 200).save(data / "003.mask.png")
+        make_old(data)
+        encode(data, base, cache)
+    with counted() as count:
+        encode(data, base, cache, flip=True)
+    assert count == (14, 0)
+    encode(data, base, work / "flipped", flip=True)
+    assert samples_of(cache) == samples_of(work / "flipped")
+    few, more = work / "few", work / "more"
+    encode(data, base, few, crops=1)
+    with counted() as count:
+        encode(data, base, few, crops=3)
+    encode(data, base, more, crops=3)
+    assert samples_of(few) == samples_of(more)
+    num_variants = sum(
+        safetensors.torch.load(one["safetensors"])["sizes"].shape[0]
+        for one in samples_of(more).values()
+    )
+    assert count == (num_variants - 14, 0)
 
 
 def test_a_tar_that_was_renamed_is_copied(base: Path, tmp_path: Path) -> None:

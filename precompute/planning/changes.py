@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from precompute.planning.held import Held
-from precompute.planning.placement import CHANGING, MARKS, Planned, PlannedShard
+from precompute.planning.placement import CHANGING, MARKS, Planned, PlannedShard, geometry_mark
 from precompute.planning.work import Found, ShardWork, Task
 
 # What the geometry of each sample tells already; the rest of a recipe's preprocessing is of pixels.
@@ -186,8 +186,18 @@ class _Origin(NamedTuple):
             return Task(planned, reason=held.reasons[key] if as_it_was else None), causes
         there = Found(held.name, held.rows[key], "" if source.cache == cache else source.cache)
         latents = there if source.latents and not changed & LATENT_MARKS else None
+        if source.latents and changed & LATENT_MARKS == {"geometry"}:
+            latents = _first_variants(planned, there, held, was["geometry"])
         text = there if source.text and not changed & TEXT_MARKS else None
         return Task(planned, latents, text), causes
+
+
+def _first_variants(planned: Planned, there: Found, held: Held, mark: str) -> Found | None:
+    """The sample there, if what it has are the first variants of the planned: then ``--flip`` or
+    more ``--crops`` joined, and only the others are to be encoded."""
+    num = int(held.index.records["num_variants"][there.row])
+    is_part = num < len(planned.variants) and geometry_mark(planned.variants[:num]) == mark
+    return replace(there, num_variants=num) if is_part else None
 
 
 def _same_key(planned: Planned, origins: list[_Origin], changes: Changes) -> Task:

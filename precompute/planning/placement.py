@@ -43,7 +43,7 @@ class Planned:
         return [
             self.picture,
             self.mask,
-            _geometry_mark(self.variants),
+            geometry_mark(self.variants),
             _mark(self.record.captions),
             self.record.weight,
         ]
@@ -59,7 +59,8 @@ def _mark(value: Any) -> str:
 
 
 @lru_cache(maxsize=4096)
-def _geometry_mark(variants: tuple[Geometry, ...]) -> str:
+def geometry_mark(variants: tuple[Geometry, ...]) -> str:
+    """What stands for the sizes and crops of a picture's variants."""
     return _mark([astuple(geometry) for geometry in variants])
 
 

@@ -25,11 +25,13 @@ class Found:
     """Where a half of a sample lies that is still right: a row of a shard that was set aside.
 
     ``cache`` is the folder of the other cache of a run (train or val) where it is not one's own.
+    Of latents, ``num_variants`` is how many of the first variants lie there; 0 is all.
     """
 
     shard: str
     row: int
     cache: str = ""
+    num_variants: int = 0
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -44,7 +46,8 @@ class Task:
     @property
     def is_encoded(self) -> bool:
         """Whether something of it is not there yet."""
-        return self.reason is None and not (self.latents and self.text)
+        is_copied = self.latents and not self.latents.num_variants and self.text
+        return self.reason is None and not is_copied
 
 
 @dataclass(frozen=True, eq=False, slots=True)
