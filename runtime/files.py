@@ -51,7 +51,8 @@ def writing(path: Path, still_good: str = "") -> Iterator[None]:
 def durable_file(path: Path) -> Iterator[BinaryIO]:
     """Open ``path + .partial`` for writing; on a clean exit it becomes ``path``, on disk for good.
 
-    On an exception the partial file is removed and ``path`` is what it was before.
+    On an exception the partial file is removed and ``path`` is what it was before. An error of the
+    system that names no file (a full disk, at a write) gets the name of this one.
     """
     partial = path.with_name(path.name + PARTIAL)
     try:
@@ -60,7 +61,9 @@ def durable_file(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = os.fspath(path)
         partial.unlink(missing_ok=True)
         raise
     fsync_folder(path.parent)

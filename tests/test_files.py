@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 
 from runtime.files import (
     REPLACED,
+    durable_file,
     recover_replaced,
     replace_path,
     seal,
@@ -94,6 +95,16 @@ def test_an_error_while_writing_names_the_file_and_what_is_good(error: Exception
     ):
         raise error
     assert e.value.errno == errno.ENOSPC
+
+
+def test_a_write_that_fails_names_its_file_and_leaves_the_old(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_text("old")
+    with pytest.raises(OSError, match="x'") as caught, durable_file(path) as file:
+        file.write(b"half of the new")
+        raise OSError(errno.EIO, "Input/output error")
+    assert caught.value.filename == str(path)
+    assert path.read_text() == "old" and [*tmp_path.iterdir()] == [path]
 
 
 def test_what_a_terminal_would_obey_is_escaped() -> None:

@@ -38,10 +38,14 @@ class Blob:
             OSError: the file cannot be read.
             ValueError: it changed since.
         """
-        with open(self.file, "rb") as file:
-            changed = os.fstat(file.fileno()).st_mtime_ns != self.mtime_ns
-            file.seek(self.offset)
-            data = file.read(self.size)
+        try:
+            with open(self.file, "rb") as file:
+                changed = os.fstat(file.fileno()).st_mtime_ns != self.mtime_ns
+                file.seek(self.offset)
+                data = file.read(self.size)
+        except OSError as error:
+            error.filename = os.fspath(self.file)  # an error of a read names no file
+            raise
         if changed or len(data) != self.size:
             raise ValueError("it changed while the data set was encoded; encode again")
         return data

@@ -112,6 +112,7 @@ def plan_caches(
         folder = settings.out / name
         if lock is not None:
             lock(folder)
+            check_out(folder, settings.dataset / name)  # it may have changed before it was locked
             finish_moves(folder)
         drafts.append(_Draft.of(folder, source, settings, memory))
     _add_digests(drafts, settings, memory)
@@ -252,11 +253,13 @@ def finish(plan: CachePlan, report: Report, encoders: Encoders, memory: Memory) 
     about: dict[str, Any] = {"recipe": plan.recipe, "text": text_shape(folder)}
     total: LatentSums | None = None
     indexes = [Index(folder / f"{name}.index") for name in plan.names]
+    wanted = {one.record.key for one in plan.planned if not one.picture}
+    wanted |= {one.key for one in plan.first_pictures}
     marks: dict[str, list[Any]] = {}
     for index in indexes:
         report.add(index)
         rejected += [Rejected(*row) for row in index.header["rejected"]]
-        marks |= {key: row for key, *row in index.header["members"]}
+        marks |= {key: row for key, *row in index.header["members"] if key in wanted}
         sums = LatentSums.from_json(index.header["sums"])
         total = sums if total is None else total + sums
     pictures = {key: row[0] for key, row in marks.items()}
