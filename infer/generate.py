@@ -58,8 +58,6 @@ def generate(settings: GenerateSettings, studio: Studio | None = None) -> Report
         told = {"drawings": [asdict(one) for one in wanted], "about": about}
         crew.tell("plan", json.dumps(told))
         start = time.perf_counter()
-        if wanted:
-            folder.listing.unlink(missing_ok=True)  # it would tell of pictures that change now
         _draw(settings, studio, wanted, about, crew)
         seconds = time.perf_counter() - start
         sheet = folder.finish(drawings)
@@ -114,9 +112,12 @@ def _draw(
             pending.popleft().result()
             bar.update(crew.add("drawn", 1) - bar.n)
 
+        def save(drawing: Drawing, sides: list[torch.Tensor]) -> None:
+            folder.before_replacing(drawing)
+            save_picture(folder.path(drawing), sides, drawing, about, loras)
+
         def keep(drawing: Drawing, sides: list[torch.Tensor]) -> None:
-            job = pool.submit(save_picture, folder.path(drawing), sides, drawing, about, loras)
-            pending.append(job)
+            pending.append(pool.submit(save, drawing, sides))
             while pending and (pending[0].done() or len(pending) > 2 * settings.batch_size):
                 count()
 

@@ -3,12 +3,13 @@
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, cycle, groupby, islice, repeat
 
 from infer.settings import GenerateSettings
 from sdxl.prompts import Prompt
 
 MOST_UNTILED = 1536 * 1536  # pixels: the VAE takes 3 kB for each in fp32
+MAX_PICTURES = 10_000_000  # of one run
 Batch = list["Drawing"]
 
 
@@ -47,11 +48,15 @@ def plan_drawings(
 
     Picture i has seed + i. A line's own seed grows by one each time the line comes round.
     """
-    rotation = [which for which, one in enumerate(prompts) for _ in range(one.num_images or 1)]
+    num = settings.num_images or sum(one.num_images or 1 for one in prompts)
+    if num > MAX_PICTURES:
+        raise ValueError(f"{num:,} images are asked for; at most {MAX_PICTURES:,} at a time")
+    rotation = chain.from_iterable(
+        repeat(which, prompts[which].num_images or 1) for which in cycle(range(len(prompts)))
+    )
     turns: Counter[int] = Counter()
     drawings = []
-    for number in range(settings.num_images or len(rotation)):
-        which = rotation[number % len(rotation)]
+    for number, which in enumerate(islice(rotation, num)):
         own = prompts[which].seed
         seed = settings.seed + number if own is None else own + turns[which]
         turns[which] += 1

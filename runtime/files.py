@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -91,23 +91,78 @@ def replace_path(new: Path, path: Path) -> None:
     Both lie in one folder. After a kill, ``path`` or ``path + .replaced.partial`` is the old one,
     or ``path`` the new one: nothing is lost, and ``recover_replaced`` puts the old one back.
     """
-    aside = path.with_name(path.name + REPLACED)
-    if path.exists():
-        remove_path(aside)
-        os.replace(path, aside)
-    os.replace(new, path)
-    fsync_folder(path.parent)
-    remove_path(aside)
+    replace_together([(new, path)])
 
 
-def recover_replaced(path: Path) -> None:
-    """Undo a ``replace_path`` that was cut off between its two renames; else a no-op."""
-    aside = path.with_name(path.name + REPLACED)
-    if aside.exists() and not path.exists():
-        os.replace(aside, path)
-        fsync_folder(path.parent)
-    else:
-        remove_path(aside)
+def replace_together(pairs: list[tuple[Path, Path]]) -> None:
+    """``replace_path`` of several (new, path) that belong together, all in one folder.
+
+    The last path is the mark: while it is missing, ``recover_replaced`` puts all the old ones back.
+    """
+    new, mark = pairs[-1]
+    if len(pairs) > 1 or new.is_dir() or mark.is_dir():
+        for _, path in reversed(pairs):  # the mark first: from here on the old is cut off
+            remove_path(aside_of(path))
+            if os.path.lexists(path):
+                os.replace(path, aside_of(path))
+    for one, path in pairs:  # of a single file this alone is atomic
+        os.replace(one, path)
+    fsync_folder(mark.parent)
+    for _, path in pairs:
+        remove_path(aside_of(path))
+
+
+def recover_replaced(*paths: Path) -> None:
+    """Undo a ``replace_path``, or a ``replace_together`` of ``paths``, that was cut off before the
+    last new one had its name; else a no-op."""
+    mark = paths[-1]
+    cut_off = os.path.lexists(aside_of(mark)) and not os.path.lexists(mark)
+    for path in paths:
+        if cut_off and os.path.lexists(aside_of(path)):
+            remove_path(path)
+            os.replace(aside_of(path), path)
+        else:
+            remove_path(aside_of(path))
+    if cut_off:
+        fsync_folder(mark.parent)
+
+
+def aside_of(path: Path) -> Path:
+    """The name of what ``path`` was, while it is being replaced."""
+    return path.with_name(path.name + REPLACED)
+
+
+@contextmanager
+def replacement(path: Path) -> Iterator[Path]:
+    """Give the name of a new file or folder to write, beside ``path``; on a clean exit it is synced
+    and replaces ``path``. On an exception it is removed, and ``path`` is what it was before.
+    """
+    partial = path.with_name(path.name + PARTIAL)
+    recover_replaced(path)
+    remove_path(partial)
+    try:
+        yield partial
+        fsync_tree(partial)
+        replace_path(partial, path)
+    finally:
+        remove_path(partial)
+
+
+def fsync_tree(path: Path) -> None:
+    """Put a file, or all files and folders of a folder, on the disk for good."""
+    if path.is_dir():
+        for part in sorted(path.iterdir()):
+            fsync_tree(part)
+        fsync_folder(path)
+        return
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def set_aside(path: Path, name: Path | None = None) -> None:
+    """Rename what is about to be replaced (to ``aside_of(path)``); nothing where there is none."""
+    with suppress(FileNotFoundError):
+        os.replace(path, name or aside_of(path))
 
 
 def remove_path(path: Path) -> None:

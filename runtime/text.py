@@ -12,3 +12,9 @@ _UNSAFE = re.compile(
 def printable(text: str) -> str:
     r"""``text`` with unsafe characters as escapes (``\x1b``); newlines and tabs stay."""
     return _UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an exception says, at most 200 characters; else its type."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

@@ -1,13 +1,17 @@
 """Where the parts of a base model lie, and whether they are SDXL's. Imports no torch."""
 
-import json
+import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from runtime.documents import read_json_object
 from sdxl import BaseError
+from sdxl.config_check import check_config
 from sdxl.hub import fetch_component
-from sdxl.single_file import PICKLES, TITLES, SingleFile
+from sdxl.other_models import check_channels
+from sdxl.single_file import CLASSES, PICKLES, SingleFile, sdxl_config
 
 MINIATURE = "miniature"  # names the base that comes with the checkout
 MINIATURE_FOLDER = Path(__file__).parents[1] / "assets" / "miniature-sdxl"
@@ -17,12 +21,6 @@ TOKENIZERS_HELP = (
     "for a single file SDXL's from the hub's local cache, or the hub."
 )
 ENCODERS = ("vae", "text_encoder", "text_encoder_2")
-_CLASSES = {
-    "unet": "UNet2DConditionModel",
-    "vae": "AutoencoderKL",
-    "text_encoder": "CLIPTextModel",
-    "text_encoder_2": "CLIPTextModelWithProjection",
-}
 _NEEDED = (
     "addition_embed_type",
     "addition_time_embed_dim",
@@ -31,6 +29,12 @@ _NEEDED = (
     "projection_class_embeddings_input_dim",
     "sample_size",
 )
+_STEM = r"(?:diffusion_pytorch_model|model)"
+_WEIGHTS = re.compile(
+    rf"{_STEM}(?:\.(?P<whole>(?!\S+-\d+-of-\d)[\w-]+))?\.safetensors"
+    rf"|{_STEM}\.safetensors\.index(?:\.(?P<pieces>[\w-]+))?\.json"
+)
+_PIECE = re.compile(r"[^/\\\0]+\.safetensors")
 _CONFIGS = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
 
 
@@ -53,8 +57,7 @@ def component_path(base: str, component: str) -> Path:
         raise BaseError("--base: empty; give a diffusers folder, a file, a hub id, or miniature")
     folder = base_path(base)
     if is_file(base):
-        if not SingleFile(folder).holds(component):
-            raise BaseError(f"{base}: holds no {TITLES[component]}")
+        SingleFile(folder).config(component)  # or it has none
         return folder
     if not folder.exists():
         folder = fetch_component(base, component)
@@ -75,21 +78,22 @@ def _listing(names: list[str]) -> str:
     return ", ".join(names) or "nothing"
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """A component's JSON config.
+def read_config(folder: Path, component: str | None = None) -> dict[str, Any]:
+    """A component's JSON config; ``component`` says which where the folder's name does not.
 
     Raises:
-        BaseError: missing or unreadable.
+        BaseError: missing, unreadable, or with values that no SDXL has.
     """
-    path = folder / _CONFIGS.get(folder.name.removesuffix("_2"), "config.json")
+    component = component or folder.name
+    path = folder / _CONFIGS.get(component.removesuffix("_2"), "config.json")
     try:
-        config = json.loads(path.read_bytes())
+        config = read_json_object(path)
     except FileNotFoundError:
         raise BaseError(f"{path}: missing; is this a whole diffusers folder?") from None
     except ValueError as error:
-        raise BaseError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise BaseError(f"{path}: not a JSON object")
+        raise BaseError(str(error)) from None
+    if component in (*CLASSES, "scheduler"):
+        check_config(path, component, config, whole=False)
     return config
 
 
@@ -102,9 +106,10 @@ def model_config(base: str, component: str) -> tuple[Path, dict[str, Any]]:
     """
     path = component_path(base, component)
     config = config_at(path, component)
-    found = config.get("_class_name") or ", ".join(config.get("architectures") or ["nothing"])
-    if path.is_dir() and found != _CLASSES[component]:  # a file says it by its tensors' names
-        raise BaseError(f"{path}: no SDXL: a {found}, where SDXL has {_CLASSES[component]}")
+    stated = config.get("_class_name") or config.get("architectures") or "nothing"
+    found = ", ".join(map(str, stated)) if isinstance(stated, list) else str(stated)
+    if path.is_dir() and found != CLASSES[component]:  # a file says it by its tensors' names
+        raise BaseError(f"{path}: no SDXL: a {found}, where SDXL has {CLASSES[component]}")
     if component == "unet":
         if missing := [key for key in _NEEDED if key not in config]:
             raise BaseError(f"{path}: no SDXL: its config has no {', '.join(missing)}")
@@ -114,14 +119,15 @@ def model_config(base: str, component: str) -> tuple[Path, dict[str, Any]]:
                 f"{path}: no SDXL: its addition_embed_type is {addition} (SDXL: text_time) and "
                 f"its cross_attention_dim {config.get('cross_attention_dim')} (SDXL: 2048)"
             )
+        check_channels(path, channels)
         if channels != config.get("out_channels"):
-            raise BaseError(f"{path}: takes {channels} channels: an inpainting UNet?")
+            raise BaseError(f"{path}: takes {channels} channels and gives another number")
     return path, config
 
 
 def config_at(path: Path, component: str) -> dict[str, Any]:
     """The config of a model in its folder, or in a single file."""
-    return read_config(path) if path.is_dir() else SingleFile(path).config(component)
+    return read_config(path, component) if path.is_dir() else SingleFile(path).config(component)
 
 
 def vae_config(source: str) -> tuple[Path, dict[str, Any]]:
@@ -133,17 +139,24 @@ def vae_config(source: str) -> tuple[Path, dict[str, Any]]:
     path = base_path(source)
     if not (path / "config.json").is_file():
         return model_config(source, "vae")
-    config = read_config(path)
-    if config.get("_class_name") != _CLASSES["vae"]:
+    config = read_config(path, "vae")
+    if config.get("_class_name") != CLASSES["vae"]:
         raise BaseError(f"{path}: no SDXL VAE: a {config.get('_class_name')}")
     return path, config
 
 
 def scheduler_config(base: str) -> dict[str, Any]:
-    """The base's noise schedule, and what its UNet predicts."""
+    """The base's noise schedule, and what its UNet predicts; SDXL's own where a folder has none."""
+    path = base_path(base)
     if is_file(base):
-        return SingleFile(base_path(base)).scheduler_config()
-    return read_config(component_path(base, "scheduler"))
+        return SingleFile(path).scheduler_config()
+    if (path / "unet").is_dir() and not (path / "scheduler").exists():
+        warnings.warn(
+            f"{path}: has no scheduler/: SDXL's own is used, which predicts epsilon",
+            stacklevel=2,
+        )
+        return sdxl_config("scheduler")
+    return read_config(component_path(base, "scheduler"), "scheduler")
 
 
 def zeros_for_empty_prompt(base: str) -> bool:
@@ -158,10 +171,9 @@ def zeros_for_empty_prompt(base: str) -> bool:
     if not index.is_file():
         return True
     try:
-        config = json.loads(index.read_bytes())
-        return bool(config.get("force_zeros_for_empty_prompt", True))
-    except (ValueError, AttributeError):
-        raise BaseError(f"{index}: not a pipeline's JSON") from None
+        return bool(read_json_object(index).get("force_zeros_for_empty_prompt", True))
+    except ValueError as error:
+        raise BaseError(f"{error}; it should be a pipeline's") from None
 
 
 @dataclass(frozen=True)
@@ -173,27 +185,53 @@ class Weights:
 
 
 def find_weights(folder: Path) -> Weights:
-    """The files that loading takes: the plain ones, else the fp16 ones; never a pickle.
+    """The files that loading takes: the plain ones, else the fp16 ones, else those of the only
+    other variant there is (``diffusion_pytorch_model.non_ema.safetensors``); never a pickle.
 
     Raises:
-        BaseError: there are none.
+        BaseError: there are none, or several variants and no plain one.
     """
-    for variant in (None, "fp16"):
-        dot = f".{variant}" if variant else ""
-        for stem in ("diffusion_pytorch_model", "model"):
-            whole = folder / f"{stem}{dot}.safetensors"
-            listing = folder / f"{stem}.safetensors.index{dot}.json"
-            if whole.is_file():
-                return Weights(variant, (whole,))
-            if listing.is_file():
-                names = sorted(set(json.loads(listing.read_bytes())["weight_map"].values()))
-                missing = [name for name in names if not (folder / name).is_file()]
-                if missing:
-                    raise BaseError(f"{folder}: {missing[0]} is missing")
-                return Weights(variant, tuple(folder / name for name in names))
-    pickles = [path.name for path in folder.glob("*.bin")] + [p.name for p in folder.glob("*.pt")]
-    if pickles:
-        raise BaseError(
-            f"{folder}: only {pickles[0]}, a pickle: never loaded; convert it to safetensors"
-        )
-    raise BaseError(f"{folder}: no .safetensors file")
+    if not folder.is_dir():
+        raise BaseError(f"{folder}: no such folder")
+    variants: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if found := _WEIGHTS.fullmatch(path.name):
+            variants.setdefault(found["whole"] or found["pieces"] or "", path)
+    if not variants:
+        raise BaseError(f"{folder}: {_instead_of_weights(folder)}")
+    known = [variant for variant in ("", "fp16") if variant in variants]
+    if not known and len(variants) > 1:
+        names = _listing([path.name for path in variants.values()])
+        raise BaseError(f"{folder}: several variants of its weights and no plain one: {names}")
+    variant = known[0] if known else next(iter(variants))
+    path = variants[variant]
+    files = (path,) if path.suffix == ".safetensors" else _pieces(path)
+    return Weights(variant or None, files)
+
+
+def _pieces(listing: Path) -> tuple[Path, ...]:
+    """The files that an index names."""
+    try:
+        names = read_json_object(listing)["weight_map"].values()
+        pieces = sorted(set(names))
+        if not pieces or not all(_PIECE.fullmatch(name) for name in pieces):
+            raise ValueError(f"{listing}: its weight_map names no .safetensors files beside it")
+    except (KeyError, AttributeError, TypeError):
+        raise BaseError(f"{listing}: has no weight_map from tensors to files") from None
+    except ValueError as error:
+        raise BaseError(str(error)) from None
+    if missing := [name for name in pieces if not (listing.parent / name).is_file()]:
+        raise BaseError(f"{listing.parent}: {missing[0]} is missing, which {listing.name} names")
+    return tuple(listing.parent / name for name in pieces)
+
+
+def _instead_of_weights(folder: Path) -> str:
+    names = sorted(path.name for path in folder.iterdir())
+    if pickles := [name for name in names if name.endswith((*PICKLES, ".msgpack", ".h5"))]:
+        return f"only {pickles[0]}, a pickle: never loaded; convert it to safetensors"
+    others = [name for name in names if name.endswith(".safetensors")]
+    if any(re.search(r"-\d+-of-\d+\.", name) for name in others):
+        return f"{others[0]} is a piece, and the .safetensors.index.json that lists them is missing"
+    if others:
+        return f"no weights under a name that diffusers knows (found: {_listing(others[:8])})"
+    return "no .safetensors file"

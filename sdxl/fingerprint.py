@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from runtime.files import canonical_json, file_sha256, seal, unseal, write_durable
 from sdxl import BaseError
 from sdxl.base import ENCODERS, base_path, component_path, find_weights
 from sdxl.original import modern_name
@@ -85,6 +86,9 @@ def _tensors(path: Path, component: str) -> Iterator[tuple[str, str, Any]]:
             raise BaseError(f"{path}: damaged: {key}: {error}") from None
         for name, array in parts.items():
             yield name, one.dtype, array
+            if piece.scale is not None:
+                scale = whole.tensors[piece.scale]
+                yield f"{name}.scale", scale.dtype, _words(data, scale)
 
 
 def _mapped(path: Path) -> memoryview:
@@ -107,8 +111,8 @@ def weights_digest(path: Path, component: str) -> str:
     key = hashlib.sha256(json.dumps([component, marks]).encode()).hexdigest()
     store = _store()
     try:
-        known = dict(json.loads(store.read_bytes()))
-    except (OSError, ValueError, TypeError):
+        known = unseal(store.read_bytes())
+    except (OSError, ValueError):  # none, damaged, or of an earlier version: computed again
         known = {}
     if key not in known:
         known[key] = tensors_digest(path, component)
@@ -118,8 +122,7 @@ def weights_digest(path: Path, component: str) -> str:
 
 def file_digest(path: Path) -> str:
     """sha256 of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_sha256(path)
 
 
 def config_digest(config: dict[str, Any]) -> str:
@@ -173,9 +176,7 @@ def _store() -> Path:
 def _remember(store: Path, known: dict[str, str]) -> None:
     try:
         store.parent.mkdir(parents=True, exist_ok=True)
-        partial = store.with_name(f"{store.name}.{os.getpid()}.partial")
-        partial.write_text(json.dumps(known))
-        os.replace(partial, store)
+        write_durable(store, canonical_json(seal(known)).encode())
     except OSError:  # a read-only home: the digests are computed again next time
         return
 

@@ -10,11 +10,12 @@ from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, ModelMixin, SchedulerMixin, UNet2DConditionModel
 from safetensors import SafetensorError, safe_open
 
+from runtime.text import first_line
 from sdxl import BaseError
 from sdxl.base import config_at, find_weights, model_config, scheduler_config, vae_config
 from sdxl.original import modern_name
 from sdxl.single_file import SingleFile
-from sdxl.tokenizers import NUM_TOKENS, find_tokenizer
+from sdxl.tokenizers import VOCAB_SIZE, find_tokenizer
 
 
 def load_unet(base: str, dtype: torch.dtype) -> UNet2DConditionModel:
@@ -65,20 +66,21 @@ def load_tokenizers(base: str, given: Path | None = None) -> tuple[Any, Any]:
     def load(name: str) -> Any:
         found = find_tokenizer(base, name, given)
         folder, pad = found.folder, found.pad_token
+        parts = found.parts()  # or it says what is damaged, as the library does not
         try:
             changes = {} if pad is None else {"pad_token": pad}
             tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True, **changes)
         except Exception as error:  # transformers raises anything of a folder it cannot read
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             raise BaseError(f"{folder}: no tokenizer can be read from it: {reason}") from error
         encoder = name.replace("tokenizer", "text_encoder")
-        expected = model_config(base, encoder)[1]["vocab_size"]
+        expected = model_config(base, encoder)[1].get("vocab_size", VOCAB_SIZE)
         if len(tokenizer) != expected:
             raise BaseError(
                 f"{folder}: {len(tokenizer)} tokens, where {encoder} has {expected}: is its "
                 "vocab.json missing?"
             )
-        tokenizer.model_max_length = min(tokenizer.model_max_length, NUM_TOKENS)
+        tokenizer.model_max_length = parts["model_max_length"]
         return tokenizer
 
     return load("tokenizer"), load("tokenizer_2")
@@ -119,7 +121,11 @@ def load_scheduler(
             stacklevel=2,
         )
     kept = {name: value for name, value in changes.items() if name in takes}
-    return kind.from_config(config | kept)
+    try:
+        return kind.from_config(config | kept)
+    except Exception as error:  # diffusers raises anything of a config that it cannot take
+        what = f"its scheduler's config makes no {name}: {first_line(error)}"
+        raise BaseError(f"{base}: {what}") from error
 
 
 def _load(kind: Any, path: Path, component: str, dtype: torch.dtype) -> Any:
@@ -149,10 +155,11 @@ def _load_from_folder(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
                 local_files_only=True,
                 **{named: dtype},
             )
-    except (OSError, ValueError, RuntimeError, SafetensorError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except MemoryError:
+        raise
+    except Exception as error:  # the libraries raise anything of a folder that they cannot read
         raise BaseError(
-            f"{folder}: its weights do not load as {kind.__name__}: {reason}"
+            f"{folder}: its weights do not load as {kind.__name__}: {first_line(error)}"
         ) from error
     for fault in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if names := [n for n in map(str, info.get(fault, [])) if not n.endswith("position_ids")]:
@@ -169,7 +176,7 @@ def _other_weights(path: Path, what: str, names: list[str]) -> BaseError:
 
 def _load_from_file(kind: Any, path: Path, component: str, dtype: torch.dtype) -> Any:
     """A model by its config, with its tensors of a single file; no other tensor is read."""
-    model = _without_weights(kind, config_at(path, component))
+    model = _without_weights(kind, config_at(path, component), path)
     shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     wanted = {modern_name(component, name): name for name in shapes}
     pieces = SingleFile(path).pieces(component)
@@ -185,7 +192,7 @@ def _load_from_file(kind: Any, path: Path, component: str, dtype: torch.dtype) -
     try:
         with safe_open(path, framework="pt") as file:
             for key, piece in pieces.items():
-                found = piece.split(file.get_tensor(key)) if piece.names else {}
+                found = piece.split(_scaled(file, key, piece.scale)) if piece.names else {}
                 for name, tensor in found.items():
                     state[wanted[name]] = tensor.contiguous().to(dtype, copy=True)
     except (ValueError, SafetensorError) as error:
@@ -201,6 +208,15 @@ def _load_from_file(kind: Any, path: Path, component: str, dtype: torch.dtype) -
     return model
 
 
+def _scaled(file: Any, key: str, scale: str | None) -> torch.Tensor:
+    """A tensor of a file; of scaled fp8 times its scale, in fp32."""
+    tensor: torch.Tensor = file.get_tensor(key)
+    if scale is None:
+        return tensor
+    factors: torch.Tensor = file.get_tensor(scale).float().flatten()
+    return tensor.float() * factors.reshape(-1, *[1] * (tensor.ndim - 1))
+
+
 def bare_model(component: str, config: dict[str, Any]) -> Any:
     """A model's modules by their names and shapes, without its weights."""
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
@@ -214,9 +230,17 @@ def bare_model(component: str, config: dict[str, Any]) -> Any:
     return _without_weights(kinds[component], config)
 
 
-def _without_weights(kind: Any, config: dict[str, Any]) -> Any:
+def _without_weights(kind: Any, config: dict[str, Any], path: Path | None = None) -> Any:
     """A model whose parameters have shapes and no data yet; its buffers are as they must be."""
-    with init_empty_weights():
-        if issubclass(kind, ModelMixin):
-            return kind.from_config(config)
-        return kind(kind.config_class(**config))
+    try:
+        with init_empty_weights():
+            if issubclass(kind, ModelMixin):
+                return kind.from_config(config)
+            return kind(kind.config_class(**config))
+    except MemoryError:
+        raise
+    except Exception as error:  # the libraries raise anything of a config that they cannot take
+        where = "" if path is None else f"{path}: "
+        raise BaseError(
+            f"{where}its config makes no {kind.__name__}: {first_line(error)}"
+        ) from error

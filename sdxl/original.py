@@ -18,7 +18,8 @@ PREFIXES = {
     "text_encoder_2": "conditioner.embedders.1.model.",
 }
 LOGIT_SCALE = PREFIXES["text_encoder_2"] + "logit_scale"  # of training CLIP: no layer has it
-_UNUSED = ("logit_scale", "embeddings.position_ids")
+# Of CLIP's training; numbers from 0 on; parts of the VAE's training. No layer has them.
+_UNUSED = re.compile(r"logit_scale|(.+\.)?position_ids|(loss|model_ema)\..+")
 _UNET_RESNET = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
@@ -85,7 +86,7 @@ class OriginalNames:
     def names_of(self, key: str) -> tuple[str, ...] | None:
         """What diffusers calls the tensor ``key``: one name, three of a joined one, none of what
         no layer uses. None: no tensor of this model."""
-        if key in _UNUSED:
+        if _UNUSED.fullmatch(key):
             return ()
         if self._modules is None:
             return (key,)

@@ -5,13 +5,16 @@ line), ``.jsonl``, ``.json`` and ``.toml`` (tables, or lines as strings). Free o
 command can refuse a bad file before it loads any model.
 """
 
-import json
+import math
 import re
 import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from runtime.documents import parse_json, read_bounded
+from runtime.text import first_line
 
 # "--" opens an option only at a line's start or after a space, and only when a name follows at
 # once: "rain -- then sun" and "a --- b" are prose.
@@ -24,6 +27,11 @@ MAX_SEED = 2**64 - 1  # the largest torch.Generator.manual_seed takes
 MAX_SIDE = 16_384  # pixels of a picture
 MAX_PIXELS = 999_999_999  # of a size or crop that SDXL is told, as --original-size
 MAX_IMAGES = 999_999  # of one line
+MAX_FILE_BYTES = 64_000_000
+MAX_TOML_BYTES = 4_000_000  # the parser takes seconds for each of them
+MAX_DOTS = 1000  # in a line of TOML: the parser's time grows with the square of a key's parts
+MAX_PROMPTS = 1_000_000  # of one file
+MAX_TEXT = 100_000  # characters of a prompt: the encoders take 75 tokens, or at most 32 times that
 MAX_STEPS = 999  # of 1000 that a UNet is trained on; with 1000 some samplers go beyond the last
 SAMPLERS = ("euler", "euler-a", "ddim", "ddpm", "dpm++2m")
 OPTIONS = {
@@ -82,7 +90,7 @@ def parse_prompt(line: str) -> Prompt:
         name, *rest = part.split(maxsplit=1)
         if name not in OPTIONS:
             known = " ".join(f"--{option}" for option in OPTIONS)
-            raise ValueError(f"unknown option --{name} (known: {known})")
+            raise ValueError(f"unknown option --{name[:60]} (known: {known})")
         if OPTIONS[name] in values:
             raise ValueError(f"option --{name} is given more than once")
         if not rest:
@@ -97,13 +105,13 @@ def prompt_of_table(table: dict[str, Any]) -> Prompt:
     for name, value in table.items():
         field = KOHYA_NAMES.get(name, name)
         if field not in _READERS:
-            raise ValueError(f"unknown option {name} (known: {', '.join(_READERS)})")
+            raise ValueError(f"unknown option {name[:60]} (known: {', '.join(_READERS)})")
         if field in values:
             raise ValueError(f"option {name} is given more than once")
         is_text = isinstance(value, str)
         if not is_text and (_READERS[field] is str or type(value) not in (int, float)):
-            raise ValueError(f"option {name} must be text or a number, not {value!r}")
-        values[field] = _value(field, name, str(value))
+            raise ValueError(f"option {name} must be text or a number, not {_shown(value)}")
+        values[field] = _value(field, name, value if is_text else _digits(value))
     return _prompt(values.pop("text", ""), values)
 
 
@@ -111,8 +119,12 @@ def _prompt(text: str, values: dict[str, Any]) -> Prompt:
     if not text.strip():
         raise ValueError("the prompt is empty: text must come before the options")
     for one in (text, str(values.get("negative", ""))):
+        if len(one) > MAX_TEXT:
+            raise ValueError(f"a text of {len(one):,} characters, too long: at most {MAX_TEXT:,}")
         if LONE_SURROGATE.search(one):  # no tokenizer reads it
             raise ValueError(f"{one[:60]!r} holds half a character, which is no Unicode text")
+        if "\0" in one:
+            raise ValueError(f"{one[:60]!r} contains a NUL character; save the file as UTF-8")
     if ("original_width" in values) != ("original_height" in values):
         raise ValueError("options --ow and --oh, the original size, go together")
     return Prompt(text=text.strip(), **values)
@@ -130,18 +142,21 @@ def read_prompts(path: Path) -> list[Prompt]:
     for where, one in readers[path.suffix.lower()](path, _read_text(path)):
         try:
             if not isinstance(one, str | dict):
-                raise ValueError(f"a prompt is text or a table, not {one!r}")
+                raise ValueError(f"a prompt is text or a table, not {_shown(one)}")
             prompts.append(parse_prompt(one) if isinstance(one, str) else prompt_of_table(one))
         except ValueError as error:
             raise ValueError(f"{path}, {where}: {error}") from error
+        if len(prompts) > MAX_PROMPTS:
+            raise ValueError(f"{path}: has more than {MAX_PROMPTS:,} prompts; split the file")
     if not prompts:
         raise ValueError(f"{path}: no prompts found (one a line; blank and # lines are skipped)")
     return prompts
 
 
 def _read_text(path: Path) -> str:
+    is_toml = path.suffix.lower() == ".toml"
     try:
-        content = path.read_bytes()
+        content = read_bounded(path, MAX_TOML_BYTES if is_toml else MAX_FILE_BYTES)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from error
     try:
@@ -171,10 +186,14 @@ def _json(path: Path, text: str) -> Iterator[tuple[str, Any]]:
 
 def _toml(path: Path, text: str) -> Iterator[tuple[str, Any]]:
     """``[[prompt]]`` tables; or, as kohya has it, ``[[prompt.subset]]`` over ``[prompt]``."""
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.count(".") > MAX_DOTS:
+            raise ValueError(f"{path}, line {number}: has more than {MAX_DOTS} dots")
     try:
         found = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path}: not valid TOML ({error})") from None
+    except (ValueError, RecursionError) as error:  # the first: also a number of too many digits
+        reason = "nested too deep" if isinstance(error, RecursionError) else first_line(error)
+        raise ValueError(f"{path}: not valid TOML ({reason})") from None
     prompts = found.pop("prompt", None)
     if isinstance(prompts, dict) and isinstance(prompts.get("subset", []), list):
         subsets = prompts.pop("subset", [{}])
@@ -186,15 +205,38 @@ def _toml(path: Path, text: str) -> Iterator[tuple[str, Any]]:
 
 def _from_json(where: str, text: str) -> Any:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise ValueError(f"{where}: option {twice[0]} is given more than once")
-        return dict(pairs)
+        table: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in table:
+                raise _GivenTwice(f"{where}: option {name[:60]} is given more than once")
+            table[name] = value
+        return table
 
     try:
-        return json.loads(text, object_pairs_hook=once)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{where}: not valid JSON ({error})") from None
+        return parse_json(text, once)
+    except _GivenTwice as error:
+        raise ValueError(str(error)) from None
+    except ValueError as error:
+        raise ValueError(f"{where}: not valid JSON ({first_line(error)})") from None
+
+
+class _GivenTwice(ValueError):
+    """Valid JSON with a name twice in one object."""
+
+
+def _shown(value: Any) -> str:
+    """A value in a message: short, whatever it is."""
+    if isinstance(value, list | dict):
+        return "a list" if isinstance(value, list) else "a table"
+    text = repr(value) if isinstance(value, str) else _digits(value)
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text):,} characters)"
+
+
+def _digits(value: Any) -> str:
+    """A number as text. Of whole ones Python converts none of more than some thousand digits."""
+    if isinstance(value, int) and abs(value) > 10**20:
+        return "a number of more than 20 digits"
+    return str(value)
 
 
 def _value(field: str, name: str, text: str) -> Any:
@@ -202,7 +244,7 @@ def _value(field: str, name: str, text: str) -> Any:
     try:
         return _READERS[field](text)
     except ValueError as allowed:
-        raise ValueError(f"option {name} must be {allowed}, not {text!r}") from None
+        raise ValueError(f"option {name} must be {allowed}, not {_shown(text)}") from None
 
 
 def _whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
@@ -225,7 +267,7 @@ def _side(text: str) -> int:
 
 
 def _guidance_scale(text: str) -> float:
-    if not DECIMAL.fullmatch(text):
+    if not DECIMAL.fullmatch(text) or not math.isfinite(float(text)):
         raise ValueError("a number of at least 0, such as 7.5")
     return float(text)
 

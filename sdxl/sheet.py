@@ -1,6 +1,7 @@
 """Pictures with their prompts, at a glance."""
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -48,7 +49,10 @@ def _cut(
     pen: ImageDraw.ImageDraw,
     font: ImageFont.ImageFont | ImageFont.FreeTypeFont,
 ) -> str:
-    line = " ".join(prompt.split())  # a prompt may have several lines
-    while line and pen.textlength(line, font=font) > width:
-        line = line[:-2]
-    return line
+    """As much of a prompt's start as ``width`` pixels take, on one line."""
+    # A prompt may be as long as a book; at a pixel a letter this is more than fits.
+    line = " ".join(prompt[: 20 * width].split())[:width]
+    num = bisect_right(
+        range(1, len(line) + 1), width, key=lambda n: math.ceil(pen.textlength(line[:n], font))
+    )
+    return line[:num]

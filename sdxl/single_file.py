@@ -1,8 +1,9 @@
-"""A base, or a VAE alone, in one ``.safetensors`` file: what it holds, by its header. Imports no
-torch, and reads no tensor.
+"""A base, or a UNet or VAE alone, in one ``.safetensors`` file: what it holds, by its header.
+Imports no torch, and reads no tensor.
 """
 
 import json
+import math
 import re
 import struct
 from dataclasses import dataclass
@@ -10,29 +11,61 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from runtime.documents import open_regular, parse_json, read_json_object
 from sdxl import BaseError
+from sdxl.config_check import check_config
 from sdxl.original import PREFIXES, OriginalNames, modern_name
+from sdxl.other_models import check_channels, check_context, check_names, content_of
 
 CONFIGS = Path(__file__).with_name("configs")  # SDXL's own
 CONFIGS_KEY = "shardtune.configs"  # in a file's metadata: those of models of other sizes
 V_PRED, ZERO_SNR = "v_pred", "ztsnr"  # bare keys that say what a base predicts, on which schedule
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+CLASSES = {
+    "unet": "UNet2DConditionModel",
+    "vae": "AutoencoderKL",
+    "text_encoder": "CLIPTextModel",
+    "text_encoder_2": "CLIPTextModelWithProjection",
+}
 TITLES = {
     "unet": "UNet",
     "vae": "VAE",
     "text_encoder": "text encoder 1 (CLIP-L)",
     "text_encoder_2": "text encoder 2 (OpenCLIP bigG)",
 }
-_VAE_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
-_FOREIGN = (
-    (r"(lora_|lycoris_|.*\.lora_)", "a LoRA, and no base: give it as --lora"),
-    (r"cond_stage_model\.", "a Stable Diffusion 1 or 2 file"),
-    (r".*\.?(joint_blocks|double_blocks|double_stream_modules)\.", "a file of SD3, Flux or alike"),
-    (r"conditioner\.embedders\.0\.model\.", "the SDXL refiner"),
-    (r"edm_", "a model with EDM's noise schedule (Playground 2.5, CosXL)"),
-    (r"control_model\.|.*controlnet_", "a ControlNet"),
+_BITS = dict.fromkeys(("F64", "I64", "U64", "C64"), 64) | dict.fromkeys(("F32", "I32", "U32"), 32)
+_BITS |= dict.fromkeys(("F16", "BF16", "I16", "U16"), 16)
+_BITS |= dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", "U8", "BOOL"), 8)
+_FP8 = ("F8_E4M3", "F8_E5M2")
+_FLOATS = ("F64", "F32", "F16", "BF16", *_FP8)
+# Of fp8 weights: what each is multiplied by, and what only computing in fp8 would need.
+_SCALES = (".scale_weight", ".weight_scale")
+_OF_FP8 = re.compile(
+    r"(.+\.)?(scale_weight|weight_scale|scale_input|input_scale|scaled_fp8|comfy_quant)"
 )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a model's tensors are in a file: names begin with ``prefix`` and, where other models'
+    may lie beside it without one, one of ``starts``."""
+
+    prefix: str
+    is_diffusers: bool
+    starts: tuple[str, ...] = ("",)
+
+
+_VAE_STARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+_UNET_STARTS = (
+    *("input_blocks.", "middle_block.", "output_blocks.", "time_embed.", "label_emb."),
+    *("out.0.", "out.2."),
+)
+_DIFFUSERS_STARTS = (
+    *("down_blocks.", "mid_block.", "up_blocks.", "conv_in.", "conv_out.", "conv_norm_out."),
+    *("time_embedding.", "add_embedding."),
+)
+_UNET_PREFIXES = (PREFIXES["unet"], "diffusion_model.", "unet.")  # the first: of whole models
 
 
 def sdxl_config(component: str) -> dict[str, Any]:
@@ -55,41 +88,59 @@ def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a safetensors file by name, and its metadata.
 
     Raises:
-        BaseError: no whole safetensors file.
+        BaseError: no whole safetensors file, or one whose header contradicts itself.
     """
     if path.is_file() and path.suffix.lower() in PICKLES:
         raise BaseError(f"{path}: a pickle: never loaded; convert it to safetensors")
+    head = b""
     try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
+        with open_regular(path) as file:
+            size = path.stat().st_size
+            head = file.read(24)
+            (length,) = struct.unpack("<Q", head[:8])
             if length > min(size, MAX_HEADER_BYTES):
                 raise ValueError
-            header = json.loads(file.read(length))
-        metadata = dict(header.pop("__metadata__", {}))
-        tensors = {
-            name: Tensor(
-                about["dtype"],
-                tuple(about["shape"]),
-                *(8 + length + n for n in about["data_offsets"]),
-            )
-            for name, about in header.items()
-        }
+            file.seek(8)
+            header = parse_json(file.read(length))
+        metadata = header.pop("__metadata__", {})
+        if not all(isinstance(text, str) for text in [*metadata.keys(), *metadata.values()]):
+            raise TypeError
+        tensors = {name: _tensor(about, 8 + length) for name, about in header.items()}
     except FileNotFoundError:
         raise BaseError(f"{path}: no such file") from None
     except OSError as error:
         raise BaseError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, TypeError, KeyError, AttributeError, struct.error):
-        raise BaseError(f"{path}: not a whole safetensors file") from None
+    except (ValueError, TypeError, KeyError, AttributeError, struct.error) as error:
+        what = content_of(head) or ("not a regular file" if "regular file" in str(error) else "")
+        more = f" ({what})" if what else ""
+        raise BaseError(f"{path}: not a whole safetensors file{more}") from None
     for name, one in tensors.items():
         if one.end > size:
             raise BaseError(f"{path}: truncated: {name} ends at {one.end} of {size} bytes")
+        bits = _BITS.get(one.dtype, 0)
+        if bits and math.prod(one.shape) * bits != 8 * (one.end - one.begin):
+            what = f"{one.end - one.begin} bytes are not {list(one.shape)} in {one.dtype}"
+            raise BaseError(f"{path}: damaged: {name}: {what}")
     return tensors, metadata
 
 
+def _tensor(about: dict[str, Any], start: int) -> Tensor:
+    """
+    Raises:
+        ValueError, TypeError, KeyError: no description of a tensor.
+    """
+    shape, (begin, end) = about["shape"], about["data_offsets"]
+    numbers = [*shape, begin, end]
+    if not all(type(n) is int and 0 <= n < 2**63 for n in numbers) or begin > end:
+        raise ValueError
+    if not isinstance(about["dtype"], str):
+        raise TypeError
+    return Tensor(about["dtype"], tuple(shape), start + begin, start + end)
+
+
 class SingleFile:
-    """One file with some or all of SDXL's models, in the original layout; or with a VAE alone, its
-    names without a prefix, in the original layout or that of diffusers.
+    """One file with some or all of SDXL's models, in the original layout; or with a UNet or a VAE
+    alone, its names with or without a prefix, in the original layout or that of diffusers.
 
     Raises:
         BaseError: no whole safetensors file, or one of something else.
@@ -98,34 +149,52 @@ class SingleFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.tensors, self.metadata = read_header(path)
-        for pattern, what in _FOREIGN:
-            if any(re.match(pattern, key) for key in self.tensors):
-                raise BaseError(f"{path}: no SDXL base: {what}")
-        found = [key for key in self.tensors if key.startswith(PREFIXES["unet"])]
-        if found and PREFIXES["unet"] + "label_emb.0.0.weight" not in self.tensors:
+        check_names(path, self.tensors)
+        if self.holds("unet"):
+            self._check_unet()
+
+    def _check_unet(self) -> None:
+        shapes = {key: self.tensors[full].shape for key, full in self.keys("unet").items()}
+        for key in ("input_blocks.0.0.weight", "conv_in.weight"):
+            if len(shapes.get(key, ())) == 4:
+                check_channels(self.path, shapes[key][1])
+        check_context(self.path, shapes, self.config("unet").get("cross_attention_dim"))
+        if not shapes.keys() & {"label_emb.0.0.weight", "add_embedding.linear_1.weight"}:
             raise BaseError(
-                f"{path}: no SDXL, or damaged: its UNet has no label_emb, which takes SDXL's sizes "
-                "and pooled embedding"
+                f"{self.path}: no SDXL, or damaged: its UNet has no label_emb, which takes SDXL's "
+                "sizes and pooled embedding"
             )
 
     @cached_property
-    def vae_prefix(self) -> str:
-        """Of the VAE's names; a VAE alone has none."""
-        alone = "encoder.conv_in.weight" in self.tensors
-        return "" if alone else PREFIXES["vae"]
+    def _layouts(self) -> dict[str, Layout]:
+        """Where each model's tensors are, or would be."""
+        found = {name: Layout(prefix, False) for name, prefix in PREFIXES.items()}
+        if "encoder.conv_in.weight" in self.tensors:
+            found["vae"] = Layout("", self._has("encoder.down_blocks."), _VAE_STARTS)
+        for prefix in _UNET_PREFIXES:
+            if self._has(prefix):
+                found["unet"] = Layout(prefix, self._has(f"{prefix}down_blocks."))
+                return found
+        for starts in (_UNET_STARTS, _DIFFUSERS_STARTS):
+            if self._has(starts[0]):
+                found["unet"] = Layout("", starts is _DIFFUSERS_STARTS, starts)
+        return found
 
-    @property
-    def is_diffusers_vae(self) -> bool:
-        return any(key.startswith("encoder.down_blocks.") for key in self.tensors)
+    def _has(self, start: str) -> bool:
+        return any(key.startswith(start) for key in self.tensors)
 
     def holds(self, component: str) -> bool:
         return bool(self.keys(component))
 
     def keys(self, component: str) -> dict[str, str]:
         """The tensors of a model: the names in the file by those without the prefix."""
-        prefix = self.vae_prefix if component == "vae" else PREFIXES[component]
-        starts = (prefix,) if prefix else _VAE_PARTS
-        return {key.removeprefix(prefix): key for key in self.tensors if key.startswith(starts)}
+        layout = self._layouts[component]
+        starts = tuple(layout.prefix + start for start in layout.starts)
+        return {
+            key.removeprefix(layout.prefix): key
+            for key in self.tensors
+            if key.startswith(starts) and not _OF_FP8.fullmatch(key)
+        }
 
     def config(self, component: str) -> dict[str, Any]:
         """Of a model the file holds: what its metadata says (``write_original``), else SDXL's own;
@@ -135,40 +204,86 @@ class SingleFile:
             BaseError: it does not hold that model, or its metadata is damaged.
         """
         if not self.holds(component):
-            prefix = PREFIXES[component]
-            raise BaseError(
-                f"{self.path}: holds no {TITLES[component]}: no tensor of it ({prefix}*)"
-            )
+            raise BaseError(self._missing(component))
         try:
-            configs = json.loads(self.metadata.get(CONFIGS_KEY, "{}"))
-            if component in configs:
-                return dict(configs[component])
+            configs = parse_json(self.metadata.get(CONFIGS_KEY, "{}"))
+            config = dict(configs[component]) if component in configs else None
         except (ValueError, TypeError):
             raise BaseError(f"{self.path}: its metadata {CONFIGS_KEY} is damaged") from None
-        if component == "vae" and not self.vae_prefix and (beside := self._config_beside()):
+        if config is not None:
+            check_config(f"{self.path}, {CONFIGS_KEY}", component, config, whole=True)
+            return config
+        if not self._layouts[component].prefix and (beside := self._config_beside(component)):
             return beside
         return sdxl_config(component)
 
-    def _config_beside(self) -> dict[str, Any] | None:
-        """Of a VAE alone: what a config.json in its folder says, where that is of a VAE."""
+    def _missing(self, component: str) -> str:
+        """Why there is no such model, and what the file is good for."""
+        held = [TITLES[name] for name in PREFIXES if self.holds(name)]
+        if held == [TITLES["unet"]]:
+            return (
+                f"{self.path}: holds no {TITLES[component]}: it is a UNet alone, which train takes "
+                "as --base; encode and generate need a base with all models"
+            )
+        prefix, beside = PREFIXES[component], f"; it holds {', '.join(held)}" if held else ""
+        return f"{self.path}: holds no {TITLES[component]}: no tensor of it ({prefix}*){beside}"
+
+    def _config_beside(self, component: str) -> dict[str, Any] | None:
+        """Of a model alone: what a config.json in its folder says, where that is of its kind."""
         path = self.path.with_name("config.json")
         if not path.is_file():
             return None
         try:
-            config = dict(json.loads(path.read_bytes()))
-        except (ValueError, TypeError):
-            raise BaseError(f"{path}: not valid JSON") from None
-        return config if config.get("_class_name") == "AutoencoderKL" else None
+            config = read_json_object(path)
+        except (ValueError, OSError) as error:
+            raise BaseError(f"{error}") from None
+        if config.get("_class_name") != CLASSES[component]:
+            return None
+        check_config(path, component, config, whole=True)
+        return config
 
     def pieces(self, component: str) -> dict[str, "Piece"]:
-        """How the model's tensors are made from those of the file, by the file's names."""
+        """How the model's tensors are made from those of the file, by the file's names.
+
+        Raises:
+            BaseError: they are in a form that cannot be read.
+        """
         names = OriginalNames(component, self.config(component))
-        as_diffusers = component == "vae" and self.is_diffusers_vae
+        as_diffusers = self._layouts[component].is_diffusers
         found = {}
         for key, full in self.keys(component).items():
-            here = (modern_name("vae", key),) if as_diffusers else names.names_of(key)
-            found[full] = Piece(key, here, None if as_diffusers else names)
+            here = (modern_name(component, key),) if as_diffusers else names.names_of(key)
+            scale = self._scale_of(full)
+            if here and self.tensors[full].dtype not in _FLOATS:
+                raise BaseError(
+                    f"{self.path}: {full} is in {self.tensors[full].dtype}, a quantized form that "
+                    "cannot be read; use the fp16 file"
+                )
+            found[full] = Piece(key, here, None if as_diffusers else names, scale)
+        prefix, used = self._layouts[component].prefix, {one.scale for one in found.values()}
+        for key in self.tensors:
+            if key.startswith(prefix) and key.endswith(_SCALES) and key not in used:
+                raise BaseError(f"{self.path}: {key} scales no tensor that is known; use fp16")
         return found
+
+    def _scale_of(self, full: str) -> str | None:
+        """The tensor that a scaled fp8 weight is to be multiplied by: one number, or one a row.
+
+        Raises:
+            BaseError: of another form.
+        """
+        stem, _, name = full.rpartition(".")
+        beside = [stem + one for one in _SCALES if stem + one in self.tensors]
+        if name != "weight" or not beside:
+            return None
+        weight, scale = self.tensors[full], self.tensors[beside[0]]
+        known = weight.dtype in _FP8 and scale.dtype in ("F32", "F16", "BF16")
+        if not known or math.prod(scale.shape) not in (1, *weight.shape[:1]):
+            raise BaseError(
+                f"{self.path}: {beside[0]} scales {full} in a form that cannot be read; use the "
+                "fp16 file"
+            )
+        return beside[0]
 
     def scheduler_config(self) -> dict[str, Any]:
         """SDXL's own, with what the file's bare keys say, or its metadata."""
@@ -190,6 +305,7 @@ class Piece:
     key: str
     names: tuple[str, ...] | None
     original: OriginalNames | None
+    scale: str | None = None  # the tensor of the file that it is to be multiplied by
 
     def split(self, tensor: Any) -> dict[str, Any]:
         """The tensor (of torch or numpy) by diffusers' names; the parts are views."""

@@ -1,17 +1,19 @@
 """Where a base's tokenizers lie, and what they are made of. Imports no torch."""
 
-import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from runtime.documents import MAX_JSON_BYTES, read_bounded, read_json_object
+from runtime.text import first_line
 from sdxl import BaseError
 from sdxl.base import base_path, component_path, is_file
 from sdxl.hub import cached_component, fetch_component
 
 HUB_ID = "stabilityai/stable-diffusion-xl-base-1.0"  # whose tokenizers every SDXL has
 PADS = {"tokenizer": "<|endoftext|>", "tokenizer_2": "!"}  # the one thing they differ in
+VOCAB_SIZE = 49408
 NUM_TOKENS = 77  # of CLIP's text encoders; a folder may say nothing, or 1e30
 _SPECIAL = {
     "bos_token": "<|startoftext|>",
@@ -51,28 +53,42 @@ class TokenizerFiles:
         folder, whole = self.folder, self.folder / "tokenizer.json"
         try:
             if whole.is_file():
-                model = json.loads(whole.read_bytes())["model"]
+                model = read_json_object(whole)["model"]
                 vocabulary = model["vocab"]
                 merges = [one if isinstance(one, str) else " ".join(one) for one in model["merges"]]
             else:
-                vocabulary = json.loads((folder / "vocab.json").read_bytes())
-                lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
-                merges = [line for line in lines if line and not line.startswith("#version")]
+                vocabulary = read_json_object(folder / "vocab.json")
+                text = read_bounded(folder / "merges.txt", MAX_JSON_BYTES).decode()
+                merges = [
+                    line for line in text.splitlines() if line and not line.startswith("#version")
+                ]
             told: dict[str, Any] = {}
             for name in ("special_tokens_map.json", "tokenizer_config.json"):
                 if (folder / name).is_file():
-                    told |= json.loads((folder / name).read_bytes())
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise BaseError(f"{folder}: no tokenizer can be read from it ({error})") from None
-        special = {name: _content(told.get(name, value)) for name, value in _SPECIAL.items()}
-        special["model_max_length"] = min(special["model_max_length"] or NUM_TOKENS, NUM_TOKENS)
+                    told |= read_json_object(folder / name)
+            special = {name: _content(told.get(name, value)) for name, value in _SPECIAL.items()}
+            most = special["model_max_length"] or NUM_TOKENS
+            if not isinstance(most, int | float) or not most >= 3:
+                raise ValueError(f"its model_max_length is {str(most)[:60]}")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = first_line(error)
+            raise BaseError(f"{folder}: no tokenizer can be read from it ({reason})") from None
+        special["model_max_length"] = int(min(most, NUM_TOKENS))
         if self.pad_token is not None:
             special["pad_token"] = self.pad_token
         return {"vocabulary": vocabulary, "merges": merges, **special}
 
 
 def _content(token: Any) -> Any:
-    return token["content"] if isinstance(token, dict) else token
+    """A special token, or the number beside them.
+
+    Raises:
+        ValueError, KeyError: neither.
+    """
+    token = token["content"] if isinstance(token, dict) else token
+    if not isinstance(token, str | int | float | None):
+        raise ValueError("a special token is not text")
+    return token
 
 
 def has_vocabulary(folder: Path) -> bool:

@@ -14,6 +14,8 @@ from runtime.files import (
     durable_file,
     recover_replaced,
     replace_path,
+    replace_together,
+    replacement,
     seal,
     unseal,
     writing,
@@ -49,14 +51,15 @@ def test_a_replacement_that_is_cut_off_leaves_the_old_or_the_new(
         real(source, target)
 
     monkeypatch.setattr(os, "replace", replace)
-    if at < 2:
+    num_renames = 2 if folder else 1  # of files one is atomic
+    if at < num_renames:
         with pytest.raises(KeyboardInterrupt):
             replace_path(new, old)
     else:
         replace_path(new, old)
     monkeypatch.undo()
     recover_replaced(old)
-    assert content(old) == ("old" if at < 2 else "new")
+    assert content(old) == ("old" if at < num_renames else "new")
     assert not old.with_name(old.name + REPLACED).exists()
 
 
@@ -109,3 +112,45 @@ def test_a_write_that_fails_names_its_file_and_leaves_the_old(tmp_path: Path) ->
 
 def test_what_a_terminal_would_obey_is_escaped() -> None:
     assert printable("a\x1b[2J\tb\nc\u202e\ud800é\x9b") == "a\\x1b[2J\tb\nc\\u202e\\ud800é\\x9b"
+
+
+@pytest.mark.parametrize("at", range(5))
+def test_what_belongs_together_is_replaced_together(
+    at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut off before any of the four renames both are the old ones, and after them the new ones."""
+    names = ("scheduler", "unet")
+    pairs = []
+    for name in names:
+        fill(tmp_path / name, "old", True)
+        pairs.append((fill(tmp_path / f"{name}-new", "new", True), tmp_path / name))
+    real, calls = os.replace, []
+
+    def replace(source: Path, target: Path) -> None:
+        calls.append(source)
+        if len(calls) - 1 == at:
+            raise KeyboardInterrupt
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    if at < 4:
+        with pytest.raises(KeyboardInterrupt):
+            replace_together(pairs)
+    else:
+        replace_together(pairs)
+    monkeypatch.undo()
+    recover_replaced(*(path for _, path in pairs))
+    assert [content(tmp_path / name) for name in names] == ["old" if at < 4 else "new"] * 2
+    assert not list(tmp_path.glob(f"*{REPLACED}"))
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_a_replacement_that_fails_leaves_no_trace(folder: bool, tmp_path: Path) -> None:
+    old = fill(tmp_path / "a", "old", folder)
+    with pytest.raises(KeyError), replacement(old) as partial:
+        fill(partial, "new", folder)
+        raise KeyError
+    assert content(old) == "old" and [*tmp_path.iterdir()] == [old]
+    with replacement(old) as partial:
+        fill(partial, "new", folder)
+    assert content(old) == "new" and [*tmp_path.iterdir()] == [old]

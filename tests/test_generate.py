@@ -127,11 +127,11 @@ def test_a_rerun_draws_only_what_is_missing_or_other(base: Path, tmp_path: Path)
     after = {path.name: path.stat().st_mtime_ns for path in out.glob("0*.png")}
     changed = {name for name in marks if marks[name] != after[name]}
     assert changed == {"000001.png"}
-    with pytest.warns(UserWarning, match=r"000000.png and 2 more: drawn again: num_steps"):
+    with pytest.warns(UserWarning, match=r"000000.png and 2 more: .*generated again: num_steps"):
         shorter = draw(base, out, PROMPTS, num_steps=3)
     whole = (out / "000002.png").read_bytes()
     (out / "000002.png").write_bytes(whole[: len(whole) // 2])
-    with pytest.warns(UserWarning, match=r"000002.png: drawn again: damaged"):
+    with pytest.warns(UserWarning, match=r"000002.png: .*generated again: damaged"):
         again = draw(base, out, PROMPTS, num_steps=3)
     check_equal(again, shorter)
 

@@ -61,7 +61,7 @@ def test_several_with_weights(base: Path, two: tuple[Path, Path], tmp_path: Path
     with Image.open(tmp_path / "out" / "000000.png") as image:
         line = image.info["parameters"].splitlines()[-1]
     assert line.endswith('Lora weights: "pytorch_lora_weights: 0.8, both: 0.5"')
-    with pytest.warns(UserWarning, match="drawn again: weights changed"):
+    with pytest.warns(UserWarning, match="generated again: weights changed"):
         first = draw(base, tmp_path / "out", PROMPTS, lora=(*uses[:1], LoraUse(two[1], 0.4)))
     assert differ(first, ours) > 0.1
 

@@ -1,0 +1,81 @@
+"""Files that somebody else wrote: read to a bound, and parsed without trust.
+
+A name may belong to a pipe that never ends, JSON may be nested deeper than Python recurses, and a
+number may have more digits than ``int`` takes. Each is a ``ValueError`` of one line.
+"""
+
+import json
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from runtime.files import format_bytes
+from runtime.text import first_line
+
+MAX_JSON_BYTES = 100_000_000  # a tokenizer.json has up to 20 MB, a list of tensors up to 10
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading; one that is not regular could block for ever.
+
+    Raises:
+        ValueError: a pipe, a device or a socket.
+        OSError: it cannot be opened.
+    """
+    # Without O_NONBLOCK the open itself would wait for the pipe's writer.
+    file = os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb")
+    mode = os.fstat(file.fileno()).st_mode
+    if not stat.S_ISREG(mode):
+        file.close()
+        raise ValueError(f"{path}: not a regular file")
+    return file
+
+
+def read_bounded(path: Path, max_bytes: int) -> bytes:
+    """All bytes of a regular file that has at most ``max_bytes``.
+
+    Raises:
+        ValueError: not a regular file, or larger.
+        OSError: it cannot be read.
+    """
+    with open_regular(path) as file:
+        data = file.read(max_bytes + 1)
+        size = os.fstat(file.fileno()).st_size
+    if len(data) > max_bytes:
+        largest = format_bytes(max_bytes)
+        raise ValueError(f"{path}: has {format_bytes(size)}; at most {largest} are read")
+    return data
+
+
+def parse_json(
+    text: str | bytes, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None
+) -> Any:
+    """A JSON value; ``pairs`` makes each object, as ``json.loads``' ``object_pairs_hook``.
+
+    Raises:
+        ValueError: not JSON, nested too deep, or with a number of too many digits.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=pairs)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object.
+
+    Raises:
+        ValueError: not a regular file, too large, not JSON, or no object; names the file.
+        FileNotFoundError: there is none.
+        OSError: it cannot be read.
+    """
+    data = read_bounded(path, MAX_JSON_BYTES)
+    try:
+        value = parse_json(data)
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({first_line(error)})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    return value
