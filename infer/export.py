@@ -2,7 +2,6 @@
 it was made from, before it gets its name."""
 
 import math
-import os
 import warnings
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -11,8 +10,10 @@ from typing import Any
 
 import torch
 
+from infer.export_files import new_file, place
 from infer.export_model import export_model
 from infer.export_settings import ExportSettings
+from runtime.files import write_durable
 from sdxl.adapted import Adapted
 from sdxl.base import model_config
 from sdxl.card import Card
@@ -41,30 +42,17 @@ def export(settings: ExportSettings) -> Exported:
         ValueError: the weights or the base cannot be used, or something is at OUT already.
         OSError: what was read back is not what was written.
     """
-    _check_out(settings)
     unet = _unet_folder(settings.weights)
     if unet is not None and settings.merge:
         raise ValueError(f"{settings.weights}: a whole UNet; --merge takes a LoRA")
-    if unet is None and not settings.merge:
-        what = _export_lora(settings)
-    else:
-        dtype = DTYPES.get(settings.dtype, torch.float16)
-        what = export_model(settings, unet, dtype)
+    with place(settings, unet):
+        if unet is None and not settings.merge:
+            what = _export_lora(settings)
+        else:
+            dtype = DTYPES.get(settings.dtype, torch.float16)
+            what = export_model(settings, unet, dtype)
     files = [settings.out] if settings.is_file else settings.out.glob("unet/*")
     return Exported(settings.out, what, sum(path.stat().st_size for path in files))
-
-
-def _check_out(settings: ExportSettings) -> None:
-    out = settings.out
-    if not out.parent.is_dir():
-        raise ValueError(f"{out}: its folder does not exist")
-    if out.is_dir() and settings.is_file:
-        raise ValueError(f"{out}: a folder, where a file is to be written")
-    taken = [out] if settings.is_file else [out / "unet", out / "scheduler"]
-    if not settings.is_file and out.exists() and not out.is_dir():
-        raise ValueError(f"{out}: a file, where a folder is to be written")
-    if (there := [path for path in taken if path.exists()]) and not settings.overwrite:
-        raise ValueError(f"{there[0]}: is there already; --overwrite replaces it")
 
 
 def _unet_folder(path: Path) -> Path | None:
@@ -92,16 +80,9 @@ def _export_lora(settings: ExportSettings) -> str:
         data = kohya_bytes(parts, config, card)
     else:
         data = diffusers_bytes(parts, card)
-    partial = settings.out.with_name(f"{settings.out.stem}.partial.safetensors")
-    try:
-        with open(partial, "wb") as out:
-            out.write(data)
-            out.flush()
-            os.fsync(out.fileno())
+    with new_file(settings, len(data)) as partial:
+        write_durable(partial, data)
         _compare(_fit(read_lora_file(partial), models, settings.base), parts, settings.out)
-        os.replace(partial, settings.out)
-    finally:
-        partial.unlink(missing_ok=True)
     every = [one for found in parts.values() for one in found.values()]
     alphas = {one.kohya_alpha if kind == "kohya" else one.alpha for one in every}
     ranks = {one.rank for one in every}

@@ -2,8 +2,6 @@
 LoRA merged into it."""
 
 import json
-import os
-import shutil
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
+from infer.export_files import new_file, new_folder
 from infer.export_settings import ExportSettings
 from sdxl.base import find_weights, model_config, read_config, scheduler_config, vae_config
 from sdxl.card import ARCHITECTURE, Card, base_license, base_name, read_card
@@ -53,7 +52,7 @@ def export_model(settings: ExportSettings, unet: Path | None, dtype: torch.dtype
     )
     _check_finite(model.parts, dtype)
     if settings.is_file:
-        _write_file(settings.out, model, dtype)
+        _write_file(settings, model, dtype)
     else:
         _write_folder(settings, settings.base, model, dtype)
     kind = "original-layout model" if settings.is_file else "UNet folder"
@@ -154,14 +153,19 @@ def _check_finite(parts: dict[str, Part], dtype: torch.dtype) -> None:
                 )
 
 
-def _write_file(out: Path, model: Model, dtype: torch.dtype) -> None:
+def _num_bytes(parts: dict[str, Part], dtype: torch.dtype) -> int:
+    tensors = [tensor for part in parts.values() for tensor in part.tensors.values()]
+    return sum(tensor.numel() for tensor in tensors) * dtype.itemsize
+
+
+def _write_file(settings: ExportSettings, model: Model, dtype: torch.dtype) -> None:
+    out = settings.out
     kind = model.schedule.prediction_type
     if kind not in (None, "epsilon", "v_prediction"):
         raise ValueError(f"the UNet predicts {kind!r}, which one file cannot say; give a folder")
-    partial = out.with_name(f"{out.stem}.partial.safetensors")
     side = 8 * int(model.parts["unet"].config["sample_size"])
     metadata = model.card.modelspec(ARCHITECTURE, side) | model.card.to_metadata()
-    try:
+    with new_file(settings, _num_bytes(model.parts, dtype)) as partial:
         write_original(
             partial, model.parts, schedule=model.schedule, dtype=dtype, metadata=metadata
         )
@@ -172,9 +176,6 @@ def _write_file(out: Path, model: Model, dtype: torch.dtype) -> None:
             _compare(encoder, model.parts[component], out)
         if Schedule.of_config(scheduler_config(base)) != _plain(model.schedule):
             raise OSError(f"{out}: its schedule was not read back; nothing is kept")
-        os.replace(partial, out)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _plain(schedule: Schedule) -> Schedule:
@@ -185,11 +186,9 @@ def _plain(schedule: Schedule) -> Schedule:
 
 def _write_folder(settings: ExportSettings, base: str, model: Model, dtype: torch.dtype) -> None:
     """``OUT/unet`` and ``OUT/scheduler``, as a full fine-tune leaves them."""
-    out, part = settings.out, model.parts["unet"]
-    partial = out / "unet.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        (partial / "unet").mkdir(parents=True)
+    part = model.parts["unet"]
+    with new_folder(settings, _num_bytes({"unet": part}, dtype)) as partial:
+        (partial / "unet").mkdir()
         state = {name: tensor.contiguous() for name, tensor in part.tensors.items()}
         metadata = {"format": "pt"} | model.card.to_metadata()
         safetensors.torch.save_file(state, partial / "unet" / WEIGHTS, metadata=metadata)
@@ -198,14 +197,7 @@ def _write_folder(settings: ExportSettings, base: str, model: Model, dtype: torc
         (partial / "unet" / "config.json").write_text(text + "\n")
         write_long_captions(partial / "unet", model.card.long_captions or 1)
         write_schedule(base, model.schedule, partial)
-        _compare(load_unet_folder(partial / "unet", dtype), part, out)
-        for name in ("unet", "scheduler"):
-            if (out / name).exists():
-                shutil.rmtree(out / name)
-        for name in ("scheduler", "unet"):  # the UNet last: without it the folder is none
-            os.replace(partial / name, out / name)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        _compare(load_unet_folder(partial / "unet", dtype), part, settings.out)
 
 
 def _compare(module: Any, part: Part, path: Path) -> None:

@@ -36,8 +36,9 @@ def writing(path: Path, still_good: str = "") -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        if getattr(error, "names_file", False):
-            raise  # by an inner ``writing``
+        ours = isinstance(error, OSError) and error.errno is None and error.args
+        if ours or getattr(error, "names_file", False):
+            raise  # it says what it is of: a message of our own, or of an inner ``writing``
         full = getattr(error, "errno", None) in FULL or "os error 28" in str(error)
         reason = "the disk is full" if full else (getattr(error, "strerror", None) or str(error))
         said = f"{path}: cannot be written: {reason}" + (f". {still_good}" if still_good else "")

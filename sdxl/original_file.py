@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 
+from runtime.files import durable_file
 from sdxl.fingerprint import config_digest
 from sdxl.original import LOGIT_SCALE, PREFIXES, OriginalNames
 from sdxl.schedule import Schedule
@@ -67,18 +67,11 @@ def write_original(
     header = _header(
         entries, schedule or Schedule(), {**(metadata or {}), **configs_metadata(parts)}
     )
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(header)
-            for one in entries:
-                tensor = one.tensor().to(one.dtype).contiguous()
-                file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with durable_file(path) as file:
+        file.write(header)
+        for one in entries:
+            tensor = one.tensor().to(one.dtype).contiguous()
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _header(entries: list[_Entry], schedule: Schedule, metadata: Mapping[str, str]) -> bytes:

@@ -14,7 +14,10 @@ _FOREIGN = (
     (r"(lora_|lycoris_|.*\.lora_)", "a LoRA, and no base: give it as --lora"),
     (r"cond_stage_model\.", "a Stable Diffusion 1 or 2 file"),
     (r".*\.?(joint_blocks|double_blocks|double_stream_modules)\.", "a file of SD3, Flux or alike"),
-    (r"(.*\.)?(single_)?transformer_blocks\.0\.(attn|norm1)\.", "a file of SD3, Flux or alike"),
+    (
+        r"(transformer\.|model\.diffusion_model\.)?(single_)?transformer_blocks\.",
+        "a file of SD3, Flux or alike",
+    ),
     (r"conditioner\.embedders\.0\.model\.", "the SDXL refiner"),
     (r"edm_", "a model with EDM's noise schedule (Playground 2.5, CosXL)"),
     (r"control_model\.|.*controlnet_|(input_hint_block|zero_convs)\.", "a ControlNet"),
