@@ -150,9 +150,12 @@ def scheduler_config(base: str) -> dict[str, Any]:
     path = base_path(base)
     if is_file(base):
         return SingleFile(path).scheduler_config()
-    if (path / "unet").is_dir() and not (path / "scheduler").exists():
+    is_local = path.exists()
+    folder = path if is_local else fetch_component(base, "scheduler")
+    is_base = (folder / "unet").is_dir() or not is_local  # of a hub id only this part is fetched
+    if is_base and not (folder / "scheduler").exists():
         warnings.warn(
-            f"{path}: has no scheduler/: SDXL's own is used, which predicts epsilon",
+            f"{base}: has no scheduler/: SDXL's own is used, which predicts epsilon",
             stacklevel=2,
         )
         return sdxl_config("scheduler")

@@ -7,12 +7,13 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from sdxl import BaseError
+from runtime.documents import parse_json, read_bounded
 from sdxl.base import base_path, component_path
 from sdxl.schedule import Schedule
 from sdxl.single_file import read_header
 
 KEY = "shardtune"  # of the metadata; its value is JSON
+MAX_README_BYTES = 1_000_000
 ARCHITECTURE = "stable-diffusion-xl-v1-base"  # of the ModelSpec standard
 PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}  # its words
 
@@ -43,12 +44,13 @@ class Card:
             if isinstance(known[name], int):
                 kept[name] = known[name]
         if isinstance(known["alpha"], int | float):
-            kept["alpha"] = float(known["alpha"])
+            with suppress(OverflowError):
+                kept["alpha"] = float(known["alpha"])
         if isinstance(known["rescale_betas_zero_snr"], bool):
             kept["rescale_betas_zero_snr"] = known["rescale_betas_zero_snr"]
         if isinstance(known["caches"], list | tuple):
             kept["caches"] = tuple(str(one) for one in known["caches"])
-        with suppress(ValueError, TypeError):
+        with suppress(ValueError, TypeError, OverflowError):
             kept["buckets"] = tuple(
                 (int(w), int(h), int(num)) for w, h, num in known["buckets"] or ()
             )
@@ -85,7 +87,7 @@ class Card:
 def read_card(metadata: Mapping[str, str]) -> Card:
     """The card in a file's metadata; an empty one in other tools' files."""
     try:
-        return Card.of(dict(json.loads(metadata.get(KEY, "{}"))))
+        return Card.of(dict(parse_json(metadata.get(KEY, "{}"))))
     except (ValueError, TypeError):
         return Card()
 
@@ -104,8 +106,8 @@ def base_license(base: str) -> str | None:
         path = component_path(base, "unet")
         if path.is_file():
             return read_header(path)[1].get("modelspec.license") or None
-        text = (path.parent / "README.md").read_text("utf-8")
-    except (BaseError, OSError, UnicodeDecodeError):
+        text = read_bounded(path.parent / "README.md", MAX_README_BYTES).decode()
+    except (ValueError, OSError):  # no license is stated
         return None
     front = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
     fields_of = r"^(license(?:_name)?):[ \t]*(\S.*?)\s*$"

@@ -115,6 +115,12 @@ def _pick_weights(repo: str, names: list[str], part: str, fp16: bool) -> list[st
         found = [name for name in names if re.fullmatch(weights, name)]
         if found:
             return found + [name for name in names if re.fullmatch(listing, name)]
+    pattern = rf"{part}/(?:diffusion_pytorch_)?model\.([A-Za-z0-9_-]+)\.safetensors"
+    variants = [name for name in names if re.fullmatch(pattern, name)]
+    if len(variants) == 1:  # such as non_ema
+        return variants
+    if variants:
+        raise BaseError(f"{repo}: its {part} has no plain safetensors, but {_some(variants)}")
     others = [name for name in names if name.startswith(f"{part}/") and name.endswith(_WEIGHTS)]
     raise BaseError(
         f"{repo}: its {part} has no safetensors (found: {_some(others)}); pickles are never loaded"

@@ -7,6 +7,8 @@ nothing is said it is 1. Imports no torch.
 import json
 from pathlib import Path
 
+from runtime.documents import read_json_object
+
 NAME = "long_captions"
 NOTE = "shardtune.json"  # beside the weights; diffusers reads past it
 
@@ -24,12 +26,10 @@ def read_long_captions(unet: Path) -> int:
         ValueError: the file is not what ``write_long_captions`` wrote.
     """
     try:
-        text = (unet / NOTE).read_text()
+        return check_long_captions(read_json_object(unet / NOTE)[NAME])
     except FileNotFoundError:
         return 1
-    try:
-        return check_long_captions(json.loads(text)[NAME])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError):
         raise ValueError(f"{unet / NOTE}: damaged; without it captions have one chunk") from None
 
 
