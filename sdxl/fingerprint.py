@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.files import canonical_json, file_sha256, seal, unseal, write_durable
+from runtime.files import canonical_json, file_sha256, seal, unseal, user_cache, write_durable
 from sdxl import BaseError
 from sdxl.base import ENCODERS, base_path, component_path, find_weights
 from sdxl.original import modern_name
@@ -169,8 +169,7 @@ def _absolute(base: str) -> str:
 
 
 def _store() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "shardtune" / "fingerprints.json"
+    return user_cache() / "fingerprints.json"
 
 
 def _remember(store: Path, known: dict[str, str]) -> None:
