@@ -18,6 +18,8 @@ from typing import Any
 import click
 import torch
 
+from runtime.files import write_durable
+
 LIBRARIES = ("torch", "numpy", "diffusers", "transformers", "peft", "webdataset", "xxhash")
 Clock = Callable[[], float]
 
@@ -189,7 +191,5 @@ def _text(value: object) -> str:
 def keep(path: Path, result: Mapping[str, object]) -> None:
     """Write the figures as JSON, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(result, indent=2) + "\n")
-    os.replace(partial, path)
+    write_durable(path, (json.dumps(result, indent=2) + "\n").encode())
     click.echo(f"\n{path}")

@@ -101,7 +101,7 @@ class PictureFolder:
     def _check_sheet(self) -> None:
         """Likewise of the contact sheet; those of earlier versions say nothing of themselves."""
         sheet = self.out / SHEET
-        if not sheet.exists() or read_record(sheet)[0] is not None or self.listing.exists():
+        if self.listing.exists() or not sheet.exists() or read_record(sheet, False)[0] is not None:
             return
         if not any(read_record(path, False)[0] is not None for path in self._there()):
             raise ValueError(
@@ -141,7 +141,7 @@ class PictureFolder:
         path = self.path(drawing)
         if path.exists():
             set_aside(self.listing)
-            if read_record(path)[0] is None:
+            if read_record(path, to_the_end=False)[0] is None:
                 set_aside(path, path.with_name(path.name + DAMAGED))
 
     def finish(self, drawings: list[Drawing]) -> Path:

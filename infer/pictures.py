@@ -46,7 +46,7 @@ def read_record(path: Path, to_the_end: bool = True) -> tuple[dict[str, Any] | N
         OSError: it cannot be read.
     """
     with open_regular(path) as file:
-        head = file.read(MAX_RECORD_BYTES)
+        head = file.read(MAX_RECORD_BYTES if to_the_end else 65_536)
         file.seek(len(SIGNATURE))
         # Where a length in the file is damaged, what comes after it is not found chunk by chunk.
         record: dict[str, Any] | None = {} if MARK in head else None

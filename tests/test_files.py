@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -154,3 +155,11 @@ def test_a_replacement_that_fails_leaves_no_trace(folder: bool, tmp_path: Path) 
     with replacement(old) as partial:
         fill(partial, "new", folder)
     assert content(old) == "new" and [*tmp_path.iterdir()] == [old]
+
+
+@pytest.mark.parametrize("room", ["sdxl", "infer", "tools", "benchmarks"])
+def test_nobody_else_renames(room: str) -> None:
+    """A rename of its own would be one more place to get a kill or a full disk wrong."""
+    root = Path(__file__).parents[1]
+    for path in sorted((root / room).rglob("*.py")):
+        assert not re.search(r"os\.(replace|rename)\(|\.rename\(", path.read_text("utf-8")), path

@@ -18,6 +18,8 @@ from typing import Any
 
 import click
 
+from runtime.files import replace_path
+
 ROOT = Path(__file__).parents[2]
 ASSET = ROOT / "assets" / "miniature-sdxl"
 MOST_BYTES = 6_000_000
@@ -112,7 +114,7 @@ def make_base(folder: Path, checkpoint: Path) -> None:
         add_watermarker=False,
     )
     pipeline.save_pretrained(unfinished)
-    unfinished.rename(folder)
+    replace_path(unfinished, folder)
 
 
 def assemble(base: Path, unet: Path, out: Path) -> None:
