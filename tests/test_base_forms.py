@@ -12,7 +12,7 @@ import torch
 
 from sdxl import BaseError
 from sdxl.base import component_path, find_weights, model_config, scheduler_config
-from sdxl.fingerprint import tensors_digest
+from sdxl.fingerprint import tensors_digest, weights_digest
 from sdxl.load import load_text_encoders, load_unet
 from sdxl.original import PREFIXES
 from sdxl.single_file import CONFIGS_KEY
@@ -267,3 +267,17 @@ def test_a_config_of_wrong_types_is_one_line_with_its_name(
                 bare_model(part, model_config(str(tmp_path), part)[1])
         except BaseError as error:
             assert "\n" not in str(error)
+
+
+def test_a_remembered_digest_that_was_changed_is_computed_again(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    store = tmp_path / "shardtune" / "fingerprints.json"
+    digest = weights_digest(base / "vae", "vae")
+    whole = store.read_text()
+    assert digest in whole
+    for content in (whole.replace(digest, "0" * 64), '{"a": "b"}', "[" * 10_000, ""):
+        store.write_text(content)
+        assert weights_digest(base / "vae", "vae") == digest
+        assert store.read_text() == whole
