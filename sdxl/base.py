@@ -93,7 +93,7 @@ def read_config(folder: Path, component: str | None = None) -> dict[str, Any]:
     except ValueError as error:
         raise BaseError(str(error)) from None
     if component in (*CLASSES, "scheduler"):
-        check_config(path, component, config, whole=False)
+        check_config(path, component, config)
     return config
 
 

@@ -4,7 +4,6 @@ The libraries check hardly anything: a number that is text fails somewhere in a 
 of a billion builds layers until memory is out.
 """
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +48,8 @@ _KINDS: dict[str, dict[str, str]] = {
 }
 
 
-def check_config(where: str | Path, component: str, config: dict[str, Any], whole: bool) -> None:
-    """Refuse a config with values that no SDXL has. ``whole``: the fields checked must be there,
-    else those are that are not left to the library's defaults.
+def check_config(where: str | Path, component: str, config: dict[str, Any]) -> None:
+    """Refuse a config with values that no SDXL has. What it does not say is the library's to say.
 
     Raises:
         BaseError: names ``where`` and the field.
@@ -60,21 +58,16 @@ def check_config(where: str | Path, component: str, config: dict[str, Any], whol
         if not _is_plain(value, MOST_LAYERS if name in _LAYERS else MOST):
             raise BaseError(f"{where}: its {name[:60]} holds numbers or lists that no SDXL has")
     for name, kind in _KINDS[component].items():
-        if config.get(name) is None and not (whole and name not in config):
-            continue
-        if not _is_of(config.get(name), kind):
-            raise BaseError(f"{where}: its {name} must be {kind}, not {_shown(config.get(name))}")
+        value = config.get(name)
+        if value is not None and not _is_of(value, kind):
+            raise BaseError(f"{where}: its {name} must be {kind}, not {_shown(value)}")
 
 
 def _is_plain(value: Any, most: int, depth: int = MOST_DEPTH) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float | list | dict):
         return True
     if isinstance(value, int | float):
-        return (
-            math.isfinite(value) and abs(value) <= most
-            if type(value) is float
-            else (abs(value) <= most)
-        )
+        return -most <= value <= most  # false of NaN too
     parts = value.values() if isinstance(value, dict) else value
     return depth > 0 and all(_is_plain(part, most, depth - 1) for part in parts)
 

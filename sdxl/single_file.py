@@ -198,7 +198,7 @@ class SingleFile:
 
     def config(self, component: str) -> dict[str, Any]:
         """Of a model the file holds: what its metadata says (``write_original``), else SDXL's own;
-        of a VAE alone also what the config.json beside it says.
+        of a model alone also what the config.json beside it says.
 
         Raises:
             BaseError: it does not hold that model, or its metadata is damaged.
@@ -211,7 +211,7 @@ class SingleFile:
         except (ValueError, TypeError):
             raise BaseError(f"{self.path}: its metadata {CONFIGS_KEY} is damaged") from None
         if config is not None:
-            check_config(f"{self.path}, {CONFIGS_KEY}", component, config, whole=True)
+            check_config(f"{self.path}, {CONFIGS_KEY}", component, config)
             return config
         if not self._layouts[component].prefix and (beside := self._config_beside(component)):
             return beside
@@ -239,7 +239,7 @@ class SingleFile:
             raise BaseError(f"{error}") from None
         if config.get("_class_name") != CLASSES[component]:
             return None
-        check_config(path, component, config, whole=True)
+        check_config(path, component, config)
         return config
 
     def pieces(self, component: str) -> dict[str, "Piece"]:
@@ -248,7 +248,12 @@ class SingleFile:
         Raises:
             BaseError: they are in a form that cannot be read.
         """
-        names = OriginalNames(component, self.config(component))
+        try:
+            names = OriginalNames(component, self.config(component))
+        except (KeyError, IndexError, TypeError):  # a field is missing, or too short a list
+            raise BaseError(
+                f"{self.path}: its {component} has a config that is not whole"
+            ) from None
         as_diffusers = self._layouts[component].is_diffusers
         found = {}
         for key, full in self.keys(component).items():
