@@ -105,6 +105,8 @@ def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         metadata = header.pop("__metadata__", {})
         if not all(isinstance(text, str) for text in [*metadata.keys(), *metadata.values()]):
             raise TypeError
+        if not all(map(_is_name, header)):
+            raise ValueError
         tensors = {name: _tensor(about, 8 + length) for name, about in header.items()}
     except FileNotFoundError:
         raise BaseError(f"{path}: no such file") from None
@@ -124,6 +126,11 @@ def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, metadata
 
 
+def _is_name(text: Any) -> bool:
+    """Of a tensor or a dtype: messages show it."""
+    return isinstance(text, str) and len(text) <= 500 and text.isprintable()
+
+
 def _tensor(about: dict[str, Any], start: int) -> Tensor:
     """
     Raises:
@@ -133,7 +140,7 @@ def _tensor(about: dict[str, Any], start: int) -> Tensor:
     numbers = [*shape, begin, end]
     if not all(type(n) is int and 0 <= n < 2**63 for n in numbers) or begin > end:
         raise ValueError
-    if not isinstance(about["dtype"], str):
+    if not _is_name(about["dtype"]):
         raise TypeError
     return Tensor(about["dtype"], tuple(shape), start + begin, start + end)
 
