@@ -235,6 +235,6 @@ def test_a_picture_of_other_bytes_but_the_same_time_is_told_how_to_be_read(
 
     monkeypatch.setattr(precompute.halves, "read_ahead", read_ahead)
     monkeypatch.setattr(precompute.halves, "num_cores", lambda: 16)
-    (rejected,) = again(work, base, flip=True).rejected
+    (rejected,) = again(work, base, flip=True, resolution=80).rejected
     assert (rejected.path, "encode again with --rehash" in rejected.reason) == ("000.png", True)
     assert set(ahead) == {(2 * 4 + 16) // 2}  # batches of 4, 16 threads, 2 variants
