@@ -133,6 +133,10 @@ def train(ctx: click.Context, debug: bool, recipe: Path | None, **values: Any) -
     """
     with door(debug):
         config = _settings(ctx, values, recipe)
+        if config.overwrite and recipe is not None:
+            from train.overwrite import check_input
+
+            check_input(recipe, config.out)
         if config.dry_run:
             from train.dry_run import dry_run
 

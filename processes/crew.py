@@ -13,6 +13,8 @@ from typing import Any
 
 import torch.distributed
 
+from processes.orphans import end_with_launcher
+
 POLL_SECONDS = 0.1  # Python's signal handlers do not run inside a blocking wait
 
 
@@ -33,6 +35,7 @@ class Crew:
         self._store: Any = None
         self._sums: Counter[str] = Counter()  # of a process alone
         if self.size > 1:
+            end_with_launcher()
             distributed: Any = torch.distributed  # whose stubs hide what its manual names
             store, _, _ = next(distributed.rendezvous("env://", timeout=timedelta(minutes=5)))
             self._store = distributed.PrefixStore("crew", store)

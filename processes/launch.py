@@ -12,7 +12,7 @@ from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, Sign
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-SHUTDOWN_SECONDS = 120  # for the last checkpoint, before a process that was told to stop is killed
+from processes.orphans import LAUNCHER, SHUTDOWN_SECONDS
 
 
 def launch(num: int) -> None:
@@ -36,6 +36,7 @@ def launch(num: int) -> None:
         logs_specs=DefaultLogsSpecs(),
         **{name: value for name, value in options.items() if name in known},
     )
+    os.environ[LAUNCHER] = str(os.getpid())
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num)))
     for part in ("", ".agent.server.api"):  # we say it below
         logging.getLogger("torch.distributed.elastic" + part).setLevel(logging.CRITICAL)

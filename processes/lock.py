@@ -10,14 +10,15 @@ from pathlib import Path
 
 @contextmanager
 def locked(file: Path) -> Iterator[None]:
-    """Hold a lock file, which is gone when it is let go. Makes its folder.
+    """Hold a lock file, which is gone when it is let go. Makes its folder, which is gone as well if
+    nothing came into it.
 
     Raises:
         ValueError: another process holds it.
         OSError: the folder cannot be written.
     """
+    is_new = not file.parent.exists()
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
         descriptor = _take(file)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
@@ -28,12 +29,20 @@ def locked(file: Path) -> Iterator[None]:
     finally:
         with suppress(OSError):
             file.unlink(missing_ok=True)
+            if is_new:
+                file.parent.rmdir()
         os.close(descriptor)
 
 
 def _take(path: Path) -> int:
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:
+            if path.parent.exists():
+                raise
+            continue  # the process that held it took the empty folder away
         try:
             _lock(descriptor, path)
             if _is_same(descriptor, path):

@@ -174,6 +174,17 @@ def remove_path(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+@contextmanager
+def removed_on_error(path: Path) -> Iterator[None]:
+    """Delete what is half written at ``path``, so that it does not fill the disk any longer."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            remove_path(path)
+        raise
+
+
 def is_inside(path: Path, folder: Path) -> bool:
     """Whether ``path`` is ``folder`` or lies below it, links followed."""
     return path.resolve().is_relative_to(folder.resolve())

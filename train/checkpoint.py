@@ -16,10 +16,30 @@ import torch
 import xxhash
 from safetensors import safe_open
 
-from runtime.files import PARTIAL, content_digest, fsync_folder
+from runtime.files import (
+    PARTIAL,
+    fsync_folder,
+    remove_path,
+    removed_on_error,
+    replace_path,
+    seal,
+    unseal,
+    writing,
+)
 from sdxl.base import find_weights
 from train.learner import Learner
-from train.weights import Kind, like, read_weights, sync_files, write_tensors, write_weights
+from train.overwrite import CHECKPOINTS
+from train.weights import (
+    Kind,
+    check_space,
+    like,
+    read_weights,
+    sync_files,
+    tensors_bytes,
+    weights_bytes,
+    write_tensors,
+    write_weights,
+)
 
 OPTIMIZER = "optimizer"
 EMA = "ema"
@@ -32,23 +52,27 @@ def write_checkpoint(
 ) -> Path:
     """Write checkpoint-STEP; ``state`` is plain JSON. The main rank does, all must take part."""
     world = learner.world
-    final = run / "checkpoints" / f"checkpoint-{step}"
+    final = run / CHECKPOINTS / f"checkpoint-{step}"
     partial = final.with_name(final.name + PARTIAL)
+    tensors, numbers = learner.optimizer.state()
     if world.is_main:
         for left in final.parent.glob("*" + PARTIAL):  # by a run that was killed
-            shutil.rmtree(left)
-        (partial / OPTIMIZER).mkdir(parents=True)
-    write_weights(learner.unet, kind, partial, world, None, steps=step)
-    if learner.ema is not None:
-        write_weights(learner.unet, kind, partial / EMA, world, learner.ema, steps=step)
-    tensors, numbers = learner.optimizer.state()
-    write_tensors(partial / OPTIMIZER, "model", tensors, world)
-    if world.is_main:
-        about = {"step": step, **state, "optimizer": numbers, "files": _digests(partial)}
-        about["digest"] = content_digest(about)
-        (partial / STATE).write_text(json.dumps(about, indent=2, sort_keys=True) + "\n")
-        sync_files(partial)
-        _put(partial, final)
+            remove_path(left)
+        copies = 1 if learner.ema is None else 2
+        check_space(final, copies * weights_bytes(learner.unet, kind) + tensors_bytes(tensors))
+    with writing(final), removed_on_error(partial):
+        if world.is_main:
+            (partial / OPTIMIZER).mkdir(parents=True)
+        write_weights(learner.unet, kind, partial, world, None, steps=step)
+        if learner.ema is not None:
+            write_weights(learner.unet, kind, partial / EMA, world, learner.ema, steps=step)
+        write_tensors(partial / OPTIMIZER, "model", tensors, world)
+        if world.is_main:
+            about = seal({"step": step, **state, "optimizer": numbers, "files": _digests(partial)})
+            (partial / STATE).write_text(json.dumps(about, indent=2, sort_keys=True) + "\n")
+            sync_files(partial)
+            replace_path(partial, final)  # there is one if the run was resumed from before it
+            fsync_folder(run)  # the first time the folder of checkpoints is new as well
     world.wait()  # a rank that ends before the checkpoint is written would end them all
     return final
 
@@ -58,19 +82,9 @@ def _digests(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): file_xxh3(path) for path in files}
 
 
-def _put(partial: Path, final: Path) -> None:
-    replaced = final.with_name(f"{final.name}.replaced{PARTIAL}")
-    if final.exists():  # an earlier run went this far, and was resumed from before
-        os.replace(final, replaced)
-    os.replace(partial, final)
-    fsync_folder(final.parent)
-    fsync_folder(final.parent.parent)  # the first time its name is new as well
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
 def numbered(run: Path) -> dict[int, Path]:
     """The checkpoints of a run by their step, in order, whole or not."""
-    found = (run / "checkpoints").glob("checkpoint-*")
+    found = (run / CHECKPOINTS).glob("checkpoint-*")
     steps = {int(path.name[11:]): path for path in found if path.name[11:].isdecimal()}
     return dict(sorted(steps.items()))
 
@@ -99,8 +113,8 @@ def rotate(run: Path, keep: int, newest: int) -> None:
     for step, path in paths.items():
         if step != newest:
             try:
-                states[step] = dict(json.loads((path / STATE).read_bytes()))
-            except (OSError, ValueError):
+                states[step] = _unsealed(path)
+            except ValueError:
                 continue  # damaged: not ours to judge
     turning = [step for step, state in states.items() if state.get("kind") in ("every", "stop")]
     evals = {step: states[step].get("eval_loss") for step in turning}
@@ -119,20 +133,24 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     Raises:
         ValueError: names the file that is missing or damaged.
     """
-    try:
-        state = dict(json.loads((checkpoint / STATE).read_bytes()))
-        digest, digests = state.pop("digest"), dict(state["files"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"{checkpoint / STATE}: missing or damaged") from None
-    if content_digest(state) != digest:
-        raise ValueError(f"{checkpoint / STATE}: damaged (its digest differs)")
-    for name, digest in digests.items():
+    state = _unsealed(checkpoint)
+    for name, digest in state["files"].items():
         path = checkpoint / name
         if not path.is_file():
             raise ValueError(f"{path}: missing")
         if file_xxh3(path) != digest:
             raise ValueError(f"{path}: damaged (xxh3 differs)")
     return state
+
+
+def _unsealed(checkpoint: Path) -> dict[str, Any]:
+    path = checkpoint / STATE
+    try:
+        return unseal(path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"{path}: missing, or cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def load_checkpoint(checkpoint: Path, learner: Learner, full: bool, state: dict[str, Any]) -> None:

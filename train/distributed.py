@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from processes.orphans import end_with_launcher
 from sdxl.device import pick_device
 
 LOST_SECONDS = 3  # in which the launcher, which knows what became of the lost one, ends us
@@ -86,6 +87,7 @@ def start_world(device: str) -> World:
         return alone
     if "RANK" not in os.environ:
         raise ValueError("WORLD_SIZE is set and RANK is not: start several processes by torchrun")
+    end_with_launcher()
     rank, picked = int(os.environ["RANK"]), pick_device(device)
     if picked.type == "cuda":
         torch.cuda.set_device(picked)

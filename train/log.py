@@ -5,38 +5,57 @@ Losses stay on the device until ``flush``: between two flushes the host never wa
 
 import json
 import math
+import re
 import resource
 import sys
 import time
+import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from runtime.files import write_durable
+from runtime.files import write_durable, writing
+from runtime.text import printable
 from train.config import TrainConfig
 from train.distributed import World
 from train.learner import NUM_QUARTERS, Step, losses_by_quarter
-
-METRICS = "metrics.jsonl"
-WANDB_ID = "wandb.json"
+from train.overwrite import METRICS, WANDB_ID
+from train.run_folder import read_own_json, write_own_json
 
 
 def cut_metrics(run: Path, last_step: int) -> None:
-    """Drop the rows after ``last_step``, and a half-written one: they will come again."""
+    """Drop the rows after ``last_step``, which will come again, and what is no row: in silence a
+    last line that was cut off by a kill, with a warning a damaged one."""
     path = run / METRICS
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text("utf-8").splitlines():
-        try:
-            step = json.loads(line)["step"]
-            if step <= last_step and last_step > 0:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
+    kept, damaged = [], []
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
+        step = _step_of(line)
+        if step is None and number < len(lines):
+            damaged.append(number)
+        elif step is None:
             continue
-    write_durable(path, "".join(kept).encode())
+        elif step <= last_step and last_step > 0:
+            kept.append(line + b"\n")
+    if damaged:
+        which = f"line {damaged[0]}" + (f" and {len(damaged) - 1} more" if damaged[1:] else "")
+        warnings.warn(f"{path}: {which} is damaged and was dropped", stacklevel=2)
+    with writing(path):
+        write_durable(path, b"".join(kept))
+
+
+def _step_of(line: bytes) -> int | None:
+    """The step of a row of metrics; None where the line is none."""
+    try:
+        step = json.loads(line)["step"]
+        return step if type(step) is int else None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 class RunLog:
@@ -55,9 +74,10 @@ class RunLog:
         )
         if world.is_main:
             cut_metrics(config.out, start)
-            self._file = open(config.out / METRICS, "a", encoding="utf-8")  # noqa: SIM115
+            self._path = config.out / METRICS
             if config.wandb != "disabled":
                 self._wandb = _start_wandb(config, run_config)
+            self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
 
     def step(self, number: int, step: Step) -> None:
         """Note step ``number`` (1, 2, ...); its tensors are not looked at yet."""
@@ -123,25 +143,30 @@ class RunLog:
         if self._wandb is not None:
             import wandb
 
-            self._wandb.log({"trainer/step": step, "previews": wandb.Image(str(path))})
+            row = {"trainer/step": step, "previews": wandb.Image(str(path))}
+            self._wandb.log(row, step=step)
 
     def resume_clock(self) -> None:
         """What came between the steps is not theirs: the rate counts from here."""
         self._since = time.perf_counter()
 
     def say(self, line: str) -> None:
-        """One line above the bar."""
+        """One line above the bar. Names of samples in it cannot command the terminal."""
         if self.world.is_main:
-            tqdm.write(line)
+            tqdm.write(printable(line))
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
         if not self.world.is_main:
             return
         for row in rows:
-            self._file.write(json.dumps(row) + "\n")
             if self._wandb is not None:
-                self._wandb.log({"trainer/step": row["step"], **_without_step(row)})
-        self._file.flush()
+                # A step of W&B is one of the optimizer: a resumed run, offline too, goes on
+                # counting where it was, and a row that comes again is not there twice.
+                numbers = {"trainer/step": row["step"], **_without_step(row)}
+                self._wandb.log(numbers, step=row["step"])
+        with writing(self._path):
+            self._file.write("".join(json.dumps(row) + "\n" for row in rows))
+            self._file.flush()
 
     def artifact(self, path: Path) -> None:
         """Upload the run's weights to W&B."""
@@ -159,7 +184,8 @@ class RunLog:
     def close(self, failed: bool) -> None:
         self.bar.close()
         if self.world.is_main:
-            self._file.close()
+            with suppress(OSError):  # rows that the full disk refused, which was said
+                self._file.close()
         if self._wandb is not None:
             self._wandb.finish(exit_code=int(failed))
 
@@ -190,12 +216,36 @@ def _without_step(row: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in row.items() if name != "step"}
 
 
+def check_wandb(config: TrainConfig) -> None:
+    """Ask W&B for leave to log online: without an API key or an answer, starting the run would be
+    silent for a minute and a half, and fail after an older run had made room.
+
+    Raises:
+        ValueError: W&B's reason, and the way out.
+    """
+    if config.wandb != "online":
+        return
+    import wandb
+
+    try:
+        wandb.setup(settings=wandb.Settings(silent=True))
+        wandb.login(verify=True)
+    except wandb.errors.Error as error:
+        raise ValueError(_refusal(config, error)) from error
+
+
+def _refusal(config: TrainConfig, error: Exception) -> str:
+    offline = "; or take --wandb offline" if config.wandb == "online" else ""
+    return f"--wandb {config.wandb}: {error}{offline}"
+
+
 def _start_wandb(config: TrainConfig, run_config: Any) -> Any:
     """A new W&B run, or the same one where the run's folder names it."""
     import wandb
 
-    path = config.out / WANDB_ID
-    known = json.loads(path.read_text())["id"] if path.exists() else None
+    known = (read_own_json(config.out / WANDB_ID) or {}).get("id")
+    if not (isinstance(known, str) and re.fullmatch(r"[\w-]+", known)):
+        known = None
     try:
         run = wandb.init(
             project=config.wandb_project,
@@ -207,7 +257,7 @@ def _start_wandb(config: TrainConfig, run_config: Any) -> Any:
             settings=wandb.Settings(silent=True),
         )
     except wandb.errors.Error as error:
-        raise ValueError(f"--wandb {config.wandb}: {error}") from error
+        raise ValueError(_refusal(config, error)) from error
     run.define_metric("*", step_metric="trainer/step")
-    path.write_text(json.dumps({"id": run.id}) + "\n")
+    write_own_json(config.out / WANDB_ID, {"id": run.id})
     return run

@@ -18,12 +18,13 @@ from train.data import open_data
 from train.distributed import LOST_SECONDS, Vote, is_lost, start_world, stop_world
 from train.interrupt import Interrupt
 from train.learner import Learner, Step, build_learner, evaluate, train_step
-from train.log import RunLog
+from train.log import RunLog, check_wandb
 from train.memory import advice
 from train.optim import learning_rate
+from train.overwrite import discard_replaced_run
 from train.preview import Previewer
 from train.resume import Start, find_start, restore, state_of
-from train.run_folder import check_folder, describe, lock_folder, make_folder
+from train.run_folder import begin_run, describe, lock_folder
 from train.warm_up import largest_bucket, warm_up
 from train.weights import Kind, publish
 
@@ -42,6 +43,7 @@ class Run:
     identity: dict[str, Any]  # what a resumed run must find again, by name
     start: Start
     num_steps: int
+    good: Path | None  # the newest whole checkpoint
     skipped_in_a_row: int = 0
     eval_loss: float | None = None  # of the newest step, if it was evaluated
 
@@ -66,49 +68,55 @@ def train(config: TrainConfig) -> Path:
     """
     world = start_world(config.device)
     try:
-        goes_on = config.resume and config.out.exists()
         with ExitStack() as held:
-            if goes_on:  # another run may be about to write what this one goes on from
-                check_folder(config)
-                held.enter_context(lock_folder(config, world))
+            held.enter_context(lock_folder(config, world))
+            if world.is_main:
+                check_wandb(config)
             caches, val = open_data(config, world)
             tokens = caches[0].manifest["text"]["tokens"]
             start, plan, share, identity = find_start(config, caches, world)
+            config = start.config
             learner = build_learner(config, world)
             restore(start, learner, config)
             kind = Kind.of(config, learner.schedule, caches)
             previewer = Previewer.of(config, caches, learner)
             num_steps = _num_steps(config, plan, start)
-            about = describe(config, plan, learner, num_steps)
+            settings = describe(config, plan, learner, num_steps)
             warm_up(learner, config, plan, tokens)
-            if not goes_on:
-                held.enter_context(lock_folder(config, world))
-            make_folder(config, world, about)
+            held.enter_context(begin_run(config, world, settings))
             run = Run(
                 config=config,
                 reader=Reader(caches, plan, share, _reading(config)),
                 val=val,
                 learner=learner,
                 kind=kind,
-                log=RunLog(config, world, start.step, num_steps, about),
+                log=RunLog(config, world, start.step, num_steps, settings),
                 previewer=previewer,
                 identity=identity,
                 start=start,
                 num_steps=num_steps,
+                good=start.path,
                 skipped_in_a_row=start.skipped_in_a_row,
             )
             path = _run(run)
         stop_world(world)
         return path
     except torch.OutOfMemoryError as error:
-        raise MemoryError(
-            advice(config, largest_bucket(plan), tokens, world.size, error)
-        ) from error
+        said = advice(config, largest_bucket(plan), tokens, world.size, error)
+        raise _with_notes(MemoryError(said), error) from error
     except RuntimeError as error:
         if not is_lost(error, world):
             raise
         time.sleep(LOST_SECONDS)
-        raise ConnectionError("another process of this run is gone") from error
+        gone = ConnectionError("another process of this run is gone")
+        raise _with_notes(gone, error) from error
+
+
+def _with_notes(error: Exception, cause: BaseException) -> Exception:
+    """``error`` with what was noted on its cause."""
+    for note in getattr(cause, "__notes__", []):
+        error.add_note(note)
+    return error
 
 
 def _run(run: Run) -> Path:
@@ -134,8 +142,19 @@ def _run(run: Run) -> Path:
     except SystemExit:  # told to stop, which is no failure
         failed = False
         raise
+    except BaseException as error:
+        if run.learner.world.is_main:
+            error.add_note(_what_is_good(run))
+        raise
     finally:
         run.log.close(failed)
+
+
+def _what_is_good(run: Run) -> str:
+    """Whatever ended the run, the user is told from where it can be resumed."""
+    if run.good is None:
+        return "The run has no checkpoint yet."
+    return f"The newest whole checkpoint is {run.good}; --resume goes on from it."
 
 
 def _reading(config: TrainConfig) -> Reading:
@@ -186,10 +205,11 @@ def _steps(run: Run) -> None:
             stop = vote.any(interrupt.signal is not None)
             kind = _checkpoint_kind(run, done, last, stop)
             evals = last or _is_due(run, config.eval_every, done)
-            if at_log or evals or kind:
+            previews = _is_due(run, config.preview_every, done)
+            if at_log or evals or kind or previews:  # W&B takes rows in the order of their steps
                 _flush(run)
             run.eval_loss = _evaluate(run, done) if evals else None
-            if _is_due(run, config.preview_every, done):
+            if previews:
                 _preview(run, done)
             if kind:
                 _write_checkpoint(run, done, kind)
@@ -227,23 +247,47 @@ def _flush(run: Run) -> None:
         if run.skipped_in_a_row >= config.max_skipped:
             raise FloatingPointError(
                 f"{config.max_skipped} steps in a row up to step {number} had a loss or gradient "
-                "that is not finite. They were left out: the weights and checkpoints are good. "
-                "Try a smaller --lr, --precision bf16 or fp32, and look at the samples named"
+                "that is not finite. They were left out and changed no weight. Try a smaller --lr, "
+                "or --precision bf16 or fp32."
             )
 
 
 def _tell_skipped(run: Run, number: int, step: Step) -> None:
-    """Name the samples whose loss was not finite; all of the step's, where it was the gradient."""
-    bad, every = [], []
+    """Say why a step was left out; name samples only where the fault can be theirs.
+
+    A sample is named if its loss alone was not finite, or if the cache holds values for it that are
+    not. Where the losses of all samples, step after step, or the gradient of finite losses are not
+    finite, it is the weights or the precision.
+    """
+    bad, broken, every = [], [], []
     for micro in step.micros:
         paths, finite = run.reader.paths(*micro.place), micro.losses.isfinite().tolist()
         every += paths
         bad += [path for path, ok in zip(paths, finite, strict=False) if not ok]
-    bad, every = run.learner.world.gather(bad), run.learner.world.gather(every)
-    if not bad and run.learner.scaler.is_enabled():
-        return  # fp16's scale was too high, and is halved
-    what = "loss" if bad else "gradient"
-    run.log.say(f"step {number} left out, its {what} is not finite: {_some(bad or every)}")
+        if not all(finite):
+            whole = _has_finite_data(run, *micro.place)
+            broken += [path for path, ok in zip(paths, whole, strict=False) if not ok]
+    gather = run.learner.world.gather
+    bad, broken, every = gather(bad), gather(broken), gather(every)
+    if not bad:
+        if not run.learner.scaler.is_enabled():  # fp16's scale was too high, and is halved
+            run.log.say(f"step {number} left out, its gradient is not finite")
+        return
+    reason = f"step {number} left out, its loss is not finite"
+    if broken:
+        run.log.say(f"{reason}: the cache holds values that are not finite of {_some(broken)}")
+    elif len(bad) < len(every) or run.skipped_in_a_row == 1:
+        run.log.say(f"{reason}: {_some(bad)}")
+    else:
+        run.log.say(reason)
+
+
+def _has_finite_data(run: Run, epoch: int, number: int, micro: int) -> list[bool]:
+    """Of each sample in a micro-batch of this rank, whether what the cache holds is finite."""
+    batch = run.reader.read(run.plan.batch(epoch, number), micro)
+    tensors = (batch.latents, batch.prompt, batch.pooled)
+    finite = torch.stack([tensor.flatten(1).isfinite().all(1) for tensor in tensors])
+    return [bool(ok) for ok in finite.all(0).tolist()]
 
 
 def _some(names: Iterable[str], most: int = 8) -> str:
@@ -260,9 +304,12 @@ def _write_checkpoint(run: Run, step: int, kind: str) -> None:
         "skipped_in_a_row": run.skipped_in_a_row,
         "scaler": run.learner.scaler.state_dict(),
     }
-    write_checkpoint(config.out, step, run.learner, run.kind, state)
-    if config.keep and run.learner.world.is_main:
-        rotate(config.out, config.keep, step)
+    run.good = write_checkpoint(config.out, step, run.learner, run.kind, state)
+    if run.learner.world.is_main:
+        if config.overwrite:
+            discard_replaced_run(config.out)
+        if config.keep:
+            rotate(config.out, config.keep, step)
     run.log.resume_clock()
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from runtime.files import durable_file
+from runtime.files import durable_file, writing
 from sdxl.base import find_weights, vae_config
 from sdxl.conditioning import Conditioning
 from sdxl.latent_rgb import latents_to_rgb
@@ -203,9 +203,10 @@ class Previewer:
             )
         path = self.config.out / FOLDER / f"step-{step:06d}.png"
         if learner.world.is_main:
-            path.parent.mkdir(exist_ok=True)
-            with durable_file(path) as file:
-                sheet.save(file, format="PNG")
+            with writing(path):
+                path.parent.mkdir(exist_ok=True)
+                with durable_file(path) as file:
+                    sheet.save(file, format="PNG")
         return path
 
 

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from runtime.files import content_digest
 from sdxl.base import component_path, scheduler_config
 from sdxl.device import pick_precision
 from sdxl.fingerprint import file_digest, weights_digest
-from sdxl.lora_formats import find_lora
+from sdxl.lora_formats import LORA, find_lora
 from shards.plan import Plan, Share
 from shards.reader import Cache, groups_of
 from train.checkpoint import load_checkpoint, newest_checkpoint
@@ -19,7 +19,6 @@ from train.config import TrainConfig
 from train.distributed import World
 from train.learner import Learner
 from train.objective import objective_of
-from train.run_folder import check_folder
 
 # What a checkpoint's tensors and the plan depend on: another value cannot go on from it.
 FIXED = (
@@ -59,12 +58,14 @@ NOTED = (
     "unconditional",
 )
 DATA = "cache"
+INIT_LORA = "LoRA it began with"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
     """Where a run goes on. ``step`` optimizer steps and ``batches_done`` of the plan are done."""
 
+    config: TrainConfig  # as the run goes on with it
     step: int = 0
     batches_done: int = 0
     skipped_in_a_row: int = 0
@@ -78,20 +79,25 @@ def find_start(
     """Start, plan, this rank's share of it, and the run's identity.
 
     Raises:
-        ValueError: the run's folder cannot be used, or what it holds cannot go on with these
-            settings, data, base or processes.
+        ValueError: what the run's folder holds cannot go on with these settings, data, base or
+            processes.
     """
-    check_folder(config)
     found = newest_checkpoint(config.out) if config.resume else None
-    identity = identity_of(config, caches, world)
     share = Share(batch_size=config.batch_size, world=world.size, rank=world.rank)
     if found is None:
+        identity = identity_of(config, caches, world)
         _agree(config, world, f"0 {content_digest(identity)}")
-        if config.resume and config.out.exists() and any(config.out.iterdir()):
-            warnings.warn(f"{config.out}: no whole checkpoint; starts at step 0", stacklevel=2)
+        if config.resume and world.is_main:
+            warnings.warn(
+                f"{config.out}: --resume found no whole checkpoint there; starts at step 0",
+                stacklevel=2,
+            )
         size = config.batch_size * world.size * config.accumulate
-        return Start(), Plan(groups_of(caches), config.seed, size), share, identity
+        plan = Plan(groups_of(caches), config.seed, size)
+        return Start(config=config), plan, share, identity
     path, state = found
+    config, lora = _init_lora(config, path, state)
+    identity = identity_of(config, caches, world) | {INIT_LORA: lora}
     _agree(config, world, f"{state['step']} {content_digest(identity)}")
     size = _global_batch(config, world, state["global_batch"])
     plan = Plan(groups_of(caches), config.seed, size)
@@ -100,6 +106,7 @@ def find_start(
     assert is_changed or state["plan"] == plan.digest, "same data and seed, and another plan"
     done = 0 if is_changed else state["batches_of_epoch"]
     start = Start(
+        config=config,
         step=state["step"],
         batches_done=state["epoch"] * plan.num_batches + done,
         skipped_in_a_row=state["skipped_in_a_row"],
@@ -107,6 +114,35 @@ def find_start(
         state=state,
     )
     return start, plan, share, identity
+
+
+def _init_lora(
+    config: TrainConfig, checkpoint: Path, state: dict[str, Any]
+) -> tuple[TrainConfig, str | None]:
+    """The settings, and the digest of the LoRA file that the run began with.
+
+    A run that began with a LoRA file has all that it needs of it in its checkpoints: it is resumed
+    from those, whether ``--init-lora`` is given again or not, and whether that file is still there.
+
+    Raises:
+        ValueError: ``--init-lora`` is another file than the run began with, or options of a new
+            LoRA are given.
+    """
+    given, lora = config.init_lora, state["identity"].get(INIT_LORA)
+    if lora is None:
+        return config, None if given is None else file_digest(find_lora(given))
+    if given is not None:
+        try:
+            lora = file_digest(find_lora(given))
+        except (ValueError, OSError):
+            warnings.warn(
+                f"{given}: cannot be read, and is not needed: the run goes on from {checkpoint}",
+                stacklevel=2,
+            )
+    try:
+        return replace(config, init_lora=checkpoint / LORA), lora
+    except ValueError as error:
+        raise ValueError(f"{config.out}: the run began with --init-lora: {error}") from None
 
 
 def restore(start: Start, learner: Learner, config: TrainConfig) -> None:
@@ -138,7 +174,7 @@ def identity_of(config: TrainConfig, caches: Sequence[Cache], world: World) -> d
     return {
         DATA: [[cache.data_digest, cache.weight, cache.repeats] for cache in caches],
         "base UNet": weights_digest(component_path(config.base, "unet"), "unet"),
-        "LoRA it began with": None if init is None else file_digest(find_lora(init)),
+        INIT_LORA: None if init is None else file_digest(find_lora(init)),
         "prediction type": objective.prediction_type,
         "noise schedule": content_digest(objective.alphas_cumprod.tolist()),
         "precision": str(precision.dtype).removeprefix("torch."),
@@ -161,7 +197,7 @@ def _plain(value: Any) -> Any:
 def _check_settings(config: TrainConfig, state: dict[str, Any]) -> None:
     settings, theirs = config.resolved(), state["config"]
     for name in FIXED:
-        if theirs[name] != settings[name]:
+        if name in theirs and theirs[name] != settings[name]:
             raise ValueError(
                 f"{config.out}: cannot resume with {flag(name)} {settings[name]}: the run has "
                 f"{theirs[name]}"
@@ -169,7 +205,7 @@ def _check_settings(config: TrainConfig, state: dict[str, Any]) -> None:
     for name in NOTED:
         if name in ("steps", "epochs") and config.lr_schedule == "constant":
             continue  # the length of the run shapes the other schedules alone
-        if theirs[name] != _plain(settings[name]):
+        if name in theirs and theirs[name] != _plain(settings[name]):
             warnings.warn(
                 f"the run goes on with {flag(name)} {settings[name]}; it was {theirs[name]}",
                 stacklevel=2,

@@ -6,10 +6,9 @@ size: no process ever holds a second UNet.
 
 import json
 import os
-import shutil
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,16 +20,27 @@ from peft import set_peft_model_state_dict
 from safetensors import safe_open
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from runtime.files import durable_file, fsync_folder, replace_path
+from runtime.files import (
+    PARTIAL,
+    durable_file,
+    format_bytes,
+    free_bytes,
+    fsync_folder,
+    remove_path,
+    removed_on_error,
+    replace_path,
+    writing,
+)
 from sdxl.base import find_weights
 from sdxl.card import Card, base_license, base_name
 from sdxl.long_captions import write_long_captions
-from sdxl.lora_formats import LORA
+from sdxl.lora_formats import KOHYA, LORA
 from sdxl.lora_write import PREFIX, lora_bytes
 from sdxl.schedule import Schedule, write_schedule
 from sdxl.settled import settle
 from shards.buckets import Size
 from shards.reader import Cache, groups_of
+from train.adapters import trainable
 from train.config import TrainConfig
 from train.distributed import World
 from train.ema import Ema, local
@@ -38,6 +48,8 @@ from train.ema import Ema, local
 UNET = "unet"
 STEM = "diffusion_pytorch_model"
 MAX_FILE_BYTES = 4_000_000_000
+SMALL_FILES_BYTES = 1_000_000  # headers, configs and states beside tensors
+LORA_FILES = (LORA, KOHYA)  # a LoRA is written as each of these
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -212,24 +224,64 @@ def read_weights(unet: Any, full: bool, folder: Path, ema: Ema | None) -> None:
                 parameter.copy_(kept[name])
 
 
+def weights_bytes(unet: Any, kind: Kind) -> int:
+    """What ``write_weights`` will take on the disk, but for headers and configs."""
+    if kind.full:
+        return tensors_bytes(dict(unet.named_parameters()))
+    return len(LORA_FILES) * sum(4 * parameter.numel() for parameter in trainable(unet).values())
+
+
+def tensors_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
+    """Of whole tensors, however they are sharded."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def check_space(path: Path, num_bytes: int) -> None:
+    """Ask before hours of work are written to a disk that has no room for them.
+
+    Raises:
+        OSError: names the path, the bytes needed and those that are free.
+    """
+    needed, free = num_bytes + SMALL_FILES_BYTES, free_bytes(path.parent)
+    if needed > free:
+        raise OSError(
+            f"{path}: cannot be written: it takes about {format_bytes(needed)}, and the disk has "
+            f"{format_bytes(free)} left"
+        )
+
+
 def publish(unet: Any, kind: Kind, run: Path, world: World, ema: Ema | None, *, steps: int) -> Path:
     """The run's result: its averaged weights, where it keeps an average. A UNet comes as files of
     the dtype it was trained in and as fp16 files."""
     name = run.resolve().name
+    size = weights_bytes(unet, kind)
     if not kind.full:
-        write_weights(unet, kind, run, world, ema, steps=steps, name=name)
+        if world.is_main:
+            check_space(run / LORA, size)
+        with writing(run / LORA):
+            write_weights(unet, kind, run, world, ema, steps=steps, name=name)
         return run / LORA
-    partial = run / f"{UNET}.partial"
+    partial = run / f"{UNET}{PARTIAL}"
     if world.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove_path(partial)
+        check_space(run / UNET, size + size // 2)
+    with writing(run / UNET), removed_on_error(partial):
+        _publish_unet(unet, kind, partial, world, ema, steps, name)
+    return run / UNET
+
+
+def _publish_unet(
+    unet: Any, kind: Kind, partial: Path, world: World, ema: Ema | None, steps: int, name: str
+) -> None:
+    if world.is_main:
         partial.mkdir()
     write_weights(unet, kind, partial, world, ema, steps=steps, name=name)
     beyond: list[str] = []
 
-    def halve(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    def halve(key: str, tensor: torch.Tensor) -> torch.Tensor:
         half = tensor.to(torch.float16)
         if not half.isfinite().all():
-            beyond.append(name)
+            beyond.append(key)
         return half
 
     tensors = dict(unet.named_parameters()) if ema is None else ema.tensors()
@@ -243,10 +295,9 @@ def publish(unet: Any, kind: Kind, run: Path, world: World, ema: Ema | None, *, 
                 stacklevel=2,
             )
         sync_files(partial)
-        replace_path(partial / "scheduler", run / "scheduler")
-        replace_path(partial / UNET, run / UNET)
-        shutil.rmtree(partial)
-    return run / UNET
+        replace_path(partial / "scheduler", partial.with_name("scheduler"))
+        replace_path(partial / UNET, partial.with_name(UNET))
+        partial.rmdir()
 
 
 def sync_files(folder: Path) -> None:
