@@ -61,7 +61,9 @@ def door(debug: bool) -> Iterator[None]:
         if debug:
             raise
         kind = BadInput if isinstance(error, ValueError) else click.ClickException
-        said = " ".join([describe_error(error), *getattr(error, "__notes__", [])])
+        text, notes = describe_error(error), getattr(error, "__notes__", [])
+        stop = "." if notes and not text.endswith(".") else ""
+        said = " ".join([text + stop, *notes])
         raise kind(printable(_rank() + " ".join(said.split()))) from error
 
 

@@ -153,7 +153,7 @@ def test_a_resume_says_what_it_takes_and_what_it_skips(
     said = [str(one.message).partition("checkpoints/")[2] for one in told]
     assert said == [
         "checkpoint-4/optimizer/model.safetensors: missing",
-        "checkpoint-3/state.json: damaged (its digest differs)",
+        "checkpoint-3/state.json: damaged: its digest differs",
         "checkpoint-2/pytorch_lora_weights.safetensors: damaged (xxh3 differs)",
     ]
     assert (
@@ -165,7 +165,7 @@ def test_a_resume_says_what_it_takes_and_what_it_skips(
     with pytest.warns(UserWarning) as told:
         run(cache, base, tmp_path, steps=1, resume=True)
     assert len(told) == 6 and str(told[-1].message).endswith(
-        "no whole checkpoint; starts at step 0"
+        "--resume found no whole checkpoint there; starts at step 0"
     )
     assert [row["step"] for row in rows(tmp_path)] == [1]
 

@@ -205,6 +205,42 @@ def test_signals_to_the_launcher_and_torchrun(cache: Path, base: Path, tmp_path:
     assert close(losses(out), losses(tmp_path / "one"))
 
 
+@pytest.mark.slow
+def test_a_launcher_that_is_killed_takes_its_processes_along(
+    cache: Path, base: Path, tmp_path: Path
+) -> None:
+    """They leave a checkpoint, as after SIGTERM."""
+    out = tmp_path / "run"
+    arguments = command(out, cache, base, "--steps", "100000", "--gpus", "2")
+    with open(tmp_path / "output", "wb") as output:
+        launcher = subprocess.Popen(
+            [sys.executable, "cli.py", *arguments], cwd=ROOT, stdout=output, stderr=output
+        )
+        deadline = time.monotonic() + 240
+        metrics = out / "metrics.jsonl"
+        while time.monotonic() < deadline and not (metrics.exists() and metrics.stat().st_size):
+            assert launcher.poll() is None, (tmp_path / "output").read_text()
+            time.sleep(0.05)
+        children = Path(f"/proc/{launcher.pid}/task").glob("*/children")
+        ranks = [int(pid) for path in children for pid in path.read_text().split()]
+        assert len(ranks) >= 2
+        launcher.kill()
+        launcher.wait()
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and any(map(is_running, ranks)):
+        time.sleep(0.1)
+    assert not [pid for pid in ranks if is_running(pid)]
+    assert stopped_at(out) > 0 and not (out / "train.lock").exists()
+
+
+def is_running(pid: int) -> bool:
+    """A process that has ended, and that nobody has asked how, is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 def stopped_at(out: Path) -> int:
     found = newest_checkpoint(out)
     assert found and found[1]["kind"] == "stop" and found[1]["step"] == losses(out)[-1][0]

@@ -45,7 +45,7 @@ def test_an_error_is_one_line(
 def test_what_is_still_good_is_added_to_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
     error = OSError("no room")
     error.add_note("The checkpoints are good.")
-    assert leave(error, monkeypatch) == "1 no room The checkpoints are good."
+    assert leave(error, monkeypatch) == "1 no room. The checkpoints are good."
 
 
 def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,8 @@ import json
 import multiprocessing
 import os
 import socket
+import subprocess
+import sys
 import time
 from collections import Counter
 from itertools import chain
@@ -54,6 +56,30 @@ def test_each_piece_of_work_is_taken_once_and_a_slow_process_takes_fewer(tmp_pat
     assert Counter(chain.from_iterable(taken)) == Counter(range(20))
     assert len(taken[0]) < len(taken[1]) + len(taken[2])
     assert [told for _, _, told in found] == [[json.dumps(one) for one in taken], [], []]
+
+
+LAUNCHER = """
+import os, subprocess, sys, time
+os.environ.update(TORCHELASTIC_RUN_ID="1", SHARDTUNE_LAUNCHER=str(os.getpid()))
+subprocess.Popen([sys.executable, "-c", sys.argv[1]])
+time.sleep(300)
+"""
+WORKER = """
+import time
+from processes.orphans import end_with_launcher
+end_with_launcher()
+print("at work", flush=True)
+time.sleep(300)
+"""
+
+
+def test_a_process_ends_when_its_launcher_is_killed() -> None:
+    """(``test_distributed.py`` has a whole run.)"""
+    launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER, WORKER], stdout=subprocess.PIPE)
+    assert launcher.stdout is not None
+    assert launcher.stdout.readline() == b"at work\n"
+    launcher.kill()
+    launcher.communicate(timeout=60)  # until no process holds the pipe any more
 
 
 def test_one_process_alone_takes_all(monkeypatch: pytest.MonkeyPatch) -> None:

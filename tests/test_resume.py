@@ -1,10 +1,12 @@
 """A run that was stopped and resumed is the run that was not."""
 
+import errno
 import json
 import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,10 +15,29 @@ from typing import Any
 
 import pytest
 import safetensors.torch
-from runs import LORA, Died, assert_same_run, at_step, die, losses, run, same_weights, stop_by
+from runs import (
+    LORA,
+    UNET,
+    Died,
+    assert_same_run,
+    at_step,
+    config_of,
+    die,
+    losses,
+    run,
+    same_weights,
+    stop_by,
+)
+from safetensors import SafetensorError
 
+import train.checkpoint
+import train.loop
+import train.weights
+from runtime.files import unseal
 from train.checkpoint import newest_checkpoint, read_state
 from train.config import CacheUse, Every
+from train.log import cut_metrics
+from train.run_folder import check_folder
 
 ROOT = Path(__file__).parent.parent
 
@@ -148,8 +169,13 @@ def test_a_run_that_began_with_a_lora_file_is_bit_equal(
     run(cache, base, tmp_path / "one", **settings)
     with at_step(2, stop_by(signal.SIGINT)), pytest.raises(SystemExit):
         run(cache, base, tmp_path / "two", **settings)
-    run(cache, base, tmp_path / "two", **settings, resume=True)
+    lora.rename(tmp_path / "gone")
+    with pytest.warns(UserWarning, match=f"{lora}: cannot be read, and is not needed"):
+        run(cache, base, tmp_path / "two", **{**settings, "steps": 3}, resume=True)
+    run(cache, base, tmp_path / "two", steps=4, targets=None, resume=True)
     assert_same_run(tmp_path / "one", tmp_path / "two")
+    with pytest.raises(ValueError, match=r"the run began with --init-lora: .*--rank"):
+        run(cache, base, tmp_path / "two", steps=4, targets=None, rank=4, resume=True)
     shutil.copy(tmp_path / "one" / LORA, lora)
     with pytest.raises(ValueError, match="the LoRA it began with is not the run's any more"):
         run(cache, base, tmp_path / "two", init_lora=lora, steps=8, resume=True)
@@ -170,7 +196,7 @@ def test_full_with_accumulation_and_cosine_is_bit_equal(
     run(cache, base, tmp_path / "two", **settings)
     last = tmp_path / "two" / "checkpoints" / "checkpoint-6"
     (last / "state.json").unlink()  # as if the run had died before it
-    with pytest.warns(UserWarning, match="checkpoint-6.*missing or damaged"):
+    with pytest.warns(UserWarning, match="checkpoint-6.*missing"):
         run(cache, base, tmp_path / "two", **settings, resume=True)
     assert losses(tmp_path / "one") == losses(tmp_path / "two")
     name = "unet/diffusion_pytorch_model.safetensors"
@@ -275,13 +301,105 @@ def test_overwrite_deletes_runs_only(cache: Path, base: Path, tmp_path: Path) ->
     assert len(losses(tmp_path / "run")) == 1
 
 
-def test_a_half_written_row_is_cut(cache: Path, base: Path, tmp_path: Path) -> None:
-    run(cache, base, tmp_path, steps=2)
-    with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 3, "train/loss": 1.0}\n{"step": 4, "tra')
-    run(cache, base, tmp_path, steps=3, resume=True)
-    assert [step for step, _ in losses(tmp_path)] == [1, 2, 3]
-    assert os.path.getsize(tmp_path / "metrics.jsonl") > 0
+def test_damage_beside_whole_checkpoints_is_named_and_costs_itself_alone(
+    cache: Path, base: Path, tmp_path: Path
+) -> None:
+    """A half-written row of metrics is cut in silence; what else is damaged is said."""
+    run(cache, base, tmp_path, steps=3)
+    metrics, config = tmp_path / "metrics.jsonl", tmp_path / "config.json"
+    first, second, third = metrics.read_bytes().splitlines(keepends=True)
+    later = b'{"step": 4, "train/loss": 1.0}\n{"step": 5, "tra'
+    for damaged in (b"\xff" + second, b"[" * 100_000 + b"\n", b'{"step": "2"}\n', b"7\n", b"\n"):
+        metrics.write_bytes(first + damaged + third + later)
+        with pytest.warns(UserWarning, match=r"metrics.jsonl: line 2 is damaged and was dropped"):
+            cut_metrics(tmp_path, 3)
+        assert metrics.read_bytes() == first + third
+    whole = json.loads(config.read_bytes())
+    for blob in (b"", b"\xff", b"[]", b"[" * 100_000, json.dumps({**whole, "seed": 9}).encode()):
+        config.write_bytes(blob)
+        with pytest.warns(UserWarning, match=r"config.json: .*ignored, and written again"):
+            check_folder(config_of(cache, base, tmp_path, steps=4, resume=True))
+    (tmp_path / "wandb.json").write_bytes(b"\xff")
+    with pytest.warns(UserWarning, match="config.json"):
+        run(cache, base, tmp_path, steps=4, resume=True)
+    assert [step for step, _ in losses(tmp_path)] == [1, 3, 4]
+    assert json.loads(config.read_bytes())["num_steps"] == 4
+    config.write_text(json.dumps({k: v for k, v in whole.items() if k != "digest"}))
+    check_folder(config_of(cache, base, tmp_path, steps=4, resume=True))  # as it was before
+
+
+def test_a_run_keeps_no_path_of_this_machine(cache: Path, base: Path, tmp_path: Path) -> None:
+    """Nor the name of its user or of the machine: people share runs."""
+    out = tmp_path / "run"
+    lora = run(cache, base, tmp_path / "first", steps=1)
+    run((CacheUse(cache, repeats=2),), base, out, steps=1, targets=None, init_lora=lora, val=cache)
+    settings = unseal((out / "config.json").read_bytes())
+    assert settings["caches"] == [f"{cache.name},repeats=2"]
+    assert (settings["base"], settings["out"], settings["val"]) == (base.name, "run", cache.name)
+    assert settings["init_lora"] == lora.name
+    private = [str(path.parent).encode() for path in (cache, base, out)]
+    private += [socket.gethostname().encode()]
+    for path in (path for path in out.rglob("*") if path.is_file()):
+        assert not [name for name in private if name in path.read_bytes()], path
+
+
+def test_a_resume_of_nothing_says_so(cache: Path, base: Path, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="run: --resume found no whole checkpoint there; starts"):
+        run(cache, base, tmp_path / "run", steps=1, resume=True)
+    assert len(losses(tmp_path / "run")) == 1
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_disk_that_fills_is_named_with_what_is_still_good(
+    cache: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: bool
+) -> None:
+    """In the second checkpoint, in the middle of a file; before it, by its size; and at the end."""
+    settings: dict[str, Any] = {"steps": 2, "checkpoint_every": Every(1), "full": full}
+    result = tmp_path / (UNET if full else LORA)
+    real = train.checkpoint.write_tensors
+
+    def no_space(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def write_half(folder: Path, *given: Any, **more: Any) -> None:
+        real(folder, *given, **more)
+        if "checkpoint-2" in str(folder):
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    def ends(match: str, good: int, **more: Any) -> None:
+        with pytest.raises(OSError, match=match) as caught:
+            run(cache, base, tmp_path, **settings, **more)
+        (note,) = caught.value.__notes__
+        assert note.startswith(f"The newest whole checkpoint is {tmp_path}/checkpoints/")
+        assert f"checkpoint-{good};" in note
+        assert not list(tmp_path.rglob("*.partial"))
+        found = newest_checkpoint(tmp_path)
+        assert found and found[1]["step"] == good
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.checkpoint, "write_tensors", write_half)
+        ends("checkpoint-2: cannot be written: the disk is full", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(train.weights, "free_bytes", lambda folder: 10_000)
+        ends(
+            "checkpoint-2: cannot be written: it takes about .* and the disk has 0.01 MB",
+            1,
+            resume=True,
+        )
+    run(cache, base, tmp_path, **settings, resume=True)
+    before = result.read_bytes()
+    publish = train.loop.publish
+
+    def publish_to_full_disk(*given: Any, **more: Any) -> Any:
+        patch.setattr(os, "fsync", no_space)
+        return publish(*given, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.loop, "publish", publish_to_full_disk)
+        ends("(unet|lora_weights.safetensors): cannot be written: the disk is full", 2, resume=True)
+    assert result.read_bytes() == before
+    run(cache, base, tmp_path, **settings, resume=True)
+    assert [step for step, _ in losses(tmp_path)] == [1, 2]
 
 
 def test_a_refused_run_leaves_the_old_one(cache: Path, base: Path, tmp_path: Path) -> None:
@@ -325,7 +443,7 @@ def test_a_loss_that_is_not_finite_reaches_no_weight(
     assert rows[-1]["train/loss"] is None
     told = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
     assert len(told) == sum("train/skipped" in row for row in rows)
-    assert all(".png" in line for line in told)
+    assert not any(".png" in line for line in told[-2:]), "the run diverged: no sample is at fault"
 
 
 def test_another_schedule_of_the_base_is_refused_at_resume(
