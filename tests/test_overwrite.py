@@ -3,16 +3,23 @@
 import os
 import shutil
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import wandb
 from disk import fork_for_each_operation
-from runs import losses, run
+from runs import config_of, losses, run
 
 import train.loop
+import train.run_folder
+from processes.lock import locked
 from runtime.files import PARTIAL, fsync_folder, replace_path, write_durable
 from train.config import CacheUse
+from train.distributed import World
 from train.overwrite import (
     ENTRIES,
     REPLACED_RUN,
@@ -22,6 +29,7 @@ from train.overwrite import (
     recover,
     replacing_run,
 )
+from train.run_folder import lock_folder
 
 RUN = Path("run")
 NOTES = "notes/thoughts.txt"  # nothing that a run makes
@@ -153,3 +161,50 @@ def test_inputs_that_stay_are_no_reason_to_refuse(cache: Path, base: Path, tmp_p
     with pytest.raises(ValueError, match="unet: --overwrite would delete it"):
         run((CacheUse(out / "unet"),), base, out, steps=1, overwrite=True)
     assert len(losses(out)) == 1
+
+
+def test_wandb_is_asked_before_the_old_run_is_touched(
+    cache: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    make_run(out, "old")
+    before = contents(out)
+
+    def refuse(**_: Any) -> None:
+        raise wandb.errors.UsageError("No API key configured.")
+
+    monkeypatch.setattr(wandb, "setup", lambda **_: None)
+    monkeypatch.setattr(wandb, "login", refuse)
+    monkeypatch.setattr(train.loop, "open_data", lambda *_: pytest.fail("asked too late"))
+    with (
+        pytest.warns(UserWarning, match="config.json"),
+        pytest.raises(ValueError, match=r"--wandb online: No API key .*--wandb offline"),
+    ):
+        run(cache, base, out, steps=1, overwrite=True, wandb="online")
+    assert contents(out) == before
+
+
+def test_the_folder_is_looked_at_again_under_the_lock(
+    cache: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another run may have begun and ended in between; a folder made for nothing is gone again."""
+    out, alone = tmp_path / "run", World(torch.device("cpu"))
+    config = config_of(cache, base, out, steps=1)
+    with lock_folder(config, alone):
+        assert out.is_dir()
+    assert not out.exists()
+
+    @contextmanager
+    def late(file: Path) -> Iterator[None]:
+        make_run(out, "another's")
+        with locked(file):
+            yield
+
+    monkeypatch.setattr(train.run_folder, "locked", late)
+    with (
+        pytest.warns(UserWarning, match="config.json"),
+        pytest.raises(ValueError, match="not empty"),
+        lock_folder(config, alone),
+    ):
+        pytest.fail("it would overwrite a run")
+    assert contents(out)["unet/config.json"] == "another's unet/config.json"

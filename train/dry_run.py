@@ -10,12 +10,14 @@ from sdxl.base import scheduler_config
 from shards.buckets import bucket_name
 from shards.plan import Plan
 from shards.reader import groups_of
+from train.checkpoint import newest_checkpoint
 from train.checks import check_processes
 from train.config import TrainConfig
 from train.data import open_data
 from train.distributed import World
 from train.memory import Estimate, Estimator, size_text
 from train.objective import objective_of
+from train.resume import with_init_lora
 from train.run_folder import check_folder
 from train.warm_up import largest_bucket
 
@@ -44,6 +46,8 @@ def dry_run(config: TrainConfig) -> Iterator[str]:
     num = num_processes(config.gpus, config.device)
     check_processes(config, num)
     check_folder(config)
+    if config.resume and (found := newest_checkpoint(config.out)):
+        config, _ = with_init_lora(config, *found)
     size = config.batch_size * config.accumulate * num
     plan = Plan(groups_of(caches), config.seed, size)
     estimator = Estimator(config.base, caches[0].manifest["text"]["tokens"], device, num)

@@ -96,7 +96,7 @@ def find_start(
         plan = Plan(groups_of(caches), config.seed, size)
         return Start(config=config), plan, share, identity
     path, state = found
-    config, lora = _init_lora(config, path, state)
+    config, lora = with_init_lora(config, path, state)
     identity = identity_of(config, caches, world) | {INIT_LORA: lora}
     _agree(config, world, f"{state['step']} {content_digest(identity)}")
     size = _global_batch(config, world, state["global_batch"])
@@ -116,7 +116,7 @@ def find_start(
     return start, plan, share, identity
 
 
-def _init_lora(
+def with_init_lora(
     config: TrainConfig, checkpoint: Path, state: dict[str, Any]
 ) -> tuple[TrainConfig, str | None]:
     """The settings, and the digest of the LoRA file that the run began with.
