@@ -47,6 +47,23 @@ STATE = "state.json"
 BLOCK_BYTES = 1 << 24
 
 
+def warn_of_space(run: Path, step: int, learner: Learner, kind: Kind, state_bytes: float) -> None:
+    """Before the first step, warn where the disk has no room for even one checkpoint.
+
+    ``state_bytes`` are of the optimizer for each parameter, whose state does not exist yet.
+    """
+    trained = sum(parameter.numel() for parameter in learner.optimizer.parameters.values())
+    size = _weights_bytes(learner, kind) + int(state_bytes * trained)
+    try:
+        check_space(run / CHECKPOINTS / f"checkpoint-{step}", size)
+    except OSError as error:
+        warnings.warn(f"{error}; make room for it", stacklevel=2)
+
+
+def _weights_bytes(learner: Learner, kind: Kind) -> int:
+    return weights_bytes(learner.unet, kind) * (1 if learner.ema is None else 2)
+
+
 def write_checkpoint(
     run: Path, step: int, learner: Learner, kind: Kind, state: dict[str, Any]
 ) -> Path:
@@ -58,8 +75,7 @@ def write_checkpoint(
     if world.is_main:
         for left in final.parent.glob("*" + PARTIAL):  # by a run that was killed
             remove_path(left)
-        copies = 1 if learner.ema is None else 2
-        check_space(final, copies * weights_bytes(learner.unet, kind) + tensors_bytes(tensors))
+        check_space(final, _weights_bytes(learner, kind) + tensors_bytes(tensors))
     with writing(final), removed_on_error(partial):
         if world.is_main:
             (partial / OPTIMIZER).mkdir(parents=True)

@@ -12,14 +12,14 @@ import torch
 from shards.batches import Reader, Reading
 from shards.plan import Plan
 from shards.reader import Cache
-from train.checkpoint import rotate, write_checkpoint
+from train.checkpoint import rotate, warn_of_space, write_checkpoint
 from train.config import Every, TrainConfig
 from train.data import open_data
 from train.distributed import LOST_SECONDS, Vote, is_lost, start_world, stop_world
 from train.interrupt import Interrupt
 from train.learner import Learner, Step, build_learner, evaluate, train_step
 from train.log import RunLog, check_wandb
-from train.memory import advice
+from train.memory import STATE_BYTES, advice
 from train.optim import learning_rate
 from train.overwrite import discard_replaced_run
 from train.preview import Previewer
@@ -83,6 +83,9 @@ def train(config: TrainConfig) -> Path:
             num_steps = _num_steps(config, plan, start)
             settings = describe(config, plan, learner, num_steps)
             warm_up(learner, config, plan, tokens)
+            if world.is_main and start.step < num_steps:
+                state_bytes = STATE_BYTES.get(config.optimizer, 0)
+                warn_of_space(config.out, num_steps, learner, kind, state_bytes)
             held.enter_context(begin_run(config, world, settings))
             run = Run(
                 config=config,
