@@ -62,8 +62,8 @@ def door(debug: bool) -> Iterator[None]:
             raise
         kind = BadInput if isinstance(error, ValueError) else click.ClickException
         text, notes = describe_error(error), getattr(error, "__notes__", [])
-        stop = "." if notes and not text.endswith(".") else ""
-        said = " ".join([text + stop, *notes])
+        period = "." if notes and not text.endswith(".") else ""
+        said = " ".join([text + period, *notes])
         raise kind(printable(_rank() + " ".join(said.split()))) from error
 
 
