@@ -97,15 +97,14 @@ def replacing_run(out: Path) -> Iterator[None]:
         _set_aside(out)
         yield
     except BaseException as error:
-        if has_replaced_run(out) and not has_checkpoint(out):
-            try:
-                recover(out)
+        try:
+            if recover(out):
                 error.add_note(f"The run that was in {out} before is back in its place.")
-            except OSError:
-                error.add_note(
-                    f"The run that was in {out} before lies in {out / REPLACED_RUN}, and the next "
-                    "command with --overwrite or --resume puts it back."
-                )
+        except OSError:
+            error.add_note(
+                f"The run that was in {out} before lies in {out / REPLACED_RUN}, and the next "
+                "command with --overwrite or --resume puts it back."
+            )
         raise
     discard_replaced_run(out)
 
