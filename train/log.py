@@ -77,6 +77,9 @@ class RunLog:
             self._path = config.out / METRICS
             if config.wandb != "disabled":
                 self._wandb = _start_wandb(config, run_config)
+                # What W&B has counted on, in a run that was killed or that an earlier version
+                # began: it takes no row below its own count.
+                self._wandb_ahead = max(0, self._wandb.step - start - 1)
             self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
 
     def step(self, number: int, step: Step) -> None:
@@ -144,7 +147,7 @@ class RunLog:
             import wandb
 
             row = {"trainer/step": step, "previews": wandb.Image(str(path))}
-            self._wandb.log(row, step=step)
+            self._wandb.log(row, step=step + self._wandb_ahead)
 
     def resume_clock(self) -> None:
         """What came between the steps is not theirs: the rate counts from here."""
@@ -160,10 +163,10 @@ class RunLog:
             return
         for row in rows:
             if self._wandb is not None:
-                # A step of W&B is one of the optimizer: a resumed run, offline too, goes on
-                # counting where it was, and a row that comes again is not there twice.
+                # A step of W&B is one of the optimizer, so that a resumed run goes on counting
+                # where it was, offline too, where W&B does not know of it.
                 numbers = {"trainer/step": row["step"], **_without_step(row)}
-                self._wandb.log(numbers, step=row["step"])
+                self._wandb.log(numbers, step=row["step"] + self._wandb_ahead)
         with writing(self._path):
             self._file.write("".join(json.dumps(row) + "\n" for row in rows))
             self._file.flush()
