@@ -379,11 +379,8 @@ def test_a_disk_that_fills_is_named_with_what_is_still_good(
         ends("checkpoint-2: cannot be written: the disk is full", 1)
     with monkeypatch.context() as patch:
         patch.setattr(train.weights, "free_bytes", lambda folder: 10_000)
-        ends(
-            "checkpoint-2: cannot be written: it takes about .* and the disk has 0.01 MB",
-            1,
-            resume=True,
-        )
+        with pytest.warns(UserWarning, match="make room for it"):  # before the first step
+            ends("checkpoint-2: cannot be written: it takes .*has 0.01 MB left", 1, resume=True)
     run(cache, base, tmp_path, **settings, resume=True)
     before = result.read_bytes()
     publish = train.loop.publish
