@@ -176,7 +176,7 @@ def decomposed(
         dims, shape = [0, *range(2, weight.ndim)], [1, -1, *ones]
     else:
         raise ValueError(f"norms of {list(magnitude.shape)}")
-    norms = weight.norm(dim=dims, keepdim=True) + torch.finfo(weight.dtype).eps
+    norms = torch.linalg.vector_norm(weight, dim=dims, keepdim=True) + torch.finfo(weight.dtype).eps
     factors: torch.Tensor = strength * (magnitude.reshape(shape) / norms - 1) + 1
     return weight * factors
 
@@ -203,7 +203,7 @@ def oft(delta: Delta, t: Tensors, weight: torch.Tensor, strength: float) -> torc
 def boft(delta: Delta, t: Tensors, weight: torch.Tensor, strength: float) -> torch.Tensor:
     """OFT as a product of sparse rotations (Liu et al., "Parameter-Efficient Orthogonal Finetuning
     via Butterfly Factorization"): stage i mixes rows that are 2^i half blocks apart."""
-    stages = _partly(_rotation(delta, t["oft_blocks"], weight), strength)
+    stages = _partly(_rotation(delta, t["boft_blocks"], weight), strength)
     size = stages.shape[-1]
     turned = weight
     for number, rotation in enumerate(stages):

@@ -78,7 +78,7 @@ def fit_merged(file: LoraFile, part: str, model: Any) -> dict[str, Adapted | Del
             found[name] = _adapter_of(file, written, one, shapes[name])
             continue
         if one.has_weight and (reason := one.mismatch(shapes[name])):
-            raise _misfit(file, f"{written} (a {one.algorithm.title}): {reason}")
+            raise _misfit(file, f"{written} ({one.algorithm.title}): {reason}")
         if one.bias is not None and tuple(one.bias.shape) != biases[name]:
             theirs, ours = list(one.bias.shape), biases[name]
             is_for = "which has none here" if ours is None else f"not {list(ours)}"

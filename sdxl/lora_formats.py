@@ -31,6 +31,7 @@ PEFT_CONFIG = "adapter_config.json"
 METADATA_KEY = "lora_adapter_metadata"  # diffusers.loaders.lora_base
 OURS = "shardtune."  # in that metadata; diffusers looks at a part's own prefix alone
 UNET = "unet"
+MOST_LETTERS = 300  # of a tensor's name
 _TEXT = ("text_encoder", "text_encoder_2")
 PREFIXES = {  # of a tensor's name, longest first where one begins another
     "lora_unet_": UNET,
@@ -203,26 +204,25 @@ def lora_parts(
 
 
 def _tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """A file's tensors and metadata."""
+    """A file's tensors and metadata. Names are looked at first, as messages print them."""
     with open_lora(path) as file:
         metadata, names = dict(file.metadata() or {}), list(file.keys())
+        for name in names:
+            if not name.isprintable() or len(name) > MOST_LETTERS:
+                raise ValueError(f"{path}: damaged: it has a tensor named {name[:100]!r}")
         try:
             return {name: file.get_tensor(name) for name in names}, metadata
         except (SafetensorError, RuntimeError, ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path}: a tensor cannot be read ({error})") from None
 
 
-def _warn_of_extras(path: Path, names: Iterable[str]) -> None:
-    extras: dict[str, set[str]] = defaultdict(set)
-    for name in names:
-        for start in EXTRAS:
-            if name.startswith(start):
-                extras[start].add(name.removeprefix(start).split(".")[0])
-    for start, found in extras.items():
-        listed = ", ".join(sorted(found)[:5]) + (", ..." if len(found) > 5 else "")
-        warnings.warn(
-            f"{path}: its {EXTRAS[start]} ({start}*: {listed}) are not used", stacklevel=2
-        )
+def _warn_of_extras(path: Path, extras: Iterable[str]) -> None:
+    named = sorted(extras)
+    for start, what in EXTRAS.items():
+        if mine := [name.removeprefix(start) for name in named if name.startswith(start)]:
+            words = list(dict.fromkeys(name.split(".")[0] for name in mine))
+            listed = ", ".join(words[:5]) + (", ..." if len(words) > 5 else "")
+            warnings.warn(f"{path}: its {what} ({start}*: {listed}) are not used", stacklevel=2)
 
 
 def _parts(

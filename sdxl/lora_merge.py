@@ -27,8 +27,9 @@ def merged_weights(
     """
     changes: dict[str, list[tuple[Path, Adapted | Delta, float]]] = defaultdict(list)
     for file, strength in files:
-        for module, one in fit_merged(file, part, model).items() if strength else ():
-            changes[module].append((file.path, one, strength))
+        for module, one in fit_merged(file, part, model).items():
+            if strength:
+                changes[module].append((file.path, one, strength))
     parameters = dict(model.named_parameters())
     for module, several in changes.items():
         for name, change in (("weight", _change_weight), ("bias", _change_bias)):
