@@ -58,11 +58,15 @@ KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "full": (FullModule, {}),
     "norms": (NormModule, {}),
 }
+PLAIN: dict[str, tuple[Any, dict[str, Any]]] = {  # of which peft's adapters are made
+    "LoRA": (LoConModule, LOW_RANK),
+    "DoRA": (LoConModule, {**LOW_RANK, "weight_decompose": True}),
+}
 
 
 def made(kind: str, layer: Any) -> tuple[Any, Tensors]:
     """LyCORIS's module on a layer, with random factors, and what it saves of them."""
-    make, settings = KINDS[kind]
+    make, settings = (KINDS | PLAIN)[kind]
     module = make("", layer, **settings)
     with torch.no_grad():
         for name, factor in module.named_parameters():
@@ -186,3 +190,16 @@ def test_several_files_add_their_own_differences_of_the_base(plain: Any, tmp_pat
     rounded = dict(merged_weights(half, UNET, files))
     merge_loras(half, UNET, files)
     assert torch.equal(half.get_submodule(name).weight, rounded[f"{name}.weight"].half())
+
+
+def test_dora_on_some_modules_only_is_merged(plain: Any, tmp_path: Path) -> None:
+    """A LoRA beside a DoRA in one file, which peft cannot hold."""
+    torch.manual_seed(4)
+    references, states = {}, {}
+    for number, (key, name) in enumerate(LAYERS.items()):
+        layer = plain.get_submodule(name)
+        references[name], states[f"lora_unet_{key}"] = made("DoRA" if number else "LoRA", layer)
+    found = merged_of(plain, tmp_path / "a", states)
+    for name, module in references.items():
+        expected = module.get_merged_weight()[0]
+        assert torch.allclose(found[f"{name}.weight"], expected, atol=1e-5), name

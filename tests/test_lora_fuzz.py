@@ -24,7 +24,7 @@ from sdxl.lora_fit import fit
 from sdxl.lora_formats import UNET, read_lora_file
 from sdxl.lora_merge import merged_weights
 
-NUM = int(os.environ.get("FUZZ_INPUTS", "400"))
+NUM = int(os.environ.get("FUZZ_INPUTS", "300"))
 BLOCK = "lora_unet_input_blocks_3_1_transformer_blocks_0_"
 LAYER = f"{BLOCK}attn1_to_q"  # [32, 32]
 CONV = "lora_unet_input_blocks_3_0_in_layers_2"  # [32, 16, 3, 3]
@@ -88,7 +88,7 @@ def change_tensors(rng: Random, tensors: dict[str, torch.Tensor]) -> None:
     if kind == 0 and shape:
         axis = rng.randrange(len(shape))
         size = shape[axis]
-        shape[axis] = rng.choice((0, 1, 2, 3, size - 1, size + 1, 2 * size, 4096))
+        shape[axis] = rng.choice((0, 1, 2, 3, abs(size - 1), size + 1, 2 * size, 4096))
         tensors[name] = torch.zeros(shape)
     elif kind == 1:
         tensors[name] = tensor[..., None] if rng.random() < 0.5 else tensor.flatten()
