@@ -42,7 +42,7 @@ class Delta:
     def title(self) -> str:
         """What to call it: the algorithm, and what makes it more than an adapter of peft."""
         if self.algorithm.title == "LoRA":
-            return "DoRA normed over its input" if "dora_scale" in self.tensors else "biases"
+            return "biases" if "diff_b" in self.tensors else "DoRA normed over its input"
         return self.algorithm.title
 
     @property

@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import regex
 import torch
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
 from sdxl.adapted import Adapted
@@ -32,6 +32,7 @@ METADATA_KEY = "lora_adapter_metadata"  # diffusers.loaders.lora_base
 OURS = "shardtune."  # in that metadata; diffusers looks at a part's own prefix alone
 UNET = "unet"
 MOST_LETTERS = 300  # of a tensor's name
+PATTERN_SECONDS = 1.0
 _TEXT = ("text_encoder", "text_encoder_2")
 PREFIXES = {  # of a tensor's name, longest first where one begins another
     "lora_unet_": UNET,
@@ -382,12 +383,21 @@ def _stated_alpha(path: Path, module: str, rank: int, settings: Mapping[str, Any
     try:
         patterns = dict(settings.get("alpha_pattern") or {})
         default = settings.get("lora_alpha", rank)
-        value = float(patterns.get(get_pattern_key(patterns, module), default))
-    except (TypeError, ValueError, ArithmeticError, re.error):
+        value = float(next((v for one, v in patterns.items() if _names(one, module)), default))
+    except (TypeError, ValueError, ArithmeticError, TimeoutError, RecursionError, regex.error):
         value = math.nan
     if not math.isfinite(value):
         raise ValueError(f"{path}: damaged: its settings hold no number as alpha of {module}")
     return value
+
+
+def _names(pattern: str, module: str) -> bool:
+    """Whether a pattern of peft's settings means this module: it is a regex of the name's end.
+
+    Raises:
+        TimeoutError: the pattern of a forged file would take time without end.
+    """
+    return bool(regex.match(rf"(.*\.)?({pattern})$", module, timeout=PATTERN_SECONDS))
 
 
 def _check_rotation(path: Path, module: str, blocks: torch.Tensor) -> None:

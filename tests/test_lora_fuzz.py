@@ -69,6 +69,7 @@ SETTINGS = (
     '{"unet.lora_alpha": 4, "unet.use_rslora": {}}',
     '{"unet.alpha_pattern": [1]}',
     '{"unet.alpha_pattern": {"(": 1}}',
+    '{"unet.alpha_pattern": {"(.*.*)*x": 1}}',
     '{"unet.alpha_pattern": {"proj_in": null}}',
     f'{{"shardtune.long_captions": 1e99, "shardtune.alpha": {LARGE}}}',
     '{"shardtune.buckets": [[1, 2, 1e999]], "shardtune.prediction_type": "x"}',
