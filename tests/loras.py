@@ -12,7 +12,6 @@ from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from made import learner_of
 
 from sdxl.lora_write import lora_bytes
-from sdxl.original import OriginalNames
 
 Tensors = dict[str, torch.Tensor]
 
@@ -130,34 +129,6 @@ def as_underscored(unet: Any, alpha: float) -> Tensors:
         state[f"{key}.lora_down.weight"], state[f"{key}.lora_up.weight"] = one["down"], one["up"]
         state[f"{key}.alpha"] = torch.tensor(alpha)
     return state
-
-
-def as_comfyui(unet: Any, alpha: float) -> Tensors:
-    """peft's tensors under the names of the original layout, with an alpha, as OneTrainer writes
-    them for ComfyUI."""
-    names = OriginalNames("unet", dict(unet.config))
-    state: Tensors = {}
-    for module, one in halves(unet).items():
-        key = names.key_of(f"{module}.weight")
-        assert key is not None
-        key = "diffusion_model." + key.removesuffix(".weight")
-        state[f"{key}.lora_A.weight"], state[f"{key}.lora_B.weight"] = one["down"], one["up"]
-        state[f"{key}.alpha"] = torch.tensor(alpha)
-    return state
-
-
-def comfyui_text_name(name: str) -> str:
-    """The same of the names that ``text_lora`` gives; others are left as they are."""
-    levels = r"lora_te([12])_text_model_encoder_layers_0_self_attn_(\w+)_proj\."
-    clip = {"1": "clip_l", "2": "clip_g"}
-    return re.sub(
-        levels,
-        lambda m: (
-            f"text_encoders.{clip[m[1]]}.transformer.text_model.encoder.layers.0."
-            f"self_attn.{m[2]}_proj."
-        ),
-        name,
-    )
 
 
 def text_lora(rank: int, alpha: float, widths: tuple[int, int]) -> Tensors:

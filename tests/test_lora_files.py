@@ -13,12 +13,10 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from loras import (
     Tensors,
-    as_comfyui,
     as_diffusers,
     as_peft,
     as_underscored,
     assert_close,
-    comfyui_text_name,
     fused,
     fused_by_diffusers,
     halves,
@@ -35,6 +33,7 @@ from sdxl.lora_files import apply_loras, apply_text_loras, load_lora, num_lora_p
 from sdxl.lora_fit import fit
 from sdxl.lora_formats import KOHYA, LORA, UNET, read_lora_file
 from sdxl.lora_write import diffusers_bytes
+from sdxl.original import OriginalNames
 
 RANK = 8
 
@@ -49,6 +48,34 @@ def adapted(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, 
 def write(path: Path, tensors: Tensors, metadata: dict[str, str] | None = None) -> Path:
     safetensors.torch.save_file({n: t.contiguous() for n, t in tensors.items()}, path, metadata)
     return path
+
+
+def as_comfyui(unet: Any, alpha: float) -> Tensors:
+    """peft's tensors under the names of the original layout, with an alpha, as OneTrainer writes
+    them for ComfyUI."""
+    names = OriginalNames("unet", dict(unet.config))
+    state: Tensors = {}
+    for module, one in halves(unet).items():
+        key = names.key_of(f"{module}.weight")
+        assert key is not None
+        key = "diffusion_model." + key.removesuffix(".weight")
+        state[f"{key}.lora_A.weight"], state[f"{key}.lora_B.weight"] = one["down"], one["up"]
+        state[f"{key}.alpha"] = torch.tensor(alpha)
+    return state
+
+
+def comfyui_text_name(name: str) -> str:
+    """The same of the names that ``text_lora`` gives; others are left as they are."""
+    levels = r"lora_te([12])_text_model_encoder_layers_0_self_attn_(\w+)_proj\."
+    clip = {"1": "clip_l", "2": "clip_g"}
+    return re.sub(
+        levels,
+        lambda m: (
+            f"text_encoders.{clip[m[1]]}.transformer.text_model.encoder.layers.0."
+            f"self_attn.{m[2]}_proj."
+        ),
+        name,
+    )
 
 
 def forms(unet: Any, folder: Path, where: Path) -> dict[str, tuple[Path, float, str]]:
