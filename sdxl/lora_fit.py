@@ -61,17 +61,19 @@ def fit(file: LoraFile, part: str, model: Any) -> dict[str, Adapted]:
 
 
 def fit_merged(file: LoraFile, part: str, model: Any) -> dict[str, Adapted | Delta]:
-    """The same of a file that is merged into ``model``: norms and biases may change as well.
+    """The same of a file that is merged into ``model``: norms, embeddings and biases may change as
+    well.
 
     Raises:
         ValueError: a module that the model does not have, or has in another shape.
     """
     shapes, biases = dict(adaptable(model)), {}
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.GroupNorm | torch.nn.LayerNorm):
+        kinds = torch.nn.GroupNorm | torch.nn.LayerNorm | torch.nn.Embedding
+        if isinstance(module, kinds) and module.weight is not None:
             shapes[name] = tuple(module.weight.shape)
         bias = getattr(module, "bias", None)
-        biases[name] = None if bias is None else tuple(bias.shape)
+        biases[name] = tuple(bias.shape) if isinstance(bias, torch.Tensor) else None
     found: dict[str, Adapted | Delta] = {}
     for name, written, one in _by_name(file, part, shapes, model.config):
         if isinstance(one, Adapted):
