@@ -64,6 +64,7 @@ def _unet_folder(path: Path) -> Path | None:
 
 def _export_lora(settings: ExportSettings) -> str:
     file = read_lora_file(settings.weights)
+    file.check_adapter()
     kind = settings.format
     if kind == "auto":
         kind = "diffusers" if file.kind == "kohya" else "kohya"

@@ -16,8 +16,8 @@ from sdxl.base import find_weights, model_config, read_config, scheduler_config,
 from sdxl.card import ARCHITECTURE, Card, base_license, base_name, read_card
 from sdxl.load import load_text_encoders, load_unet, load_unet_folder, load_vae
 from sdxl.long_captions import read_long_captions, write_long_captions
-from sdxl.lora_fit import fit
 from sdxl.lora_formats import read_lora_file
+from sdxl.lora_merge import merged_weights
 from sdxl.original_file import Part, write_original
 from sdxl.schedule import Schedule, schedule_beside, write_schedule
 from sdxl.settled import settle
@@ -80,9 +80,9 @@ def _merged(settings: ExportSettings, base: str, dtype: torch.dtype) -> Model:
     parts = {}
     for component, module in modules.items():
         state = module.state_dict()
-        for name, one in fit(file, component, module).items() if component in file.parts else ():
-            key = f"{name}.weight"
-            state[key] = one.merged(state[key], settings.weight).to(dtype)
+        if component in file.parts:
+            changed = merged_weights(module, component, [(file, settings.weight)])
+            state |= {key: tensor.to(dtype) for key, tensor in changed}
         cast = {name: tensor.to(dtype) for name, tensor in state.items()}
         parts[component] = Part(_config_of(settings, base, component), cast)
     if left := [part for part in file.parts if part not in modules]:

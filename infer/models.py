@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-TEXT, UNET, PLAIN_UNET, VAE = "text encoders", "unet", "unet without", "vae"
+TEXT, UNET, VAE = "text encoders", "unet", "vae"
+PLAIN_TEXT, PLAIN_UNET = "text encoders without", "unet without"  # of --compare
 CPU = torch.device("cpu")
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from infer.models import CPU, PLAIN_UNET, TEXT, UNET, VAE, Models
+from infer.models import CPU, PLAIN_TEXT, PLAIN_UNET, TEXT, UNET, VAE, Models
 from infer.plan import Batch, Drawing, make_batches, make_windows
 from infer.settings import GenerateSettings
 from infer.texts import Texts
@@ -20,7 +20,6 @@ from infer.weights import Weights, enable_loras
 from processes.crew import Crew
 from sdxl.conditioning import Conditioning, TextEncoders
 from sdxl.device import exact_fp32
-from sdxl.load import load_unet
 from sdxl.lora_files import apply_text_loras
 from sdxl.sampling import decode_latents, sample_latents, starting_noise, time_ids_of
 
@@ -56,7 +55,8 @@ class Studio:
         self._models: Models | None = None
         self.sides = [Side(UNET, True, False)]
         if settings.compare:
-            other = UNET if weights.loras else PLAIN_UNET
+            switched = weights.loras and "unet" not in weights.merged_parts
+            other = UNET if switched else PLAIN_UNET
             self.sides.insert(0, Side(other, False, True))
         self._samplers: dict[tuple[str | None, bool], Any] = {}
 
@@ -71,12 +71,14 @@ class Studio:
         windows = make_windows(batches, self.settings.window)
         models = self._models or self._new_models(drawings)
         self._models = models if self.stays else None
-        texts = Texts(self.settings.batch_size, self.settings.compare)
+        plain = PLAIN_TEXT if PLAIN_TEXT in models.loaders else None
+        texts = Texts(self.settings.batch_size, self.settings.compare, plain)
         for number, window in enumerate(windows):
             is_last = number == len(windows) - 1 and not self.stays
             texts.encode(models, window, chain.from_iterable(windows[number + 1 :]))
             if is_last:
                 models.drop(TEXT)
+                models.drop(PLAIN_TEXT)
             waiting = []
             for which in crew.claim(f"window {number}", len(window)):
                 batch = window[which]
@@ -98,16 +100,21 @@ class Studio:
             VAE: lambda: self.weights.load_vae(self.dtype),
         }
         if any(side.model == PLAIN_UNET for side in self.sides):
-            loaders[PLAIN_UNET] = lambda: load_unet(self.settings.base, self.dtype)
+            loaders[PLAIN_UNET] = lambda: self.weights.load_plain_unet(self.dtype)
+        if self.settings.compare and self.weights.merged_parts - {"unet"}:
+            loaders[PLAIN_TEXT] = self._load_plain_text
         most = max(one.width * one.height for one in drawings)
         rows = 2 * min(self.settings.batch_size, len(drawings))
         unet = UNET_BYTES * most * rows * self.dtype.itemsize // 2
         vae = VAE_BYTES * max(most, ONE_PICTURE)
         return Models(self.device, loaders, max(unet, vae), self.settings.low_memory)
 
-    def _load_text(self) -> TextEncoders:
+    def _load_plain_text(self) -> TextEncoders:
         base, tokenizers = self.settings.base, self.settings.tokenizers
-        encoders = TextEncoders(base, self.dtype, CPU, tokenizers, self.weights.num_chunks)
+        return TextEncoders(base, self.dtype, CPU, tokenizers, self.weights.num_chunks)
+
+    def _load_text(self) -> TextEncoders:
+        encoders = self._load_plain_text()
         if self.weights.loras:
             apply_text_loras(encoders.models, self.weights.loras)
             for model in encoders.models:

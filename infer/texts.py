@@ -16,11 +16,12 @@ class Texts:
     """Embeddings on the CPU, by text; None is the base's unconditional.
 
     They are kept as long as a later window needs them. With ``compare`` and a LoRA that changes the
-    text encoders there are two of each: without it and with it.
+    text encoders there are two of each: without it and with it. ``plain`` names the text encoders
+    without it, where it cannot be taken off the others.
     """
 
-    def __init__(self, batch_size: int, compare: bool) -> None:
-        self.batch_size, self.compare = batch_size, compare
+    def __init__(self, batch_size: int, compare: bool, plain: str | None = None) -> None:
+        self.batch_size, self.compare, self.plain = batch_size, compare, plain
         self._known: dict[bool, Known] = {}
 
     def of(self, text: str | None, with_loras: bool) -> Conditioning:
@@ -33,7 +34,8 @@ class Texts:
         if new := sorted(needed - known.keys()):
             encoders: TextEncoders = models.at_work(TEXT)
             for with_loras in self._variants(encoders):
-                self._encode(encoders, new, with_loras)
+                model = TEXT if with_loras or self.plain is None else self.plain
+                self._encode(models.at_work(model), new, with_loras)
             if cut := [text for text in new if encoders.is_cut(text)]:
                 most = 77 * encoders.num_chunks
                 warnings.warn(
@@ -45,7 +47,7 @@ class Texts:
             self._known[with_loras] = {text: one for text, one in found.items() if text in keep}
 
     def _variants(self, encoders: TextEncoders) -> tuple[bool, ...]:
-        changed = any(has_loras(model) for model in encoders.models)
+        changed = self.plain is not None or any(has_loras(one) for one in encoders.models)
         return (False, True) if self.compare and changed else (True,)
 
     def _encode(self, encoders: TextEncoders, texts: list[str], with_loras: bool) -> None:

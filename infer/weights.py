@@ -1,5 +1,6 @@
 """The weights that draw: the base's, and a fine-tune's on them."""
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from sdxl.base import (
 from sdxl.fingerprint import config_digest, file_digest, tokenizer_digest, weights_digest
 from sdxl.load import load_unet, load_unet_folder, load_vae
 from sdxl.long_captions import read_long_captions
-from sdxl.lora_files import apply_loras, read_num_chunks, read_schedule
+from sdxl.lora_files import apply_loras, merged_parts, read_num_chunks, read_schedule
 from sdxl.lora_formats import LORA, find_lora
 from sdxl.samplers import load_sampler
 from sdxl.schedule import Schedule, schedule_beside
@@ -46,16 +47,27 @@ class Weights:
         """Of what ``--compare`` compares with: the UNet without LoRAs, or the base's own."""
         return _schedule([], self.unet if self.loras else None)
 
+    @cached_property
+    def merged_parts(self) -> frozenset[str]:
+        """The parts that some LoRA is merged into: ``enable_loras`` cannot take it off them."""
+        return merged_parts([path for path, _ in self.loras])
+
     def load_unet(self, dtype: torch.dtype) -> Any:
         """The UNet with all LoRAs on it, on the CPU."""
-        if self.unet is not None:
-            unet: Any = load_unet_folder(self.unet, dtype)
-        else:
-            unet = load_unet(self.settings.base, dtype)
+        unet = self._own_unet(dtype)
         if self.loras:
             apply_loras(unet, self.loras)
             unet.to(dtype=dtype)
         return unet
+
+    def load_plain_unet(self, dtype: torch.dtype) -> Any:
+        """What ``--compare`` compares with: the UNet without LoRAs, or the base's own."""
+        return self._own_unet(dtype) if self.loras else load_unet(self.settings.base, dtype)
+
+    def _own_unet(self, dtype: torch.dtype) -> Any:
+        if self.unet is not None:
+            return load_unet_folder(self.unet, dtype)
+        return load_unet(self.settings.base, dtype)
 
     def load_vae(self, dtype: torch.dtype) -> Any:
         """On the CPU: in fp32, but where the UNet is in fp16 and the VAE is safe in it."""

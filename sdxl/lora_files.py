@@ -14,7 +14,18 @@ from sdxl.card import Card
 from sdxl.long_captions import check_long_captions
 from sdxl.lora_fit import fit
 from sdxl.lora_formats import LORA as LORA
-from sdxl.lora_formats import OURS, PREFIXES, UNET, find_lora, lora_card, open_lora, read_lora_file
+from sdxl.lora_formats import (
+    OURS,
+    PREFIXES,
+    UNET,
+    LoraFile,
+    find_lora,
+    is_extra,
+    lora_card,
+    open_lora,
+    read_lora_file,
+)
+from sdxl.lora_merge import merge_loras
 from sdxl.lora_write import peft_config
 from sdxl.schedule import Schedule
 
@@ -28,7 +39,7 @@ def num_lora_parameters(path: Path) -> int:
         ValueError: no safetensors file.
     """
     with open_lora(find_lora(path)) as file:
-        every = file.keys()
+        every = [name for name in file.keys() if not is_extra(name)]  # noqa: SIM118
         names = [n for n in every if not n.startswith(TEXT_PREFIXES) and not n.endswith(".alpha")]
         shapes = [file.get_slice(name).get_shape() for name in names]
     return sum(torch.Size(shape).numel() for shape in shapes)
@@ -60,17 +71,15 @@ def _card(path: Path) -> Card:
 
 
 def apply_loras(unet: Any, loras: Sequence[tuple[Path, float]]) -> None:
-    """Put LoRA files (or folders with one) on a UNet, each at its weight, all of them at work.
+    """Put LoRA files (or folders with one) on a UNet, each at its weight, all of them at work: as
+    adapters, which can be switched off again, or, of those that peft cannot hold, merged into it.
 
     Their text encoders' parts are for ``apply_text_loras``.
 
     Raises:
         ValueError: no LoRA file, one of another architecture, or one that does not fit.
     """
-    for number, (path, _) in enumerate(loras):
-        file = read_lora_file(path)
-        _add(unet, fit(file, UNET, unet), f"lora_{number}")
-    _weigh(unet, [weight for _, weight in loras])
+    _apply(unet, UNET, [(read_lora_file(path), weight) for path, weight in loras])
 
 
 def apply_text_loras(encoders: Sequence[Any], loras: Sequence[tuple[Path, float]]) -> int:
@@ -79,14 +88,25 @@ def apply_text_loras(encoders: Sequence[Any], loras: Sequence[tuple[Path, float]
     Raises:
         ValueError: as ``apply_loras``.
     """
-    num = 0
+    files = [(read_lora_file(path), weight) for path, weight in loras]
     for part, encoder in zip(("text_encoder", "text_encoder_2"), encoders, strict=True):
-        for number, (path, _) in enumerate(loras):
-            found = fit(read_lora_file(path), part, encoder)
-            _add(encoder, found, f"lora_{number}")
-            num += len(found)
-        _weigh(encoder, [weight for _, weight in loras])
-    return num
+        _apply(encoder, part, files)
+    return sum(file.num_text for file, _ in files)
+
+
+def merged_parts(paths: Sequence[Path]) -> frozenset[str]:
+    """The parts of a model that ``apply_loras`` and ``apply_text_loras`` merge LoRA files into,
+    so that they do not have the base's weights any more."""
+    return frozenset(part for path in paths for part in read_lora_file(path).merged_parts)
+
+
+def _apply(model: Any, part: str, files: Sequence[tuple[LoraFile, float]]) -> None:
+    merged = [(file, weight) for file, weight in files if part in file.merged_parts]
+    merge_loras(model, part, merged)
+    adapters = [(file, weight) for file, weight in files if part not in file.merged_parts]
+    for number, (file, _) in enumerate(adapters):
+        _add(model, fit(file, part, model), f"lora_{number}")
+    _weigh(model, [weight for _, weight in adapters])
 
 
 def load_lora(unet: Any, path: Path) -> None:
@@ -97,12 +117,12 @@ def load_lora(unet: Any, path: Path) -> None:
         ValueError: no LoRA file, or one of another architecture.
     """
     file = read_lora_file(path)
+    found = fit(file, UNET, unet)
     if file.num_text:
         warnings.warn(
             f"{path}: what it has for {file.num_text} modules of the text encoders is not used",
             stacklevel=2,
         )
-    found = fit(file, UNET, unet)
     if not found:
         raise ValueError(f"{path}: does not fit this base: it has no weights for the UNet")
     _add(unet, found, "default")

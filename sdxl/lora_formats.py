@@ -1,24 +1,28 @@
 """LoRA files, whoever wrote them, read into one form.
 
 Known are the names of diffusers (of peft's layers and the older ones, with the adapter's settings
-or without), of peft's own folders, and of kohya's scripts and what follows them. What cannot be
-read rightly is refused by its name: LoHa, LoKr, full differences, other architectures.
+or without), of peft's own folders, of kohya's scripts and LyCORIS and of what follows them
+(OneTrainer, SimpleTuner, ComfyUI). A module is an adapter that peft can hold (``Adapted``), or a
+``Delta`` that can only be merged into the weights. What cannot be read is refused by its name.
 """
 
 import json
+import math
 import re
+import warnings
 from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import regex
 import torch
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
 from sdxl.adapted import Adapted
 from sdxl.card import Card, read_card
+from sdxl.lora_deltas import NAMES, Algorithm, Delta, find_algorithm
 
 LORA = "pytorch_lora_weights.safetensors"  # the name load_lora_weights looks for in a folder
 KOHYA = "kohya_lora_weights.safetensors"  # beside it, for the UIs
@@ -27,39 +31,55 @@ PEFT_CONFIG = "adapter_config.json"
 METADATA_KEY = "lora_adapter_metadata"  # diffusers.loaders.lora_base
 OURS = "shardtune."  # in that metadata; diffusers looks at a part's own prefix alone
 UNET = "unet"
+MOST_LETTERS = 300  # of a tensor's name
+PATTERN_SECONDS = 1.0
+_TEXT = ("text_encoder", "text_encoder_2")
 PREFIXES = {  # of a tensor's name, longest first where one begins another
     "lora_unet_": UNET,
-    "lora_te1_": "text_encoder",
-    "lora_te2_": "text_encoder_2",
-    "lora_te_": "text_encoder",
+    "lycoris_": UNET,
+    "lora_te1_": _TEXT[0],
+    "lora_te2_": _TEXT[1],
+    "lora_te_": _TEXT[0],
     "base_model.model.": UNET,
     "model.diffusion_model.": UNET,
     "diffusion_model.": UNET,
-    "text_encoder.": "text_encoder",
-    "text_encoder_2.": "text_encoder_2",
+    "text_encoders.clip_l.transformer.": _TEXT[0],
+    "text_encoders.clip_g.transformer.": _TEXT[1],
+    "text_encoder.": _TEXT[0],
+    "text_encoder_2.": _TEXT[1],
+    "clip_l.": _TEXT[0],
+    "clip_g.": _TEXT[1],
     "unet.": UNET,
+}
+EXTRAS = {  # what tools bundle with a LoRA and no weight of the models is made of
+    "bundle_emb.": "bundled embeddings",
+    "_aux.": "auxiliary tensors",
 }
 _TENSORS = {
     "down": r"\.(lora_down|lora_A|lora\.down|lora_linear_layer\.down)(\.\w+)?\.weight",
     "up": r"\.(lora_up|lora_B|lora\.up|lora_linear_layer\.up)(\.\w+)?\.weight",
+    "mid": r"\.lora_mid\.weight",
     "magnitude": r"\.lora_magnitude_vector(\.\w+)?(\.weight)?",
-    "dora_scale": r"\.dora_scale",
-    "alpha": r"\.alpha",
 }
+_NUMBERS = frozenset({"alpha", "scalar", "on_input"})
+_FACTORS = frozenset({"a1", "a2", "b1", "b2", "bm"})  # of GLoRA: layers, with ``.weight`` behind
+_PLAIN = NAMES - _FACTORS - _TENSORS.keys() - {"weight", "boft_blocks"}  # as they stand in a file
 _OLD = (  # diffusers before peft kept attention's in its processors
     (r"\.processor\.to_out_lora\.", r".to_out.0.lora."),
     (r"\.processor\.to_([qkv])_lora\.", r".to_\1.lora."),
     (r"\.self_attn\.to_out_lora\.", r".self_attn.out_proj.lora."),
     (r"\.self_attn\.to_([qkv])_lora\.", r".self_attn.\1_proj.lora."),
 )
-_KINDS = {
-    r"\.hada_": "a LoHa",
-    r"\.lokr_": "a LoKr",
-    r"\.(oft_|boft)": "an OFT",
-    r"\.on_input": "an IA3",
-    r"\.lora_mid\.": "a LoCon in Tucker form",
-    r"\.(diff|diff_b)$": "full differences of weights",
+_KINDS = {  # what is known by name only
+    r"\.oft_R\b|\.boft_[Rs]\b": "an OFT in peft's form",
+    r"\.bias_(indices|values|size)$": "a LoRA with sparse differences",
+    r"\.([qp]_layer\.weight|lambda_layer)$": "a T-LoRA",
+    r"\.(set_weight|reshape_weight)$": "weights that replace the base's",
+    r"\.vera_lambda_": "a VeRA",
+    r"\.lokr_t1$": "a LoKr with a core in its first factor",
+    r"^(clip_[lg]|emb_params|string_to_param.*)$": "an embedding and no LoRA",
 }
+_READ = "LoRA, rsLoRA, LoCon, DoRA and LyCORIS can be read"
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +88,7 @@ class LoraFile:
 
     path: Path
     kind: str  # kohya, peft or diffusers
-    parts: dict[str, dict[str, Adapted]]
+    parts: dict[str, dict[str, Adapted | Delta]]
     metadata: dict[str, str]
 
     @property
@@ -80,6 +100,32 @@ class LoraFile:
     def card(self) -> Card:
         """What its maker, if it was this project, says of it."""
         return lora_card(self.metadata)
+
+    @property
+    def merged_parts(self) -> frozenset[str]:
+        """The parts that peft's adapters cannot hold: their difference is merged into the base."""
+        return frozenset(name for name, part in self.parts.items() if _why_merged(part))
+
+    def check_adapter(self, *parts: str) -> None:
+        """Whether peft's adapters can hold these parts, or all.
+
+        Raises:
+            ValueError: one of them can only be merged.
+        """
+        several = [self.parts.get(part, {}) for part in parts or self.parts]
+        if found := {why for part in several for why in _why_merged(part)}:
+            raise ValueError(
+                f"{self.path}: holds {', '.join(sorted(found))}, which can be neither trained on "
+                "nor converted: `export --merge` puts it into a base, `generate --lora` uses it"
+            )
+
+
+def _why_merged(part: Mapping[str, Adapted | Delta]) -> set[str]:
+    """What in a part is more than peft's adapters; empty where nothing is."""
+    kinds = {one.title for one in part.values() if isinstance(one, Delta)}
+    if len({one.magnitude is None for one in part.values() if isinstance(one, Adapted)}) > 1:
+        kinds.add("DoRA on some modules only")
+    return kinds
 
 
 def lora_card(metadata: dict[str, str]) -> Card:
@@ -123,33 +169,74 @@ def open_lora(path: Path) -> Any:
 
 
 def read_lora_file(path: Path) -> LoraFile:
-    """All that a LoRA file or folder holds, on the CPU, in the file's dtype.
+    """All that a LoRA file or folder holds, on the CPU, in the file's dtype. Warns of what is
+    bundled with it and not used.
 
     Raises:
         ValueError: no LoRA file, or none of a kind that can be read.
     """
     path = find_lora(path)
-    with open_lora(path) as file:
-        metadata = dict(file.metadata() or {})
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if not tensors:
-        raise ValueError(f"{path}: holds no LoRA weights: it has no tensor at all")
+    tensors, metadata = _tensors(path)
+    extras = [name for name in tensors if is_extra(name)]
+    if len(extras) == len(tensors):
+        which = f"nothing but {extras[0]} and the like" if extras else "no tensor at all"
+        raise ValueError(f"{path}: holds no LoRA weights: it has {which}")
+    _warn_of_extras(path, extras)
+    tensors = {name: tensor for name, tensor in tensors.items() if not is_extra(name)}
     settings, kind = _settings(metadata), _kind(tensors)
     if kind == "peft":
         settings = {f"{UNET}.{n}": v for n, v in _peft_settings(path).items()}
-    return LoraFile(path, kind, lora_parts(path, tensors, settings), metadata)
+    return LoraFile(path, kind, _parts(path, tensors, settings), metadata)
+
+
+def is_extra(name: str) -> bool:
+    """Whether a tensor of a LoRA file is of something else that is bundled with it."""
+    return name.startswith(tuple(EXTRAS))
 
 
 def lora_parts(
     path: Path, tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]
 ) -> dict[str, dict[str, Adapted]]:
-    """The tensors of a LoRA by part and module. ``settings`` are peft's, by ``part.name``."""
+    """The tensors of an adapter by part and module. ``settings`` are peft's, by ``part.name``."""
+    return {
+        part: {name: one for name, one in modules.items() if isinstance(one, Adapted)}
+        for part, modules in _parts(path, tensors, settings).items()
+    }
+
+
+def _tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """A file's tensors and metadata. Names are looked at first, as messages print them."""
+    with open_lora(path) as file:
+        metadata, names = dict(file.metadata() or {}), list(file.keys())
+        for name in names:
+            if not name.isprintable() or len(name) > MOST_LETTERS:
+                raise ValueError(f"{path}: damaged: it has a tensor named {name[:100]!r}")
+        try:
+            return {name: file.get_tensor(name) for name in names}, metadata
+        except (SafetensorError, RuntimeError, ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path}: a tensor cannot be read ({error})") from None
+
+
+def _warn_of_extras(path: Path, extras: Iterable[str]) -> None:
+    named = sorted(extras)
+    for start, what in EXTRAS.items():
+        if mine := [name.removeprefix(start) for name in named if name.startswith(start)]:
+            words = list(dict.fromkeys(name.split(".")[0] for name in mine))
+            listed = ", ".join(words[:5]) + (", ..." if len(words) > 5 else "")
+            warnings.warn(f"{path}: its {what} ({start}*: {listed}) are not used", stacklevel=2)
+
+
+def _parts(
+    path: Path, tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]
+) -> dict[str, dict[str, Adapted | Delta]]:
     found: dict[str, dict[str, dict[str, torch.Tensor]]] = defaultdict(lambda: defaultdict(dict))
     for name, tensor in tensors.items():
-        part, module, what = _parse(path, name)
+        part, module, what = _parse(path, name, tensors)
+        if what in found[part][module]:
+            raise ValueError(f"{path}: damaged: {module} has {what} twice")
         found[part][module][what] = tensor
     return {
-        part: {m: _adapted(path, m, one, _of(settings, part)) for m, one in modules.items()}
+        part: {m: _module(path, m, one, _of(settings, part)) for m, one in modules.items()}
         for part, modules in found.items()
     }
 
@@ -160,32 +247,45 @@ def _kind(names: Mapping[str, Any]) -> str:
     return "kohya" if any(".lora_down." in name for name in names) else "diffusers"
 
 
-def _parse(path: Path, name: str) -> tuple[str, str, str]:
-    """(part of the model, module, which of its tensors)."""
+def _parse(path: Path, name: str, names: Mapping[str, Any]) -> tuple[str, str, str]:
+    """(part of the model, module, which of its tensors). ``names`` are all of the file."""
     short = name
     for old, new in _OLD:
         short = re.sub(old, new, short)
-    for what, pattern in _TENSORS.items():
-        if match := re.search(f"{pattern}$", short):
-            module = short[: match.start()]
-            prefix = next((one for one in PREFIXES if module.startswith(one)), "")
-            module = module.removeprefix(prefix)
-            if prefix == "base_model.model.":
-                module = module.removeprefix("unet.")
-            return PREFIXES.get(prefix, UNET), module, what
+    module, what = _suffix(short, names)
+    if what:
+        prefix = next((one for one in PREFIXES if module.startswith(one)), "")
+        module = module.removeprefix(prefix)
+        if prefix == "base_model.model.":
+            module = module.removeprefix("unet.")
+        return PREFIXES.get(prefix, UNET), module, what
     for pattern, kind in _KINDS.items():
         if re.search(pattern, name):
-            raise ValueError(f"{path}: {kind} ({name}); LoRA, rsLoRA, LoCon and DoRA can be read")
-    if not re.search("lora", name):
+            raise ValueError(f"{path}: {kind} ({name}); {_READ}")
+    if not any(_suffix(one, names)[1] for one in names):
         raise ValueError(f"{path}: holds no LoRA weights (e.g. {name})")
     raise ValueError(f"{path}: {name} is nothing of a LoRA that can be read")
+
+
+def _suffix(name: str, names: Mapping[str, Any]) -> tuple[str, str]:
+    """(module, which of its tensors), the latter empty where it is none of a LoRA."""
+    for what, pattern in _TENSORS.items():
+        if match := re.search(f"{pattern}$", name):
+            return name[: match.start()], what
+    module, _, what = name.rpartition(".")
+    if what == "weight":
+        if f"{module}.on_input" in names:
+            return module, what
+        module, _, what = module.rpartition(".")
+        return (module, what) if what in _FACTORS else ("", "")
+    return (module, what) if what in _PLAIN else ("", "")
 
 
 def _settings(metadata: dict[str, str]) -> dict[str, Any]:
     """What diffusers keeps of peft's settings: by ``part.name``; empty in others' files."""
     try:
         return dict(json.loads(metadata.get(METADATA_KEY, "{}")))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return {}
 
 
@@ -199,51 +299,111 @@ def _peft_settings(path: Path) -> dict[str, Any]:
     config = path.with_name(PEFT_CONFIG)
     try:
         settings = dict(json.loads(config.read_bytes()))
-        if settings.get("peft_type") != "LORA":
-            raise ValueError(f"{config}: a {settings.get('peft_type')}, and no LoRA")
-        return settings
     except OSError:
         raise ValueError(
             f"{config}: missing, and with it the strength of {path.name}; peft writes both"
         ) from None
-    except (json.JSONDecodeError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{config}: not valid JSON ({error})") from None
+    if settings.get("peft_type") != "LORA":
+        raise ValueError(f"{config}: a {settings.get('peft_type')}, and no LoRA")
+    return settings
 
 
-def _adapted(
+def _module(
     path: Path, module: str, tensors: dict[str, torch.Tensor], settings: Mapping[str, Any]
-) -> Adapted:
-    if not {"down", "up"} <= tensors.keys():
-        missing = "up" if "down" in tensors else "down"
+) -> Adapted | Delta:
+    if len(halves := {"down", "up"} & tensors.keys()) == 1:
+        missing = "up" if "down" in halves else "down"
         raise ValueError(f"{path}: damaged or no LoRA: {module} has no {missing} weight")
-    down, up = tensors["down"], tensors["up"]
-    fits = down.ndim == up.ndim and down.ndim in (2, 4) and up.shape[1] == len(down) > 0
-    if not fits:
+    numbers = {n: _number(path, module, n, t) for n, t in tensors.items() if n in _NUMBERS}
+    factors = {name: t for name, t in tensors.items() if name not in _NUMBERS}
+    for name, tensor in factors.items():
+        if not tensor.is_floating_point() or not tensor.numel():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            wrong = f"of type {kind}, not a float" if tensor.numel() else "empty"
+            raise ValueError(f"{path}: damaged: {name} of {module} is {wrong}")
+    if "magnitude" in factors:  # peft's, which may lie along the second axis
+        factors["dora_scale"] = factors.pop("magnitude").flatten()
+    if "oft_blocks" in factors and factors["oft_blocks"].ndim == 4:
+        factors["boft_blocks"] = factors.pop("oft_blocks")
+    algorithm = find_algorithm(frozenset(factors.keys() | numbers.keys()))
+    if algorithm is None:
+        every = ", ".join(sorted(tensors))
+        raise ValueError(f"{path}: damaged, or of an unknown kind: {module} has {every}")
+    if algorithm.title == "LoRA":
+        return _lora(path, module, algorithm, factors, numbers, settings)
+    if "oft_diag" in factors:
+        _check_rotation(path, module, factors["oft_diag"])
+    scalar, on_input = numbers.get("scalar", 1.0), bool(numbers.get("on_input"))
+    return Delta(algorithm, factors, numbers.get("alpha"), scalar, on_input)
+
+
+def _lora(
+    path: Path,
+    module: str,
+    algorithm: Algorithm,
+    tensors: dict[str, torch.Tensor],
+    numbers: Mapping[str, float],
+    settings: Mapping[str, Any],
+) -> Adapted | Delta:
+    """A LoRA as peft holds it, or, with a bias or as a DoRA normed over its input, to be merged."""
+    down, up, magnitude = tensors["down"], tensors["up"], tensors.get("dora_scale")
+    if down.ndim != up.ndim or down.ndim not in (2, 4) or up.shape[1] != len(down):
         raise ValueError(
             f"{path}: damaged: {module} has weights of {list(down.shape)} and {list(up.shape)}"
         )
-    alpha = _alpha(path, module, tensors, settings)
-    magnitude = tensors.get("magnitude", tensors.get("dora_scale"))
-    if magnitude is not None:
-        if magnitude.numel() != len(up) or len(tensors.get("dora_scale", up)) != len(up):
-            raise ValueError(
-                f"{path}: a DoRA whose {module} is normed over its input; only those normed over "
-                "their output can be read"
-            )
-        magnitude = magnitude.flatten()
-    return Adapted(down, up, alpha, bool(settings.get("use_rslora")), magnitude)
+    if "scalar" in numbers:
+        up = up * numbers["scalar"]
+    alpha = numbers.get("alpha")
+    if alpha is None:
+        alpha = _stated_alpha(path, module, len(down), settings)
+    one = Adapted(down, up, alpha, bool(settings.get("use_rslora")))
+    if "diff_b" not in tensors:
+        if magnitude is None:
+            return one
+        if magnitude.numel() == len(up) == len(magnitude):
+            return replace(one, magnitude=magnitude.flatten())
+    return Delta(algorithm, {**tensors, "up": up}, one.kohya_alpha)
 
 
-def _alpha(
-    path: Path, module: str, tensors: dict[str, torch.Tensor], settings: Mapping[str, Any]
-) -> float:
-    """A module's own, or what the settings say; rank where nothing is said, as kohya's and
-    diffusers' readers take it too."""
+def _number(path: Path, module: str, name: str, tensor: torch.Tensor) -> float:
     try:
-        if "alpha" in tensors:
-            return float(tensors["alpha"])
-        patterns = dict(settings.get("alpha_pattern") or {})
-        default = settings.get("lora_alpha", len(tensors["down"]))
-        return float(patterns.get(get_pattern_key(patterns, module), default))
+        value = float(tensor)
     except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"{path}: damaged: the alpha of {module} is no number") from None
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"{path}: damaged: the {name} of {module} is no number")
+    return value
+
+
+def _stated_alpha(path: Path, module: str, rank: int, settings: Mapping[str, Any]) -> float:
+    """What the settings say; rank where nothing is said, as kohya's and diffusers' readers take it
+    too."""
+    try:
+        patterns = dict(settings.get("alpha_pattern") or {})
+        default = settings.get("lora_alpha", rank)
+        value = float(next((v for one, v in patterns.items() if _names(one, module)), default))
+    except (TypeError, ValueError, ArithmeticError, TimeoutError, RecursionError, regex.error):
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"{path}: damaged: its settings hold no number as alpha of {module}")
+    return value
+
+
+def _names(pattern: str, module: str) -> bool:
+    """Whether a pattern of peft's settings means this module: it is a regex of the name's end.
+
+    Raises:
+        TimeoutError: the pattern of a forged file would take time without end.
+    """
+    return bool(regex.match(rf"(.*\.)?({pattern})$", module, timeout=PATTERN_SECONDS))
+
+
+def _check_rotation(path: Path, module: str, blocks: torch.Tensor) -> None:
+    """Early LyCORIS versions wrote three different things as ``oft_diag``; the last one is R."""
+    if blocks.ndim == 3 and blocks.shape[1] == blocks.shape[2]:
+        product = blocks.float() @ blocks.float().transpose(1, 2)
+        if torch.allclose(product, torch.eye(blocks.shape[1]).expand_as(product), atol=2e-2):
+            return
+    raise ValueError(f"{path}: an OFT of an early LyCORIS version ({module}.oft_diag); {_READ}")

@@ -280,6 +280,8 @@ def test_what_is_written_wrongly_is_not_kept(
 def test_refusals(base: Path, tmp_path: Path) -> None:
     made_lora(base, tmp_path, rank=4, alpha=16.0)
     shutil.copytree(base / "unet", tmp_path / "full" / "unet")
+    differences = {"lora_unet_input_blocks_3_0_in_layers_2.diff": torch.ones(32, 16, 3, 3)}
+    safetensors.torch.save_file(differences, tmp_path / "full.st")
     out = tmp_path / "out.safetensors"
     out.write_text("mine")
     common: dict[str, Any] = {"base": str(base)}
@@ -299,6 +301,7 @@ def test_refusals(base: Path, tmp_path: Path) -> None:
             "a whole UNet; --merge takes a LoRA",
         ),
         (tmp_path / LORA, tmp_path / LORA, common, "is what is to be exported"),
+        (tmp_path / "full.st", tmp_path / "x.safetensors", {}, "full.st: holds full differences"),
         (tmp_path / "none", tmp_path / "x.safetensors", common, "none: no such LoRA file"),
         (tmp_path, tmp_path / "full", merge, r"full/unet: is there already"),
     ):

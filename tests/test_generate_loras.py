@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import safetensors.torch
+import torch
 from diffusers import UNet2DConditionModel
 from drawing import (
     PROMPTS,
@@ -22,6 +23,8 @@ from loras import made_lora, text_lora
 from PIL import Image
 from runs import run
 
+from infer.export import export
+from infer.export_settings import ExportSettings
 from infer.generate import _about, _plan, make_studio
 from infer.settings import GenerateSettings, LoraUse
 from sdxl.card import Card
@@ -82,6 +85,52 @@ def test_compare_draws_with_and_without(base: Path, two: tuple[Path, Path], tmp_
     assert differ(without, with_loras) > 1
     with Image.open(tmp_path / "both" / "contact-sheet.png") as sheet:
         assert sheet.size[0] == 2 * 512
+
+
+def test_what_peft_cannot_hold_is_merged(
+    base: Path, two: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """A LoHa on the UNet and a text encoder, beside a LoRA: with it and without it, on a device
+    that holds one model at a time; and merged by export."""
+    torch.manual_seed(3)
+    unet_key = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    text_key = "lora_te1_text_model_encoder_layers_0_self_attn_q_proj"
+    factors = {
+        f"{key}.hada_w{number}_{side}": torch.randn((width, 4) if side == "a" else (4, width)) / 2
+        for key, width in ((unet_key, 64), (text_key, 32))
+        for number in "12"
+        for side in "ab"
+    }
+    path = tmp_path / "loha.safetensors"
+    safetensors.torch.save_file(factors | {f"{unet_key}.alpha": torch.tensor(2.0)}, path)
+
+    def merged(pipeline: Any) -> None:
+        layer = pipeline.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
+        modules = pipeline.text_encoder.named_modules()
+        text = next(module for name, module in modules if name.endswith("0.self_attn.q_proj"))
+        for key, module, scale in ((unet_key, layer, 2 / 4), (text_key, text, 1)):
+            a, b, c, d = (factors[f"{key}.hada_w{one}"] for one in ("1_a", "1_b", "2_a", "2_b"))
+            module.weight.data += 0.8 * scale * (a @ b) * (c @ d)
+
+    def both(pipeline: Any) -> None:
+        merged(pipeline)
+        pipeline.load_lora_weights(str(two[0]), adapter_name="a")
+        pipeline.set_adapters(["a"], [0.5])
+
+    uses = (LoraUse(path, 0.8), LoraUse(two[0], 0.5))
+    out = tmp_path / "both"
+    found = draw(base, out, PROMPTS, lora=uses, compare=True, low_memory=True)
+    without, with_loras = halves(found)
+    check_same(without, reference(base, PROMPTS))
+    check_equal(with_loras, reference(base, PROMPTS, both))
+    assert differ(without, with_loras) > 1
+    with pytest.warns(UserWarning, match="again: .*weights"):
+        alone = draw(base, tmp_path / "both", PROMPTS, lora=(LoraUse(path, 0.8),))
+    check_equal(alone, reference(base, PROMPTS, merged))
+    whole = tmp_path / "merged.safetensors"
+    settings = {"weight": 0.8, "dtype": "fp32", "merge": True}
+    export(ExportSettings(weights=path, out=whole, base=str(base), **settings))
+    check_same(draw(whole, tmp_path / "whole", PROMPTS, tokenizers=base), alone)
 
 
 @pytest.mark.slow

@@ -33,6 +33,7 @@ from sdxl.lora_files import apply_loras, apply_text_loras, load_lora, num_lora_p
 from sdxl.lora_fit import fit
 from sdxl.lora_formats import KOHYA, LORA, UNET, read_lora_file
 from sdxl.lora_write import diffusers_bytes
+from sdxl.original import OriginalNames
 
 RANK = 8
 
@@ -49,6 +50,34 @@ def write(path: Path, tensors: Tensors, metadata: dict[str, str] | None = None) 
     return path
 
 
+def as_comfyui(unet: Any, alpha: float) -> Tensors:
+    """peft's tensors under the names of the original layout, with an alpha, as OneTrainer writes
+    them for ComfyUI."""
+    names = OriginalNames("unet", dict(unet.config))
+    state: Tensors = {}
+    for module, one in halves(unet).items():
+        key = names.key_of(f"{module}.weight")
+        assert key is not None
+        key = "diffusion_model." + key.removesuffix(".weight")
+        state[f"{key}.lora_A.weight"], state[f"{key}.lora_B.weight"] = one["down"], one["up"]
+        state[f"{key}.alpha"] = torch.tensor(alpha)
+    return state
+
+
+def comfyui_text_name(name: str) -> str:
+    """The same of the names that ``text_lora`` gives; others are left as they are."""
+    levels = r"lora_te([12])_text_model_encoder_layers_0_self_attn_(\w+)_proj\."
+    clip = {"1": "clip_l", "2": "clip_g"}
+    return re.sub(
+        levels,
+        lambda m: (
+            f"text_encoders.{clip[m[1]]}.transformer.text_model.encoder.layers.0."
+            f"self_attn.{m[2]}_proj."
+        ),
+        name,
+    )
+
+
 def forms(unet: Any, folder: Path, where: Path) -> dict[str, tuple[Path, float, str]]:
     """(file or folder, strength, kind) of each form of one LoRA."""
     kohya = safetensors.torch.load_file(folder / KOHYA)
@@ -56,6 +85,11 @@ def forms(unet: Any, folder: Path, where: Path) -> dict[str, tuple[Path, float, 
     in_halves = {n: t if "alpha" in n else t.half() for n, t in kohya.items()}
     dotted = {
         name.replace("lora_unet_", "diffusion_model."): tensor for name, tensor in no_alpha.items()
+    }
+    scaled = {n.replace(".alpha", ".scalar"): torch.tensor(0.25) for n in kohya if "alpha" in n}
+    scaled |= kohya
+    simple_tuner = {
+        name.replace("lora_unet_", "lycoris_"): t for name, t in as_underscored(unet, 5.0).items()
     }
     settings = {"unet.r": RANK, "unet.lora_alpha": 3.0, "unet.use_rslora": True}
     bare = {"r": RANK, "lora_alpha": 3.0}
@@ -89,6 +123,9 @@ def forms(unet: Any, folder: Path, where: Path) -> dict[str, tuple[Path, float, 
             "kohya",
         ),
         "prefixed": (write(where / "i.safetensors", dotted), 1.0, "kohya"),
+        "SimpleTuner": (write(where / "j.safetensors", simple_tuner), 5 / RANK, "kohya"),
+        "ComfyUI": (write(where / "k.safetensors", as_comfyui(unet, 5.0)), 5 / RANK, "diffusers"),
+        "a learned factor": (write(where / "l.safetensors", scaled), 3 / RANK / 4, "kohya"),
     }
     return found
 
@@ -105,6 +142,9 @@ FORMS = (
     "kohya, fp16",
     "underscored",
     "prefixed",
+    "SimpleTuner",
+    "ComfyUI",
+    "a learned factor",
 )
 
 
@@ -158,7 +198,10 @@ def test_several_at_their_weights_draw_as_in_diffusers(base: Path, tmp_path: Pat
     assert (results[0] - results[2]).abs().max() > 0.05
 
 
-def test_text_encoders_take_their_parts_as_in_diffusers(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("naming", ["kohya", "ComfyUI"])
+def test_text_encoders_take_their_parts_as_in_diffusers(
+    base: Path, tmp_path: Path, naming: str
+) -> None:
     torch.manual_seed(0)
     unet = made_lora(base, tmp_path, rank=4, alpha=16.0)
     both = safetensors.torch.load_file(tmp_path / KOHYA) | text_lora(4, 8.0, (32, 48))
@@ -168,6 +211,10 @@ def test_text_encoders_take_their_parts_as_in_diffusers(base: Path, tmp_path: Pa
     encoders = load_text_encoders(str(base), torch.float32)
     pipeline.load_lora_weights(str(path))
     pipeline.set_adapters(pipeline.get_active_adapters(), 0.7)
+    if naming == "ComfyUI":
+        path = write(
+            tmp_path / "both.safetensors", {comfyui_text_name(n): t for n, t in both.items()}
+        )
     assert apply_text_loras(encoders, [(tmp_path / LORA, 1.0), (path, 0.7)]) == 4
     tokens = torch.randint(0, 500, (2, 77))
     theirs = (pipeline.text_encoder, pipeline.text_encoder_2)
@@ -190,6 +237,12 @@ def key(module: str, rank: int = 4, width: int = 32, out: int = 32) -> Tensors:
     }
 
 
+def loha(module: str) -> Tensors:
+    names = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+    shapes = ((32, 4), (4, 32), (32, 4), (4, 32))
+    return {f"{module}.{n}": torch.randn(s) / 4 for n, s in zip(names, shapes, strict=True)}
+
+
 BLOCK = "lora_unet_input_blocks_3_1_transformer_blocks_0_"
 SD = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
 OTHERS: dict[str, tuple[Tensors, str]] = {
@@ -202,9 +255,48 @@ OTHERS: dict[str, tuple[Tensors, str]] = {
         r"a LoRA of Flux\)",
     ),
     "SD3": (key("lora_unet_joint_blocks_0_x_block_attn_qkv"), r"a LoRA of SD3\)"),
-    "LoHa": ({f"{BLOCK}attn1_to_q.hada_w1_a": torch.zeros(4, 4)}, "a LoHa .*; LoRA, rsLoRA"),
-    "LoKr": ({f"{BLOCK}attn1_to_q.lokr_w1": torch.zeros(4, 4)}, "a LoKr "),
-    "full": ({f"{BLOCK}attn1_to_q.diff": torch.zeros(4, 4)}, "full differences "),
+    "SD 1 by its levels": (key(SD.replace("attn2", "attn1")), r"a LoRA of SD 1 or 2\)"),
+    "Qwen-Image": (key("transformer.transformer_blocks.0.img_mlp.net.2"), r"a LoRA of Qwen-Image"),
+    "Wan": (key("diffusion_model.blocks.0.self_attn.q"), r"a LoRA of Wan\)"),
+    "LoHa": (loha(f"{BLOCK}attn1_to_q"), "holds LoHa, which .* `export --merge` puts it"),
+    "LoKr": (
+        {f"{BLOCK}attn1_to_q.lokr_w{n}": torch.ones(4, 4) for n in "12"},
+        "holds LoKr, which can be neither trained on nor converted",
+    ),
+    "full": ({f"{BLOCK}attn1_to_q.diff": torch.zeros(4, 4)}, "holds full differences, which"),
+    "norms beside a LoRA": (
+        key(f"{BLOCK}attn1_to_q") | {f"{BLOCK}norm1.w_norm": torch.zeros(32)},
+        "holds norms, which",
+    ),
+    "half a LoHa": (
+        {f"{BLOCK}attn1_to_q.hada_w1_a": torch.ones(4, 4)},
+        "damaged, or of an unknown kind: .*attn1_to_q has hada_w1_a",
+    ),
+    "peft's OFT": (
+        {"unet.mid_block.attentions.0.proj_in.oft_R.weight": torch.ones(4, 4)},
+        "an OFT in peft's form .*; LoRA, rsLoRA",
+    ),
+    "early OFT": (
+        {f"{BLOCK}attn1_to_q.oft_diag": torch.zeros(4, 8, 8)},
+        r"an OFT of an early LyCORIS version \(.*attn1_to_q.oft_diag\)",
+    ),
+    "integers": (
+        {n: t.to(torch.int32) for n, t in key(f"{BLOCK}attn1_to_q").items()},
+        "damaged: (down|up) of .*attn1_to_q is of type int32, not a float",
+    ),
+    "not a number": (
+        key(f"{BLOCK}attn1_to_q") | {f"{BLOCK}attn1_to_q.alpha": torch.tensor(torch.nan)},
+        "the alpha of .*attn1_to_q is no number",
+    ),
+    "two downs": (
+        key(f"{BLOCK}attn1_to_q") | {f"{BLOCK}attn1_to_q.lora_A.weight": torch.zeros(4, 32)},
+        "damaged: .*attn1_to_q has down twice",
+    ),
+    "embedding": ({"clip_g": torch.ones(4, 48)}, r"an embedding and no LoRA \(clip_g\)"),
+    "embeddings alone": (
+        {"bundle_emb.word.clip_g": torch.ones(4, 48)},
+        "holds no LoRA weights: it has nothing but bundle_emb.word.clip_g and the like",
+    ),
     "half": (
         {f"{BLOCK}attn1_to_q.lora_down.weight": torch.zeros(4, 32)},
         "attn1_to_q has no up weight",
@@ -213,7 +305,7 @@ OTHERS: dict[str, tuple[Tensors, str]] = {
         key(f"{BLOCK}attn1_to_q") | {f"{BLOCK}attn1_to_q.lora_up.weight": torch.zeros(32, 5)},
         r"damaged: .*\[4, 32\] and \[32, 5\]",
     ),
-    "no rank": (key(f"{BLOCK}attn1_to_q", 0), r"damaged: .*\[0, 32\] and \[32, 0\]"),
+    "no rank": (key(f"{BLOCK}attn1_to_q", 0), r"damaged: (down|up) of .*attn1_to_q is empty"),
     "alphas": (
         key(f"{BLOCK}attn1_to_q") | {f"{BLOCK}attn1_to_q.alpha": torch.ones(2)},
         "damaged: the alpha of .*attn1_to_q is no number",
@@ -221,7 +313,7 @@ OTHERS: dict[str, tuple[Tensors, str]] = {
     "other shape": (key(f"{BLOCK}attn1_to_q", 4, 33), r"weights of \[32, 33\], not \[32, 32\]"),
     "DoRA over the input": (
         key(f"{BLOCK}attn1_to_q") | {f"{BLOCK}attn1_to_q.dora_scale": torch.ones(1, 32)},
-        "normed over its input",
+        "holds DoRA normed over its input, which",
     ),
     "DoRA in part": (
         key(f"{BLOCK}attn1_to_q")
@@ -317,3 +409,24 @@ def test_the_module_that_differs_keeps_its_rank_and_alpha(base: Path, tmp_path: 
     third = load_unet(str(base), torch.float32)
     load_lora(third, written)
     assert_close(state_after(third), expected)
+
+
+def test_what_is_bundled_with_a_lora_is_named_and_not_used(base: Path, tmp_path: Path) -> None:
+    unet = made_lora(base, tmp_path, rank=4, alpha=16.0)
+    tensors = safetensors.torch.load_file(tmp_path / KOHYA) | {
+        "bundle_emb.cat.clip_l": torch.ones(2, 32),
+        "bundle_emb.cat.clip_g": torch.ones(2, 48),
+        "bundle_emb.dog.string_to_param.*": torch.ones(2, 48),
+        "_aux.step": torch.ones(1),
+    }
+    path = write(tmp_path / "bundle.safetensors", tensors)
+    again = load_unet(str(base), torch.float32)
+    with pytest.warns(UserWarning) as told:
+        load_lora(again, path)
+    messages = [str(one.message) for one in told]
+    assert messages == [
+        f"{path}: its bundled embeddings (bundle_emb.*: cat, dog) are not used",
+        f"{path}: its auxiliary tensors (_aux.*: step) are not used",
+    ]
+    assert_close(state_after(again), fused(base, unet, 16 / 4))
+    assert num_lora_parameters(path) == num_lora_parameters(tmp_path / LORA)
