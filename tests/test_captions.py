@@ -42,11 +42,14 @@ def test_a_list_may_give_several_captions(tmp_path: Path) -> None:
         {"file_name": "e.png", "text": ["x", " "]},
     )
     source = read_one(tmp_path)
-    assert captions(source) == {"a.png": ("one", "two", "one"), "b.png": ("x",)}
+    assert captions(source) == {
+        "a.png": ("one", "two", "one"),
+        "b.png": ("x",),
+        "e.png": ("x",),  # the blank one beside it is dropped
+    }
     assert {path: why.partition(": no caption")[0] for path, why in reasons(source).items()} == {
         "c.png": "captions.jsonl:3",
         "d.png": "captions.jsonl:4",
-        "e.png": "its caption is empty",
     }
     kept = read_one(tmp_path, missing_caption="any", empty_captions=True)
     assert captions(kept)["d.png"] == ("any",), "it has none"
