@@ -25,7 +25,7 @@ from precompute.dataset.masks import find_masks
 from precompute.dataset.names import PICTURES, TEXTS, is_hidden, is_picture, stem_of, unread_image
 from precompute.dataset.records import Memory, Record, Rejected, Source
 from precompute.dataset.rows import MOST_REPEATS
-from precompute.dataset.splits import TRAIN, VAL, Layout, divide, find_layout
+from precompute.dataset.splits import TRAIN, VAL, divide, find_layout
 from precompute.dataset.tars import COMPRESSED, Pack, open_pack, too_large
 from precompute.settings import EncodeSettings
 from shards.manifest import UNCONDITIONAL
@@ -47,10 +47,10 @@ def read_data_set(settings: EncodeSettings, memory: Memory | None = None) -> dic
     root, val_share, memory = settings.dataset, settings.val_share, memory or Memory()
     if not root.is_dir():
         raise ValueError(f"{root}: no such folder" if not root.exists() else f"{root}: no folder")
-    layout = find_layout(root)
-    sources = (None if _has_list(root) else _read_layout(root, layout, settings, memory)) or divide(
-        root, read_source(root, settings, memory)
-    )
+    folders = find_layout(root)
+    sources = (
+        None if _has_list(root) else _read_layout(root, folders, settings, memory)
+    ) or divide(root, read_source(root, settings, memory))
     if not val_share:
         return sources
     if VAL in sources:
@@ -59,28 +59,28 @@ def read_data_set(settings: EncodeSettings, memory: Memory | None = None) -> dic
 
 
 def _read_layout(
-    root: Path, layout: Layout, settings: EncodeSettings, memory: Memory
+    root: Path, folders: dict[str, Path], settings: EncodeSettings, memory: Memory
 ) -> dict[str, Source] | None:
     """Folders for train and val, each a set of its own; None where the root is one set."""
-    folders = {TRAIN: layout.train, VAL: layout.val}
-    if layout.train is None or (layout.val is None and not _has_list(layout.train)):
+    train = folders.get(TRAIN)
+    if train is None or (VAL not in folders and not _has_list(train)):
         return None
-    loose = [path.name for path in sorted(root.iterdir()) if _is_loose(path)]
+    here = [path for path in sorted(root.iterdir()) if path not in folders.values()]
+    beside = " and ".join(f"{path.name}/" for path in folders.values())
+    loose = [path.name for path in here if _is_loose(path)]
     if loose:
-        beside = " and ".join(f"{path.name}/" for path in folders.values() if path)
         raise ValueError(f"{root}: {loose[0]} lies beside {beside}: in which is it?")
-    for path in layout.others:
-        if not _is_left_out(path, settings):
-            read = " and ".join(f"{path.name}/" for path in folders.values() if path)
-            warnings.warn(f"{path}: not read: only {read} are", stacklevel=3)
-    if layout.val is None:
-        source = read_source(layout.train, settings, memory, f"{layout.train.name}/")
-        return divide(layout.train, source)
-    sources = {}
-    for name, folder in folders.items():
-        assert folder is not None
-        sources[name] = read_source(folder, settings, memory, f"{folder.name}/")
-    return sources | {TRAIN: divide(layout.train, sources[TRAIN], may_validate=False)[""]}
+    others = [path for path in here if path.resolve() != settings.out.resolve()]
+    if others:
+        names = [path.name + "/" * path.is_dir() for path in others]
+        warnings.warn(f"{root}: not read, as only {beside} are: {_named(names)}", stacklevel=3)
+    sources = {
+        split: read_source(folder, settings, memory, f"{folder.name}/")
+        for split, folder in folders.items()
+    }
+    if VAL not in folders:
+        return divide(train, sources[TRAIN])
+    return sources | {TRAIN: divide(train, sources[TRAIN], may_validate=False)[""]}
 
 
 def _has_list(folder: Path) -> bool:
@@ -91,10 +91,6 @@ def _has_list(folder: Path) -> bool:
 def _is_loose(path: Path) -> bool:
     ours = path.name.lower().endswith((*PICTURES, ".tar")) and not is_hidden(path.name)
     return ours and path.is_file()
-
-
-def _is_left_out(path: Path, settings: EncodeSettings) -> bool:
-    return is_hidden(path.name) or path.resolve() == settings.out.resolve()
 
 
 def split(source: Source, val_share: float) -> dict[str, Source]:

@@ -10,7 +10,6 @@ a benchmark.
 import re
 import warnings
 from collections import Counter
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -79,36 +78,25 @@ def folder_of(path: str) -> str:
     return path if path.lower().endswith(TAR) else path.rpartition("/")[0]
 
 
-@dataclass(frozen=True)
-class Layout:
-    """The folders directly in a dataset that are named after splits."""
+def find_layout(root: Path) -> dict[str, Path]:
+    """The folders directly in a dataset that are named after the splits train and val.
 
-    train: Path | None = None
-    val: Path | None = None
-    others: tuple[Path, ...] = ()
-
-
-def find_layout(root: Path) -> Layout:
-    """
     Raises:
         ValueError: two folders are one split.
     """
     found: dict[str, list[Path]] = {TRAIN: [], VAL: [], TEST: []}
-    others: list[Path] = []
     for path in sorted(path for path in root.iterdir() if path.is_dir()):
         split = split_of_name(path.name)
-        (found[split] if split else others).append(path)
+        if split:
+            found[split].append(path)
     # Hugging Face counts eval to the tests; beside a folder for validation it is one.
     plain = [path for path in found[VAL] if "eval" not in path.name.lower()]
-    if plain and len(found[VAL]) > len(plain):
-        others += [path for path in found[VAL] if path not in plain]
-        found[VAL] = plain
+    found[VAL] = plain or found[VAL]
     for split in (TRAIN, VAL):
         if len(found[split]) > 1:
             names = " and ".join(f"{path.name}/" for path in found[split][:2])
             raise ValueError(f"{root}: both {names} are named like the {split} split; keep one")
-    train, val = (found[split][0] if found[split] else None for split in (TRAIN, VAL))
-    return Layout(train, val, (*found[TEST], *others))
+    return {split: found[split][0] for split in (TRAIN, VAL) if found[split]}
 
 
 def divide(root: Path, source: Source, may_validate: bool = True) -> dict[str, Source]:
