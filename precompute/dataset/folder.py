@@ -251,9 +251,15 @@ def _with_caption(place: Tree | Pack, path: str, settings: EncodeSettings) -> tu
     row = place.row(rows[0]) if rows else NO_ROW
     if not any(captions):
         captions = row.captions or captions
-    record = Record(place.label(path), place.blob(path), captions, row.weight, row.repeats)
-    missing = stem.rpartition("/")[2] + TEXTS[0]
-    return replace(record, split=row.split), f"no caption: {missing} is missing"
+    record = Record(
+        place.label(path),
+        place.blob(path),
+        captions,
+        row.weight,
+        row.repeats,
+        split=row.split,
+    )
+    return record, f"no caption: {stem.rpartition('/')[2]}{TEXTS[0]} is missing"
 
 
 def find_sidecars(place: Tree | Pack, stem: str, endings: tuple[str, ...]) -> list[str]:

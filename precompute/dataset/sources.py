@@ -4,6 +4,7 @@ Everything in the folder is accounted for: it is the image of a record, a sideca
 with its reason, or named in a warning as hidden or unused.
 """
 
+import os
 import re
 import warnings
 from collections import Counter
@@ -70,7 +71,8 @@ def _read_layout(
     loose = [path.name for path in here if _is_loose(path)]
     if loose:
         raise ValueError(f"{root}: {loose[0]} lies beside {beside}: in which is it?")
-    others = [path for path in here if path.resolve() != settings.out.resolve()]
+    out = os.path.realpath(settings.out)
+    others = [path for path in here if os.path.realpath(path) != out]
     if others:
         names = [path.name + "/" * path.is_dir() for path in others]
         warnings.warn(f"{root}: not read, as only {beside} are: {_named(names)}", stacklevel=3)
@@ -84,8 +86,8 @@ def _read_layout(
 
 
 def _has_list(folder: Path) -> bool:
-    names = (path.name.lower() for path in folder.iterdir() if path.is_file())
-    return any(name in (*LISTS, *TABLES) for name in names)
+    lists = (*LISTS, *TABLES)
+    return any(path.name.lower() in lists and path.is_file() for path in folder.iterdir())
 
 
 def _is_loose(path: Path) -> bool:

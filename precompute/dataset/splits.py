@@ -7,6 +7,7 @@ image is trained on by accident: a name that is not meant so costs a warning, th
 a benchmark.
 """
 
+import os
 import re
 import warnings
 from collections import Counter
@@ -85,10 +86,12 @@ def find_layout(root: Path) -> dict[str, Path]:
         ValueError: two folders are one split.
     """
     found: dict[str, list[Path]] = {TRAIN: [], VAL: [], TEST: []}
-    for path in sorted(path for path in root.iterdir() if path.is_dir()):
-        split = split_of_name(path.name)
-        if split:
-            found[split].append(path)
+    with os.scandir(root) as entries:  # Path.iterdir would ask the disk about each of its files
+        folders = sorted(entry.name for entry in entries if entry.is_symlink() or entry.is_dir())
+    for name in folders:
+        split = split_of_name(name)
+        if split and (root / name).is_dir():
+            found[split].append(root / name)
     # Hugging Face counts eval to the tests; beside a folder for validation it is one.
     plain = [path for path in found[VAL] if "eval" not in path.name.lower()]
     found[VAL] = plain or found[VAL]
