@@ -181,10 +181,9 @@ def _with_masks(tree: Tree, found: Iterable[Item]) -> list[Item]:
                 item = Rejected(item.path, str(error))
         items.append(item)
     tree.used.update(masks.all)
-    taken = {item.mask.file for item in items if isinstance(item, Record) and item.mask}
     return [
         Rejected(item.path, "is the mask of another image: no image to train on")
-        if isinstance(item, Record) and item.picture.file in taken
+        if isinstance(item, Record) and item.path in masks.all
         else item
         for item in items
     ]
