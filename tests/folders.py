@@ -4,7 +4,6 @@ import hashlib
 import io
 import json
 import os
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -37,17 +36,7 @@ def put_list(folder: Path, *lines: Any, name: str = "captions.jsonl") -> None:
     (folder / name).write_text(text, encoding="utf-8")
 
 
-ACCOUNTS = r".*: (skipped as hidden|not used, neither images|\d+ blank captions? dropped)"
-
-
 def read_set(folder: Path, **settings: Any) -> dict[str, Source]:
-    """What is hidden or unused is in the sources; most tests are of something else."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ACCOUNTS)
-        return read_with_warnings(folder, **settings)
-
-
-def read_with_warnings(folder: Path, **settings: Any) -> dict[str, Source]:
     return read_data_set(EncodeSettings(dataset=folder, base="", out=folder, **settings))
 
 

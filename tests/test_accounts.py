@@ -15,7 +15,7 @@ from precompute.dataset.names import PICTURES, TEXTS, UNREAD, masked_stems, stem
 from precompute.dataset.records import Source
 from precompute.dataset.sources import read_data_set
 from precompute.settings import EncodeSettings
-from tests.folders import captions, picture, put, put_list, read_one, read_with_warnings, reasons
+from tests.folders import captions, picture, put, put_list, read_one, read_set, reasons
 
 FOLDERS = ["", "", "", "sub", "sub/deep", "masks", "images", "Test", "validation", "train"]
 FOLDERS += [".ipynb_checkpoints", "__MACOSX", "@eaDir", "10_cat", "test shots", "a.b"]
@@ -168,7 +168,7 @@ def test_what_a_system_leaves_is_skipped_and_named(tmp_path: Path, name: str) ->
     put(tmp_path / "b.png", "a cat")
     put(tmp_path / name, "a dog")
     with pytest.warns(UserWarning, match="skipped as hidden or the system's") as caught:
-        sources = read_with_warnings(tmp_path)
+        sources = read_set(tmp_path)
     assert captions(sources[""]) == {"b.png": ("a cat",)} and not sources[""].rejected
     (hidden, *_) = sources[""].hidden
     assert name.startswith(hidden) and hidden in str(caught[0].message)

@@ -9,7 +9,7 @@ import pytest
 
 from precompute.dataset.captions import shuffled
 from precompute.settings import EncodeSettings
-from tests.folders import captions, put, put_list, read_one, read_with_warnings, reasons
+from tests.folders import captions, put, put_list, read_one, read_set, reasons
 from tests.test_tars import put_tar
 
 
@@ -228,5 +228,5 @@ def test_blank_captions_beside_others_are_dropped_and_counted(tmp_path: Path) ->
     with pytest.warns(
         UserWarning, match=r"2 blank captions dropped beside others, e\.g\. of a\.png"
     ):
-        (source,) = read_with_warnings(tmp_path, missing_caption="any").values()
+        (source,) = read_set(tmp_path, missing_caption="any").values()
     assert captions(source) == {"a.png": ("x", "y"), "b.png": ("z",)}

@@ -116,7 +116,6 @@ def test_the_miniature_gives_its_pictures_back(
     assert all("bare_psnr" not in one for one in found["pictures"])
 
 
-@pytest.mark.filterwarnings("ignore:.* not used, neither images")  # texts whose images come later
 def test_it_follows_from_what_the_cache_holds(
     pictures: Path, tmp_path: Path, encode_to: Encode, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from precompute.dataset.splits import mentions_split, split_of_name
-from tests.folders import captions, put, put_list, read_set, read_with_warnings
+from tests.folders import captions, put, put_list, read_set
 
 HELD_OUT = "named as if held out|by the name of|not read"
 
@@ -122,7 +122,7 @@ def test_what_only_looks_like_a_split_is_trained_on_and_said(tmp_path: Path) -> 
     for name in ("10_test/a.png", "test shots/b.png", "cats/c.png"):
         put(tmp_path / name, "x")
     with pytest.warns(UserWarning, match="though named as if held out: 10_test/, test shots/$"):
-        (source,) = read_with_warnings(tmp_path, repeat_folders=True).values()
+        (source,) = read_set(tmp_path, repeat_folders=True).values()
     assert len(source.records) == 3
 
 
