@@ -35,6 +35,8 @@ def random_bytes(rng: random.Random, name: str) -> bytes:
                 info.size = len(PNG)
                 archive.addfile(info, io.BytesIO(PNG))
         return file.getvalue()[: rng.choice([None, None, None, 900])]
+    if name.lower().endswith(".txt") and rng.random() < 0.6:
+        return b"a cat"
     return rng.choice([PNG, b"a cat", b"", rng.randbytes(40), "a cat".encode("utf-16")])
 
 
@@ -146,7 +148,7 @@ def test_everything_in_a_folder_is_encoded_a_sidecar_or_named(tmp_path: Path) ->
         outcomes["read"] += 1
         outcomes["encoded"] += sum(len(source.records) for source in sources.values())
         outcomes["rejected"] += sum(len(source.rejected) for source in sources.values())
-    assert outcomes["read"] > 100 and min(outcomes["encoded"], outcomes["rejected"]) > 300, outcomes
+    assert outcomes["read"] > 100 and min(outcomes["encoded"], outcomes["rejected"]) > 100, outcomes
 
 
 # Hidden and system files.

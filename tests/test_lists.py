@@ -101,7 +101,7 @@ def refused(tmp_path: Path) -> Path:
 def test_every_refusal_has_its_reason_and_stops_nothing(
     refused: Path, tmp_path: Path, encode_to: Encode
 ) -> None:
-    out = encode_to(refused, tmp_path / "cache")
+    out = encode_to(refused, tmp_path / "cache", max_rejected=1)
     text = (out / "rejected.jsonl").read_text(encoding="utf-8")
     rows = [json.loads(line) for line in text.split("\n")[:-1]]
     assert [row["key"] for row in rows] == sorted(key_of(row["path"]) for row in rows)
