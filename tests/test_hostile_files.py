@@ -79,7 +79,7 @@ def test_a_file_that_becomes_a_pipe_or_goes_is_no_hang(tmp_path: Path) -> None:
     put(tmp_path / "a.png")
     blob = Blob.of(tmp_path / "a.png")
     (tmp_path / "a.png").unlink()
-    with pytest.raises(ValueError, match="cannot be read: No such file"):
+    with pytest.raises(ValueError, match="no such file"):
         blob.read()
     os.mkfifo(tmp_path / "a.png")
     with pytest.raises(ValueError, match="is a named pipe"):

@@ -63,7 +63,9 @@ class Blob:
             if error.errno not in ITS_OWN:
                 error.filename = os.fspath(self.file)  # an error of a read names no file
                 raise
-            raise ValueError(f"cannot be read: {error.strerror}") from error
+            is_gone = error.errno == errno.ENOENT
+            why = "no such file" if is_gone else f"cannot be read: {error.strerror}"
+            raise ValueError(why) from error
         if changed or len(data) != self.size:
             raise ValueError("it changed while the data set was encoded; encode again")
         return data
