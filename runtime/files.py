@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -267,6 +268,36 @@ def file_sha256(path: Path) -> str:
     """sha256 of a file's bytes, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def kind_of_file(mode: int) -> str:
+    """What is not a regular file, by its ``st_mode``: "a named pipe"; empty for a regular file."""
+    for is_kind, name in (
+        (stat.S_ISREG, ""),
+        (stat.S_ISDIR, "a folder"),
+        (stat.S_ISFIFO, "a named pipe"),
+        (stat.S_ISSOCK, "a socket"),
+    ):
+        if is_kind(mode):
+            return name
+    return "a device"
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file of the user's for reading; never a pipe or a device, which may have no end.
+
+    Raises:
+        ValueError: "is a named pipe, not a file", to be put behind its name.
+        OSError: it cannot be opened.
+    """
+    # A pipe would block until somebody writes to it, so the kind is asked of what was opened.
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(path, flags)
+    kind = kind_of_file(os.fstat(descriptor).st_mode)
+    if kind:
+        os.close(descriptor)
+        raise ValueError(f"is {kind}, not a file")
+    return os.fdopen(descriptor, "rb")
 
 
 def free_bytes(folder: Path) -> int:

@@ -9,7 +9,8 @@ import pytest
 
 from precompute.dataset.captions import shuffled
 from precompute.settings import EncodeSettings
-from tests.folders import captions, put, put_list, read_one, reasons
+from tests.folders import captions, put, put_list, read_one, read_set, reasons
+from tests.test_tars import put_tar
 
 
 def test_caption_files_are_texts_too(tmp_path: Path) -> None:
@@ -42,11 +43,14 @@ def test_a_list_may_give_several_captions(tmp_path: Path) -> None:
         {"file_name": "e.png", "text": ["x", " "]},
     )
     source = read_one(tmp_path)
-    assert captions(source) == {"a.png": ("one", "two", "one"), "b.png": ("x",)}
+    assert captions(source) == {
+        "a.png": ("one", "two", "one"),
+        "b.png": ("x",),
+        "e.png": ("x",),  # the blank one beside it is dropped
+    }
     assert {path: why.partition(": no caption")[0] for path, why in reasons(source).items()} == {
         "c.png": "captions.jsonl:3",
         "d.png": "captions.jsonl:4",
-        "e.png": "its caption is empty",
     }
     kept = read_one(tmp_path, missing_caption="any", empty_captions=True)
     assert captions(kept)["d.png"] == ("any",), "it has none"
@@ -151,3 +155,78 @@ def test_each_caption_is_shuffled_behind_its_prefix(tmp_path: Path) -> None:
 def test_settings_that_cannot_be_meant(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         EncodeSettings(dataset=Path("x"), base="", out=Path("x"), **settings)
+
+
+# Encodings.
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        ("a red heart".encode("utf-16-le"), "a red heart"),
+        ("a red heart".encode("utf-16-be"), "a red heart"),
+        ("\u732b: a cat, sitting".encode("utf-16-le"), "\u732b: a cat, sitting"),
+        ("\u732b".encode("utf-16"), "\u732b"),
+        ("\ufeff\u732b".encode("utf-16-be"), "\u732b"),
+        ("a cat".encode("utf-32"), "a cat"),
+        ("\ufeffcaf\u00e9".encode(), "caf\u00e9"),
+        (b"one\r\ntwo\rthree", "one\ntwo\nthree"),
+    ],
+    ids=["le", "be", "mixed", "marked", "marked be", "utf-32", "utf-8 mark", "line ends"],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_text_is_the_same_in_any_encoding_and_place(
+    tmp_path: Path, data: bytes, text: str, packed: bool
+) -> None:
+    files = {"a.png": b"unread", "a.txt": data}
+    if packed:
+        put_tar(tmp_path / "x.tar", files)
+    else:
+        put(tmp_path / "a.png", data)
+    (found,) = captions(read_one(tmp_path)).values()
+    assert found == (text,)
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (b"a cat\0", "a.txt holds NUL characters: save it as UTF-8"),
+        (b"\0\0\0\0", "a.txt holds NUL characters"),
+        ("\u732b\u732b\u732b a".encode("utf-16-le"), "a.txt"),
+        (b"\xff\xfea", "a.txt is not UTF-16 text"),
+        (b"caf\xe9", "a.txt is not UTF-8 text"),
+        (b"a\0 \0c\xd8", "a.txt is not UTF-16 text"),
+    ],
+)
+def test_what_is_no_text_is_rejected_by_name(tmp_path: Path, data: bytes, why: str) -> None:
+    put(tmp_path / "a.png", data)
+    source = read_one(tmp_path, missing_caption="any")
+    assert source.records == [] and reasons(source)["a.png"].startswith(f"no caption: {why}")
+
+
+def test_captions_of_a_list_keep_to_the_same_rules(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        put(tmp_path / f"{name}.png")
+    put_list(
+        tmp_path,
+        {"file_name": "a.png", "text": "one\r\ntwo\rthree"},
+        {"file_name": "b.png", "text": "a\0b"},
+    )
+    source = read_one(tmp_path)
+    assert captions(source) == {"a.png": ("one\ntwo\nthree",)}
+    assert reasons(source) == {"b.png": "its caption holds NUL characters: save it as UTF-8"}
+
+
+def test_blank_captions_beside_others_are_dropped_and_counted(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        put(tmp_path / f"{name}.png")
+    rows = [
+        {"file_name": "a.png", "text": ["x", "", " ", "y"]},
+        {"file_name": "b.png", "text": "z"},
+    ]
+    put_list(tmp_path, *rows)
+    with pytest.warns(
+        UserWarning, match=r"2 blank captions dropped beside others, e\.g\. of a\.png"
+    ):
+        (source,) = read_set(tmp_path, missing_caption="any").values()
+    assert captions(source) == {"a.png": ("x", "y"), "b.png": ("z",)}

@@ -101,7 +101,7 @@ def refused(tmp_path: Path) -> Path:
 def test_every_refusal_has_its_reason_and_stops_nothing(
     refused: Path, tmp_path: Path, encode_to: Encode
 ) -> None:
-    out = encode_to(refused, tmp_path / "cache")
+    out = encode_to(refused, tmp_path / "cache", max_rejected=1)
     text = (out / "rejected.jsonl").read_text(encoding="utf-8")
     rows = [json.loads(line) for line in text.split("\n")[:-1]]
     assert [row["key"] for row in rows] == sorted(key_of(row["path"]) for row in rows)
@@ -170,3 +170,72 @@ def test_a_detour_names_the_same_file(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     source = one_more(tmp_path, '{"file_name": "sub/../good.png", "text": "x"}')
     assert reasons(source) == {"captions.jsonl:2": "good.png is named a second time"}
+
+
+# Encodings, and tables.
+
+
+def test_a_line_that_is_not_utf8_is_one_rejected_line(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        put(tmp_path / name)
+    lines = [b'{"file_name": "a.png", "text": "caf\xe9"}', b'{"file_name": "b.png", "text": "b"}']
+    (tmp_path / "captions.jsonl").write_bytes(b"\r".join(lines))
+    source = read_one(tmp_path)
+    assert captions(source) == {"b.png": ("b",)}
+    assert reasons(source)["captions.jsonl:1"] == "not UTF-8 text"
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-8-sig"])
+@pytest.mark.parametrize("name", ["captions.jsonl", "Metadata.CSV"])
+def test_lists_in_other_encodings(tmp_path: Path, encoding: str, name: str) -> None:
+    put(tmp_path / "a.png")
+    row = '{"file_name": "a.png", "text": "a \u732b"}\n'
+    text = "file_name,text\na.png,a \u732b\n" if name.endswith("CSV") else row
+    (tmp_path / name).write_bytes(text.encode(encoding))
+    assert captions(read_one(tmp_path)) == {"a.png": ("a \u732b",)}
+
+
+TABLE = """File_Name{0} text{0}weight{0}repeats
+a.png{0}"a cat, ""big""
+and red"{0}0.5{0}3
+b.png{0}a dog{0}{0}
+c.png{0}x{0}heavy{0}
+d.png{0}x{0}1{0}1{0}more
+e.png{0}
+"""
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_a_table_is_a_list(tmp_path: Path, separator: str) -> None:
+    for name in "abcdef":
+        put(tmp_path / f"{name}.png")
+    (tmp_path / "metadata.csv").write_text(TABLE.format(separator))
+    source = read_one(tmp_path)
+    found = {one.path: (one.captions, one.weight, one.repeats) for one in source.records}
+    assert found == {
+        "a.png": (('a cat, "big"\nand red',), 0.5, 3),
+        "b.png": (("a dog",), 1.0, 1),
+    }
+    why = reasons(source)
+    assert "its weight must be a number" in why["c.png"]
+    assert why["metadata.csv:6"] == "5 fields in 4 columns: quote the caption"
+    assert set(why) == {"c.png", "metadata.csv:6", "d.png", "e.png", "f.png"}
+
+
+def test_a_table_that_is_none_is_named(tmp_path: Path) -> None:
+    put(tmp_path / "a.png")
+    (tmp_path / "captions.csv").write_text("a.png,a cat\n")
+    assert reasons(read_one(tmp_path))["captions.csv:1"].startswith("none of its columns is file_")
+    (tmp_path / "captions.csv").write_text('file_name,text\na.png,"a cat\n')
+    assert "not valid CSV" in reasons(read_one(tmp_path))["captions.csv:2"]
+
+
+def test_a_table_is_not_read_beside_texts_or_a_list(tmp_path: Path) -> None:
+    put(tmp_path / "a.png", "of the text")
+    (tmp_path / "metadata.csv").write_text("file_name,text\na.png,of the table\n")
+    source = read_one(tmp_path)
+    assert (captions(source), source.unused) == ({"a.png": ("of the text",)}, ["metadata.csv"])
+    put_list(tmp_path, {"file_name": "a.png", "text": "of the list"})
+    source = read_one(tmp_path)
+    assert captions(source) == {"a.png": ("of the list",)}
+    assert source.unused == ["a.txt", "metadata.csv"]

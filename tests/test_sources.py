@@ -33,14 +33,12 @@ NAMES = [
     "a.b.c.png",
     "a.b.png",
     "a..png",
-    ".hidden.png",
     "twin.jpg",
     "twin.png",
     "one/same.png",
     "two/same.png",
     "one/two/same.png",
     "dir.with.dots/same.png",
-    ".hidden/same.png",
     "caf\u00e9.png",  # composed
     "cafe\u0301.png",  # decomposed
     "\U0001f642\u200d\u2603.png",
@@ -51,6 +49,7 @@ NAMES = [
     "x" * 200 + ".png",
     "x" * 199 + "y.png",
 ]
+HIDDEN = [".hidden.png", ".hidden/same.png", ".png"]  # taken where a list names them
 
 
 @pytest.fixture(scope="module")
@@ -79,13 +78,14 @@ def test_no_name_is_lost_or_merged(many_names: Path) -> None:
 
 def test_no_name_in_a_list_is_lost_or_merged(many_names: Path, tmp_path: Path) -> None:
     folder = tmp_path / "listed"
-    for name in NAMES:
+    names = [*NAMES, *HIDDEN]
+    for name in names:
         put(folder / name)
-    put_list(folder, *({"file_name": name, "text": f"about {name}"} for name in NAMES))
+    put_list(folder, *({"file_name": name, "text": f"about {name}"} for name in names))
     source = read_one(folder)
     assert reasons(source) == {}
-    assert captions(source) == {name: (f"about {name}",) for name in NAMES}
-    assert [r.key for r in source.records] == sorted(map(key_of, NAMES))
+    assert captions(source) == {name: (f"about {name}",) for name in names}
+    assert [r.key for r in source.records] == sorted(map(key_of, names))
 
 
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # webdataset leaves tars open
@@ -136,14 +136,6 @@ def test_a_set_may_come_split(tmp_path: Path) -> None:
         "train": {"a.png": ("train a",), "b.png": ("train b",)},
         "val": {"images/a.png": ("val a",)},
     }
-
-
-def test_one_list_beside_train_and_val_makes_one_set(tmp_path: Path) -> None:
-    put(tmp_path / "train" / "a.png")
-    put(tmp_path / "val" / "a.png")
-    put_list(tmp_path, *({"file_name": f"{n}/a.png", "text": n} for n in ("train", "val")))
-    (source,) = read_set(tmp_path).values()
-    assert captions(source) == {"train/a.png": ("train",), "val/a.png": ("val",)}
 
 
 def test_a_set_alone_has_no_name(tmp_path: Path) -> None:
@@ -210,7 +202,7 @@ def test_refused_texts(tmp_path: Path) -> None:
         "empty.png": "its caption is empty",
         "blank.png": "its caption is empty",
         "latin.png": "no caption: latin.txt is not UTF-8 text",
-        "folder.png": "no caption: folder.txt: Is a directory",
+        "folder.png": "no caption: folder.txt is a folder",
     }
     assert [r.key for r in source.rejected] == sorted(map(key_of, reasons(source)))
 
@@ -258,13 +250,6 @@ def test_a_file_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
     assert "UTF-8" in next(iter(reasons(source).values()))
 
 
-def test_a_name_that_is_only_an_ending(tmp_path: Path) -> None:
-    put(tmp_path / "good.png", "good")
-    put(tmp_path / ".png")
-    source = read_one(tmp_path)
-    assert len(source.records) + len(source.rejected) == 2
-
-
 # Errors: nothing can be read, and one line says why.
 
 
@@ -276,11 +261,6 @@ def both_lists(folder: Path) -> None:
 def loose_pictures(folder: Path) -> None:
     for name in ("train/a.png", "val/a.png", "loose.png"):
         put(folder / name, "a")
-
-
-def latin_list(folder: Path) -> None:
-    put(folder / "a.png")
-    (folder / "captions.jsonl").write_bytes(b'{"file_name": "a.png", "text": "caf\xe9"}')
 
 
 def empty_val(folder: Path) -> None:
@@ -296,10 +276,9 @@ def empty_val(folder: Path) -> None:
         (lambda folder: put(folder / "a.md", "a"), "set: no pictures in it"),
         (both_lists, "both captions.jsonl and metadata.jsonl"),
         (loose_pictures, "loose.png lies beside train/ and val/"),
-        (latin_list, "captions.jsonl: not UTF-8 text"),
         (empty_val, "val: no pictures in it"),
     ],
-    ids=["gone", "empty", "no pictures", "both lists", "loose", "latin list", "empty val"],
+    ids=["gone", "empty", "no pictures", "both lists", "loose", "empty val"],
 )
 def test_what_cannot_be_read_is_an_error(
     tmp_path: Path, make: Callable[[Path], Any], words: str
@@ -322,5 +301,5 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
 def test_a_set_with_a_val_of_its_own_takes_no_share(tmp_path: Path) -> None:
     put(tmp_path / "train" / "a.png", "a")
     put(tmp_path / "val" / "b.png", "b")
-    with pytest.raises(ValueError, match="leave --val-share out"):
+    with pytest.raises(ValueError, match="remove --val-share"):
         read_set(tmp_path, val_share=0.1)

@@ -195,7 +195,8 @@ def test_shards_of_a_cache_are_none_of_the_users(tmp_path: Path) -> None:
         put(folder / "sheet.png")
     (tmp_path / "old" / "unconditional.safetensors").write_bytes(b"")
     settings = EncodeSettings(dataset=tmp_path, base="", out=tmp_path / "out")
-    (source,) = read_data_set(settings).values()
+    with pytest.warns(UserWarning, match=r"not used, .* \(1\): old/$"):
+        (source,) = read_data_set(settings).values()
     assert set(captions(source)) == {"a.png"}
     assert set(reasons(source)) == {"old/sheet.png"}
 

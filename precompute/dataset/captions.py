@@ -1,5 +1,6 @@
-"""What is done to captions between the file and the text encoders."""
+"""What is done to captions between the file and the text encoders: decoded, then settled."""
 
+import codecs
 import math
 from collections import Counter
 from dataclasses import replace
@@ -11,13 +12,67 @@ from precompute.settings import EncodeSettings
 from shards.plan import derive_key
 
 MOST_CAPTIONS = 65_535  # the index counts them in 16 bits
+MOST_TEXT_BYTES = 1 << 20  # of a text file; no encoder reads more than a few thousand tokens
+_MARKS = (  # longest first: the mark of UTF-32 begins as that of UTF-16
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+
+
+def text_encoding(head: bytes) -> str:
+    """The encoding of a text that begins with ``head``: by its mark, else by where its NULs are.
+
+    UTF-16 without a mark, as some Windows programs save it, has a NUL in every other byte of Latin
+    text. No text in UTF-8 has any NUL.
+
+    Raises:
+        ValueError: there are NULs, and not as in UTF-16.
+    """
+    for mark, encoding in _MARKS:
+        if head.startswith(mark):
+            return encoding
+    if b"\0" not in head:
+        return "utf-8"
+    pairs = max(1, len(head) // 2)
+    high, low = head[0::2].count(0), head[1::2].count(0)
+    if 2 * low >= pairs and not high:
+        return "utf-16-le"
+    if 2 * high >= pairs and not low:
+        return "utf-16-be"
+    raise ValueError("holds NUL characters: save it as UTF-8")
+
+
+def decode_text(data: bytes) -> str:
+    """The text of a file in UTF-8, or as ``text_encoding`` knows it; its lines end with \\n.
+
+    Raises:
+        ValueError: why it has none, to be put behind the file's name.
+    """
+    encoding = text_encoding(data)
+    name = encoding.upper().removesuffix("-SIG").removesuffix("-LE").removesuffix("-BE")
+    try:
+        return unify_lines(data.decode(encoding))
+    except UnicodeDecodeError:
+        raise ValueError(f"is not {name} text") from None
+
+
+def unify_lines(text: str) -> str:
+    r"""Line ends of Windows and of old Macs as ``\n``: a caption is the same wherever it lies."""
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
 def settle(
     record: Record, settings: EncodeSettings, why: str = "its caption is empty"
 ) -> Record | Rejected:
     """The record with its captions as they are encoded; ``why`` is said of one without any."""
-    captions = record.captions or ("",)
+    captions = tuple(map(unify_lines, record.captions)) or ("",)
+    if any(captions) and not all(captions) and not settings.empty_captions:
+        # One of several that a tool left blank: the others say what the image shows.
+        record = replace(record, num_blank=captions.count(""))
+        captions = tuple(filter(None, captions))
     may_be_empty = bool(record.captions) and settings.empty_captions
     if not may_be_empty and not all(captions):
         if settings.missing_caption == "reject":
@@ -26,6 +81,8 @@ def settle(
         captions = tuple(caption or instead for caption in captions)
     if not all(map(is_text, captions)):
         return Rejected(record.path, "its caption holds half a character (a lone surrogate)")
+    if any("\0" in caption for caption in captions):
+        return Rejected(record.path, "its caption holds NUL characters: save it as UTF-8")
     if settings.shuffle_tags:
         captions = tuple(
             order

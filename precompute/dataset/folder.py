@@ -1,47 +1,70 @@
 """Pictures in a folder, or packed in a tar, each with a text beside it."""
 
+import errno
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
-from precompute.dataset.captions import is_text, settle, texts_of
-from precompute.dataset.records import Blob, Memory, Record, Rejected
-from precompute.dataset.rows import NO_ROW, Row
-from precompute.dataset.tars import Pack
-from precompute.settings import EncodeSettings
-
-PICTURES = (
-    ".jpg",
-    ".jpeg",
-    ".jpe",
-    ".jfif",
-    ".png",
-    ".webp",
-    ".bmp",
-    ".gif",
-    ".tif",
-    ".tiff",
-    ".avif",
-    ".jp2",
-    ".ppm",
-    ".pgm",
-    ".heic",
+from precompute.dataset.captions import (
+    MOST_TEXT_BYTES,
+    decode_text,
+    is_text,
+    settle,
+    texts_of,
 )
-TEXTS = (".txt", ".caption")
-MASKS = (".mask.png", "-masklabel.png")
+from precompute.dataset.masks import Masks, find_masks
+from precompute.dataset.names import TEXTS, has_ending, is_hidden, is_picture, stem_of, unread_image
+from precompute.dataset.records import MOST_PICTURE_BYTES, Blob, Memory, Record, Rejected
+from precompute.dataset.rows import NO_ROW, Row
+from precompute.dataset.tars import HEAD_BYTES, Pack, too_large
+from precompute.settings import EncodeSettings
+from runtime.files import kind_of_file, open_regular
+
+MOST_DEPTH = 100  # folders in each other; a link may lead to a tree without end
 Stamp = tuple[int, int]  # size in bytes, mtime in nanoseconds
+
+# How files of the formats that encode opens begin, for those without an ending.
+_HEADS = (
+    b"\xff\xd8\xff",
+    b"\x89PNG\r\n\x1a\n",
+    b"GIF87a",
+    b"GIF89a",
+    b"II*\0",
+    b"MM\0*",
+    b"BM",
+    b"\0\0\0\x0cjP  ",
+    b"\xff\x4f\xff\x51",
+)
+_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 
 @dataclass
 class Tree:
-    """Every file below ``root``, by its relative posix path."""
+    """Every file below ``root`` that may be of the set, by its relative posix path."""
 
     root: Path
     memory: Memory
     prefix: str = ""  # of the root within the data set, for the memory: "train/"
     files: dict[str, Stamp] = field(default_factory=dict)
-    broken: list[str] = field(default_factory=list)  # links that lead nowhere
+    odd: dict[str, str] = field(default_factory=dict)  # no regular files, and what they are
+    closed: dict[str, str] = field(default_factory=dict)  # folders that are not read, and why
+    hidden: list[str] = field(default_factory=list)  # the system's; folders end with a slash
+    used: set[str] = field(default_factory=set)  # files that were asked for
+
+    @cached_property
+    def lower(self) -> dict[str, list[str]]:
+        """Paths of all files by their lower-case form."""
+        found: dict[str, list[str]] = {}
+        for path in (*self.files, *self.odd):
+            found.setdefault(path.lower(), []).append(path)
+        return found
+
+    @cached_property
+    def stems(self) -> set[str]:
+        """Of the images, their paths without ending."""
+        return {stem_of(path) for path in self.files if is_picture(path)}
 
     def label(self, path: str) -> str:
         return path
@@ -50,87 +73,160 @@ class Tree:
         """
         Raises:
             KeyError: no such file.
+            ValueError: it is larger than any image.
         """
         size, mtime_ns = self.files[path]
+        self.used.add(path)
+        if size > MOST_PICTURE_BYTES:
+            raise ValueError(too_large(size, MOST_PICTURE_BYTES))
         return Blob(self.root / path, size, mtime_ns)
+
+    def head(self, path: str) -> bytes:
+        """Its first bytes.
+
+        Raises:
+            ValueError, OSError: it cannot be read.
+        """
+        size, mtime_ns = self.files[path]
+        return Blob(self.root / path, min(size, HEAD_BYTES), mtime_ns).read()
 
     def text(self, path: str) -> str:
         """What a text file holds.
 
         Raises:
-            UnicodeDecodeError: it is not UTF-8.
-            OSError: it cannot be read.
+            ValueError: why it has none, to be put behind its name.
         """
 
         def read() -> str:
-            return (self.root / path).read_text("utf-8-sig")
+            try:
+                with open_regular(self.root / path) as file:
+                    data = file.read(MOST_TEXT_BYTES + 1)
+            except OSError as error:
+                raise ValueError(f"cannot be read: {error.strerror}") from None
+            if len(data) > MOST_TEXT_BYTES:
+                raise ValueError(f"has {too_large(len(data), MOST_TEXT_BYTES)}")
+            return decode_text(data)
 
-        if path not in self.files:
-            return read()  # raises why: missing, or a folder
-        return str(self.memory.recall(self.prefix + path, *self.files[path], read))
+        self.used.add(path)
+        if path in self.odd:
+            raise ValueError(f"is {self.odd[path]}")
+        size, mtime_ns = self.files[path]
+        if size > MOST_TEXT_BYTES:
+            raise ValueError(f"has {too_large(size, MOST_TEXT_BYTES)}")
+        return str(self.memory.recall(self.prefix + path, size, mtime_ns, read))
 
     def row(self, path: str) -> Row:
         """Of tars only: a JSON file in a folder may be any tool's."""
         return NO_ROW
 
 
-def is_picture(name: str) -> bool:
-    # A hidden name such as ".png" has no suffix for pathlib, but it is a name like any other.
-    return name.lower().endswith(PICTURES)
-
-
 def walk(root: Path, memory: Memory, prefix: str = "", skip: Path | None = None) -> Tree:
     """Names, sizes and times of all files below, in linked folders too, but for ``skip``.
 
-    Opens none.
+    Opens none. What is hidden or a system's is noted, not entered; so is a folder that cannot be
+    listed, and one that lies too deep.
 
     Raises:
-        OSError: a folder that cannot be listed.
+        OSError: ``root`` cannot be listed.
     """
     tree = Tree(root, memory, prefix)
     left_out = [] if skip is None or not skip.exists() else [skip.stat()]
-    _walk(tree, os.fspath(root), "", tuple((stat.st_dev, stat.st_ino) for stat in left_out))
+    above = tuple((one.st_dev, one.st_ino) for one in left_out)
+    # A stack and no recursion: a path may have more folders than Python has frames.
+    waiting = [("", above)]
+    while waiting:
+        inside, above = waiting.pop()
+        path = os.path.join(root, inside)
+        try:
+            status = os.stat(path)
+            here = (status.st_dev, status.st_ino)
+            if here in above:
+                continue  # a link to a folder it lies in
+            if inside.count("/") > MOST_DEPTH:
+                tree.closed[inside] = f"a folder in more than {MOST_DEPTH} others: not read"
+                continue
+            with os.scandir(path) as entries:
+                found = sorted(entries, key=lambda entry: entry.name)
+        except OSError as error:
+            if not inside:
+                raise
+            if error.errno != errno.ENOENT:  # it went while it was looked at
+                tree.closed[inside] = f"a folder that cannot be read: {error.strerror}"
+            continue
+        folders = [entry.name for entry in found if _is_folder(tree, inside, entry)]
+        waiting += [(f"{inside}{name}/", (*above, here)) for name in reversed(folders)]
     return tree
 
 
-def _walk(tree: Tree, folder: str, inside: str, above: tuple[tuple[int, int], ...]) -> None:
-    stat = os.stat(folder)
-    here = (stat.st_dev, stat.st_ino)
-    if here in above:
-        return  # a link to a folder it lies in
-    with os.scandir(folder) as entries:
-        found = sorted(entries, key=lambda entry: entry.name)
-    for entry in found:
-        name = inside + entry.name
-        try:
-            if entry.is_dir():
-                _walk(tree, entry.path, name + "/", (*above, here))
-            elif entry.is_file():
-                stat = entry.stat()
-                tree.files[name] = (stat.st_size, stat.st_mtime_ns)
-            elif entry.is_symlink():
-                tree.broken.append(name)
-        except FileNotFoundError:
-            continue  # it went while it was looked at
+def _is_folder(tree: Tree, inside: str, entry: os.DirEntry[str]) -> bool:
+    """Whether to enter it; what is none is noted in the tree."""
+    name = inside + entry.name
+    try:
+        is_folder = entry.is_dir()
+        if is_hidden(entry.name):
+            tree.hidden.append(name + "/" * is_folder)
+            return False
+        status = entry.stat()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            tree.odd[name] = "a link that leads to itself"
+        elif entry.is_symlink():
+            tree.odd[name] = "a link that leads nowhere"
+        elif error.errno != errno.ENOENT:  # it went while it was looked at
+            tree.odd[name] = f"not readable: {error.strerror}"
+        return False
+    kind = kind_of_file(status.st_mode)
+    if not kind:
+        tree.files[name] = (status.st_size, status.st_mtime_ns)
+    elif not is_folder or entry.name.lower().endswith(TEXTS):
+        tree.odd[name] = kind  # a folder x.txt too: x.jpg asks for it
+    return is_folder
 
 
 def read_pictures(place: Tree | Pack, settings: EncodeSettings) -> Iterator[Record | Rejected]:
     """Every picture with the text and the mask beside it, or why it is refused."""
-    masks = find_masks(place)
-    beside = {mask for names in masks.values() for mask in names}
+    masks = find_masks(place.files)
+    place.used.update(masks.all)
     for path in place.files:
-        if not is_picture(path) or path in beside:
+        if path in masks.all:
             continue
-        if not is_text(path):
-            yield Rejected(place.label(path), "its name is not UTF-8 text")
-            continue
-        try:
-            record, why = _with_caption(place, path, settings)
-            record = replace(record, mask=mask_beside(place, path, masks))
-        except ValueError as error:
-            yield Rejected(place.label(path), str(error))
-        else:
-            yield settle(record, settings, why)
+        what = unread_image(path)
+        if what and stem_of(path) not in place.stems:  # else the image is there in another format
+            place.used.update((path, *find_sidecars(place, stem_of(path), TEXTS)))
+            yield Rejected(
+                place.label(path), f"{what} that encode does not read: save it as PNG or JPEG"
+            )
+        elif is_picture(path) or (not has_ending(path) and _begins_like_picture(place, path)):
+            yield _read_picture(place, path, masks, settings)
+
+
+def _read_picture(
+    place: Tree | Pack, path: str, masks: Masks, settings: EncodeSettings
+) -> Record | Rejected:
+    place.used.add(path)
+    if not is_text(path):
+        return Rejected(place.label(path), "its name is not UTF-8 text")
+    try:
+        record, why = _with_caption(place, path, settings)
+        if path in masks.lone and not any(record.captions):
+            raise ValueError("is named like a mask, but there is no image that it belongs to")
+        mask = masks.beside(path)
+        if mask is not None:
+            record = replace(record, mask=place.blob(mask))
+    except ValueError as error:
+        return Rejected(place.label(path), str(error))
+    return settle(record, settings, why)
+
+
+def _begins_like_picture(place: Tree | Pack, path: str) -> bool:
+    """Whether a file is an image by its first bytes."""
+    try:
+        head = place.head(path)
+    except (ValueError, OSError):
+        return False
+    is_webp = head[:4] == b"RIFF" and head[8:12] == b"WEBP"
+    is_heif = head[4:8] == b"ftyp" and head[8:12] in _BRANDS
+    return head.startswith(_HEADS) or is_webp or is_heif
 
 
 def _with_caption(place: Tree | Pack, path: str, settings: EncodeSettings) -> tuple[Record, str]:
@@ -139,43 +235,49 @@ def _with_caption(place: Tree | Pack, path: str, settings: EncodeSettings) -> tu
     Raises:
         ValueError: a text that cannot be read, or more than one.
     """
-    stem = path.rpartition(".")[0]
-    name = stem.rpartition("/")[2]
-    texts = [ending for ending in TEXTS if stem + ending in place.files]
+    stem = stem_of(path)
+    texts = find_sidecars(place, stem, TEXTS)
+    names = [text.rpartition("/")[2] for text in texts]
     if len(texts) > 1:
-        raise ValueError(f"both {name}{texts[0]} and {name}{texts[1]}: which is its caption?")
-    ending = texts[0] if texts else TEXTS[0]
+        place.used.update(texts)
+        raise ValueError(f"both {names[0]} and {names[1]}: which is its caption?")
     captions: tuple[str, ...] = ()
-    try:
-        captions = texts_of(place.text(stem + ending), settings)
-    except FileNotFoundError:
-        pass
-    except UnicodeDecodeError:
-        raise ValueError(f"no caption: {name}{ending} is not UTF-8 text") from None
-    except OSError as error:
-        raise ValueError(f"no caption: {name}{ending}: {error.strerror}") from None
-    row = place.row(stem + ".json")
+    if texts:
+        try:
+            captions = texts_of(place.text(texts[0]), settings)
+        except ValueError as error:
+            raise ValueError(f"no caption: {names[0]} {error}") from None
+    rows = find_sidecars(place, stem, (".json",)) if isinstance(place, Pack) else []
+    row = place.row(rows[0]) if rows else NO_ROW
     if not any(captions):
         captions = row.captions or captions
-    record = Record(place.label(path), place.blob(path), captions, row.weight, row.repeats)
-    return record, f"no caption: {name}{ending} is missing"
+    record = Record(
+        place.label(path),
+        place.blob(path),
+        captions,
+        row.weight,
+        row.repeats,
+        split=row.split,
+    )
+    return record, f"no caption: {stem.rpartition('/')[2]}{TEXTS[0]} is missing"
 
 
-def find_masks(place: Tree | Pack) -> dict[str, list[str]]:
-    """Mask pictures, by the path without ending of the pictures they lie beside."""
-    masks = [path for path in place.files if path.lower().endswith(MASKS)]
-    stems = {path.rpartition(".")[0] for path in place.files if is_picture(path)} if masks else ()
-    found: dict[str, list[str]] = {}
-    for path in masks:
-        stem = next(path[: -len(one)] for one in MASKS if path.lower().endswith(one))
-        if stem in stems:
-            found.setdefault(stem, []).append(path)
-    return found
+def find_sidecars(place: Tree | Pack, stem: str, endings: tuple[str, ...]) -> list[str]:
+    """Files of these endings beside the image ``stem``, in any case: of ``X.JPG``, ``X.TXT``.
 
-
-def mask_beside(place: Tree | Pack, path: str, masks: dict[str, list[str]]) -> Blob | None:
-    found = masks.get(path.rpartition(".")[0], [])
-    if len(found) > 1:
-        names = [name.rpartition("/")[2] for name in found]
-        raise ValueError(f"both {names[0]} and {names[1]}: which is its mask?")
-    return place.blob(found[0]) if found else None
+    One of another case counts only where none is spelled like the image, and where no other image
+    is spelled like it.
+    """
+    exact = [
+        stem + ending
+        for ending in endings
+        if stem + ending in place.files or stem + ending in place.odd
+    ]
+    if exact:
+        return exact
+    return [
+        path
+        for ending in endings
+        for path in place.lower.get((stem + ending).lower(), ())
+        if stem_of(path) == stem or stem_of(path) not in place.stems
+    ]

@@ -1,50 +1,165 @@
-"""A list of pictures: captions.jsonl or metadata.jsonl, one JSON object a line."""
+"""A list of pictures: captions.jsonl or metadata.jsonl, one JSON object a line, or a .csv.
 
+A list is read line by line, each within a bound, so that one bad line or one without an end is one
+rejected entry, and the other lines are read.
+"""
+
+import csv
+import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
-from precompute.dataset.captions import is_text, settle
+from precompute.dataset.captions import is_text, settle, text_encoding
 from precompute.dataset.folder import Tree
+from precompute.dataset.names import TEXTS, is_picture
 from precompute.dataset.records import Blob, Record, Rejected
-from precompute.dataset.rows import TEXT_FIELDS, first_field, load_row, read_row
+from precompute.dataset.rows import TEXT_FIELDS, first_field, load_row, read_row, shortened
 from precompute.settings import EncodeSettings
+from runtime.files import open_regular
 
 LISTS = ("captions.jsonl", "metadata.jsonl")
+TABLES = ("captions.csv", "metadata.csv")
 FILE_FIELDS = ("file_name", "file", "image")
+MOST_LINE = 1 << 20  # characters
+MOST_LIST_BYTES = 8 * 10**9
+MOST_NAME = 4096  # characters; no file system has longer paths
+HEAD_BYTES = 4096  # tell a list's encoding
+OUTSIDE = "lies outside the data set"
+
+
+def find_list(tree: Tree) -> str | None:
+    """The list directly in the folder, by any letter case; a .csv only where no image has a text.
+
+    Raises:
+        ValueError: there are two.
+    """
+    top = [path for path in tree.files if "/" not in path and path.lower() in (*LISTS, *TABLES)]
+    tables = [name for name in top if name.lower() in TABLES]
+    lists = [name for name in top if name not in tables]
+    if not lists and tables and not any(path.lower().endswith(TEXTS) for path in tree.files):
+        lists = tables
+    if len(lists) > 1:
+        raise ValueError(f"{tree.root}: both {lists[0]} and {lists[1]}; keep one")
+    return lists[0] if lists else None
 
 
 def read_list(tree: Tree, name: str, settings: EncodeSettings) -> Iterator[Record | Rejected]:
     """What each line of the list ``name`` comes to.
 
     Raises:
-        ValueError: the list is not UTF-8 text.
+        OSError: the list cannot be read.
     """
-    listing, seen = tree.root / name, set[str]()
-    try:
-        lines = listing.read_text("utf-8-sig").split("\n")
-    except UnicodeDecodeError:
-        raise ValueError(f"{listing}: not UTF-8 text") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        item = _read_line(tree, f"{name}:{number}", line, settings)
+    tree.used.add(name)
+    seen = set[str]()
+    read_rows = _csv_rows if name.lower() in TABLES else _json_rows
+    for number, row in read_rows(tree.root / name):
+        where = f"{name}:{number}"
+        item = Rejected(where, row) if isinstance(row, str) else _read(tree, where, row, settings)
         if item.path in seen:
-            item = Rejected(f"{name}:{number}", f"{item.path} is named a second time")
+            item = Rejected(where, f"{item.path} is named a second time")
         seen.add(item.path)
         yield item
 
 
-def _read_line(tree: Tree, where: str, line: str, settings: EncodeSettings) -> Record | Rejected:
+Rows = Iterator[tuple[int, dict[str, Any] | str]]  # a line's number, and its row or why it has none
+
+
+def _json_rows(path: Path) -> Rows:
+    for number, line in _lines(path):
+        if not isinstance(line, str):
+            yield number, str(line)
+        elif line.strip():
+            try:
+                yield number, load_row(line)
+            except ValueError as error:
+                yield number, str(error)
+
+
+def _csv_rows(path: Path) -> Rows:
+    """Rows of a table whose first line names its columns; numbers become such."""
+    number = 0
+
+    def text_lines() -> Iterator[str]:
+        nonlocal number
+        for at, line in _lines(path):
+            number = at
+            if not isinstance(line, str):
+                raise csv.Error(str(line))
+            yield line + "\n"  # a quoted caption may go on behind it
+
     try:
-        row = load_row(line)
-    except ValueError as error:
-        return Rejected(where, str(error))
+        lines = text_lines()
+        header = next(lines, "")
+        separator = max(",;\t", key=header.count)  # Excel writes ";" where "," is for decimals
+        columns = [name.strip().lower() for name in next(csv.reader([header], delimiter=separator))]
+        if not {*FILE_FIELDS} & {*columns}:
+            yield 1, f"none of its columns is {', '.join(FILE_FIELDS)}"
+            return
+        for cells in csv.reader(lines, delimiter=separator, strict=True):
+            if len(cells) > len(columns):
+                yield (
+                    number,
+                    f"{len(cells)} fields in {len(columns)} columns: quote the caption",
+                )
+            elif cells:
+                named = zip(columns, cells, strict=False)
+                yield number, {name: _cell(name, text) for name, text in named}
+    except csv.Error as error:
+        yield number, f"not valid CSV, so that the rest is not read: {error}"
+
+
+def _cell(name: str, text: str) -> Any:
+    if name in ("weight", "repeats", "mask") and not text.strip():
+        return None
+    try:
+        return {"weight": float, "repeats": int}.get(name, str)(text)
+    except ValueError:
+        return text  # refused by its field's name
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str | ValueError]]:
+    """Numbered lines of a text in UTF-8 or UTF-16, without their ends, or why one is none."""
+    with open_regular(path) as file:
+        try:
+            encoding = text_encoding(file.read(HEAD_BYTES))
+        except ValueError as error:
+            yield 1, error
+            return
+        file.seek(0)
+        # Only \n, \r and \r\n end lines here; str.splitlines would cut a caption at U+2028. What is
+        # not UTF-8 becomes surrogates, which no line of UTF-8 has: the line is named, not the list.
+        text = io.TextIOWrapper(file, encoding, errors="surrogateescape", newline=None)
+        number = 0
+        try:
+            while line := text.readline(MOST_LINE):
+                number += 1
+                whole = line
+                while len(line) == MOST_LINE and not line.endswith("\n"):
+                    line = text.readline(MOST_LINE)
+                    whole = ""
+                if not whole:
+                    yield number, ValueError(f"a line of more than {MOST_LINE:,} characters")
+                elif not is_text(whole):
+                    yield number, ValueError("not UTF-8 text")
+                else:
+                    yield number, whole.removesuffix("\n")
+        except UnicodeDecodeError:
+            name = encoding.upper()
+            yield number + 1, ValueError(f"not {name} text, so that the rest is not read")
+
+
+def _read(
+    tree: Tree, where: str, row: dict[str, Any], settings: EncodeSettings
+) -> Record | Rejected:
     name = first_field(row, FILE_FIELDS)
     if not isinstance(name, str) or not name:
         return Rejected(where, f"names no picture: none of {', '.join(FILE_FIELDS)} is text")
     if not is_text(name):
         return Rejected(where, "its name holds half a character (a lone surrogate)")
+    if len(name) > MOST_NAME:
+        return Rejected(where, f"names no picture: {shortened(name)} is no file's name")
     path = name
     try:
         path, picture = _find(tree, name)
@@ -52,15 +167,15 @@ def _read_line(tree: Tree, where: str, line: str, settings: EncodeSettings) -> R
         mask = None if row.get("mask") is None else _find_mask(tree, row["mask"])
     except ValueError as error:
         return Rejected(path, f"{where}: {error}")
-    record = Record(path, picture, told.captions, told.weight, told.repeats, mask)
+    record = Record(path, picture, told.captions, told.weight, told.repeats, mask, split=told.split)
     return settle(
         record, settings, f"{where}: no caption: none of {', '.join(TEXT_FIELDS)} is text"
     )
 
 
 def _find_mask(tree: Tree, name: object) -> Blob:
-    if not isinstance(name, str) or not is_text(name):
-        raise ValueError(f"its mask must be a file's name, not {name!r}")
+    if not isinstance(name, str) or not is_text(name) or len(name) > MOST_NAME:
+        raise ValueError(f"its mask must be a file's name, not {shortened(name)}")
     try:
         return _find(tree, name)[1]
     except ValueError as error:
@@ -76,12 +191,44 @@ def _find(tree: Tree, name: str) -> tuple[str, Blob]:
     for path in (name, f"images/{name}"):
         if path in tree.files:
             return path, tree.blob(path)
-        # A detour, or an absolute name: one picture, one name.
+        if path in tree.odd:
+            tree.used.add(path)
+            raise ValueError(f"is {tree.odd[path]}")
+        # A detour, an absolute name, or a hidden one: one picture, one name.
         if os.path.isfile(tree.root / path):  # False, where pathlib raises, of one too long
-            root = Path(os.path.abspath(tree.root))
-            file = Path(os.path.abspath(root / path))
-            if not file.is_relative_to(root):
-                raise ValueError("lies outside the data set")
-            inside = file.relative_to(root).as_posix()
-            return inside, tree.blob(inside) if inside in tree.files else Blob.of(file)
+            return _find_detour(tree, path)
     raise ValueError("no such file, nor in images/")
+
+
+def _find_detour(tree: Tree, path: str) -> tuple[str, Blob]:
+    """The file ``path``, which is there, by its plain name.
+
+    Raises:
+        ValueError: it lies outside, also by a link and then ``..``.
+    """
+    root = Path(os.path.abspath(tree.root))
+    plain = Path(os.path.abspath(root / path))
+    if not plain.is_relative_to(root):
+        raise ValueError(OUTSIDE)
+    inside = plain.relative_to(root).as_posix()
+    try:
+        # Behind a link, ".." leads to where the link's folder lies, and not back.
+        if not os.path.samefile(plain, tree.root / path):
+            raise ValueError(OUTSIDE)
+        if inside in tree.files:
+            return inside, tree.blob(inside)
+        if not Path(os.path.realpath(plain)).is_relative_to(os.path.realpath(root)):
+            raise ValueError(OUTSIDE)
+        tree.used.add(inside)
+        return inside, Blob.of(plain)
+    except OSError:
+        raise ValueError(OUTSIDE) from None
+
+
+def unnamed(tree: Tree, found: Iterable[Record | Rejected], listing: str) -> Iterator[Rejected]:
+    """Images that the list does not name."""
+    named = {item.path for item in found}
+    for path in tree.files:
+        if is_picture(path) and path not in named and path not in tree.used:
+            tree.used.add(path)
+            yield Rejected(path, f"not named in {listing}, so it has no caption")

@@ -1,5 +1,6 @@
 """What the user has, once it is found: blobs, records, and what is remembered of them."""
 
+import errno
 import os
 import time
 from collections.abc import Callable
@@ -8,9 +9,24 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from runtime.files import open_regular
 from shards.sample import sample_key
 
+MOST_PICTURE_BYTES = 2 * 10**9  # 180 million pixels of 16 bits and four channels take 1.4 GB
 SETTLED_NS = 2_000_000_000  # a file changed within it may change again and keep its mtime
+
+
+# Errors of one file, not of its disk.
+ITS_OWN = (
+    errno.ENOENT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENXIO,
+)
 
 
 @dataclass(frozen=True)
@@ -35,17 +51,21 @@ class Blob:
         """The bytes; never others, nor fewer.
 
         Raises:
-            OSError: the file cannot be read.
-            ValueError: it changed since.
+            OSError: the disk fails.
+            ValueError: it changed since, is gone, or may not be read: no other file is affected.
         """
         try:
-            with open(self.file, "rb") as file:
+            with open_regular(self.file) as file:
                 changed = os.fstat(file.fileno()).st_mtime_ns != self.mtime_ns
                 file.seek(self.offset)
                 data = file.read(self.size)
         except OSError as error:
-            error.filename = os.fspath(self.file)  # an error of a read names no file
-            raise
+            if error.errno not in ITS_OWN:
+                error.filename = os.fspath(self.file)  # an error of a read names no file
+                raise
+            is_gone = error.errno == errno.ENOENT
+            why = "no such file" if is_gone else f"cannot be read: {error.strerror}"
+            raise ValueError(why) from error
         if changed or len(data) != self.size:
             raise ValueError("it changed while the data set was encoded; encode again")
         return data
@@ -56,7 +76,8 @@ class Record:
     """A picture with its captions. ``path`` is relative, posix; the key comes from it alone.
 
     Of a tar's member it is ``pack.tar/member.jpg``. ``weight`` is of the loss; ``repeats`` how
-    often an epoch takes it.
+    often an epoch takes it; ``split`` what its list says of it, if anything; ``num_blank`` how many
+    blank captions were dropped because there are others.
     """
 
     path: str
@@ -65,6 +86,8 @@ class Record:
     weight: float = 1.0
     repeats: int = 1
     mask: Blob | None = None
+    split: str = ""
+    num_blank: int = 0
 
     @cached_property
     def key(self) -> str:
@@ -97,10 +120,16 @@ def _as_text(text: str) -> str:
 
 @dataclass
 class Source:
-    """All that one cache is made from."""
+    """All that one cache is made from.
+
+    Every file of the folder is the image of a record, a sidecar that was read for one (or for what
+    was rejected), among ``rejected``, or among the two lists of paths.
+    """
 
     records: list[Record]
     rejected: list[Rejected]
+    hidden: list[str] = field(default_factory=list)  # the system's; a whole folder ends with "/"
+    unused: list[str] = field(default_factory=list)  # neither an image nor a sidecar of one
 
 
 @dataclass

@@ -6,6 +6,7 @@ from typing import Any
 
 TEXT_FIELDS = ("text", "caption")
 MOST_WEIGHT = 1e6
+MOST_REPEATS = 10**6  # an epoch's entries are counted, shuffled and stored
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,7 @@ class Row:
     captions: tuple[str, ...] = ()
     weight: float = 1.0
     repeats: int = 1
+    split: str = ""
 
 
 NO_ROW = Row()
@@ -28,7 +30,7 @@ def load_row(line: str | bytes) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"not valid JSON: {error}") from None
+        raise ValueError(f"not valid JSON: {str(error)[:200]}") from None
     if not isinstance(row, dict):
         raise ValueError("not a JSON object")
     return row
@@ -42,10 +44,22 @@ def read_row(row: dict[str, Any]) -> Row:
     weight, repeats = row.get("weight"), row.get("repeats")
     weight, repeats = 1.0 if weight is None else weight, 1 if repeats is None else repeats
     if not _is_number(weight) or not 0 <= weight <= MOST_WEIGHT:
-        raise ValueError(f"its weight must be a number from 0 to {MOST_WEIGHT:g}, not {weight!r}")
-    if type(repeats) is not int or repeats < 1:
-        raise ValueError(f"its repeats must be a whole number from 1, not {repeats!r}")
-    return Row(_captions(first_field(row, TEXT_FIELDS)), float(weight), repeats)
+        raise ValueError(
+            f"its weight must be a number from 0 to {MOST_WEIGHT:g}, not {shortened(weight)}"
+        )
+    if type(repeats) is not int or not 1 <= repeats <= MOST_REPEATS:
+        raise ValueError(
+            f"its repeats must be a whole number from 1 to {MOST_REPEATS}, not {shortened(repeats)}"
+        )
+    split = row.get("split")
+    captions = _captions(first_field(row, TEXT_FIELDS))
+    return Row(captions, float(weight), repeats, split if isinstance(split, str) else "")
+
+
+def shortened(value: Any, most: int = 60) -> str:
+    """A value in a message: whatever a list holds, the message stays one short line."""
+    text = value if isinstance(value, str) and len(value) > most else repr(value)
+    return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"
 
 
 def first_field(row: dict[str, Any], names: tuple[str, ...]) -> Any:

@@ -1,29 +1,40 @@
-"""What the user has, as stable records: a path, its bytes, captions. No picture is opened."""
+"""What the user has, as stable records: a path, its bytes, captions. No picture is opened.
 
+Everything in the folder is accounted for: it is the image of a record, a sidecar of one, rejected
+with its reason, or named in a warning as hidden or unused.
+"""
+
+import os
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from precompute.dataset.captions import is_text
-from precompute.dataset.folder import (
-    PICTURES,
-    Tree,
-    find_masks,
-    is_picture,
-    mask_beside,
-    read_pictures,
-    walk,
+from precompute.dataset.folder import Tree, read_pictures, walk
+from precompute.dataset.listing import (
+    LISTS,
+    MOST_LIST_BYTES,
+    TABLES,
+    find_list,
+    read_list,
+    unnamed,
 )
-from precompute.dataset.listing import LISTS, read_list
+from precompute.dataset.masks import find_masks
+from precompute.dataset.names import PICTURES, TEXTS, is_hidden, is_picture, stem_of, unread_image
 from precompute.dataset.records import Memory, Record, Rejected, Source
-from precompute.dataset.tars import COMPRESSED, open_pack
+from precompute.dataset.rows import MOST_REPEATS
+from precompute.dataset.splits import TRAIN, VAL, divide, find_layout
+from precompute.dataset.tars import COMPRESSED, Pack, open_pack, too_large
 from precompute.settings import EncodeSettings
 from shards.manifest import UNCONDITIONAL
+from shards.words import counted
 
 Item = Record | Rejected
 REPEATS = re.compile(r"\d{1,4}_.+")
+MOST_NAMED = 20
 
 
 def read_data_set(settings: EncodeSettings, memory: Memory | None = None) -> dict[str, Source]:
@@ -37,19 +48,51 @@ def read_data_set(settings: EncodeSettings, memory: Memory | None = None) -> dic
     root, val_share, memory = settings.dataset, settings.val_share, memory or Memory()
     if not root.is_dir():
         raise ValueError(f"{root}: no such folder" if not root.exists() else f"{root}: no folder")
-    is_split = (root / "train").is_dir() and (root / "val").is_dir()
-    if is_split and not any((root / name).is_file() for name in LISTS):
-        loose = [path.name for path in sorted(root.iterdir()) if _is_loose(path)]
-        if loose:
-            raise ValueError(f"{root}: {loose[0]} lies beside train/ and val/: in which is it?")
-        if val_share:
-            raise ValueError(f"{root}: has its own val/; leave --val-share out")
-        for path in sorted(root.iterdir()):
-            if path.is_dir() and path.name not in ("train", "val"):
-                warnings.warn(f"{path}: not read: only train/ and val/ are", stacklevel=2)
-        return {n: read_source(root / n, settings, memory, n + "/") for n in ("train", "val")}
-    source = read_source(root, settings, memory)
-    return split(source, val_share) if val_share else {"": source}
+    folders = find_layout(root)
+    sources = (
+        None if _has_list(root) else _read_layout(root, folders, settings, memory)
+    ) or divide(root, read_source(root, settings, memory))
+    if not val_share:
+        return sources
+    if VAL in sources:
+        raise ValueError(f"{root}: has its own images to validate on; remove --val-share")
+    return split(sources[""], val_share)
+
+
+def _read_layout(
+    root: Path, folders: dict[str, Path], settings: EncodeSettings, memory: Memory
+) -> dict[str, Source] | None:
+    """Folders for train and val, each a set of its own; None where the root is one set."""
+    train = folders.get(TRAIN)
+    if train is None or (VAL not in folders and not _has_list(train)):
+        return None
+    here = [path for path in sorted(root.iterdir()) if path not in folders.values()]
+    beside = " and ".join(f"{path.name}/" for path in folders.values())
+    loose = [path.name for path in here if _is_loose(path)]
+    if loose:
+        raise ValueError(f"{root}: {loose[0]} lies beside {beside}: in which is it?")
+    out = os.path.realpath(settings.out)
+    others = [path for path in here if os.path.realpath(path) != out]
+    if others:
+        names = [path.name + "/" * path.is_dir() for path in others]
+        warnings.warn(f"{root}: not read, as only {beside} are: {_named(names)}", stacklevel=3)
+    sources = {
+        split: read_source(folder, settings, memory, f"{folder.name}/")
+        for split, folder in folders.items()
+    }
+    if VAL not in folders:
+        return divide(train, sources[TRAIN])
+    return sources | {TRAIN: divide(train, sources[TRAIN], may_validate=False)[""]}
+
+
+def _has_list(folder: Path) -> bool:
+    lists = (*LISTS, *TABLES)
+    return any(path.name.lower() in lists and path.is_file() for path in folder.iterdir())
+
+
+def _is_loose(path: Path) -> bool:
+    ours = path.name.lower().endswith((*PICTURES, ".tar")) and not is_hidden(path.name)
+    return ours and path.is_file()
 
 
 def split(source: Source, val_share: float) -> dict[str, Source]:
@@ -59,14 +102,15 @@ def split(source: Source, val_share: float) -> dict[str, Source]:
         return int(key[:8], 16) / 2**32 < val_share
 
     parts = {}
-    for name in ("train", "val"):
-        wanted = name == "val"
+    for name in (TRAIN, VAL):
+        wanted = name == VAL
         parts[name] = Source(
             [record for record in source.records if is_val(record.key) == wanted],
             [rejected for rejected in source.rejected if is_val(rejected.key) == wanted],
         )
         if not parts[name].records:
             raise ValueError(f"--val-share {val_share} leaves no picture for {name}")
+    parts[TRAIN].hidden, parts[TRAIN].unused = source.hidden, source.unused
     return parts
 
 
@@ -74,68 +118,151 @@ def read_source(folder: Path, settings: EncodeSettings, memory: Memory, prefix: 
     """Records of one folder: by its list, else by the text beside each picture; and of its tars."""
     out = settings.out if settings.out.resolve() != folder.resolve() else None
     tree = walk(folder, memory, prefix, skip=out)
-    lists = [name for name in LISTS if name in tree.files]
-    if len(lists) > 1:
-        raise ValueError(f"{folder}: both {LISTS[0]} and {LISTS[1]}; keep one")
-    if lists:
-        found = [*_with_masks(tree, read_list(tree, lists[0], settings))]
-        found += _unnamed(tree, found, lists[0])
-    else:
-        found = [*read_pictures(tree, settings)]
+    found = [*_listed(tree, settings)]
+    unused: list[str] = []
+    hidden = [path for path in tree.hidden if path not in tree.used]  # a list may name one
     for path in sorted(tree.files):
-        found += _packed(tree, path, settings)
-    lost = (path for path in tree.broken if is_picture(path))
-    found += [Rejected(path, "a link that leads nowhere") for path in lost]
+        pack = _open_tar(tree, path)
+        if isinstance(pack, Rejected):
+            found.append(pack)
+        elif pack is not None:
+            found += _packed(tree, pack, settings)
+            hidden = hidden + [pack.label(name) for name in pack.hidden]
+            unused += [pack.label(name) for name in pack.files if name not in pack.used]
+    found += [Rejected(path, why) for path, why in tree.closed.items()]
+    asked = (path for path in tree.odd if path not in tree.used and _is_asked_for(path))
+    found += [Rejected(path, tree.odd[path]) for path in [*asked]]
     found = [*repeat_folders(found, settings.repeat_folders)]
+    unused += _unused(tree, {item.path for item in found})
+    source = _sorted(found, hidden, unused)
+    _warn(folder, source)
     if not found:
         raise ValueError(f"{folder}: no pictures in it ({' '.join(sorted(PICTURES))} .tar)")
+    return source
+
+
+def _sorted(found: list[Item], hidden: list[str], unused: list[str]) -> Source:
     records = [item for item in found if isinstance(item, Record)]
     rejected = [item for item in found if isinstance(item, Rejected)]
-    return Source(sorted(records, key=lambda r: r.key), sorted(rejected, key=lambda r: r.key))
+    return Source(
+        sorted(records, key=lambda r: r.key),
+        sorted(rejected, key=lambda r: r.key),
+        sorted(hidden),
+        sorted(unused),
+    )
 
 
-def _is_loose(path: Path) -> bool:
-    return path.name.lower().endswith((*PICTURES, ".tar")) and path.is_file()
+def _listed(tree: Tree, settings: EncodeSettings) -> Iterator[Item]:
+    """Of the folder's list, else of the texts beside its pictures."""
+    name = find_list(tree)
+    size = tree.files[name][0] if name else 0
+    if name and size > MOST_LIST_BYTES:
+        tree.used.add(name)
+        yield Rejected(name, too_large(size, MOST_LIST_BYTES))
+        name = None
+    if not name:
+        yield from read_pictures(tree, settings)
+        return
+    found = [*_with_masks(tree, read_list(tree, name, settings))]
+    yield from found
+    yield from unnamed(tree, found, name)
 
 
-def _with_masks(tree: Tree, found: Iterable[Item]) -> Iterator[Item]:
-    """Of a list that names no masks, those beside the pictures."""
-    masks = find_masks(tree)
+def _with_masks(tree: Tree, found: Iterable[Item]) -> list[Item]:
+    """Of a list that names no masks, those beside the pictures; a mask is no picture itself."""
+    masks = find_masks(tree.files)
+    items = []
     for item in found:
         if isinstance(item, Record) and item.mask is None:
             try:
-                item = replace(item, mask=mask_beside(tree, item.path, masks))
+                mask = masks.beside(item.path)
+                item = item if mask is None else replace(item, mask=tree.blob(mask))
             except ValueError as error:
                 item = Rejected(item.path, str(error))
-        yield item
+        items.append(item)
+    tree.used.update(masks.all)
+    return [
+        Rejected(item.path, "is the mask of another image: no image to train on")
+        if isinstance(item, Record) and item.path in masks.all
+        else item
+        for item in items
+    ]
 
 
-def _unnamed(tree: Tree, found: list[Item], listing: str) -> Iterator[Rejected]:
-    named = {item.path for item in found}
-    named |= {mask for masks in find_masks(tree).values() for mask in masks}
-    masks = {item.mask.file for item in found if isinstance(item, Record) and item.mask}
-    for path in tree.files:
-        if is_picture(path) and path not in named and tree.root / path not in masks:
-            yield Rejected(path, f"not named in {listing}, so it has no caption")
-
-
-def _packed(tree: Tree, path: str, settings: EncodeSettings) -> Iterator[Item]:
-    """What a file comes to if it is a tar; shards of a cache are none of the user's."""
-    if path.lower().endswith(COMPRESSED):
-        yield Rejected(path, "a compressed tar cannot be read in place: make it a plain .tar")
+def _open_tar(tree: Tree, path: str) -> Pack | Rejected | None:
+    """A file of the tree if it is a tar of the user's; shards of a cache are not."""
+    lower = path.lower()
+    if not lower.endswith((".tar", *COMPRESSED)):
+        return None
+    tree.used.add(path)
+    if lower.endswith(COMPRESSED):
+        return Rejected(path, "a compressed tar cannot be read in place: make it a plain .tar")
     folder = path.rpartition("/")[0]
-    is_shard = f"{folder}/{UNCONDITIONAL}".lstrip("/") in tree.files
-    if not path.lower().endswith(".tar") or is_shard:
-        return
+    if f"{folder}/{UNCONDITIONAL}".lstrip("/") in tree.files:
+        tree.used.discard(path)
+        return None
     if not is_text(path):
-        yield Rejected(path, "its name is not UTF-8 text")
-        return
-    pack = open_pack(tree.root, path, tree.files[path], tree.memory, tree.prefix)
-    yield from read_pictures(pack, settings)
-    pictures = {name.rpartition(".")[0] for name in pack.files if is_picture(name)}
-    if not pictures and not pack.damage:
-        warnings.warn(f"{tree.root / path}: no pictures in this tar", stacklevel=2)
-    yield from pack.rejected(pictures)
+        return Rejected(path, "its name is not UTF-8 text")
+    try:
+        return open_pack(tree.root, path, tree.files[path], tree.memory, tree.prefix)
+    except ValueError as error:
+        return Rejected(path, str(error))
+    except OSError as error:
+        return Rejected(path, f"cannot be read: {error.strerror}")
+
+
+def _packed(tree: Tree, pack: Pack, settings: EncodeSettings) -> Iterator[Item]:
+    """What the members of a tar come to."""
+    found = [*read_pictures(pack, settings)]
+    yield from found
+    if not found and not pack.damage:
+        warnings.warn(f"{tree.root / pack.path}: no pictures in this tar", stacklevel=2)
+    yield from pack.rejected({stem_of(name) for name in pack.files if is_picture(name)})
+
+
+def _is_asked_for(path: str) -> bool:
+    """Whether a file would be read if it were a regular file."""
+    ours = (*PICTURES, *TEXTS, ".tar", *LISTS, *TABLES)
+    return path.lower().endswith(ours) or bool(unread_image(path))
+
+
+def _unused(tree: Tree, rejected: set[str]) -> Iterator[str]:
+    """Files that nothing asked for; of a cache in the folder, the folder."""
+    caches = {
+        path.removesuffix(UNCONDITIONAL) for path in tree.files if path.endswith(UNCONDITIONAL)
+    }
+    yield from (cache or UNCONDITIONAL for cache in sorted(caches))
+    for path in (*tree.files, *tree.odd):
+        if path not in tree.used and path not in rejected:
+            folder = path[: path.rfind("/") + 1]
+            if folder not in caches:
+                yield path
+
+
+def _warn(folder: Path, source: Source) -> None:
+    """What is neither encoded nor rejected is counted and named."""
+    for paths, what in (
+        (source.hidden, "skipped as hidden or the system's"),
+        (source.unused, "not used, neither images nor sidecars of one"),
+    ):
+        if paths:
+            warnings.warn(f"{folder}: {what} ({len(paths):,}): {_named(paths)}", stacklevel=3)
+    blank = [record for record in source.records if record.num_blank]
+    if blank:
+        number = sum(record.num_blank for record in blank)
+        warnings.warn(
+            f"{folder}: {counted(number, 'blank caption')} dropped beside others, e.g. of "
+            f"{blank[0].path}",
+            stacklevel=3,
+        )
+
+
+def _named(paths: list[str]) -> str:
+    if len(paths) <= MOST_NAMED:
+        return ", ".join(paths)
+    endings = Counter(path.rpartition("/")[2].rpartition(".")[2].lower() for path in paths)
+    most = ", ".join(f"{number:,} {ending}" for ending, number in endings.most_common(9))
+    return f"{most}; e.g. {', '.join(paths[:MOST_NAMED])}"
 
 
 def repeat_folders(found: Iterable[Item], wanted: bool) -> Iterator[Item]:
@@ -149,6 +276,8 @@ def repeat_folders(found: Iterable[Item], wanted: bool) -> Iterator[Item]:
         if name and isinstance(item, Record):
             if wanted and not folders[name]:
                 item = Rejected(item.path, f"its folder {name} takes it 0 times an epoch")
+            elif wanted and item.repeats * folders[name] > MOST_REPEATS:
+                item = Rejected(item.path, f"more than {MOST_REPEATS} repeats with those of {name}")
             elif wanted:
                 item = replace(item, repeats=item.repeats * folders[name])
         yield item

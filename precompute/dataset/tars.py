@@ -1,29 +1,46 @@
-"""Pictures packed in webdataset tars, read where they lie. A tar is what its files would be."""
+"""Pictures packed in webdataset tars, read where they lie. A tar is what its files would be.
+
+A tar's headers are claims: of sizes, of places, of names that go on in the next header. None is
+believed beyond the file's end or the bounds below, so a tar that lies is one rejected entry.
+"""
 
 import os
 import posixpath
+import re
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from precompute.dataset.records import Blob, Memory, Rejected
+from precompute.dataset.captions import MOST_TEXT_BYTES, decode_text
+from precompute.dataset.names import hidden_part, is_picture, stem_of
+from precompute.dataset.records import MOST_PICTURE_BYTES, Blob, Memory, Rejected
 from precompute.dataset.rows import NO_ROW, Row, load_row, read_row
+from runtime.files import format_bytes, open_regular
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 TEXTS = (".txt", ".caption", ".json")
-KEPT = ("text", "caption", "weight", "repeats", "status", "error_message")  # of a JSON
+KEPT = ("text", "caption", "weight", "repeats", "split", "status", "error_message")  # of a JSON
 END = bytes(tarfile.BLOCKSIZE)
 CHUNK = 1 << 20
+HEAD_BYTES = 32  # tell what format an image has
+MOST_HEADER_BYTES = 1 << 16  # of a long name, or of all pax fields of a member
+MOST_DIGITS = re.compile(rb"[0-9]{1000}")  # in a header: tarfile looks for one number in them all
+MOST_MEMBERS = 1_000_000
+MOST_TEXTS_BYTES = 1 << 28  # of one tar, in memory; hard links can repeat one text without end
+MOST_MESSAGE = 200  # characters of an error that a downloader wrote down
+# What tarfile raises of headers that make no sense.
+NO_TAR = (tarfile.TarError, ValueError, ArithmeticError, LookupError, RecursionError)
 
 
 @dataclass(frozen=True)
 class Pack:
     """The members of one tar: ``files`` has their offsets and sizes, ``texts`` what small ones say.
 
-    ``texts`` has the text of a .txt or .caption (null: not UTF-8) and the object of a .json, or why
-    it is none.
+    ``texts`` has the text of a .txt or .caption and the object of a .json; ``unread`` why one has
+    none; ``hidden`` the members that are a system's.
     """
 
     path: str  # in the data set
@@ -31,28 +48,61 @@ class Pack:
     mtime_ns: int
     files: dict[str, tuple[int, int]]
     texts: dict[str, Any]
+    unread: dict[str, str]
     refused: dict[str, str]  # members that cannot be read in place, and why
     damage: str
+    hidden: list[str] = field(default_factory=list)
+    used: set[str] = field(default_factory=set)
+
+    @property
+    def odd(self) -> dict[str, str]:
+        return self.refused
+
+    @cached_property
+    def lower(self) -> dict[str, list[str]]:
+        """Paths of all members by their lower-case form."""
+        found: dict[str, list[str]] = {}
+        for path in self.files:
+            found.setdefault(path.lower(), []).append(path)
+        return found
+
+    @cached_property
+    def stems(self) -> set[str]:
+        """Of the images, their paths without ending."""
+        return {stem_of(path) for path in self.files if is_picture(path)}
 
     def label(self, path: str) -> str:
         return f"{self.path}/{path}"
 
     def blob(self, path: str) -> Blob:
+        """
+        Raises:
+            ValueError: it is larger than any image.
+        """
         offset, size = self.files[path]
+        self.used.add(path)
+        if size > MOST_PICTURE_BYTES:
+            raise ValueError(too_large(size, MOST_PICTURE_BYTES))
         return Blob(self.file, size, self.mtime_ns, offset)
+
+    def head(self, path: str) -> bytes:
+        """Its first bytes.
+
+        Raises:
+            ValueError, OSError: it cannot be read.
+        """
+        offset, size = self.files[path]
+        return Blob(self.file, min(size, HEAD_BYTES), self.mtime_ns, offset).read()
 
     def text(self, path: str) -> str:
         """
         Raises:
-            FileNotFoundError: no such member.
-            UnicodeDecodeError: it is not UTF-8.
+            ValueError: why it has none, to be put behind its name.
         """
-        if path not in self.texts:
-            raise FileNotFoundError(path)
-        text = self.texts[path]
-        if text is None:
-            raise UnicodeDecodeError("utf-8", b"", 0, 0, "")
-        return str(text)
+        self.used.add(path)
+        if path in self.unread:
+            raise ValueError(self.unread[path])
+        return str(self.texts[path])
 
     def row(self, path: str) -> Row:
         """What a picture's .json tells; img2dataset writes "caption" there.
@@ -60,9 +110,10 @@ class Pack:
         Raises:
             ValueError: it cannot be meant so.
         """
-        row = self.texts.get(path, {})
-        if isinstance(row, str):
-            raise ValueError(f"{path.rpartition('/')[2]}: {row}")
+        self.used.add(path)
+        if path in self.unread:
+            raise ValueError(f"{path.rpartition('/')[2]}: {self.unread[path]}")
+        row = self.texts.get(path)
         return read_row(row) if row else NO_ROW
 
     def rejected(self, pictures: set[str]) -> Iterator[Rejected]:
@@ -73,64 +124,157 @@ class Pack:
             status = row.get("status", "success") if isinstance(row, dict) else "success"
             stem = path.rpartition(".")[0]
             if status != "success" and stem not in pictures:
-                yield Rejected(self.label(stem), f"{status}: {row.get('error_message')}")
+                self.used.add(path)
+                message = f"{status}: {row.get('error_message')}"
+                yield Rejected(self.label(stem), message[:MOST_MESSAGE])
         if self.damage:
             yield Rejected(self.path, f"damaged tar: {self.damage}; what lies before it is read")
 
 
+def too_large(num_bytes: int, most: int) -> str:
+    return f"{format_bytes(num_bytes)}, where at most {format_bytes(most)} are read"
+
+
 def open_pack(root: Path, path: str, stamp: tuple[int, int], memory: Memory, prefix: str) -> Pack:
-    """The tar ``path`` of the data set's folder ``root``; not opened if it is remembered."""
+    """The tar ``path`` of the data set's folder ``root``; not opened if it is remembered.
+
+    Raises:
+        ValueError: it is no regular file any more.
+        OSError: it cannot be read.
+    """
     file, (size, mtime_ns) = root / path, stamp
     held = memory.recall(prefix + path, size, mtime_ns, lambda: _scan(file))
-    files = {name: (offset, size) for name, (offset, size) in held["files"].items()}
-    return Pack(path, file, mtime_ns, files, held["texts"], held["refused"], held["damage"])
+    hidden = {name: part for name in held["files"] if (part := hidden_part(name))}
+    files = {
+        name: (offset, size) for name, (offset, size) in held["files"].items() if name not in hidden
+    }
+    texts = {name: text for name, text in held["texts"].items() if name not in hidden}
+    refused = {name: why for name, why in held["refused"].items() if not hidden_part(name)}
+    return Pack(
+        path=path,
+        file=file,
+        mtime_ns=mtime_ns,
+        files=files,
+        texts=texts,
+        unread=held["unread"],
+        refused=refused,
+        damage=held["damage"],
+        hidden=sorted({*hidden.values()}),
+    )
+
+
+class _Bounded:
+    """A tar file as ``tarfile`` may see it: headers claim sizes that nobody has to read."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self._raw = raw
+        self.size = os.fstat(raw.fileno()).st_size
+
+    def read(self, num_bytes: int = -1) -> bytes:
+        if not 0 <= num_bytes <= MOST_HEADER_BYTES:
+            raise tarfile.ReadError("a header claims a size that no header has")
+        data = self._raw.read(num_bytes)
+        if MOST_DIGITS.search(data):
+            raise tarfile.ReadError("a header holds a number without end")
+        return data
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        if whence == os.SEEK_SET and not 0 <= offset <= self.size:
+            raise tarfile.ReadError("a header claims more bytes than the file has")
+        return self._raw.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._raw.tell()
+
+
+class _Scan:
+    """All members of a tar, as JSON; captions are read, pictures are not."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self.raw = raw
+        self.text_bytes = 0
+        self.found: dict[str, Any] = {
+            "files": {},
+            "texts": {},
+            "unread": {},
+            "refused": {},
+            "damage": "",
+        }
+
+    def run(self) -> dict[str, Any]:
+        bounded: Any = _Bounded(self.raw)
+        try:
+            with tarfile.open(fileobj=bounded, mode="r:") as archive:
+                self.add_all(archive, bounded.size)
+                self.found["damage"] = _check_end(self.raw, archive.offset)
+        except NO_TAR as error:
+            endless = isinstance(error, RecursionError)
+            why = "long names without end" if endless else str(error)[:MOST_MESSAGE]
+            self.found["damage"] = f"{why} (at byte {self.raw.tell()} of {bounded.size})"
+        return self.found
+
+    def add_all(self, archive: tarfile.TarFile, file_size: int) -> None:
+        num_members, end = 0, -1
+        while (member := archive.next()) is not None:
+            archive.members = []  # type: ignore[attr-defined]  # it would keep all
+            num_members += 1
+            if num_members > MOST_MEMBERS:
+                raise tarfile.ReadError(f"more than {MOST_MEMBERS:,} members")
+            # A size below zero would lead back, and round and round.
+            if member.size < 0 or archive.offset <= end:
+                raise tarfile.ReadError("a header claims a size below zero")
+            end = archive.offset
+            self.add(member, file_size)
+
+    def add(self, member: tarfile.TarInfo, file_size: int) -> None:
+        files, refused = self.found["files"], self.found["refused"]
+        name = posixpath.normpath(member.name)
+        if member.isdir():
+            return
+        if member.islnk():  # GNU tar's for a file it has already
+            place = files.get(posixpath.normpath(member.linkname))
+        else:
+            place = [member.offset_data, member.size]
+            place = place if member.isreg() and not member.issparse() else None
+        if place is not None and sum(place) > file_size:
+            raise tarfile.ReadError(f"{name[:MOST_MESSAGE]} claims {format_bytes(place[1])}")
+        if place is None:
+            refused[name] = "not a plain file: pack it with --dereference, and not --sparse"
+        elif name in files:
+            refused[name] = "in its tar a second time"
+        else:
+            files[name] = place
+            if name.lower().endswith(TEXTS):
+                self.add_text(name, *place)
+
+    def add_text(self, name: str, offset: int, size: int) -> None:
+        self.text_bytes += size
+        try:
+            if size > MOST_TEXT_BYTES:
+                raise ValueError(f"has {too_large(size, MOST_TEXT_BYTES)}")
+            if self.text_bytes > MOST_TEXTS_BYTES:
+                many = too_large(self.text_bytes, MOST_TEXTS_BYTES)
+                raise ValueError(f"is not read: the texts of its tar have {many}")
+            self.raw.seek(offset)
+            self.found["texts"][name] = _read_text(name, self.raw.read(size))
+        except ValueError as error:
+            self.found["unread"][name] = str(error)
 
 
 def _scan(file: Path) -> dict[str, Any]:
-    """All members of a tar, as JSON; captions are read, pictures are not."""
-    found: dict[str, Any] = {"files": {}, "texts": {}, "refused": {}, "damage": ""}
-    with open(file, "rb") as raw:
-        try:
-            with tarfile.open(fileobj=raw, mode="r:") as archive:
-                for member in archive:
-                    _add(found, member, raw)
-                found["damage"] = _check_end(raw, archive.offset)
-        except (tarfile.TarError, ValueError) as error:
-            found["damage"] = f"{error} (at byte {raw.tell()} of {os.fstat(raw.fileno()).st_size})"
-    return found
-
-
-def _add(found: dict[str, Any], member: tarfile.TarInfo, raw: BinaryIO) -> None:
-    name = posixpath.normpath(member.name)
-    if member.isdir():
-        return
-    if member.islnk():  # GNU tar's for a file it has already
-        place = found["files"].get(posixpath.normpath(member.linkname))
-    else:
-        place = [member.offset_data, member.size]
-        place = place if member.isreg() and not member.issparse() else None
-    if place is None:
-        found["refused"][name] = "not a plain file: pack it with --dereference, and not --sparse"
-    elif name in found["files"]:
-        found["refused"][name] = "in its tar a second time"
-    else:
-        found["files"][name] = place
-        if name.lower().endswith(TEXTS):
-            raw.seek(place[0])
-            found["texts"][name] = _read_text(name, raw.read(place[1]))
+    with open_regular(file) as raw:
+        return _Scan(raw).run()
 
 
 def _read_text(name: str, data: bytes) -> Any:
-    if name.lower().endswith(".json"):
-        try:
-            row = load_row(data)
-        except ValueError as error:
-            return str(error)
-        return {field: row[field] for field in KEPT if field in row}
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return None
+    """
+    Raises:
+        ValueError: why it has none.
+    """
+    if not name.lower().endswith(".json"):
+        return decode_text(data)
+    row = load_row(decode_text(data))
+    return {field: row[field] for field in KEPT if field in row}
 
 
 def _check_end(raw: BinaryIO, offset: int) -> str:

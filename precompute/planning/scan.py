@@ -23,11 +23,11 @@ from precompute.pictures.variants import plan_variants
 from precompute.planning.placement import Planned, picture_mark
 from precompute.settings import EncodeSettings
 from precompute.threads import num_cores
-from runtime.files import read_checked, user_cache, write_checked
+from runtime.files import open_regular, read_checked, user_cache, write_checked
 from shards.buckets import Geometry, Size, bucket_sizes, cover, nearest_bucket, stretch
 from shards.reader import read_ahead
 
-VERSION = 2  # of what is remembered, and of how a header is read
+VERSION = 3  # of what is remembered, and of how a header is read
 HEAD_BYTES = 1 << 16
 MOST_CHUNKS = 100_000  # of a PNG, before it is read whole instead
 PNG_START = b"\x89PNG\r\n\x1a\n"
@@ -248,7 +248,7 @@ def _head(blob: Blob) -> bytes | None:
     They do in a JPEG, whose marks come before its data. A PNG may have EXIF behind its data: its
     chunks are walked to see that there is none. In other formats anything may come last.
     """
-    with open(blob.file, "rb") as file:
+    with open_regular(blob.file) as file:
         file.seek(blob.offset)
         head = file.read(min(HEAD_BYTES, blob.size))
         if len(head) == blob.size:
