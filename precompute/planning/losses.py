@@ -4,6 +4,7 @@ A sample is lost where its key is planned no more and its picture is nowhere in 
 that was renamed, or moved between train and val, is not.
 """
 
+import re
 import warnings
 from collections import defaultdict
 
@@ -49,7 +50,7 @@ def warn_of_reasons(rejected: list[Rejected]) -> None:
     by_reason: dict[str, list[str]] = defaultdict(list)
     for one in sorted(rejected, key=lambda one: one.path):
         name = one.path.rpartition("/")[2].rpartition(".")[0]
-        reason = one.reason.replace(name, "X") if name else one.reason
+        reason = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", "X", one.reason) if name else one.reason
         by_reason[reason].append(one.path)
     for reason, paths in sorted(by_reason.items(), key=lambda item: -len(item[1]))[:MOST_NAMED]:
         more = f" and {len(paths) - MOST_NAMED:,} more" if len(paths) > MOST_NAMED else ""
