@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import types
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import cli
 import precompute.pictures.images
 from precompute.pictures.colours import to_srgb
 from precompute.pictures.images import LARGE_PIXELS, open_picture, picture_size, room_for
+from precompute.pictures.masks import open_alpha
 from precompute.pictures.refusals import PictureError, explain, unidentified
 from shards.reader import Cache
 from tests.picture_files import (
@@ -183,6 +185,93 @@ def test_a_profile_that_says_nothing_changes_nothing(mode: str, profile: bytes) 
     image = scene().convert(mode)
     image.info["icc_profile"] = profile
     assert to_srgb(image).tobytes() == image.convert("RGB").tobytes()
+
+
+# What a program notes in a file.
+
+
+def with_chunks(data: bytes, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG with more chunks behind its header."""
+    parts = b"".join(png_part(*chunk) for chunk in chunks)
+    return data[:33] + parts + data[33:]
+
+
+XMP = b'<x:xmpmeta tiff:Orientation="6">'
+LONG = b"{" + b"x" * 1_200_000
+BOMB = zlib.compress(bytes(200_000_000))
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        [(b"tEXt", b"workflow\0" + LONG)],
+        [(b"zTXt", b"workflow\0\0" + zlib.compress(LONG))],
+        [(b"zTXt", b"workflow\0\0" + BOMB)],
+        [(b"zTXt", b"workflow\0\7" + LONG)],
+        [(b"iTXt", b"workflow\0\0\0en\0\0" + LONG)],
+        [(b"iTXt", b"workflow\0\1\0en\0\0" + zlib.compress(LONG))],
+        [(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + LONG)],
+        [(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + BOMB)],
+        [(b"iCCP", b"all\0\0" + BOMB)],
+        [(b"iCCP", b"all\0\0" + zlib.compress(LONG))],
+        [(b"iCCP", b"all\0\3")],
+        [(b"iCCP", b"all")],
+        [(b"tEXt", b"")],
+        [(b"pHYs", b"1"), (b"gAMA", b""), (b"cHRM", b"short"), (b"sRGB", b"")],
+        [(b"tEXt", b"a%d\0" % number + bytes(700_000)) for number in range(100)],
+        [(b"eXIf", b"no EXIF at all")],
+    ],
+)
+def test_no_note_in_a_png_is_a_reason_to_reject_it(chunks: list[tuple[bytes, bytes]]) -> None:
+    plain = saved(scene(), "PNG")
+    noted = with_chunks(plain, *chunks)
+    late = plain[:-12] + b"".join(png_part(*chunk) for chunk in chunks) + plain[-12:]
+    for data in (noted, late):
+        assert picture_size(data) == SIZE
+        assert open_picture(data).tobytes() == scene().tobytes()
+        assert open_alpha(data) is None
+
+
+def test_a_note_of_a_png_with_a_wrong_checksum_is_no_damage() -> None:
+    noted = bytearray(with_chunks(saved(scene(), "PNG"), (b"tEXt", b"workflow\0{}")))
+    noted[noted.index(b"workflow")] ^= 1
+    assert open_picture(bytes(noted)).tobytes() == scene().tobytes()
+
+
+@pytest.mark.parametrize(
+    "chunk",
+    [
+        (b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + XMP),
+        (b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(XMP)),
+    ],
+)
+def test_a_png_is_turned_as_its_xmp_says(chunk: tuple[bytes, bytes]) -> None:
+    data = with_chunks(saved(scene(), "PNG"), (b"tEXt", b"workflow\0" + LONG), chunk)
+    assert picture_size(data) == open_picture(data).size == SIZE[::-1]
+
+
+def test_a_large_profile_of_a_png_is_obeyed() -> None:
+    """Tables of colors may take more than Pillow unpacks."""
+    large = linear_profile() + bytes(2_000_000)
+    large = struct.pack(">I", len(large)) + large[4:]
+    chunk = (b"iCCP", b"large\0\0" + zlib.compress(large))
+    expected = open_picture(saved(scene(), "PNG", icc_profile=linear_profile()))
+    assert open_picture(with_chunks(saved(scene(), "PNG"), chunk)).tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("form", ["JPEG", "WEBP", "PNG", "TIFF", "AVIF"])
+def test_exif_that_cannot_be_read_turns_nothing(form: str) -> None:
+    exif = b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + bytes(range(200))
+    data = saved(scene(), form, **({} if form == "TIFF" else {"exif": exif}))
+    assert picture_size(data) == open_picture(data).size == SIZE
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_no_numbers_are_refused(value: float) -> None:
+    levels = np.full((20, 30), 0.5, np.float32)
+    levels[7, 9] = value
+    with pytest.raises(PictureError, match=r"no numbers \(NaN or infinity\)"):
+        open_picture(saved(Image.fromarray(levels), "TIFF"))
 
 
 # JPEGs with a part missing, and an end mark after what is left.
