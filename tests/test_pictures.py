@@ -289,13 +289,28 @@ def cut_inside(data: bytes, num: int) -> bytes:
 def test_a_cut_jpeg_is_refused_though_it_has_an_end_mark(mode: str, options: Any) -> None:
     data = saved(scene((160, 128)).convert(mode), "JPEG", **options)
     whole, num_glued = open_picture(data).tobytes(), 0
-    for num in (60, 80, *range(100, len(data) * 3 // 4, 131)):  # more than the last block
+    for num in (10, 11, *range(13, len(data) * 3 // 4, 59)):
         with pytest.raises((PictureError, OSError)) as caught:
             open_picture(cut_inside(data, num))
         assert "truncated" in explain(caught.value), num
         num_glued += "a part before it is missing" in str(caught.value)  # Pillow alone takes it
     assert num_glued > 3
     assert open_picture(data).tobytes() == whole
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_rows": 1}])
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+def test_a_jpeg_is_decoded_as_pillow_decodes_it_and_once(
+    mode: str, options: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = saved(scene((170, 90)).convert(mode), "JPEG", **options)
+    with Image.open(io.BytesIO(data)) as plain:
+        expected = plain.convert("RGB").tobytes()
+    made: list[str] = []
+    real = Image._getdecoder
+    monkeypatch.setattr(Image, "_getdecoder", lambda *args: (made.append(args[1]), real(*args))[1])
+    assert open_picture(data).tobytes() == expected
+    assert made == ["jpeg"]
 
 
 @pytest.mark.parametrize("level", range(120, 137))

@@ -10,9 +10,10 @@ from functools import cache
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
 from precompute.pictures.colours import to_srgb
-from precompute.pictures.jpeg import is_cut
+from precompute.pictures.jpeg import load_jpeg
 from precompute.pictures.png import without_notes
 from precompute.pictures.refusals import PictureError, unidentified
 from shards.buckets import Geometry, Size
@@ -87,9 +88,9 @@ def open_picture(data: bytes) -> Image.Image:
     """
     with opened(data) as image:
         _check_whole(data, image)
+        if isinstance(image, JpegImageFile):
+            load_jpeg(image, data)
         image.load()
-        if image.format in ("JPEG", "MPO") and is_cut(data, image):
-            raise PictureError("truncated: it has an end mark, but a part before it is missing")
         return to_srgb(upright(image))
 
 
