@@ -7,6 +7,7 @@ from pathlib import Path
 import safetensors.torch
 
 from precompute.halves import Half
+from precompute.pictures.masks import shows_anything
 from precompute.planning.work import Found
 from shards import CacheError
 from shards.index import Index
@@ -24,7 +25,11 @@ class Copies:
         self._open = functools.lru_cache(maxsize=MAX_OPEN_SHARDS)(self._open_shard)
 
     def latents(self, found: Found) -> Half | None:
-        return self._half(found, VARIANT_TENSORS, "latents", ("picture", "mask"))
+        half = self._half(found, VARIANT_TENSORS, "latents", ("picture", "mask"))
+        masks = half.tensors.get("mask", ()) if half else ()
+        if not all(shows_anything(mask, mask.dtype) for mask in masks):
+            return None  # of an earlier version, which did not drop such variants
+        return half
 
     def text(self, found: Found) -> Half | None:
         return self._half(found, CAPTION_TENSORS, "text", ("captions",))

@@ -85,6 +85,11 @@ def render_mask(mask: Grey, variants: Sequence[Geometry]) -> torch.Tensor:
     return torch.from_numpy(np.stack(found)).float().clamp(0, 1).unsqueeze(1)
 
 
+def shows_anything(mask: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether a mask that is stored in ``dtype`` lets any of the loss through."""
+    return bool(mask.to(dtype).any())
+
+
 def _coverage(num_pixels: int, resized: int, start: int, num_cells: int) -> Floats:
     """[cells, pixels]: the share of each latent cell that lies on each pixel of the mask.
 
