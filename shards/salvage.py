@@ -7,6 +7,7 @@ next encode makes it again, in its old place.
 
 import json
 import re
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +20,16 @@ from runtime.files import writing
 from shards import CacheError
 from shards.index import Index
 from shards.sample import sample_key
+from shards.verify import read_part
 from shards.writer import Members, write_members
 
 OF_THE_WRITER = ("shard", "count", "tar_bytes", "tar_sha256", "dtype", "latent", "prompt", "pooled")
 PATH = re.compile(rb'"path": ("(?:[^"\\]|\\.)*")')
+# Of samples that have their digests, and are not what shardtune writes.
+FORGED = (
+    *(ValueError, KeyError, TypeError, AttributeError),
+    *(RecursionError, OverflowError, struct.error, AssertionError),
+)
 REASON = "damaged in the cache, and dropped by verify --repair"
 
 
@@ -53,8 +60,11 @@ def salvage(folder: Path, name: str, index_sha256: str, into: Path) -> Salvage |
             return None
         about = {key: v for key, v in index.header.items() if key not in OF_THE_WRITER}
         kept = _Kept(file, index, about)
-        with writing(into / f"{name}.tar", f"{folder} is as it was."):
-            write_members(into, name, kept.samples(), index.layout, about)
+        try:
+            with writing(into / f"{name}.tar", f"{folder} is as it was."):
+                write_members(into, name, kept.samples(), index.layout, about)
+        except FORGED:
+            return None
     if not kept.num_kept:
         return None
     is_as_before = Index(into / f"{name}.index").sha256 == index.sha256
@@ -123,8 +133,7 @@ def _read_members(file: BinaryIO, index: Index, row: int) -> Members:
     found = {}
     for end, (offset, size) in places.items():
         try:
-            file.seek(offset)
-            found[end] = file.read(size)
+            found[end] = read_part(file, offset, size)
         except OSError:
             found[end] = b""
     return found
