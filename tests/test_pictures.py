@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from PIL import Image, ImageCms
+from PIL.TiffImagePlugin import TiffImageFile
 
 import cli
 import precompute.pictures.images
@@ -272,6 +273,103 @@ def test_values_that_are_no_numbers_are_refused(value: float) -> None:
     levels[7, 9] = value
     with pytest.raises(PictureError, match=r"no numbers \(NaN or infinity\)"):
         open_picture(saved(Image.fromarray(levels), "TIFF"))
+
+
+# Damage in TIFFs and BMPs that Pillow's decoders make do with.
+
+
+def place_of_strip(data: bytes) -> tuple[int, int]:
+    with Image.open(io.BytesIO(data)) as image:
+        assert isinstance(image, TiffImageFile)
+        return image.tag_v2[273][0], image.tag_v2[279][0]
+
+
+@pytest.mark.parametrize(
+    "packing", ["group3", "group4", "tiff_ccitt", "packbits", "tiff_lzw", "tiff_adobe_deflate"]
+)
+def test_a_tiff_with_a_hole_is_refused(packing: str, capfd: pytest.CaptureFixture[str]) -> None:
+    image = scene((160, 128)).convert("1")
+    data = saved(image, "TIFF", compression=packing)
+    assert open_picture(data).tobytes() == image.convert("RGB").tobytes()
+    start, size = place_of_strip(data)
+    for share in (0.2, 0.5, 0.9):
+        at = start + int(size * share)
+        unended = data[:at] + bytes(start + size - at) + data[start + size :]
+        holed = data[: at - 20] + bytes(20) + data[at:]
+        # In group 3 zeros may stand between lines; in PackBits they are runs of one byte.
+        for damaged in (unended,) if packing in ("group3", "packbits") else (unended, holed):
+            with pytest.raises((PictureError, OSError)) as caught:
+                open_picture(damaged)
+            assert "damaged" in explain(caught.value) or "truncated" in explain(caught.value)
+    assert "Fax" not in capfd.readouterr().err
+
+
+def test_a_fax_with_a_wrong_code_is_refused() -> None:
+    data = bytearray(saved(scene((160, 128)).convert("1"), "TIFF", compression="group4"))
+    start, size = place_of_strip(bytes(data))
+    num_refused = 0
+    for at in range(start, start + size - 8, size // 20):
+        damaged = data.copy()
+        damaged[at] ^= 0x10
+        try:
+            open_picture(bytes(damaged))
+        except PictureError:
+            num_refused += 1
+    assert num_refused > 15
+
+
+@pytest.mark.parametrize("tag", [273, 279])
+def test_a_tiff_whose_strips_lie_beyond_its_end_is_refused(tag: int) -> None:
+    data = saved(scene(), "TIFF", compression="tiff_adobe_deflate")
+    entry = data.index(struct.pack("<HHI", tag, 4, 1))
+    moved = data[: entry + 8] + struct.pack("<I", len(data)) + data[entry + 12 :]
+    with pytest.raises(PictureError, match="the file ends before the picture does"):
+        open_picture(moved)
+
+
+def rle_bmp(runs: bytes, size: tuple[int, int] = (16, 2), kind: int = 1) -> bytes:
+    bits = {1: 8, 2: 4}[kind]
+    palette = bytes(range(256)) * 4
+    palette = palette[: 4 << bits]
+    start = 54 + len(palette)
+    header = b"BM" + struct.pack("<IHHI", start + len(runs), 0, 0, start)
+    header += struct.pack("<IiiHHIIiiII", 40, *size, 1, bits, kind, len(runs), 0, 0, 0, 0)
+    return header + palette + runs
+
+
+ROW, END_OF_ROW, END = b"\x10\x07", b"\0\0", b"\0\1"
+
+
+@pytest.mark.parametrize("kind", [1, 2])
+@pytest.mark.parametrize(
+    "runs",
+    [
+        ROW + END_OF_ROW + ROW + END,
+        ROW + END_OF_ROW + ROW + END_OF_ROW + END,
+        ROW + END_OF_ROW + b"\x08\1\x08\2" + END,
+    ],
+)
+def test_a_bmp_in_whole_runs_is_taken(kind: int, runs: bytes) -> None:
+    assert open_picture(rle_bmp(runs, kind=kind)).size == (16, 2)
+
+
+@pytest.mark.parametrize("kind", [1, 2])
+@pytest.mark.parametrize(
+    "runs",
+    [
+        b"\x11\x07" + END_OF_ROW + ROW + END,
+        ROW + END_OF_ROW + b"\xff\x07" + END,
+        ROW + END_OF_ROW + b"\x03",
+        ROW + END_OF_ROW + b"\0\2\x20\0" + END,
+        ROW + END_OF_ROW + b"\0\x20" + bytes(32),
+        ROW + b"\0",
+        b"",
+    ],
+)
+def test_a_bmp_whose_runs_do_not_fit_is_refused(kind: int, runs: bytes) -> None:
+    with pytest.raises((PictureError, ValueError)) as caught:
+        open_picture(rle_bmp(runs, kind=kind))
+    assert "damaged" in explain(caught.value) or "truncated" in explain(caught.value)
 
 
 # JPEGs with a part missing, and an end mark after what is left.

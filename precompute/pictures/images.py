@@ -13,6 +13,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
 from precompute.pictures.colours import to_srgb
+from precompute.pictures.damage import watched
 from precompute.pictures.jpeg import load_jpeg
 from precompute.pictures.png import without_notes
 from precompute.pictures.refusals import PictureError, unidentified
@@ -90,7 +91,8 @@ def open_picture(data: bytes) -> Image.Image:
         _check_whole(data, image)
         if isinstance(image, JpegImageFile):
             load_jpeg(image, data)
-        image.load()
+        with watched(image, data):
+            image.load()
         return to_srgb(upright(image))
 
 
