@@ -53,6 +53,7 @@ class Failed:
 
     reason: str
     for_good: bool = True
+    is_hidden: bool = False  # a mask hides all of its variants
     digests: dict[str, str] = field(default_factory=dict)  # as of a ``Half``, where it was read
 
 
@@ -252,7 +253,8 @@ def _open_variants(
         variants = [one for one in variants if shows_anything(one[1], DTYPES[settings.dtype])]
     return variants or Failed(
         "its mask: all of it is black in the part of the image that is kept; what is white in it "
-        "is cropped off"
+        "is cropped off",
+        is_hidden=True,
     )
 
 

@@ -117,12 +117,12 @@ def _halves(
             yield Failed(task.reason)
             continue
         made = next(encoded) if _is_missing(found) else None
-        if found is None:
+        if found is None or (isinstance(made, Failed) and not made.is_hidden):
             assert made is not None
             yield made
             continue
         half = copy(found)
-        if half is None or isinstance(made, Failed):  # damaged since; none of what joins is of use
+        if half is None or isinstance(made, Failed):  # damaged since; masks hide all that joins
             yield next(encode([task.planned], encoders))
         else:
             yield half if made is None else joined(half, made)

@@ -237,3 +237,7 @@ def test_no_variant_is_cached_whose_mask_is_black_all_over(base: Path, tmp_path:
         encode(data, base, cache, crops=3, flip=True, repack=True)
     assert count == (0, 0)
     assert encodes.contents(cache) == before
+    grown: list[dict[str, Any]] = [{"crops": 1}, {"crops": 2}, {"crops": 3, "flip": True}]
+    for flags in grown:
+        encode(data, base, tmp_path / "grown", **flags)
+    assert encodes.samples_of(tmp_path / "grown") == encodes.samples_of(cache)

@@ -61,7 +61,8 @@ def _lies(image: Image.Image, data: bytes) -> bool:
     if image.format == "PNG":
         if not any(mark in data for mark in PNG_EXIF):
             return False  # to look for it, Pillow would decode the picture
-        image.load()
+        if "exif" not in image.info:
+            image.load()  # it may follow the pixels
     return _orientation(image) in (5, 6, 7, 8)
 
 
