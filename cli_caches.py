@@ -51,7 +51,7 @@ def _verify(folder: Path, *, repair: bool) -> bool:
         dropped = drop_damaged(folder, manifest, found)
         for line in dropped:
             echo(line)
-        if dropped:
+        if not (folder / MANIFEST).exists():
             echo("next: run the same encode again, it makes what was dropped")
     if not faults and "digest" in manifest:
         samples = manifest["num_samples"]

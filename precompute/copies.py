@@ -1,13 +1,15 @@
 """Halves of samples from shards that were set aside, every byte checked."""
 
 import functools
-import json
 from pathlib import Path
 
 import safetensors.torch
+from safetensors import SafetensorError
 
 from precompute.halves import Half
+from precompute.pictures.masks import shows_anything
 from precompute.planning.work import Found
+from sdxl.latent_rgb import LatentSums
 from shards import CacheError
 from shards.index import Index
 from shards.manifest import REPLACED
@@ -24,7 +26,11 @@ class Copies:
         self._open = functools.lru_cache(maxsize=MAX_OPEN_SHARDS)(self._open_shard)
 
     def latents(self, found: Found) -> Half | None:
-        return self._half(found, VARIANT_TENSORS, "latents", ("picture", "mask"))
+        half = self._half(found, VARIANT_TENSORS, "latents", ("picture", "mask"))
+        masks = half.tensors.get("mask", ()) if half else ()
+        if not all(shows_anything(mask, mask.dtype) for mask in masks):
+            return None  # of an earlier version, which did not drop such variants
+        return half
 
     def text(self, found: Found) -> Half | None:
         return self._half(found, CAPTION_TENSORS, "text", ("captions",))
@@ -37,11 +43,17 @@ class Copies:
             members = shard.members(found.row)
         except CacheError:
             return None
-        tensors = safetensors.torch.load(members["safetensors"])
-        about = json.loads(members["json"])
+        try:
+            tensors = safetensors.torch.load(members["safetensors"])
+            about = shard.about(found.row)
+            notes = about["notes"][half]
+            if half == "latents":
+                LatentSums.from_json(notes["sums"])
+        except (SafetensorError, ValueError, KeyError, TypeError):
+            return None  # it has its digests, and is not what encode writes
         kept = {name: tensors[name] for name in names if name in tensors}
         digests = {name: about["digests"][name] for name in digested if name in about["digests"]}
-        return Half(kept, about["notes"][half], shard.index.header["made_with"], digests)
+        return Half(kept, notes, shard.index.header["made_with"], digests)
 
     def _open_shard(self, name: str, cache: str) -> Shard:
         folder = (self._cache.parent / cache if cache else self._cache) / REPLACED

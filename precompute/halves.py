@@ -17,7 +17,7 @@ import torch
 
 from precompute.encoders import Encoders
 from precompute.pictures.images import open_picture, render_variants, room_for
-from precompute.pictures.masks import Grey, open_alpha, open_mask, render_mask
+from precompute.pictures.masks import Grey, open_alpha, open_mask, render_mask, shows_anything
 from precompute.pictures.refusals import explain
 from precompute.planning.placement import Planned, picture_mark
 from precompute.settings import EncodeSettings
@@ -31,8 +31,9 @@ from shards.sample import DTYPES
 OF_THE_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP}
 R = TypeVar("R")
 S = TypeVar("S")
-# A variant: its picture [3, H, W] in -1..1, and its mask [1, h, w] in 0..1, empty if it has none.
-Pixels = tuple[torch.Tensor, torch.Tensor]
+# A variant: its image [3, H, W] in -1..1, its mask [1, h, w] in 0..1, empty if it has none, and its
+# sizes [6].
+Pixels = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +53,7 @@ class Failed:
 
     reason: str
     for_good: bool = True
+    is_hidden: bool = False  # a mask hides all of its variants
     digests: dict[str, str] = field(default_factory=dict)  # as of a ``Half``, where it was read
 
 
@@ -65,6 +67,8 @@ class _Opened:
 
 def latent_halves(members: Sequence[Planned], encoders: Encoders) -> Iterator[Half | Failed]:
     """Of each picture its latents with their sizes: all variants of a picture are one half.
+
+    Its variants are those planned, less those that a mask hides all over.
 
     Raises:
         OSError: a file cannot be read now. That is no property of the picture: the run ends, and
@@ -86,27 +90,27 @@ def latent_halves(members: Sequence[Planned], encoders: Encoders) -> Iterator[Ha
             yield one.rows
 
     def encode(rows: list[Pixels]) -> list[tuple[torch.Tensor, ...]]:
-        pictures = torch.stack([picture for picture, _ in rows])
-        posterior = encoders.latents.encode(pictures)
-        masks = [mask for _, mask in rows]
-        return [*zip(posterior.mean, posterior.std, pictures, masks, strict=True)]
+        pictures, masks, sizes = zip(*rows, strict=True)
+        posterior = encoders.latents.encode(torch.stack(pictures))
+        return [*zip(posterior.mean, posterior.std, pictures, masks, sizes, strict=True)]
 
     for planned, found in zip(members, in_batches(rows(), encode, size), strict=True):
         made_from = digests.popleft()
         if isinstance(found, Failed):
             yield replace(found, digests=made_from)
             continue
-        mean, std, pictures, mask = (torch.stack(parts) for parts in zip(*found, strict=True))
+        parts = [torch.stack(part) for part in zip(*found, strict=True)]
+        mean, std, pictures, mask, sizes = parts
         tensors = {"latents.mean": mean, "latents.std": std}
         if mask.numel():
             tensors["mask"] = mask
         if encoders.settings.mean_only:
             del tensors["latents.std"]
         sums = [*map(_sums_of, mean, pictures)]
-        half = _stored(tensors, {"sums": _total(sums).to_json()}, encoders, made_from)
+        notes = _notes(sums, len(planned.variants) - len(found))
+        half = _stored(tensors, notes, encoders, made_from)
         if isinstance(half, Half):
-            sizes = [geometry.sizes for geometry in planned.variants]
-            half.tensors["sizes"] = torch.tensor(sizes, dtype=torch.int32)
+            half.tensors["sizes"] = sizes
             half = replace(half, sums=tuple(sums))
         yield half
 
@@ -115,6 +119,11 @@ def _sums_of(mean: torch.Tensor, picture: torch.Tensor) -> LatentSums:
     sums = LatentSums.empty(len(mean))
     sums.add(mean.unsqueeze(0), picture.unsqueeze(0))
     return sums
+
+
+def _notes(sums: Sequence[LatentSums], num_dropped: int) -> dict[str, Any]:
+    notes: dict[str, Any] = {"sums": _total(sums).to_json()}
+    return notes | {"num_dropped_variants": num_dropped} if num_dropped else notes
 
 
 def _total(sums: Sequence[LatentSums]) -> LatentSums:
@@ -127,9 +136,10 @@ def joined(first: Half, others: Half) -> Half:
     tensors = {
         name: torch.cat([tensor, others.tensors[name]]) for name, tensor in first.tensors.items()
     }
-    sums = _total([LatentSums.from_json(first.notes["sums"]), *others.sums])
+    sums = [LatentSums.from_json(first.notes["sums"]), *others.sums]
+    num_dropped = sum(one.notes.get("num_dropped_variants", 0) for one in (first, others))
     made_with = [*first.made_with, *(one for one in others.made_with if one not in first.made_with)]
-    return Half(tensors, {"sums": sums.to_json()}, made_with, others.digests)
+    return Half(tensors, _notes(sums, num_dropped), made_with, others.digests)
 
 
 def text_halves(members: Sequence[Planned], encoders: Encoders) -> Iterator[Half | Failed]:
@@ -199,7 +209,7 @@ def _stored(
 
 
 def _open_member(planned: Planned, settings: EncodeSettings) -> _Opened:
-    """Of each variant its pixels and its mask, or why there are none."""
+    """Of each variant its pixels, mask and sizes, or why there are none."""
     record = planned.record
     try:
         data = record.picture.read()
@@ -227,6 +237,7 @@ def _open_member(planned: Planned, settings: EncodeSettings) -> _Opened:
 def _open_variants(
     planned: Planned, settings: EncodeSettings, data: bytes, mask: bytes | None
 ) -> list[Pixels] | Failed:
+    """A variant of which the mask shows nothing is dropped: its loss would be zero."""
     try:
         with room_for(planned.variants[0].original):
             pictures = render_variants(open_picture(data), planned.variants)
@@ -236,7 +247,15 @@ def _open_variants(
         masks = _open_masks(data, mask, planned, settings)
     except Exception as error:
         return Failed(f"its mask: {explain(error)}")
-    return [*zip(pictures, masks, strict=True)]
+    sizes = [torch.tensor(one.sizes, dtype=torch.int32) for one in planned.variants]
+    variants = [*zip(pictures, masks, sizes, strict=True)]
+    if masks.numel():
+        variants = [one for one in variants if shows_anything(one[1], DTYPES[settings.dtype])]
+    return variants or Failed(
+        "its mask: all of it is black in the part of the image that is kept; what is white in it "
+        "is cropped off",
+        is_hidden=True,
+    )
 
 
 def _open_masks(

@@ -36,6 +36,7 @@ class Report:
     num_masks: int = 0
     num_taken: int = 0  # pictures an epoch, with repeats
     num_prompts: int = 0  # to draw previews from
+    dropped_variants: list[tuple[str, int]] = field(default_factory=list)  # by image: how many
     rejected: list[Rejected] = field(default_factory=list)
 
     @property
@@ -51,6 +52,7 @@ class Report:
         self.num_shards += 1
         self.num_bytes += header["tar_bytes"]
         self.num_cut_captions += header["num_cut_captions"]
+        self.dropped_variants += [(path, num) for path, num in header.get("dropped_variants", [])]
         records = index.records
         self.num_variants += int(records["num_variants"].sum())
         self.num_captions += int(records["num_captions"].sum())
@@ -100,11 +102,18 @@ def describe(report: Report, num_chunks: int) -> Iterator[str]:
 
 
 def warn_of_rejected(report: Report) -> str:
-    """One line, where pictures were rejected."""
-    if not report.rejected:
-        return ""
-    first = report.rejected[0]
-    return (
-        f"Warning: {len(report.rejected):,} rejected, see {report.folder / 'rejected.jsonl'}; "
-        f"e.g. {first.path}: {first.reason}"
-    )
+    """A line where images were rejected, and one where some of their variants were."""
+    lines = []
+    if report.rejected:
+        first = report.rejected[0]
+        lines.append(
+            f"Warning: {len(report.rejected):,} rejected, see {report.folder / 'rejected.jsonl'}; "
+            f"e.g. {first.path}: {first.reason}"
+        )
+    if dropped := sorted(report.dropped_variants):
+        number = sum(num for _, num in dropped)
+        lines.append(
+            f"Warning: {counted(number, 'variant')} of {counted(len(dropped), 'image')} dropped: "
+            f"the mask is black all over in that crop; e.g. {dropped[0][0]}"
+        )
+    return "\n".join(lines)

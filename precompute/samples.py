@@ -21,10 +21,12 @@ class Notes:
     num_cut_captions: int = 0
     members: list[list[Any]] = field(default_factory=list)  # all that were to be in it
     rejected: list[list[str]] = field(default_factory=list)
+    dropped_variants: list[list[Any]] = field(default_factory=list)  # (path, how many of them)
     made_with: list[dict[str, Any]] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        return {
+        dropped = {"dropped_variants": self.dropped_variants} if self.dropped_variants else {}
+        return dropped | {
             "sums": self.sums.to_json(),
             "num_cut_captions": self.num_cut_captions,
             "members": self.members,
@@ -34,6 +36,8 @@ class Notes:
 
     def add(self, planned: Planned, latents: Half, text: Half) -> None:
         self.members.append([planned.record.key, *planned.marks])
+        if num_dropped := latents.notes.get("num_dropped_variants", 0):
+            self.dropped_variants.append([planned.record.path, num_dropped])
         self.sums += LatentSums.from_json(latents.notes["sums"])
         self.num_cut_captions += text.notes["num_cut_captions"]
         for one in latents.made_with + text.made_with:
@@ -113,12 +117,12 @@ def _halves(
             yield Failed(task.reason)
             continue
         made = next(encoded) if _is_missing(found) else None
-        if found is None or isinstance(made, Failed):
+        if found is None or (isinstance(made, Failed) and not made.is_hidden):
             assert made is not None
             yield made
             continue
         half = copy(found)
-        if half is None:  # damaged since
+        if half is None or isinstance(made, Failed):  # damaged since; masks hide all that joins
             yield next(encode([task.planned], encoders))
         else:
             yield half if made is None else joined(half, made)

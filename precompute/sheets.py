@@ -14,6 +14,7 @@ from shards import CacheError
 from shards.buckets import bucket_name, cover
 from shards.reader import Cache, Shard
 
+MOST_PIXELS = 1_000_000  # of a side
 CUT_AWAY, FRAME, BOX = (205, 205, 205), (120, 120, 120), (230, 0, 90)
 
 
@@ -39,7 +40,7 @@ def write_sheets(cache: Cache, out: Path) -> Iterator[Path]:
 def _tiles(cache: Cache, shards: list[Shard]) -> Iterator[tuple[Image.Image, str]]:
     fit = cache.manifest["latent_rgb"]
     weight, bias = torch.tensor(fit["weight"]), torch.tensor(fit["bias"])
-    is_squashed = cache.manifest["recipe"]["preprocessing"]["mode"] == "squash"
+    is_squashed = cache.manifest["recipe"].get("preprocessing", {}).get("mode") == "squash"
     for shard in shards:
         layout = shard.index.layout
         for row in range(len(shard.index)):
@@ -51,6 +52,8 @@ def _tiles(cache: Cache, shards: list[Shard]) -> Iterator[tuple[Image.Image, str
                 shard.read_into(sizes, row, "sizes", number)
                 colours = latents_to_rgb(latents[None], weight, bias)[0]
                 place = [int(value) for value in sizes]
+                if min(*place[:2], *place[4:]) < 1 or max(map(abs, place)) > MOST_PIXELS:
+                    raise CacheError(f"{shard.path}: sample {row}: its sizes are {place}")
                 text = f"{place[1]}x{place[0]}  {about['captions'][0]}"
                 yield frame(colours, place, is_squashed), text
 

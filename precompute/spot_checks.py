@@ -94,6 +94,8 @@ def _check_picture(folder: Path, one: Candidate, encoders: Encoders) -> dict[str
     row = int(np.searchsorted(index.records["key"], record.key.encode()))
     if row == len(index) or index.key(row) != record.key:
         return None
+    if index.records["num_variants"][row] != len(one.planned.variants):
+        return None  # which of them were dropped is not known here
     try:
         data = record.picture.read()
     except (OSError, ValueError):  # gone or changed since

@@ -50,6 +50,7 @@ float32, where safetensors puts the sizes last. A mask is a part of its own: not
 The index header carries the shard's name, bucket, repeats, the tar's size and sha256, the recipe
 (settings and digests of weights that made it), ``members`` (a row for each that was to be in it:
 its key, and what its halves are made from), ``rejected`` (those of them that failed: path, reason),
+``dropped_variants`` (path, number: crops that the mask hides all over; only where there are any),
 ``made_with`` (batch size and the like: they decide last bits) and sums from which the manifest's
 statistics come.
 

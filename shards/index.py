@@ -15,6 +15,7 @@ import xxhash
 
 from runtime.files import write_durable
 from shards import CacheError, OtherFormat
+from shards.index_checks import misfit_of_header, misfit_of_records
 from shards.sample import (
     CAPTION_TENSORS,
     LATENT_TENSORS,
@@ -23,6 +24,7 @@ from shards.sample import (
     VARIANT_TENSORS,
     Layout,
 )
+from shards.schema import read_json
 
 NAME = b"shardtune-index"
 MAGIC = NAME + b"2"  # the version of the format; in the first it was a line's end
@@ -192,14 +194,10 @@ class Index:
             raise OtherFormat.version(path, {"\n": "1"}.get(version, version))
         digest.update(view[-SHA_BYTES:])
         self.sha256 = digest.hexdigest()
-        (length,) = struct.unpack_from("<Q", view, len(MAGIC))
-        start = len(MAGIC) + 8
-        self.header: dict[str, Any] = json.loads(bytes(view[start : start + length]))
+        self.path = path
+        self.header = self._read_header()
         if f"{self.header['shard']}.index" != path.name:
             raise CacheError(f"{path}: this is the index of another shard ({self.header['shard']})")
-        self._first_record = start + length
-        self._count = int(self.header["count"])
-        self._first_digest = self._first_record + self._count * _RECORD.size
         self.layout = Layout(
             dtype=self.header["dtype"],
             latent=tuple(self.header["latent"]),
@@ -207,6 +205,33 @@ class Index:
             pooled=self.header["pooled"],
         )
         self._forms: dict[tuple[bytes, bytes], Form] = {}
+        self._check_records()
+
+    def _read_header(self) -> dict[str, Any]:
+        view = self._data
+        (length,) = struct.unpack_from("<Q", view, len(MAGIC))
+        start = len(MAGIC) + 8
+        try:
+            header = read_json(bytes(view[start : start + length]))
+        except ValueError as error:
+            raise self._forged(f"its header is not JSON: {str(error)[:80]}") from None
+        if found := misfit_of_header(header):
+            raise self._forged(found)
+        self._count = int(header["count"])
+        self._first_record = start + length
+        self._first_digest = self._first_record + self._count * _RECORD.size
+        return dict(header)
+
+    def _check_records(self) -> None:
+        table_bytes = len(self._data) - SHA_BYTES - self._first_digest
+        if table_bytes < 0 or table_bytes % DIGEST_BYTES:
+            raise self._forged("it is shorter or longer than it says")
+        num_digests, tar_bytes = table_bytes // DIGEST_BYTES, self.header["tar_bytes"]
+        if found := misfit_of_records(self.records, self.layout, tar_bytes, num_digests):
+            raise self._forged(found)
+
+    def _forged(self, what: str) -> CacheError:
+        return CacheError(f"{self.path}: not an index that shardtune writes: {what}")
 
     def __len__(self) -> int:
         return self._count
@@ -239,6 +264,8 @@ class Index:
     def digests(self, record: Record, form: Form) -> tuple[int, ...]:
         """xxh3-64 of each part of a sample."""
         at = self._first_digest + DIGEST_BYTES * record.first_digest
+        if at + form.digests.size > len(self._data) - SHA_BYTES:
+            raise self._forged(f"sample {record.key.decode()} has no digests")
         return form.digests.unpack_from(self._data, at)
 
     def parts(self, row: int) -> Iterator[tuple[Part, int]]:

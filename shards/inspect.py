@@ -1,6 +1,5 @@
 """What a cache holds, in numbers: buckets, captions, recipe, statistics, what was rejected."""
 
-import json
 import re
 import statistics
 from collections import Counter
@@ -10,13 +9,16 @@ from typing import Any
 
 import numpy as np
 
+from shards import CacheError, schema
 from shards.buckets import bucket_name
 from shards.manifest import read_side_file
 from shards.reader import Cache, Shard
 from shards.sample import TENSORS
+from shards.schema import misfit, read_json
 from shards.words import counted
 
 REJECTED = "rejected.jsonl"
+REJECTED_FIELDS = {"path": schema.text, "reason": schema.text}
 MOST_SHOWN = 5  # of the most frequent
 BAR = 30  # characters of the fullest bucket's bar
 Counts = Counter[Any]
@@ -95,8 +97,13 @@ def _read_rejected(cache: Cache) -> Counts:
     if REJECTED not in cache.manifest["side_files"]:
         return Counter()
     data = read_side_file(cache.folder, cache.manifest, REJECTED, "encode the data set again")
-    reasons = (json.loads(line)["reason"] for line in data.decode().splitlines())
-    return Counter(re.sub(r"\d+", "N", reason) for reason in reasons)
+    try:
+        rows = [read_json(line) for line in data.split(b"\n") if line]
+    except ValueError as error:
+        raise CacheError(f"{cache.folder / REJECTED}: damaged ({str(error)[:80]})") from None
+    if not all(misfit(row, REJECTED_FIELDS) is None for row in rows):
+        raise CacheError(f"{cache.folder / REJECTED}: damaged (not what encode writes)")
+    return Counter(re.sub(r"\d+", "N", row["reason"]) for row in rows)
 
 
 def _describe_buckets(contents: Contents) -> Iterator[str]:

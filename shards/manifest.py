@@ -1,13 +1,13 @@
 """The manifest: what a cache is, derived from its indexes, written last, checked when read."""
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 from runtime.files import canonical_json, content_digest, file_sha256, write_changed
-from shards import FORMAT, VERSION, CacheError, OtherFormat
+from shards import FORMAT, VERSION, CacheError, OtherFormat, schema
 from shards.index import Index
+from shards.schema import misfit, read_json
 
 MANIFEST = "manifest.json"
 PROMPTS = "prompts.safetensors"
@@ -18,6 +18,52 @@ LOCK = "encode.lock"
 REPLACED = "replaced"  # a folder: shards that are being written anew
 OWN = (SCAN, PLAN, LOCK)
 SIDE_FILES = (UNCONDITIONAL, PROMPTS, "rejected.jsonl")
+
+_ENCODER = schema.fields({"digest": schema.text, "of_base": schema.flag})
+_TEXT_ENCODER = schema.fields({"digest": schema.text})
+FIELDS = {
+    "shards": schema.each(
+        schema.fields(
+            {
+                "name": schema.SHARD,
+                "bucket": schema.BUCKET,
+                "repeats": schema.REPEATS,
+                "count": schema.whole(0, 2**40),
+                "bytes": schema.whole(),
+                "index_sha256": schema.DIGEST,
+            }
+        )
+    ),
+    "side_files": schema.table(lambda name: name in SIDE_FILES, schema.DIGEST),
+    "num_samples": schema.whole(),
+    "recipe": schema.fields(
+        {"vae": _ENCODER, "text_encoder": _TEXT_ENCODER, "text_encoder_2": _TEXT_ENCODER},
+        {
+            "long_captions": schema.whole(1, 1000),
+            "storage": schema.fields({"dtype": schema.text}),
+            "preprocessing": schema.fields({"mode": schema.text}),
+        },
+    ),
+    "text": schema.fields(dict.fromkeys(("tokens", "depth", "pooled"), schema.SIDE)),
+}
+MORE_FIELDS = {  # a cache without images has none
+    "latents": schema.fields(
+        {"channels": schema.SIDE},
+        {name: schema.each(schema.number) for name in ("mean", "std")},
+    ),
+    "latent_rgb": schema.fields(
+        {
+            "weight": schema.each(schema.each(schema.number, 3)),
+            "bias": schema.each(schema.number, 3),
+        }
+    ),
+    "sanity": schema.fields(
+        {
+            "drawings": schema.fields({"psnr": schema.number}),
+            "pictures": schema.each(schema.fields({"psnr": schema.number})),
+        }
+    ),
+}
 
 
 def write_manifest(folder: Path, about: dict[str, Any], indexes: list[Index]) -> dict[str, Any]:
@@ -84,6 +130,8 @@ def read_side_file(folder: Path, manifest: dict[str, Any], name: str, remedy: st
         CacheError: missing or damaged; ends with ``remedy``.
     """
     path = folder / name
+    if name not in manifest["side_files"]:
+        raise CacheError(f"{path}: the manifest names no such file; {remedy}")
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -105,11 +153,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except OSError:
         raise CacheError(_why_no_manifest(folder)) from None
     try:
-        manifest = json.loads(data)
+        manifest = read_json(data)
         digest = manifest.pop("digest")
+        whole = content_digest(manifest) == digest
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise CacheError(f"{path}: the manifest is damaged (not what encode wrote)") from None
-    whole = content_digest(manifest) == digest
     if manifest.get("format") == FORMAT and manifest.get("version") != VERSION and whole:
         raise OtherFormat.version(path, manifest.get("version"))
     manifest["digest"] = digest
@@ -117,7 +165,25 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise CacheError(f"{path}: the manifest is damaged (its digest differs)")
     if manifest.get("format") != FORMAT:
         raise OtherFormat(f"{path}: not a shardtune cache (format {manifest.get('format')!r})")
+    if found := misfit(manifest, FIELDS, MORE_FIELDS) or _misfit_of_shards(manifest):
+        raise CacheError(f"{path}: not a manifest that shardtune writes: {found}")
     return dict(manifest)
+
+
+def _misfit_of_shards(manifest: dict[str, Any]) -> str | None:
+    """What is wrong with the list of shards; None if nothing is."""
+    shards = manifest["shards"]
+    if len({shard["name"] for shard in shards}) < len(shards):
+        return "it names a shard twice"
+    if manifest["num_samples"] != sum(shard["count"] for shard in shards):
+        return "its num_samples is not that of its shards"
+    latents = manifest.get("latents", {})
+    if manifest["num_samples"] and "channels" not in latents:
+        return "its latents are not what encode writes"
+    rows = len(manifest.get("latent_rgb", {}).get("weight", ()))
+    if rows and rows != latents.get("channels"):
+        return "its latent_rgb is of other channels"
+    return None
 
 
 def _why_no_manifest(folder: Path) -> str:

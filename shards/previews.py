@@ -25,8 +25,31 @@ import torch
 from safetensors import SafetensorError
 
 from runtime.files import canonical_json
+from shards import schema
+from shards.sample import DTYPES
+from shards.schema import Check, misfit, read_json
 
 KEY = "shardtune"
+
+
+def _or_none(check: Check) -> Check:
+    return lambda value: value is None or check(value)
+
+
+_SIZES = ("width", "height", "num_steps", "num_images", "original_width", "original_height")
+PROMPT = {
+    **dict.fromkeys(_SIZES, _or_none(schema.whole(1, 2**31))),
+    "negative": _or_none(schema.text),
+    "seed": _or_none(schema.whole(0, 2**64)),
+    "guidance_scale": _or_none(schema.number),
+    "sampler": _or_none(schema.text),
+    "crop_left": _or_none(schema.whole(-(2**31), 2**31)),
+    "crop_top": _or_none(schema.whole(-(2**31), 2**31)),
+}
+ABOUT = {
+    "prompts": schema.each(schema.fields({"text": schema.text}, PROMPT)),
+    "made_with": schema.record,
+}
 TENSORS = (
     "prompt_embeds",
     "pooled_prompt_embeds",
@@ -59,10 +82,12 @@ class PreviewFile:
         """
         try:
             (length,) = struct.unpack("<Q", data[:8])
-            about = json.loads(json.loads(data[8 : 8 + length])["__metadata__"][KEY])
+            about = read_json(read_json(data[8 : 8 + length])["__metadata__"][KEY])
             tensors = safetensors.torch.load(data)
             digest = about.pop("digest")
-            whole = sorted(tensors) == sorted(TENSORS) and _digest(about, tensors) == digest
+            if found := misfit(about, ABOUT) or _misfit(about["prompts"], tensors):
+                raise ValueError(found)
+            whole = _digest(about, tensors) == digest
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"no preview prompts ({error})") from None
         except (struct.error, SafetensorError, RecursionError) as error:
@@ -70,6 +95,19 @@ class PreviewFile:
         if not whole:
             raise ValueError("damaged (its digest differs)")
         return cls(prompts=about["prompts"], made_with=about["made_with"], tensors=tensors)
+
+
+def _misfit(prompts: list[Any], tensors: dict[str, torch.Tensor]) -> str | None:
+    """What is wrong with the tensors of these prompts; None if nothing is."""
+    if sorted(tensors) != sorted(TENSORS):
+        return "other tensors than those of prompts"
+    for name in TENSORS[:2]:
+        one, other = tensors[name], tensors[f"negative.{name}"]
+        if one.dtype not in DTYPES.values() or (one.shape, one.dtype) != (other.shape, other.dtype):
+            return f"{name} of another shape or dtype than its negative"
+        if one.ndim != (3 if name == "prompt_embeds" else 2) or len(one) != len(prompts):
+            return f"{name} is not of {len(prompts)} prompts"
+    return None
 
 
 def _digest(about: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:

@@ -1,7 +1,6 @@
 """Memory-mapped shards: every slice is hashed before it is used."""
 
 import functools
-import json
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -12,15 +11,23 @@ from typing import Any, NoReturn, TypeVar
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from xxhash import xxh3_64_intdigest
 
-from shards import CacheError
+from shards import CacheError, schema
 from shards.buckets import Size
 from shards.index import Form, Index, Part, Record, Stretch, map_file
-from shards.manifest import data_digest, read_manifest, read_side_file
+from shards.manifest import UNCONDITIONAL, data_digest, read_manifest, read_side_file
 from shards.plan import Group
-from shards.sample import CAPTION_TENSORS
+from shards.sample import CAPTION_TENSORS, DTYPES
+from shards.schema import misfit, read_json
 
+ABOUT = {"path": schema.text, "captions": schema.each(schema.text)}
+MORE_ABOUT = {
+    "weight": schema.number,
+    "digests": schema.table(schema.text, schema.text),
+    "notes": schema.record,
+}
 MAX_OPEN_SHARDS = 8192  # each maps two files, and holds none open; Linux maps up to 65,530
 T = TypeVar("T")
 R = TypeVar("R")
@@ -77,7 +84,18 @@ class Shard:
 
     def about(self, row: int) -> dict[str, Any]:
         """The sample's JSON: path, captions, digests."""
-        return dict(json.loads(bytes(self._part(row, *next(self.index.parts(row))))))
+        data = bytes(self._part(row, *next(self.index.parts(row))))
+        try:
+            about = read_json(data)
+            found = misfit(about, ABOUT, MORE_ABOUT)
+            if not found and len(about["captions"]) != self.index.records["num_captions"][row]:
+                found = "its captions are not as many as their embeddings"
+        except ValueError as error:
+            found = f"no JSON ({str(error)[:80]})"
+        if found:
+            key = self.index.key(row)
+            raise CacheError(f"{self.path}: sample {key}: not what shardtune writes: {found}")
+        return dict(about)
 
     def members(self, row: int) -> dict[str, bytes]:
         """Both tar members of a sample, by extension; every part is checked."""
@@ -113,7 +131,7 @@ class Cache:
         self.folder = folder
         self.weight, self.repeats = weight, repeats
         self.manifest = read_manifest(folder)
-        self._index_sha256 = {s["name"]: s["index_sha256"] for s in self.manifest["shards"]}
+        self._rows = {shard["name"]: shard for shard in self.manifest["shards"]}
         self._groups: dict[tuple[Size, int], list[dict[str, Any]]] = {}
         for shard in self.manifest["shards"]:
             if shard["count"]:
@@ -152,7 +170,16 @@ class Cache:
                 yield self._open(shard["name"])
 
     def _open_shard(self, name: str) -> Shard:
-        return Shard(self.folder, name, self._index_sha256[name])
+        shard = Shard(self.folder, name, self._rows[name]["index_sha256"])
+        index, row, text = shard.index, self._rows[name], self.manifest["text"]
+        is_same = len(index) == row["count"] and index.layout.pooled == text["pooled"]
+        is_same &= index.layout.prompt == (text["tokens"], text["depth"])
+        is_same &= index.layout.latent[0] == self.manifest["latents"]["channels"]
+        for name in ("bucket", "repeats"):
+            is_same &= index.header.get(name) == row[name]
+        if not is_same:
+            raise CacheError(f"{index.path}: not as the manifest says: another count, or shape")
+        return shard
 
     def side_tensors(self, name: str) -> dict[str, torch.Tensor]:
         """The tensors of a side file, e.g. ``unconditional.safetensors``.
@@ -161,7 +188,28 @@ class Cache:
             CacheError: the cache has none, or it is damaged.
         """
         data = read_side_file(self.folder, self.manifest, name, "encode the data set again")
-        return safetensors.torch.load(data)
+        try:
+            tensors = safetensors.torch.load(data)
+        except (SafetensorError, ValueError, KeyError, RecursionError) as error:
+            raise CacheError(f"{self.folder / name}: no whole safetensors file ({error})") from None
+        if name == UNCONDITIONAL:
+            self._check_unconditional(tensors)
+        return tensors
+
+    def _check_unconditional(self, tensors: dict[str, torch.Tensor]) -> None:
+        text = self.manifest["text"]
+        shapes = {
+            "prompt_embeds": (1, text["tokens"], text["depth"]),
+            "pooled_prompt_embeds": (1, text["pooled"]),
+        }
+        for name, shape in shapes.items():
+            for kind in ("zeros", "empty"):
+                found = tensors.get(f"{kind}.{name}")
+                if found is None or found.shape != shape or found.dtype not in DTYPES.values():
+                    raise CacheError(
+                        f"{self.folder / UNCONDITIONAL}: holds no {kind}.{name} of {shape}; encode "
+                        "the data set again"
+                    )
 
 
 def groups_of(caches: Sequence[Cache]) -> list[Group]:

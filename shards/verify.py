@@ -1,10 +1,9 @@
 """Re-hash a whole cache and name what is damaged."""
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import xxhash
 
@@ -13,6 +12,7 @@ from shards import CacheError
 from shards.index import Index
 from shards.manifest import MANIFEST, OWN
 from shards.reader import read_ahead
+from shards.schema import read_json
 
 MOST_THREADS = 16  # hashing lets go of Python's lock, so each keeps a core or the disk busy
 
@@ -80,11 +80,27 @@ def _damaged_samples(tar: Path, index: Index) -> Iterator[str]:
         for row in range(len(index)):
             bad, path = [], ""
             for part, digest in index.parts(row):
-                file.seek(part.offset)
-                data = file.read(part.size)
+                data = read_part(file, part.offset, part.size)
                 if xxhash.xxh3_64_intdigest(data) != digest:
                     bad.append(part.what)
                 elif part.what == "json":
-                    path = f" ({json.loads(data)['path']})"
+                    path = f" ({path_of(data)})"
             if bad:
                 yield f"{tar}: sample {index.key(row)}{path}: damaged: {', '.join(bad)}"
+
+
+def read_part(file: BinaryIO, offset: int, size: int) -> bytes:
+    """Bytes of a tar; fewer where it ends before, however many its index promises."""
+    end = os.fstat(file.fileno()).st_size
+    if offset >= end:
+        return b""
+    file.seek(offset)
+    return file.read(min(size, end - offset))
+
+
+def path_of(data: bytes) -> str:
+    """The path in a sample's JSON; a question mark where that is none."""
+    try:
+        return str(read_json(data)["path"])
+    except (ValueError, KeyError, TypeError):
+        return "?"

@@ -15,6 +15,8 @@ from shards.buckets import Size, bucket_name
 from shards.index import RECORD_DTYPE, describe_payload, write_index
 from shards.sample import Layout, Sample
 
+Members = dict[str, bytes]  # of one sample, by extension
+
 
 class _HashingFile:
     """Hashes what is written, as it is written: a fault on the way to the disk shows later."""
@@ -42,16 +44,27 @@ def write_shard(
     ``samples`` come in key order. ``about`` joins the index's header: it may be filled in while
     the samples are drawn, as it is read last. Same samples -> same bytes.
     """
+    packed = ((sample.key, sample.weight, sample.members()) for sample in samples)
+    write_members(folder, name, packed, layout, about)
+
+
+def write_members(
+    folder: Path,
+    name: str,
+    samples: Iterable[tuple[str, float, Members]],
+    layout: Layout,
+    about: dict[str, Any],
+) -> None:
+    """``write_shard`` of samples as they lie in a tar: key, weight, members."""
     digests: list[int] = []
     rows: list[dict[str, Any]] = []
     tar = folder / f"{name}.tar"
     with durable_file(tar) as file:
         hashing = _HashingFile(file)
         with wds.TarWriter(hashing, encoder=False, mtime=0) as writer:
-            for sample in samples:
-                members = sample.members()
-                writer.write({"__key__": sample.key, **members})
-                row: dict[str, Any] = {"key": sample.key.encode(), "weight": sample.weight}
+            for key, weight, members in samples:
+                writer.write({"__key__": key, **members})
+                row: dict[str, Any] = {"key": key.encode(), "weight": weight}
                 row["first_digest"] = len(digests)
                 digests.append(xxhash.xxh3_64_intdigest(members["json"]))
                 rows.append(row | describe_payload(members["safetensors"], layout, digests))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import types
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from PIL import Image, ImageCms
+from PIL.TiffImagePlugin import TiffImageFile
 
 import cli
 import precompute.pictures.images
 from precompute.pictures.colours import to_srgb
 from precompute.pictures.images import LARGE_PIXELS, open_picture, picture_size, room_for
+from precompute.pictures.masks import open_alpha
 from precompute.pictures.refusals import PictureError, explain, unidentified
 from shards.reader import Cache
 from tests.picture_files import (
@@ -185,6 +188,190 @@ def test_a_profile_that_says_nothing_changes_nothing(mode: str, profile: bytes) 
     assert to_srgb(image).tobytes() == image.convert("RGB").tobytes()
 
 
+# What a program notes in a file.
+
+
+def with_chunks(data: bytes, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG with more chunks behind its header."""
+    parts = b"".join(png_part(*chunk) for chunk in chunks)
+    return data[:33] + parts + data[33:]
+
+
+XMP = b'<x:xmpmeta tiff:Orientation="6">'
+LONG = b"{" + b"x" * 1_200_000
+BOMB = zlib.compress(bytes(200_000_000))
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        [(b"tEXt", b"workflow\0" + LONG)],
+        [(b"zTXt", b"workflow\0\0" + zlib.compress(LONG))],
+        [(b"zTXt", b"workflow\0\0" + BOMB)],
+        [(b"zTXt", b"workflow\0\7" + LONG)],
+        [(b"iTXt", b"workflow\0\0\0en\0\0" + LONG)],
+        [(b"iTXt", b"workflow\0\1\0en\0\0" + zlib.compress(LONG))],
+        [(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + LONG)],
+        [(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + BOMB)],
+        [(b"iCCP", b"all\0\0" + BOMB)],
+        [(b"iCCP", b"all\0\0" + zlib.compress(LONG))],
+        [(b"iCCP", b"all\0\3")],
+        [(b"iCCP", b"all")],
+        [(b"tEXt", b"")],
+        [(b"pHYs", b"1"), (b"gAMA", b""), (b"cHRM", b"short"), (b"sRGB", b"")],
+        [(b"tEXt", b"a%d\0" % number + bytes(700_000)) for number in range(100)],
+        [(b"eXIf", b"no EXIF at all")],
+    ],
+)
+def test_no_note_in_a_png_is_a_reason_to_reject_it(chunks: list[tuple[bytes, bytes]]) -> None:
+    plain = saved(scene(), "PNG")
+    noted = with_chunks(plain, *chunks)
+    late = plain[:-12] + b"".join(png_part(*chunk) for chunk in chunks) + plain[-12:]
+    for data in (noted, late):
+        assert picture_size(data) == SIZE
+        assert open_picture(data).tobytes() == scene().tobytes()
+        assert open_alpha(data) is None
+
+
+def test_a_note_of_a_png_with_a_wrong_checksum_is_no_damage() -> None:
+    noted = bytearray(with_chunks(saved(scene(), "PNG"), (b"tEXt", b"workflow\0{}")))
+    noted[noted.index(b"workflow")] ^= 1
+    assert open_picture(bytes(noted)).tobytes() == scene().tobytes()
+
+
+@pytest.mark.parametrize(
+    "chunk",
+    [
+        (b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + XMP),
+        (b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(XMP)),
+    ],
+)
+def test_a_png_is_turned_as_its_xmp_says(chunk: tuple[bytes, bytes]) -> None:
+    data = with_chunks(saved(scene(), "PNG"), (b"tEXt", b"workflow\0" + LONG), chunk)
+    assert picture_size(data) == open_picture(data).size == SIZE[::-1]
+
+
+def test_a_large_profile_of_a_png_is_obeyed() -> None:
+    """Tables of colors may take more than Pillow unpacks."""
+    large = linear_profile() + bytes(2_000_000)
+    large = struct.pack(">I", len(large)) + large[4:]
+    chunk = (b"iCCP", b"large\0\0" + zlib.compress(large))
+    expected = open_picture(saved(scene(), "PNG", icc_profile=linear_profile()))
+    assert open_picture(with_chunks(saved(scene(), "PNG"), chunk)).tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("form", ["JPEG", "WEBP", "PNG", "TIFF", "AVIF"])
+def test_exif_that_cannot_be_read_turns_nothing(form: str) -> None:
+    exif = b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + bytes(range(200))
+    data = saved(scene(), form, **({} if form == "TIFF" else {"exif": exif}))
+    assert picture_size(data) == open_picture(data).size == SIZE
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_no_numbers_are_refused(value: float) -> None:
+    levels = np.full((20, 30), 0.5, np.float32)
+    levels[7, 9] = value
+    with pytest.raises(PictureError, match=r"no numbers \(NaN or infinity\)"):
+        open_picture(saved(Image.fromarray(levels), "TIFF"))
+
+
+# Damage in TIFFs and BMPs that Pillow's decoders make do with.
+
+
+def place_of_strip(data: bytes) -> tuple[int, int]:
+    with Image.open(io.BytesIO(data)) as image:
+        assert isinstance(image, TiffImageFile)
+        return image.tag_v2[273][0], image.tag_v2[279][0]
+
+
+@pytest.mark.parametrize(
+    "packing", ["group3", "group4", "tiff_ccitt", "packbits", "tiff_lzw", "tiff_adobe_deflate"]
+)
+def test_a_tiff_with_a_hole_is_refused(packing: str, capfd: pytest.CaptureFixture[str]) -> None:
+    image = scene((160, 128)).convert("1")
+    data = saved(image, "TIFF", compression=packing)
+    assert open_picture(data).tobytes() == image.convert("RGB").tobytes()
+    start, size = place_of_strip(data)
+    for share in (0.2, 0.5, 0.9):
+        at = start + int(size * share)
+        unended = data[:at] + bytes(start + size - at) + data[start + size :]
+        holed = data[: at - 20] + bytes(20) + data[at:]
+        # In group 3 zeros may stand between lines; in PackBits they are runs of one byte.
+        for damaged in (unended,) if packing in ("group3", "packbits") else (unended, holed):
+            with pytest.raises((PictureError, OSError)) as caught:
+                open_picture(damaged)
+            assert "damaged" in explain(caught.value) or "truncated" in explain(caught.value)
+    assert "Fax" not in capfd.readouterr().err
+
+
+def test_a_fax_with_a_wrong_code_is_refused() -> None:
+    data = bytearray(saved(scene((160, 128)).convert("1"), "TIFF", compression="group4"))
+    start, size = place_of_strip(bytes(data))
+    num_refused = 0
+    for at in range(start, start + size - 8, size // 20):
+        damaged = data.copy()
+        damaged[at] ^= 0x10
+        try:
+            open_picture(bytes(damaged))
+        except PictureError:
+            num_refused += 1
+    assert num_refused > 15
+
+
+@pytest.mark.parametrize("tag", [273, 279])
+def test_a_tiff_whose_strips_lie_beyond_its_end_is_refused(tag: int) -> None:
+    data = saved(scene(), "TIFF", compression="tiff_adobe_deflate")
+    entry = data.index(struct.pack("<HHI", tag, 4, 1))
+    moved = data[: entry + 8] + struct.pack("<I", len(data)) + data[entry + 12 :]
+    with pytest.raises(PictureError, match="the file ends before the picture does"):
+        open_picture(moved)
+
+
+def rle_bmp(runs: bytes, size: tuple[int, int] = (16, 2), kind: int = 1) -> bytes:
+    bits = {1: 8, 2: 4}[kind]
+    palette = bytes(range(256)) * 4
+    palette = palette[: 4 << bits]
+    start = 54 + len(palette)
+    header = b"BM" + struct.pack("<IHHI", start + len(runs), 0, 0, start)
+    header += struct.pack("<IiiHHIIiiII", 40, *size, 1, bits, kind, len(runs), 0, 0, 0, 0)
+    return header + palette + runs
+
+
+ROW, END_OF_ROW, END = b"\x10\x07", b"\0\0", b"\0\1"
+
+
+@pytest.mark.parametrize("kind", [1, 2])
+@pytest.mark.parametrize(
+    "runs",
+    [
+        ROW + END_OF_ROW + ROW + END,
+        ROW + END_OF_ROW + ROW + END_OF_ROW + END,
+        ROW + END_OF_ROW + b"\x08\1\x08\2" + END,
+    ],
+)
+def test_a_bmp_in_whole_runs_is_taken(kind: int, runs: bytes) -> None:
+    assert open_picture(rle_bmp(runs, kind=kind)).size == (16, 2)
+
+
+@pytest.mark.parametrize("kind", [1, 2])
+@pytest.mark.parametrize(
+    "runs",
+    [
+        b"\x11\x07" + END_OF_ROW + ROW + END,
+        ROW + END_OF_ROW + b"\xff\x07" + END,
+        ROW + END_OF_ROW + b"\x03",
+        ROW + END_OF_ROW + b"\0\2\x20\0" + END,
+        ROW + END_OF_ROW + b"\0\x20" + bytes(32),
+        ROW + b"\0",
+        b"",
+    ],
+)
+def test_a_bmp_whose_runs_do_not_fit_is_refused(kind: int, runs: bytes) -> None:
+    with pytest.raises((PictureError, ValueError)) as caught:
+        open_picture(rle_bmp(runs, kind=kind))
+    assert "damaged" in explain(caught.value) or "truncated" in explain(caught.value)
+
+
 # JPEGs with a part missing, and an end mark after what is left.
 
 
@@ -200,13 +387,28 @@ def cut_inside(data: bytes, num: int) -> bytes:
 def test_a_cut_jpeg_is_refused_though_it_has_an_end_mark(mode: str, options: Any) -> None:
     data = saved(scene((160, 128)).convert(mode), "JPEG", **options)
     whole, num_glued = open_picture(data).tobytes(), 0
-    for num in (60, 80, *range(100, len(data) * 3 // 4, 131)):  # more than the last block
+    for num in (10, 11, *range(13, len(data) * 3 // 4, 59)):
         with pytest.raises((PictureError, OSError)) as caught:
             open_picture(cut_inside(data, num))
         assert "truncated" in explain(caught.value), num
         num_glued += "a part before it is missing" in str(caught.value)  # Pillow alone takes it
     assert num_glued > 3
     assert open_picture(data).tobytes() == whole
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_rows": 1}])
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+def test_a_jpeg_is_decoded_as_pillow_decodes_it_and_once(
+    mode: str, options: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = saved(scene((170, 90)).convert(mode), "JPEG", **options)
+    with Image.open(io.BytesIO(data)) as plain:
+        expected = plain.convert("RGB").tobytes()
+    made: list[str] = []
+    real = Image._getdecoder
+    monkeypatch.setattr(Image, "_getdecoder", lambda *args: (made.append(args[1]), real(*args))[1])
+    assert open_picture(data).tobytes() == expected
+    assert made == ["jpeg"]
 
 
 @pytest.mark.parametrize("level", range(120, 137))

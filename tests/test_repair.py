@@ -1,6 +1,9 @@
 """``verify --repair`` drops what is damaged and nothing else; the next encode makes it again."""
 
+import contextlib
 import errno
+import itertools
+import json
 import os
 import shutil
 import signal
@@ -14,12 +17,16 @@ from click.testing import CliRunner, Result
 import cli_caches
 import shards.verify
 from cli import commands
+from precompute.planning.held import finish_moves, read_held
 from runtime.files import canonical_json, content_digest, file_sha256
 from shards import CacheError
-from shards.manifest import LOCK, MANIFEST, read_manifest
+from shards.index import Index, Record
+from shards.manifest import LOCK, MANIFEST, REPLACED, read_manifest
+from shards.reader import Shard
 from shards.repair import drop_damaged
 from shards.verify import verify
 from tests.conftest import Encode
+from tests.encodes import counted, samples_of
 from tools.draw_pictures import draw_pictures
 
 Verify = Callable[..., Result]
@@ -120,7 +127,7 @@ def test_under_a_damaged_manifest_shards_are_checked_too(
     for name in ("64x64-000000", "48x80-000000", MANIFEST):
         assert f"{cache}/{name}: dropped" in run.stdout
     encode_to(data_set, cache, shard_size=2)
-    assert contents(cache) == contents(whole)
+    assert samples_of(cache) == samples_of(whole)  # new ones fill the last shard of their bucket
 
 
 def test_a_whole_cache_is_left_alone(cache: Path, whole: Path, run_verify: Verify) -> None:
@@ -145,23 +152,126 @@ def test_without_the_flag_nothing_is_dropped(cache: Path, run_verify: Verify) ->
     assert contents(cache) == before
 
 
-def test_the_manifest_goes_first_and_the_mark_before_its_tar(
-    cache: Path, monkeypatch: pytest.MonkeyPatch
+def turn(path: Path, offset: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1
+    path.write_bytes(data)
+
+
+def first_sample(cache: Path, name: str = "64x64-000000") -> Record:
+    return Index(cache / f"{name}.index").record(0)
+
+
+PLACES: dict[str, Callable[[Record, bytes], int]] = {
+    "caption": lambda one, data: data.index(b'"captions": ["') + 14,
+    "path": lambda one, data: data.index(b'"path": "') + 9,
+    "tensors": lambda one, data: one.offset + one.size - 1,
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_of_a_shard_only_the_damaged_sample_is_dropped(
+    place: str, cache: Path, whole: Path, data_set: Path, run_verify: Verify, encode_to: Encode
 ) -> None:
-    damage(cache / "64x64-000000.tar")
+    tar = cache / "64x64-000000.tar"
+    before = samples_of(cache)
+    turn(tar, PLACES[place](first_sample(cache), tar.read_bytes()))
+    run = run_verify(cache, "--repair")
+    assert (run.exit_code, f"{cache}/64x64-000000: dropped 1 of its 2 samples" in run.stdout) == (
+        1,
+        True,
+    )
+    left = samples_of(cache)
+    assert len(left) == 8 and left.items() < before.items()
+    assert not (cache / MANIFEST).exists() and not (cache / REPLACED).exists()
+    with counted() as count:
+        encode_to(data_set, cache, shard_size=2)
+    assert count == (1, 1)
+    assert samples_of(cache) == before
+    if place != "path":  # which is not known then, so that the sample is a new one
+        assert contents(cache) == contents(whole)
+
+
+@pytest.mark.parametrize("place", ["tar header", "padding", "end", "cut"])
+def test_where_no_sample_is_damaged_none_is_dropped(
+    place: str, cache: Path, whole: Path, run_verify: Verify
+) -> None:
+    tar = cache / "64x64-000000.tar"
+    size, one = tar.stat().st_size, first_sample(cache)
+    if place == "cut":
+        os.truncate(tar, size - 1)
+    else:
+        places = {"tar header": 5, "padding": one.json_offset + one.json_size + 1, "end": size - 1}
+        turn(tar, places[place])
+    run = run_verify(cache, "--repair")
+    assert run.exit_code == 1
+    assert run.stdout.splitlines()[-1] == f"{cache}/64x64-000000: repaired, no sample was lost"
+    assert contents(cache) == contents(whole)
+    assert run_verify(cache).exit_code == 0
+
+
+def test_the_sums_of_a_repaired_shard_are_those_of_its_samples(
+    cache: Path, tmp_path: Path, data_set: Path, run_verify: Verify, encode_to: Encode
+) -> None:
+    """Where the dropped sample has left the data set meanwhile, the shard stays as it is."""
+    data = shutil.copytree(data_set, tmp_path / "data")
+    tar = cache / "64x64-000000.tar"
+    path = json.loads(samples_at(cache)[0]["json"])["path"]
+    turn(tar, tar.read_bytes().index(b'"path": "') + 9)
+    run_verify(cache, "--repair")
+    (data / path).unlink()
+    (data / path).with_suffix(".txt").unlink()
+    encode_to(data, cache, shard_size=2)
+    encode_to(data, tmp_path / "fresh", shard_size=2)
+    ours, fresh = (read_manifest(one) for one in (cache, tmp_path / "fresh"))
+    for name in ("mean", "std"):
+        assert ours["latents"][name] == pytest.approx(fresh["latents"][name], rel=1e-9)
+    assert ours["latents"]["channels"] == fresh["latents"]["channels"]
+
+
+def samples_at(cache: Path, name: str = "64x64-000000") -> list[dict[str, bytes]]:
+    shard = Shard(cache, name, Index(cache / f"{name}.index").sha256)
+    return [shard.members(row) for row in range(len(shard.index))]
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_repair_that_is_killed_loses_no_whole_sample(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed before each change of the folder in turn: encode finds all but the damaged sample."""
+    turn(cache / "64x64-000000.tar", PLACES["tensors"](first_sample(cache), b""))
     damage(cache / "rejected.jsonl")
     manifest = read_manifest(cache)
-    found = [*verify(cache, manifest)]
-    gone: list[str] = []
-    real = Path.unlink
+    keys = {key for one in read_held(cache).values() for key in one.rows}
+    keys.remove(first_sample(cache).key.decode())
+    for number in itertools.count():
+        folder = shutil.copytree(cache, tmp_path / f"killed-{number}")
+        left = number
 
-    def unlink(path: Path, missing_ok: bool = False) -> None:
-        gone.append(path.name)
-        real(path, missing_ok=missing_ok)
+        def dying(real: Callable[..., Any]) -> Callable[..., Any]:
+            def change(*arguments: Any, **named: Any) -> Any:
+                nonlocal left
+                left -= 1
+                if left < 0:
+                    raise Killed
+                return real(*arguments, **named)
 
-    monkeypatch.setattr(Path, "unlink", unlink)
-    drop_damaged(cache, manifest, found)
-    assert gone == [MANIFEST, "64x64-000000.index", "64x64-000000.tar", "rejected.jsonl"]
+            return change
+
+        with monkeypatch.context() as patch, contextlib.suppress(Killed):
+            for owner, name in ((os, "replace"), (Path, "unlink"), (shutil, "rmtree")):
+                patch.setattr(owner, name, dying(getattr(owner, name)))
+            drop_damaged(folder, manifest, [*verify(folder, manifest)])
+        finish_moves(folder)
+        held = [*read_held(folder).values(), *read_held(folder / REPLACED).values()]
+        assert {key for one in held for key in one.rows} >= keys
+        assert not (folder / MANIFEST).exists() or (folder / "64x64-000000.index").exists()
+        if left >= 0:
+            break
+    assert number > 8
 
 
 def test_what_the_disk_fails_to_read_is_named_and_dropped(
@@ -178,8 +288,9 @@ def test_what_the_disk_fails_to_read_is_named_and_dropped(
     assert run.exit_code == 1
     for name in ("64x64-000001.tar", "rejected.jsonl"):
         assert f"{cache / name}: cannot be read (Input/output error)" in run.stdout
-    for name in ("64x64-000000", "64x64-000001", "rejected.jsonl"):
+    for name in ("64x64-000000", "rejected.jsonl"):
         assert f"{cache / name}: dropped" in run.stdout
+    assert f"{cache}/64x64-000001: repaired, no sample was lost" in run.stdout
 
 
 def test_what_is_not_damaged_but_foreign_is_not_dropped(

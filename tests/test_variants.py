@@ -7,14 +7,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 
 from precompute.pictures.images import open_picture, render, render_variants
 from precompute.pictures.masks import open_alpha, open_mask, render_mask
 from precompute.pictures.variants import plan_variants, random_crops
+from precompute.report import warn_of_rejected
 from precompute.settings import EncodeSettings
 from shards.buckets import Geometry, cover, stretch
+from shards.sample import sample_key
+from tests import encodes
+from tests.encodes import encode, make_old
 
 SIZES = [(200, 100), (97, 131), (64, 64), (33, 90)]
 TARGETS = [(64, 64), (96, 48), (48, 80)]
@@ -194,3 +199,45 @@ def test_alpha_of_palettes_and_grey_pictures() -> None:
         found = open_alpha(stored(image, transparency=7))
         assert found is not None
         np.testing.assert_array_equal(found, expected, err_msg=image.mode)
+
+
+@pytest.mark.filterwarnings("ignore:.*settings changed")
+def test_no_variant_is_cached_whose_mask_is_black_all_over(base: Path, tmp_path: Path) -> None:
+    """White only at one end of a wide image: cut off in the middle, and by some random crops."""
+    data, cache = tmp_path / "data", tmp_path / "cache"
+    data.mkdir()
+    for number in range(6):
+        noise((320, 45), number).save(data / f"{number}.png")
+        (data / f"{number}.txt").write_text("noise")
+        mask = Image.new("L", (320, 45))
+        mask.paste(255, (0, 0, 60 if number else 320, 45))
+        mask.save(data / f"{number}.mask.png")
+    make_old(data)
+    report = encode(data, base, cache)
+    assert report.num_samples == 1
+    assert {one.path for one in report.rejected} == {f"{number}.png" for number in range(1, 6)}
+    assert all("mask: all of it is black in the part" in one.reason for one in report.rejected)
+    report = encode(data, base, cache, crops=3, flip=True)
+    dropped = dict(report.dropped_variants)
+    assert dropped and 0 < sum(dropped.values()) == 6 * report.num_samples - report.num_variants
+    assert len(report.rejected) + report.num_samples == 6
+    warning = f"of {len(dropped)} images dropped: the mask is black all over in that crop; e.g. "
+    assert warning + min(dropped) in warn_of_rejected(report)
+    for path, members in encodes.samples_of(cache).items():
+        tensors = safetensors.torch.load(members["safetensors"])
+        assert tensors["mask"].flatten(1).any(dim=1).all()
+        centre = cover((320, 45), tuple(tensors["sizes"][0, [5, 4]].tolist()))
+        planned = plan_variants(centre, settings(crops=3, flip=True), sample_key(path))
+        sizes = [one.sizes for one in planned]
+        assert all(row in sizes for row in tensors["sizes"].tolist())
+        assert len({len(tensor) for name, tensor in tensors.items() if "prompt" not in name}) == 1
+    before = encodes.contents(cache)
+    with encodes.counted() as count:
+        encode(data, base, cache, crops=3, flip=True)
+        encode(data, base, cache, crops=3, flip=True, repack=True)
+    assert count == (0, 0)
+    assert encodes.contents(cache) == before
+    grown: list[dict[str, Any]] = [{"crops": 1}, {"crops": 2}, {"crops": 3, "flip": True}]
+    for flags in grown:
+        encode(data, base, tmp_path / "grown", **flags)
+    assert encodes.samples_of(tmp_path / "grown") == encodes.samples_of(cache)

@@ -60,6 +60,8 @@ def read_preview_prompts(cache: Cache) -> PreviewPrompts | None:
         return None
     if not cache.groups():
         raise CacheError(f"{cache.folder}: holds no picture, so previews have no size and colours")
+    if "latent_rgb" not in manifest:
+        raise CacheError(f"{cache.folder}: its manifest has no latent_rgb map; encode it again")
     data = read_side_file(cache.folder, manifest, PROMPTS, REMEDY)
     try:
         held = PreviewFile.from_bytes(data)

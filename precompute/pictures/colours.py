@@ -6,6 +6,8 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageCms
 
+from precompute.pictures.refusals import PictureError
+
 Transform = ImageCms.ImageCmsTransform
 GREYS = ("1", "L", "LA")
 UNSEEN = 2  # levels: a profile that changes no colour by more is sRGB
@@ -79,10 +81,16 @@ def _transform(profile: bytes, mode: str) -> Transform | None:
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Integers above 255 are 16 bits; floats up to 1 are shares of white."""
+    """Integers above 255 are 16 bits; floats up to 1 are shares of white.
+
+    Raises:
+        PictureError: a float is not finite.
+    """
     if image.mode not in ("I", "F") and not image.mode.startswith("I;"):
         return image
     values = np.asarray(image).astype(np.float64)
+    if not np.isfinite(values).all():  # to 8 bits they would be black, without a word
+        raise PictureError("it has values that are no numbers (NaN or infinity)")
     clear = image.info.get("transparency")  # one grey value, in the picture's own depth
     alpha = None if clear is None else Image.fromarray(values != clear).convert("L")
     if image.mode == "F":

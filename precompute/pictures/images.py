@@ -10,9 +10,12 @@ from functools import cache
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
 from precompute.pictures.colours import to_srgb
-from precompute.pictures.jpeg import is_cut
+from precompute.pictures.damage import watched
+from precompute.pictures.jpeg import load_jpeg
+from precompute.pictures.png import without_notes
 from precompute.pictures.refusals import PictureError, unidentified
 from shards.buckets import Geometry, Size
 
@@ -20,6 +23,15 @@ from shards.buckets import Geometry, Size
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 ORIENTATION = 0x0112  # EXIF tag; 5 to 8 lie on their side
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 PNG_EXIF = (b"eXIf", b"Raw profile type", b"adobe.xmp")  # where a PNG may say that it lies
 MOST_PIXELS = 180_000_000  # above any camera's; takes 0.7 GB as RGB
 LARGE_PIXELS = 45_000_000  # of these one is decoded at a time
@@ -46,9 +58,27 @@ def _lies(image: Image.Image, data: bytes) -> bool:
     """Whether a picture that is not loaded yet lies on its side."""
     if image.format == "TIFF":  # its size is told as it will be after loading: upright
         return False
-    if image.format == "PNG" and not any(mark in data for mark in PNG_EXIF):
-        return False  # to look for it, Pillow would decode the picture
-    return image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
+    if image.format == "PNG":
+        if not any(mark in data for mark in PNG_EXIF):
+            return False  # to look for it, Pillow would decode the picture
+        if "exif" not in image.info:
+            image.load()  # it may follow the pixels
+    return _orientation(image) in (5, 6, 7, 8)
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8. EXIF that cannot be read says nothing, as in other viewers."""
+    try:
+        turned = image.getexif().get(ORIENTATION, 1)
+    except Exception:  # Pillow raises anything of bad EXIF
+        return 1
+    return turned if turned in TURNS else 1
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """A loaded image, turned as its EXIF orientation says."""
+    turned = _orientation(image)
+    return image.transpose(TURNS[turned]) if turned in TURNS else image
 
 
 def open_picture(data: bytes) -> Image.Image:
@@ -60,10 +90,11 @@ def open_picture(data: bytes) -> Image.Image:
     """
     with opened(data) as image:
         _check_whole(data, image)
-        image.load()
-        if image.format in ("JPEG", "MPO") and is_cut(data, image):
-            raise PictureError("truncated: it has an end mark, but a part before it is missing")
-        return to_srgb(ImageOps.exif_transpose(image))
+        if isinstance(image, JpegImageFile):
+            load_jpeg(image, data)
+        with watched(image, data):
+            image.load()
+        return to_srgb(upright(image))
 
 
 def _check_whole(data: bytes, image: Image.Image) -> None:
@@ -71,7 +102,7 @@ def _check_whole(data: bytes, image: Image.Image) -> None:
     if image.format in ("WEBP", "AVIF") and data.endswith(ZEROS):
         raise PictureError("truncated: its end is all zeros, as of an unfinished download")
     if image.format == "PNG":
-        with Image.open(io.BytesIO(data), formats=("PNG",)) as again:
+        with Image.open(io.BytesIO(without_notes(data)[0]), formats=("PNG",)) as again:
             again.verify()  # the checksums of its chunks
 
 
@@ -92,11 +123,14 @@ def opened(data: bytes) -> Iterator[Image.Image]:
     if data[:4] == b"RIFF" and int.from_bytes(data[4:8], "little") + 8 > len(data):
         raise PictureError("truncated: the file is shorter than it says")
     formats = (*FORMATS, "HEIF") if is_heif else FORMATS
+    kept, profile = without_notes(data)
     try:
-        image = Image.open(io.BytesIO(data), formats=formats)
+        image = Image.open(io.BytesIO(kept), formats=formats)
     except UnidentifiedImageError:
         raise unidentified(data) from None
     with image:
+        if profile is not None:
+            image.info["icc_profile"] = profile
         _check_size(*image.size)
         yield image
 

@@ -1,24 +1,26 @@
-"""Whether a JPEG is all there, though an end mark stands after what is left of it.
+"""JPEGs decoded once, and refused if a part is missing before an end mark.
 
 libjpeg fills up what is missing with grey, or with coarser detail, and Pillow swallows its warning.
+So the end mark is kept from the decoder until it has shown whether it still waits for coded data.
 """
 
-import io
 import re
 from dataclasses import dataclass, field
+from typing import Any
 
-from PIL import Image, ImageChops
+from PIL import Image, ImageFile
+
+from precompute.pictures.refusals import PictureError
 
 SOI, EOI, SOS, SOF2 = 0xD8, 0xD9, 0xDA, 0xC2
-FRAMES = {0xC0, 0xC1, SOF2}  # Huffman-coded; an arithmetic coder may leave zeros off its end
+FRAMES = {0xC0, 0xC1, SOF2}  # Huffman-coded: libjpeg cannot halt an arithmetic decoder
 NEXT_MARK = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # behind coded data: no stuffing, no restart
-GREY = range(126, 130)  # what no coefficient at all becomes, in any colour space
-# Bytes that a decoder which still lacks data takes for data, behind each restart mark it may await.
-NOISE = b"".join(
-    bytes((37 * number * number + 11 * mark + 90) % 255 for number in range(64))
-    + bytes([0xFF, 0xD0 + mark])
-    for mark in range(8)
-)
+RESTART = re.compile(rb"\xff([\xd0-\xd7])")
+# Coded data of the longest codes, and no data at all between segments. libjpeg looks ahead by up to
+# eight bytes before it decodes a code.
+FILLING = b"\xff\x00"
+LOOKAHEAD = 8 * FILLING
+MISSING = "truncated: it has an end mark, but a part before it is missing"
 
 
 @dataclass
@@ -27,8 +29,8 @@ class _Layout:
 
     frame: int = 0
     components: tuple[int, ...] = ()
-    num_scans: int = 0
     last_bits: dict[tuple[int, int], int] = field(default_factory=dict)  # by component, frequency
+    last_scan: int = 0  # offset of the coded data of the last scan
     end: int = 0  # offset of the end mark; 0: there is none
 
     @property
@@ -38,25 +40,57 @@ class _Layout:
         return any(self.last_bits.get(place, 1) for place in wanted)
 
 
-def is_cut(data: bytes, image: Image.Image) -> bool:
-    """Whether a part of the JPEG ``data`` is missing; ``image`` is what Pillow made of it.
+def load_jpeg(image: ImageFile.ImageFile, data: bytes) -> None:
+    """``image.load()`` of a JPEG whose bytes are ``data``.
 
-    A decoder that has all it needs does not care what stands before the end mark. So the file is
-    decoded again with noise there, if there is a doubt: the last pixel is grey, or there are
-    several scans. Not seen: a cut within the last block of a single scan.
+    Not seen: that a few bytes are missing, at most eight and what codes the last block.
+
+    Raises:
+        PictureError: a part is missing, though it has an end mark.
+        OSError: it ends before the image does, or cannot be decoded.
     """
     layout = _read_layout(data)
-    if not layout.end or layout.frame not in FRAMES:
-        return False
+    if not layout.end or layout.frame not in FRAMES or len(image.tile) != 1:
+        image.load()
+        return
     if layout.lacks_scans:
-        return True
-    last = image.getpixel((image.width - 1, image.height - 1))
-    values = last if isinstance(last, tuple) else (last,)
-    if layout.num_scans == 1 and not all(value in GREY for value in values):
-        return False
-    noisy = data[: layout.end] + NOISE + data[layout.end :]
-    with Image.open(io.BytesIO(noisy), formats=("JPEG",)) as again:
-        return ImageChops.difference(image, again).getbbox(alpha_only=False) is not None
+        raise PictureError(MISSING)
+    image.load_prepare()
+    codec, extents, _, arguments = image.tile[0]
+    decoder = Image._getdecoder(image.mode, codec, arguments, image.decoderconfig)
+    try:
+        decoder.setimage(image.im, extents)
+        if _decode(decoder, data, layout) < 0:
+            raise OSError("broken data stream when reading image file")
+    finally:
+        decoder.cleanup()
+    image.tile = []
+
+
+def _decode(decoder: Any, data: bytes, layout: _Layout) -> int:
+    """Feed the decoder of Pillow; its error code, 0 for none.
+
+    It returns how many bytes it is done with, or -1 when the image is finished. One that has all
+    its coded data skips whatever is no segment. One that has not holds on to the bytes of a block
+    that it cannot finish, at the latest to those that follow where it has taken all before; or it
+    waits for a restart mark, and holds on to what follows that.
+    """
+    restarts = RESTART.findall(data, layout.last_scan, layout.end)
+    number = (restarts[-1][0] + 1) % 8 if restarts else 0
+    rest = data[: layout.end] + LOOKAHEAD
+    done, error = decoder.decode(rest)
+    for more in (FILLING, FILLING, bytes([0xFF, 0xD0 + number]) + FILLING):
+        if done < 0:
+            return int(error)
+        rest = rest[done:] + more
+        done, error = decoder.decode(rest)
+        if 0 <= done < len(rest):
+            raise PictureError(MISSING)
+    if done >= 0:
+        done, error = decoder.decode(data[layout.end : layout.end + 2])
+    if done >= 0:
+        raise PictureError(MISSING)
+    return int(error)
 
 
 def _read_layout(data: bytes) -> _Layout:
@@ -76,8 +110,8 @@ def _read_layout(data: bytes) -> _Layout:
         if mark in FRAMES:
             layout.frame, layout.components = mark, tuple(body[6::3])
         elif mark == SOS:
-            layout.num_scans += 1
             _note_scan(layout, body)
+            layout.last_scan = place
             found = NEXT_MARK.search(data, place)
             place = found.start() if found else len(data)
     return layout

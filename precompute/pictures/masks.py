@@ -5,9 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import ImageOps
 
-from precompute.pictures.images import open_picture, opened
+from precompute.pictures.images import open_picture, opened, upright
 from precompute.pictures.refusals import PictureError
 from shards.buckets import Geometry, Size
 
@@ -57,11 +56,11 @@ def open_alpha(data: bytes) -> Grey | None:
         image.load()
         if not image.has_transparency_data:
             return None
-        upright = ImageOps.exif_transpose(image)
-    if upright.mode in ("I", "I;16", "F"):  # one grey value is clear
-        clear = np.asarray(upright) != upright.info["transparency"]
+        turned = upright(image)
+    if turned.mode in ("I", "I;16", "F"):  # one grey value is clear
+        clear = np.asarray(turned) != turned.info["transparency"]
         return _checked(np.where(clear, np.uint8(255), np.uint8(0)))
-    return _checked(np.asarray(upright.convert("RGBA").getchannel("A")))
+    return _checked(np.asarray(turned.convert("RGBA").getchannel("A")))
 
 
 def _checked(mask: Grey) -> Grey:
@@ -84,6 +83,11 @@ def render_mask(mask: Grey, variants: Sequence[Geometry]) -> torch.Tensor:
         bands = (seen[at : at + BAND].astype(np.float64) for at in range(0, len(seen), BAND))
         found.append(down @ np.concatenate([band @ across.T for band in bands]) / 255)
     return torch.from_numpy(np.stack(found)).float().clamp(0, 1).unsqueeze(1)
+
+
+def shows_anything(mask: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether a mask that is stored in ``dtype`` lets any of the loss through."""
+    return bool(mask.to(dtype).any())
 
 
 def _coverage(num_pixels: int, resized: int, start: int, num_cells: int) -> Floats:

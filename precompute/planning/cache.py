@@ -35,7 +35,7 @@ from precompute.spot_checks import (
     warn_of_drawings,
 )
 from precompute.text import text_shape, unconditional_is_whole, write_unconditional
-from runtime.files import PARTIAL, fsync_folder, write_changed
+from runtime.files import PARTIAL, fsync_folder, remove_path, write_changed
 from sdxl.latent_rgb import LatentSums
 from sdxl.prompts import Prompt
 from shards.index import Index
@@ -238,7 +238,7 @@ def prepare(plan: CachePlan, encoders: Encoders, prompts: list[Prompt] | None) -
         (folder / MANIFEST).unlink(missing_ok=True)
         fsync_folder(folder)
     for path in folder.glob("*" + PARTIAL):
-        path.unlink()
+        remove_path(path)
     for name in plan.broken:
         remove_shard(folder, name)
     set_aside(folder, plan.outdated)

@@ -1,0 +1,100 @@
+"""What JSON must look like before it is believed.
+
+A digest tells that a file is as it was written, not that shardtune wrote it: whoever forges one
+makes the digest too. So what is read back is checked for types and ranges, and refused as damaged.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+Check = Callable[[Any], bool]
+LARGEST = 2**53  # of a whole number that nothing else bounds
+
+
+def read_json(data: bytes | str) -> Any:
+    """
+    Raises:
+        ValueError: it is no JSON, or so deep or long that Python does not read it.
+    """
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
+def whole(least: int = 0, most: int = LARGEST) -> Check:
+    """A whole number in a range."""
+    return lambda value: type(value) is int and least <= value <= most
+
+
+def number(value: Any) -> bool:
+    """A finite number."""
+    return type(value) in (int, float) and abs(value) <= 1e300
+
+
+def text(value: Any) -> bool:
+    """Text without half characters, so that it can be written and printed."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def like(pattern: str) -> Check:
+    """Text that matches as a whole."""
+    compiled = re.compile(pattern, re.ASCII)
+    return lambda value: isinstance(value, str) and compiled.fullmatch(value) is not None
+
+
+def each(check: Check, length: int | None = None) -> Check:
+    """A list, of so many."""
+    return lambda value: (
+        isinstance(value, list) and length in (None, len(value)) and all(map(check, value))
+    )
+
+
+def table(keys: Check, values: Check) -> Check:
+    return lambda value: (
+        isinstance(value, dict) and all(keys(key) and values(v) for key, v in value.items())
+    )
+
+
+def fields(required: Mapping[str, Check], optional: Mapping[str, Check] | None = None) -> Check:
+    """An object with these fields; others may be there too."""
+    return lambda value: misfit(value, required, optional) is None
+
+
+def misfit(
+    value: Any, required: Mapping[str, Check], optional: Mapping[str, Check] | None = None
+) -> str | None:
+    """What is wrong with an object of these fields; None if nothing is."""
+    if not isinstance(value, dict):
+        return "it is no JSON object"
+    for name, check in required.items():
+        if name not in value or not check(value[name]):
+            return f"its {name} is not what encode writes"
+    for name, check in (optional or {}).items():
+        if name in value and not check(value[name]):
+            return f"its {name} is not what encode writes"
+    return None
+
+
+def record(value: Any) -> bool:
+    """An object of whatever fields."""
+    return isinstance(value, dict)
+
+
+DIGEST = like("[0-9a-f]{64}")
+SIDE = whole(1, 2**20)  # a side of a tensor or an image
+BUCKET = each(SIDE, 2)
+REPEATS = whole(1, 10**6)
+SHARD = like(r"\d+x\d+-\d{6,9}")
