@@ -151,11 +151,10 @@ def train(ctx: click.Context, debug: bool, recipe: Path | None, **values: Any) -
 
         path = run(config)
         if os.environ.get("RANK", "0") == "0":
-            how = f"--unet {path}" if config.full else f"--lora {path}"
-            echo(
-                f"{path}\nnext: python cli.py generate --base {config.base} {how} "
-                "--prompt TEXT --out PICTURES"
-            )
+            from train.report import describe_result
+
+            for line in describe_result(config, path):
+                echo(line)
 
 
 @stage("generate", "infer.settings:GenerateSettings")

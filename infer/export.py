@@ -74,7 +74,8 @@ def _export_lora(settings: ExportSettings) -> str:
     if kind == "kohya":
         if any(one.magnitude is not None for one in parts.get(UNET, {}).values()):
             warnings.warn(
-                "UIs differ in what they divide a DoRA's rows by; with --merge all draw the same",
+                "this is a DoRA, which ComfyUI, A1111, InvokeAI and sd-scripts apply "
+                "otherwise than it was trained; they read the model that --merge writes",
                 stacklevel=2,
             )
         config = models[UNET].config if UNET in models else sdxl_config(UNET)

@@ -48,15 +48,19 @@ def lora_bytes(
     unet: Any, values: dict[str, torch.Tensor] | None = None, card: Card | None = None
 ) -> dict[str, bytes]:
     """The adapter on a UNet as files, by their names: one that ``load_lora_weights`` takes at its
-    right strength, and kohya's, for the UIs."""
+    right strength, and kohya's, for the UIs.
+
+    A DoRA has no kohya file: each UI divides its rows by another norm than peft does, or ignores
+    them, so that none gives the images that were trained for.
+    """
     config = next(iter(unet.peft_config.values())).to_dict()
     settings, state = _settings(UNET, config), lora_state(unet, values)
     parts = lora_parts(Path("the adapter"), state, settings)
     card = replace(card or Card(), rank=config["r"], alpha=float(config["lora_alpha"]))
-    return {
-        LORA: _diffusers_bytes(state, settings, card),
-        KOHYA: kohya_bytes(parts, unet.config, card),
-    }
+    files = {LORA: _diffusers_bytes(state, settings, card)}
+    if not config["use_dora"]:
+        files[KOHYA] = kohya_bytes(parts, unet.config, card)
+    return files
 
 
 def kohya_bytes(parts: Parts, config: Mapping[str, Any], card: Card) -> bytes:

@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from made import config_of
 
 import cli
 import cli_door
+from sdxl.lora_formats import KOHYA, LORA
 from train.recipe import read_recipe
+from train.report import describe_result
 
 
 @pytest.fixture(autouse=True)
@@ -258,6 +261,17 @@ def test_flags_win_over_the_recipe(cache: Path, base: Path, tmp_path: Path) -> N
     assert [config[name] for name in names] == [2, 2, 2e-4, [1], "all", True, 8.0]
     assert (out / "checkpoints" / "checkpoint-1").is_dir()
     assert f"next: python cli.py generate --base {base} --lora {out}" in output
+    assert f"{out / LORA}: the LoRA, for generate and diffusers" in output
+    assert f"{out / KOHYA}: the same LoRA, for ComfyUI, A1111, InvokeAI and sd-scripts" in output
+
+
+def test_what_train_says_of_a_dora_and_of_a_unet(tmp_path: Path) -> None:
+    config = config_of("base", out=tmp_path, adapter="dora")
+    said = "\n".join(describe_result(config, tmp_path / LORA))
+    assert KOHYA not in said and f"export {tmp_path} --base base --merge --out" in said
+    config = config_of("base", out=tmp_path, full=True)
+    said = "\n".join(describe_result(config, tmp_path / "unet"))
+    assert "generate --base base --unet" in said and f"export {tmp_path} --base base --out" in said
 
 
 def test_prompts(base: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ TARGETS = {
     "attention-out": r".*\.to_out\.0",
     "all": rf".*\.({_ATTENTION}|ff\.net\.0\.proj|ff\.net\.2|proj_in|proj_out)",
 }
-CONVOLUTIONS = r".*\.(conv1|conv2|conv_shortcut|conv)|conv_in|conv_out"
+# Not conv_in and conv_out: sd-scripts has no place for them. A regex for --targets can name them.
+CONVOLUTIONS = r".*\.(conv1|conv2|conv_shortcut|conv)"
 ADAPTED = (torch.nn.Linear, torch.nn.Conv2d)
 
 
@@ -51,15 +53,18 @@ def adapter_config(unet: Any, config: TrainConfig) -> LoraConfig:
     )
 
 
-def add_adapter(unet: Any, config: TrainConfig) -> None:
-    """Put an adapter on ``unet``, its weights in fp32: that of ``--init-lora``, or a new one drawn
-    from the run's seed whose output is zero.
+def add_adapter(unet: Any, config: TrainConfig, checkpoint: Path | None = None) -> None:
+    """Put an adapter on ``unet``, its weights in fp32: that of the ``checkpoint`` a run resumes
+    from, that of ``--init-lora``, or a new one drawn from the run's seed whose output is zero.
+
+    A resumed run adapts what its checkpoint adapts, whatever the settings mean today.
 
     Raises:
         ValueError: the settings or the LoRA file do not fit this UNet.
     """
-    if config.init_lora is not None:
-        load_lora(unet, config.init_lora)
+    source = checkpoint or config.init_lora
+    if source is not None:
+        load_lora(unet, source)
         for name, parameter in unet.named_parameters():
             parameter.requires_grad_("lora_" in name)
     else:
@@ -67,11 +72,11 @@ def add_adapter(unet: Any, config: TrainConfig) -> None:
         unet.add_adapter(adapter_config(unet, config))
     for name, parameter in trainable(unet).items():
         parameter.data = parameter.data.float()
-        if ".lora_A." in name and config.init_lora is None:
+        if ".lora_A." in name and source is None:
             # again in fp32: peft drew it in the base's precision
             torch.nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
-    if config.init_lora is not None:
-        read_lora(unet, config.init_lora)  # again in fp32: it was read in the base's precision
+    if source is not None:
+        read_lora(unet, source)  # again in fp32: it was read in the base's precision
 
 
 def spare_casts(unet: Any) -> None:

@@ -102,7 +102,9 @@ class TrainConfig:
 
     full: bool = _option(False, "Train the whole UNet instead of a LoRA.")
     adapter: Literal["lora", "rslora", "dora"] = _option(
-        "lora", "rslora: scaled by alpha / sqrt(rank); dora: direction and length apart."
+        "lora",
+        "rslora: scaled by alpha / sqrt(rank); dora: direction and length apart (UIs cannot apply "
+        "it: they read what export --merge writes).",
     )
     rank: int | None = _option(None, "Rank of the LoRA (default 8).")
     alpha: float | None = _option(
@@ -113,7 +115,9 @@ class TrainConfig:
         "What a LoRA adapts: attention (default), attention-out, all (every linear of the "
         "transformers, 722 in SDXL), or a regex over module names.",
     )
-    conv: bool = _option(False, "Adapt the convolutions of the ResNets and samplers too.")
+    conv: bool = _option(
+        False, "Adapt the convolutions of the ResNets and samplers too, not conv_in and conv_out."
+    )
     init_lora: Path | None = _option(
         None, "Go on from this LoRA file; rank, alpha and targets are its own."
     )

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -107,8 +108,9 @@ class Step:
     micros: list[Micro] = field(default_factory=list)
 
 
-def build_learner(config: TrainConfig, world: World) -> Learner:
-    """UNet, adapters and optimizer, on this rank's device.
+def build_learner(config: TrainConfig, world: World, checkpoint: Path | None = None) -> Learner:
+    """UNet, adapters and optimizer, on this rank's device; ``checkpoint`` is what the run resumes
+    from.
 
     Raises:
         ValueError: the base or the settings cannot be used.
@@ -121,7 +123,7 @@ def build_learner(config: TrainConfig, world: World) -> Learner:
         exact_fp32()
     objective = objective_of(config, scheduler_config(config.base))
     objective = replace(objective, alphas_cumprod=objective.alphas_cumprod.to(world.device))
-    unet = build_unet(config, precision, world)
+    unet = build_unet(config, precision, world, checkpoint)
     forward = unet
     if world.size > 1 and not config.full:
         ids = [world.device.index] if world.device.type == "cuda" else None

@@ -187,6 +187,8 @@ def write_weights(
         with ExitStack() as stack:  # all are written before one has its name, LORA last
             for file_name, data in files.items():
                 stack.enter_context(durable_file(folder / file_name)).write(data)
+        if KOHYA not in files:  # that of an earlier version, beside newer weights
+            (folder / KOHYA).unlink(missing_ok=True)
 
 
 def _write_config(unet: Any, folder: Path) -> None:
