@@ -71,9 +71,18 @@ def test_convolutions_by_choice(sdxl: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("targets", "message"), [("nothing_like_it", "matches no linear"), ("a(b", "no regex")]
+    ("targets", "message"),
+    [
+        ("nothing_like_it", "matches no linear"),
+        ("a(b", "no regex"),
+        ("(" * 100_000, "no regex"),
+        (r"((.*?)[\w.])*[!?]", "takes more than"),
+    ],
 )
-def test_targets_that_are_none_are_refused(sdxl: Any, targets: str, message: str) -> None:
+def test_targets_that_are_none_are_refused(
+    sdxl: Any, targets: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("train.adapters.MATCH_SECONDS", 0.5)
     out = Path("unused")
     config = TrainConfig(caches=(CacheUse(out),), base="", out=out, steps=1, targets=targets)
     with pytest.raises(ValueError, match=message):
