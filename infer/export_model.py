@@ -22,6 +22,7 @@ from sdxl.original_file import Part, write_original
 from sdxl.schedule import Schedule, schedule_beside, write_schedule
 from sdxl.settled import settle
 from sdxl.single_file import read_header
+from sdxl.tensor_digest import digest_metadata
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TEXT = ("text_encoder", "text_encoder_2")
@@ -190,7 +191,7 @@ def _write_folder(settings: ExportSettings, base: str, model: Model, dtype: torc
     with new_folder(settings, _num_bytes({"unet": part}, dtype)) as partial:
         (partial / "unet").mkdir()
         state = {name: tensor.contiguous() for name, tensor in part.tensors.items()}
-        metadata = {"format": "pt"} | model.card.to_metadata()
+        metadata = {"format": "pt"} | model.card.to_metadata() | digest_metadata(state)
         safetensors.torch.save_file(state, partial / "unet" / WEIGHTS, metadata=metadata)
         settle(partial / "unet" / WEIGHTS)
         text = json.dumps(part.config, indent=2, sort_keys=True)
