@@ -22,6 +22,7 @@ from sdxl.lora_fit import fit
 from sdxl.lora_formats import UNET, LoraFile, read_lora_file
 from sdxl.lora_write import Parts, diffusers_bytes, kohya_bytes
 from sdxl.single_file import sdxl_config
+from sdxl.tensor_digest import check_written
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -84,6 +85,7 @@ def _export_lora(settings: ExportSettings) -> str:
         data = diffusers_bytes(parts, card)
     with new_file(settings, len(data)) as partial:
         write_durable(partial, data)
+        check_written(partial, settings.out)
         _compare(_fit(read_lora_file(partial), models, settings.base), parts, settings.out)
     every = [one for found in parts.values() for one in found.values()]
     alphas = {one.kohya_alpha if kind == "kohya" else one.alpha for one in every}

@@ -82,6 +82,20 @@ def check_digest(path: Path) -> None:
         )
 
 
+def check_written(path: Path, out: Path) -> None:
+    """``check_digest`` of what was just written as ``path``, to become ``out``.
+
+    Raises:
+        OSError: the disk gave back something else.
+    """
+    try:
+        check_digest(path)
+    except BaseError:
+        raise OSError(
+            f"{out}: what was read back is not what was written; nothing is kept"
+        ) from None
+
+
 @functools.lru_cache(maxsize=64)
 def _is_whole(path: Path, size: int, mtime_ns: int) -> bool:
     """Whether ``path`` holds what its digest says, or has none. Maps the file, so that no tensor is
