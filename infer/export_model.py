@@ -195,7 +195,7 @@ def _write_folder(settings: ExportSettings, base: str, model: Model, dtype: torc
         metadata = {"format": "pt"} | model.card.to_metadata() | digest_metadata(state)
         safetensors.torch.save_file(state, partial / "unet" / WEIGHTS, metadata=metadata)
         settle(partial / "unet" / WEIGHTS)
-        check_written(partial / "unet" / WEIGHTS, out)
+        check_written(partial / "unet" / WEIGHTS, settings.out)
         text = json.dumps(part.config, indent=2, sort_keys=True)
         (partial / "unet" / "config.json").write_text(text + "\n")
         write_long_captions(partial / "unet", model.card.long_captions or 1)
