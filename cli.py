@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from cli_door import door, echo, hush_libraries
-from cli_options import StageCommand
+from cli_options import FilePath, PathText, StageCommand
 
 
 def stage(name: str, settings: str) -> Callable[[Callable[..., None]], click.Command]:
@@ -94,12 +94,14 @@ def encode(ctx: click.Context, debug: bool, **values: Any) -> None:
 
 
 @commands.command()
-@click.argument("cache", type=click.Path(path_type=Path))
-@click.argument("file", type=click.Path(path_type=Path))
-@click.option("--base", required=True, help="The SDXL base that CACHE was encoded with.")
+@click.argument("cache", type=FilePath())
+@click.argument("file", type=FilePath())
+@click.option(
+    "--base", type=PathText(), required=True, help="The SDXL base that CACHE was encoded with."
+)
 @click.option(
     "--tokenizers",
-    type=click.Path(path_type=Path),
+    type=FilePath(),
     help="As of encode: needed with a single file whose tokenizers the hub's cache does not have.",
 )
 @click.option("--device", default="auto", show_default=True, help="auto, cuda, cuda:N, mps or cpu.")
@@ -122,7 +124,7 @@ def prompts(
 @click.option(
     "--config",
     "recipe",
-    type=click.Path(path_type=Path),
+    type=FilePath(),
     help="Options from a TOML file; flags win.",
 )
 def train(ctx: click.Context, debug: bool, recipe: Path | None, **values: Any) -> None:
@@ -149,11 +151,10 @@ def train(ctx: click.Context, debug: bool, recipe: Path | None, **values: Any) -
 
         path = run(config)
         if os.environ.get("RANK", "0") == "0":
-            how = f"--unet {path}" if config.full else f"--lora {path}"
-            echo(
-                f"{path}\nnext: python cli.py generate --base {config.base} {how} "
-                "--prompt TEXT --out PICTURES"
-            )
+            from train.report import describe_result
+
+            for line in describe_result(config, path):
+                echo(line)
 
 
 @stage("generate", "infer.settings:GenerateSettings")
@@ -195,7 +196,7 @@ def export(ctx: click.Context, debug: bool, **values: Any) -> None:
 
 @commands.command()
 @click.argument("hub_id", metavar="ID")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="The folder to fill.")
+@click.option("--out", type=FilePath(), required=True, help="The folder to fill.")
 @click.option("--fp16", is_flag=True, help="The fp16 weights, where there are both.")
 @click.option("--file", help="Of a repository with single-file bases: the one to take.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
@@ -214,7 +215,7 @@ def download(hub_id: str, out: Path, fp16: bool, file: str | None, debug: bool) 
 @commands.command()
 @click.option(
     "--out",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=FilePath(file_okay=False),
     default=Path("demo-output"),
     show_default=True,
     help="The folder for what it makes.",
@@ -229,7 +230,7 @@ def demo(out: Path, debug: bool) -> None:
 
 
 @commands.command()
-@click.argument("cache", type=click.Path(path_type=Path))
+@click.argument("cache", type=FilePath())
 @click.option("--repair", is_flag=True, help="Drop what is damaged: encode makes it again.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def verify(cache: Path, repair: bool, debug: bool) -> None:
@@ -242,10 +243,10 @@ def verify(cache: Path, repair: bool, debug: bool) -> None:
 
 
 @commands.command()
-@click.argument("cache", type=click.Path(path_type=Path))
+@click.argument("cache", type=FilePath())
 @click.option(
     "--sheets",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=FilePath(file_okay=False),
     help="Also draw the pictures of each bucket, with how they were cut, into this folder.",
 )
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")

@@ -1,6 +1,8 @@
 """Command-line options made from the settings dataclasses of the stages: one place for names,
 types, defaults and help. Imports no torch."""
 
+import math
+import os
 import types
 import typing
 from dataclasses import MISSING, Field, fields
@@ -10,6 +12,26 @@ from typing import Any, Literal
 
 import click
 from click.core import ParameterSource
+
+LIMIT = 2**64  # of whole numbers: the largest that any option takes is a 64-bit seed
+_PATHS_AS_TEXT = ("base", "vae")  # a path or a hub id, which is kept as the text that was given
+
+
+class Number(click.ParamType[Any]):
+    """A finite number, ``int`` or ``float``. Infinity, nan and what no machine number holds end
+    here, under the option's name: no setting has a use for them."""
+
+    def __init__(self, kind: type[int] | type[float]) -> None:
+        self.kind, self.name = kind, "integer" if kind is int else "float"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        try:
+            number = self.kind(value)
+        except (ValueError, OverflowError):
+            self.fail(f"{_short(value)} is not a valid {self.name}.", param, ctx)
+        if not math.isfinite(number) if self.kind is float else abs(number) >= LIMIT:
+            self.fail(f"{_short(value)} is out of range.", param, ctx)
+        return number
 
 
 class Numbers(click.ParamType[tuple[int, ...]]):
@@ -21,13 +43,45 @@ class Numbers(click.ParamType[tuple[int, ...]]):
         if isinstance(value, tuple):
             return value
         try:
-            return tuple(int(part) for part in str(value).split(",") if part.strip())
+            numbers = tuple(int(part) for part in str(value).split(","))
         except ValueError:
-            self.fail(f"{value!r} is not whole numbers with commas between", param, ctx)
+            self.fail(f"{_short(value)} is not whole numbers with commas between", param, ctx)
+        return tuple(Number(int).convert(number, param, ctx) for number in numbers)
+
+
+class FilePath(click.Path):
+    """A path. ``~`` is expanded: a shell does that only for some spellings of an option, and for
+    nothing in a recipe."""
+
+    def __init__(self, *, file_okay: bool = True) -> None:
+        super().__init__(path_type=Path, file_okay=file_okay)
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        if not str(value) or "\0" in str(value):
+            self.fail(f"{_short(value)} is not a path.", param, ctx)
+        return super().convert(os.path.expanduser(value), param, ctx)
+
+
+class PathText(click.ParamType[str]):
+    """A path or a hub id, as text; ``~`` is expanded."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> str:
+        if "\0" in str(value):
+            self.fail(f"{_short(value)} is not a path.", param, ctx)
+        return os.path.expanduser(str(value))
+
+
+def _short(value: Any) -> str:
+    """A value in a message, cut where it is very long."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 class Parsed(click.ParamType[Any]):
-    """A type of the settings that reads itself: it has ``parse(text)``."""
+    """A type of the settings that reads itself: it has ``parse(text)``. A path in it is its head,
+    so that ``~`` can be expanded before."""
 
     def __init__(self, kind: Any, name: str) -> None:
         self.kind, self.name = kind, name
@@ -36,7 +90,7 @@ class Parsed(click.ParamType[Any]):
         if isinstance(value, self.kind):
             return value
         try:
-            return self.kind.parse(str(value))
+            return self.kind.parse(os.path.expanduser(str(value)))
         except ValueError as error:
             self.fail(str(error), param, ctx)
 
@@ -87,7 +141,7 @@ _RIVALS = {"steps": "epochs", "epochs": "steps"}  # a flag replaces the recipe's
 
 def _parameter(one: Field[Any], hint: Any) -> click.Parameter:
     """The click option of a settings field; a field without help is an argument."""
-    kind = _click_type(hint)
+    kind = PathText() if one.name in _PATHS_AS_TEXT else _click_type(hint)
     if "help" not in one.metadata:
         several = typing.get_origin(hint) is tuple
         return click.Argument([one.name], type=kind, required=False, nargs=-1 if several else 1)
@@ -120,25 +174,44 @@ def _click_type(hint: Any) -> click.ParamType[Any]:
             hint,
             {"Every": "STEPS|Nep", "LoraUse": "FILE[,WEIGHT]"}.get(hint.__name__, hint.__name__),
         )
-    simple = {bool: click.BOOL, int: click.INT, float: click.FLOAT, str: click.STRING}
-    return simple.get(hint) or click.Path(path_type=Path)
+    simple: dict[Any, click.ParamType[Any]] = {
+        bool: click.BOOL,
+        int: Number(int),
+        float: Number(float),
+        str: click.STRING,
+        Path: FilePath(),
+    }
+    return simple[hint]
 
 
 def _from_toml(option: click.Parameter, value: Any, recipe: Path, ctx: click.Context) -> Any:
     is_flag = option.type is click.BOOL
-    if isinstance(value, bool) != is_flag or isinstance(value, dict):
-        raise ValueError(f"{recipe}: {option.name} cannot be {value!r}")
-    if is_flag:
+    parts = value if isinstance(value, list) else [value]
+    is_single = all(isinstance(part, str | int | float) for part in parts)
+    if not is_single or any(isinstance(part, bool) != is_flag for part in parts):
+        raise ValueError(f"{recipe}: {option.name} cannot be {_kind_of(value)}")
+    if is_flag and not isinstance(value, list):
         return value
     if option.nargs == -1 or option.multiple:
-        parts = value if isinstance(value, list) else [value]
-        return tuple(_converted(option, str(part), recipe, ctx) for part in parts)
-    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-    return _converted(option, text, recipe, ctx)
+        return tuple(_converted(option, part, recipe, ctx) for part in parts)
+    if isinstance(option.type, Numbers):
+        each = (_converted(option, part, recipe, ctx) for part in parts)
+        return tuple(number for numbers in each for number in numbers)
+    return _converted(option, value, recipe, ctx)
 
 
-def _converted(option: click.Parameter, text: str, recipe: Path, ctx: click.Context) -> Any:
+def _kind_of(value: Any) -> str:
+    if isinstance(value, dict | list):
+        return "a table" if isinstance(value, dict) else "this list"
+    return _short(value)
+
+
+def _converted(option: click.Parameter, value: Any, recipe: Path, ctx: click.Context) -> Any:
     try:
-        return option.type.convert(text, option, ctx)
+        if isinstance(value, list):
+            raise click.BadParameter("takes one value, not a list")
+        if isinstance(value, int) and abs(value) >= LIMIT:  # Python may refuse to print it
+            raise click.BadParameter("the number is out of range")
+        return option.type.convert(str(value), option, ctx)
     except click.BadParameter as error:
         raise ValueError(f"{recipe}: {option.name}: {error.message}") from None

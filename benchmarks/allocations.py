@@ -108,7 +108,6 @@ def batch_of(pixels: int) -> Batch:
         times=torch.empty(1),
         weights=torch.empty(1),
         keys=("key",),
-        total_weight=1.0,
         num_entries=1,
         epoch=0,
         number=0,

@@ -22,6 +22,7 @@ from sdxl.lora_fit import fit
 from sdxl.lora_formats import UNET, LoraFile, read_lora_file
 from sdxl.lora_write import Parts, diffusers_bytes, kohya_bytes
 from sdxl.single_file import sdxl_config
+from sdxl.tensor_digest import check_written
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -74,7 +75,8 @@ def _export_lora(settings: ExportSettings) -> str:
     if kind == "kohya":
         if any(one.magnitude is not None for one in parts.get(UNET, {}).values()):
             warnings.warn(
-                "UIs differ in what they divide a DoRA's rows by; with --merge all draw the same",
+                "this is a DoRA, which ComfyUI, A1111, InvokeAI and sd-scripts apply "
+                "otherwise than it was trained; they read the model that --merge writes",
                 stacklevel=2,
             )
         config = models[UNET].config if UNET in models else sdxl_config(UNET)
@@ -83,6 +85,7 @@ def _export_lora(settings: ExportSettings) -> str:
         data = diffusers_bytes(parts, card)
     with new_file(settings, len(data)) as partial:
         write_durable(partial, data)
+        check_written(partial, settings.out)
         _compare(_fit(read_lora_file(partial), models, settings.base), parts, settings.out)
     every = [one for found in parts.values() for one in found.values()]
     alphas = {one.kohya_alpha if kind == "kohya" else one.alpha for one in every}

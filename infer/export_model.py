@@ -22,6 +22,7 @@ from sdxl.original_file import Part, write_original
 from sdxl.schedule import Schedule, schedule_beside, write_schedule
 from sdxl.settled import settle
 from sdxl.single_file import read_header
+from sdxl.tensor_digest import check_written, digest_metadata
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TEXT = ("text_encoder", "text_encoder_2")
@@ -169,6 +170,7 @@ def _write_file(settings: ExportSettings, model: Model, dtype: torch.dtype) -> N
         write_original(
             partial, model.parts, schedule=model.schedule, dtype=dtype, metadata=metadata
         )
+        check_written(partial, out)
         base = str(partial)
         for component, load in (("unet", load_unet), ("vae", load_vae)):
             _compare(load(base, dtype), model.parts[component], out)
@@ -190,9 +192,10 @@ def _write_folder(settings: ExportSettings, base: str, model: Model, dtype: torc
     with new_folder(settings, _num_bytes({"unet": part}, dtype)) as partial:
         (partial / "unet").mkdir()
         state = {name: tensor.contiguous() for name, tensor in part.tensors.items()}
-        metadata = {"format": "pt"} | model.card.to_metadata()
+        metadata = {"format": "pt"} | model.card.to_metadata() | digest_metadata(state)
         safetensors.torch.save_file(state, partial / "unet" / WEIGHTS, metadata=metadata)
         settle(partial / "unet" / WEIGHTS)
+        check_written(partial / "unet" / WEIGHTS, settings.out)
         text = json.dumps(part.config, indent=2, sort_keys=True)
         (partial / "unet" / "config.json").write_text(text + "\n")
         write_long_captions(partial / "unet", model.card.long_captions or 1)

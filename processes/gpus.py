@@ -1,6 +1,7 @@
 """``--gpus``: how many processes a command is to have. Imports no torch until it must count."""
 
 import os
+import re
 
 LEAST_ON_CPU = 4  # processes that any machine may try
 
@@ -11,7 +12,7 @@ def check_gpus(gpus: str | None) -> None:
     Raises:
         ValueError: names the value.
     """
-    is_count = gpus is not None and gpus.isascii() and gpus.isdecimal() and int(gpus) > 0
+    is_count = gpus is not None and re.fullmatch("[0-9]{1,6}", gpus) and int(gpus) > 0
     if gpus not in (None, "auto") and not is_count:
         raise ValueError(f"--gpus takes a number from 1 on, or auto, not {gpus}")
 

@@ -15,6 +15,7 @@ from sdxl import BaseError
 from sdxl.base import config_at, find_weights, model_config, scheduler_config, vae_config
 from sdxl.original import modern_name
 from sdxl.single_file import SingleFile
+from sdxl.tensor_digest import check_digest
 from sdxl.tokenizers import VOCAB_SIZE, find_tokenizer
 
 
@@ -143,6 +144,8 @@ def _load(kind: Any, path: Path, component: str, dtype: torch.dtype) -> Any:
 
 def _load_from_folder(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
     weights = find_weights(folder)
+    for path in weights.files:
+        check_digest(path)
     named = "torch_dtype" if issubclass(kind, ModelMixin) else "dtype"
     try:
         with warnings.catch_warnings():
@@ -176,6 +179,7 @@ def _other_weights(path: Path, what: str, names: list[str]) -> BaseError:
 
 def _load_from_file(kind: Any, path: Path, component: str, dtype: torch.dtype) -> Any:
     """A model by its config, with its tensors of a single file; no other tensor is read."""
+    check_digest(path)
     model = _without_weights(kind, config_at(path, component), path)
     shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     wanted = {modern_name(component, name): name for name in shapes}

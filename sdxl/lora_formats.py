@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from sdxl.adapted import Adapted
 from sdxl.card import Card, read_card
 from sdxl.lora_deltas import NAMES, Algorithm, Delta, find_algorithm
+from sdxl.tensor_digest import check_digest
 
 LORA = "pytorch_lora_weights.safetensors"  # the name load_lora_weights looks for in a folder
 KOHYA = "kohya_lora_weights.safetensors"  # beside it, for the UIs
@@ -176,6 +177,7 @@ def read_lora_file(path: Path) -> LoraFile:
         ValueError: no LoRA file, or none of a kind that can be read.
     """
     path = find_lora(path)
+    check_digest(path)
     tensors, metadata = _tensors(path)
     extras = [name for name in tensors if is_extra(name)]
     if len(extras) == len(tensors):

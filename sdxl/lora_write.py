@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
 
@@ -21,6 +20,7 @@ from sdxl.card import Card
 from sdxl.kohya import kohya_metadata, kohya_state
 from sdxl.lora_formats import KOHYA, LORA, METADATA_KEY, OURS, UNET, long_name, lora_parts
 from sdxl.settled import settled_bytes
+from sdxl.tensor_digest import digest_metadata
 
 Parts = Mapping[str, Mapping[str, Adapted]]  # by unet, text_encoder, text_encoder_2; by module
 PREFIX = f"{UNET}."
@@ -48,23 +48,26 @@ def lora_bytes(
     unet: Any, values: dict[str, torch.Tensor] | None = None, card: Card | None = None
 ) -> dict[str, bytes]:
     """The adapter on a UNet as files, by their names: one that ``load_lora_weights`` takes at its
-    right strength, and kohya's, for the UIs."""
+    right strength, and kohya's, for the UIs.
+
+    A DoRA has no kohya file: each UI divides its rows by another norm than peft does, or ignores
+    them, so that none gives the images that were trained for.
+    """
     config = next(iter(unet.peft_config.values())).to_dict()
     settings, state = _settings(UNET, config), lora_state(unet, values)
     parts = lora_parts(Path("the adapter"), state, settings)
     card = replace(card or Card(), rank=config["r"], alpha=float(config["lora_alpha"]))
-    return {
-        LORA: _diffusers_bytes(state, settings, card),
-        KOHYA: kohya_bytes(parts, unet.config, card),
-    }
+    files = {LORA: _diffusers_bytes(state, settings, card)}
+    if not config["use_dora"]:
+        files[KOHYA] = kohya_bytes(parts, unet.config, card)
+    return files
 
 
 def kohya_bytes(parts: Parts, config: Mapping[str, Any], card: Card) -> bytes:
     """kohya's file of a LoRA; ``config`` is the UNet's."""
-    resolution = 8 * int(config["sample_size"])
-    return settled_bytes(
-        kohya_state(parts, config), kohya_metadata(parts.get(UNET, {}), card, resolution)
-    )
+    state, resolution = kohya_state(parts, config), 8 * int(config["sample_size"])
+    metadata = kohya_metadata(parts.get(UNET, {}), card, resolution)
+    return settled_bytes(state, metadata | digest_metadata(state))
 
 
 def diffusers_bytes(parts: Parts, card: Card) -> bytes:
@@ -86,12 +89,10 @@ def diffusers_bytes(parts: Parts, card: Card) -> bytes:
 
 
 def _diffusers_bytes(state: dict[str, torch.Tensor], settings: dict[str, Any], card: Card) -> bytes:
-    """All metadata is in one key, which is diffusers' own: several would come in an order of each
-    process' own."""
+    """The settings are in one key, which is diffusers' own."""
     ours = {OURS + name: value for name, value in card.to_dict().items()}
     metadata = {METADATA_KEY: json.dumps(settings | ours, sort_keys=True)}
-    contiguous = {name: tensor.contiguous() for name, tensor in state.items()}
-    return safetensors.torch.save(contiguous, metadata=metadata)
+    return settled_bytes(state, metadata | digest_metadata(state))
 
 
 def peft_config(found: Mapping[str, Adapted]) -> LoraConfig:

@@ -15,12 +15,8 @@ from sdxl.fingerprint import config_digest
 from sdxl.original import LOGIT_SCALE, PREFIXES, OriginalNames
 from sdxl.schedule import Schedule
 from sdxl.single_file import CONFIGS_KEY, V_PRED, ZERO_SNR, sdxl_config
+from sdxl.tensor_digest import DTYPES, KEY, TensorDigest, tensor_bytes
 
-DTYPES = {
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-}
 CLIP_SCALE = math.log(100)  # where CLIP's training stops it
 
 
@@ -64,14 +60,22 @@ def write_original(
         ValueError: a tensor has no place in that layout.
     """
     entries = sorted(_entries(parts, dtype), key=lambda one: (-one.dtype.itemsize, one.key))
-    header = _header(
-        entries, schedule or Schedule(), {**(metadata or {}), **configs_metadata(parts)}
-    )
+    schedule = schedule or Schedule()
+    metadata = {**(metadata or {}), **configs_metadata(parts)}
+    digest = TensorDigest()
     with durable_file(path) as file:
-        file.write(header)
+        # The digest is known when all is written; until then another text of its length stands in
+        # its place.
+        file.write(_header(entries, schedule, metadata | {KEY: digest.text}))
         for one in entries:
             tensor = one.tensor().to(one.dtype).contiguous()
-            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+            data = tensor_bytes(tensor)
+            digest.add(one.key, DTYPES[one.dtype], tensor.shape, data)
+            file.write(data)
+        for flag in _flags(schedule):
+            digest.add(flag, DTYPES[torch.float32], [0], memoryview(b""))
+        file.seek(0)
+        file.write(_header(entries, schedule, metadata | {KEY: digest.text}))
 
 
 def _header(entries: list[_Entry], schedule: Schedule, metadata: Mapping[str, str]) -> bytes:

@@ -4,7 +4,6 @@ Legend: B samples, C latent channels, h w latent size, T tokens (77 a chunk), D 
 embeddings, P width of the pooled ones.
 """
 
-import functools
 from collections.abc import Callable, Container, Generator, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import count
@@ -25,11 +24,7 @@ Place = tuple[Cache, Shard, int]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Batch:
-    """One micro-batch of one rank; the tensors of a dummy have weight 0.
-
-    ``weights`` are the samples' weights, ``total_weight`` their sum over the whole global batch,
-    all ranks and micro-batches.
-    """
+    """One micro-batch of one rank; the tensors of a dummy have weight 0."""
 
     latents: torch.Tensor  # [B, C, h, w] fp32, scaled, drawn from the cached posterior
     prompt: torch.Tensor  # [B, T, D] as cached, or the unconditional one where it was dropped
@@ -41,8 +36,7 @@ class Batch:
     offsets: torch.Tensor | None = None  # [B, C, 1, 1] fp32, N(0, 1): for noise offset
     mask: torch.Tensor | None = None  # [B, 1, h, w] fp32 in 0..1: where the loss counts
     keys: tuple[str, ...]
-    total_weight: float
-    num_entries: int  # of the global batch
+    num_entries: int  # of the whole global batch, all ranks and micro-batches
     epoch: int
     number: int  # of the global batch in its epoch
     micro: int
@@ -89,7 +83,6 @@ class Reader:
         self._unconditional: list[dict[str, torch.Tensor]] = []
         if reading.caption_dropout:
             self._unconditional = [cache.side_tensors(UNCONDITIONAL) for cache in caches]
-        self._totals = functools.lru_cache(maxsize=64)(self._sum_weights)
 
     def epochs(
         self, start: tuple[int, int] = (0, 0), *, threads: int = 4, pin: bool = False
@@ -130,20 +123,12 @@ class Reader:
         return Batch(
             **tensors,
             keys=tuple(keys) if real else (),
-            total_weight=self._totals(batch),
             num_entries=len(batch.entries),
             epoch=batch.epoch,
             number=batch.number,
             micro=micro,
             num_micros=self.share.num_micros(batch),
         )
-
-    def _sum_weights(self, batch: GlobalBatch) -> float:
-        total = 0.0
-        for entry in batch.entries:
-            cache, shard, row = self._locate(entry)
-            total += cache.weight * shard.index.record(row).weight
-        return total or 1.0  # where all weigh nothing, so does their loss
 
     def _locate(self, entry: Entry) -> Place:
         group = self.plan.groups[entry.group]

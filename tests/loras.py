@@ -11,7 +11,9 @@ import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from made import learner_of
 
-from sdxl.lora_write import lora_bytes
+from sdxl.card import Card
+from sdxl.lora_formats import KOHYA, LORA, read_lora_file
+from sdxl.lora_write import kohya_bytes, lora_bytes
 
 Tensors = dict[str, torch.Tensor]
 
@@ -25,6 +27,9 @@ def made_lora(base: Path, folder: Path, **settings: Any) -> Any:
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in lora_bytes(unet).items():
         (folder / name).write_bytes(data)
+    if KOHYA not in lora_bytes(unet):  # of a DoRA only export writes it
+        parts = read_lora_file(folder / LORA).parts
+        (folder / KOHYA).write_bytes(kohya_bytes(parts, unet.config, Card()))
     return unet
 
 

@@ -121,7 +121,6 @@ def made_batch(num: int, shape: tuple[int, int, int] = (4, 2, 4), **changes: Any
         "times": torch.rand(num),
         "weights": torch.ones(num),
         "keys": tuple(str(number) for number in range(num)),
-        "total_weight": float(num),
         "num_entries": num,
         "epoch": 0,
         "number": 0,

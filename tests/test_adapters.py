@@ -66,14 +66,23 @@ def test_convolutions_by_choice(sdxl: Any) -> None:
     convolutions = {n for n in names if "attentions" not in n}
     every = {n for n, m in sdxl.named_modules() if isinstance(m, torch.nn.Conv2d)}
     every = {n.removesuffix(".base_layer") for n in every if "lora_" not in n}
-    assert convolutions == every and len(convolutions) > 40
+    assert convolutions == every - {"conv_in", "conv_out"} and len(convolutions) > 40
     assert len(names) == 560 + len(convolutions)
 
 
 @pytest.mark.parametrize(
-    ("targets", "message"), [("nothing_like_it", "matches no linear"), ("a(b", "no regex")]
+    ("targets", "message"),
+    [
+        ("nothing_like_it", "matches no linear"),
+        ("a(b", "no regex"),
+        ("(" * 100_000, "no regex"),
+        (r"((.*?)[\w.])*[!?]", "takes more than"),
+    ],
 )
-def test_targets_that_are_none_are_refused(sdxl: Any, targets: str, message: str) -> None:
+def test_targets_that_are_none_are_refused(
+    sdxl: Any, targets: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("train.adapters.MATCH_SECONDS", 0.5)
     out = Path("unused")
     config = TrainConfig(caches=(CacheUse(out),), base="", out=out, steps=1, targets=targets)
     with pytest.raises(ValueError, match=message):
@@ -170,6 +179,29 @@ def test_a_lora_on_a_quantised_base_learns_and_fits_the_plain_one(
     before = eval_loss(plain, config, cache)
     after = eval_loss(reloaded(base, run), config, cache)
     assert after < before - 0.01, (before, after)
+
+
+def test_a_dora_leaves_no_file_for_uis(overfit: Train, tmp_path: Path) -> None:
+    """Nor does that of an earlier version stay beside newer weights."""
+    run, config = overfit(steps=1, adapter="dora")
+    assert (run / LORA).exists() and not list(run.rglob(KOHYA))
+    (run / KOHYA).write_bytes(b"old")
+    train(replace(config, steps=2, resume=True))
+    assert not (run / KOHYA).exists()
+
+
+def test_a_resumed_run_adapts_what_its_checkpoint_adapts(
+    overfit: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs with --conv of before adapt conv_in and conv_out too."""
+    with monkeypatch.context() as patch:
+        patch.setattr("train.adapters.CONVOLUTIONS", r".*\.conv1|conv_in|conv_out")
+        run, config = overfit(steps=1, conv=True)
+    before = safetensors.torch.load_file(run / LORA)
+    assert "unet.conv_in.lora_A.weight" in before
+    train(replace(config, steps=2, resume=True))
+    after = safetensors.torch.load_file(run / LORA)
+    assert after.keys() == before.keys()
 
 
 @pytest.mark.parametrize("name", [LORA, KOHYA])

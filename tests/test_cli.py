@@ -2,14 +2,19 @@
 
 import json
 import shutil
+import typing
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from made import config_of
 
 import cli
 import cli_door
+from sdxl.lora_formats import KOHYA, LORA
+from train.recipe import read_recipe
+from train.report import describe_result
 
 
 @pytest.fixture(autouse=True)
@@ -130,6 +135,118 @@ def test_recipes(cache: Path, base: Path, tmp_path: Path) -> None:
     assert "recipe.toml: not valid TOML" in refused(*common)
 
 
+def test_recipes_that_editors_and_accidents_leave(cache: Path, base: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    common = ["train", cache, "--base", base, "--out", tmp_path / "run", "--config", recipe]
+    recipe.write_bytes(b"\xef\xbb\xbfsteps = 2\n")  # a byte order mark
+    assert read_recipe(recipe) == {"steps": 2}
+    for bad, words in {
+        "batch-size = 1\nbatch_size = 2": "batch-size is there twice",
+        "batchsize = 1": "unknown option batchsize (did you mean batch-size",
+        "a = " + "[" * 100_000: "nested too deep",
+        "steps" + ".a" * 100_000 + " = 1": "a name of more than 100 parts",
+        "steps = " + "9" * 400: "steps: the number is out of range",
+        "steps = 0x" + "f" * 5000: "steps: the number is out of range",
+        "steps = " + "9" * 5000: "not valid TOML",
+        "lr = " + "9" * 400: "lr: the number is out of range",
+        "lr = nan": "lr: 'nan' is out of range",
+        "lr = inf": "lr: 'inf' is out of range",
+        "lr = 1979-05-27": "lr cannot be",
+        "lr = [1.0]": "lr: takes one value",
+        "full = [true]": "full: takes one value",
+        "checkpoint-at = [600, '']": "checkpoint_at: '' is not whole numbers",
+        "checkpoint-at = [[600]]": "checkpoint_at cannot be this list",
+        'out = "a\\u0000b"': "out: 'a\\x00b' is not a path",
+        'out = ""': "out: '' is not a path",
+        "[train]\nlr = 1.0": "unknown option train",
+    }.items():
+        recipe.write_text(f"{bad}\n" if "steps" in bad else f"steps = 1\n{bad}\n")
+        line = refused(*common)
+        assert "recipe.toml: " in line and words in line and len(line) < 2500, (bad[:80], line)
+    recipe.write_bytes(b"steps = 1\n#" + b" " * 1_000_000)
+    assert "larger than 1,000,000 bytes" in refused(*common)
+    recipe.write_bytes("steps = 1\n".encode("utf-16"))
+    assert "recipe.toml: not valid TOML" in refused(*common)
+
+
+def settings_of(command: str, *arguments: Any, recipe: Path | None = None) -> Any:
+    kind = cli.commands.commands[command]
+    assert isinstance(kind, cli.StageCommand)
+    with kind.make_context(command, [str(argument) for argument in arguments]) as context:
+        return kind.make_settings(context, context.params, recipe)
+
+
+def test_home_is_known_where_no_shell_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a recipe, behind ``--out=`` and before ``,weight=``; and only in paths."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        'caches = ["~/a", "~/b,weight=2"]\nout = "~/runs/one"\nbase = "~/base"\nval = "~/val"\n'
+        'init-lora = "~/lora"\nsteps = 1\nwandb-project = "~/x"\n'
+    )
+    config = settings_of("train", recipe=recipe)
+    home = tmp_path
+    assert [str(use) for use in config.caches] == [f"{home}/a", f"{home}/b,weight=2"]
+    assert (config.out, config.val, config.init_lora) == (
+        home / "runs/one",
+        home / "val",
+        home / "lora",
+    )
+    assert (config.base, config.wandb_project) == (f"{home}/base", "~/x")
+    more = ["--prompt=~", "--lora=~/x,0.5", "--unet=~/u", "--vae=~/v", "--tokenizers=~/t"]
+    drawn = settings_of("generate", "--base=~/base", "--out=~/drawn", *more)
+    assert (drawn.prompt, str(drawn.lora[0]), drawn.vae) == ("~", f"{home}/x,0.5", f"{home}/v")
+    assert (drawn.out, drawn.unet, drawn.tokenizers) == (home / "drawn", home / "u", home / "t")
+    encoded = settings_of("encode", "~/data", "--base=~/base", "--out=~/cache")
+    assert (encoded.dataset, encoded.base) == (home / "data", f"{home}/base")
+    assert f"{home}/nowhere: no such" in refused("inspect", "~/nowhere")
+
+
+def numeric_fields(settings: Any) -> list[str]:
+    hints = typing.get_type_hints(settings)
+    is_numeric = {n: {int, float} & {h, *typing.get_args(h)} for n, h in hints.items()}
+    return [name for name in hints if is_numeric[name]]
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        ("encode", ["data", "--base", "b", "--out", "o"]),
+        ("train", ["cache", "--base", "b", "--out", "o"]),
+        ("generate", ["--base", "b", "--out", "o", "--prompt", "p"]),
+        ("export", ["weights", "--out", "o.safetensors"]),
+    ],
+)
+def test_no_option_takes_a_number_that_is_none(command: str, arguments: list[str]) -> None:
+    stage: Any = cli.commands.commands[command]
+    names = numeric_fields(stage.settings)
+    assert len(names) > (0 if command == "export" else 5)
+    for name in names:
+        flag = "--" + name.replace("_", "-")
+        for value in ("nan", "inf", "-inf", "1e400", "9" * 400, "-" + "9" * 5000, "", "1,,2"):
+            line = refused(command, *arguments, flag, value)
+            assert f"'{flag}'" in line and len(line) < 300, (flag, value, line)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["c,weight=nan"], "weight must be a finite number"),
+        (["c,weight=" + "9" * 400], "weight must be a finite number"),
+        (["c,repeats=" + "9" * 400], "repeats must be from 1 to 1000000"),
+        (["c,repeats=" + "9" * 5000], "is no number"),
+        (["c", "--eval-every", "9" * 400], "--eval-every"),
+        (["c", "--eval-every", "9" * 400 + "ep"], "--eval-every"),
+        (["c", "--eval-every", "." + "0" * 300 + "1ep"], "--eval-every"),
+        (["c", "--checkpoint-at", "600,,680"], "--checkpoint-at"),
+        (["c", "--gpus", "9" * 5000], "--gpus"),
+        (["c", "--steps", 2**40], "--steps must be at most"),
+    ],
+)
+def test_numbers_inside_other_options(arguments: list[Any], words: str) -> None:
+    assert words in refused("train", *arguments, "--base", "b", "--out", "o")
+
+
 def test_flags_win_over_the_recipe(cache: Path, base: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(
@@ -144,6 +261,17 @@ def test_flags_win_over_the_recipe(cache: Path, base: Path, tmp_path: Path) -> N
     assert [config[name] for name in names] == [2, 2, 2e-4, [1], "all", True, 8.0]
     assert (out / "checkpoints" / "checkpoint-1").is_dir()
     assert f"next: python cli.py generate --base {base} --lora {out}" in output
+    assert f"{out / LORA}: the LoRA, for generate and diffusers" in output
+    assert f"{out / KOHYA}: the same LoRA, for ComfyUI, A1111, InvokeAI and sd-scripts" in output
+
+
+def test_what_train_says_of_a_dora_and_of_a_unet(tmp_path: Path) -> None:
+    config = config_of("base", out=tmp_path, adapter="dora")
+    said = "\n".join(describe_result(config, tmp_path / LORA))
+    assert KOHYA not in said and f"export {tmp_path} --base base --merge --out" in said
+    config = config_of("base", out=tmp_path, full=True)
+    said = "\n".join(describe_result(config, tmp_path / "unet"))
+    assert "generate --base base --unet" in said and f"export {tmp_path} --base base --out" in said
 
 
 def test_prompts(base: Path, tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def test_full_weights_say_what_they_are(licensed: Path, cache: Path, tmp_path: P
     ],
     ids=str,
 )
-@pytest.mark.filterwarnings("ignore:UIs differ")
+@pytest.mark.filterwarnings("ignore:this is a DoRA")
 def test_to_kohya_and_back_is_the_same_adapter(
     base: Path, tmp_path: Path, settings: dict[str, Any]
 ) -> None:

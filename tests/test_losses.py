@@ -55,27 +55,46 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> list[Cache]:
     return [Cache(folder / "mine"), Cache(folder / "prior", weight=0.25)]
 
 
-@pytest.mark.parametrize("batch_size", [9, 2])
-def test_a_steps_loss_is_weighed_by_sample_and_by_cache(
-    caches: list[Cache], base: Path, batch_size: int
+@pytest.mark.parametrize(("size", "batch_size"), [(9, 9), (9, 2), (4, 3), (1, 1)])
+def test_a_step_is_the_sum_of_weighted_losses_over_the_number_of_samples(
+    caches: list[Cache], base: Path, size: int, batch_size: int
 ) -> None:
+    """Against a plain loop over global batches of ``size``, in micro-batches of ``batch_size``."""
     learner = learner_of(base)
     learner.max_grad_norm = 0.0
-    whole = next(epoch_of(reader_of(caches, 9)))
-    keys = {key: 0.25 for key in whole.keys}
-    keys |= dict(zip(*weights_in(caches[0]), strict=True))
-    weights = torch.tensor([keys[key] for key in whole.keys])
-    assert sorted(weights.tolist()) == [0.0, 0.25, 0.25, 0.25, 0.25, 0.5, 1.0, 2.0, 3.0]
-    expected = (weights * plain_losses(learner.unet, whole)).sum() / weights.sum()
-    expected.backward()
-    parameters = list(learner.optimizer.parameters.values())
-    norm = torch.stack([p.grad.norm() for p in parameters if p.grad is not None]).norm()
-    learner.optimizer.zero_grad()
-    step = train_step(learner, epoch_of(reader_of(caches, 9, batch_size=batch_size)), 0, 1e-4)
-    assert float(step.loss) == pytest.approx(float(expected.detach()), rel=1e-5)
-    assert float(step.grad_norm) == pytest.approx(float(norm), rel=1e-4)
-    unweighed = plain_losses(learner.unet, whole).mean()
-    assert abs(float((unweighed - expected).detach())) > 1e-3
+    reader, micros = reader_of(caches, size), reader_of(caches, size, batch_size=batch_size)
+    keys, weights = weights_in(caches[0])
+    weight_of = dict(zip(keys, weights, strict=True))
+    seen: list[float] = []
+    for number, whole in enumerate(epoch_of(reader)):
+        batch_weights = torch.tensor([weight_of.get(key, 0.25) for key in whole.keys])
+        seen += batch_weights.tolist()
+        expected = (batch_weights * plain_losses(learner.unet, whole)).sum() / len(whole.keys)
+        expected.backward()
+        parameters = list(learner.optimizer.parameters.values())
+        norm = torch.stack([p.grad.norm() for p in parameters if p.grad is not None]).norm()
+        learner.optimizer.zero_grad()
+        batch = micros.plan.batch(0, number)
+        parts = (micros.read(batch, micro) for micro in range(micros.share.num_micros(batch)))
+        step = train_step(learner, parts, number, 1e-12)
+        assert float(step.loss) == pytest.approx(float(expected.detach()), rel=1e-5)
+        assert float(step.grad_norm) == pytest.approx(float(norm), rel=1e-4)
+    assert sorted(seen) == [0.0, 0.25, 0.25, 0.25, 0.25, 0.5, 1.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize("settings", [{}, {"min_snr_gamma": 5.0}, {"masked_loss": True}])
+@pytest.mark.parametrize("num", [1, 3])
+def test_half_the_weight_is_half_the_loss_at_any_batch_size(
+    base: Path, num: int, settings: dict[str, Any]
+) -> None:
+    batch = made_batch(num, mask=torch.rand(num, 1, 2, 4) if "masked_loss" in settings else None)
+    losses = []
+    for weight in (1.0, 0.5):
+        weighted = replace(batch, weights=torch.full((num,), weight))
+        losses.append(
+            float(train_step(learner_of(base, **settings), iter([weighted]), 0, 1e-4).loss)
+        )
+    assert losses[1] == pytest.approx(losses[0] / 2, rel=1e-6)
 
 
 def weights_in(cache: Cache) -> tuple[list[str], list[float]]:
@@ -152,13 +171,13 @@ def test_eval_is_plain_whatever_the_run_learns_by(caches: list[Cache], base: Pat
             for learner, settings in zip(learners, (plain, other), strict=True)
         )
         assert ours == theirs
-        total = weight = 0.0
+        expected: list[float] = []
         reader = reader_of([val], 5, seed=0)
         with torch.no_grad():
             for pass_ in range(4):
                 (batch,) = epoch_of(reader, pass_)
                 batch = replace(batch, times=(batch.times + pass_) / 4)
                 losses = plain_losses(learners[0].unet, batch, kind)
-                total += float((losses * batch.weights).sum())
-                weight += float(batch.weights.sum())
-        assert ours == pytest.approx(total / weight, rel=1e-5)
+                expected += losses.tolist()  # the sample of weight 0 counts too
+        assert len(expected) == 4 * 5
+        assert ours == pytest.approx(sum(expected) / len(expected), rel=1e-5)

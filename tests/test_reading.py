@@ -317,21 +317,6 @@ def test_caches_are_mixed_and_each_is_used_as_asked(
     assert len(noises) == seen.total()  # twins and repeats too draw their own
 
 
-def test_the_total_weight_is_of_the_whole_global_batch(
-    three: tuple[list[Cache], list[dict[str, Sample]]],
-) -> None:
-    caches, _ = three
-    for world in (1, 2):
-        totals: dict[int, float] = Counter()
-        told: dict[int, set[float]] = {}
-        for rank in range(world):
-            reader = reader_of(caches, 6, batch_size=2, world=world, rank=rank)
-            for batch in epoch_of(reader):
-                totals[batch.number] += float(batch.weights.sum())
-                told.setdefault(batch.number, set()).add(batch.total_weight)
-        assert told == {number: {total} for number, total in totals.items()}
-
-
 def test_text_of_mixed_precisions_is_kept_whole(
     three: tuple[list[Cache], list[dict[str, Sample]]],
 ) -> None:

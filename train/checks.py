@@ -8,6 +8,7 @@ from processes.gpus import check_gpus
 if TYPE_CHECKING:
     from train.config import TrainConfig
 
+MAX_COUNT = 2**31 - 1  # of steps, samples, threads: far beyond what can be trained
 _LEAST = {
     "rank": 1,
     "num_cycles": 1,
@@ -35,6 +36,8 @@ def check_ranges(config: "TrainConfig") -> None:
         value = getattr(config, name)
         if value is not None and value < least:
             raise ValueError(f"{flag(name)} must be at least {least}, not {value}")
+        if value is not None and name != "seed" and not value <= MAX_COUNT:
+            raise ValueError(f"{flag(name)} must be at most {MAX_COUNT}, not {value}")
     for name in _POSITIVE:
         value = getattr(config, name)
         if value is not None and not 0 < value <= 1e6:

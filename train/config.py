@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sdxl.base import BASE_HELP
-from train.checks import check_choices, check_memory, check_ranges
+from train.checks import MAX_COUNT, check_choices, check_memory, check_ranges
+
+MAX_REPEATS = 1_000_000
+MAX_EPOCHS = 1e6  # of an interval, and its inverse the least
 
 
 def _option(default: Any, text: str) -> Any:
@@ -41,8 +44,10 @@ class CacheUse:
             except ValueError:
                 raise ValueError(f"{text}: {name}={value} is no number") from None
         use = cls(Path(folder), **settings)  # type: ignore[arg-type]
-        if not (0 < use.weight < math.inf and use.repeats >= 1):
-            raise ValueError(f"{text}: weight must be above 0 and repeats at least 1")
+        if not 0 < use.weight < math.inf:
+            raise ValueError(f"{text}: weight must be a finite number above 0")
+        if not 1 <= use.repeats <= MAX_REPEATS:
+            raise ValueError(f"{text}: repeats must be from 1 to {MAX_REPEATS}")
         return use
 
     def __str__(self) -> str:
@@ -63,7 +68,11 @@ class Every:
         found = re.fullmatch(r"(\d+)|(\d+\.?\d*|\.\d+) ?ep", str(text).strip())
         if not found:
             raise ValueError(f"{text!r} is no interval: give steps (500) or epochs (2ep)")
-        return cls(float(found[2]), True) if found[2] else cls(int(found[1]))
+        every = cls(float(found[2]), True) if found[2] else cls(int(found[1]))
+        most, least = (MAX_EPOCHS, 1 / MAX_EPOCHS) if every.of_epochs else (MAX_COUNT, 1)
+        if every and not least <= every.amount <= most:
+            raise ValueError(f"{str(text)[:50]!r} is out of range for an interval")
+        return every
 
     def __str__(self) -> str:
         return _digits(self.amount) + ("ep" if self.of_epochs else "")
@@ -93,7 +102,9 @@ class TrainConfig:
 
     full: bool = _option(False, "Train the whole UNet instead of a LoRA.")
     adapter: Literal["lora", "rslora", "dora"] = _option(
-        "lora", "rslora: scaled by alpha / sqrt(rank); dora: direction and length apart."
+        "lora",
+        "rslora: scaled by alpha / sqrt(rank); dora: direction and length apart (UIs cannot apply "
+        "it: they read what export --merge writes).",
     )
     rank: int | None = _option(None, "Rank of the LoRA (default 8).")
     alpha: float | None = _option(
@@ -104,7 +115,9 @@ class TrainConfig:
         "What a LoRA adapts: attention (default), attention-out, all (every linear of the "
         "transformers, 722 in SDXL), or a regex over module names.",
     )
-    conv: bool = _option(False, "Adapt the convolutions of the ResNets and samplers too.")
+    conv: bool = _option(
+        False, "Adapt the convolutions of the ResNets and samplers too, not conv_in and conv_out."
+    )
     init_lora: Path | None = _option(
         None, "Go on from this LoRA file; rank, alpha and targets are its own."
     )

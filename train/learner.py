@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -98,7 +99,7 @@ class Micro(NamedTuple):
 class Step:
     """What a step came to; tensors are on the device, and of all ranks."""
 
-    loss: torch.Tensor  # sum(w l) / sum(w) over the global batch
+    loss: torch.Tensor  # sum(w l) / N over the N samples of the global batch
     grad_norm: torch.Tensor  # before clipping
     finite: torch.Tensor  # bool: if not, the weights stayed as they were
     lr: float
@@ -107,8 +108,9 @@ class Step:
     micros: list[Micro] = field(default_factory=list)
 
 
-def build_learner(config: TrainConfig, world: World) -> Learner:
-    """UNet, adapters and optimizer, on this rank's device.
+def build_learner(config: TrainConfig, world: World, checkpoint: Path | None = None) -> Learner:
+    """UNet, adapters and optimizer, on this rank's device; ``checkpoint`` is what the run resumes
+    from.
 
     Raises:
         ValueError: the base or the settings cannot be used.
@@ -121,7 +123,7 @@ def build_learner(config: TrainConfig, world: World) -> Learner:
         exact_fp32()
     objective = objective_of(config, scheduler_config(config.base))
     objective = replace(objective, alphas_cumprod=objective.alphas_cumprod.to(world.device))
-    unet = build_unet(config, precision, world)
+    unet = build_unet(config, precision, world, checkpoint)
     forward = unet
     if world.size > 1 and not config.full:
         ids = [world.device.index] if world.device.type == "cuda" else None
@@ -152,8 +154,9 @@ def build_learner(config: TrainConfig, world: World) -> Learner:
 def train_step(learner: Learner, batches: Iterator[Batch], number: int, lr: float) -> Step:
     """Optimizer step ``number`` (0, 1, ...) at ``lr`` on the next global batch.
 
-    The loss is sum(w l) / sum(w) over all ranks and micro-batches. Nothing here waits for the
-    device, unless the optimizer does.
+    The loss is sum(w l) / N over the N samples of all ranks and micro-batches. N counts samples: a
+    sum of their weights there would cancel the weight of a batch of one, and change what a weight
+    means with the batch size. Nothing here waits for the device, unless the optimizer does.
     """
     world, device = learner.world, learner.world.device
     result = Step(
@@ -170,7 +173,7 @@ def train_step(learner: Learner, batches: Iterator[Batch], number: int, lr: floa
         batch, last = batch.to(device), batch.micro == batch.num_micros - 1
         with learner.sync_on(last):
             losses = learner.losses(learner.forward, batch)
-            loss = (losses * batch.weights).sum() / batch.total_weight
+            loss = (losses * batch.weights).sum() / batch.num_entries
             if learner.fused is not None:
                 learner.fused.arm(number, lr, loss.detach().isfinite())
             # DDP and FSDP take the mean over ranks, and the loss is a sum over them.
@@ -222,7 +225,8 @@ def _update(learner: Learner, step: Step, number: int) -> None:
 @torch.no_grad()
 def evaluate(learner: Learner, val: Cache, config: TrainConfig) -> float:
     """Mean squared error over a validation cache, always with the same noise and timesteps, plain:
-    without the run's loss weights, offsets and choice of timesteps."""
+    each sample counts once, without its weight, the run's loss weights, offsets and choice of
+    timesteps."""
     world, mine = learner.world, learner.objective
     plan = Plan(val.groups(), EVAL_SEED, config.batch_size * world.size)
     share = Share(batch_size=config.batch_size, world=world.size, rank=world.rank)
@@ -238,12 +242,15 @@ def evaluate(learner: Learner, val: Cache, config: TrainConfig) -> float:
         return replace(batch, times=(batch.times + pass_) / EVAL_PASSES)
 
     places = [(p, n) for p in range(EVAL_PASSES) for n in range(plan.num_batches)]
-    sums = torch.zeros(2, device=world.device)
+    total, count = torch.zeros((), device=world.device), 0
     with learner.looking() as unet:
         for batch in read_ahead(read, places, config.reader_threads, 2 * config.reader_threads):
             batch = batch.to(world.device)
             with learner.autocast():
                 losses = objective.losses(unet, batch, learner.precision.dtype)
-            sums += torch.stack([(losses * batch.weights).sum(), batch.weights.sum()])
-    total, weight = world.sum(sums).tolist()
-    return float(total / weight) if weight else float("nan")
+            num = len(batch.keys)  # 0 in the dummy of a rank that has no samples of this batch
+            total, count = total + losses[:num].sum(), count + num
+    mean: torch.Tensor = world.sum(total) / world.sum(
+        torch.tensor(float(count), device=total.device)
+    )
+    return mean.item()

@@ -76,7 +76,7 @@ def train(config: TrainConfig) -> Path:
             tokens = caches[0].manifest["text"]["tokens"]
             start, plan, share, identity = find_start(config, caches, world)
             config = start.config
-            learner = build_learner(config, world)
+            learner = build_learner(config, world, start.path)
             restore(start, learner, config)
             kind = Kind.of(config, learner.schedule, caches)
             previewer = Previewer.of(config, caches, learner)

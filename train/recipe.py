@@ -1,28 +1,54 @@
 """A run's settings from a TOML file."""
 
-import tomllib
 from dataclasses import fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from runtime.toml import parse_toml
 from train.config import TrainConfig
+
+MAX_BYTES = 1_000_000
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
     """Options from a TOML file, by their names with ``-`` or ``_``.
 
     Raises:
-        ValueError: unreadable, or a key that is no option (the known ones are listed).
+        ValueError: unreadable, an option that stands there twice, or a key that is no option (the
+            nearest and the known ones are listed).
     """
+    values: dict[str, Any] = {}
+    for key, value in _read_toml(path).items():
+        name = key.replace("-", "_")
+        if name in values:
+            raise ValueError(
+                f"{path}: {_written(name)} is there twice, with - and with _ in its name; "
+                "keep one of the two"
+            )
+        values[name] = value
+    known = {one.name for one in fields(TrainConfig)}
+    if unknown := sorted(set(values) - known):
+        near = get_close_matches(unknown[0], known, n=3)
+        hint = f"did you mean {' or '.join(map(_written, near))}? " if near else ""
+        names = ", ".join(sorted(map(_written, known)))
+        raise ValueError(f"{path}: unknown option {_written(unknown[0])} ({hint}known: {names})")
+    return values
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        table = tomllib.loads(path.read_text("utf-8"))
+        with open(path, "rb") as file:
+            data = file.read(MAX_BYTES + 1)  # a device without end ends here too
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid TOML: {error}") from None
-    known = {one.name for one in fields(TrainConfig)}
-    values = {key.replace("-", "_"): value for key, value in table.items()}
-    if unknown := sorted(set(values) - known):
-        names = ", ".join(sorted(name.replace("_", "-") for name in known))
-        raise ValueError(f"{path}: unknown option {unknown[0].replace('_', '-')} (known: {names})")
-    return values
+    if len(data) > MAX_BYTES:
+        raise ValueError(f"{path}: larger than {MAX_BYTES:,} bytes: not a recipe")
+    try:
+        return parse_toml(data)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _written(name: str) -> str:
+    return name.replace("_", "-")

@@ -1,5 +1,6 @@
 """The UNet of a run, made ready to train."""
 
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -22,8 +23,11 @@ NORMS = (torch.nn.GroupNorm, torch.nn.LayerNorm)
 BLOCKS = (BasicTransformerBlock, ResnetBlock2D)  # what FSDP gathers at a time
 
 
-def build_unet(config: TrainConfig, precision: Precision, world: World) -> Any:
-    """The base's UNet on this rank's device: adapters on it, or all of it trained.
+def build_unet(
+    config: TrainConfig, precision: Precision, world: World, checkpoint: Path | None = None
+) -> Any:
+    """The base's UNet on this rank's device: adapters on it, or all of it trained. ``checkpoint``
+    is what the run resumes from.
 
     A frozen base stands in the forward's dtype; what is trained is fp32, or bf16 with
     ``pure_bf16``. A full fine-tune over several ranks is sharded over them (FSDP2).
@@ -34,7 +38,7 @@ def build_unet(config: TrainConfig, precision: Precision, world: World) -> Any:
     if config.full:
         unet.requires_grad_(True)
     else:
-        add_adapter(unet, config)
+        add_adapter(unet, config, checkpoint)
     if precision.autocast:
         _keep_norms_in_half(unet)
         spare_casts(unet)

@@ -55,7 +55,6 @@ def _batch_of_zeros(unet: Any, bucket: Size, size: int, tokens: int) -> Batch:
         times=torch.zeros(size),
         weights=torch.ones(size),
         keys=(),
-        total_weight=float(size),
         num_entries=size,
         epoch=0,
         number=0,

@@ -38,6 +38,7 @@ from sdxl.lora_formats import KOHYA, LORA
 from sdxl.lora_write import PREFIX, lora_bytes
 from sdxl.schedule import Schedule, write_schedule
 from sdxl.settled import settle
+from sdxl.tensor_digest import digest_metadata
 from shards.buckets import Size
 from shards.reader import Cache, groups_of
 from train.adapters import trainable
@@ -93,7 +94,7 @@ def write_tensors(
                 state[name] = convert(name, tensor.cpu()).contiguous().clone()
         if world.is_main:
             path = folder / f"{stem}{dot}{counted}.safetensors"
-            safetensors.torch.save_file(state, path, metadata=metadata)
+            safetensors.torch.save_file(state, path, metadata=metadata | digest_metadata(state))
             settle(path)
             files |= dict.fromkeys(names, path.name)
     if world.is_main and len(parts) > 1:
@@ -187,6 +188,8 @@ def write_weights(
         with ExitStack() as stack:  # all are written before one has its name, LORA last
             for file_name, data in files.items():
                 stack.enter_context(durable_file(folder / file_name)).write(data)
+        if KOHYA not in files:  # that of an earlier version, beside newer weights
+            (folder / KOHYA).unlink(missing_ok=True)
 
 
 def _write_config(unet: Any, folder: Path) -> None:

@@ -1,0 +1,119 @@
+"""A digest of a safetensors file's tensors, in its own metadata: a flipped bit is never drawn with.
+
+``shardtune.digest`` is ``LAYOUT-DATA``: xxh3 over the names, dtypes and shapes of the tensors, and
+over their bytes. It is of the tensors alone, so that other programs may edit the metadata. Where
+LAYOUT differs, another program has made other tensors of the file and kept its metadata (a smaller
+rank, another precision, embeddings added): the file is theirs, and is taken as any file without a
+digest is.
+"""
+
+import functools
+import mmap
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+import xxhash
+
+from sdxl import BaseError
+from sdxl.single_file import read_header
+
+KEY = "shardtune.digest"
+DTYPES = {  # safetensors' names
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+}
+
+
+class TensorDigest:
+    """Takes tensors one by one, in any order."""
+
+    def __init__(self) -> None:
+        self._layout: list[str] = []
+        self._data: list[str] = []
+
+    def add(self, name: str, dtype: str, shape: Iterable[int], data: memoryview) -> None:
+        """One tensor; ``dtype`` is safetensors' name of it, ``data`` its bytes."""
+        self._layout.append(f"{name} {dtype} {list(shape)}\n")
+        self._data.append(f"{name} {xxhash.xxh3_128_hexdigest(data)}\n")
+
+    @property
+    def text(self) -> str:
+        """What stands in the metadata; of one length always."""
+        layout, data = ("".join(sorted(lines)).encode() for lines in (self._layout, self._data))
+        return f"{xxhash.xxh3_64_hexdigest(layout)}-{xxhash.xxh3_128_hexdigest(data)}"
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a CPU tensor; of a contiguous one without a copy."""
+    data: memoryview = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return data
+
+
+def digest_metadata(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """The metadata to write beside CPU ``tensors``."""
+    digest = TensorDigest()
+    for name, tensor in tensors.items():
+        digest.add(name, DTYPES[tensor.dtype], tensor.shape, tensor_bytes(tensor))
+    return {KEY: digest.text}
+
+
+def check_digest(path: Path) -> None:
+    """Refuse a file whose tensors are not those that its digest was made of. A file without one,
+    or one that is no safetensors file at all, is the caller's to judge.
+
+    Raises:
+        BaseError: names the file, and says what to do.
+    """
+    try:
+        stat = path.stat()
+    except OSError:
+        return
+    if not _is_whole(path, stat.st_size, stat.st_mtime_ns):
+        raise BaseError(
+            f"{path}: damaged: the digest of its tensors differs from the one written with them. "
+            "Take another copy or checkpoint; if a program changed it on purpose, have that remove "
+            f"{KEY} from its metadata"
+        )
+
+
+def check_written(path: Path, out: Path) -> None:
+    """``check_digest`` of what was just written as ``path``, to become ``out``.
+
+    Raises:
+        OSError: the disk gave back something else.
+    """
+    try:
+        check_digest(path)
+    except BaseError:
+        raise OSError(
+            f"{out}: what was read back is not what was written; nothing is kept"
+        ) from None
+
+
+@functools.lru_cache(maxsize=64)
+def _is_whole(path: Path, size: int, mtime_ns: int) -> bool:
+    """Whether ``path`` holds what its digest says, or has none. Maps the file, so that no tensor is
+    held; size and mtime are there for the cache: a file may be read component by component."""
+    try:
+        tensors, metadata = read_header(path)
+    except BaseError:
+        return True
+    if KEY not in metadata:
+        return True
+    digest = TensorDigest()
+    with (
+        open(path, "rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
+        memoryview(mapped) as data,
+    ):
+        for name, one in tensors.items():
+            with data[one.begin : one.end] as part:
+                digest.add(name, one.dtype, one.shape, part)
+    stated, found = metadata[KEY].partition("-"), digest.text.partition("-")
+    return stated[0] != found[0] or stated == found

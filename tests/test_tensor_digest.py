@@ -1,0 +1,150 @@
+"""A flipped bit in weights that this program wrote is refused wherever they are read."""
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from loras import made_lora
+from made import learner_of
+from safetensors import safe_open
+
+from infer.export import export
+from infer.export_settings import ExportSettings
+from sdxl.load import load_unet, load_unet_folder
+from sdxl.lora_files import apply_loras, load_lora
+from sdxl.lora_formats import KOHYA, LORA, read_lora_file
+from sdxl.tensor_digest import KEY, check_digest, digest_metadata
+from train.distributed import World
+from train.weights import write_tensors
+
+CPU = torch.device("cpu")
+
+
+def flip(path: Path, place: float = 0.5) -> None:
+    """One bit of a tensor, that far into the file's data."""
+    data = bytearray(path.read_bytes())
+    start = 8 + struct.unpack("<Q", data[:8])[0]
+    data[start + int(place * (len(data) - start - 1))] ^= 4
+    path.write_bytes(data)
+
+
+def rewritten(path: Path, tensors: dict[str, torch.Tensor], **changes: Any) -> None:
+    """As another program writes it, which keeps the metadata it finds."""
+    with safe_open(path, framework="pt") as file:
+        metadata = dict(file.metadata()) | changes
+    safetensors.torch.save_file(tensors, path, metadata=metadata)
+
+
+def test_a_digest_is_of_the_tensors_alone_in_any_order(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        "b": torch.randn(3, 5, generator=generator),
+        "a": torch.randn(2, 1, 4, generator=generator).to(torch.bfloat16),
+        "scalar": torch.tensor(3.0),
+        "empty": torch.zeros(0, 4, dtype=torch.float16),
+        "ids": torch.arange(7),
+    }
+    stated = digest_metadata(tensors)
+    assert stated == digest_metadata(dict(reversed(tensors.items())))
+    assert stated != digest_metadata(tensors | {"b": tensors["b"].T})
+    assert stated != digest_metadata(tensors | {"scalar": torch.tensor(-3.0)})
+    path = tmp_path / "x.safetensors"
+    safetensors.torch.save_file(tensors, path, metadata=stated)
+    check_digest(path)
+    for place in (0.0, 0.3, 0.6, 1.0):
+        flip(path, place)
+        with pytest.raises(ValueError, match=r"x\.safetensors: damaged: the digest"):
+            check_digest(path)
+        flip(path, place)
+    check_digest(path)
+    check_digest(tmp_path / "nowhere")
+    path.write_bytes(b"no safetensors")
+    check_digest(path)
+
+
+@pytest.mark.parametrize("name", [LORA, KOHYA])
+def test_a_flipped_lora_is_refused_wherever_it_is_read(
+    base: Path, tmp_path: Path, name: str
+) -> None:
+    made_lora(base, tmp_path)
+    path, unet = tmp_path / name, load_unet(str(base), torch.float32)
+    read_lora_file(path)
+    tensors = {n: t.clone() for n, t in safetensors.torch.load_file(path).items()}  # not mapped
+    flip(path)
+    settings = ExportSettings(weights=path, out=tmp_path / "out.safetensors", base=str(base))
+    for read in (
+        lambda: load_lora(unet, path),
+        lambda: apply_loras(unet, [(path, 1.0)]),
+        lambda: export(settings),
+    ):
+        with pytest.raises(ValueError, match=f"{name}: damaged: the digest of its tensors"):
+            read()
+    rewritten(path, tensors, ss_tag="mine")  # metadata is anybody's
+    read_lora_file(path)
+    rewritten(path, {n: t.half() for n, t in tensors.items()})  # and so is a file made of ours
+    read_lora_file(path)
+    safetensors.torch.save_file(tensors, path)  # as those of earlier versions and other programs
+    read_lora_file(path)
+
+
+def test_a_flipped_unet_is_refused_in_any_of_its_files(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sdxl.card import Card
+
+    learner = learner_of(base, full=True)
+    monkeypatch.setattr("train.weights.MAX_FILE_BYTES", 1_000_000)
+    folder = tmp_path / "unet"
+    folder.mkdir()
+    (folder / "config.json").write_text(learner.unet.to_json_string())
+    tensors = dict(learner.unet.named_parameters())
+    write_tensors(folder, "diffusion_pytorch_model", tensors, World(CPU), card=Card(name="x"))
+    files = sorted(folder.glob("*.safetensors"))
+    assert len(files) > 1
+    load_unet_folder(folder, torch.float32)
+    for path in files:
+        flip(path)
+        with pytest.raises(ValueError, match=f"{path.name}: damaged: the digest"):
+            load_unet_folder(folder, torch.float32)
+        flip(path)
+    load_unet_folder(folder, torch.float32)
+
+
+def test_a_flipped_export_is_refused(base: Path, tmp_path: Path) -> None:
+    made_lora(base, tmp_path / "lora")
+    for out, flipped in (
+        ("one.safetensors", ""),
+        ("two", "unet/diffusion_pytorch_model.safetensors"),
+    ):
+        settings = ExportSettings(
+            weights=tmp_path / "lora", out=tmp_path / out, base=str(base), merge=True
+        )
+        export(settings)
+        path = tmp_path / out / flipped
+        with safe_open(path, framework="pt") as file:
+            assert KEY in file.metadata()
+            stated = file.metadata()[KEY]
+        assert stated == digest_metadata(safetensors.torch.load_file(path))[KEY]
+        flip(path, 0.9)
+        with pytest.raises(ValueError, match="damaged: the digest"):
+            if flipped:
+                load_unet_folder(path.parent, torch.float16)
+            else:
+                load_unet(str(path), torch.float16)
+
+
+def test_bytes_are_the_same_in_every_file(base: Path, tmp_path: Path) -> None:
+    """Several metadata keys come in one order."""
+    for name in ("a", "b"):
+        torch.manual_seed(3)
+        made_lora(base, tmp_path / name)
+    for name in (LORA, KOHYA):
+        one, two = ((tmp_path / folder / name).read_bytes() for folder in ("a", "b"))
+        assert one == two
+        (length,) = struct.unpack("<Q", one[:8])
+        keys = list(json.loads(one[8 : 8 + length])["__metadata__"])
+        assert keys == sorted(keys) and KEY in keys
