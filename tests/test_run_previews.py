@@ -116,8 +116,8 @@ def test_sheets_go_to_wandb(cache: Path, base: Path, tmp_path: Path) -> None:
     told: list[dict[str, Any]] = []
 
     class Recorder:
-        def log(self, row: dict[str, Any]) -> None:
-            told.append(row)
+        def log(self, row: dict[str, Any], step: int) -> None:
+            told.append(row | {"step": step})
 
         def finish(self, exit_code: int) -> None:
             told.append({"exit_code": exit_code})
@@ -125,7 +125,7 @@ def test_sheets_go_to_wandb(cache: Path, base: Path, tmp_path: Path) -> None:
     log._wandb = Recorder()
     log.preview(7, sheet)
     log.close(failed=True)
-    assert told[0]["trainer/step"] == 7
+    assert told[0]["trainer/step"] == told[0]["step"] == 7
     assert told[0]["previews"].image.size == (8, 4)
     assert told[1] == {"exit_code": 1}
     assert json.loads("[" + (tmp_path / "metrics.jsonl").read_text() + "]") == []

@@ -69,6 +69,7 @@ class RunLog:
         self._pending: list[tuple[int, Step]] = []
         self._since = time.perf_counter()
         self._wandb: Any = None
+        self._wandb_ahead = 0
         self.bar: Any = tqdm(
             total=num_steps, initial=start, unit="step", desc="train", disable=not world.is_main
         )
