@@ -133,7 +133,7 @@ def _write_hole(folder: Path, name: str, kind: Kind, count: int, seed: int) -> N
         "shard": name,
         "count": count,
         "tar_bytes": count * stride,
-        "tar_sha256": "",
+        "tar_sha256": "0" * 64,
         "dtype": layout.dtype,
         "latent": layout.latent,
         "prompt": layout.prompt,

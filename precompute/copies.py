@@ -40,6 +40,8 @@ class Copies:
     ) -> Half | None:
         try:
             shard = self._open(found.shard, found.cache)
+            if found.row >= len(shard.index) or shard.index.key(found.row) != found.key:
+                return None  # another shard of that name
             members = shard.members(found.row)
         except CacheError:
             return None

@@ -120,7 +120,8 @@ def recover_replaced(*paths: Path) -> None:
     mark = paths[-1]
     cut_off = os.path.lexists(aside_of(mark)) and not os.path.lexists(mark)
     for path in paths:
-        if cut_off and os.path.lexists(aside_of(path)):
+        is_missing = os.path.lexists(aside_of(path)) and not os.path.lexists(path)
+        if is_missing or (cut_off and os.path.lexists(aside_of(path))):
             remove_path(path)
             os.replace(aside_of(path), path)
         else:
@@ -259,8 +260,14 @@ def read_checked(path: Path) -> bytes:
 
 
 def user_cache() -> Path:
-    """The folder for what this user's machine may remember, and need not: it is never shared."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    """The folder for what this user's machine may remember, and need not: it is never shared.
+
+    A user without a home folder gets one that cannot be made, so that nothing is remembered.
+    """
+    try:
+        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:
+        root = Path(os.devnull)
     return Path(root) / "shardtune"
 
 

@@ -30,6 +30,7 @@ FORGED = (
     *(ValueError, KeyError, TypeError, AttributeError),
     *(RecursionError, OverflowError, struct.error, AssertionError),
 )
+AS_IT_WAS = "This shard is as it was; the same encode makes what was dropped of others."
 REASON = "damaged in the cache, and dropped by verify --repair"
 
 
@@ -61,7 +62,10 @@ def salvage(folder: Path, name: str, index_sha256: str, into: Path) -> Salvage |
         about = {key: v for key, v in index.header.items() if key not in OF_THE_WRITER}
         kept = _Kept(file, index, about)
         try:
-            with writing(into / f"{name}.tar", f"{folder} is as it was."):
+            with writing(
+                into / f"{name}.tar",
+                AS_IT_WAS,
+            ):
                 write_members(into, name, kept.samples(), index.layout, about)
         except FORGED:
             return None

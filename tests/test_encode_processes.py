@@ -64,6 +64,7 @@ def test_any_number_of_processes_writes_the_same_bytes(
     assert contents(out) == contents(alone)
 
 
+@pytest.mark.slow
 def test_a_rerun_on_several_processes_copies_what_is_right(
     pictures: Path, base: Path, tmp_path: Path
 ) -> None:

@@ -80,6 +80,7 @@ def test_the_miniature_draws_what_it_is_asked(draw: Draw) -> None:
     assert found.colours >= 0.9
 
 
+@pytest.mark.slow
 def test_a_lora_learns_new_shapes_and_keeps_the_old(
     caches: Path, draw: Draw, tmp_path: Path
 ) -> None:

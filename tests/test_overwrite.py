@@ -60,6 +60,7 @@ def replace_by_new(out: Path) -> None:
         discard_replaced_run(out)
 
 
+@pytest.mark.slow
 def test_a_kill_in_any_file_operation_loses_neither_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

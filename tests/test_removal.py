@@ -5,10 +5,21 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
-from encodes import LONG_AGO, contents, copy_old, counted, encode, make_old, samples_of, settings_of
+from encodes import (
+    LONG_AGO,
+    contents,
+    copy_old,
+    counted,
+    encode,
+    make_old,
+    samples_of,
+    settings_of,
+    shards_of,
+)
 from PIL import Image
 
 import precompute.encode
@@ -241,6 +252,43 @@ def test_one_new_picture_a_day_fills_one_shard(pictures: Path, base: Path, tmp_p
         "64x64-000000.tar",
         "64x64-000001.tar",
     ]
+
+
+def test_a_dataset_that_changes_again_before_an_interrupted_run_is_resumed(
+    work: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two shards of one name then lie there, the old one aside: each sample is its own still."""
+    data, out = work / "data", work / "cache"
+    shard = next(iter(sorted(shards_of(out).values(), key=len, reverse=True)))
+    moving, staying = sorted(shard)[:2]
+    rename(data, moving, "10_x")
+    real, written = precompute.encode.write_work_shard, []
+
+    def write(task: Any, *rest: Any) -> None:
+        if written:
+            raise KeyboardInterrupt
+        written.append(task.name)
+        real(task, *rest)
+
+    settings = {"repeat_folders": True}
+    with monkeypatch.context() as patch:
+        patch.setattr(precompute.encode, "write_work_shard", write)
+        with pytest.raises(KeyboardInterrupt):
+            encode(data, base, out, **settings)
+    assert [*(out / "replaced").glob("*.index")]
+    for path in data.glob("*.txt"):
+        path.write_text(path.read_text() + " again")
+    encode(data, base, out, **settings)
+    encode(data, base, work / "fresh", **settings)
+    assert samples_of(out) == samples_of(work / "fresh")
+    assert staying in samples_of(out)
+
+
+def rename(data: Path, name: str, folder: str) -> None:
+    """Into a folder of its own, with its text."""
+    (data / folder).mkdir()
+    for path in (data / name, (data / name).with_suffix(".txt")):
+        path.rename(data / folder / path.name)
 
 
 # What is read, and what is remembered of it.

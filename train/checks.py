@@ -36,7 +36,7 @@ def check_ranges(config: "TrainConfig") -> None:
         value = getattr(config, name)
         if value is not None and value < least:
             raise ValueError(f"{flag(name)} must be at least {least}, not {value}")
-        if value is not None and name != "seed" and not value <= MAX_COUNT:
+        if value is not None and name not in ("seed", *_FINITE) and not value <= MAX_COUNT:
             raise ValueError(f"{flag(name)} must be at most {MAX_COUNT}, not {value}")
     for name in _POSITIVE:
         value = getattr(config, name)

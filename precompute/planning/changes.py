@@ -93,13 +93,22 @@ def compare(
 ) -> list[tuple[list[ShardWork], Changes]]:
     """Of each cache the shards that must be written, with what is found of their samples, and what
     changed."""
+    stale = [
+        [shard for shard in one.shards if not _stays(shard, one.here.get(shard.name), recipe)]
+        for one in comparisons
+    ]
+    origins = [
+        _origins(one, shards, recipe) for one, shards in zip(comparisons, stale, strict=True)
+    ]
     by_picture: dict[str, list[_Origin]] = defaultdict(list)
-    for one in comparisons:
-        sources = {id(held): _Source(held, recipe, one.folder.name) for held in one.held}
-        for held, key in one.orphans():
-            if mark := held.marks[key][0]:
-                by_picture[mark].append(_Origin(sources[id(held)], key))
-    results = [_compare(one, recipe, by_picture) for one in comparisons]
+    for one, found in zip(comparisons, origins, strict=True):
+        for origin in found:
+            if origin.key not in one.keys and (mark := origin.source.held.marks[origin.key][0]):
+                by_picture[mark].append(origin)
+    results = [
+        _compare(one, shards, found, by_picture)
+        for one, shards, found in zip(comparisons, stale, origins, strict=True)
+    ]
     for one, (_, changes, _) in zip(comparisons, results, strict=True):
         moved = {
             origin.key
@@ -112,28 +121,42 @@ def compare(
     return [(work, changes) for work, (_, changes, _) in zip(works, results, strict=True)]
 
 
-def _compare(
-    one: Comparison, recipe: dict[str, Any], by_picture: dict[str, list["_Origin"]]
-) -> tuple[list[ShardWork], Changes, list["_Origin"]]:
-    changes = Changes()
-    stale = [shard for shard in one.shards if not _stays(shard, one.here.get(shard.name), recipe)]
+def _origins(one: Comparison, stale: list[PlannedShard], recipe: dict[str, Any]) -> list["_Origin"]:
+    """All samples that can be copied from when the shards of this cache are written.
+
+    A shard that is not to stay is set aside first. One that an interrupted run set aside under the
+    same name makes room for it then, so it is none of these: its rows are others.
+    """
     staying = {shard.name for shard in one.shards} - {shard.name for shard in stale}
     leaving = {name: held for name, held in one.here.items() if name not in staying}
+    aside = [held for name, held in one.aside.items() if name not in leaving]
+    sources = [_Source(held, recipe, one.folder.name) for held in (*aside, *leaving.values())]
+    return [_Origin(source, key) for source in sources for key in source.held.marks]
+
+
+def _compare(
+    one: Comparison,
+    stale: list[PlannedShard],
+    origins: list["_Origin"],
+    by_picture: dict[str, list["_Origin"]],
+) -> tuple[list[ShardWork], Changes, list["_Origin"]]:
+    changes = Changes()
     by_key: dict[str, list[_Origin]] = defaultdict(list)
-    for held in (*one.aside.values(), *leaving.values()):
-        source = _Source(held, recipe, one.folder.name)
-        for key in held.marks:
-            by_key[key].append(_Origin(source, key))
-    changes.num_unchanged = sum(len(one.here[name].marks) for name in staying)
+    for origin in origins:
+        by_key[origin.key].append(origin)
+    written = {shard.name for shard in stale}
+    changes.num_unchanged = sum(
+        len(one.here[shard.name].marks) for shard in one.shards if shard.name not in written
+    )
     claimed: list[_Origin] = []
     works = []
     for shard in stale:
         tasks = []
         for planned in shard.members:
-            if origins := by_key.get(planned.record.key):
-                tasks.append(_same_key(planned, origins, changes))
-            elif planned.picture and (origins := by_picture.get(planned.picture)):
-                task, origin = _same_picture(planned, origins, changes, one.folder.name)
+            if found := by_key.get(planned.record.key):
+                tasks.append(_same_key(planned, found, changes))
+            elif planned.picture and (found := by_picture.get(planned.picture)):
+                task, origin = _same_picture(planned, found, changes, one.folder.name)
                 claimed.append(origin)
                 tasks.append(task)
             else:
@@ -184,7 +207,8 @@ class _Origin(NamedTuple):
         if key in held.reasons:
             as_it_was = source.latents and source.text and not changed
             return Task(planned, reason=held.reasons[key] if as_it_was else None), causes
-        there = Found(held.name, held.rows[key], "" if source.cache == cache else source.cache)
+        other = "" if source.cache == cache else source.cache
+        there = Found(held.name, held.rows[key], key, other)
         latents = there if source.latents and not changed & LATENT_MARKS else None
         if source.latents and changed & LATENT_MARKS == {"geometry"}:
             latents = _first_variants(planned, there, held, was["geometry"])

@@ -91,8 +91,8 @@ def _refuse_removal(
     if len(rejected) < len(lost):
         gone = next(key for key in lost if key not in {one.key for one in rejected})
         why.append(
-            f"{len(lost) - len(rejected):,} are not in {settings.dataset} "
-            f"({_path(plan, *lost[gone])})"
+            f"{len(lost) - len(rejected):,} are not in {settings.dataset}, or held out by the name "
+            f"of a split ({_path(plan, *lost[gone])})"
         )
     raise ValueError(
         f"{plan.folder}: {len(lost):,} of its {num:,} samples would be removed: "

@@ -24,12 +24,14 @@ from shards.manifest import PLAN
 class Found:
     """Where a half of a sample lies that is still right: a row of a shard that was set aside.
 
-    ``cache`` is the folder of the other cache of a run (train or val) where it is not one's own.
-    Of latents, ``num_variants`` is how many of the first variants lie there; 0 is all.
+    ``key`` is the sample's key there. ``cache`` is the folder of the other cache of a run (train or
+    val) where it is not one's own. Of latents, ``num_variants`` is how many of the first variants
+    lie there; 0 is all.
     """
 
     shard: str
     row: int
+    key: str
     cache: str = ""
     num_variants: int = 0
 
