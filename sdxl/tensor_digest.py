@@ -24,9 +24,14 @@ DTYPES = {  # safetensors' names
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
     torch.int64: "I64",
     torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
     torch.uint8: "U8",
+    torch.bool: "BOOL",
 }
 
 
@@ -56,7 +61,10 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def digest_metadata(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """The metadata to write beside CPU ``tensors``."""
+    """The metadata to write beside CPU ``tensors``; empty where one is of a dtype that is not known
+    here, so that a rare dtype costs the digest and not the file."""
+    if any(tensor.dtype not in DTYPES for tensor in tensors.values()):
+        return {}
     digest = TensorDigest()
     for name, tensor in tensors.items():
         digest.add(name, DTYPES[tensor.dtype], tensor.shape, tensor_bytes(tensor))

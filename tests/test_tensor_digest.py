@@ -17,7 +17,8 @@ from infer.export_settings import ExportSettings
 from sdxl.load import load_unet, load_unet_folder
 from sdxl.lora_files import apply_loras, load_lora
 from sdxl.lora_formats import KOHYA, LORA, read_lora_file
-from sdxl.tensor_digest import KEY, check_digest, digest_metadata
+from sdxl.single_file import read_header
+from sdxl.tensor_digest import DTYPES, KEY, check_digest, digest_metadata
 from train.distributed import World
 from train.weights import write_tensors
 
@@ -37,6 +38,16 @@ def rewritten(path: Path, tensors: dict[str, torch.Tensor], **changes: Any) -> N
     with safe_open(path, framework="pt") as file:
         metadata = dict(file.metadata()) | changes
     safetensors.torch.save_file(tensors, path, metadata=metadata)
+
+
+def test_every_dtype_is_named_as_the_library_names_it(tmp_path: Path) -> None:
+    tensors = {name: torch.ones(2, 3).to(dtype) for dtype, name in DTYPES.items()}
+    path = tmp_path / "x.safetensors"
+    safetensors.torch.save_file(tensors, path)
+    assert {name: one.dtype for name, one in read_header(path)[0].items()} == {
+        n: n for n in tensors
+    }
+    assert digest_metadata({"x": torch.ones(2, dtype=torch.complex64)}) == {}
 
 
 def test_a_digest_is_of_the_tensors_alone_in_any_order(tmp_path: Path) -> None:
