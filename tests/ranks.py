@@ -42,7 +42,12 @@ def train_on(config: TrainConfig, world: int, max_file_bytes: int = 0) -> None:
     for rank in ranks:
         rank.join(120)
     codes = [rank.exitcode for rank in ranks]
-    assert codes == [0] * world, (codes, _output(config.out).read_text())
+    assert codes == [0] * world, (codes, output_of(config.out))
+
+
+def output_of(out: Path) -> str:
+    """What the ranks of the run in ``out`` wrote to stdout and stderr."""
+    return _output(out).read_text()
 
 
 def _output(out: Path) -> Path:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from disk import fork_for_each_operation
-from ranks import start
+from ranks import output_of, start
 from runs import assert_same_run, config_of, run
 
 import train.loop
@@ -119,7 +119,7 @@ def test_a_soak_of_kills_at_random_times(cache: Path, base: Path, tmp_path: Path
         kills += 1
         found = newest_checkpoint(out)
         assert found or not list(out.glob("checkpoints/checkpoint-*[0-9]"))
-    assert rank.exitcode == 0 and kills
+    assert rank.exitcode == 0 and kills, output_of(out)
     assert_same_run(tmp_path / "whole", out)
 
 

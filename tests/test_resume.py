@@ -286,6 +286,21 @@ def test_a_run_that_cannot_be_resumed_is_refused_by_name(
         run(split_cache, base, tmp_path, steps=2, resume=True)
 
 
+@pytest.mark.parametrize("how", [{}, {"resume": True}, {"overwrite": True}], ids=str)
+@pytest.mark.filterwarnings("ignore:.*--resume found no whole")
+def test_a_kill_before_the_first_file_has_its_name_leaves_a_folder_that_can_be_used(
+    cache: Path, base: Path, tmp_path: Path, how: dict[str, Any]
+) -> None:
+    for name in ("train.lock", "config.json.partial"):
+        (tmp_path / name).write_text("{")
+    run(cache, base, tmp_path, steps=1, **how)
+    assert len(losses(tmp_path)) == 1 and not (tmp_path / "config.json.partial").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt.partial").write_text("dear")
+    with pytest.raises(ValueError, match="not empty, and no run of shardtune"):
+        run(cache, base, tmp_path / "mine", steps=1)
+
+
 def test_overwrite_deletes_runs_only(cache: Path, base: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("dear")
     with pytest.raises(ValueError, match="not empty, and no run of shardtune"):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from processes.lock import locked
-from runtime.files import DIGEST, canonical_json, seal, unseal, write_durable, writing
+from runtime.files import DIGEST, PARTIAL, canonical_json, seal, unseal, write_durable, writing
 from sdxl.card import base_name
 from shards.plan import Plan
 from train.adapters import trainable
@@ -19,6 +19,7 @@ from train.distributed import World
 from train.learner import Learner
 from train.overwrite import (
     CONFIG,
+    ENTRIES,
     check_inputs,
     has_replaced_run,
     recover_with_warning,
@@ -37,13 +38,19 @@ def check_folder(config: TrainConfig) -> None:
     out = config.out
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: not a folder")
-    if out.exists() and any(path.name != LOCK for path in out.iterdir()):
+    if out.exists() and any(not _is_nothing(path) for path in out.iterdir()):
         if not _is_run(out):
             raise ValueError(f"{out}: not empty, and no run of shardtune; give another --out")
         if not (config.resume or config.overwrite):
             raise ValueError(f"{out}: not empty; --resume goes on there, --overwrite deletes it")
     if config.overwrite:
         check_inputs(config)
+
+
+def _is_nothing(path: Path) -> bool:
+    """Whether it is what a run leaves that is killed before its first file has its name."""
+    name = path.name
+    return name == LOCK or (name.endswith(PARTIAL) and name.removesuffix(PARTIAL) in ENTRIES)
 
 
 def _is_run(folder: Path) -> bool:
