@@ -4,13 +4,14 @@ A name may belong to a pipe that never ends, JSON may be nested deeper than Pyth
 number may have more digits than ``int`` takes. Each is a ``ValueError`` of one line.
 """
 
+import errno
 import json
 import os
-import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from runtime import files
 from runtime.files import format_bytes
 from runtime.text import first_line
 
@@ -18,19 +19,18 @@ MAX_JSON_BYTES = 100_000_000  # a tokenizer.json has up to 20 MB, a list of tens
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a file for reading; one that is not regular could block for ever.
+    """``files.open_regular``, with the path in its message.
 
     Raises:
         ValueError: a pipe, a device or a socket.
         OSError: it cannot be opened.
     """
-    # Without O_NONBLOCK the open itself would wait for the pipe's writer.
-    file = os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb")
-    mode = os.fstat(file.fileno()).st_mode
-    if not stat.S_ISREG(mode):
-        file.close()
-        raise ValueError(f"{path}: not a regular file")
-    return file
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    try:
+        return files.open_regular(path)
+    except ValueError:
+        raise ValueError(f"{path}: not a regular file") from None
 
 
 def read_bounded(path: Path, max_bytes: int) -> bytes:

@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there: the one place that renames, syncs and digests.
+"""Files and folders that are whole or not there: how they are renamed, synced and digested.
 
 A file is written beside its name (``.partial``), synced, and renamed. What is replaced is first
 renamed aside, and deleted only when the new one has its name: a kill at any point leaves the old
