@@ -97,6 +97,19 @@ def test_a_mask_beside_a_picture_is_no_picture(tmp_path: Path) -> None:
     assert why == {"two.png": "both two-masklabel.png and two.mask.png: which is its mask?"}
 
 
+def test_a_title_with_the_word_mask_and_a_caption_is_a_picture(tmp_path: Path) -> None:
+    titles = ["gas mask.png", "sub/mask cat.png"]
+    for name in ("gas.png", "sub/Cat.png", "dog.png", *titles):
+        put(tmp_path / name, name)
+    put(tmp_path / "dog mask.png", data=b"of the dog")
+    found = masks(tmp_path)
+    assert found["dog.png"] == b"of the dog"
+    assert found.keys() == {"gas.png", "sub/Cat.png", "dog.png", *titles}
+    put(tmp_path / "cat.png", "x")
+    put(tmp_path / "cat_mask.png", "a caption that a tool wrote for every file")
+    assert masks(tmp_path)["cat.png"] is not None
+
+
 def test_a_list_may_name_masks(tmp_path: Path) -> None:
     for name in ("a.png", "b.png", "c.png", "d.png", "e.png", "images/f.png"):
         put(tmp_path / name)

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from precompute.dataset.names import is_picture, masked_stems, stem_of
+from precompute.dataset.names import TEXTS, is_picture, is_title, masked_stems, stem_of
 
 
 @dataclass
@@ -34,10 +34,17 @@ class Masks:
 
 
 def find_masks(paths: Iterable[str]) -> Masks:
-    """Of all files of a folder or a tar."""
+    """Of all files of a folder or a tar.
+
+    ``gas mask.png`` with ``gas mask.txt`` is an image with a title, whatever else is there.
+    """
+    paths = list(paths)
     pictures = [path for path in paths if is_picture(path)]
+    titled = {stem_of(path) for path in paths if path.lower().endswith(TEXTS) and is_title(path)}
     candidates = {
-        path: stems for path in pictures if "mask" in path.lower() and (stems := masked_stems(path))
+        path: stems
+        for path in pictures
+        if "mask" in path.lower() and stem_of(path) not in titled and (stems := masked_stems(path))
     }
     masks = Masks()
     if not candidates:

@@ -92,6 +92,7 @@ _SEPARATORS = r"[-_. ]"
 _MASK_BEHIND = re.compile(rf"(.+?){_SEPARATORS}+mask(?:label)?s?(?:{_SEPARATORS}?\d+)?", _ANY)
 _MASK_BEFORE = re.compile(rf"masks?{_SEPARATORS}+(.+)", _ANY)
 _MASK_FOLDER = re.compile(rf"(?:(.+?){_SEPARATORS}+)?mask(?:label)?s?", _ANY)
+_TITLE = re.compile(r"[^-_.]+ +masks?|masks? +[^-_.]+", _ANY)
 IMAGE_FOLDERS = ("images", "image", "imgs", "img", "pictures", "photos")
 
 
@@ -127,6 +128,12 @@ def hidden_part(path: str) -> str:
         if is_hidden(part):
             return "/".join(parts[:number]) + ("/" if number < len(parts) else "")
     return ""
+
+
+def is_title(path: str) -> bool:
+    """Whether a name reads as words about a mask (``gas mask.txt``), where tools that write masks
+    use other characters than spaces."""
+    return _TITLE.fullmatch(stem_of(path).rpartition("/")[2]) is not None
 
 
 def masked_stems(path: str) -> list[str]:
