@@ -18,7 +18,8 @@ DIGITS = "9" * 5000
     ("name", "content", "message"),
     [
         ("a.toml", "prompt = " + "[" * 2000 + "]" * 2000, ": not valid TOML (nested too deep)"),
-        ("a.toml", "a." * 100_000 + "b = 1", ", line 1: has more than 1000 dots"),
+        ("a.toml", "a." * 100_000 + "b = 1", ": not valid TOML (line 1 has more than 1000 dots)"),
+        ("a.toml", '"\u2028".' * 2000 + "b = 1", ": not valid TOML (line 1 has more"),
         ("a.toml", f"[[prompt]]\nseed = {DIGITS}", ": not valid TOML ("),
         ("a.toml", f"[[prompt]]\nseed = 0x{'f' * 5000}", ", prompt 1: option seed must be a whole"),
         ("a.toml", "[[prompt]]\ntext = 1979-05-27", ", prompt 1: option text must be text or a nu"),
@@ -44,7 +45,7 @@ DIGITS = "9" * 5000
         ("a.txt", "a --n " + "b" * (MAX_TEXT + 1), ", line 1: a text of 100,001 characters"),
         ("a.txt", f"a --{'x' * 10_000}", f", line 1: unknown option --{'x' * 60} (known: "),
     ],
-    ids=range(18),
+    ids=range(19),
 )
 def test_one_line_that_names_file_and_place(
     tmp_path: Path, name: str, content: str, message: str

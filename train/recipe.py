@@ -45,7 +45,9 @@ def _read_toml(path: Path) -> dict[str, Any]:
     if len(data) > MAX_BYTES:
         raise ValueError(f"{path}: larger than {MAX_BYTES:,} bytes: not a recipe")
     try:
-        return parse_toml(data)
+        return parse_toml(data.decode("utf-8-sig"))  # some editors write a byte order mark
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not UTF-8; save the file as UTF-8") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
