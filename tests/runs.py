@@ -1,7 +1,10 @@
 """Training runs for the tests: start one, stop it, tell whether two are the same."""
 
 import json
+import os
 import signal
+import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +20,22 @@ from train.config import CacheUse, TrainConfig
 
 LORA = "pytorch_lora_weights.safetensors"
 UNET = "unet/diffusion_pytorch_model.safetensors"
+
+
+def in_child(act: Callable[[], Any]) -> None:
+    """Run ``act`` in a process of its own, forked from this one: its imports are done."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads
+        child = os.fork()
+    if not child:
+        try:
+            act()
+            os._exit(0)
+        finally:
+            traceback.print_exc()
+            os._exit(1)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code == 0, f"the child process ended with exit code {code}; its output stands above"
 
 
 def config_of(caches: Path | tuple[CacheUse, ...], base: Path, out: Path, **more: Any) -> Any:

@@ -116,7 +116,7 @@ class Seen(CudaNorms):
         return output
 
 
-@pytest.mark.parametrize("checkpoints", [False, True])
+@pytest.mark.parametrize("checkpoints", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("precision", "settings"),
     [
@@ -165,7 +165,7 @@ def saved_storages() -> Iterator[dict[int, torch.UntypedStorage]]:
         yield found
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("settings", [{}, {"conv": True, "adapter": "rslora"}])
 def test_a_loras_input_is_not_cast_in_vain(
     cache: Path, base: Path, precision: str, settings: dict[str, Any]

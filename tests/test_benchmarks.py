@@ -158,6 +158,7 @@ def test_a_cell_runs_tiny_on_a_cpu(tmp_path: Path, cell: Cell) -> None:
     assert not list(tmp_path.iterdir())  # nothing is left
 
 
+@pytest.mark.slow
 def test_the_work_of_a_step_is_counted(tmp_path: Path) -> None:
     """Recomputing a forward pass is work too; a second sample is as much again."""
     place = gpu_cells.Place(

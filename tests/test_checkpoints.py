@@ -125,7 +125,12 @@ def test_a_checkpoint_and_its_name_are_on_disk_for_good(
 
 @pytest.mark.parametrize(
     ("every", "steps"),
-    [("5", [5, 10, 15]), ("2ep", [16]), ("1ep", [8, 16]), ("0.5ep", [4, 8, 12, 16])],
+    [
+        ("5", [5, 10, 15]),
+        pytest.param("0.5ep", [4, 8, 12, 16], marks=pytest.mark.slow),
+        ("1ep", [8, 16]),
+        pytest.param("2ep", [16], marks=pytest.mark.slow),
+    ],
 )
 def test_intervals_are_of_steps_or_epochs_also_after_a_stop(
     cache: Path, base: Path, tmp_path: Path, every: str, steps: list[int]
@@ -138,6 +143,7 @@ def test_intervals_are_of_steps_or_epochs_also_after_a_stop(
     assert [step for step, kind in kinds(tmp_path).items() if kind == "every"] == steps
 
 
+@pytest.mark.slow
 def test_a_resume_says_what_it_takes_and_what_it_skips(
     cache: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -170,6 +176,7 @@ def test_a_resume_says_what_it_takes_and_what_it_skips(
     assert [row["step"] for row in rows(tmp_path)] == [1]
 
 
+@pytest.mark.slow
 def test_changed_data_is_refused_by_name_or_starts_the_epoch_again(
     pictures: Path, base: Path, tmp_path: Path, encode_to: Encode
 ) -> None:

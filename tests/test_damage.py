@@ -179,6 +179,7 @@ def test_a_whole_cache_has_no_fault(whole: Path, other: Path) -> None:
     assert sorted(read_all(whole)) == sorted(keys)
 
 
+@pytest.mark.slow
 def test_every_flipped_bit_is_named_with_its_file_and_sample(copy: Path) -> None:
     flips = draw_flips(copy)
     assert len(flips) >= 1000

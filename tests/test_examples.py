@@ -12,7 +12,16 @@ from train.recipe import read_recipe
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.toml"))
 
 
-@pytest.mark.parametrize("recipe", EXAMPLES, ids=lambda path: path.stem)
+QUICK = ("full-24gb", "lora-12gb", "prior-preservation")  # the rest is marked slow
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        pytest.param(p, id=p.stem, marks=[pytest.mark.slow] * (p.stem not in QUICK))
+        for p in EXAMPLES
+    ],
+)
 def test_a_dry_run_takes_it(recipe: Path, cache: Path, base: Path, tmp_path: Path) -> None:
     caches = [str(cache)]
     if recipe.stem == "prior-preservation":

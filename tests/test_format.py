@@ -84,6 +84,7 @@ def test_every_slice_comes_back_bit_for_bit(tmp_path: Path, dtype: str) -> None:
                 assert torch.equal(found, expected), (name, number)
 
 
+@pytest.mark.slow
 def test_two_encodes_give_the_same_bytes(
     cache: Path, pictures: Path, base: Path, tmp_path: Path
 ) -> None:

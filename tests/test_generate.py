@@ -45,6 +45,7 @@ def test_the_base_draws_as_the_pipeline_does(base: Path, tmp_path: Path) -> None
     assert np.abs(ours[0] - ours[1]).mean() > 5
 
 
+@pytest.mark.slow
 def test_negative_prompts_sizes_and_guidance(base: Path, tmp_path: Path) -> None:
     lines = [f"{prompt} --n a black square --w 80 --h 48 --l 3.5 --s 4" for prompt in PROMPTS]
     call = {"width": 80, "height": 48, "guidance_scale": 3.5, "num_inference_steps": 4}
@@ -57,6 +58,7 @@ def test_negative_prompts_sizes_and_guidance(base: Path, tmp_path: Path) -> None
     check_equal(without, reference(base, PROMPTS, guidance_scale=1.0))
 
 
+@pytest.mark.slow
 def test_a_lora_has_its_strength_in_diffusers(base: Path, trained: Trained, tmp_path: Path) -> None:
     """Rank 8 with alpha 3: read as alpha = rank, or as alpha = 1, it would draw otherwise."""
     lora = trained(rank=8, alpha=3.0)

@@ -63,6 +63,7 @@ def test_a_run_that_fails_leaves_the_folder_as_it_was(
     assert not aside_of(out / "captions.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_captions_set_aside_by_a_run_that_was_killed_come_back(base: Path, tmp_path: Path) -> None:
     for layout, name in (("simple", "captions.jsonl"), ("coco", "annotations.json")):
         out = tmp_path / layout

@@ -57,6 +57,7 @@ def with_two(two: tuple[Path, Path]) -> Any:
     return change
 
 
+@pytest.mark.slow
 def test_several_with_weights(base: Path, two: tuple[Path, Path], tmp_path: Path) -> None:
     uses = (LoraUse.parse(f"{two[0]},0.8"), LoraUse.parse(f"{two[1]},0.5"))
     ours = draw(base, tmp_path / "out", PROMPTS, lora=uses)
@@ -87,6 +88,7 @@ def test_compare_draws_with_and_without(base: Path, two: tuple[Path, Path], tmp_
         assert sheet.size[0] == 2 * 512
 
 
+@pytest.mark.slow
 def test_what_peft_cannot_hold_is_merged(
     base: Path, two: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -161,6 +163,7 @@ def test_compare_with_a_whole_unet(
     assert differ(early, tuned) > 0.1
 
 
+@pytest.mark.slow
 def test_checkpoints_and_their_averages(base: Path, cache: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     run(cache, base, out, steps=4, lr=3e-2, ema=0.9, checkpoint_every=Every(2))

@@ -44,6 +44,7 @@ LINES = [
 ]
 
 
+@pytest.mark.slow
 def test_any_number_of_processes_draws_the_same(base: Path, tmp_path: Path) -> None:
     alone = draw(base, tmp_path / "1", LINES, batch_size=2)
     assert len(alone) == 9
@@ -55,6 +56,7 @@ def test_any_number_of_processes_draws_the_same(base: Path, tmp_path: Path) -> N
             assert (settings.out / name).read_bytes() == (tmp_path / "1" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_batch_size_changes_no_picture(base: Path, tmp_path: Path) -> None:
     """Mean absolute difference of at most 1e-4, of pictures in 0..1."""
     at_once = draw(base, tmp_path / "8", LINES, batch_size=8)
@@ -80,6 +82,7 @@ def worked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_on_a_small_card_each_model_has_its_turn(
     base: Path, tmp_path: Path, worked: list[str]
 ) -> None:
@@ -139,6 +142,7 @@ def test_what_is_free_decides_whether_models_take_turns(
     assert where == (["cpu", "cpu", "cuda"] if small else ["cuda"] * 3)
 
 
+@pytest.mark.slow
 def test_large_pictures_are_decoded_in_tiles(base: Path, tmp_path: Path) -> None:
     lines = [f"{text} --w 96 --h 96" for text in PROMPTS]
     tiled = draw(base, tmp_path / "tiled", lines, vae_tiling=True)
@@ -186,6 +190,7 @@ def test_a_picture_that_is_not_finite_is_no_picture(
     assert not list((tmp_path / "out").iterdir())
 
 
+@pytest.mark.slow
 def test_a_kill_leaves_no_half_picture(base: Path, tmp_path: Path) -> None:
     settings = settings_of(base, tmp_path / "out", PROMPTS * 3, batch_size=1, num_steps=8)
     (process,) = start(settings, 1)

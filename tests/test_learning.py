@@ -74,6 +74,7 @@ def draw(tmp_path: Path) -> Draw:
     return run
 
 
+@pytest.mark.slow
 def test_the_miniature_draws_what_it_is_asked(draw: Draw) -> None:
     found = draw(OLD_SHAPES, num=80)
     assert found.shape >= 0.9

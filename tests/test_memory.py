@@ -105,6 +105,7 @@ def test_a_run_that_does_not_fit_says_so_before_its_folder_is_made(
     assert "--base-quant" not in line  # not for a full fine-tune
 
 
+@pytest.mark.slow
 def test_estimates_of_the_real_sdxl(sdxl_configs: Path) -> None:
     """Saved activations were measured elsewhere: LoRA 1.42 and 5.61 GB a picture, with
     checkpointing 0.15-0.18 and 0.61-0.74."""
@@ -220,6 +221,7 @@ def test_a_dry_run_says_what_would_be(cache: Path, base: Path, tmp_path: Path) -
     assert rows == {"48x80": ["12", "3"], "64x64": ["15", "4"], "80x48": ["15", "4"]}
 
 
+@pytest.mark.slow
 def test_a_dry_run_takes_the_steps_of_the_run(cache: Path, base: Path, tmp_path: Path) -> None:
     config = config_of(cache, base, steps=None, epochs=1.5, out=tmp_path / "run")
     run_train(config)

@@ -138,6 +138,7 @@ def test_it_loads_without_a_dtype() -> None:
     assert dtypes == {torch.float32}
 
 
+@pytest.mark.slow
 def test_it_answers_the_size_and_crop_numbers() -> None:
     pipeline = StableDiffusionXLPipeline.from_pretrained(MINIATURE_FOLDER)
     pipeline.set_progress_bar_config(disable=True)

@@ -17,15 +17,12 @@ from made import (
     config_of,
     learner_of,
     made_batch,
-    made_sample,
     parameters_of,
     same,
-    write_cache,
 )
 
 from train.fused import FusedBackward
 from train.learner import train_step
-from train.loop import train
 from train.optim import Optimizer, learning_rate, stochastic_round_
 
 FINITE = torch.tensor(True)
@@ -313,21 +310,3 @@ def test_eight_bit_state_is_in_eight_bits() -> None:
     tensors = optimizer.state()[0]
     assert tensors["matrix|state1"].dtype == tensors["matrix|state2"].dtype == torch.uint8
     assert tensors["vector|state1"].dtype == torch.float32  # too small to be worth it
-
-
-@pytest.mark.parametrize("kind", KINDS[1:])
-def test_a_run_stops_and_goes_on_with_any_optimizer(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Any
-) -> None:
-    digests = dict.fromkeys(("vae", "text_encoder", "text_encoder_2"), "made")
-    monkeypatch.setattr("train.data.encoder_digests_elsewhere", lambda base: digests)
-    cache = write_cache(tmp_path / "cache", [made_sample(f"{n}.png") for n in range(3)])
-    found = []
-    for name, stops in (("straight", (4,)), ("stopped", (2, 4))):
-        for steps in stops:
-            settings = {"optimizer": kind, "steps": steps, "resume": steps > stops[0]}
-            path = train(config_of(base, cache, out=tmp_path / name, targets="all", **settings))
-        found.append(safetensors.torch.load_file(path))
-    one, other = found
-    assert one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
-    assert any(bool(one[n].any()) for n in one if "lora_B" in n)

@@ -124,18 +124,12 @@ def weights_of(base: Path, component: str) -> Path:
     return path
 
 
-def test_train_needs_no_encoder(own_base: Path, cache: Path, tmp_path: Path) -> None:
+def test_train_needs_no_encoder(own_base: Path, tmp_path: Path, run_train: Train) -> None:
     for name in (*ENCODERS, *TOKENIZERS):
         shutil.rmtree(own_base / name)
     out = tmp_path / "run"
-    run = subprocess.run(
-        [sys.executable, "cli.py", *train_command(cache, own_base, out, "--steps", "2")],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
+    run = run_train(own_base, "--steps", "2")
+    assert run.exit_code == 0, run.stderr
     (warning,) = (line for line in run.stderr.splitlines() if line.startswith("Warning: "))
     assert f"{own_base} has no vae, text_encoder, text_encoder_2: " in warning
     assert "cannot be checked" in warning

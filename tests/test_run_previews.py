@@ -78,6 +78,7 @@ def test_true_colours_are_the_vaes(prompted: Path, base: Path, tmp_path: Path) -
     assert np.abs(found - pixels(expected)).max() <= 1
 
 
+@pytest.mark.slow
 def test_a_run_resumes_with_other_prompts(prompted: Path, base: Path, tmp_path: Path) -> None:
     straight = run(prompted, base, tmp_path / "straight")
     out = run(prompted, base, tmp_path / "run", steps=2, preview_every=Every(2))

@@ -222,6 +222,7 @@ def test_a_vae_of_its_own(single: Path, base: Path, tmp_path: Path) -> None:
         assert len(digests) == 1
 
 
+@pytest.mark.slow
 def test_another_vae_draws_other_pictures(single: Path, base: Path, tmp_path: Path) -> None:
     part = parts_of(base)["vae"]
     part.tensors["decoder.conv_out.bias"][:] += 0.5

@@ -5,8 +5,6 @@ import hashlib
 import json
 import os
 import struct
-import subprocess
-import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,20 +13,14 @@ from typing import Any
 import pytest
 from wandb.proto import wandb_internal_pb2
 
+import cli
 from runtime.files import unseal
+from tests.runs import in_child
 
 ROOT = Path(__file__).parent.parent
 LORA = "pytorch_lora_weights.safetensors"
 FILE_HEADER_BYTES, CHUNK_HEADER_BYTES, BLOCK_BYTES = 7, 7, 32768
 FULL, FIRST, LAST = 1, 2, 4  # kinds of chunk: a whole record, or where in one it stands
-
-# The commands of the JSON argument, one after the other in one process: importing takes longest.
-COMMANDS = """
-import json, sys
-import cli
-for command in json.loads(sys.argv[1]):
-    cli.commands(command, standalone_mode=False)
-"""
 
 
 def read_records(path: Path) -> Iterator[Any]:
@@ -86,14 +78,14 @@ def run(base: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     # Nothing of the user's own W&B settings.
     env = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     own = {f"WANDB_{name}_DIR": str(folder / name) for name in ("CACHE", "CONFIG", "DATA")}
-    done = subprocess.run(
-        [sys.executable, "-c", COMMANDS, json.dumps(commands)],
-        cwd=ROOT,
-        env={**env, **own},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+
+    def train() -> None:
+        os.environ.clear()
+        os.environ.update(env, **own)
+        for one in commands:
+            cli.commands(one, standalone_mode=False)
+
+    in_child(train)
     return folder / "run"
 
 
