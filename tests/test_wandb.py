@@ -17,7 +17,6 @@ import cli
 from runtime.files import unseal
 from tests.runs import in_child
 
-ROOT = Path(__file__).parent.parent
 LORA = "pytorch_lora_weights.safetensors"
 FILE_HEADER_BYTES, CHUNK_HEADER_BYTES, BLOCK_BYTES = 7, 7, 32768
 FULL, FIRST, LAST = 1, 2, 4  # kinds of chunk: a whole record, or where in one it stands
