@@ -9,8 +9,9 @@ from typing import Any
 
 import click
 
-from cli_door import door, echo, hush_libraries
-from cli_options import FilePath, PathText, StageCommand
+from runtime.errors import echo, handle_errors, silence_libraries
+from runtime.options import FilePath, PathText, StageCommand
+from runtime.workers import is_main_process, launch, num_processes
 
 
 def stage(name: str, settings: str) -> Callable[[Callable[..., None]], click.Command]:
@@ -32,14 +33,10 @@ def _settings(ctx: click.Context, values: dict[str, Any], recipe: Path | None = 
 
 def _launched(settings: Any) -> bool:
     """Whether this command was run by processes of its own, to the end."""
-    from processes.gpus import num_processes
-
     if sys.argv[1:2] != [click.get_current_context().info_name]:
         return False  # called by another program (demo, a test): its command line is not this one
     num = num_processes(settings.gpus, settings.device)
     if num > 1:
-        from processes.launch import launch
-
         launch(num)
     return num > 1
 
@@ -47,7 +44,7 @@ def _launched(settings: Any) -> bool:
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 def commands() -> None:
     """Fine-tune SDXL from precomputed shards: encode once, train, generate."""
-    hush_libraries()
+    silence_libraries()
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_MININTERVAL", "10")  # a log is no screen
 
@@ -61,7 +58,7 @@ def encode(ctx: click.Context, debug: bool, **values: Any) -> None:
     its picture as x.mask.png or x-masklabel.png. With train/ and val/ in it, each becomes a cache
     of its own. Run again, it goes on where it was.
     """
-    with door(debug):
+    with handle_errors(debug):
         settings = _settings(ctx, values)
         if settings.dry_run:
             from precompute.planning.dry_run import dry_run
@@ -113,7 +110,7 @@ def prompts(
 
     The data set is not needed.
     """
-    with door(debug):
+    with handle_errors(debug):
         from precompute.prompts import change_prompts
 
         path, count = change_prompts(cache, file, base, device, tokenizers)
@@ -133,7 +130,7 @@ def train(ctx: click.Context, debug: bool, recipe: Path | None, **values: Any) -
     Of each cache ",weight=0.5" weighs its samples in the loss, and ",repeats=3" takes each of them
     three times an epoch: prior pictures and other resolutions are caches of their own.
     """
-    with door(debug):
+    with handle_errors(debug):
         config = _settings(ctx, values, recipe)
         if config.overwrite and recipe is not None:
             from train.overwrite import check_input
@@ -150,7 +147,7 @@ def train(ctx: click.Context, debug: bool, recipe: Path | None, **values: Any) -
         from train.loop import train as run
 
         path = run(config)
-        if os.environ.get("RANK", "0") == "0":
+        if is_main_process():
             from train.report import describe_result
 
             for line in describe_result(config, path):
@@ -160,7 +157,7 @@ def train(ctx: click.Context, debug: bool, recipe: Path | None, **values: Any) -
 @stage("generate", "infer.settings:GenerateSettings")
 def generate(ctx: click.Context, debug: bool, **values: Any) -> None:
     """Draw pictures from prompts, with a LoRA, a fine-tuned UNet, or the base alone."""
-    with door(debug):
+    with handle_errors(debug):
         settings = _settings(ctx, values)
         if _launched(settings):
             return
@@ -186,7 +183,7 @@ def export(ctx: click.Context, debug: bool, **values: Any) -> None:
     of diffusers. The UNet of train --full, or with --merge a LoRA in its base, becomes one
     original-layout file with the base's VAE and text encoders.
     """
-    with door(debug):
+    with handle_errors(debug):
         settings = _settings(ctx, values)
         from infer.export import export as run
 
@@ -205,7 +202,7 @@ def download(hub_id: str, out: Path, fp16: bool, file: str | None, debug: bool) 
 
     Configs, tokenizers and safetensors alone. Run again after an interruption it goes on there.
     """
-    with door(debug):
+    with handle_errors(debug):
         from sdxl.hub import download_base
 
         base = download_base(hub_id, out, fp16=fp16, file=file)
@@ -223,7 +220,7 @@ def download(hub_id: str, out: Path, fp16: bool, file: str | None, debug: bool) 
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def demo(out: Path, debug: bool) -> None:
     """Teach the miniature SDXL two new shapes, on a CPU in about two minutes, and see."""
-    with door(debug):
+    with handle_errors(debug):
         from tools.miniature.demo import run_demo
 
         run_demo(out, lambda arguments: commands.main(arguments, standalone_mode=False))
@@ -235,7 +232,7 @@ def demo(out: Path, debug: bool) -> None:
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def verify(cache: Path, repair: bool, debug: bool) -> None:
     """Hash every byte of CACHE again; name what is damaged, and exit with 1 if anything is."""
-    with door(debug):
+    with handle_errors(debug):
         from cli_caches import parts_of, verify_one
 
         if not all([verify_one(folder, repair) for folder in parts_of(cache)]):
@@ -252,7 +249,7 @@ def verify(cache: Path, repair: bool, debug: bool) -> None:
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def inspect(cache: Path, sheets: Path | None, debug: bool) -> None:
     """Say what CACHE holds: buckets, captions, recipe, statistics, what was rejected."""
-    with door(debug):
+    with handle_errors(debug):
         from cli_caches import inspect_one, parts_of
 
         parts = parts_of(cache)

@@ -4,9 +4,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from cli_door import echo
 from precompute.sheets import write_sheets
-from processes.lock import locked
+from runtime.errors import echo
+from runtime.locks import locked
 from shards import CacheError
 from shards.inspect import describe_contents, read_contents
 from shards.manifest import LOCK, MANIFEST, read_manifest

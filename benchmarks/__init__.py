@@ -1,5 +1,5 @@
 """Speed and memory, each against a floor or a peer in the same run."""
 
-from cli_door import hush_libraries
+from runtime.errors import silence_libraries
 
-hush_libraries()
+silence_libraries()

@@ -22,8 +22,8 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.estimates import FULL, LORA, config_of
 from benchmarks.report import keep, machine, show
+from runtime.devices import pick_precision
 from sdxl.base import scheduler_config
-from sdxl.device import pick_precision
 from shards.batches import Batch
 from train.config import TrainConfig
 from train.distributed import World

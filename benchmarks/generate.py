@@ -24,8 +24,8 @@ from benchmarks.report import clocks, keep, machine, rates, show, take_turns
 from infer.generate import generate, make_studio
 from infer.settings import GenerateSettings
 from infer.studio import Studio
+from runtime.devices import pick_device
 from sdxl.base import base_path
-from sdxl.device import pick_device
 
 COLOURS = ("red", "blue", "green", "yellow")
 SHAPES = ("circle", "square", "triangle", "star")

@@ -177,7 +177,7 @@ def rows_of(cells: list[Cell], results: dict[str, Any]) -> list[dict[str, object
 def measure(cell: Cell, work: Path, device: str, tiny: bool) -> dict[str, Any]:
     """A cell's figures, in this process."""
     from benchmarks.gpu_cells import KINDS, Place
-    from sdxl.device import pick_device
+    from runtime.devices import pick_device
 
     with tempfile.TemporaryDirectory(dir=work) as scratch:
         place = Place(

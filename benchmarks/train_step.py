@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.caches import kind_for, random_samples, write_random
 from benchmarks.report import clocks, keep, machine, rates, show, take_turns
-from sdxl.device import pick_device
+from runtime.devices import pick_device
 from shards.batches import Batch, Reader
 from shards.plan import Plan, Share
 from shards.reader import Cache

@@ -13,6 +13,7 @@ import torch
 from infer.export_files import new_file, place
 from infer.export_model import export_model
 from infer.export_settings import ExportSettings
+from runtime.devices import DTYPES
 from runtime.files import write_durable
 from sdxl.adapted import Adapted
 from sdxl.base import model_config
@@ -23,8 +24,6 @@ from sdxl.lora_formats import UNET, LoraFile, read_lora_file
 from sdxl.lora_write import Parts, diffusers_bytes, kohya_bytes
 from sdxl.single_file import sdxl_config
 from sdxl.tensor_digest import check_written
-
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)

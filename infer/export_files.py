@@ -6,7 +6,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from infer.export_settings import ExportSettings
-from processes.lock import locked
 from runtime.files import (
     format_bytes,
     free_bytes,
@@ -18,6 +17,7 @@ from runtime.files import (
     replacement,
     writing,
 )
+from runtime.locks import locked
 from sdxl.base import base_path
 from sdxl.lora_formats import find_lora
 

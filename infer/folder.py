@@ -19,7 +19,6 @@ from infer.pictures import (
     stale_because,
 )
 from infer.plan import Drawing
-from processes.lock import locked
 from runtime.files import (
     PARTIAL,
     aside_of,
@@ -31,6 +30,7 @@ from runtime.files import (
     write_durable,
     writing,
 )
+from runtime.locks import locked
 from sdxl.sheet import contact_sheet
 
 SHEET = "contact-sheet.png"

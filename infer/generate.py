@@ -17,9 +17,9 @@ from infer.plan import Drawing, plan_drawings
 from infer.settings import GenerateSettings
 from infer.studio import Studio
 from infer.weights import Weights
-from processes.crew import POLL_SECONDS, Crew
+from runtime.devices import pick_device, pick_precision
+from runtime.workers import POLL_SECONDS, WorkQueue
 from sdxl.base import model_config
-from sdxl.device import pick_device, pick_precision
 from sdxl.fingerprint import config_digest
 from sdxl.prompts import parse_prompt, read_prompts
 
@@ -43,11 +43,11 @@ def generate(settings: GenerateSettings, studio: Studio | None = None) -> Report
         ValueError: the prompts, the base, the weights or the folder cannot be used.
         FloatingPointError: a picture is not finite.
     """
-    crew = Crew()
-    if not crew.is_main:
-        plan = json.loads(crew.hear("plan"))
+    queue = WorkQueue()
+    if not queue.is_main:
+        plan = json.loads(queue.wait_for("plan"))
         drawings = [Drawing(**one) for one in plan["drawings"]]
-        _draw(settings, make_studio(settings), drawings, plan["about"], crew)
+        _draw(settings, make_studio(settings), drawings, plan["about"], queue)
         return None
     drawings = _plan(settings)
     studio = studio or make_studio(settings)
@@ -56,9 +56,9 @@ def generate(settings: GenerateSettings, studio: Studio | None = None) -> Report
         about = _about(studio, drawings)
         wanted = folder.missing(drawings, about)
         told = {"drawings": [asdict(one) for one in wanted], "about": about}
-        crew.tell("plan", json.dumps(told))
+        queue.publish("plan", json.dumps(told))
         start = time.perf_counter()
-        _draw(settings, studio, wanted, about, crew)
+        _draw(settings, studio, wanted, about, queue)
         seconds = time.perf_counter() - start
         sheet = folder.finish(drawings)
     return Report(len(wanted), len(drawings) - len(wanted), seconds, sheet)
@@ -95,13 +95,17 @@ def _about(studio: Studio, drawings: list[Drawing]) -> About:
 
 
 def _draw(
-    settings: GenerateSettings, studio: Studio, drawings: list[Drawing], about: About, crew: Crew
+    settings: GenerateSettings,
+    studio: Studio,
+    drawings: list[Drawing],
+    about: About,
+    queue: WorkQueue,
 ) -> None:
     """This process's part, to the end of all; the main one shows how far all are."""
     folder = PictureFolder(settings.out, settings.format)
     loras = studio.weights.lora_names
     pending: deque[Future[None]] = deque()
-    quiet = not (crew.is_main and drawings)
+    quiet = not (queue.is_main and drawings)
     with (
         tqdm(total=len(drawings), unit="img", desc="draw", bar_format=BAR, disable=quiet) as bar,
         ThreadPoolExecutor(NUM_WRITERS) as pool,
@@ -110,7 +114,7 @@ def _draw(
         def count() -> None:
             """One more picture is in its place."""
             pending.popleft().result()
-            bar.update(crew.add("drawn", 1) - bar.n)
+            bar.update(queue.add("drawn", 1) - bar.n)
 
         def save(drawing: Drawing, sides: list[torch.Tensor]) -> None:
             folder.before_replacing(drawing)
@@ -122,10 +126,10 @@ def _draw(
                 count()
 
         if drawings:
-            studio.draw(drawings, crew, keep)
+            studio.draw(drawings, queue, keep)
         while pending:
             count()
-        while crew.is_main and bar.n < len(drawings):
+        while queue.is_main and bar.n < len(drawings):
             time.sleep(POLL_SECONDS)
-            bar.update(crew.add("drawn", 0) - bar.n)
-    crew.gather("done", "")
+            bar.update(queue.add("drawn", 0) - bar.n)
+    queue.gather("done", "")

@@ -17,9 +17,9 @@ from infer.plan import Batch, Drawing, make_batches, make_windows
 from infer.settings import GenerateSettings
 from infer.texts import Texts
 from infer.weights import Weights, enable_loras
-from processes.crew import Crew
+from runtime.devices import exact_fp32
+from runtime.workers import WorkQueue
 from sdxl.conditioning import Conditioning, TextEncoders
-from sdxl.device import exact_fp32
 from sdxl.lora_files import apply_text_loras
 from sdxl.sampling import decode_latents, sample_latents, starting_noise, time_ids_of
 
@@ -60,7 +60,7 @@ class Studio:
             self.sides.insert(0, Side(other, False, True))
         self._samplers: dict[tuple[str | None, bool], Any] = {}
 
-    def draw(self, drawings: list[Drawing], crew: Crew, keep: Keep) -> None:
+    def draw(self, drawings: list[Drawing], queue: WorkQueue, keep: Keep) -> None:
         """Draw what this process gets of ``drawings``, the same in all; ``keep`` takes each picture
         (with ``--compare`` two: without and with), [3, H, W] in 0..1, on the CPU.
 
@@ -80,7 +80,7 @@ class Studio:
                 models.drop(TEXT)
                 models.drop(PLAIN_TEXT)
             waiting = []
-            for which in crew.claim(f"window {number}", len(window)):
+            for which in queue.claim(f"window {number}", len(window)):
                 batch = window[which]
                 latents = [self._sample(models, side, batch, texts) for side in self.sides]
                 if models.small:

@@ -31,10 +31,9 @@ from precompute.progress import Progress
 from precompute.report import Report
 from precompute.settings import EncodeSettings
 from precompute.shard import write_work_shard
-from precompute.threads import num_cores, num_threads
-from processes.crew import Crew
-from processes.lock import locked
-from sdxl.device import exact_fp32
+from runtime.devices import exact_fp32, num_cores, num_threads
+from runtime.locks import locked
+from runtime.workers import WorkQueue
 from sdxl.prompts import Prompt, read_prompts
 from shards.manifest import LOCK
 
@@ -61,14 +60,14 @@ def encode(settings: EncodeSettings) -> list[Report]:
         ValueError: the data set, the base, the prompts or the settings cannot be used.
         OSError: a file cannot be read or written; what is whole stays.
     """
-    crew, plans = Crew(), list[CachePlan]()
+    queue, plans = WorkQueue(), list[CachePlan]()
     exact_fp32()
     with ExitStack() as stack, _full_disk_said(settings.out), _interrupt_said(plans):
-        if not crew.is_main:
-            job = Job(**json.loads(crew.hear("job")))
+        if not queue.is_main:
+            job = Job(**json.loads(queue.wait_for("job")))
             stack.enter_context(num_threads(job.threads))
-            _write_shards(crew, Encoders(settings, job.batch_size), job)
-            crew.gather("end", "")
+            _write_shards(queue, Encoders(settings, job.batch_size), job)
+            queue.gather("end", "")
             return []
         texts = settings.preview_prompts
         prompts = None if texts is None else read_prompts(texts)
@@ -83,11 +82,11 @@ def encode(settings: EncodeSettings) -> list[Report]:
         check_room(settings.out, works, Sizer.of(settings))
         job = _job(settings, plans)
         stack.enter_context(num_threads(job.threads))
-        return _lead(crew, Encoders(settings, job.batch_size), job, plans, prompts, notes)
+        return _lead(queue, Encoders(settings, job.batch_size), job, plans, prompts, notes)
 
 
 def _lead(
-    crew: Crew,
+    queue: WorkQueue,
     encoders: Encoders,
     job: Job,
     plans: list[CachePlan],
@@ -102,12 +101,12 @@ def _lead(
         is_val = len(plans) > 1 and plan.folder.name == "val"  # previews are of training
         report.num_prompts = prepare(plan, encoders, None if is_val else prompts)
         reports.append(report)
-    crew.tell("job", json.dumps(asdict(job)))
-    _write_shards(crew, encoders, job)
+    queue.publish("job", json.dumps(asdict(job)))
+    _write_shards(queue, encoders, job)
     for plan, report in zip(plans, reports, strict=True):
         finish(plan, report, encoders, notes.memory)
     notes.write()
-    crew.gather("end", "")
+    queue.gather("end", "")
     return reports
 
 
@@ -134,7 +133,7 @@ def _job(settings: EncodeSettings, plans: list[CachePlan]) -> Job:
     )
 
 
-def _write_shards(crew: Crew, encoders: Encoders, job: Job) -> None:
+def _write_shards(queue: WorkQueue, encoders: Encoders, job: Job) -> None:
     """This process's part of all shards; the main one returns when all are written."""
     todo = [(Path(folder), number) for folder, num in job.caches for number in range(num)]
     if not todo:
@@ -142,14 +141,14 @@ def _write_shards(crew: Crew, encoders: Encoders, job: Job) -> None:
     files: dict[
         Path, WorkFile
     ] = {}  # one is there as long as a shard of it is claimed and not done
-    with Progress(crew, job.num_encodes) as progress:
-        for claimed in crew.claim("shards", len(todo)):
+    with Progress(queue, job.num_encodes) as progress:
+        for claimed in queue.claim("shards", len(todo)):
             folder, number = todo[claimed]
             file = files[folder] = files.get(folder) or WorkFile(folder)
             work, recipe = file.shard(number), file.about["recipe"]
             write_work_shard(work, folder, encoders, recipe, progress.tick)
             progress.shard_done()
-        if crew.is_main:
+        if queue.is_main:
             progress.wait_for(len(todo))
 
 

@@ -9,9 +9,9 @@ from precompute.latents import LatentEncoder
 from precompute.sanity import measure_drawings
 from precompute.settings import EncodeSettings
 from precompute.text import load_text
+from runtime.devices import DTYPES, pick_device
 from sdxl.base import vae_config
 from sdxl.conditioning import TextEncoders
-from sdxl.device import PRECISIONS, pick_device
 
 
 class Encoders:
@@ -43,7 +43,7 @@ class Encoders:
             settings = self.settings
             self._latents = LatentEncoder(
                 settings.vae or settings.base,
-                PRECISIONS[settings.vae_dtype],
+                DTYPES[settings.vae_dtype],
                 self.device,
                 self.batch_size,
             )

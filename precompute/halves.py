@@ -21,11 +21,10 @@ from precompute.pictures.masks import Grey, open_alpha, open_mask, render_mask, 
 from precompute.pictures.refusals import explain
 from precompute.planning.placement import Planned, picture_mark
 from precompute.settings import EncodeSettings
-from precompute.threads import num_cores
+from runtime.devices import DTYPES, num_cores
 from runtime.files import content_digest
 from sdxl.latent_rgb import LatentSums
 from shards.reader import read_ahead
-from shards.sample import DTYPES
 
 # Errors that are of one file; others (of a disk, of a network) end the run, and it goes on later.
 OF_THE_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP}

@@ -5,16 +5,16 @@ from types import TracebackType
 
 from tqdm import tqdm
 
-from precompute.stops import Stops
-from processes.crew import POLL_SECONDS, Crew
+from runtime.signals import StopSignals
+from runtime.workers import POLL_SECONDS, WorkQueue
 
 
 class Progress:
     """Samples done and rejected, and shards written; counted over all processes."""
 
-    def __init__(self, crew: Crew, num_samples: int) -> None:
-        self._crew, self._stops = crew, Stops()
-        self._bar = tqdm(total=num_samples, unit="img", desc="encode", disable=not crew.is_main)
+    def __init__(self, queue: WorkQueue, num_samples: int) -> None:
+        self._queue, self._stops = queue, StopSignals(at_once=True)
+        self._bar = tqdm(total=num_samples, unit="img", desc="encode", disable=not queue.is_main)
 
     def __enter__(self) -> "Progress":
         self._stops.__enter__()
@@ -50,9 +50,9 @@ class Progress:
             self._show(self._count("samples", 0))
 
     def _count(self, what: str, number: int) -> int:
-        return self._crew.add(f"encode {what}", number)
+        return self._queue.add(f"encode {what}", number)
 
     def _show(self, done: int) -> None:
-        if self._crew.is_main and done > self._bar.n:
+        if self._queue.is_main and done > self._bar.n:
             self._bar.set_postfix(rejected=self._count("rejected", 0), refresh=False)
             self._bar.update(done - self._bar.n)

@@ -8,15 +8,14 @@ from typing import Any
 from precompute.encoders import Encoders
 from precompute.recipe import read_text_recipe
 from precompute.text import load_text, text_causes
-from processes.lock import locked
+from runtime.devices import DTYPES, exact_fp32, pick_device
 from runtime.files import write_durable
+from runtime.locks import locked
 from sdxl.base import zeros_for_empty_prompt
 from sdxl.conditioning import Conditioning, TextEncoders
-from sdxl.device import exact_fp32, pick_device
 from sdxl.prompts import Prompt, read_prompts
 from shards.manifest import LOCK, MANIFEST, PROMPTS, read_manifest, renew_side_file
 from shards.previews import PreviewFile
-from shards.sample import DTYPES
 
 BATCH_SIZE = 4  # always the same: the last bits of an embedding depend on it
 

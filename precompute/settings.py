@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from processes.gpus import check_gpus
+from runtime.workers import check_gpus
 from sdxl.base import BASE_HELP, TOKENIZERS_HELP
 
 MOST_CROPS = 1000

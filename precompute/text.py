@@ -8,11 +8,11 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
+from runtime.devices import DTYPES
 from runtime.files import content_digest, write_durable
 from sdxl.conditioning import TextEncoders
 from shards.manifest import UNCONDITIONAL
 from shards.previews import KEY
-from shards.sample import DTYPES
 
 
 def load_text(

@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from runtime.devices import DTYPES
 from shards.sample import (
     CAPTION_TENSORS,
-    DTYPES,
     MASK_TENSORS,
     TENSORS,
     VARIANT_TENSORS,

@@ -24,9 +24,9 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
+from runtime.devices import DTYPES
 from runtime.files import canonical_json
 from shards import schema
-from shards.sample import DTYPES
 from shards.schema import Check, misfit, read_json
 
 KEY = "shardtune"

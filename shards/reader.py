@@ -14,12 +14,13 @@ import torch
 from safetensors import SafetensorError
 from xxhash import xxh3_64_intdigest
 
+from runtime.devices import DTYPES
 from shards import CacheError, schema
 from shards.buckets import Size
 from shards.index import Form, Index, Part, Record, Stretch, map_file
 from shards.manifest import UNCONDITIONAL, data_digest, read_manifest, read_side_file
 from shards.plan import Group
-from shards.sample import CAPTION_TENSORS, DTYPES
+from shards.sample import CAPTION_TENSORS
 from shards.schema import misfit, read_json
 
 ABOUT = {"path": schema.text, "captions": schema.each(schema.text)}

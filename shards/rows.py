@@ -5,8 +5,9 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from runtime.devices import DTYPES
 from shards.index import Stretch
-from shards.sample import DTYPES, Layout
+from shards.sample import Layout
 
 
 class Rows:

@@ -8,14 +8,14 @@ from typing import Any
 import safetensors.torch
 import torch
 
+from runtime.devices import DTYPES
+
 # TENSORS is their order in an index record.
 VARIANT_TENSORS = ("latents.mean", "latents.std", "mask", "sizes")
 MASK_TENSORS = ("mask",)
 LATENT_TENSORS = tuple(name for name in VARIANT_TENSORS if name not in MASK_TENSORS)
 CAPTION_TENSORS = ("prompt_embeds", "pooled_prompt_embeds")
 TENSORS = VARIANT_TENSORS + CAPTION_TENSORS
-
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def sample_key(path: str) -> str:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ os.environ["OMP_NUM_THREADS"] = (
     "1"  # children compute with the same bits; small models gain nothing
 )
 
-from cli_door import hush_libraries
+from runtime.errors import silence_libraries
 
-hush_libraries()  # before they are imported
+silence_libraries()  # before they are imported
+# A shell that runs the tests in the background lets them ignore Ctrl-C, and so their children.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import encodes
 

@@ -7,12 +7,13 @@ from typing import Any
 import safetensors.torch
 import torch
 
+from runtime.devices import DTYPES
 from shards.batches import UNCONDITIONAL, Batch, Reader, Reading
 from shards.index import Index
 from shards.manifest import write_manifest
 from shards.plan import Plan, Share
 from shards.reader import Cache
-from shards.sample import DTYPES, Layout, Sample, sample_key
+from shards.sample import Layout, Sample, sample_key
 from shards.writer import shard_name, write_shard
 from train.config import CacheUse, TrainConfig
 from train.distributed import World

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 
-from sdxl.device import PRECISIONS, pick_precision
+from runtime.devices import DTYPES, pick_precision
 from shards.batches import Reader
 from shards.plan import Plan, Share
 from shards.reader import Cache
@@ -138,7 +138,7 @@ def test_norms_of_half_weights_stay_in_half(
         with mode:
             losses.append([float(train_step(learner, batches, n, 1e-3).loss) for n in range(2)])
         batches.close()
-    assert [*seen.outputs] == [PRECISIONS[precision]] and seen.outputs.total() >= 20
+    assert [*seen.outputs] == [DTYPES[precision]] and seen.outputs.total() >= 20
     assert losses[0] == losses[1]
 
 

@@ -11,7 +11,8 @@ from conftest import Encode
 from runs import Died, at_step, die, losses, rows, run
 
 import train.loop
-from processes.lock import locked
+from runtime.locks import locked
+from runtime.signals import Stopped
 from train.checkpoint import newest_checkpoint, numbered
 from train.config import CacheUse, Every
 
@@ -45,9 +46,9 @@ def test_without_evals_the_newest_stay_and_a_stop_is_one_of_them(
     cache: Path, base: Path, tmp_path: Path
 ) -> None:
     settings: dict[str, Any] = {"checkpoint_every": Every(2), "keep": 1, "steps": 8}
-    with at_step(5, lambda: os.kill(os.getpid(), 15)), pytest.raises(SystemExit) as stop:
+    with at_step(5, lambda: os.kill(os.getpid(), 15)), pytest.raises(Stopped) as stop:
         run(cache, base, tmp_path, **settings)
-    assert stop.value.code == 143
+    assert stop.value.exit_code == 143
     assert kinds(tmp_path) == {5: "stop"}
     run(cache, base, tmp_path, **settings, resume=True)
     assert kinds(tmp_path) == {6: "every", 8: "last"}
@@ -137,7 +138,7 @@ def test_intervals_are_of_steps_or_epochs_also_after_a_stop(
 ) -> None:
     """8 steps are an epoch."""
     settings: dict[str, Any] = {"checkpoint_every": Every.parse(every), "steps": 17, "rank": 1}
-    with at_step(11, lambda: os.kill(os.getpid(), 15)), pytest.raises(SystemExit):
+    with at_step(11, lambda: os.kill(os.getpid(), 15)), pytest.raises(Stopped):
         run(cache, base, tmp_path, **settings)
     run(cache, base, tmp_path, **settings, resume=True)
     assert [step for step, kind in kinds(tmp_path).items() if kind == "every"] == steps

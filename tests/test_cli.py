@@ -11,17 +11,9 @@ from click.testing import CliRunner
 from made import config_of
 
 import cli
-import cli_door
+from runtime.recipes import read_recipe
 from sdxl.lora_formats import KOHYA, LORA
-from train.recipe import read_recipe
 from train.report import describe_result
-
-
-@pytest.fixture(autouse=True)
-def _keep_signals_and_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli_door.signal, "signal", lambda *_: None)
-    monkeypatch.setattr(cli_door.warnings, "simplefilter", lambda *_: None)
-    monkeypatch.setattr(cli_door.warnings, "filterwarnings", lambda *_, **__: None)
 
 
 def run(*arguments: Any) -> tuple[int, str]:
@@ -139,7 +131,7 @@ def test_recipes_that_editors_and_accidents_leave(cache: Path, base: Path, tmp_p
     recipe = tmp_path / "recipe.toml"
     common = ["train", cache, "--base", base, "--out", tmp_path / "run", "--config", recipe]
     recipe.write_bytes(b"\xef\xbb\xbfsteps = 2\n")  # a byte order mark
-    assert read_recipe(recipe) == {"steps": 2}
+    assert read_recipe(recipe, ["steps"]) == {"steps": 2}
     for bad, words in {
         "batch-size = 1\nbatch_size = 2": "batch-size is there twice",
         "batchsize = 1": "unknown option batchsize (did you mean batch-size",
@@ -289,7 +281,7 @@ def test_generate_counts_and_takes_several_loras(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Other GPUs would be sent this very command line, which is not generate's.
-    monkeypatch.setattr("processes.gpus.num_processes", lambda *_: 8)
+    monkeypatch.setattr("runtime.workers.num_processes", lambda *_: 8)
     common = ["generate", "--base", base, "--out", tmp_path / "out", "--size", 64]
     common += ["--prompt", "a cat", "--num-steps", 1]
     code, output = run(*common)

@@ -15,7 +15,6 @@ from runs import run as train
 from safetensors import safe_open
 
 import cli
-import cli_door
 import infer.export
 import infer.export_model
 from infer.export import export
@@ -326,8 +325,7 @@ def test_beyond_fp16_is_refused(base: Path, tmp_path: Path) -> None:
     assert not out.exists()
 
 
-def test_the_door(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli_door.signal, "signal", lambda *_: None)
+def test_the_command(base: Path, tmp_path: Path) -> None:
     made_lora(base, tmp_path, rank=4, alpha=16.0)
     out = tmp_path / "for-ui.safetensors"
     arguments = ["export", str(tmp_path), "--base", str(base), "--out", str(out)]

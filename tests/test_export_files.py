@@ -10,8 +10,8 @@ from loras import made_lora
 import infer.export_files
 from infer.export import export
 from infer.export_settings import ExportSettings
-from processes.lock import locked
 from runtime.files import aside_of
+from runtime.locks import locked
 from sdxl.lora_formats import LORA
 
 COMMON: dict[str, Any] = {"merge": True, "overwrite": True}

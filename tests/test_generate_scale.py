@@ -30,7 +30,7 @@ from infer.models import TEXT, UNET, VAE, Models
 from infer.pictures import stale_because
 from infer.plan import make_batches, plan_drawings
 from infer.settings import GenerateSettings
-from processes.lock import locked
+from runtime.locks import locked
 from sdxl.conditioning import TextEncoders
 from sdxl.load import load_vae
 from sdxl.prompts import Prompt

@@ -1,6 +1,7 @@
 """The house rules that can be tested: who imports whom, and what the door loads."""
 
 import ast
+import signal
 import subprocess
 import sys
 import tomllib
@@ -10,16 +11,15 @@ from pathlib import Path
 import pytest
 
 import cli
-import cli_door
+from runtime.errors import handle_errors
 
 ROOT = Path(__file__).parent.parent
-ROOMS = {"precompute", "train", "infer", "shards", "sdxl", "processes", "runtime"}
+ROOMS = {"precompute", "train", "infer", "shards", "sdxl", "runtime"}
 ROOMS |= {"cli", "tools", "tests", "benchmarks"}
 ALLOWED = {
-    "precompute": {"shards", "sdxl", "processes", "runtime"},
-    "train": {"shards", "sdxl", "processes", "runtime"},
-    "infer": {"sdxl", "processes", "runtime"},
-    "processes": {"runtime"},
+    "precompute": {"shards", "sdxl", "runtime"},
+    "train": {"shards", "sdxl", "runtime"},
+    "infer": {"sdxl", "runtime"},
     "shards": {"runtime"},
     "sdxl": {"runtime"},
     "runtime": set(),
@@ -46,11 +46,11 @@ def test_each_room_imports_only_those_it_may(room: str) -> None:
         assert imported(path) <= ALLOWED[room] | {room}, path
 
 
-def test_the_door_imports_stages_inside_its_commands_only() -> None:
+def test_cli_imports_stages_inside_its_commands_only() -> None:
     tree = ast.parse((ROOT / "cli.py").read_text())
     outside = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
     modules = {getattr(n, "module", None) or n.names[0].name for n in outside}
-    assert not {module.split(".")[0] for module in modules} & ROOMS
+    assert {module.split(".")[0] for module in modules} & ROOMS <= {"runtime"}
 
 
 @pytest.mark.parametrize("command", ["", *cli.commands.commands])
@@ -86,10 +86,19 @@ def test_constraints_pin_every_direct_dependency() -> None:
 
 
 @pytest.mark.parametrize("room", ALLOWED)
-def test_the_door_says_the_warnings_of_every_room(
-    room: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cli_door.signal, "signal", lambda *_: None)
-    with warnings.catch_warnings(), cli_door.door(debug=False):
+def test_warnings_of_every_room_are_printed(room: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with handle_errors(debug=False):
         warnings.warn_explicit("look", UserWarning, "x.py", 1, module=f"{room}.x")
     assert capsys.readouterr().err == "Warning: look\n"
+
+
+def test_a_command_puts_signals_and_warnings_back() -> None:
+    before, filters, show = (
+        signal.getsignal(signal.SIGTERM),
+        [*warnings.filters],
+        warnings.showwarning,
+    )
+    with handle_errors(debug=False):
+        assert signal.getsignal(signal.SIGTERM) != before and warnings.showwarning != show
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert [*warnings.filters] == filters and warnings.showwarning == show

@@ -2,9 +2,7 @@
 
 import re
 import shutil
-import signal
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +20,6 @@ from shards.sample import Sample
 from tests.conftest import Encode
 from tests.made import made_sample, write_cache
 from tools.draw_pictures import draw_pictures
-
-
-@pytest.fixture(autouse=True)
-def _keep_signals() -> Iterator[None]:
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
 
 
 def inspect(*arguments: Any) -> Result:

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 import cli
-import cli_door
 from tools.miniature.data import fresh_prompts, write_prior_set, write_sample_set
 from tools.miniature.drawing import NEW_SHAPES, OLD_SHAPES
 from tools.miniature.score import Score, drawn_pictures, score
@@ -26,13 +25,6 @@ V_PREDICTION = (
 )
 SEED = 70  # of the prompts that are scored; the settings were chosen by those of seed 60
 Draw = Callable[..., Score]
-
-
-@pytest.fixture(autouse=True)
-def _keep_signals_and_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli_door.signal, "signal", lambda *_: None)
-    monkeypatch.setattr(cli_door.warnings, "simplefilter", lambda *_: None)
-    monkeypatch.setattr(cli_door.warnings, "filterwarnings", lambda *_, **__: None)
 
 
 def do(command: str) -> None:

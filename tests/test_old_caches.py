@@ -2,8 +2,6 @@
 
 import hashlib
 import shutil
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,13 +11,6 @@ from cli import commands
 from shards import CacheError
 from shards.index import MAGIC, NAME, SHA_BYTES, Index
 from shards.manifest import MANIFEST
-
-
-@pytest.fixture(autouse=True)
-def _the_handler_is_put_back() -> Iterator[None]:
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
 
 
 def run(*arguments: object) -> Result:

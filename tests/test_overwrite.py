@@ -16,8 +16,8 @@ from runs import config_of, losses, run
 
 import train.loop
 import train.run_folder
-from processes.lock import locked
 from runtime.files import PARTIAL, fsync_folder, replace_path, write_durable
+from runtime.locks import locked
 from train.config import CacheUse
 from train.distributed import World
 from train.overwrite import (

@@ -2,7 +2,6 @@
 
 import io
 import json
-import signal
 import struct
 import subprocess
 import sys
@@ -55,11 +54,7 @@ def run_encode(data_set: Path, out: Path, base: Path, *flags: str) -> Result:
     """``cli.py encode`` in this process."""
     settings = ["--resolution", "64", "--bucket-step", "16", "--batch-size", "4", "--threads", "1"]
     command = ["encode", str(data_set), "--base", str(base), "--out", str(out), *settings, *flags]
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        return CliRunner().invoke(cli.commands, command)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    return CliRunner().invoke(cli.commands, command)
 
 
 def rejected(cache: Path) -> dict[str, str]:

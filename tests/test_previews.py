@@ -22,7 +22,6 @@ from PIL import Image
 from torch.distributed.fsdp import fully_shard
 
 import cli
-import cli_door
 from precompute.pictures.images import open_picture, render
 from precompute.prompts import change_prompts
 from sdxl.latent_rgb import LatentSums, latents_to_rgb
@@ -82,12 +81,8 @@ def unet(base: Path) -> Any:
 
 
 def run(*arguments: Any) -> tuple[int, str]:
-    """Exit code and output of a command, which changes signals and warnings in a process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli_door.signal, "signal", lambda *_: None)
-        patch.setattr(cli_door.warnings, "simplefilter", lambda *_: None)
-        patch.setattr(cli_door.warnings, "filterwarnings", lambda *_, **__: None)
-        result = CliRunner().invoke(cli.commands, [str(argument) for argument in arguments])
+    """Exit code and output of a command."""
+    result = CliRunner().invoke(cli.commands, [str(argument) for argument in arguments])
     return result.exit_code, result.output
 
 

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from processes.crew import Crew
-from processes.gpus import check_gpus, num_processes
+from runtime.workers import WorkQueue, check_gpus, num_processes
 
 WORLD = 3
 
@@ -22,19 +21,19 @@ WORLD = 3
 def _work(rank: int, port: int, out: Path) -> None:
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(WORLD), **address})
-    crew = Crew()
-    if crew.is_main:
+    queue = WorkQueue()
+    if queue.is_main:
         time.sleep(0.3)  # the others wait for the plan
-        crew.tell("plan", "abc")
-    heard = "abc" if crew.is_main else crew.hear("plan")
+        queue.publish("plan", "abc")
+    heard = "abc" if queue.is_main else queue.wait_for("plan")
     taken = []
-    for number in crew.claim("work", 20):
+    for number in queue.claim("work", 20):
         taken.append(number)
         time.sleep(0.05 if rank == 0 else 0.005)  # a slow process takes fewer
-        crew.add("sum", number)
-    told = crew.gather("taken", json.dumps(taken))
-    if crew.is_main:
-        assert crew.add("sum", 0) == sum(range(20))
+        queue.add("sum", number)
+    told = queue.gather("taken", json.dumps(taken))
+    if queue.is_main:
+        assert queue.add("sum", 0) == sum(range(20))
     (out / f"{rank}.json").write_text(json.dumps([heard, taken, told]))
 
 
@@ -43,7 +42,7 @@ def test_each_piece_of_work_is_taken_once_and_a_slow_process_takes_fewer(tmp_pat
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["processes.crew"])
+    context.set_forkserver_preload(["runtime.workers"])
     ranks = [context.Process(target=_work, args=(rank, port, tmp_path)) for rank in range(WORLD)]
     for process in ranks:
         process.start()
@@ -66,7 +65,7 @@ time.sleep(300)
 """
 WORKER = """
 import time
-from processes.orphans import end_with_launcher
+from runtime.workers import end_with_launcher
 end_with_launcher()
 print("at work", flush=True)
 time.sleep(300)
@@ -84,18 +83,18 @@ def test_a_process_ends_when_its_launcher_is_killed() -> None:
 
 def test_one_process_alone_takes_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    crew = Crew()
-    crew.tell("plan", "abc")
-    assert [*crew.claim("work", 3)] == [0, 1, 2]
-    assert crew.is_main and crew.gather("x", "y") == ["y"]
-    assert [crew.add("sum", 2), crew.add("other", 1), crew.add("sum", 3)] == [2, 1, 5]
+    queue = WorkQueue()
+    queue.publish("plan", "abc")
+    assert [*queue.claim("work", 3)] == [0, 1, 2]
+    assert queue.is_main and queue.gather("x", "y") == ["y"]
+    assert [queue.add("sum", 2), queue.add("other", 1), queue.add("sum", 3)] == [2, 1, 5]
 
 
 def test_a_world_without_a_rank_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(ValueError, match="torchrun"):
-        Crew()
+        WorkQueue()
 
 
 @pytest.mark.parametrize("bad", ["0", "-1", "two", "1.5", "", "²"])

@@ -3,10 +3,9 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,15 +58,13 @@ Train = Callable[..., Result]
 
 
 @pytest.fixture
-def run_train(cache: Path, tmp_path: Path) -> Iterator[Train]:
-    """``cli.py train`` in this process; the door's signal handler is taken back after."""
-    before = signal.getsignal(signal.SIGTERM)
+def run_train(cache: Path, tmp_path: Path) -> Train:
+    """``cli.py train`` in this process."""
 
     def run(base: Path | str, *more: str) -> Result:
         return CliRunner().invoke(commands, train_command(cache, base, tmp_path / "run", *more))
 
-    yield run
-    signal.signal(signal.SIGTERM, before)
+    return run
 
 
 @pytest.fixture

@@ -33,6 +33,7 @@ import train.checkpoint
 import train.loop
 import train.weights
 from runtime.files import unseal
+from runtime.signals import Stopped
 from train.checkpoint import newest_checkpoint, read_state
 from train.config import CacheUse, Every
 from train.log import cut_metrics
@@ -105,7 +106,7 @@ def test_with_everything_on_random_stops_leave_no_trace(
     for name, stops in plans.items():
         for number, stop in enumerate(stops):
             act = dice.choice([stop_by(signal.SIGTERM), stop_by(signal.SIGINT), die])
-            with at_step(stop, act), pytest.raises((SystemExit, Died)):
+            with at_step(stop, act), pytest.raises((Stopped, Died)):
                 run(two_caches, base, tmp_path / name, **settings, resume=number > 0)
         run(two_caches, base, tmp_path / name, **settings, resume=True)
         assert_same_run(whole, tmp_path / name)
@@ -155,7 +156,7 @@ def test_each_kind_of_run_is_bit_equal(cache: Path, base: Path, tmp_path: Path, 
     if settings.get("optimizer") == "prodigy":
         settings["lr"] = None
     run(cache, base, tmp_path / "one", **settings)
-    with at_step(2, stop_by(signal.SIGTERM)), pytest.raises(SystemExit):
+    with at_step(2, stop_by(signal.SIGTERM)), pytest.raises(Stopped):
         run(cache, base, tmp_path / "two", **settings)
     run(cache, base, tmp_path / "two", **settings, resume=True)
     assert_same_run(tmp_path / "one", tmp_path / "two")
@@ -168,7 +169,7 @@ def test_a_run_that_began_with_a_lora_file_is_bit_equal(
     lora = run(cache, base, tmp_path / "first", steps=2, adapter="dora", rank=4, alpha=3.0)
     settings: dict[str, Any] = {"steps": 4, "init_lora": lora}
     run(cache, base, tmp_path / "one", **settings)
-    with at_step(2, stop_by(signal.SIGINT)), pytest.raises(SystemExit):
+    with at_step(2, stop_by(signal.SIGINT)), pytest.raises(Stopped):
         run(cache, base, tmp_path / "two", **settings)
     lora.rename(tmp_path / "gone")
     with pytest.warns(UserWarning, match=f"{lora}: cannot be read, and is not needed"):

@@ -11,7 +11,6 @@ import torch
 from click.testing import CliRunner
 
 import cli
-import cli_door
 from sdxl import BaseError
 from sdxl.load import load_text_encoders, load_tokenizers, load_unet, load_vae
 from sdxl.original import PREFIXES
@@ -20,13 +19,6 @@ from tests.test_promise import TOKENIZERS
 
 BLOCK = PREFIXES["unet"] + "input_blocks.1.0."
 LAYER = PREFIXES["text_encoder_2"] + "transformer.resblocks.0."
-
-
-@pytest.fixture(autouse=True)
-def _keep_signals_and_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli_door.signal, "signal", lambda *_: None)
-    monkeypatch.setattr(cli_door.warnings, "simplefilter", lambda *_: None)
-    monkeypatch.setattr(cli_door.warnings, "filterwarnings", lambda *_, **__: None)
 
 
 @pytest.fixture(scope="module")

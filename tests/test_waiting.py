@@ -10,7 +10,7 @@ from diffusers import UNet2DConditionModel
 from made import WAYS, config_of, learner_of, made_batch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sdxl.device import Precision
+from runtime.devices import Precision
 from train.distributed import World
 from train.ema import Ema
 from train.learner import Learner, losses_by_quarter, train_step

@@ -3,7 +3,7 @@
 import math
 from typing import TYPE_CHECKING
 
-from processes.gpus import check_gpus
+from runtime.workers import check_gpus
 
 if TYPE_CHECKING:
     from train.config import TrainConfig

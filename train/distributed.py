@@ -1,6 +1,5 @@
 """The processes of a run: one, or those that torchrun started."""
 
-import os
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -8,8 +7,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from processes.orphans import end_with_launcher
-from sdxl.device import pick_device
+from runtime.devices import pick_device
+from runtime.workers import end_with_launcher, place
 
 LOST_SECONDS = 3  # in which the launcher, which knows what became of the lost one, ends us
 
@@ -79,16 +78,14 @@ class Vote:
 
 def start_world(device: str) -> World:
     """Join the process group that torchrun's environment names, if it does."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank, _, size = place()
     if size == 1:
         alone = World(pick_device(device))
         if alone.device.index is not None:
             torch.cuda.set_device(alone.device)
         return alone
-    if "RANK" not in os.environ:
-        raise ValueError("WORLD_SIZE is set and RANK is not: start several processes by torchrun")
     end_with_launcher()
-    rank, picked = int(os.environ["RANK"]), pick_device(device)
+    picked = pick_device(device)
     if picked.type == "cuda":
         torch.cuda.set_device(picked)
     # While one rank writes a checkpoint of 30 GB the others wait.

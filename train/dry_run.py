@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from processes.gpus import num_processes
+from runtime.workers import num_processes
 from sdxl.base import scheduler_config
 from shards.buckets import bucket_name
 from shards.plan import Plan

@@ -12,8 +12,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from runtime.devices import Precision, exact_fp32, pick_precision
 from sdxl.base import scheduler_config
-from sdxl.device import Precision, exact_fp32, pick_precision
 from sdxl.schedule import Schedule
 from shards.batches import Batch, Reader
 from shards.plan import Plan, Share

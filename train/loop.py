@@ -1,5 +1,6 @@
 """A run, in the order in which it happens."""
 
+import signal
 import time
 from collections.abc import Iterable
 from contextlib import ExitStack, closing
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 
+from runtime.signals import Stopped, StopSignals
 from shards.batches import Reader, Reading
 from shards.plan import Plan
 from shards.reader import Cache
@@ -16,7 +18,6 @@ from train.checkpoint import rotate, warn_of_space, write_checkpoint
 from train.config import Every, TrainConfig
 from train.data import open_data
 from train.distributed import LOST_SECONDS, Vote, is_lost, start_world, stop_world
-from train.interrupt import Interrupt
 from train.learner import Learner, Step, build_learner, evaluate, train_step
 from train.log import RunLog, check_wandb
 from train.memory import STATE_BYTES, advice
@@ -64,7 +65,7 @@ def train(config: TrainConfig) -> Path:
         FloatingPointError: too many steps in a row were not finite.
         MemoryError: the largest bucket does not fit; says what would make it.
         ConnectionError: another process of the run is gone.
-        SystemExit: 130 or 143, after Ctrl-C or SIGTERM and a checkpoint.
+        Stopped: after Ctrl-C or SIGTERM, and a checkpoint.
     """
     world = start_world(config.device)
     try:
@@ -197,7 +198,7 @@ def _steps(run: Run) -> None:
         _evaluate(run, 0)
         _preview(run, 0)
     vote = Vote(learner.world)
-    with closing(batches), Interrupt() as interrupt:
+    with closing(batches), StopSignals(at_once=False) as signals:
         log.resume_clock()
         for step in range(run.start.step, run.num_steps):
             lr = learning_rate(config, step, run.num_steps)
@@ -205,7 +206,7 @@ def _steps(run: Run) -> None:
             done, last = step + 1, step + 1 == run.num_steps
             at_log = last or done % config.log_every == 0
             # A rank alone must not stop: the others would wait for its gradients for ever.
-            stop = vote.any(interrupt.signal is not None)
+            stop = vote.any(signals.received is not None)
             kind = _checkpoint_kind(run, done, last, stop)
             evals = last or _is_due(run, config.eval_every, done)
             previews = _is_due(run, config.preview_every, done)
@@ -219,7 +220,7 @@ def _steps(run: Run) -> None:
             if stop and not last:
                 log.say(f"stopped after step {done}; --resume goes on from its checkpoint")
                 vote.close()
-                raise SystemExit(interrupt.exit_code)
+                raise Stopped(signals.received or signal.SIGTERM)
         vote.close()
 
 

@@ -16,8 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import group_norm, layer_norm
 from torch.overrides import TorchFunctionMode
 
+from runtime.devices import DTYPES
 from sdxl.base import model_config
-from sdxl.device import PRECISIONS
 from sdxl.lora_files import num_lora_parameters
 from shards.buckets import Size
 from train.adapters import add_adapter, spare_casts, trainable
@@ -183,7 +183,7 @@ class Estimator:
         name = config.precision
         if not self.on_cuda and not config.allow_cpu_bf16:
             name = "fp32"
-        return PRECISIONS["bf16" if name == "auto" else name]
+        return DTYPES["bf16" if name == "auto" else name]
 
     def _checkpoints(self, config: TrainConfig) -> bool:
         asked = config.gradient_checkpointing

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from runtime.devices import pick_precision
 from runtime.files import content_digest
 from sdxl.base import component_path, scheduler_config
-from sdxl.device import pick_precision
 from sdxl.fingerprint import file_digest, weights_digest
 from sdxl.lora_formats import LORA, find_lora
 from shards.plan import Plan, Share

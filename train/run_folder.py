@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from processes.lock import locked
 from runtime.files import DIGEST, PARTIAL, canonical_json, seal, unseal, write_durable, writing
+from runtime.locks import locked
 from sdxl.card import base_name
 from shards.plan import Plan
 from train.adapters import trainable

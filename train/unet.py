@@ -10,7 +10,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from sdxl.device import Precision
+from runtime.devices import Precision
 from sdxl.load import load_unet
 from train.adapters import add_adapter, spare_casts
 from train.config import TrainConfig

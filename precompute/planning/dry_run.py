@@ -12,9 +12,9 @@ from precompute.planning.room import Sizer, check_room
 from precompute.planning.scan import Notes
 from precompute.report import summarise
 from precompute.settings import EncodeSettings
+from runtime.devices import pick_device
 from runtime.files import format_bytes, free_bytes
 from sdxl.conditioning import room
-from sdxl.device import pick_device
 from sdxl.load import load_tokenizers
 from sdxl.prompts import read_prompts
 from shards.buckets import bucket_name

@@ -22,7 +22,7 @@ from precompute.pictures.refusals import PictureError, explain
 from precompute.pictures.variants import plan_variants
 from precompute.planning.placement import Planned, picture_mark
 from precompute.settings import EncodeSettings
-from precompute.threads import num_cores
+from runtime.devices import num_cores
 from runtime.files import open_regular, read_checked, user_cache, write_checked
 from shards.buckets import Geometry, Size, bucket_sizes, cover, nearest_bucket, stretch
 from shards.reader import read_ahead

@@ -13,6 +13,8 @@ from typing import Any, Literal
 import click
 from click.core import ParameterSource
 
+from runtime.recipes import read_recipe
+
 LIMIT = 2**64  # of whole numbers: the largest that any option takes is a 64-bit seed
 _PATHS_AS_TEXT = ("base", "vae")  # a path or a hub id, which is kept as the text that was given
 
@@ -127,7 +129,7 @@ class StageCommand(click.Command):
             if ctx.get_parameter_source(name) == ParameterSource.COMMANDLINE
         }
         if recipe is not None:
-            for name, value in import_module("train.recipe").read_recipe(recipe).items():
+            for name, value in read_recipe(recipe, self._options).items():
                 if _RIVALS.get(name) not in given:
                     given.setdefault(name, _from_toml(self._options[name], value, recipe, ctx))
         for one in fields(self.settings):

@@ -1,13 +1,17 @@
-"""Where to compute, and in which precision."""
+"""Where to compute, in which precision, and with how many threads."""
 
 import os
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
-PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+from runtime.workers import place
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}  # options' names
 
 
 def exact_fp32() -> None:
@@ -32,10 +36,11 @@ def pick_device(name: str) -> torch.device:
     known = re.fullmatch(r"(cuda|mps|cpu)(:\d+)?", name)
     if not known or not available[known[1]]:
         raise ValueError(f"--device {name}: torch finds no such device here")
-    if known[1] == "cuda" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    this = place()
+    if known[1] == "cuda" and this.size > 1:
         if known[2]:
             raise ValueError(f"--device {name} is one GPU for several processes; give cuda")
-        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        name = f"cuda:{this.local_rank}"
     return torch.device(name)
 
 
@@ -59,4 +64,22 @@ def pick_precision(
             warnings.warn(f"--precision {name} on a CPU: computing in fp32 instead", stacklevel=2)
         name = "fp32"
     half = name != "fp32"
-    return Precision(dtype=PRECISIONS[name], autocast=half, scaler=name == "fp16")
+    return Precision(dtype=DTYPES[name], autocast=half, scaler=name == "fp16")
+
+
+def num_cores() -> int:
+    """CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@contextmanager
+def num_threads(number: int) -> Iterator[None]:
+    """Compute with so many threads, whatever the environment or a launcher said."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -6,12 +6,11 @@ import click
 import pytest
 from safetensors import SafetensorError
 
-import cli_door
+from runtime.errors import echo, handle_errors
 
 
-def leave(error: BaseException, monkeypatch: pytest.MonkeyPatch, debug: bool = False) -> str:
-    monkeypatch.setattr(cli_door.signal, "signal", lambda *_: None)
-    with pytest.raises(click.ClickException) as caught, cli_door.door(debug):
+def leave(error: BaseException, debug: bool = False) -> str:
+    with pytest.raises(click.ClickException) as caught, handle_errors(debug):
         raise error
     return f"{caught.value.exit_code} {caught.value.message}"
 
@@ -36,26 +35,23 @@ def leave(error: BaseException, monkeypatch: pytest.MonkeyPatch, debug: bool = F
         (ValueError("a\x1b[2Jb\nc"), "2 a\\x1b[2Jb c"),
     ],
 )
-def test_an_error_is_one_line(
-    error: Exception, message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert leave(error, monkeypatch) == message
+def test_an_error_is_one_line(error: Exception, message: str) -> None:
+    assert leave(error) == message
 
 
-def test_what_is_still_good_is_added_to_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_still_good_is_added_to_the_error() -> None:
     error = OSError("no room")
     error.add_note("The checkpoints are good.")
-    assert leave(error, monkeypatch) == "1 no room. The checkpoints are good."
+    assert leave(error) == "1 no room. The checkpoints are good."
 
 
-def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli_door.signal, "signal", lambda *_: None)
-    with pytest.raises(KeyError), cli_door.door(debug=True):
+def test_debug_shows_the_traceback() -> None:
+    with pytest.raises(KeyError), handle_errors(debug=True):
         raise KeyError("x")
 
 
 def test_messages_and_warnings_cannot_command_a_terminal(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    cli_door.echo("\x1b]0;title\x07 name\n")
+    echo("\x1b]0;title\x07 name\n")
     assert capsys.readouterr().out == "\\x1b]0;title\\x07 name\n\n"

@@ -7,26 +7,19 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import click
 
+from runtime.signals import Stopped, Terminated, raise_terminated
 from runtime.text import printable
+from runtime.workers import is_main_process, process_label
 
 
 class BadInput(click.ClickException):
     exit_code = 2
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM: what Ctrl-C does, with an exit code of its own."""
-
-
-def _terminate(*_: Any) -> None:
-    raise Terminated
-
-
-def hush_libraries() -> None:
+def silence_libraries() -> None:
     """Their own chatter; their real errors reach us as exceptions. Before they are imported."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
@@ -41,20 +34,19 @@ def echo(text: str, err: bool = False) -> None:
 
 
 @contextmanager
-def door(debug: bool) -> Iterator[None]:
-    """An error leaves as one line: exit code 2 for bad input, 1 for the machine's."""
-    warnings.simplefilter("ignore")
-    if os.environ.get("RANK", "0") == "0":
-        ours = r"(precompute|train|infer|processes|runtime|shards|sdxl)\."
-        warnings.filterwarnings("default", module=ours)
-    warnings.showwarning = lambda message, *_, **__: echo(f"Warning: {message}", err=True)
-    signal.signal(signal.SIGTERM, _terminate)
+def handle_errors(debug: bool) -> Iterator[None]:
+    """An error leaves as one line: exit code 2 for bad input, 1 for the machine's. Warnings of our
+    own code are printed; the filters and the signal handler of before are put back."""
+    before = signal.signal(signal.SIGTERM, raise_terminated)
     try:
-        yield
+        with _printed_warnings():
+            yield
     except click.ClickException:
         raise  # it is a message already
+    except Stopped as stop:
+        sys.exit(stop.exit_code)  # the run has said where it can be resumed
     except KeyboardInterrupt as stop:
-        if os.environ.get("RANK", "0") == "0":
+        if is_main_process():
             echo(" ".join(["\nInterrupted.", *getattr(stop, "__notes__", [])]), err=True)
         sys.exit(143 if isinstance(stop, Terminated) else 130)
     except Exception as error:
@@ -64,7 +56,20 @@ def door(debug: bool) -> Iterator[None]:
         text, notes = describe_error(error), getattr(error, "__notes__", [])
         period = "." if notes and not text.endswith(".") else ""
         said = " ".join([text + period, *notes])
-        raise kind(printable(_rank() + " ".join(said.split()))) from error
+        raise kind(printable(process_label() + " ".join(said.split()))) from error
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+@contextmanager
+def _printed_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if is_main_process():
+            ours = r"(precompute|train|infer|runtime|shards|sdxl)\."
+            warnings.filterwarnings("default", module=ours)
+        warnings.showwarning = lambda message, *_, **__: echo(f"Warning: {message}", err=True)
+        yield
 
 
 def describe_error(error: Exception) -> str:
@@ -82,9 +87,3 @@ def describe_error(error: Exception) -> str:
     if type(error).__name__ == "SafetensorError":
         return f"a safetensors file cannot be read or written: {text}"
     return f"unexpected {type(error).__name__}: {text}; --debug shows where it happened"
-
-
-def _rank() -> str:
-    """Who says it, where several processes might."""
-    rank = os.environ.get("RANK", "0")
-    return "" if rank == "0" else f"process {rank}: "

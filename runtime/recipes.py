@@ -1,18 +1,18 @@
-"""A run's settings from a TOML file."""
+"""Options from a TOML file: ``train --config``."""
 
-from dataclasses import fields
+from collections.abc import Collection
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from runtime.toml import parse_toml
-from train.config import TrainConfig
 
 MAX_BYTES = 1_000_000
 
 
-def read_recipe(path: Path) -> dict[str, Any]:
-    """Options from a TOML file, by their names with ``-`` or ``_``.
+def read_recipe(path: Path, known: Collection[str]) -> dict[str, Any]:
+    """Options from a TOML file, by their names with ``-`` or ``_``; ``known`` are the names, with
+    ``_``, that there are.
 
     Raises:
         ValueError: unreadable, an option that stands there twice, or a key that is no option (the
@@ -27,8 +27,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
                 "keep one of the two"
             )
         values[name] = value
-    known = {one.name for one in fields(TrainConfig)}
-    if unknown := sorted(set(values) - known):
+    if unknown := sorted(set(values) - set(known)):
         near = get_close_matches(unknown[0], known, n=3)
         hint = f"did you mean {' or '.join(map(_written, near))}? " if near else ""
         names = ", ".join(sorted(map(_written, known)))

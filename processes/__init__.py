@@ -1,1 +1,0 @@
-"""Several processes of one command: started by ``--gpus`` or torchrun, sharing out the work."""

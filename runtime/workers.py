@@ -1,0 +1,233 @@
+"""Several processes of one command: started by ``--gpus`` or torchrun, sharing out the work.
+
+Imports no torch until processes are counted, started or joined: the command line looks here first.
+"""
+
+import logging
+import os
+import re
+import signal
+import sys
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import fields
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+LAUNCHER = "SHARDTUNE_LAUNCHER"  # environment variable with our own launcher's process id
+SHUTDOWN_SECONDS = 120  # for the last checkpoint, before a process that was told to stop is killed
+ORPHAN_SECONDS = 0.5  # between looks at the launcher
+POLL_SECONDS = 0.1  # Python's signal handlers do not run inside a blocking wait
+MIN_ON_CPU = 4  # processes that any machine may try
+
+
+# Which process this is.
+
+
+class Place(NamedTuple):
+    """This process among ``size``; ``local_rank`` is its number on this machine."""
+
+    rank: int = 0
+    local_rank: int = 0
+    size: int = 1
+
+
+def place() -> Place:
+    """What torchrun's environment variables say of this process.
+
+    Raises:
+        ValueError: WORLD_SIZE is set and RANK is not.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return Place()
+    if "RANK" not in os.environ:
+        raise ValueError("WORLD_SIZE is set and RANK is not: start several processes by torchrun")
+    return Place(int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0")), size)
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that prints."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def process_label() -> str:
+    """What precedes a message of a process that is not the main one: ``process 1: ``."""
+    return "" if is_main_process() else f"process {os.environ['RANK']}: "
+
+
+# Starting several: --gpus.
+
+
+def check_gpus(gpus: str | None) -> None:
+    """Refuse what is neither a number from 1 on nor ``auto``; None is one process.
+
+    Raises:
+        ValueError: names the value.
+    """
+    is_count = gpus is not None and re.fullmatch("[0-9]{1,6}", gpus) and int(gpus) > 0
+    if gpus not in (None, "auto") and not is_count:
+        raise ValueError(f"--gpus takes a number from 1 on, or auto, not {gpus}")
+
+
+def num_processes(gpus: str | None, device: str) -> int:
+    """How many processes this one should start: 1 where it is to do the work itself.
+
+    Raises:
+        ValueError: more than there are GPUs.
+    """
+    if gpus is None or "RANK" in os.environ:
+        return 1
+    import torch
+
+    num_gpus = torch.cuda.device_count() if device in ("auto", "cuda") else 0
+    if gpus == "auto":
+        return max(1, num_gpus)
+    asked = int(gpus)
+    if num_gpus and asked > num_gpus:
+        raise ValueError(f"--gpus {asked}: this machine has {num_gpus}")
+    if not num_gpus and asked > (num_cores := os.cpu_count() or 1) and asked > MIN_ON_CPU:
+        raise ValueError(f"--gpus {asked}: this machine has no GPU, and {num_cores} CPU cores")
+    return asked
+
+
+def launch(num: int) -> None:
+    """Run this very command in ``num`` processes by torch's own launcher, to its end.
+
+    Raises:
+        SystemExit: with the exit code of the process that failed first, whose message stands
+            above; 130 or 143 after Ctrl-C or SIGTERM.
+    """
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    # Older versions of torch have no shutdown_timeout: there it is 30 seconds.
+    options: dict[str, Any] = {"shutdown_timeout": SHUTDOWN_SECONDS}
+    known = {field.name for field in fields(LaunchConfig)}
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=num,
+        run_id=str(uuid.uuid4()),
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        logs_specs=DefaultLogsSpecs(),
+        **{name: value for name, value in options.items() if name in known},
+    )
+    os.environ[LAUNCHER] = str(os.getpid())
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num)))
+    for part in ("", ".agent.server.api"):  # we report it below
+        logging.getLogger("torch.distributed.elastic" + part).setLevel(logging.CRITICAL)
+    try:
+        elastic_launch(config, sys.executable)(*sys.argv)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        code = failure.exitcode
+        if code < 0:
+            name = signal.Signals(-code).name
+            remark = " (most likely out of memory)" if -code == signal.SIGKILL else ""
+            print(f"Error: process {rank} was killed by {name}{remark}", file=sys.stderr)
+        elif code not in (130, 143):
+            reason = f"process {rank} failed with exit code {code}; its message stands above"
+            print(f"Error: {reason}", file=sys.stderr)
+        raise SystemExit(code if code > 0 else 1) from None
+    except SignalException as error:
+        raise SystemExit(128 + error.sigval) from None
+
+
+def end_with_launcher() -> None:
+    """From here on, stop this process when the one that started it is gone: as SIGTERM does, with a
+    checkpoint, and if that takes too long, at once. No-op unless a launcher of torch started it.
+
+    A launcher that is killed outright (by the system when memory runs out, by a scheduler) cannot
+    end its processes: they would train on, hold the GPUs and write into the run's folder.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        launcher = int(os.environ.get(LAUNCHER, os.getppid()))
+        threading.Thread(target=_watch, args=(launcher,), daemon=True).start()
+
+
+def _watch(launcher: int) -> None:
+    while os.getppid() == launcher:  # an orphan gets another parent, whatever the system
+        time.sleep(ORPHAN_SECONDS)
+    if is_main_process():
+        with suppress(OSError, ValueError):  # stderr may be gone too
+            print("Error: the launcher was killed, so its processes stop", file=sys.stderr)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(SHUTDOWN_SECONDS)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+# Sharing out the work.
+
+
+class WorkQueue:
+    """The processes of one command that share out its work; alone, or started by torchrun.
+
+    They meet in the key-value store of torch's launcher, not in collectives: work is claimed piece
+    by piece, so that a slow process takes fewer, and none waits for another that is busy.
+
+    Raises:
+        ValueError: WORLD_SIZE is set and RANK is not.
+    """
+
+    def __init__(self) -> None:
+        self.rank, _, self.size = place()
+        self._store: Any = None
+        self._sums: Counter[str] = Counter()  # of a process alone
+        if self.size > 1:
+            import torch.distributed
+
+            end_with_launcher()
+            distributed: Any = torch.distributed  # whose stubs hide what its manual names
+            store, _, _ = next(distributed.rendezvous("env://", timeout=timedelta(minutes=5)))
+            self._store = distributed.PrefixStore("work", store)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def publish(self, name: str, value: str) -> None:
+        """Give ``value`` to the others, once per ``name``."""
+        if self._store is not None:
+            self._store.set(name, value)
+
+    def wait_for(self, name: str) -> str:
+        """What was published as ``name``, as soon as it is."""
+        while not self._store.check([name]):
+            time.sleep(POLL_SECONDS)
+        return bytes(self._store.get(name)).decode()
+
+    def add(self, name: str, num: int) -> int:
+        """Add to the counter ``name`` that all share (0 at first); its value afterwards."""
+        if self._store is None:
+            self._sums[name] += num
+            return self._sums[name]
+        return int(self._store.add(name, num))
+
+    def claim(self, name: str, num: int) -> Iterator[int]:
+        """Numbers below ``num``, in order; each goes to one of the processes that ask.
+
+        A number is claimed when it is asked for: no sooner than the one before it is done.
+        """
+        if self._store is None:
+            yield from range(num)
+            return
+        while (number := self._store.add(f"{name}/claimed", 1) - 1) < num:
+            yield number
+
+    def gather(self, name: str, value: str) -> list[str]:
+        """What every process publishes as ``name``, in rank order, for the main one, which waits
+        for all; the others get nothing and continue."""
+        if self._store is None:
+            return [value]
+        self.publish(f"{name}/{self.rank}", value)
+        if not self.is_main:
+            return []
+        return [self.wait_for(f"{name}/{rank}") for rank in range(self.size)]
