@@ -1,8 +1,9 @@
 #!/usr/bin/env python
-"""The door. Each stage is imported inside its command, so that ``--help`` is quick."""
+"""The command line. Each stage is imported inside its command, so that ``--help`` is quick."""
 
 import os
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import click
 
 from runtime.errors import echo, handle_errors, silence_libraries
-from runtime.options import FilePath, PathText, StageCommand
+from runtime.options import Commands, FilePath, PathText, StageCommand
 from runtime.workers import is_main_process, launch, num_processes
 
 
@@ -41,7 +42,30 @@ def _launched(settings: Any) -> bool:
     return num > 1
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+def _print_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    if value:
+        project = tomllib.loads((Path(__file__).parent / "pyproject.toml").read_text())["project"]
+        click.echo(f"shardtune {project['version']}")
+        ctx.exit()
+
+
+@click.group(
+    cls=Commands,
+    panels={
+        "The three stages": "encode train generate",
+        "To begin with": "demo download",
+        "Caches and weights": "inspect verify prompts export",
+    },
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.option(
+    "--version",
+    is_flag=True,
+    expose_value=False,
+    is_eager=True,
+    callback=_print_version,
+    help="Print the version, then exit.",
+)
 def commands() -> None:
     """Fine-tune SDXL from precomputed shards: encode once, train, generate."""
     silence_libraries()
@@ -51,12 +75,13 @@ def commands() -> None:
 
 @stage("encode", "precompute.settings:EncodeSettings")
 def encode(ctx: click.Context, debug: bool, **values: Any) -> None:
-    """Encode the captioned pictures of the folder DATASET into a cache of shards.
+    """Encode a folder of captioned images into a cache of shards.
 
     DATASET holds x.jpg beside x.txt or x.caption, in folders or in webdataset tars; or a
-    captions.jsonl or metadata.jsonl (file_name, text, weight, repeats, mask). A mask lies beside
-    its picture as x.mask.png or x-masklabel.png. With train/ and val/ in it, each becomes a cache
-    of its own. Run again, it goes on where it was.
+    captions.jsonl or metadata.jsonl (file_name, text, weight, repeats, mask). The mask of an image
+    lies beside it as x.mask.png or x-masklabel.png. With train/ and val/ in DATASET, each becomes a
+    cache of its own. The same command continues an interrupted encode, and updates a finished
+    cache.
     """
     with handle_errors(debug):
         settings = _settings(ctx, values)
@@ -99,16 +124,18 @@ def encode(ctx: click.Context, debug: bool, **values: Any) -> None:
 @click.option(
     "--tokenizers",
     type=FilePath(),
-    help="As of encode: needed with a single file whose tokenizers the hub's cache does not have.",
+    help="Tokenizers as for encode; needed with a single file if the hub's cache has none.",
 )
-@click.option("--device", default="auto", show_default=True, help="auto, cuda, cuda:N, mps or cpu.")
+@click.option(
+    "--device", default="auto", show_default=True, help="Device: auto, cuda, cuda:N, mps or cpu."
+)
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def prompts(
     cache: Path, file: Path, base: str, tokenizers: Path | None, device: str, debug: bool
 ) -> None:
-    """Replace the preview prompts of CACHE by those of FILE (syntax: as generate's).
+    """Replace the preview prompts of CACHE by those of FILE.
 
-    The data set is not needed.
+    FILE has the syntax of generate --prompts. The dataset is not needed.
     """
     with handle_errors(debug):
         from precompute.prompts import change_prompts
@@ -122,13 +149,13 @@ def prompts(
     "--config",
     "recipe",
     type=FilePath(),
-    help="Options from a TOML file; flags win.",
+    help="Read options from a TOML file; options on the command line take precedence.",
 )
 def train(ctx: click.Context, debug: bool, recipe: Path | None, **values: Any) -> None:
     """Fine-tune a LoRA, or the whole UNet, from the shards in CACHES.
 
-    Of each cache ",weight=0.5" weighs its samples in the loss, and ",repeats=3" takes each of them
-    three times an epoch: prior pictures and other resolutions are caches of their own.
+    CACHE,weight=0.5 halves the loss of that cache's samples; CACHE,repeats=3 takes each of them
+    three times per epoch. Prior images and other resolutions are caches of their own.
     """
     with handle_errors(debug):
         config = _settings(ctx, values, recipe)
@@ -156,7 +183,10 @@ def train(ctx: click.Context, debug: bool, recipe: Path | None, **values: Any) -
 
 @stage("generate", "infer.settings:GenerateSettings")
 def generate(ctx: click.Context, debug: bool, **values: Any) -> None:
-    """Draw pictures from prompts, with a LoRA, a fine-tuned UNet, or the base alone."""
+    """Generate images from prompts.
+
+    With a LoRA, with a fine-tuned UNet, or with the base alone.
+    """
     with handle_errors(debug):
         settings = _settings(ctx, values)
         if _launched(settings):
@@ -177,11 +207,12 @@ def generate(ctx: click.Context, debug: bool, **values: Any) -> None:
 
 @stage("export", "infer.export_settings:ExportSettings")
 def export(ctx: click.Context, debug: bool, **values: Any) -> None:
-    """Write WEIGHTS in the form that other tools read; read it back, and compare.
+    """Convert WEIGHTS to a format that other tools read.
 
-    A LoRA (a file, or a run, checkpoint or peft folder) becomes a kohya file, and a kohya file one
-    of diffusers. The UNet of train --full, or with --merge a LoRA in its base, becomes one
-    original-layout file with the base's VAE and text encoders.
+    A LoRA (a file, or a run, checkpoint or peft folder) becomes a kohya file, and a kohya file
+    becomes a diffusers file. The UNet of train --full, or with --merge a LoRA in its base, becomes
+    a single file in the original layout, with the base's VAE and text encoders. What was written is
+    read back and compared.
     """
     with handle_errors(debug):
         settings = _settings(ctx, values)
@@ -193,14 +224,15 @@ def export(ctx: click.Context, debug: bool, **values: Any) -> None:
 
 @commands.command()
 @click.argument("hub_id", metavar="ID")
-@click.option("--out", type=FilePath(), required=True, help="The folder to fill.")
-@click.option("--fp16", is_flag=True, help="The fp16 weights, where there are both.")
-@click.option("--file", help="Of a repository with single-file bases: the one to take.")
+@click.option("--out", type=FilePath(), required=True, help="Folder of the base.")
+@click.option("--fp16", is_flag=True, help="Download the fp16 weights if the repository has both.")
+@click.option("--file", help="The file to download from a repository of single-file bases.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def download(hub_id: str, out: Path, fp16: bool, file: str | None, debug: bool) -> None:
-    """Download the base ID (OWNER/NAME on the Hugging Face hub) into a folder.
+    """Download an SDXL base from the Hugging Face Hub into a folder.
 
-    Configs, tokenizers and safetensors alone. Run again after an interruption it goes on there.
+    ID is OWNER/NAME. Configs, tokenizers and safetensors files are downloaded, nothing else. The
+    same command continues an interrupted download.
     """
     with handle_errors(debug):
         from sdxl.hub import download_base
@@ -215,11 +247,14 @@ def download(hub_id: str, out: Path, fp16: bool, file: str | None, debug: bool) 
     type=FilePath(file_okay=False),
     default=Path("demo-output"),
     show_default=True,
-    help="The folder for what it makes.",
+    help="Folder for the caches, the run and the images.",
 )
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def demo(out: Path, debug: bool) -> None:
-    """Teach the miniature SDXL two new shapes, on a CPU in about two minutes, and see."""
+    """Fine-tune a miniature SDXL on a CPU in two minutes.
+
+    It learns two new shapes; images before and after show it.
+    """
     with handle_errors(debug):
         from tools.miniature.demo import run_demo
 
@@ -228,10 +263,15 @@ def demo(out: Path, debug: bool) -> None:
 
 @commands.command()
 @click.argument("cache", type=FilePath())
-@click.option("--repair", is_flag=True, help="Drop what is damaged: encode makes it again.")
+@click.option(
+    "--repair", is_flag=True, help="Drop damaged samples, so that encode makes them again."
+)
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def verify(cache: Path, repair: bool, debug: bool) -> None:
-    """Hash every byte of CACHE again; name what is damaged, and exit with 1 if anything is."""
+    """Check every byte of CACHE against its hashes.
+
+    Names each damaged file and sample; the exit code is 1 if there is any.
+    """
     with handle_errors(debug):
         from cli_caches import parts_of, verify_one
 
@@ -244,11 +284,11 @@ def verify(cache: Path, repair: bool, debug: bool) -> None:
 @click.option(
     "--sheets",
     type=FilePath(file_okay=False),
-    help="Also draw the pictures of each bucket, with how they were cut, into this folder.",
+    help="Write contact sheets of each bucket, with the crops, into this folder.",
 )
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def inspect(cache: Path, sheets: Path | None, debug: bool) -> None:
-    """Say what CACHE holds: buckets, captions, recipe, statistics, what was rejected."""
+    """Describe CACHE: buckets, captions, statistics, rejected images."""
     with handle_errors(debug):
         from cli_caches import inspect_one, parts_of
 

@@ -1,43 +1,66 @@
 """What ``export`` can be told. Imports no torch: ``--help`` is made from it."""
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
+from runtime.options import option
 from sdxl.base import BASE_HELP
 
 SUFFIX = ".safetensors"
-
-
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportSettings:
     """Settings of one export."""
 
+    PANELS: ClassVar[dict[str, str]] = {
+        "Essentials": "out base merge",
+        "Form": "format dtype weight vae name overwrite",
+    }
+
     weights: Path
-    out: Path = field(
-        metadata={"help": "The .safetensors file to write; with --merge also a folder."}
+    out: Path = option(
+        MISSING,
+        "The .safetensors file to write; with --merge it may be a folder.",
+        metavar="PATH",
     )
-    base: str | None = _option(
-        None, f"{BASE_HELP} Needed for a UNet and for --merge; for a LoRA's names: SDXL itself."
+    base: str | None = option(
+        None,
+        f"{BASE_HELP} Needed for a UNet and for --merge. Default for a LoRA: SDXL.",
+        metavar="BASE",
     )
-    format: Literal["auto", "kohya", "diffusers"] = _option(
-        "auto", "Of a LoRA; auto: kohya, and of a kohya file diffusers."
+    format: Literal["auto", "kohya", "diffusers"] = option(
+        "auto",
+        "LoRA output format. auto writes kohya, or diffusers when the input is kohya.",
     )
-    merge: bool = _option(
+    merge: bool = option(
         False,
-        "Put the LoRA in the base: OUT.safetensors is a whole model, a folder OUT has its UNet.",
+        "Merge the LoRA into the base: OUT.safetensors becomes a whole model, a folder OUT "
+        "gets the UNet.",
     )
-    weight: float = _option(1.0, "--merge: the LoRA's strength.")
-    vae: str | None = _option(None, "Another VAE for a whole model: its folder, file or base.")
-    dtype: Literal["auto", "fp16", "bf16", "fp32"] = _option(
-        "auto", "auto: fp16; a LoRA file as it is."
+    weight: float = option(
+        1.0,
+        "Strength of the LoRA with --merge.",
     )
-    name: str | None = _option(None, "In the metadata; default: the name of OUT.")
-    overwrite: bool = _option(False, "Replace what is at OUT.")
+    vae: str | None = option(
+        None,
+        "Use another VAE in a whole model: its folder or file, or a base that contains it.",
+        metavar="PATH",
+    )
+    dtype: Literal["auto", "fp16", "bf16", "fp32"] = option(
+        "auto",
+        "Precision to write. auto is fp16; a LoRA file keeps its own.",
+    )
+    name: str | None = option(
+        None,
+        "Title in the metadata. Default: the name of OUT.",
+        metavar="TEXT",
+    )
+    overwrite: bool = option(
+        False,
+        "Replace what is at OUT.",
+    )
 
     def __post_init__(self) -> None:
         if self.merge and self.base is None:

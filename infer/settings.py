@@ -2,19 +2,16 @@
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
+from runtime.options import option
 from runtime.workers import check_gpus
 from sdxl.base import BASE_HELP, TOKENIZERS_HELP
 from sdxl.prompts import MAX_PIXELS, MAX_SIDE, MAX_STEPS
 
 Size = tuple[int, int]  # pixels: width and height, or left and top
-
-
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True)
@@ -48,60 +45,150 @@ class LoraUse:
 class GenerateSettings:
     """Settings of one generate run."""
 
-    base: str = field(metadata={"help": BASE_HELP})
-    out: Path = field(metadata={"help": "The folder for the pictures."})
-    prompts: Path | None = _option(
+    PANELS: ClassVar[dict[str, str]] = {
+        "Essentials": "base out prompts prompt lora unet",
+        "Images": "num_images size seed num_steps guidance_scale negative sampler "
+        "guidance_rescale original_size crop",
+        "Weights": "compare ema vae tokenizers",
+        "Output": "format",
+        "Memory and speed": "batch_size device gpus precision low_memory vae_tiling window",
+    }
+
+    base: str = option(
+        MISSING,
+        BASE_HELP,
+        metavar="BASE",
+        aliases="--pretrained-model-name-or-path --ckpt",
+    )
+    out: Path = option(
+        MISSING,
+        "Folder for the images.",
+        metavar="PATH",
+        aliases="--outdir --output-dir",
+    )
+    prompts: Path | None = option(
         None,
-        "Prompt file: .txt, one a line, # comments, options --n --w --h --d --s --l --ss "
-        "--n-images --ow --oh --cl --ct; or .jsonl, .json, .toml.",
+        "Prompt file: .txt with one prompt per line, # comments and the options --n --w --h "
+        "--d --s --l --ss --n-images --ow --oh --cl --ct; or .jsonl, .json, .toml.",
+        metavar="FILE",
+        aliases="--prompt-file --from-file",
     )
-    prompt: str | None = _option(None, "One prompt, with the same options in it.")
-    vae: str | None = _option(None, "Another VAE: its folder or file, or a base with it.")
-    tokenizers: Path | None = _option(None, TOKENIZERS_HELP)
-    lora: tuple[LoraUse, ...] = _option(
-        (), "FILE[,WEIGHT]: a LoRA file, or a run or checkpoint folder with one; several are added."
+    prompt: str | None = option(
+        None,
+        "A single prompt, which may contain the same options.",
+        metavar="TEXT",
     )
-    unet: Path | None = _option(
-        None, "A UNet folder as train --full writes it, or a run or checkpoint with one."
+    vae: str | None = option(
+        None,
+        "Use another VAE: its folder or file, or a base that contains it.",
+        metavar="PATH",
     )
-    ema: bool = _option(False, "The averaged weights of a checkpoint of a run with --ema.")
-    compare: bool = _option(
-        False, "Draw each prompt without the LoRA or the UNet too, side by side."
+    tokenizers: Path | None = option(
+        None,
+        TOKENIZERS_HELP,
+        metavar="FOLDER",
     )
-    num_images: int | None = _option(
-        None, "Pictures in all, prompts in rotation; default: one each, or its --n-images."
+    lora: tuple[LoraUse, ...] = option(
+        (),
+        "LoRA file, or a run or checkpoint folder with one; FILE,WEIGHT sets its strength. "
+        "May be given several times.",
+        aliases="--network-weights",
     )
-    size: str | None = _option(None, "N or WxH in pixels; default: the base's own.")
-    original_size: str | None = _option(
-        None, "N or WxH: the size before resizing that SDXL is told; default: the picture's."
+    unet: Path | None = option(
+        None,
+        "UNet folder as train --full writes it, or a run or checkpoint folder with one.",
+        metavar="PATH",
     )
-    crop: str = _option("0,0", "LEFT,TOP in pixels: where SDXL is told that the picture was cut.")
-    sampler: Literal["euler", "euler-a", "ddim", "ddpm", "dpm++2m"] | None = _option(
-        None, "Default: the base's own."
+    ema: bool = option(
+        False,
+        "Use the averaged weights of a checkpoint of a run with --ema.",
     )
-    num_steps: int = _option(30, "Denoising steps.")
-    guidance_scale: float = _option(5.0, "Classifier-free guidance; 1 or less: none.")
-    guidance_rescale: float = _option(
-        0.0, "0 to 1: against overexposure by guidance, e.g. 0.7 for zero-SNR bases."
+    compare: bool = option(
+        False,
+        "Generate each prompt without the LoRA or UNet too, and show both side by side.",
     )
-    negative: str | None = _option(None, "Negative prompt; default: the base's unconditional.")
-    seed: int = _option(0, "Of the first picture; each next one has one more.")
-    format: Literal["simple", "coco"] = _option(
-        "simple", "Pictures and captions.jsonl; or images/ and annotations.json in COCO's layout."
+    num_images: int | None = option(
+        None,
+        "Total number of images; prompts are used in rotation. Default: one per prompt, or "
+        "its --n-images.",
     )
-    batch_size: int = _option(4, "Pictures drawn at a time.")
-    window: int = _option(512, "Pictures between two changes of model on a small card.")
-    low_memory: bool | None = _option(
-        None, "One model at a time on the card; default: where they do not all fit."
+    size: str | None = option(
+        None,
+        "N or WxH in pixels. Default: the size of the base.",
+        metavar="N|WxH",
     )
-    vae_tiling: bool | None = _option(
-        None, "Decode in tiles, in less memory; default: above 1536x1536 pixels."
+    original_size: str | None = option(
+        None,
+        "N or WxH: original size that SDXL is conditioned on. Default: the size of the image.",
+        metavar="N|WxH",
     )
-    device: str = _option("auto", "auto, cuda, cuda:N, mps or cpu.")
-    gpus: str | None = _option("auto", "Processes to start, one a GPU: a number, or auto.")
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = _option(
+    crop: str = option(
+        "0,0",
+        "LEFT,TOP in pixels: crop position that SDXL is conditioned on.",
+        metavar="LEFT,TOP",
+    )
+    sampler: Literal["euler", "euler-a", "ddim", "ddpm", "dpm++2m"] | None = option(
+        None,
+        "Sampler. Default: that of the base.",
+    )
+    num_steps: int = option(
+        30,
+        "Number of denoising steps.",
+        aliases="--steps --num-inference-steps",
+    )
+    guidance_scale: float = option(
+        5.0,
+        "Scale of classifier-free guidance; 1 or less disables it.",
+        aliases="--cfg-scale",
+    )
+    guidance_rescale: float = option(
+        0.0,
+        "From 0 to 1: reduces overexposure by guidance, for example 0.7 for zero-SNR bases.",
+    )
+    negative: str | None = option(
+        None,
+        "Negative prompt. Default: the unconditional of the base.",
+        metavar="TEXT",
+        aliases="--negative-prompt",
+    )
+    seed: int = option(
+        0,
+        "Random seed of the first image; each further image adds 1.",
+    )
+    format: Literal["simple", "coco"] = option(
+        "simple",
+        "simple writes images and captions.jsonl; coco writes images/ and annotations.json.",
+    )
+    batch_size: int = option(
+        4,
+        "Number of images generated at a time.",
+    )
+    window: int = option(
+        512,
+        "Number of images between two changes of model on a card that cannot hold them all.",
+    )
+    low_memory: bool | None = option(
+        None,
+        "Keep one model at a time on the card. Default: if they do not all fit.",
+    )
+    vae_tiling: bool | None = option(
+        None,
+        "Decode in tiles, which takes less memory. Default: above 1536 x 1536 pixels.",
+    )
+    device: str = option(
         "auto",
-        "auto: fp16 on CUDA, else fp32. The VAE is in fp32, but where it is safe in fp16.",
+        "Device to generate on: auto, cuda, cuda:N, mps or cpu.",
+        metavar="DEVICE",
+    )
+    gpus: str | None = option(
+        "auto",
+        "Number of processes to start, one per GPU of this machine, or auto for all.",
+        metavar="N|auto",
+    )
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = option(
+        "auto",
+        "Precision of the UNet and the text encoders. auto is fp16 on CUDA, else fp32. The "
+        "VAE runs in fp32 unless it is safe in fp16.",
     )
 
     def __post_init__(self) -> None:

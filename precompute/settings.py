@@ -1,9 +1,10 @@
 """What the encode stage can be told. Imports no torch: ``--help`` is made from it."""
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
+from runtime.options import option
 from runtime.workers import check_gpus
 from sdxl.base import BASE_HELP, TOKENIZERS_HELP
 
@@ -12,82 +13,183 @@ MOST_CHUNKS = 4000  # of captions a picture: 1.3 GB in two bytes; an index count
 Dtype = Literal["fp16", "bf16", "fp32"]
 
 
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass(frozen=True, kw_only=True)
 class EncodeSettings:
     """Settings of one encode. Lengths in pixels, sizes in samples."""
 
+    PANELS: ClassVar[dict[str, str]] = {
+        "Essentials": "base out resolution dry_run",
+        "Captions": "missing_caption empty_captions caption_prefix caption_lines "
+        "shuffle_tags keep_tokens long_captions",
+        "Input": "val_share repeat_folders min_size max_rejected rehash",
+        "Size and crop": "bucket_step square squash",
+        "Variants and masks": "flip crops mask_from_alpha",
+        "Models": "vae tokenizers vae_dtype device gpus batch_size threads",
+        "Output": "dtype mean_only shard_size preview_prompts max_removed "
+        "allow_other_dataset repack",
+    }
+
     dataset: Path
-    base: str = field(metadata={"help": BASE_HELP})
-    out: Path = field(metadata={"help": "The cache folder to write."})
-    resolution: int = _option(1024, "Buckets have at most this squared as area.")
-    bucket_step: int = _option(64, "Sides of the buckets are multiples of this.")
-    square: bool = _option(False, "Shorter side to the resolution, then the centre square.")
-    squash: bool = _option(False, "Stretch every picture to a square.")
-    val_share: float = _option(0.0, "Share of the pictures, chosen by key, that becomes OUT/val.")
-    empty_captions: bool = _option(
-        False, "Keep pictures with an empty caption: they teach what no prompt means."
+    base: str = option(
+        MISSING,
+        BASE_HELP,
+        metavar="BASE",
+        aliases="--pretrained-model-name-or-path",
     )
-    missing_caption: str = _option(
-        "reject", "What a picture without a caption gets: reject, empty, or this TEXT."
+    out: Path = option(
+        MISSING,
+        "Folder of the cache.",
+        metavar="PATH",
+        aliases="--output-dir",
     )
-    caption_prefix: str = _option("", "Put before each caption, with a space.")
-    caption_lines: bool = _option(False, "Each line of a text file is a caption of its own.")
-    shuffle_tags: int = _option(0, "Cache this many orders of each caption's comma-separated tags.")
-    keep_tokens: int = _option(0, "The first tags that --shuffle-tags leaves in their place.")
-    repeat_folders: bool = _option(
-        False, "Pictures in folders named N_name are taken N times an epoch."
+    resolution: int = option(
+        1024,
+        "Target resolution: the area of a bucket is at most RESOLUTION x RESOLUTION pixels.",
     )
-    min_size: int = _option(0, "Pictures whose shorter side has fewer pixels are rejected.")
-    mask_from_alpha: bool = _option(
-        False, "A picture's own alpha is its mask, where no mask picture lies beside it."
+    bucket_step: int = option(
+        64,
+        "Sides of the buckets are multiples of this many pixels.",
+        aliases="--bucket-reso-steps",
     )
-    flip: bool = _option(False, "Cache each picture mirrored too.")
-    crops: int = _option(0, "Cache this many random crops of each picture, not its centre.")
-    long_captions: int = _option(1, "Captions have this many chunks of 77 tokens.")
-    vae: str | None = _option(None, "Another VAE: its folder or file, or a base with it.")
-    tokenizers: Path | None = _option(None, TOKENIZERS_HELP)
-    vae_dtype: Dtype = _option("fp32", "Precision of the VAE; non-finite latents: again in fp32.")
-    dtype: Dtype = _option("fp16", "Precision of the stored tensors.")
-    mean_only: bool = _option(False, "Store only the mean of the VAE's posterior.")
-    preview_prompts: Path | None = _option(
-        None, "Prompt file to draw from while training; default: the prompts the cache has."
+    square: bool = option(
+        False,
+        "Resize the shorter side to the resolution and cut out the center square.",
     )
-    device: str = _option("auto", "auto, cuda, cuda:N, mps or cpu.")
-    gpus: str | None = _option(None, "Processes, one for each GPU of this machine: N, or auto.")
-    batch_size: int | None = _option(
+    squash: bool = option(
+        False,
+        "Stretch every image to a square.",
+    )
+    val_share: float = option(
+        0.0,
+        "Share of the images, chosen by their key, that goes into a validation cache OUT/val.",
+    )
+    empty_captions: bool = option(
+        False,
+        "Keep images whose caption is empty; they train the unconditional.",
+    )
+    missing_caption: str = option(
+        "reject",
+        "What to do with an image without a caption: reject, empty, or this TEXT as its caption.",
+        metavar="reject|empty|TEXT",
+    )
+    caption_prefix: str = option(
+        "",
+        "Text put before each caption, with a space.",
+        metavar="TEXT",
+    )
+    caption_lines: bool = option(
+        False,
+        "Treat each line of a text file as a caption of its own.",
+    )
+    shuffle_tags: int = option(
+        0,
+        "Number of random orders of each caption's comma-separated tags to cache.",
+    )
+    keep_tokens: int = option(
+        0,
+        "Number of first tags that --shuffle-tags leaves in place.",
+    )
+    repeat_folders: bool = option(
+        False,
+        "Repeat the images of folders named N_name N times per epoch.",
+    )
+    min_size: int = option(
+        0,
+        "Reject images whose shorter side has fewer pixels.",
+    )
+    mask_from_alpha: bool = option(
+        False,
+        "Use an image's own alpha as its mask, unless it has a mask file.",
+    )
+    flip: bool = option(
+        False,
+        "Cache a mirrored copy of each image too.",
+        aliases="--flip-aug",
+    )
+    crops: int = option(
+        0,
+        "Number of random crops of each image to cache in place of the center crop; 0 caches "
+        "the center crop.",
+    )
+    long_captions: int = option(
+        1,
+        "Number of 77-token chunks per caption.",
+    )
+    vae: str | None = option(
         None,
-        "Pictures encoded at a time; 1024² takes about 3 GB for each. Default: as the cache was "
-        "encoded so far, else 2.",
+        "Use another VAE: its folder or file, or a base that contains it.",
+        metavar="PATH",
     )
-    threads: int | None = _option(
-        None, "CPU threads of each process. Default: as the cache was encoded so far, else all."
+    tokenizers: Path | None = option(
+        None,
+        TOKENIZERS_HELP,
+        metavar="FOLDER",
     )
-    shard_size: int = _option(512, "Most samples in one shard.")
-    rehash: bool = _option(
-        False, "Read all files again, also those whose size and time are as they were."
+    vae_dtype: Dtype = option(
+        "fp32",
+        "VAE precision. Latents that come out non-finite are encoded again in fp32.",
     )
-    repack: bool = _option(
-        False, "Put the samples where a fresh encode would, copying what is still right."
+    dtype: Dtype = option(
+        "fp16",
+        "Precision of the stored tensors.",
     )
-    max_rejected: float = _option(
+    mean_only: bool = option(
+        False,
+        "Store only the mean of the VAE's posterior, without its standard deviation.",
+    )
+    preview_prompts: Path | None = option(
+        None,
+        "Prompt file for previews during training. Default: the prompts that the cache has.",
+        metavar="FILE",
+    )
+    device: str = option(
+        "auto",
+        "Device to encode on: auto, cuda, cuda:N, mps or cpu.",
+        metavar="DEVICE",
+    )
+    gpus: str | None = option(
+        None,
+        "Number of processes to start, one per GPU of this machine, or auto for all.",
+        metavar="N|auto",
+    )
+    batch_size: int | None = option(
+        None,
+        "Images encoded at a time; each 1024 x 1024 image takes about 3 GB. Default: as the "
+        "cache was encoded so far, else 2.",
+        aliases="--vae-batch-size",
+    )
+    threads: int | None = option(
+        None,
+        "CPU threads per process. Default: as the cache was encoded so far, else all.",
+    )
+    shard_size: int = option(
+        512,
+        "Maximum number of samples in a shard.",
+    )
+    rehash: bool = option(
+        False,
+        "Read every file again, even if its size and modification time are unchanged.",
+    )
+    repack: bool = option(
+        False,
+        "Move the samples to where a fresh encode would put them, copying what is still valid.",
+    )
+    max_rejected: float = option(
         0.5,
-        "Most images that may be rejected, as a share. What can be known before encoding is judged "
-        "before anything is written; the rest at the end, with exit code 1.",
+        "Maximum share of images that may be rejected. What is known before encoding is "
+        "judged before anything is written; the rest at the end, with exit code 1.",
     )
-    max_removed: float | None = _option(
+    max_removed: float | None = option(
         None,
-        "Most samples that may be removed from a cache, as a share of them; more is refused before "
-        "anything is written. Default: 0.1, and 0.5 for a cache of fewer than 100 samples.",
+        "Maximum share of a cache's samples that may be removed; more is refused before "
+        "anything is written. Default: 0.1, or 0.5 for a cache of fewer than 100 samples.",
     )
-    allow_other_dataset: bool = _option(
-        False, "Replace a cache that was made from another dataset."
+    allow_other_dataset: bool = option(
+        False,
+        "Replace a cache that was made from another dataset.",
     )
 
-    dry_run: bool = _option(
+    dry_run: bool = option(
         False,
         "Print what would be encoded, removed, cropped and rejected and its size, then exit.",
     )

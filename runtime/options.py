@@ -5,7 +5,8 @@ import math
 import os
 import types
 import typing
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, field, fields
+from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
@@ -88,6 +89,9 @@ class Parsed(click.ParamType[Any]):
     def __init__(self, kind: Any, name: str) -> None:
         self.kind, self.name = kind, name
 
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        return self.name
+
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
         if isinstance(value, self.kind):
             return value
@@ -97,17 +101,78 @@ class Parsed(click.ParamType[Any]):
             self.fail(str(error), param, ctx)
 
 
+def option(default: Any, text: str, *, metavar: str | None = None, aliases: str = "") -> Any:
+    """A field of a stage's settings that is an option; required where ``default`` is ``MISSING``.
+
+    ``aliases`` are names that the users of other trainers type, with spaces between: they are
+    accepted, and not shown.
+    """
+    metadata = {"help": text, "metavar": metavar, "aliases": aliases.split()}
+    return field(default=default, metadata=metadata)
+
+
+class Option(click.Option):
+    """An option with further spellings that are accepted and not shown: other trainers' names,
+    and for a switch ``--no-NAME``, which takes back what a recipe says."""
+
+    def __init__(self, *args: Any, aliases: list[str], off: list[str], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.aliases, self._off = aliases, off
+
+    def add_to_parser(self, parser: Any, ctx: click.Context) -> None:
+        shown = self.opts
+        self.opts = [*shown, *self.aliases]
+        super().add_to_parser(parser, ctx)
+        self.opts = shown
+        if self._off:
+            parser.add_option(self, self._off, self.name, action="store_const", const=False)
+
+
+class Commands(click.Group):
+    """Commands under the headings of ``panels``; for a misspelled one, the nearest is named."""
+
+    def __init__(self, *args: Any, panels: dict[str, str], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._panels = {name: names.split() for name, names in panels.items()}
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        if args and args[0] not in self.commands:
+            near = get_close_matches(args[0], self.commands, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(self.commands)}"
+            ctx.fail(f"no such command {_short(args[0])}; {hint}")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for title, names in self._panels.items():
+            with formatter.section(title):
+                width = formatter.width - 6 - max(map(len, self.commands))
+                formatter.write_dl(
+                    [(name, self.commands[name].get_short_help_str(width)) for name in names]
+                )
+
+
 class StageCommand(click.Command):
     """A command whose options are the fields of a stage's settings (``"module:Class"``).
 
-    The settings are the one place that knows names, types, defaults and help. They import no
-    torch, and are imported when the options are first asked for.
+    The settings are the one place that knows names, types, defaults and help; their ``PANELS`` say
+    under which heading of the help, and in which order, an option stands. They import no torch, and
+    are imported when the options are first asked for.
     """
 
     def __init__(self, *args: Any, settings: str, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._settings = settings
         self._options: dict[str, click.Parameter] = {}
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The options by panel; those of the command itself are with the last one."""
+        params = {param.name: param for param in self.get_params(ctx)}
+        listed = {name: [*names.split()] for name, names in self.settings.PANELS.items()}
+        [*listed.values()][-1].extend(n for n in params if n and n not in self._options)
+        for title, names in listed.items():
+            records = [params[name].get_help_record(ctx) for name in names]
+            with formatter.section(title):
+                formatter.write_dl([record for record in records if record is not None])
 
     @property
     def settings(self) -> Any:
@@ -144,21 +209,29 @@ _RIVALS = {"steps": "epochs", "epochs": "steps"}  # a flag replaces the recipe's
 def _parameter(one: Field[Any], hint: Any) -> click.Parameter:
     """The click option of a settings field; a field without help is an argument."""
     kind = PathText() if one.name in _PATHS_AS_TEXT else _click_type(hint)
+    is_tuple = typing.get_origin(hint) is tuple
     if "help" not in one.metadata:
-        several = typing.get_origin(hint) is tuple
-        return click.Argument([one.name], type=kind, required=False, nargs=-1 if several else 1)
+        # Required, but a recipe may have it: make_settings sees to that.
+        name = one.name.upper() + ("..." if is_tuple else "")
+        return click.Argument(
+            [one.name], type=kind, required=False, nargs=-1 if is_tuple else 1, metavar=name
+        )
     flag = "--" + one.name.replace("_", "-")
-    flags = f"{flag}/--no-{flag[2:]}" if kind is click.BOOL else flag
-    required = one.default is MISSING
-    shown = not required and one.default not in ((), None) and bool(one.default)
-    several = typing.get_origin(hint) is tuple and not isinstance(kind, Numbers)
-    return click.Option(
-        [flags, one.name],
+    off = "--no-" + flag[2:]
+    is_required = one.default is MISSING
+    is_switch = kind is click.BOOL and one.default is False
+    no_default = is_required or one.default in ((), None, "") or is_switch
+    return Option(
+        [f"{flag}/{off}" if kind is click.BOOL and not is_switch else flag, one.name],
         type=kind,
-        multiple=several,
-        default=None if required else one.default,
-        show_default=shown,
-        help=one.metadata["help"] + ("  [required]" if required else ""),
+        is_flag=True if is_switch else None,
+        multiple=is_tuple and not isinstance(kind, Numbers),
+        default=None if is_required else one.default,
+        show_default=not no_default,
+        help=one.metadata["help"] + ("  [required]" if is_required else ""),
+        metavar=one.metadata.get("metavar"),
+        aliases=one.metadata.get("aliases", []),
+        off=[off] if is_switch else [],
     )
 
 

@@ -2,20 +2,17 @@
 
 import math
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, fields
 from math import ceil, floor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
+from runtime.options import option
 from sdxl.base import BASE_HELP
 from train.checks import MAX_COUNT, check_choices, check_memory, check_ranges
 
 MAX_REPEATS = 1_000_000
 MAX_EPOCHS = 1e6  # of an interval, and its inverse the least
-
-
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
 
 
 def _digits(value: float) -> str:
@@ -95,127 +92,317 @@ class Every:
 class TrainConfig:
     """Settings of one run. ``num`` of steps are optimizer steps."""
 
+    PANELS: ClassVar[dict[str, str]] = {
+        "Essentials": "base out steps epochs lr batch_size",
+        "Data": "val caption_dropout unconditional masked_loss",
+        "Adapter": "rank alpha adapter targets conv init_lora full",
+        "Objective": "prediction_type zero_terminal_snr min_snr_gamma noise_offset loss "
+        "huber_delta timesteps logit_mean logit_std timestep_range",
+        "Optimizer": "optimizer lr_schedule num_cycles warmup_steps accumulate "
+        "weight_decay max_grad_norm max_skipped ema ema_on_cpu seed",
+        "Memory and speed": "device gpus precision gradient_checkpointing base_quant pure_bf16 "
+        "fused_backward compile channels_last warm_up reader_threads "
+        "allow_cpu_bf16",
+        "Evaluation and previews": "eval_every preview_every preview_vae",
+        "Checkpoints": "checkpoint_every checkpoint_at keep resume allow_changed_data overwrite",
+        "Logging and the rest": "dry_run log_every wandb wandb_project",
+    }
+
     caches: tuple[CacheUse, ...]
-    base: str = field(metadata={"help": BASE_HELP})
-    out: Path = field(metadata={"help": "The run's folder."})
-    val: Path | None = _option(None, "Validation cache; the default is CACHE/val, if there is one.")
+    base: str = option(
+        MISSING,
+        BASE_HELP,
+        metavar="BASE",
+        aliases="--pretrained-model-name-or-path",
+    )
+    out: Path = option(
+        MISSING,
+        "Folder of the run.",
+        metavar="PATH",
+        aliases="--output-dir",
+    )
+    val: Path | None = option(
+        None,
+        "Validation cache. Default: CACHE/val, if there is one.",
+        metavar="CACHE",
+    )
 
-    full: bool = _option(False, "Train the whole UNet instead of a LoRA.")
-    adapter: Literal["lora", "rslora", "dora"] = _option(
+    full: bool = option(
+        False,
+        "Train the whole UNet instead of a LoRA.",
+    )
+    adapter: Literal["lora", "rslora", "dora"] = option(
         "lora",
-        "rslora: scaled by alpha / sqrt(rank); dora: direction and length apart (UIs cannot apply "
-        "it: they read what export --merge writes).",
+        "Kind of LoRA. rslora scales by alpha / sqrt(rank); dora learns direction and length "
+        "apart (user interfaces cannot apply it: give them what export --merge writes).",
     )
-    rank: int | None = _option(None, "Rank of the LoRA (default 8).")
-    alpha: float | None = _option(
-        None, "Alpha of the LoRA: its strength is alpha / rank (default 4 x rank)."
-    )
-    targets: str | None = _option(
+    rank: int | None = option(
         None,
-        "What a LoRA adapts: attention (default), attention-out, all (every linear of the "
-        "transformers, 722 in SDXL), or a regex over module names.",
+        "Rank of the LoRA. Default: 8.",
+        aliases="--lora-rank --network-dim",
     )
-    conv: bool = _option(
-        False, "Adapt the convolutions of the ResNets and samplers too, not conv_in and conv_out."
-    )
-    init_lora: Path | None = _option(
-        None, "Go on from this LoRA file; rank, alpha and targets are its own."
-    )
-
-    lr: float | None = _option(
+    alpha: float | None = option(
         None,
-        "Peak learning rate (default 1e-4; prodigy 1; adafactor 1e-2, relative to the size of "
-        "each weight).",
+        "Alpha of the LoRA; its strength is alpha / rank. Default: 4 x rank.",
+        aliases="--lora-alpha --network-alpha",
     )
-    optimizer: Literal["adamw", "adamw8bit", "adafactor", "prodigy"] = _option(
-        "adamw", "adamw8bit and prodigy need a package more: pip install .[8bit] or .[prodigy]."
+    targets: str | None = option(
+        None,
+        "Layers that the LoRA adapts: attention (default), attention-out, all (every linear "
+        "layer of the transformers, 722 in SDXL), or a regular expression over module names.",
+        metavar="NAME|REGEX",
     )
-    lr_schedule: Literal["constant", "linear", "cosine", "cosine-restarts"] = _option(
-        "constant", "After the warmup."
+    conv: bool = option(
+        False,
+        "Adapt the convolutions of the ResNets and samplers too (not conv_in and conv_out).",
     )
-    num_cycles: int = _option(1, "Of cosine-restarts.")
-    warmup_steps: int = _option(0, "Steps of linear warmup.")
-    weight_decay: float = _option(1e-2, "Decoupled, as in AdamW.")
-    steps: int | None = _option(None, "Length of the run in optimizer steps.")
-    epochs: float | None = _option(None, "Length of the run in epochs.")
-    batch_size: int = _option(1, "Samples per process and forward pass.")
-    accumulate: int = _option(1, "Forward passes per optimizer step.")
-    max_grad_norm: float = _option(1.0, "Gradients are clipped to this norm; 0: never.")
-    max_skipped: int = _option(
-        20, "Stop after so many steps in a row whose loss or gradient was not finite."
-    )
-    ema: float = _option(0.0, "Decay of an average of the weights, e.g. 0.9999; 0: none.")
-    ema_on_cpu: bool = _option(False, "Keep the average in the CPU's memory.")
-    seed: int = _option(0, "Of everything random.")
-
-    prediction_type: Literal["epsilon", "v_prediction"] | None = _option(
-        None, "What the UNet predicts; the default is what the base's scheduler says."
-    )
-    zero_terminal_snr: bool | None = _option(
-        None, "Rescale the schedule to end in pure noise; the default is what the base says."
-    )
-    min_snr_gamma: float | None = _option(None, "Min-SNR loss weights, e.g. 5.")
-    noise_offset: float = _option(0.0, "Strength of noise that is one value a channel, e.g. 0.05.")
-    loss: Literal["mse", "huber"] = _option("mse", "Of predicted against target.")
-    huber_delta: float = _option(0.1, "Where huber turns from square to linear.")
-    timesteps: Literal["uniform", "logit-normal"] = _option("uniform", "How they are drawn.")
-    logit_mean: float = _option(0.0, "Of logit-normal; above 0: more noise.")
-    logit_std: float = _option(1.0, "Of logit-normal.")
-    timestep_range: tuple[int, ...] = _option((), "LOW,HIGH: train on these only, HIGH excluded.")
-    masked_loss: bool = _option(False, "Weigh the loss by the samples' masks, where they have one.")
-    caption_dropout: float = _option(0.0, "Chance that a sample is trained without its caption.")
-    unconditional: Literal["empty", "zeros"] = _option(
-        "empty", "What stands for a dropped caption: the encoded empty prompt, or zeros."
+    init_lora: Path | None = option(
+        None,
+        "Start from this LoRA file, with its rank, alpha and targets.",
+        metavar="FILE",
+        aliases="--network-weights",
     )
 
-    device: str = _option("auto", "auto, cuda, mps or cpu.")
-    gpus: str | None = _option(None, "Processes to start, one a GPU: a number, or auto.")
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = _option(
-        "auto", "auto: bf16 on CUDA, else fp32."
+    lr: float | None = option(
+        None,
+        "Peak learning rate. Default: 1e-4; 1 with prodigy; 1e-2 with adafactor, relative to "
+        "the size of each weight.",
+        aliases="--learning-rate --unet-lr",
     )
-    allow_cpu_bf16: bool = _option(False, "Keep a bf16 or fp16 --precision on a CPU too.")
-    gradient_checkpointing: bool | None = _option(
-        None, "Recompute activations to save memory; the default is on with CUDA."
+    optimizer: Literal["adamw", "adamw8bit", "adafactor", "prodigy"] = option(
+        "adamw",
+        "adamw8bit and prodigy need another package: pip install .[8bit] or .[prodigy].",
+        aliases="--optimizer-type",
     )
-    base_quant: Literal["none", "int8", "nf4"] = _option(
-        "none", "Keep the linears of a LoRA's frozen base in 8 or 4 bits."
+    lr_schedule: Literal["constant", "linear", "cosine", "cosine-restarts"] = option(
+        "constant",
+        "Learning-rate schedule after the warmup.",
+        aliases="--lr-scheduler",
     )
-    pure_bf16: bool = _option(
-        False, "--full: weights in bf16 without an fp32 copy, rounded stochastically."
+    num_cycles: int = option(
+        1,
+        "Number of cycles of --lr-schedule cosine-restarts.",
     )
-    fused_backward: bool = _option(
-        False, "Step each weight as its gradient arrives, so that gradients take no memory."
-    )
-    compile: bool = _option(False, "Compile the transformer blocks.")
-    channels_last: bool = _option(False, "Lay tensors out for convolutions.")
-    warm_up: bool | None = _option(
-        None, "Try the largest bucket first, so that out-of-memory shows now; default: on CUDA."
-    )
-    reader_threads: int = _option(4, "Threads that read ahead.")
-
-    eval_every: Every = _option(
-        Every(), "Eval at every so many steps (500) or epochs (2ep); always at the ends."
-    )
-    preview_every: Every = _option(
-        Every(), "Draw the cache's preview prompts as often, the first time before step 1."
-    )
-    preview_vae: bool = _option(False, "Decode previews with the base's VAE.")
-    checkpoint_every: Every = _option(Every(), "Write a checkpoint as often.")
-    checkpoint_at: tuple[int, ...] = _option((), "And at these steps, e.g. 600,680,750.")
-    keep: int = _option(
+    warmup_steps: int = option(
         0,
-        "Keep so many of --checkpoint-every, the last one, and the best of those that were "
-        "evaluated at their step; 0: all.",
+        "Number of steps of linear warmup.",
+        aliases="--lr-warmup-steps",
     )
-    log_every: int = _option(10, "Steps between writes of metrics; all steps are in them.")
-    resume: bool = _option(False, "Go on from the run's newest whole checkpoint.")
-    allow_changed_data: bool = _option(
-        False, "--resume with other data: the epoch starts again with what there is."
+    weight_decay: float = option(
+        1e-2,
+        "Decoupled weight decay, as in AdamW.",
+        aliases="--adam-weight-decay",
     )
-    overwrite: bool = _option(False, "Delete what the run's folder holds.")
-    dry_run: bool = _option(False, "Say what would be trained, and in how much memory; train not.")
-    wandb: Literal["disabled", "offline", "online"] = _option("disabled", "Weights & Biases.")
-    wandb_project: str = _option("shardtune", "Its project.")
+    steps: int | None = option(
+        None,
+        "Length of the run in optimizer steps.",
+        aliases="--max-train-steps",
+    )
+    epochs: float | None = option(
+        None,
+        "Length of the run in epochs.",
+        aliases="--num-train-epochs --max-train-epochs",
+    )
+    batch_size: int = option(
+        1,
+        "Samples per process and forward pass.",
+        aliases="--train-batch-size",
+    )
+    accumulate: int = option(
+        1,
+        "Forward passes per optimizer step.",
+        aliases="--gradient-accumulation-steps",
+    )
+    max_grad_norm: float = option(
+        1.0,
+        "Clip gradients to this norm; 0 disables clipping.",
+    )
+    max_skipped: int = option(
+        20,
+        "Stop after N skipped steps in a row; a step is skipped when its loss or gradient is "
+        "not finite.",
+        metavar="N",
+    )
+    ema: float = option(
+        0.0,
+        "Decay of an exponential moving average of the weights, for example 0.9999; 0 keeps none.",
+    )
+    ema_on_cpu: bool = option(
+        False,
+        "Keep the moving average in CPU memory.",
+    )
+    seed: int = option(
+        0,
+        "Random seed.",
+    )
+
+    prediction_type: Literal["epsilon", "v_prediction"] | None = option(
+        None,
+        "What the UNet predicts. Default: what the base's scheduler config says.",
+    )
+    zero_terminal_snr: bool | None = option(
+        None,
+        "Rescale the noise schedule to end in pure noise. Default: what the base says.",
+    )
+    min_snr_gamma: float | None = option(
+        None,
+        "Weigh the loss by min-SNR with this gamma, for example 5.",
+        aliases="--snr-gamma",
+    )
+    noise_offset: float = option(
+        0.0,
+        "Strength of an added noise that is constant over each channel, for example 0.05.",
+    )
+    loss: Literal["mse", "huber"] = option(
+        "mse",
+        "Loss between prediction and target.",
+    )
+    huber_delta: float = option(
+        0.1,
+        "Difference at which --loss huber turns from quadratic to linear.",
+    )
+    timesteps: Literal["uniform", "logit-normal"] = option(
+        "uniform",
+        "Distribution from which timesteps are drawn.",
+    )
+    logit_mean: float = option(
+        0.0,
+        "Mean of --timesteps logit-normal; above 0 favors noisier timesteps.",
+    )
+    logit_std: float = option(
+        1.0,
+        "Standard deviation of --timesteps logit-normal.",
+    )
+    timestep_range: tuple[int, ...] = option(
+        (),
+        "LOW,HIGH: train on timesteps from LOW up to, not including, HIGH.",
+        metavar="LOW,HIGH",
+    )
+    masked_loss: bool = option(
+        False,
+        "Weigh the loss by the masks of the samples that have one.",
+    )
+    caption_dropout: float = option(
+        0.0,
+        "Probability that a sample is trained without its caption.",
+    )
+    unconditional: Literal["empty", "zeros"] = option(
+        "empty",
+        "Embedding of a dropped caption: the encoded empty prompt, or zeros.",
+    )
+
+    device: str = option(
+        "auto",
+        "Device to train on: auto, cuda, mps or cpu.",
+        metavar="DEVICE",
+    )
+    gpus: str | None = option(
+        None,
+        "Number of processes to start, one per GPU of this machine, or auto for all.",
+        metavar="N|auto",
+    )
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = option(
+        "auto",
+        "Precision of the forward pass. auto is bf16 on CUDA, else fp32.",
+        aliases="--mixed-precision",
+    )
+    allow_cpu_bf16: bool = option(
+        False,
+        "Compute in bf16 or fp16 on a CPU too, where --precision asks for it.",
+    )
+    gradient_checkpointing: bool | None = option(
+        None,
+        "Recompute activations in the backward pass to save memory. Default: on with CUDA.",
+    )
+    base_quant: Literal["none", "int8", "nf4"] = option(
+        "none",
+        "Store the linear layers of a LoRA's frozen base in 8 or 4 bits.",
+    )
+    pure_bf16: bool = option(
+        False,
+        "With --full: keep the weights in bf16 without an fp32 copy, with stochastic rounding.",
+    )
+    fused_backward: bool = option(
+        False,
+        "With --full: update each weight as soon as its gradient is there, so that gradients "
+        "take no memory.",
+    )
+    compile: bool = option(
+        False,
+        "Compile the transformer blocks with torch.compile.",
+    )
+    channels_last: bool = option(
+        False,
+        "Use the channels-last memory layout.",
+    )
+    warm_up: bool | None = option(
+        None,
+        "Try the largest bucket before the first step, so that a lack of memory shows at "
+        "once. Default: on with CUDA.",
+    )
+    reader_threads: int = option(
+        4,
+        "Number of threads that read samples ahead.",
+    )
+
+    eval_every: Every = option(
+        Every(),
+        "Evaluate every N steps (500) or epochs (2ep); always before the first and after the "
+        "last step.",
+    )
+    preview_every: Every = option(
+        Every(),
+        "Generate previews of the cache's preview prompts every N steps (500) or epochs "
+        "(2ep), and before the first step.",
+    )
+    preview_vae: bool = option(
+        False,
+        "Decode previews with the base's VAE instead of the cache's linear map.",
+    )
+    checkpoint_every: Every = option(
+        Every(),
+        "Save a checkpoint every N steps (500) or epochs (2ep).",
+        aliases="--checkpointing-steps --save-every-n-steps",
+    )
+    checkpoint_at: tuple[int, ...] = option(
+        (),
+        "Save a checkpoint after these steps too, for example 600,680,750.",
+    )
+    keep: int = option(
+        0,
+        "Keep the N most recent periodic checkpoints, plus the last one and the best "
+        "evaluated one; 0 keeps all.",
+        metavar="N",
+        aliases="--checkpoints-total-limit",
+    )
+    log_every: int = option(
+        10,
+        "Write metrics every N steps; every step is in them.",
+    )
+    resume: bool = option(
+        False,
+        "Resume from the newest undamaged checkpoint in the run's folder.",
+    )
+    allow_changed_data: bool = option(
+        False,
+        "With --resume: accept other data than before; the epoch starts again.",
+    )
+    overwrite: bool = option(
+        False,
+        "Replace the run in the folder; the old one is deleted when the new one has a checkpoint.",
+    )
+    dry_run: bool = option(
+        False,
+        "Print the plan and a memory estimate, then exit.",
+    )
+    wandb: Literal["disabled", "offline", "online"] = option(
+        "disabled",
+        "Log to Weights & Biases.",
+    )
+    wandb_project: str = option(
+        "shardtune",
+        "Project of --wandb.",
+    )
 
     def __post_init__(self) -> None:
         check_ranges(self)
