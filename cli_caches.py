@@ -1,4 +1,4 @@
-"""What the door does to finished caches: verify, repair, inspect. Imported inside the commands."""
+"""What the command line does to finished caches: verify, repair, inspect."""
 
 from pathlib import Path
 

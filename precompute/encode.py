@@ -176,7 +176,7 @@ def _full_disk_said(out: Path) -> Iterator[None]:
 
 @contextmanager
 def _interrupt_said(plans: list[CachePlan]) -> Iterator[None]:
-    """How far it came; the door says it."""
+    """How far it came; the command line prints it."""
     try:
         yield
     except KeyboardInterrupt as stop:

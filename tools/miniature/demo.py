@@ -24,18 +24,18 @@ TRAINING = (
     "--warmup-steps 20 --ema 0.98 --min-snr-gamma 5 --caption-dropout 0.05"
 )
 DRAWING = "--num-steps 15 --batch-size 16"
-Door = Callable[[list[str]], object]  # cli.py's commands, as if typed
+Run = Callable[[list[str]], object]  # cli.py's commands, as if typed
 Scenes = dict[str, list[Scene]]
 
 
-def run_demo(out: Path, door: Door) -> Path:
+def run_demo(out: Path, run: Run) -> Path:
     """Data, encode, train, generate, score; returns the picture of before and after."""
     start = time.perf_counter()
 
     def do(text: str, command: str) -> None:
         click.secho(f"\n{text}", bold=True)
         click.secho(f"$ python cli.py {command}", fg="cyan")
-        door(shlex.split(command))
+        run(shlex.split(command))
 
     folder = shlex.quote(str(out))
     _write_data(out)
