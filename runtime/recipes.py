@@ -5,9 +5,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from runtime.text import shortened
 from runtime.toml import parse_toml
 
 MAX_BYTES = 1_000_000
+MAX_NAME = 60  # characters of an unknown option in a message
 
 
 def read_recipe(path: Path, known: Collection[str]) -> dict[str, Any]:
@@ -52,4 +54,4 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 
 def _written(name: str) -> str:
-    return name.replace("_", "-")
+    return name.replace("_", "-") if len(name) <= MAX_NAME else shortened(name)

@@ -1,6 +1,7 @@
 """Text on its way to a terminal or a log."""
 
 import re
+from typing import Any
 
 # Control characters but for tab and newline, the marks that reverse writing direction, and halves
 # of a surrogate pair: a name or a caption must not be able to clear a screen, or to lie.
@@ -18,3 +19,9 @@ def first_line(error: BaseException) -> str:
     """The first line of what an exception says, at most 200 characters; else its type."""
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__
+
+
+def shortened(value: Any, most: int = 60) -> str:
+    """A value in a message: whatever a file holds, the message stays one short line."""
+    text = value if isinstance(value, str) and len(value) > most else repr(value)
+    return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"

@@ -62,6 +62,20 @@ def each(check: Check, length: int | None = None) -> Check:
     )
 
 
+def row(*checks: Check) -> Check:
+    """A list of fixed length, each of its values as its own check says."""
+    return lambda value: (
+        isinstance(value, list)
+        and len(value) == len(checks)
+        and all(check(one) for check, one in zip(checks, value, strict=True))
+    )
+
+
+def maybe(check: Check) -> Check:
+    """That, or null."""
+    return lambda value: value is None or check(value)
+
+
 def table(keys: Check, values: Check) -> Check:
     return lambda value: (
         isinstance(value, dict) and all(keys(key) and values(v) for key, v in value.items())
@@ -81,10 +95,10 @@ def misfit(
         return "it is no JSON object"
     for name, check in required.items():
         if name not in value or not check(value[name]):
-            return f"its {name} is not what encode writes"
+            return f"its {name} is not what shardtune writes"
     for name, check in (optional or {}).items():
         if name in value and not check(value[name]):
-            return f"its {name} is not what encode writes"
+            return f"its {name} is not what shardtune writes"
     return None
 
 

@@ -27,6 +27,7 @@ from runtime.files import (
     writing,
 )
 from sdxl.base import find_weights
+from shards import schema
 from train.learner import Learner
 from train.overwrite import CHECKPOINTS
 from train.weights import (
@@ -45,6 +46,18 @@ OPTIMIZER = "optimizer"
 EMA = "ema"
 STATE = "state.json"
 BLOCK_BYTES = 1 << 24
+_FIELDS = {  # of the JSON: a digest tells that it is as it was written, and not who wrote it
+    "step": schema.whole(),
+    "epoch": schema.whole(),
+    "batches_of_epoch": schema.whole(),
+    "global_batch": schema.whole(1),
+    "skipped_in_a_row": schema.whole(),
+    "kind": schema.text,
+    "plan": schema.text,
+    "eval_loss": schema.maybe(lambda value: isinstance(value, float)),  # nan too
+    "files": schema.table(schema.like(r"(\w[\w.-]*/)*\w[\w.-]*"), schema.like("[0-9a-f]{32}")),
+    **dict.fromkeys(("identity", "config", "optimizer", "scaler"), schema.record),
+}
 
 
 def warn_of_space(run: Path, step: int, learner: Learner, kind: Kind, state_bytes: float) -> None:
@@ -162,11 +175,14 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 def _unsealed(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / STATE
     try:
-        return unseal(path.read_bytes())
+        state = unseal(path.read_bytes())
     except OSError as error:
         raise ValueError(f"{path}: missing, or cannot be read ({error.strerror})") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    if wrong := schema.misfit(state, _FIELDS):
+        raise ValueError(f"{path}: {wrong}")
+    return state
 
 
 def load_checkpoint(checkpoint: Path, learner: Learner, full: bool, state: dict[str, Any]) -> None:

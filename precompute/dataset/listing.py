@@ -15,9 +15,10 @@ from precompute.dataset.captions import is_text, settle, text_encoding
 from precompute.dataset.folder import Tree
 from precompute.dataset.names import TEXTS, is_picture
 from precompute.dataset.records import Blob, Record, Rejected
-from precompute.dataset.rows import TEXT_FIELDS, first_field, load_row, read_row, shortened
+from precompute.dataset.rows import TEXT_FIELDS, first_field, load_row, read_row
 from precompute.settings import EncodeSettings
 from runtime.files import open_regular
+from runtime.text import shortened
 
 LISTS = ("captions.jsonl", "metadata.jsonl")
 TABLES = ("captions.csv", "metadata.csv")

@@ -4,6 +4,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from runtime.text import shortened
+
 TEXT_FIELDS = ("text", "caption")
 MOST_WEIGHT = 1e6
 MOST_REPEATS = 10**6  # an epoch's entries are counted, shuffled and stored
@@ -54,12 +56,6 @@ def read_row(row: dict[str, Any]) -> Row:
     split = row.get("split")
     captions = _captions(first_field(row, TEXT_FIELDS))
     return Row(captions, float(weight), repeats, split if isinstance(split, str) else "")
-
-
-def shortened(value: Any, most: int = 60) -> str:
-    """A value in a message: whatever a list holds, the message stays one short line."""
-    text = value if isinstance(value, str) and len(value) > most else repr(value)
-    return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"
 
 
 def first_field(row: dict[str, Any], names: tuple[str, ...]) -> Any:

@@ -16,6 +16,7 @@ import xxhash
 from precompute.dataset.records import Blob, Record
 from precompute.planning.placement import Place, Planned
 from runtime.files import durable_file
+from shards import schema
 from shards.buckets import Geometry, Size
 from shards.manifest import PLAN
 
@@ -96,7 +97,10 @@ class WorkFile:
 
     def shard(self, number: int) -> ShardWork:
         """The ``number``-th shard to be written."""
-        return _shard_from_json(self._line(1 + number))
+        line = self._line(1 + number)
+        if wrong := schema.misfit(line, _SHARD):
+            raise ValueError(f"{self._path}: {wrong}; run the same encode again")
+        return _shard_from_json(line)
 
     def places(self) -> dict[str, Place]:
         """Where samples were to go, by the shards' names."""
@@ -104,6 +108,8 @@ class WorkFile:
         for number in range(len(self)):
             work = self.shard(number)
             keys = tuple(task.planned.record.key for task in work.tasks)
+            if len(set(keys)) < len(keys):
+                raise ValueError(f"{self._path}: names a sample twice; run the same encode again")
             found[work.name] = Place(work.bucket, work.repeats, keys)
         return found
 
@@ -113,23 +119,56 @@ class WorkFile:
             digest, _, text = file.readline().rstrip(b"\n").partition(b" ")
         if xxhash.xxh3_64_hexdigest(text).encode() != digest:
             raise ValueError(f"{self._path}: damaged; run the same encode again")
-        return json.loads(text)
+        return schema.read_json(text)
 
 
 def read_about(folder: Path) -> dict[str, Any]:
     """What an interrupted run's shards have in common; of none, nothing."""
     try:
-        return dict(WorkFile(folder).about)
-    except (FileNotFoundError, ValueError, TypeError):
+        about = WorkFile(folder).about
+    except (FileNotFoundError, ValueError):
         return {}
+    return {} if schema.misfit(about, _ABOUT) else about
 
 
 def read_places(folder: Path) -> dict[str, Place]:
     """Where an interrupted run put its samples; of none, nothing."""
     try:
         return WorkFile(folder).places()
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, ValueError):
         return {}
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, str)  # a dataset's folder may have any bytes as its name
+
+
+# What the lines must look like before they are believed.
+_ABOUT = {"recipe": schema.record, "made_with": schema.record}
+_COUNT = schema.whole()
+_TIME = schema.whole(-(2**63), 2**63)  # in ns
+_BLOB = schema.row(_is_path, _COUNT, _TIME, _COUNT)
+_GEOMETRY = schema.row(*[schema.each(_COUNT, 2)] * 4, schema.flag)
+_FOUND = schema.row(schema.SHARD, _COUNT, schema.text, schema.text, _COUNT)
+_TASK = {
+    "path": schema.text,
+    "picture": _BLOB,
+    "mask": schema.maybe(_BLOB),
+    "captions": schema.each(schema.text),
+    "weight": schema.number,
+    "digests": schema.each(schema.text, 2),
+    "variants": schema.each(_GEOMETRY),
+    "latents": schema.maybe(_FOUND),
+    "text": schema.maybe(_FOUND),
+    "reason": schema.maybe(schema.text),
+}
+_SHARD = {
+    "name": schema.SHARD,
+    "bucket": schema.BUCKET,
+    "repeats": schema.REPEATS,
+    "frees": schema.each(schema.SHARD),
+    "tasks": schema.each(schema.fields(_TASK)),
+}
 
 
 def _shard_to_json(work: ShardWork) -> dict[str, Any]:

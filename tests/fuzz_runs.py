@@ -1,0 +1,240 @@
+"""Damaged files of runs: recipes, checkpoints, plans and notes of encode, what generate wrote."""
+
+import io
+import json
+import random
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import click
+import xxhash
+from PIL import Image, PngImagePlugin
+
+import cli
+from infer.folder import PictureFolder
+from infer.listing import Row, coco, lines
+from infer.pictures import SETTINGS_KEY, read_record, record_of, row_of_record, stale_because
+from infer.plan import Drawing
+from precompute.dataset.records import Blob, Record
+from precompute.planning.placement import Planned, place
+from precompute.planning.scan import Notes
+from precompute.planning.work import Found, ShardWork, Task, read_about, read_places, write_work
+from runtime.files import aside_of, canonical_json, remove_path, seal
+from shards.buckets import Geometry
+from shards.manifest import PLAN
+from tests.made import config_of
+from tests.mutations import Try, damage, damaged_json, ending, forge, json_text
+from train.checkpoint import STATE, newest_checkpoint, numbered, read_state, rotate
+from train.log import cut_metrics
+from train.overwrite import CHECKPOINTS, CONFIG, METRICS
+from train.run_folder import check_folder, read_own_json
+
+RECIPE = """# A LoRA of the cache "train".
+caches = ["train", "prior,weight=0.5,repeats=3"]
+rank = 16
+targets = "attention"
+lr = 1e-4
+lr-schedule = "cosine"
+epochs = 10
+checkpoint-every = "2ep"
+pure_bf16 = false
+timestep-range = [0, 999]
+"""
+
+
+def fuzz_recipe(work: Path, base: Path) -> Try:
+    """TOML files of ``train``, and the settings that are made of them."""
+    path = work / "recipe.toml"
+    command = cli.commands.commands["train"]
+
+    def try_one(rng: random.Random) -> str:
+        path.write_bytes(damage(rng, RECIPE.encode()))
+        given = ["--base", "base", "--out", str(work / "out"), "--config", str(path)]
+
+        def read() -> None:
+            with command.make_context("train", given) as ctx:
+                values = {name: value for name, value in ctx.params.items() if name != "recipe"}
+                with suppress(click.MissingParameter):  # a recipe may have no caches
+                    command.make_settings(ctx, values, path)
+
+        return ending(read, None)
+
+    return try_one
+
+
+def fuzz_checkpoint(work: Path, base: Path) -> Try:
+    """``state.json`` of checkpoints, sealed or not, and the files that it vouches for."""
+    run = work / "run"
+    files = {"a.safetensors": b"weights", "optimizer/b.safetensors": b"state"}
+    digests = {name: xxhash.xxh3_128_hexdigest(data) for name, data in files.items()}
+    state = {
+        "epoch": 0,
+        "batches_of_epoch": 1,
+        "kind": "every",
+        "skipped_in_a_row": 0,
+        "plan": "0" * 64,
+        "global_batch": 4,
+        "eval_loss": 0.5,
+        "config": {"rank": 8},
+        "identity": {"cache": [["0" * 64, 1.0, 1]]},
+        "optimizer": {},
+        "scaler": {},
+        "files": digests,
+    }
+
+    def read() -> None:
+        for path in numbered(run).values():
+            read_state(path)
+        rotate(run, 1, 4)
+
+    def try_one(rng: random.Random) -> str:
+        remove_path(run)
+        for step in (2, 4):
+            path = run / CHECKPOINTS / f"checkpoint-{step}"
+            (path / "optimizer").mkdir(parents=True)
+            for name, data in files.items():
+                (path / name).write_bytes(data if rng.random() < 0.95 else damage(rng, data))
+            whole = {"step": step, **state}
+            is_whole = rng.random() < 0.3
+            text = canonical_json(seal(whole)).encode() if is_whole else sealed(rng, whole)
+            (path / STATE).write_bytes(text)
+        newest_checkpoint(run)
+        return ending(read, run)
+
+    return try_one
+
+
+def fuzz_run(work: Path, base: Path) -> Try:
+    """``config.json`` and ``metrics.jsonl`` of a run: what is damaged in them is no error."""
+    settings = {"steps_per_epoch": 9, "lr": 1e-4, "caches": ["train"], "rank": None}
+    rows = b"".join(b'{"step": %d, "train/loss": 0.5}\n' % step for step in range(1, 9))
+    config = config_of(out=work, steps=9, resume=True)
+
+    def try_one(rng: random.Random) -> str:
+        (work / CONFIG).write_bytes(sealed(rng, settings))
+        read_own_json(work / CONFIG)
+        (work / METRICS).write_bytes(damage(rng, rows))
+        cut_metrics(work, 4)
+        for line in (work / METRICS).read_bytes().split(b"\n")[:-1]:
+            assert json.loads(line)["step"] <= 4
+        return ending(lambda: check_folder(config), work)
+
+    return try_one
+
+
+def sealed(rng: random.Random, value: dict[str, Any]) -> bytes:
+    """A JSON object that was forged and sealed, or damaged."""
+    if rng.random() < 0.5:
+        return damaged_json(rng, seal(value))
+    changed = forge(rng, value)
+    with suppress(UnicodeEncodeError):  # half a character, whose digest nobody can make
+        changed = seal(changed) if isinstance(changed, dict) else changed
+    return json_text(changed).encode()
+
+
+def fuzz_plan(work: Path, base: Path) -> Try:
+    """``plan.jsonl`` of an encode that was interrupted, and its notes of the dataset: what is
+    damaged in them is forgotten."""
+    write_work(work, {"recipe": {"vae": {}}, "made_with": {"batch_size": 4}}, [example_work()])
+    lines = [line[17:] for line in (work / PLAN).read_bytes().splitlines()]
+    members = [task.planned for task in example_work().tasks]
+    notes = Notes(work / "out", work)
+    for one in members:
+        notes.memory.keep(f"picture {one.record.path}:0", 9, 1, [one.picture, 64, 64])
+    notes.write()
+    held = notes._path.read_bytes()
+
+    def try_one(rng: random.Random) -> str:
+        which = rng.randrange(len(lines) + 1)
+        texts = [
+            damaged_json(rng, json.loads(line)) if number == which else line
+            for number, line in enumerate(lines)
+        ]
+        signed = [xxhash.xxh3_64_hexdigest(text).encode() + b" " + text for text in texts]
+        data = b"".join(line + b"\n" for line in signed)
+        (work / PLAN).write_bytes(damage(rng, data) if which == len(lines) else data)
+        read_about(work).get("made_with")
+        places = read_places(work)
+        placed = [one for shard in place(members, places, 2) for one in shard.members]
+        assert {one.record.key for one in placed} == {one.record.key for one in members}
+        notes._path.write_bytes(damage(rng, held))
+        Notes(work / "out", work).memory.find("picture a.png:0", 9, 1)
+        return "read" if places else "refused"
+
+    return try_one
+
+
+def example_work() -> ShardWork:
+    blob = Blob(Path("a.png"), 9, 1)
+    geometry = Geometry(original=(70, 64), resized=(70, 64), crop=(3, 0), target=(64, 64))
+    records = [Record(f"{name}.png", blob, ("a cat",), mask=blob) for name in "abc"]
+    planned = sorted((Planned(one, "f" * 20, (geometry,), "e" * 20) for one in records), key=_key)
+    found = Found("64x64-000000", 0, planned[0].record.key)
+    tasks = [Task(planned[0], found, found), Task(planned[1]), Task(planned[2], reason="empty")]
+    return ShardWork("64x64-000001", (64, 64), 1, tuple(tasks), ("64x64-000000",))
+
+
+def _key(planned: Planned) -> str:
+    return planned.record.key
+
+
+DRAWING = Drawing(
+    number=0,
+    prompt="a cat",
+    negative=None,
+    width=16,
+    height=8,
+    seed=1,
+    num_steps=2,
+    guidance_scale=5.0,
+    guidance_rescale=0.0,
+    sampler=None,
+    original_width=16,
+    original_height=8,
+    crop_left=0,
+    crop_top=0,
+    tiled=False,
+    compare=False,
+)
+
+
+def fuzz_generated(work: Path, base: Path) -> Try:
+    """Images that generate wrote, with their records, and the captions beside them."""
+    about = {"samplers": {"": {"name": "euler", "config": {}}}, "weights": {"unet": "0" * 64}}
+    asked = record_of(DRAWING, about)
+    row = Row("000000.png", "a cat", 16, 8)
+    layouts = {"folder": lines([row]), "coco": coco([row])}
+
+    def try_one(rng: random.Random) -> str:
+        remove_path(work / "out")
+        folder = PictureFolder(work / "out", rng.choice([*layouts]))
+        folder.pictures.mkdir(parents=True)
+        path, listing = folder.pictures / "000000.png", folder.listing
+        data = image_with(json_text(forge(rng, asked) if rng.random() < 0.5 else asked))
+        path.write_bytes(damage(rng, data) if rng.random() < 0.3 else data)
+        text = layouts["coco" if folder.is_coco else "folder"]
+        how = rng.randrange(4)
+        if how == 0:
+            listing = aside_of(listing)  # as a run leaves it that was killed
+        listing.write_bytes(damaged_json(rng, json.loads(text)) if how == 1 else text.encode())
+
+        def read() -> None:
+            record, _ = read_record(path)
+            row_of_record(path, record)
+            stale_because(path, asked)
+            with folder.open():
+                pass
+
+        return ending(read, work)
+
+    return try_one
+
+
+def image_with(record: str) -> bytes:
+    info = PngImagePlugin.PngInfo()
+    info.add_text("parameters", "a cat")
+    info.add_text(SETTINGS_KEY, record)
+    file = io.BytesIO()
+    Image.new("RGB", (16, 8)).save(file, format="PNG", pnginfo=info)
+    return file.getvalue()

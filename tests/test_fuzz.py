@@ -1,0 +1,32 @@
+"""No input makes another exception than ours: some inputs for each parser of ``tests/fuzz.py``."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.fuzz import PARSERS, fuzz
+
+INPUTS = {
+    "text": 1200,
+    "row": 1200,
+    "list": 300,
+    "tar": 300,
+    "image": 400,
+    "plan": 250,
+    "cache": 50,
+    "base-folder": 125,
+    "single-file": 50,
+    "lora": 300,
+    "prompts": 1000,
+    "recipe": 250,
+    "checkpoint": 250,
+    "run": 250,
+    "generated": 250,
+}
+
+
+@pytest.mark.parametrize("name", PARSERS)
+def test_no_input_makes_another_exception_than_ours(name: str, base: Path, tmp_path: Path) -> None:
+    endings = fuzz(name, tmp_path, base, 0, range(INPUTS[name]))
+    assert endings.total() == INPUTS[name]
+    assert min(endings["read"], endings["refused"]) > INPUTS[name] // 20, endings
