@@ -23,9 +23,9 @@ from collections.abc import Callable, Iterable
 from itertools import count
 from pathlib import Path
 
-from cli_door import hush_libraries
+from runtime.errors import silence_libraries
 
-hush_libraries()  # before they are imported
+silence_libraries()  # before they are imported
 
 from tests.fuzz_bases import fuzz_base_folder, fuzz_prompts, fuzz_single_file
 from tests.fuzz_caches import fuzz_cache
