@@ -77,6 +77,7 @@ def test_nothing_goes_unless_the_new_checkpoint_is_whole(
     assert [step for step, _ in losses(tmp_path)] == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.slow
 def test_a_damaged_newer_checkpoint_costs_no_whole_one(
     cache: Path, base: Path, tmp_path: Path
 ) -> None:
@@ -127,7 +128,7 @@ def test_a_checkpoint_and_its_name_are_on_disk_for_good(
 @pytest.mark.parametrize(
     ("every", "steps"),
     [
-        ("5", [5, 10, 15]),
+        pytest.param("5", [5, 10, 15], marks=pytest.mark.slow),
         pytest.param("0.5ep", [4, 8, 12, 16], marks=pytest.mark.slow),
         ("1ep", [8, 16]),
         pytest.param("2ep", [16], marks=pytest.mark.slow),
@@ -203,6 +204,7 @@ def test_changed_data_is_refused_by_name_or_starts_the_epoch_again(
     assert len(losses(out)) == 11 + epoch, "the second epoch, whole"
 
 
+@pytest.mark.slow
 def test_what_cannot_change_is_refused_and_what_can_is_noted(
     cache: Path, split_cache: Path, base: Path, tmp_path: Path
 ) -> None:

@@ -14,7 +14,7 @@ EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.toml"))
 
 
 OPTIONS = [field.name for field in fields(TrainConfig)]
-QUICK = ("full-24gb", "lora-12gb", "prior-preservation")  # the rest is marked slow
+QUICK = ("lora-12gb",)  # the rest is marked slow
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,7 @@ def halves(pictures: Pictures, side: int = 64) -> tuple[Pictures, Pictures]:
     return [one[20:, :side] for one in pictures], [one[20:, side + 4 :] for one in pictures]
 
 
+@pytest.mark.slow
 def test_compare_draws_with_and_without(base: Path, two: tuple[Path, Path], tmp_path: Path) -> None:
     """Also where a LoRA changes the text encoders, and the base is told the unchanged text."""
     uses = (LoraUse(two[0], 0.8), LoraUse(two[1], 0.5))

@@ -132,7 +132,8 @@ def test_new_preview_prompts_have_as_many_chunks(
     assert after["prompt_embeds"].shape[:2] == (1, 154)
 
 
-@pytest.mark.parametrize("full", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("full", [False, True])
 def test_a_run_says_it_and_generate_obeys(
     long_cache: Path, base: Path, tmp_path: Path, full: bool, words: list[str]
 ) -> None:

@@ -204,6 +204,7 @@ def test_channels_last_trains_the_same(cache: Path, base: Path) -> None:
     assert steps_of(plain, cache, 3) == pytest.approx(steps_of(last, cache, 3), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_dry_run_says_what_would_be(cache: Path, base: Path, tmp_path: Path) -> None:
     flags = ["--base", str(base), "--out", str(tmp_path / "run"), "--epochs", "3", "--rank", "4"]
     caches = [str(cache), f"{cache},repeats=2"]

@@ -37,6 +37,7 @@ def _work(rank: int, port: int, out: Path) -> None:
     (out / f"{rank}.json").write_text(json.dumps([heard, taken, told]))
 
 
+@pytest.mark.slow
 def test_each_piece_of_work_is_taken_once_and_a_slow_process_takes_fewer(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -161,6 +161,7 @@ def watched(
     return dict(zip(bases, told, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["empty store", "filled store", "hub"])
 def test_train_opens_and_builds_the_unet_alone(
     watched: dict[str, dict[str, Any]], name: str
@@ -177,6 +178,7 @@ def test_train_opens_and_builds_the_unet_alone(
     assert not [m for m in told["built"] if any(other in m.lower() for other in others)]
 
 
+@pytest.mark.slow
 def test_train_builds_the_unet_alone_from_a_single_file(
     watched: dict[str, dict[str, Any]],
 ) -> None:
@@ -188,6 +190,7 @@ def test_train_builds_the_unet_alone_from_a_single_file(
     assert not [m for m in told["built"] if any(other in m.lower() for other in others)]
 
 
+@pytest.mark.slow
 def test_an_unknown_hub_id_is_refused_without_a_network(
     watched: dict[str, dict[str, Any]],
 ) -> None:
@@ -198,6 +201,7 @@ def test_an_unknown_hub_id_is_refused_without_a_network(
     assert "Traceback" not in told["errors"]
 
 
+@pytest.mark.slow
 def test_an_unknown_hub_id_gets_one_line(watched: dict[str, dict[str, Any]]) -> None:
     assert len([line for line in watched["unknown"]["errors"].splitlines() if line]) == 1
 

@@ -345,6 +345,7 @@ def test_damage_beside_whole_checkpoints_is_named_and_costs_itself_alone(
     check_folder(config_of(cache, base, tmp_path, steps=4, resume=True))  # as it was before
 
 
+@pytest.mark.slow
 def test_a_run_keeps_no_path_of_this_machine(cache: Path, base: Path, tmp_path: Path) -> None:
     """People share runs."""
     out = tmp_path / "run"
@@ -365,7 +366,8 @@ def test_a_resume_of_nothing_says_so(cache: Path, base: Path, tmp_path: Path) ->
     assert len(losses(tmp_path / "run")) == 1
 
 
-@pytest.mark.parametrize("full", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("full", [False, True])
 def test_a_disk_that_fills_is_named_with_what_is_still_good(
     cache: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: bool
 ) -> None:

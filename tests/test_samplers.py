@@ -71,6 +71,7 @@ def test_guidance_rescale_changes_what_it_should(base: Path, tmp_path: Path) -> 
     assert differ(ours, reference(base, PROMPTS)) > 0.5
 
 
+@pytest.mark.slow
 def test_noise_on_the_way_is_each_pictures_own(base: Path, tmp_path: Path) -> None:
     lines = [f"{text} --ss {name}" for name in ("euler-a", "ddpm") for text in PROMPTS]
     at_once = draw(base, tmp_path / "3", lines, batch_size=3)

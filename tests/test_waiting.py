@@ -74,6 +74,7 @@ class Told:
         self.steps += 1
 
 
+@pytest.mark.slow
 def test_no_copy_to_or_from_the_device_blocks(base: Path) -> None:
     """On the meta device, whose values nobody can read: a wait is an error, a copy is seen."""
     meta = torch.device("meta")
