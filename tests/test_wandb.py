@@ -19,8 +19,8 @@ from tests.runs import in_child
 
 LORA = "pytorch_lora_weights.safetensors"
 FILE_HEADER_BYTES, CHUNK_HEADER_BYTES, BLOCK_BYTES = 7, 7, 32768
-pytestmark = pytest.mark.slow  # a run, and W&B's own process
 FULL, FIRST, LAST = 1, 2, 4  # kinds of chunk: a whole record, or where in one it stands
+pytestmark = pytest.mark.slow  # a run, and W&B's own process
 
 
 def read_records(path: Path) -> Iterator[Any]:
