@@ -105,7 +105,7 @@ def encode(ctx: click.Context, debug: bool, **values: Any) -> None:
         for report in reports:
             if report.rejected_share > settings.max_rejected:
                 raise click.ClickException(
-                    f"{report.folder}: {report.rejected_share:.0%} of the pictures were rejected "
+                    f"{report.folder}: {report.rejected_share:.0%} of the images were rejected "
                     f"(--max-rejected {settings.max_rejected})"
                 )
         if reports:
@@ -200,7 +200,7 @@ def generate(ctx: click.Context, debug: bool, **values: Any) -> None:
                 f" ({report.num_drawn / report.seconds:.3g} images/s)" if report.num_drawn else ""
             )
             echo(
-                f"{report.num_drawn} picture{one} drawn{rate}, {report.num_kept} kept, in "
+                f"{report.num_drawn} image{one} drawn{rate}, {report.num_kept} kept, in "
                 f"{settings.out}; all at a glance: {report.sheet}"
             )
 

@@ -97,7 +97,7 @@ def fill(unet: Any) -> Any:
 
 
 def batch_of(pixels: int) -> Batch:
-    """One picture's."""
+    """One image's."""
     side = pixels // 8
     return Batch(
         latents=torch.empty(1, 4, side, side),

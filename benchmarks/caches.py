@@ -24,7 +24,7 @@ HEADER_BYTES = 520  # of a safetensors file of five tensors, about
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """What the samples of a cache are: square pictures in fp16, one variant, one caption."""
+    """What the samples of a cache are: square images in fp16, one variant, one caption."""
 
     pixels: int
     mean_only: bool = False
@@ -76,7 +76,7 @@ def random_samples(kind: Kind, count: int) -> list[Sample]:
                 start += size
         path = f"{number}.png"
         samples.append(
-            Sample(key=sample_key(path), path=path, captions=("a picture",), tensors=tensors)
+            Sample(key=sample_key(path), path=path, captions=("an image",), tensors=tensors)
         )
     return sorted(samples, key=lambda sample: sample.key)
 

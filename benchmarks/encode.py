@@ -1,11 +1,11 @@
 """What ``cli.py encode`` costs beside the bare work, on a CPU; how its memory and its rescan grow.
 
-The bare work is what nobody can do without: read, decode, resize and crop each picture, the VAE and
+The bare work is what nobody can do without: read, decode, resize and crop each image, the VAE and
 both text encoders of diffusers and transformers on batches of the same size. Both run in this
 process in turns (A B, B A, ...), models loaded each time, by processor seconds, which other
 processes disturb little.
 
-    python -m benchmarks.encode [--base BASE] [--pictures 300] [--resolution 256] [--rounds 2]
+    python -m benchmarks.encode [--base BASE] [--images 300] [--resolution 256] [--rounds 2]
 """
 
 import contextlib
@@ -59,7 +59,7 @@ def settings_of(data_set: Path, base: str, out: Path, resolution: int) -> Encode
 
 
 class BareWork:
-    """The same pictures in the same batches, with the libraries alone. ``plan`` is not timed."""
+    """The same images in the same batches, with the libraries alone. ``plan`` is not timed."""
 
     def __init__(self, settings: EncodeSettings) -> None:
         self.base = settings.base
@@ -132,9 +132,9 @@ def peak_bytes(settings: EncodeSettings) -> int:
 
 
 def measure_growth(folder: Path, base: str, pictures: int) -> dict[str, Any]:
-    """Of small pictures: memory of a fresh encode, and the speed of one that has nothing to do.
+    """Of small images: memory of a fresh encode, and the speed of one that has nothing to do.
 
-    Its files are pictures and captions; the speed is that of one core that is not shared.
+    Its files are images and captions; the speed is that of one core that is not shared.
     """
     data_set = folder / f"many-{pictures}"
     draw_pictures(data_set, count=pictures, size=32)
@@ -156,18 +156,16 @@ def measure_growth(folder: Path, base: str, pictures: int) -> dict[str, Any]:
 @click.option("--pictures", default=300, show_default=True, help="Encoded in each round.")
 @click.option("--resolution", default=256, show_default=True)
 @click.option("--rounds", default=2, show_default=True, help="Of each, in turns.")
-@click.option("--memory", default="1000,10000", show_default=True, help="Numbers of pictures.")
+@click.option("--memory", default="1000,10000", show_default=True, help="Numbers of images.")
 @click.option("--out", default=Path("benchmark-output"), type=click.Path(path_type=Path))
 def main(base: str, pictures: int, resolution: int, rounds: int, memory: str, out: Path) -> None:
     """Processor seconds against the bare work, peak memory and rescan speed."""
     torch.set_num_threads(1)
     with TemporaryDirectory() as folder:
         growth = [measure_growth(Path(folder), base, int(n)) for n in memory.split(",") if n]
-        show(
-            "a fresh encode of small pictures; a rescan with nothing to do (target 20,000)", growth
-        )
+        show("a fresh encode of small images; a rescan with nothing to do (target 20,000)", growth)
         cost = measure_cost(Path(folder), base, pictures, resolution, rounds) if rounds else []
-        show(f"{pictures} pictures of {resolution} px against the bare work", cost)
+        show(f"{pictures} images of {resolution} px against the bare work", cost)
     keep(out / "encode.json", {"machine": machine(), "growth": growth, "cost": cost})
 
 

@@ -81,7 +81,7 @@ def memory() -> list[dict[str, Any]]:
 
 
 def saved(pixels: int) -> list[dict[str, Any]]:
-    """What autograd keeps of one picture, in GB: in all, with checkpointing, its largest tensor."""
+    """What autograd keeps of one image, in GB: in all, with checkpointing, its largest tensor."""
     estimator, rows = Estimator(str(CONFIGS), TOKENS), []
     for name, settings in (("LoRA 4", LORA), ("full", FULL)):
         found = estimator.activations(config_of(**settings), (pixels, pixels))
@@ -110,7 +110,7 @@ def meta_unet(full: bool) -> Any:
 
 
 def inputs_of(pixels: int) -> dict[str, Any]:
-    """What it takes for one picture, on the device or in the mode at hand."""
+    """What it takes for one image, on the device or in the mode at hand."""
     side, dtype = pixels // 8, torch.bfloat16
     return {
         "sample": torch.empty(1, 4, side, side, dtype=dtype),
@@ -124,7 +124,7 @@ def inputs_of(pixels: int) -> dict[str, Any]:
 
 
 def operations(pixels: int) -> list[dict[str, Any]]:
-    """TFLOP of one picture's forward and backward pass, on the meta device, without recomputing."""
+    """TFLOP of one image's forward and backward pass, on the meta device, without recomputing."""
     rows = []
     for name, full in (("LoRA 4", False), ("full", True)):
         unet = meta_unet(full)
@@ -200,8 +200,8 @@ def main(out: Path) -> None:
         "blocks": by_block(1024),
     }
     show("peak allocated, batch 1, bf16: ESTIMATED on fake tensors, not measured", tables["memory"])
-    show("what autograd saves of one picture", tables["saved"])
-    show("operations of one picture", tables["operations"])
+    show("what autograd saves of one image", tables["saved"])
+    show("operations of one image", tables["operations"])
     show("a LoRA's forward pass by block", tables["blocks"])
     keep(out / "estimates.json", {"machine": machine(), **tables})
 

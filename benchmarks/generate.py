@@ -133,7 +133,7 @@ def compare(options: dict[str, Any], rounds: int, folder: Path) -> list[dict[str
 @click.option("--base", default="miniature", show_default=True)
 @click.option("--num-images", default=16, show_default=True, help="Of a round.")
 @click.option("--steps", default=20, show_default=True, help="Of denoising.")
-@click.option("--side", default=0, help="Of the pictures, in pixels; 0: the base's own.")
+@click.option("--side", default=0, help="Of the images, in pixels; 0: the base's own.")
 @click.option("--batch-size", default=4, show_default=True)
 @click.option("--device", default="auto", show_default=True)
 @click.option("--rounds", default=7, show_default=True, help="Of each, in turns.")

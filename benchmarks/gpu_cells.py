@@ -1,7 +1,7 @@
 """What ``benchmarks.gpu`` measures, each in a process of its own.
 
 A cell takes the settings that it is named with and returns its figures. ``tiny`` is the miniature
-on any device, to try the code; pictures are an eighth as wide then.
+on any device, to try the code; images are an eighth as wide then.
 """
 
 import math
@@ -32,7 +32,7 @@ from train.learner import build_learner
 from train.unet import COMPILE
 
 GIB = 2**30
-SHRINK = 8  # of tiny pictures
+SHRINK = 8  # of tiny images
 Figures = dict[str, Any]
 
 
@@ -67,7 +67,7 @@ def ceiling(place: Place, side: int = 8192) -> Figures:
 
 
 def _rate(work: Callable[[int], object], few: int, many: int) -> float:
-    """Pictures a second of a whole stage, without its start: by the difference of two runs."""
+    """Images a second of a whole stage, without its start: by the difference of two runs."""
     seconds = []
     for number in (few, many):
         start = time.perf_counter()
@@ -77,7 +77,7 @@ def _rate(work: Callable[[int], object], few: int, many: int) -> float:
 
 
 def encode_rate(place: Place, pixels: int, batch_size: int, few: int = 16) -> Figures:
-    """Pictures a second of ``cli.py encode``: decoded, cut, encoded, hashed, written."""
+    """Images a second of ``cli.py encode``: decoded, cut, encoded, hashed, written."""
 
     def work(number: int) -> None:
         data = place.work / f"pictures-{number}"
@@ -97,7 +97,7 @@ def encode_rate(place: Place, pixels: int, batch_size: int, few: int = 16) -> Fi
 
 
 def encode_bare(place: Place, pixels: int, batch_size: int, num: int = 10) -> Figures:
-    """Pictures a second of the VAE (fp32) and the text encoders alone, on tensors at hand."""
+    """Images a second of the VAE (fp32) and the text encoders alone, on tensors at hand."""
     side = place.pixels(pixels)
     vae: Any = load_vae(place.encoders, torch.float32).to(place.device)
     dtype = torch.float16 if place.on_cuda else torch.float32
@@ -117,7 +117,7 @@ def encode_bare(place: Place, pixels: int, batch_size: int, num: int = 10) -> Fi
 def generate_rate(
     place: Place, pixels: int, batch_size: int, num_steps: int, few: int = 4
 ) -> Figures:
-    """Pictures a second of ``cli.py generate`` with guidance, from UNet to PNG."""
+    """Images a second of ``cli.py generate`` with guidance, from UNet to PNG."""
 
     def work(number: int) -> None:
         settings = GenerateSettings(

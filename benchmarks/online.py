@@ -1,7 +1,7 @@
-"""The peer: a LoRA trained the plain way, encoding pictures and captions at every step.
+"""The peer: a LoRA trained the plain way, encoding images and captions at every step.
 
 In the manner of the LoRA example script for SDXL that comes with diffusers, from the same parts:
-pictures decoded and cut in the data loader, VAE and both text encoders in every step, peft on the
+images decoded and cut in the data loader, VAE and both text encoders in every step, peft on the
 UNet, AdamW. It holds all five models.
 
     python -m benchmarks.online DATASET --base BASE --epochs 3
@@ -30,7 +30,7 @@ ATTENTION = ["to_k", "to_q", "to_v", "to_out.0"]
 
 
 class Pictures(Dataset[dict[str, Any]]):
-    """Centre squares in -1..1, with their captions and SDXL's sizes."""
+    """Center squares in -1..1, with their captions and SDXL's sizes."""
 
     def __init__(self, folder: Path, side: int) -> None:
         self.paths, self.side = sorted(folder.glob("*.png")), side

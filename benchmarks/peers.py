@@ -118,7 +118,7 @@ def main(quick: bool, base: str, pictures: int, resolution: int, device: str, ou
     more = ("s an epoch / ours", "pays from epoch")
     shown = [{name: row.get(name) for name in (*names, *more)} for row in rows]
     show(
-        f"LoRA of {base}, {pictures} pictures of {resolution} px, batch 4, {peers.precision}; "
+        f"LoRA of {base}, {pictures} images of {resolution} px, batch 4, {peers.precision}; "
         "processor seconds of whole commands",
         shown,
     )

@@ -123,7 +123,7 @@ def stock_webdataset(cache: Cache) -> Work:
 
 
 def write_npz(folder: Path, samples: list[Sample]) -> None:
-    """One uncompressed npz per picture."""
+    """One uncompressed npz per image."""
     folder.mkdir()
     for sample in samples:
         arrays = {name: tensor.numpy() for name, tensor in sample.tensors.items()}

@@ -1,1 +1,1 @@
-"""Drawing pictures from prompts with a fine-tuned model."""
+"""Drawing images from prompts with a fine-tuned model."""

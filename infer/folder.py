@@ -1,4 +1,4 @@
-"""The folder of the pictures: which are there, and what lies beside them."""
+"""The folder of the images: which are there, and what lies beside them."""
 
 import warnings
 from collections.abc import Iterator
@@ -42,7 +42,7 @@ BYTES_A_PIXEL = 1.5  # of a PNG; of photographs it is 1.3 to 2
 
 
 class PictureFolder:
-    """``out``: pictures 000000.png on and ``captions.jsonl``; or, as COCO has it, pictures
+    """``out``: images 000000.png on and ``captions.jsonl``; or, as COCO has it, images
     images/000000000001.png on and ``annotations.json``; and a contact sheet of the first."""
 
     def __init__(self, out: Path, layout: str) -> None:
@@ -109,7 +109,7 @@ class PictureFolder:
             )
 
     def _there(self) -> list[Path]:
-        """The pictures that are there, by their names."""
+        """The images that are there, by their names."""
         return sorted(path for path in self.pictures.glob("*.png") if NAME.fullmatch(path.name))
 
     def missing(self, drawings: list[Drawing], about: About) -> list[Drawing]:
@@ -135,7 +135,7 @@ class PictureFolder:
         return wanted
 
     def before_replacing(self, drawing: Drawing) -> None:
-        """To be called before a picture is written: the captions of what is replaced are set aside,
+        """To be called before an image is written: the captions of what is replaced are set aside,
         and no sooner, since whatever fails before that leaves the folder as it was. A damaged file
         that does not say whose it was is kept under another name."""
         path = self.path(drawing)
@@ -145,7 +145,7 @@ class PictureFolder:
                 set_aside(path, path.with_name(path.name + DAMAGED))
 
     def finish(self, drawings: list[Drawing]) -> Path:
-        """Write the captions and the contact sheet, when all pictures are there; returns the
+        """Write the captions and the contact sheet, when all images are there; returns the
         sheet."""
         sizes = map(picture_size, drawings)
         self._write_listing(
@@ -163,8 +163,8 @@ class PictureFolder:
         return path
 
     def _relist(self) -> None:
-        """After a run that failed or was killed while it replaced pictures: captions of what is
-        there now, by the pictures' own records."""
+        """After a run that failed or was killed while it replaced images: captions of what is
+        there now, by the images' own records."""
         if aside_of(self.listing).exists():
             rows = (row_of_record(path, read_record(path, False)[0]) for path in self._there())
             self._write_listing([row for row in rows if row is not None])

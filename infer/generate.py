@@ -1,4 +1,4 @@
-"""The stage: prompts to pictures, by any number of processes; only what is missing is drawn."""
+"""The stage: prompts to images, by any number of processes; only what is missing is drawn."""
 
 import json
 import time
@@ -41,7 +41,7 @@ def generate(settings: GenerateSettings, studio: Studio | None = None) -> Report
 
     Raises:
         ValueError: the prompts, the base, the weights or the folder cannot be used.
-        FloatingPointError: a picture is not finite.
+        FloatingPointError: an image is not finite.
     """
     queue = WorkQueue()
     if not queue.is_main:
@@ -112,7 +112,7 @@ def _draw(
     ):
 
         def count() -> None:
-            """One more picture is in its place."""
+            """One more image is in its place."""
             pending.popleft().result()
             bar.update(queue.add("drawn", 1) - bar.n)
 

@@ -1,4 +1,4 @@
-"""One picture's file: a PNG that says how it was drawn, there whole or not at all."""
+"""One image's file: a PNG that says how it was drawn, there whole or not at all."""
 
 import json
 import struct
@@ -29,7 +29,7 @@ About = dict[str, Any]  # "weights": their digests; "samplers": each one's class
 
 
 def record_of(drawing: Drawing, about: About) -> dict[str, Any]:
-    """All that decides the picture, as plain JSON."""
+    """All that decides the image, as plain JSON."""
     sampler = about["samplers"][drawing.sampler or ""]
     return {**asdict(drawing), "sampler": sampler, "weights": about["weights"]}
 
@@ -38,7 +38,7 @@ def read_record(path: Path, to_the_end: bool = True) -> tuple[dict[str, Any] | N
     """What a PNG says of how it was drawn, and whether the file is whole.
 
     None where nothing in it is of this program; empty where that itself is damaged. The checksums
-    of the format are checked, and no pixel is decoded, so that a picture of any size, or one that
+    of the format are checked, and no pixel is decoded, so that an image of any size, or one that
     claims it, costs no memory. ``to_the_end`` False: no further than the first pixels.
 
     Raises:
@@ -86,7 +86,7 @@ def _parse_record(data: bytes) -> dict[str, Any]:
 
 
 def row_of_record(path: Path, record: dict[str, Any] | None) -> Row | None:
-    """What a picture's own record says of it for the listing; None where it has none."""
+    """What an image's own record says of it for the listing; None where it has none."""
     try:
         about = {one.name: (record or {})[one.name] for one in fields(Drawing)}
         drawing = Drawing(**about | {"sampler": None})
@@ -96,10 +96,10 @@ def row_of_record(path: Path, record: dict[str, Any] | None) -> Row | None:
 
 
 def stale_because(path: Path, asked: dict[str, Any]) -> str | None:
-    """Why a picture must be drawn (again); empty where it is missing, None where it is as asked.
+    """Why an image must be drawn (again); empty where it is missing, None where it is as asked.
 
     Raises:
-        ValueError: a picture that someone else made.
+        ValueError: an image that someone else made.
     """
     if not path.exists():
         return ""
@@ -124,7 +124,7 @@ def _without_comparison(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def picture_size(drawing: Drawing) -> tuple[int, int]:
-    """(width, height) of the file's picture."""
+    """(width, height) of the file's image."""
     if drawing.compare:
         label, gap = _margins(drawing)
         return 2 * drawing.width + gap, drawing.height + label
@@ -132,14 +132,14 @@ def picture_size(drawing: Drawing) -> tuple[int, int]:
 
 
 def _margins(drawing: Drawing) -> tuple[int, int]:
-    """Pixels above two pictures, for what they are, and between them: to be read on a sheet too."""
+    """Pixels above two images, for what they are, and between them: to be read on a sheet too."""
     return max(20, drawing.height // 16), max(4, drawing.width // 128)
 
 
 def save_picture(
     path: Path, sides: list[torch.Tensor], drawing: Drawing, about: About, loras: str
 ) -> None:
-    """Write the picture [3, H, W] in 0..1; or two of them, the one without the fine-tune first.
+    """Write the image [3, H, W] in 0..1; or two of them, the one without the fine-tune first.
 
     ``loras`` is for the line that web UIs show: names and weights, or empty.
     """

@@ -1,4 +1,4 @@
-"""What to draw: each picture with all that it takes but the weights; in batches and windows."""
+"""What to draw: each image with all that it takes but the weights; in batches and windows."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ Batch = list["Drawing"]
 
 @dataclass(frozen=True, kw_only=True)
 class Drawing:
-    """One picture. Sizes and crops in pixels; ``sampler`` None is the base's own."""
+    """One image. Sizes and crops in pixels; ``sampler`` None is the base's own."""
 
     number: int
     prompt: str
@@ -36,17 +36,17 @@ class Drawing:
 
     @property
     def kind(self) -> tuple[int, int, int, float, str]:
-        """What pictures of one batch have in common."""
+        """What images of one batch have in common."""
         return self.width, self.height, self.num_steps, self.guidance_scale, self.sampler or ""
 
 
 def plan_drawings(
     settings: GenerateSettings, prompts: list[Prompt], default_side: int
 ) -> list[Drawing]:
-    """``num_images`` pictures, prompts in rotation, each as often in turn as its line says; what a
+    """``num_images`` images, prompts in rotation, each as often in turn as its line says; what a
     line says wins over the settings.
 
-    Picture i has seed + i. A line's own seed grows by one each time the line comes round.
+    Image i has seed + i. A line's own seed grows by one each time the line comes round.
     """
     num = settings.num_images or sum(one.num_images or 1 for one in prompts)
     if num > MAX_PICTURES:
@@ -93,7 +93,7 @@ def _drawing(
 
 
 def make_batches(drawings: Iterable[Drawing], size: int) -> list[Batch]:
-    """Batches of one kind each. Pictures of the same prompt come together, so that few windows
+    """Batches of one kind each. Images of the same prompt come together, so that few windows
     need it; else they are in the order of their numbers."""
     ordered = sorted(drawings, key=lambda one: one.number)
     first: dict[tuple[str, str | None], int] = {}
@@ -108,7 +108,7 @@ def make_batches(drawings: Iterable[Drawing], size: int) -> list[Batch]:
 
 
 def make_windows(batches: list[Batch], size: int) -> list[list[Batch]]:
-    """Consecutive batches of up to ``size`` pictures in all; a larger batch is one by itself."""
+    """Consecutive batches of up to ``size`` images in all; a larger batch is one by itself."""
     windows: list[list[Batch]] = []
     room = 0
     for batch in batches:

@@ -31,7 +31,7 @@ Keep = Callable[[Drawing, list[torch.Tensor]], None]
 
 @dataclass(frozen=True)
 class Side:
-    """With which weights a picture is drawn: ``plain`` without the fine-tune."""
+    """With which weights an image is drawn: ``plain`` without the fine-tune."""
 
     model: str
     with_loras: bool
@@ -61,11 +61,11 @@ class Studio:
         self._samplers: dict[tuple[str | None, bool], Any] = {}
 
     def draw(self, drawings: list[Drawing], queue: WorkQueue, keep: Keep) -> None:
-        """Draw what this process gets of ``drawings``, the same in all; ``keep`` takes each picture
+        """Draw what this process gets of ``drawings``, the same in all; ``keep`` takes each image
         (with ``--compare`` two: without and with), [3, H, W] in 0..1, on the CPU.
 
         Raises:
-            FloatingPointError: a picture is not finite.
+            FloatingPointError: an image is not finite.
         """
         batches = make_batches(drawings, self.settings.batch_size)
         windows = make_windows(batches, self.settings.window)
@@ -155,7 +155,7 @@ class Studio:
         for drawing, *pictures in zip(batch, *sides, strict=True):
             if not all(picture.isfinite().all() for picture in pictures):
                 raise FloatingPointError(
-                    f"picture {drawing.number} ({drawing.prompt[:60]!r}) is not finite: are the "
+                    f"image {drawing.number} ({drawing.prompt[:60]!r}) is not finite: are the "
                     "weights whole? --precision fp32 tells"
                 )
             keep(drawing, pictures)

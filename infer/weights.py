@@ -82,7 +82,7 @@ class Weights:
         return self.settings.vae or self.settings.base
 
     def digests(self, dtype: torch.dtype) -> dict[str, Any]:
-        """Of all weights that make the pictures, for the pictures' own record."""
+        """Of all weights that make the images, for the images' own record."""
         base = self.settings.base
         configs = {name: model_config(base, name) for name in ("text_encoder", "text_encoder_2")}
         configs["vae"] = vae_config(self._vae)

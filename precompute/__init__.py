@@ -1,1 +1,1 @@
-"""Stage 1: pictures and captions to shards. The VAE and the text encoders work here."""
+"""Stage 1: images and captions to shards. The VAE and the text encoders work here."""

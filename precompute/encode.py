@@ -51,13 +51,13 @@ class Job:
 
 
 def encode(settings: EncodeSettings) -> list[Report]:
-    """Encode a data set into ``settings.out``, or its ``train`` and ``val``; a report for each.
+    """Encode a dataset into ``settings.out``, or its ``train`` and ``val``; a report for each.
 
     Of several processes the main one plans and reports, and each takes one shard after the other.
     The others report nothing.
 
     Raises:
-        ValueError: the data set, the base, the prompts or the settings cannot be used.
+        ValueError: the dataset, the base, the prompts or the settings cannot be used.
         OSError: a file cannot be read or written; what is whole stays.
     """
     queue, plans = WorkQueue(), list[CachePlan]()

@@ -15,7 +15,7 @@ from sdxl.conditioning import TextEncoders
 
 
 class Encoders:
-    """Both, on one device. ``batch_size`` pictures or captions at a time, always."""
+    """Both, on one device. ``batch_size`` images or captions at a time, always."""
 
     def __init__(self, settings: EncodeSettings, batch_size: int) -> None:
         self.settings, self.batch_size = settings, batch_size

@@ -1,4 +1,4 @@
-"""The two halves of samples, encoded: pictures to latents, captions to embeddings.
+"""The two halves of samples, encoded: images to latents, captions to embeddings.
 
 Batches are always filled to one fixed size: the last bits of an encoder's output depend on the
 batch size, but not on who else is in the batch. So they may run across samples.
@@ -58,23 +58,23 @@ class Failed:
 
 @dataclass(frozen=True, eq=False)
 class _Opened:
-    """The variants of a picture, or why there are none."""
+    """The variants of an image, or why there are none."""
 
     rows: list[Pixels] | Failed
     digests: dict[str, str]
 
 
 def latent_halves(members: Sequence[Planned], encoders: Encoders) -> Iterator[Half | Failed]:
-    """Of each picture its latents with their sizes: all variants of a picture are one half.
+    """Of each image its latents with their sizes: all variants of an image are one half.
 
     Its variants are those planned, less those that a mask hides all over.
 
     Raises:
-        OSError: a file cannot be read now. That is no property of the picture: the run ends, and
+        OSError: a file cannot be read now. That is no property of the image: the run ends, and
             goes on from there the next time.
     """
     size, threads = encoders.batch_size, num_cores()
-    most = max((len(one.variants) for one in members), default=1)  # each is a picture in memory
+    most = max((len(one.variants) for one in members), default=1)  # each is an image in memory
     opened = read_ahead(
         lambda one: _open_member(one, encoders.settings),
         members,

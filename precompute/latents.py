@@ -1,4 +1,4 @@
-"""Pictures to scaled latents, by the VAE."""
+"""Images to scaled latents, by the VAE."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,7 @@ from sdxl.sampling import scale_mean, scale_std
 
 @dataclass(frozen=True, eq=False)
 class Posterior:
-    """The scaled posterior of N pictures: ``mean`` and ``std`` [N, C, h, w] fp32, on the CPU."""
+    """The scaled posterior of N images: ``mean`` and ``std`` [N, C, h, w] fp32, on the CPU."""
 
     mean: torch.Tensor
     std: torch.Tensor
@@ -47,7 +47,7 @@ class LatentEncoder:
         return self._upcast
 
     def encode(self, pictures: torch.Tensor) -> Posterior:
-        """Up to ``batch_size`` pictures [N, 3, H, W] in -1..1.
+        """Up to ``batch_size`` images [N, 3, H, W] in -1..1.
 
         The batch is always filled up: a VAE's last bits change with the batch size, but not with
         what else is in the batch. What is not finite is encoded again in fp32.

@@ -23,7 +23,7 @@ BATCH_SIZE = 4  # always the same: the last bits of an embedding depend on it
 def change_prompts(
     cache: Path, file: Path, base: str, device: str, tokenizers: Path | None = None
 ) -> tuple[Path, int]:
-    """Put the prompts of ``file`` in the place of a finished cache's, without its data set.
+    """Put the prompts of ``file`` in the place of a finished cache's, without its dataset.
 
     Of a cache that is split in two it is ``train`` that previews are drawn for. Returns the file
     written, and the number of prompts in it.
@@ -109,7 +109,7 @@ def write_prompts(
         if False in rows:
             raise ValueError(
                 f"{folder / PROMPTS}: the {name} of {prompts[rows.index(False)].text!r} is not "
-                f"finite in {dtype}; change it, or encode the data set with another --dtype"
+                f"finite in {dtype}; change it, or encode the dataset with another --dtype"
             )
     held = PreviewFile(prompts=[*map(asdict, prompts)], made_with=made_with, tensors=tensors)
     write_durable(folder / PROMPTS, held.to_bytes())
@@ -142,5 +142,5 @@ def _check_encoders(
             what = name.replace("text_encoder", "tokenizer") if changed == ["tokenizer"] else name
             raise ValueError(
                 f"{folder}: made with another {what} than {base} holds; give the base it was made "
-                "with as --base, or encode the data set with this one"
+                "with as --base, or encode the dataset with this one"
             )

@@ -1,4 +1,4 @@
-"""All that decides the tensors besides pictures and captions, by cause."""
+"""All that decides the tensors besides images and captions, by cause."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ VAE_CONFIG = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 
 
 def read_recipe(settings: EncodeSettings) -> dict[str, Any]:
-    """All that decides the tensors besides pictures and captions, by cause."""
+    """All that decides the tensors besides images and captions, by cause."""
     vae, config = vae_config(settings.vae or settings.base)
     mode = "square" if settings.square else "squash" if settings.squash else "buckets"
     preprocessing: dict[str, Any] = {

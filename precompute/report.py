@@ -12,7 +12,7 @@ from shards.sample import TENSORS
 from shards.words import counted
 
 NOUNS = {  # of one sample, and of several
-    "picture": ("picture", "pictures"),
+    "picture": ("image", "images"),
     "mask": ("mask", "masks"),
     "captions": ("caption", "captions"),
     "weight": ("weight", "weights"),
@@ -25,23 +25,23 @@ class Report:
 
     folder: Path
     changes: Changes = field(default_factory=Changes)
-    buckets: dict[str, int] = field(default_factory=dict)  # pictures by bucket
+    buckets: dict[str, int] = field(default_factory=dict)  # images by bucket
     num_samples: int = 0
     num_shards: int = 0
     num_bytes: int = 0
     num_upscaled: int = 0
     num_cut_captions: int = 0
-    num_variants: int = 0  # crops and mirrored pictures among them
+    num_variants: int = 0  # crops and mirrored images among them
     num_captions: int = 0
     num_masks: int = 0
-    num_taken: int = 0  # pictures an epoch, with repeats
+    num_taken: int = 0  # images an epoch, with repeats
     num_prompts: int = 0  # to draw previews from
     dropped_variants: list[tuple[str, int]] = field(default_factory=list)  # by image: how many
     rejected: list[Rejected] = field(default_factory=list)
 
     @property
     def rejected_share(self) -> float:
-        """Of all that the data set named."""
+        """Of all that the dataset named."""
         return len(self.rejected) / max(1, len(self.rejected) + self.num_samples)
 
     def add(self, index: Index) -> None:
@@ -80,7 +80,7 @@ def summarise(changes: Changes) -> str:
 def describe(report: Report, num_chunks: int) -> Iterator[str]:
     """Lines for people; captions have ``num_chunks`` chunks."""
     yield (
-        f"\n{report.folder}: {counted(report.num_samples, 'picture')} in "
+        f"\n{report.folder}: {counted(report.num_samples, 'image')} in "
         f"{counted(report.num_shards, 'shard')}, "
         f"{report.num_bytes / 1e6:.1f} MB: {summarise(report.changes)}"
         + (", so nothing was encoded" if report.changes.are_none else "")
@@ -90,7 +90,7 @@ def describe(report: Report, num_chunks: int) -> Iterator[str]:
     for number, usual, what in (
         (report.num_variants, report.num_samples, "variants of them (crops, mirrored)"),
         (report.num_captions, report.num_samples, "captions"),
-        (report.num_taken, report.num_samples, "pictures an epoch, with repeats"),
+        (report.num_taken, report.num_samples, "images an epoch, with repeats"),
         (report.num_masks, 0, "with a mask; train --masked-loss obeys it"),
         (report.num_upscaled, 0, "smaller than their bucket, so enlarged"),
         (report.num_cut_captions, 0, f"captions cut at {77 * num_chunks} tokens"),

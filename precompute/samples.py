@@ -81,7 +81,7 @@ def make_samples(
 
 
 def _with_marks(planned: Planned, digests: dict[str, str]) -> Planned:
-    """The picture is known by what was read of it, where it was not hashed before."""
+    """The image is known by what was read of it, where it was not hashed before."""
     return replace(planned, picture=planned.picture or picture_mark(digests.get("picture", "")))
 
 

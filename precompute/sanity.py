@@ -1,8 +1,8 @@
 """Whether the latents are what the VAE gives: measured beside the stage, by another way.
 
-A cache once went round whose latents were encoded without the pictures' normalisation: losses
+A cache once went round whose latents were encoded without the images' normalization: losses
 looked as ever. So built-in drawings go through the whole stage, and beside it, from their 8-bit
-pixels, through diffusers' VAE alone with a scaling of its own; and what is stored of some pictures
+pixels, through diffusers' VAE alone with a scaling of its own; and what is stored of some images
 is compared with what the VAE alone gives of their files. The stage is measured by the VAE, not by
 an ideal: a VAE of random weights raises no alarm.
 
@@ -24,7 +24,7 @@ from shards.buckets import Geometry, cover
 
 Pixels = npt.NDArray[np.uint8]
 SIDE = 64  # of a drawing, pixels
-WINDOW = 16  # latent pixels: the middle of a picture, which is decoded back
+WINDOW = 16  # latent pixels: the middle of an image, which is decoded back
 MOST_ERROR = 0.1  # of the latents' norm; storing in bf16 costs 0.002, a VAE in bf16 about 0.01
 MOST_FACTOR = 1.25  # of the posterior's std, which in half precision is known less well
 ALIKE = 0.01  # an error that decodes to the same
@@ -59,11 +59,11 @@ def measure_drawings(encoder: LatentEncoder) -> dict[str, Any]:
 def measure_picture(
     encoder: LatentEncoder, path: str, data: bytes, geometry: Geometry, stored: torch.Tensor
 ) -> dict[str, Any] | None:
-    """What became of one picture; None: take another one.
+    """What became of one image; None: take another one.
 
     ``data`` is the file, ``stored`` [C, h, w] what the cache holds for ``geometry``. Only plain
-    pictures can be opened by another way: 8 bits, RGB or grey, upright, opaque, without a profile.
-    ``psnr`` is of the middle of the picture, decoded from ``stored``; ``bare_psnr`` from the
+    images can be opened by another way: 8 bits, RGB or gray, upright, opaque, without a profile.
+    ``psnr`` is of the middle of the image, decoded from ``stored``; ``bare_psnr`` from the
     latents that the VAE alone gives, where those differ.
     """
     opened = _open_plainly(data)
@@ -120,14 +120,14 @@ def alarms_of_picture(found: dict[str, Any]) -> list[str]:
         )
     if found.get("bare_psnr", found["psnr"]) - found["psnr"] > MOST_LOSS:
         lines.append(
-            f"{found['path']}: its latents decode to {found['psnr']:g} dB of the picture, where "
+            f"{found['path']}: its latents decode to {found['psnr']:g} dB of the image, where "
             f"those of the VAE alone come to {found['bare_psnr']:g} dB"
         )
     return lines
 
 
 def draw() -> list[Pixels]:
-    """Two drawings [SIDE, SIDE, 3]: shapes on a slope of colours, and stripes. No two channels
+    """Two drawings [SIDE, SIDE, 3]: shapes on a slope of colors, and stripes. No two channels
     are alike, and neither is symmetric."""
     y, x = np.mgrid[0:SIDE, 0:SIDE] / (SIDE - 1)
     slope = np.stack([0.9 * x, 0.2 + 0.6 * y, 0.8 - 0.7 * x * y], axis=-1)
@@ -180,7 +180,7 @@ def _constants(vae: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 @torch.inference_mode()
 def _bare_encode(vae: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scaled mean and std [N, C, h, w] fp32 on the CPU, of the VAE alone, one picture at a time."""
+    """Scaled mean and std [N, C, h, w] fp32 on the CPU, of the VAE alone, one image at a time."""
     shift, scale = _constants(vae)
     found = [vae.encode(one[None].to(vae.device, vae.dtype)).latent_dist for one in pixels]
     mean = torch.cat([one.mean.float().cpu() for one in found])

@@ -9,7 +9,7 @@ from runtime.workers import check_gpus
 from sdxl.base import BASE_HELP, TOKENIZERS_HELP
 
 MOST_CROPS = 1000
-MOST_CHUNKS = 4000  # of captions a picture: 1.3 GB in two bytes; an index counts to 4 GB
+MOST_CHUNKS = 4000  # of captions an image: 1.3 GB in two bytes; an index counts to 4 GB
 Dtype = Literal["fp16", "bf16", "fp32"]
 
 
@@ -212,7 +212,7 @@ class EncodeSettings:
         if self.shuffle_tags * self.long_captions > MOST_CHUNKS:
             raise ValueError(
                 f"--shuffle-tags {self.shuffle_tags} of --long-captions {self.long_captions} are "
-                f"more than {MOST_CHUNKS} chunks a picture"
+                f"more than {MOST_CHUNKS} chunks an image"
             )
         if self.keep_tokens and not self.shuffle_tags:
             raise ValueError("--keep-tokens goes with --shuffle-tags")

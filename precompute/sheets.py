@@ -22,7 +22,7 @@ def write_sheets(cache: Cache, out: Path) -> Iterator[Path]:
     """A sheet a bucket, ``WIDTHxHEIGHT.png`` in ``out``: its first samples in key order.
 
     Raises:
-        CacheError: the cache has no map from latents to colours, or is damaged.
+        CacheError: the cache has no map from latents to colors, or is damaged.
     """
     if "latent_rgb" not in cache.manifest:
         raise CacheError(f"{cache.folder}: its manifest has no latent_rgb map; encode it again")
@@ -59,7 +59,7 @@ def _tiles(cache: Cache, shards: list[Shard]) -> Iterator[tuple[Image.Image, str
 
 
 def frame(colours: torch.Tensor, sizes: list[int], is_squashed: bool = False) -> Image.Image:
-    """A picture in the frame it was cut from, which is grey where it was cut away.
+    """An image in the frame it was cut from, which is gray where it was cut away.
 
     ``colours`` [3, h, w] in 0..1; ``sizes`` as a sample has them. The crop is boxed. What was
     squashed keeps the shape of its bucket: nothing was cut away.

@@ -1,6 +1,6 @@
-"""Spot checks of a finished cache: what it holds of its first pictures by key.
+"""Spot checks of a finished cache: what it holds of its first images by key.
 
-Which pictures those are, and what is measured, follows from what the cache holds alone: not from
+Which images those are, and what is measured, follows from what the cache holds alone: not from
 who encoded it, nor in how many runs.
 """
 
@@ -30,7 +30,7 @@ NUM_CANDIDATES = 16  # some may have been rejected, or are of a kind that cannot
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """A picture that may be checked, and the shard it is in."""
+    """An image that may be checked, and the shard it is in."""
 
     shard: str
     planned: Planned
@@ -65,7 +65,7 @@ def check_cache(
     """``sanity`` of the manifest; warns of what is off.
 
     ``marks`` of each sample by key are what it was made from. The VAE is loaded if ``before`` is of
-    other pictures, or made in another way.
+    other images, or made in another way.
     """
     parts = [recipe[name] for name in ("preprocessing", "vae", "storage")]
     of = content_digest([*parts, *([one.key, *marks[one.key][:3]] for one in candidates)])

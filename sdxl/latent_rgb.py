@@ -1,7 +1,7 @@
-"""A linear map from a scaled latent to preview colours, fitted by least squares.
+"""A linear map from a scaled latent to preview colors, fitted by least squares.
 
-A pixel of the latent is worth 8 x 8 of the picture: 4 channels and a constant explain its mean
-colour well enough to see what a run is learning, without the VAE.
+A pixel of the latent is worth 8 x 8 of the image: 4 channels and a constant explain its mean
+color well enough to see what a run is learning, without the VAE.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ Matrix = npt.NDArray[np.float64]
 class LatentSums:
     """Sums over latent pixels from which statistics and the map follow, in fp64.
 
-    ``gram`` [C+1, C+1] of (latent, 1) with itself, ``cross`` [C+1, 3] with the colours. They add
+    ``gram`` [C+1, C+1] of (latent, 1) with itself, ``cross`` [C+1, 3] with the colors. They add
     up over shards in any order that is fixed, so a cache's figures do not depend on who wrote it.
     """
 
@@ -31,7 +31,7 @@ class LatentSums:
         return cls(np.zeros((channels + 1, channels + 1)), np.zeros((channels + 1, 3)))
 
     def add(self, latents: torch.Tensor, pictures: torch.Tensor) -> None:
-        """Latents [N, C, h, w] (scaled) and their pictures [N, 3, 8h, 8w] in -1..1."""
+        """Latents [N, C, h, w] (scaled) and their images [N, 3, 8h, 8w] in -1..1."""
         colours = F.adaptive_avg_pool2d(pictures.float(), (latents.shape[-2], latents.shape[-1]))
         flat = latents.double().permute(0, 2, 3, 1).reshape(-1, latents.shape[1]).cpu().numpy()
         seen = colours.double().permute(0, 2, 3, 1).reshape(-1, 3).cpu().numpy()
@@ -57,16 +57,16 @@ class LatentSums:
         return {"mean": mean.tolist(), "std": np.sqrt(variance.clip(0)).tolist()}
 
     def fit(self) -> dict[str, Any]:
-        """``weight`` [C, 3] and ``bias`` [3] of colours in -1..1."""
+        """``weight`` [C, 3] and ``bias`` [3] of colors in -1..1."""
         ridge = 1e-6 * np.eye(len(self.gram)) * max(float(np.trace(self.gram)), 1.0)
         solved = np.linalg.solve(self.gram + ridge, self.cross)
         return {"weight": solved[:-1].tolist(), "bias": solved[-1].tolist()}
 
 
 def latents_to_rgb(latents: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """Scaled latents [N, C, h, w] to colours [N, 3, h, w] in 0..1, fp32, one for each latent pixel.
+    """Scaled latents [N, C, h, w] to colors [N, 3, h, w] in 0..1, fp32, one for each latent pixel.
 
-    ``weight`` [C, 3] and ``bias`` [3] are of ``LatentSums.fit``: the map gives colours in -1..1.
+    ``weight`` [C, 3] and ``bias`` [3] are of ``LatentSums.fit``: the map gives colors in -1..1.
     """
     weight, bias = (part.to(latents.device, torch.float32) for part in (weight, bias))
     colours = torch.einsum("nchw,cr->nrhw", latents.float(), weight) + bias.view(1, 3, 1, 1)

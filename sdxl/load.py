@@ -117,7 +117,7 @@ def load_scheduler(
     takes = inspect.signature(kind.__init__).parameters
     if deaf := sorted(name for name in changes if name not in takes and changes[name]):
         warnings.warn(
-            f"pictures are drawn without {', '.join(deaf)}: the base's {kind.__name__} does not "
+            f"images are drawn without {', '.join(deaf)}: the base's {kind.__name__} does not "
             "know it",
             stacklevel=2,
         )

@@ -24,7 +24,7 @@ WHOLE_NUMBER = re.compile(r"[0-9]{1,20}")  # int() alone would also take "1_0", 
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 DECIMAL = re.compile(r"[0-9]+(\.[0-9]*)?|\.[0-9]+")  # likewise float(): "nan", "inf"
 MAX_SEED = 2**64 - 1  # the largest torch.Generator.manual_seed takes
-MAX_SIDE = 16_384  # pixels of a picture
+MAX_SIDE = 16_384  # pixels of an image
 MAX_PIXELS = 999_999_999  # of a size or crop that SDXL is told, as --original-size
 MAX_IMAGES = 999_999  # of one line
 MAX_FILE_BYTES = 64_000_000
@@ -63,7 +63,7 @@ class Prompt:
     """What to draw; None leaves the choice to the caller's defaults.
 
     Sizes and crops are in pixels. ``original_*`` and ``crop_*`` are what SDXL is told of the
-    picture's past: its size before it was resized, and where it was cut.
+    image's past: its size before it was resized, and where it was cut.
     """
 
     text: str

@@ -1,6 +1,6 @@
 """Embeddings to latents: the denoising loop of the SDXL pipeline, with the UNet alone.
 
-Legend: N pictures, C latent channels, h w latent height and width.
+Legend: N images, C latent channels, h w latent height and width.
 """
 
 import inspect
@@ -10,11 +10,11 @@ import torch
 
 from sdxl.conditioning import Conditioning
 
-DECODED_AT_ONCE = 128 * 128  # latent pixels: a picture of 1024², which takes 3 GB in fp32
+DECODED_AT_ONCE = 128 * 128  # latent pixels: an image of 1024², which takes 3 GB in fp32
 
 
 def starting_noise(generators: list[torch.Generator], shape: tuple[int, int, int]) -> torch.Tensor:
-    """[N, C, h, w] fp32, each picture from its own generator, whatever the batch.
+    """[N, C, h, w] fp32, each image from its own generator, whatever the batch.
 
     As ``diffusers.utils.torch_utils.randn_tensor`` does: the same seeds give the same noise there.
     """
@@ -48,7 +48,7 @@ def sample_latents(
 ) -> torch.Tensor:
     """Denoise ``noise`` [N, C, h, w] with classifier-free guidance (off at a scale <= 1).
 
-    ``prompt`` and ``negative`` have N rows, ``time_ids`` is [N, 6]. ``generators``, one a picture,
+    ``prompt`` and ``negative`` have N rows, ``time_ids`` is [N, 6]. ``generators``, one an image,
     serve samplers that add noise on the way. ``guidance_rescale`` pulls the standard deviation of
     what guidance gives towards that of the prompt's own prediction (Lin et al., "Common Diffusion
     Noise Schedules and Sample Steps are Flawed", 3.4). Returns scaled latents in the UNet's dtype,
@@ -96,7 +96,7 @@ def _rescaled(guided: torch.Tensor, with_prompt: torch.Tensor, amount: float) ->
 
 @torch.inference_mode()
 def decode_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
-    """Scaled latents [N, C, h, w] to pictures [N, 3, 8h, 8w] in 0..1, fp32, on the CPU; NaN
+    """Scaled latents [N, C, h, w] to images [N, 3, 8h, 8w] in 0..1, fp32, on the CPU; NaN
     where the VAE overflows."""
     latents = unscale(vae.config, latents.to(vae.device, vae.dtype))
     at_once = max(1, DECODED_AT_ONCE // latents[0, 0].numel())

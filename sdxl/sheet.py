@@ -1,4 +1,4 @@
-"""Pictures with their prompts, at a glance."""
+"""Images with their prompts, at a glance."""
 
 import math
 from bisect import bisect_right
@@ -9,15 +9,15 @@ from PIL import Image, ImageDraw, ImageFont
 
 TILE = 256  # pixels
 LINE = 18  # pixels under each tile, for its prompt
-MOST = 100  # pictures on one sheet
+MOST = 100  # images on one sheet
 
 
 def contact_sheet(
     pictures: Sequence[tuple[Path | Image.Image, str]], tile: int = TILE
 ) -> Image.Image:
-    """The first pictures (at least one), each fitted in a tile, with the start of its prompt below.
+    """The first images (at least one), each fitted in a tile, with the start of its prompt below.
 
-    ``tile`` is a tile's side in pixels; tiles are lower where all pictures are. A file is opened
+    ``tile`` is a tile's side in pixels; tiles are lower where all images are. A file is opened
     when its turn comes.
     """
     shown = [(_fit(picture, tile), prompt) for picture, prompt in pictures[:MOST]]

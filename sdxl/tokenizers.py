@@ -45,7 +45,7 @@ class TokenizerFiles:
     def parts(self) -> dict[str, Any]:
         """What decides token ids, in whichever files it is: vocabulary, merges, special tokens.
 
-        As transformers reads them: tokenizer.json wins, and the normalisation is always CLIP's.
+        As transformers reads them: tokenizer.json wins, and the normalization is always CLIP's.
 
         Raises:
             BaseError: a file cannot be read.

@@ -1,4 +1,4 @@
-"""The contract between the stages: a cache of encoded pictures, and the order they are read in.
+"""The contract between the stages: a cache of encoded images, and the order they are read in.
 
 Format ``shardtune-cache``, version 2
 =====================================
@@ -10,7 +10,7 @@ A cache is a folder::
     832x1216-000000.index       the mark of a whole shard, written after the tar is in place
     unconditional.safetensors   the empty prompt both ways: zeros, and the encoded ""
     prompts.safetensors         preview prompts, if there are any (see ``shards.previews``)
-    rejected.jsonl              each picture that was not encoded, and why; sorted by key
+    rejected.jsonl              each image that was not encoded, and why; sorted by key
 
 Legend: V variants (crops, flips), C captions, k chunks of 77 tokens, h w latent height and width,
 D width of the prompt embeddings (SDXL: 2048), P width of the pooled embedding (SDXL: 1280).
@@ -18,7 +18,7 @@ D width of the prompt embeddings (SDXL: 2048), P width of the pooled embedding (
 Sample: two tar members, ``KEY.json`` and ``KEY.safetensors``. KEY is the first 20 hex digits of
 sha256(relative posix path, with its extension, as UTF-8): webdataset ends a key at the first dot,
 so no name of the user's can be one. The JSON holds ``path``, ``captions``, ``weight``, ``digests``
-(sha256 of the picture's bytes, of the captions, of its mask's) and ``notes`` (by half, ``latents``
+(sha256 of the image's bytes, of the captions, of its mask's) and ``notes`` (by half, ``latents``
 and ``text``: what the statistics of a shard are summed up from). The tensors are
 
     latents.mean           [V, 4, h, w]     scaled as the UNet sees them
@@ -26,7 +26,7 @@ and ``text``: what the statistics of a shard are summed up from). The tensors ar
     prompt_embeds          [C, 77k, D]
     pooled_prompt_embeds   [C, P]
     sizes                  [V, 6]  int32    original h, w; crop top, left (after resize, and
-                                            of a mirrored variant in the mirrored picture);
+                                            of a mirrored variant in the mirrored image);
                                             target h, w
     mask                   [V, 1, h, w]     optional; 0..1, the mean over each latent's area
 
@@ -82,5 +82,5 @@ class OtherFormat(CacheError):
     def version(cls, path: object, version: object) -> "OtherFormat":
         return cls(
             f"{path}: cache format version {version}; this shardtune reads version {VERSION}. "
-            "Encode the data set again, into a new folder, or use the shardtune that made it"
+            "Encode the dataset again, into a new folder, or use the shardtune that made it"
         )

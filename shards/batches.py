@@ -136,7 +136,7 @@ class Reader:
         return cache, *cache.locate(group, entry.row)
 
     def paths(self, epoch: int, number: int, micro: int) -> list[str]:
-        """Where the pictures of a micro-batch of this rank lay in their data sets."""
+        """Where the images of a micro-batch of this rank lay in their datasets."""
         found = []
         for entry in self.share.entries(self.plan.batch(epoch, number), micro):
             _, shard, row = self._locate(entry)

@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: the picture sizes that training batches are made of. Pure integers."""
+"""Aspect-ratio buckets: the image sizes that training batches are made of. Pure integers."""
 
 import math
 from dataclasses import dataclass, replace
@@ -33,11 +33,11 @@ def nearest_bucket(size: Size, buckets: list[Size]) -> Size:
 
 @dataclass(frozen=True, kw_only=True)
 class Geometry:
-    """How one picture becomes its bucket: resize to ``resized``, mirror it left to right where it
+    """How one image becomes its bucket: resize to ``resized``, mirror it left to right where it
     is ``flipped``, then cut ``target`` at the crop.
 
-    Sizes are (width, height); ``crop`` is (left, top) in the resized picture as it then is: of a
-    flipped one, the left is the mirrored picture's.
+    Sizes are (width, height); ``crop`` is (left, top) in the resized image as it then is: of a
+    flipped one, the left is the mirrored image's.
     """
 
     original: Size
@@ -54,12 +54,12 @@ class Geometry:
 
     @property
     def cut_share(self) -> float:
-        """The share of the picture's area that is cut away."""
+        """The share of the image's area that is cut away."""
         (rw, rh), (tw, th) = self.resized, self.target
         return 1 - tw * th / (rw * rh)
 
     def mirrored(self) -> "Geometry":
-        """The same part of the picture, seen in a mirror."""
+        """The same part of the image, seen in a mirror."""
         (left, top), spare = self.crop, self.resized[0] - self.target[0]
         return replace(self, crop=(spare - left, top), flipped=not self.flipped)
 
@@ -75,7 +75,7 @@ class Geometry:
 
 
 def cover(original: Size, target: Size) -> Geometry:
-    """Resize so that the target is just covered, then crop the centre."""
+    """Resize so that the target is just covered, then crop the center."""
     (ow, oh), (tw, th) = original, target
     scale = max(tw / ow, th / oh)
     resized = max(tw, round(ow * scale)), max(th, round(oh * scale))

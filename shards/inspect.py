@@ -36,7 +36,7 @@ class Contents:
     repeats: Counts = field(default_factory=Counter)
     num_masks: int = 0
     captions: Counts = field(default_factory=Counter)  # by text
-    folders: Counts = field(default_factory=Counter)  # by the first part of the picture's path
+    folders: Counts = field(default_factory=Counter)  # by the first part of the image's path
     rejected: Counts = field(default_factory=Counter)  # by reason, its numbers left out
 
 
@@ -96,7 +96,7 @@ def _count(contents: Contents, shard: Shard) -> None:
 def _read_rejected(cache: Cache) -> Counts:
     if REJECTED not in cache.manifest["side_files"]:
         return Counter()
-    data = read_side_file(cache.folder, cache.manifest, REJECTED, "encode the data set again")
+    data = read_side_file(cache.folder, cache.manifest, REJECTED, "encode the dataset again")
     try:
         rows = [read_json(line) for line in data.split(b"\n") if line]
     except ValueError as error:
@@ -154,7 +154,7 @@ def _describe_latents(manifest: dict[str, Any]) -> Iterator[str]:
         line = f"decoded back: built-in drawings {drawings['psnr']:.1f} dB"
         if pictures:
             mean = sum(one["psnr"] for one in pictures) / len(pictures)
-            line += f", {len(pictures)} of the pictures {mean:.1f} dB"
+            line += f", {len(pictures)} of the images {mean:.1f} dB"
         yield line
 
 

@@ -188,7 +188,7 @@ class Cache:
         Raises:
             CacheError: the cache has none, or it is damaged.
         """
-        data = read_side_file(self.folder, self.manifest, name, "encode the data set again")
+        data = read_side_file(self.folder, self.manifest, name, "encode the dataset again")
         try:
             tensors = safetensors.torch.load(data)
         except (SafetensorError, ValueError, KeyError, RecursionError) as error:
@@ -209,7 +209,7 @@ class Cache:
                 if found is None or found.shape != shape or found.dtype not in DTYPES.values():
                     raise CacheError(
                         f"{self.folder / UNCONDITIONAL}: holds no {kind}.{name} of {shape}; encode "
-                        "the data set again"
+                        "the dataset again"
                     )
 
 

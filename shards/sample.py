@@ -1,4 +1,4 @@
-"""One encoded picture with its captions, and its two tar members."""
+"""One encoded image with its captions, and its two tar members."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ TENSORS = VARIANT_TENSORS + CAPTION_TENSORS
 
 
 def sample_key(path: str) -> str:
-    """20 hex digits that name a picture by its relative posix path, extension included."""
+    """20 hex digits that name an image by its relative posix path, extension included."""
     return hashlib.sha256(path.encode()).hexdigest()[:20]
 
 
@@ -55,7 +55,7 @@ class Sample:
     """Tensors as in the format's specification (``shards``), and what they were made from."""
 
     key: str
-    path: str  # relative posix path in the data set
+    path: str  # relative posix path in the dataset
     captions: tuple[str, ...]
     tensors: dict[str, torch.Tensor]
     digests: dict[str, str] = field(default_factory=dict)  # cause -> sha256

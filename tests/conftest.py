@@ -1,4 +1,4 @@
-"""A small random SDXL, a few drawn pictures and caches of them, made once and not changed."""
+"""A small random SDXL, a few drawn images and caches of them, made once and not changed."""
 
 import json
 import os
@@ -48,7 +48,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """14 captioned pictures: 64x64, 85x53 and 53x85 pixels."""
+    """14 captioned images: 64x64, 85x53 and 53x85 pixels."""
     folder = tmp_path_factory.mktemp("pictures")
     draw_pictures(folder, count=14, size=64)
     return folder
@@ -74,7 +74,7 @@ def encode_to(base: Path) -> Encode:
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory, pictures: Path, encode_to: Encode) -> Path:
-    """The 14 pictures, in fp32: 3 buckets of 5, 5 and 4. Copy it before you change it."""
+    """The 14 images, in fp32: 3 buckets of 5, 5 and 4. Copy it before you change it."""
     return encode_to(pictures, tmp_path_factory.mktemp("cache") / "cache", dtype="fp32")
 
 

@@ -1,4 +1,4 @@
-"""Pictures for the tests: as ``generate`` draws them, and as diffusers' own pipeline does."""
+"""Images for the tests: as ``generate`` draws them, and as diffusers' own pipeline does."""
 
 import multiprocessing
 import os

@@ -79,7 +79,7 @@ def encode(data: Path, base: Path, out: Path, **settings: Any) -> Report:
 
 
 def copy_old(source: Path, target: Path) -> Path:
-    """A copy of a data set, none of whose files was changed of late."""
+    """A copy of a dataset, none of whose files was changed of late."""
     shutil.copytree(source, target)
     make_old(target)
     return target
@@ -91,7 +91,7 @@ def make_old(folder: Path, seconds: int = LONG_AGO) -> None:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """All files of a cache; not what this machine remembers of its data set."""
+    """All files of a cache; not what this machine remembers of its dataset."""
     paths = (path for path in folder.rglob("*") if path.is_file() and path.name != SCAN)
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
@@ -106,7 +106,7 @@ def stamps(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def samples_of(folder: Path) -> dict[str, dict[str, bytes]]:
-    """The tar members of each sample, by its path in the data set, every byte checked."""
+    """The tar members of each sample, by its path in the dataset, every byte checked."""
     found = {}
     for path in sorted(folder.glob("*.index")):
         shard = Shard(folder, path.stem, Index(path).sha256)

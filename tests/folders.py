@@ -1,4 +1,4 @@
-"""Data sets as users have them, made small: pictures, texts, lists; and what is read of them."""
+"""Datasets as users have them, made small: images, texts, lists; and what is read of them."""
 
 import hashlib
 import io
@@ -21,7 +21,7 @@ def picture(form: str = "PNG", side: int = 16) -> bytes:
 
 
 def put(path: Path, text: str | bytes | None = None, data: bytes = b"unread") -> None:
-    """A picture, and the text beside it."""
+    """An image, and the text beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
     if text is not None:

@@ -141,7 +141,7 @@ def fuzz_plan(work: Path, base: Path) -> Try:
     members = [task.planned for task in example_work().tasks]
     notes = Notes(work / "out", work)
     for one in members:
-        notes.memory.keep(f"picture {one.record.path}:0", 9, 1, [one.picture, 64, 64])
+        notes.memory.keep(f"image {one.record.path}:0", 9, 1, [one.picture, 64, 64])
     notes.write()
     held = notes._path.read_bytes()
 
@@ -159,7 +159,7 @@ def fuzz_plan(work: Path, base: Path) -> Try:
         placed = [one for shard in place(members, places, 2) for one in shard.members]
         assert {one.record.key for one in placed} == {one.record.key for one in members}
         notes._path.write_bytes(damage(rng, held))
-        Notes(work / "out", work).memory.find("picture a.png:0", 9, 1)
+        Notes(work / "out", work).memory.find("image a.png:0", 9, 1)
         return "read" if places else "refused"
 
     return try_one

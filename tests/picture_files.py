@@ -1,4 +1,4 @@
-"""Picture files of every kind that is taken, and of many that are not, each made on the spot."""
+"""Image files of every kind that is taken, and of many that are not, each made on the spot."""
 
 import io
 import struct
@@ -15,7 +15,7 @@ Values = npt.NDArray[Any]
 
 
 def scene(size: tuple[int, int] = SIZE, seed: int = 0) -> Image.Image:
-    """Smooth colours, none of them grey at the lower right."""
+    """Smooth colors, none of them gray at the lower right."""
     random = np.random.default_rng(seed)
     blocks = random.integers(0, 255, (size[1] // 16, size[0] // 16, 3), dtype=np.uint8)
     blocks[-1, -1] = (200, 40, 90)
@@ -154,9 +154,9 @@ def _gif_bomb() -> bytes:
     return b"GIF89a" + screen + b"," + struct.pack("<HHHHB", 0, 0, 60000, 60000, 0) + b"\x02\0;"
 
 
-CUT = "truncated: the file ends before the picture does"
+CUT = "truncated: the file ends before the image does"
 GLUED = "truncated: it has an end mark, but a part before it is missing"
-UNKNOWN = "not a picture that Pillow can read"
+UNKNOWN = "not an image that Pillow can read"
 DAMAGED = "damaged or truncated: its data cannot be decoded"
 ZEROS = "truncated: its end is all zeros, as of an unfinished download"
 LARGE = "{} pixels are more than 180 million: scale it down"
@@ -208,7 +208,5 @@ def bad_files() -> Iterator[tuple[str, bytes, str]]:
     yield "document.jpg", b"%PDF-1.7\n", f"{UNKNOWN}: a PDF document"
     yield "film.jpg", b"\0\0\0\x20ftypisom" + bytes(20), f"{UNKNOWN}: a film"
     yield "archive.jpg", b"PK\x03\x04" + bytes(20), f"{UNKNOWN}: an archive"
-    heic = (
-        "a HEIC picture, which Pillow cannot read alone: `pip install pillow-heif`, or save it as"
-    )
+    heic = "a HEIC image, which Pillow cannot read alone: `pip install pillow-heif`, or save it as"
     yield "phone.heic", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", f"{heic} JPEG or PNG"

@@ -101,7 +101,7 @@ def unaccounted(root: Path, sources: dict[str, Source], said: str) -> list[str]:
     def is_accounted(path: str) -> bool:
         is_text = path.lower().endswith(TEXTS) and stem_of(path).lower() in stems
         is_mask = any(stem.lower() in stems for stem in masked_stems(path))
-        is_tar = path.endswith(".tar") and re.search(re.escape(path) + "(/|: no pictures)", packed)
+        is_tar = path.endswith(".tar") and re.search(re.escape(path) + "(/|: no images)", packed)
         is_skipped = any(f"{path}/".startswith(f"{one.rstrip('/')}/") for one in skipped)
         is_list = path.rpartition("/")[2] in LISTED
         return bool(is_text or is_mask or is_tar or is_skipped or is_list)

@@ -1,4 +1,4 @@
-"""Adapters, optimizers and quantised bases: what they adapt in SDXL, that they learn, and that
+"""Adapters, optimizers and quantized bases: what they adapt in SDXL, that they learn, and that
 diffusers draws from the file what the run would."""
 
 from collections.abc import Callable
@@ -94,7 +94,7 @@ Train = Callable[..., tuple[Path, TrainConfig]]
 
 @pytest.fixture
 def overfit(cache: Path, base: Path, tmp_path: Path) -> Train:
-    """A run on the 14 pictures; returns its folder and settings."""
+    """A run on the 14 images; returns its folder and settings."""
 
     def run(name: str = "run", **settings: Any) -> tuple[Path, TrainConfig]:
         defaults: dict[str, Any] = {

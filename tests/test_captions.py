@@ -138,7 +138,7 @@ def test_each_caption_is_shuffled_behind_its_prefix(tmp_path: Path) -> None:
         tags = caption.removeprefix("my, style, k, ").split(", ")
         assert sorted(tags) == [["a", "b", "c"], ["d", "e", "f"]][number // 4]
     assert found["one.png"] == ("my, style, lonely",)
-    assert found["twin.png"] != found["a.png"], "each picture has orders of its own"
+    assert found["twin.png"] != found["a.png"], "each image has orders of its own"
     assert captions(read_one(tmp_path, **settings)) == found
 
 
@@ -148,7 +148,7 @@ def test_each_caption_is_shuffled_behind_its_prefix(tmp_path: Path) -> None:
         ({"shuffle_tags": -1}, "--shuffle-tags must be at least 0, not -1"),
         ({"keep_tokens": 1}, "--keep-tokens goes with --shuffle-tags"),
         ({"crops": 1001}, "--crops must be at most 1000, not 1001"),
-        ({"shuffle_tags": 500, "long_captions": 9}, "are more than 4000 chunks a picture"),
+        ({"shuffle_tags": 500, "long_captions": 9}, "are more than 4000 chunks an image"),
         ({"min_size": -1}, "--min-size must be at least 0, not -1"),
     ],
 )

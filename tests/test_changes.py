@@ -112,7 +112,7 @@ def change_weights(work: Path, base: Path, part: str) -> Path:
 def assert_encodes(
     work: Path, base: Path, expected: tuple[int, int], said: str, **more: Any
 ) -> None:
-    """A rerun encodes so many pictures and captions, says why, and ends as it should."""
+    """A rerun encodes so many images and captions, says why, and ends as it should."""
     with counted() as count:
         report = again(work, base, **more)
     assert count == expected
@@ -124,8 +124,8 @@ def assert_encodes(
     ("change", "expected", "said"),
     [
         (change_caption, (0, 1), "1 caption changed, 13 unchanged"),
-        (change_picture, (1, 0), "1 picture changed, 13 unchanged"),
-        (change_both, (1, 1), "1 caption changed, 1 picture changed, 13 unchanged"),
+        (change_picture, (1, 0), "1 image changed, 13 unchanged"),
+        (change_both, (1, 1), "1 caption changed, 1 image changed, 13 unchanged"),
     ],
 )
 def test_a_changed_file_is_encoded_alone(
@@ -150,7 +150,7 @@ def test_a_changed_file_is_encoded_alone(
 def test_a_changed_setting_encodes_what_it_touches(
     work: Path, base: Path, settings: dict[str, Any], expected: tuple[int, int], said: str
 ) -> None:
-    with pytest.warns(UserWarning, match="settings changed, so pictures of a finished cache"):
+    with pytest.warns(UserWarning, match="settings changed, so images of a finished cache"):
         assert_encodes(work, base, expected, said, **settings)
 
 
@@ -220,7 +220,7 @@ def test_who_joins_fills_the_last_shard_and_who_leaves_moves_nobody(work: Path, 
 def test_a_picture_of_other_bytes_but_the_same_time_is_told_how_to_be_read(
     work: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And of pictures with several variants fewer are decoded ahead: each takes as much."""
+    """And of images with several variants fewer are decoded ahead: each takes as much."""
     again(work, base)
     picture = work / "data" / "000.png"
     data = bytearray(picture.read_bytes())

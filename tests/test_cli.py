@@ -35,7 +35,7 @@ def test_data_sets(base: Path, tmp_path: Path) -> None:
     out = ["--base", base, "--out", tmp_path / "out"]
     assert "nowhere: no such folder" in refused("encode", tmp_path / "nowhere", *out)
     (tmp_path / "empty").mkdir()
-    assert "empty: no pictures in it" in refused("encode", tmp_path / "empty", *out)
+    assert "empty: no images in it" in refused("encode", tmp_path / "empty", *out)
     assert "Missing argument" in refused("encode", *out)
 
 
@@ -286,9 +286,9 @@ def test_generate_counts_and_takes_several_loras(
     common += ["--prompt", "a cat", "--num-steps", 1]
     code, output = run(*common)
     assert code == 0, output
-    assert "1 picture drawn (" in output and "0 kept, in" in output and "images/s" in output
+    assert "1 image drawn (" in output and "0 kept, in" in output and "images/s" in output
     code, output = run(*common)
-    assert code == 0 and "0 pictures drawn, 1 kept, in" in output
+    assert code == 0 and "0 images drawn, 1 kept, in" in output
     two = ["--lora", f"{tmp_path}/a,0.5", "--lora", f"{tmp_path}/b,x"]
     assert "b,x: the weight after the comma, 'x', is no number" in refused(*common, *two)
     assert "--gpus takes a number from 1 on, or auto" in refused(*common, "--gpus", 0)
@@ -305,11 +305,11 @@ def test_one_bad_picture_never_costs_the_rest(pictures: Path, base: Path, tmp_pa
     data = tmp_path / "data"
     shutil.copytree(pictures, data)
     (data / "bad.png").write_bytes((data / "000.png").read_bytes()[:60])
-    (data / "bad.txt").write_text("half a picture")
+    (data / "bad.txt").write_text("half an image")
     (data / "000.txt").unlink()
     settings = ["--out", tmp_path / "out", "--resolution", 64, "--bucket-step", 16]
     code, output = run("encode", data, "--base", base, *settings)
     assert code == 0, output
-    assert "13 pictures in" in output and "2 rejected, see" in output
+    assert "13 images in" in output and "2 rejected, see" in output
     code, output = run("verify", tmp_path / "out")
     assert code == 0 and "13 samples in" in output

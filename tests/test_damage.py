@@ -54,8 +54,8 @@ class Member:
 def data_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("damage-pictures")
     draw_pictures(folder, count=6, size=64)
-    (folder / "broken.png").write_bytes(b"no picture")
-    (folder / "broken.txt").write_text("a picture that cannot be read")
+    (folder / "broken.png").write_bytes(b"no image")
+    (folder / "broken.txt").write_text("an image that cannot be read")
     return folder
 
 
@@ -63,7 +63,7 @@ def data_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(
     tmp_path_factory: pytest.TempPathFactory, data_set: Path, encode_to: Callable[..., Path]
 ) -> Path:
-    """3 shards of 2 samples, and one rejected picture. Not to be changed."""
+    """3 shards of 2 samples, and one rejected image. Not to be changed."""
     folder: Path = encode_to(data_set, tmp_path_factory.mktemp("damage") / "whole")
     assert len(list(folder.glob("*.tar"))) == 3
     assert (folder / "rejected.jsonl").stat().st_size > 0
@@ -72,7 +72,7 @@ def whole(
 
 @pytest.fixture(scope="module")
 def other(whole: Path, data_set: Path, encode_to: Callable[..., Path]) -> Path:
-    """The same pictures in bf16: files of the same names and sizes."""
+    """The same images in bf16: files of the same names and sizes."""
     return encode_to(data_set, whole.with_name("other"), dtype="bf16")
 
 

@@ -27,7 +27,7 @@ def run(*arguments: Any) -> tuple[int, str]:
 
 @pytest.fixture
 def data_set(pictures: Path, tmp_path: Path) -> Path:
-    """14 good pictures, one of them with a long caption; a wide one, a small one, two bad ones."""
+    """14 good images, one of them with a long caption; a wide one, a small one, two bad ones."""
     folder = Path(shutil.copytree(pictures, tmp_path / "set"))
     (folder / "000.txt").write_text("a b c d e " * 40)
     for name, size in (("wide", (400, 80)), ("small", (40, 30))):
@@ -72,7 +72,7 @@ def test_it_says_all_and_writes_nothing(data_set: Path, base: Path, tmp_path: Pa
     assert code == 0, output
     assert sorted(tmp_path.rglob("*")) == before
     lines = output.splitlines()
-    assert lines[0] == f"{tmp_path / 'out'}: 16 pictures, 2 rejected: 16 new"
+    assert lines[0] == f"{tmp_path / 'out'}: 16 images, 2 rejected: 16 new"
     assert sum(int(count) for _, count in buckets(output)) == 16
     assert re.search(r"  cropped: [\d.]+% of the area on average; most: .*wide.png 20%", output)
     assert re.search(r"  upscaled: \d+ smaller than their bucket; most: small.png \d\.\d\d", output)
@@ -103,7 +103,7 @@ def test_what_it_says_comes_true(
     assert buckets(told) == buckets(done)
     num_bytes = sum(map(bytes_in, (tmp_path / "out").glob("*.tar")))
     assert said_bytes(told) == pytest.approx(num_bytes, rel=0.05)
-    for pattern in (r"^  ([\d,]+) variants of them", r"^  ([\d,]+) pictures an epoch"):
+    for pattern in (r"^  ([\d,]+) variants of them", r"^  ([\d,]+) images an epoch"):
         both = [re.findall(pattern, text, re.MULTILINE) for text in (told, done)]
         assert both[0] == both[1], pattern
     cut = re.findall(r"  cut: (\d+) captions", told)
@@ -117,8 +117,8 @@ def test_repeats_are_counted(data_set: Path, base: Path, tmp_path: Path) -> None
         *("--max-rejected", 1),
     )
     assert code == 0, output
-    assert "  7 pictures an epoch, with repeats" in output.splitlines()
-    assert "  1 mask pictures" in output.splitlines()
+    assert "  7 images an epoch, with repeats" in output.splitlines()
+    assert "  1 mask images" in output.splitlines()
 
 
 def test_small_pictures_are_refused_by_size(data_set: Path, base: Path, tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_small_pictures_are_refused_by_size(data_set: Path, base: Path, tmp_path
     assert code == 0, output
     why = "40 x 30 pixels: its shorter side has fewer than --min-size 31"
     assert f"small.png: {why}" in output
-    assert "15 pictures, 3 rejected" in output
+    assert "15 images, 3 rejected" in output
 
 
 @pytest.mark.usefixtures("no_models")

@@ -31,7 +31,7 @@ def models(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def few(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five pictures of two buckets."""
+    """Five images of two buckets."""
     folder = tmp_path_factory.mktemp("few")
     for number in (0, 1, 3, 6, 7):
         for end in ("png", "txt"):
@@ -41,7 +41,7 @@ def few(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def edit(data: Path) -> None:
-    """A caption in one shard, a picture less in the other, and a new one."""
+    """A caption in one shard, an image less in the other, and a new one."""
     (data / "000.txt").write_text("an edited caption")
     (data / "001.png").unlink()
     shutil.copy(data / "000.png", data / "new.png")

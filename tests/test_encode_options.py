@@ -66,7 +66,7 @@ def test_all_options_at_once(tmp_path: Path) -> None:
     assert samples["2_more/p.tar/000000070.jpg"].weight == 0.25
     repeats = {group.repeats for group in Cache(out).groups()}
     assert repeats == {1, 3, 4}, "of the tar's folder, and of its own row, 2 each"
-    for words in ("pictures an epoch, with repeats", "with a mask", "variants of them"):
+    for words in ("images an epoch, with repeats", "with a mask", "variants of them"):
         assert words in output
 
 

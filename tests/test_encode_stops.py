@@ -37,7 +37,7 @@ def command(*arguments: Any) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
-# Pictures that fail.
+# Images that fail.
 
 
 def test_a_picture_that_fails_is_tried_again_when_it_changes(work: Path, base: Path) -> None:
@@ -117,17 +117,17 @@ def test_too_many_rejected_are_refused_as_soon_as_they_are_known(
     data, out = copy_old(pictures, tmp_path / "data"), tmp_path / "cache"
     whole = (data / "000.png").read_bytes()
     for number in range(8):
-        (data / f"{number:03}.png").write_bytes(b"no picture")
+        (data / f"{number:03}.png").write_bytes(b"no image")
     given = ["encode", data, "--base", base, "--out", out, "--resolution", 64]
     given += ["--bucket-step", 16, "--threads", 1, "--device", "cpu"]
     code, output = command(*given)
-    assert code == 2 and "57% of the pictures were rejected (8 of 14; --max-rejected" in output
-    assert "8 rejected: not a picture that Pillow can read: 000.png, 001.png" in output
+    assert code == 2 and "57% of the images were rejected (8 of 14; --max-rejected" in output
+    assert "8 rejected: not an image that Pillow can read: 000.png, 001.png" in output
     assert not [*out.glob("*.*")]
     for number in range(8):
         (data / f"{number:03}.png").write_bytes(whole[: len(whole) // 2])
     code, output = command(*given)
-    assert code == 1 and "57% of the pictures were rejected (--max-rejected 0.5)" in output
+    assert code == 1 and "57% of the images were rejected (--max-rejected 0.5)" in output
     assert read_manifest(out)["num_samples"] == 6
     code, output = command(*given, "--max-rejected", 0.6)
     assert code == 0 and "so nothing was encoded" in output and "8 rejected" in output

@@ -254,7 +254,7 @@ def test_accumulated_micro_batches_are_one_batch(cache: Path, base: Path) -> Non
 def test_twenty_steps_from_the_cache_are_twenty_steps_encoding_online(
     cache: Path, pictures: Path, base: Path, pipeline: Any
 ) -> None:
-    """The same noise, times and order; the reference opens pictures and runs VAE and encoders."""
+    """The same noise, times and order; the reference opens images and runs VAE and encoders."""
     config = make_config(cache, base, targets="all")
     paths = {sample.key: sample for sample in samples_of(cache).values()}
     ours = build_learner(config, World(torch.device("cpu")))

@@ -1,4 +1,4 @@
-"""What a folder says of its pictures besides captions; and that nothing is read twice."""
+"""What a folder says of its images besides captions; and that nothing is read twice."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def test_repeat_folders_count_where_they_are_wanted(tmp_path: Path) -> None:
 
 def test_repeat_folders_that_are_not_there_are_a_warning(tmp_path: Path) -> None:
     put(tmp_path / "cats" / "a.png", "x")
-    with pytest.warns(UserWarning, match="no folder with pictures is named N_name"):
+    with pytest.warns(UserWarning, match="no folder with images is named N_name"):
         assert repeats(tmp_path, repeat_folders=True) == {"cats/a.png": 1}
 
 
@@ -91,7 +91,7 @@ def test_a_mask_beside_a_picture_is_no_picture(tmp_path: Path) -> None:
         "b.png": b"b-masklabel.PNG",
         "sub/a.png": None,
         "c.png": None,
-        "lone.mask.png": None,  # of no picture, and it has a caption
+        "lone.mask.png": None,  # of no image, and it has a caption
     }
     why = reasons(read_one(tmp_path))
     assert why == {"two.png": "both two-masklabel.png and two.mask.png: which is its mask?"}

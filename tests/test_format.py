@@ -36,7 +36,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """All files of a cache; not what this machine remembers of its data set."""
+    """All files of a cache; not what this machine remembers of its dataset."""
     paths = (path for path in folder.rglob("*") if path.is_file() and path.name != SCAN)
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
@@ -88,7 +88,7 @@ def test_every_slice_comes_back_bit_for_bit(tmp_path: Path, dtype: str) -> None:
 def test_two_encodes_give_the_same_bytes(
     cache: Path, pictures: Path, base: Path, tmp_path: Path
 ) -> None:
-    """In another process, of a copy of the pictures, into another folder."""
+    """In another process, of a copy of the images, into another folder."""
     copy = tmp_path / "copy"
     copy.mkdir()
     for path in sorted(pictures.iterdir(), reverse=True):
@@ -103,7 +103,7 @@ def test_two_encodes_give_the_same_bytes(
 def test_a_batch_mates_absence_changes_no_byte(
     cache: Path, pictures: Path, encode_to: Encode, tmp_path: Path
 ) -> None:
-    """A picture is encoded to the same bits whoever is encoded beside it."""
+    """An image is encoded to the same bits whoever is encoded beside it."""
     some = tmp_path / "some"
     some.mkdir()
     for number in (0, 3, 6, 7):
@@ -338,7 +338,7 @@ def test_files_of_the_user_stay(pictures: Path, encode_to: Encode, tmp_path: Pat
     for name in ("train", "val"):
         shutil.copytree(pictures, data / name)
     (data / "train" / "originals.tar").write_bytes(b"precious")
-    with pytest.raises(ValueError, match="train: is the data set; give another --out"):
+    with pytest.raises(ValueError, match="train: is the dataset; give another --out"):
         encode_to(data, data)
     with pytest.raises(ValueError, match=r"not empty and no cache \(holds 000.png\)"):
         encode_to(pictures, data / "train")
@@ -352,7 +352,7 @@ def test_files_of_the_user_stay(pictures: Path, encode_to: Encode, tmp_path: Pat
 def test_a_read_error_ends_the_run_and_rejects_nothing(
     pictures: Path, encode_to: Encode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A disk that fails for a moment says nothing about the picture."""
+    """A disk that fails for a moment says nothing about the image."""
     real, reads = Blob.read, []
 
     def failing(blob: Blob) -> bytes:

@@ -1,4 +1,4 @@
-"""Pictures are those of diffusers' own pipeline, and a folder of them goes on where it was."""
+"""Images are those of diffusers' own pipeline, and a folder of them goes on where it was."""
 
 import json
 from collections.abc import Callable

@@ -41,7 +41,7 @@ def captions(out: Path) -> list[str]:
 def test_a_run_that_fails_leaves_the_folder_as_it_was(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before the first new picture nothing has changed; after it captions are of what is there."""
+    """Before the first new image nothing has changed; after it captions are of what is there."""
     out = tmp_path / "out"
     draw(base, out, PROMPTS, **SHORT)
     before = {path.name: path.read_bytes() for path in out.iterdir()}

@@ -71,7 +71,7 @@ def test_several_with_weights(base: Path, two: tuple[Path, Path], tmp_path: Path
 
 
 def halves(pictures: Pictures, side: int = 64) -> tuple[Pictures, Pictures]:
-    """The pictures of both sides, without their labels."""
+    """The images of both sides, without their labels."""
     assert all(one.shape == (side + 20, 2 * side + 4, 3) for one in pictures)
     return [one[20:, :side] for one in pictures], [one[20:, side + 4 :] for one in pictures]
 

@@ -1,4 +1,4 @@
-"""Pictures at any scale: windows, small cards, several processes, kills, and who else is there."""
+"""Images at any scale: windows, small cards, several processes, kills, and who else is there."""
 
 import json
 import os
@@ -58,7 +58,7 @@ def test_any_number_of_processes_draws_the_same(base: Path, tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_batch_size_changes_no_picture(base: Path, tmp_path: Path) -> None:
-    """Mean absolute difference of at most 1e-4, of pictures in 0..1."""
+    """Mean absolute difference of at most 1e-4, of images in 0..1."""
     at_once = draw(base, tmp_path / "8", LINES, batch_size=8)
     for size in (1, 3):
         found = draw(base, tmp_path / str(size), LINES, batch_size=size)
@@ -185,7 +185,7 @@ def test_a_picture_that_is_not_finite_is_no_picture(
         return torch.full((3, 4, 8, 8), torch.nan)
 
     monkeypatch.setattr(infer.studio, "sample_latents", broken)
-    with pytest.raises(FloatingPointError, match=r"picture 0 \('a red circle'\) is not finite"):
+    with pytest.raises(FloatingPointError, match=r"image 0 \('a red circle'\) is not finite"):
         draw(base, tmp_path / "out", PROMPTS)
     assert not list((tmp_path / "out").iterdir())
 

@@ -183,7 +183,7 @@ def test_a_list_does_not_lead_out_of_the_set(tmp_path: Path) -> None:
     source = read_one(folder)
     assert set(captions(source)) == {"link/x.png", "good.png"}, "links themselves are the user's"
     assert set(reasons(source)) == set(names[:3])
-    assert all("lies outside the data set" in why for why in reasons(source).values())
+    assert all("lies outside the dataset" in why for why in reasons(source).values())
 
 
 # Tars.

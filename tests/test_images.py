@@ -1,4 +1,4 @@
-"""What the sizes in a cache claim about a picture is measured in the rendered pixels."""
+"""What the sizes in a cache claim about an image is measured in the rendered pixels."""
 
 import io
 import math
@@ -70,7 +70,7 @@ def levels(pixels: torch.Tensor) -> npt.NDArray[np.float64]:
 def misplaced(means: npt.NDArray[np.float64], side: int, offset: int) -> tuple[float, float]:
     """How many pixels off the claim the first and the last edge are, by one ramp's levels.
 
-    Claim: a picture ``side`` pixels long was cut from ``offset`` on.
+    Claim: an image ``side`` pixels long was cut from ``offset`` on.
     """
     centres = np.arange(len(means)) + 0.5
     inside = slice(10, -10)
@@ -99,7 +99,7 @@ def test_a_bucket_shows_the_part_that_its_sizes_claim(original: Size, target: Si
     assert geometry.sizes[4:] == [target_height, target_width]
     assert geometry.resized == pytest.approx((width * scale, height * scale), abs=0.5)
     spare = width * scale - target_width, height * scale - target_height
-    assert geometry.crop == pytest.approx((spare[0] / 2, spare[1] / 2), abs=0.75), "the centre"
+    assert geometry.crop == pytest.approx((spare[0] / 2, spare[1] / 2), abs=0.75), "the center"
     assert min(geometry.crop) >= 0
     assert_rendered_as_claimed(data, geometry)
 
@@ -172,7 +172,7 @@ def test_exif_orientation_is_undone(form: str, orientation: int) -> None:
 def test_the_settings_choose_the_geometry(
     tmp_path: Path, flags: dict[str, bool], sizes: list[int]
 ) -> None:
-    """A picture that lies on its side: 600 x 300 stored, 300 x 600 seen."""
+    """An image that lies on its side: 600 x 300 stored, 300 x 600 seen."""
     file = tmp_path / "a.png"
     file.write_bytes(stored(np.zeros((300, 600, 3), np.uint8), orientation=6))
     settings = EncodeSettings(
@@ -369,7 +369,7 @@ def test_white_is_one_and_black_minus_one() -> None:
 
 
 def test_shrinking_averages() -> None:
-    """A chequerboard of single pixels becomes grey, not a pattern."""
+    """A chequerboard of single pixels becomes gray, not a pattern."""
     board = (np.indices((256, 256)).sum(axis=0) % 2 * 255).astype(np.uint8)
     pixels = render(Image.fromarray(np.stack([board] * 3, axis=-1)), cover((256, 256), (64, 64)))
     assert abs(levels(pixels)[:, 4:-4, 4:-4] - 127.5).max() < 6

@@ -70,7 +70,7 @@ def test_it_counts_what_is_there(varied: Path) -> None:
 def test_it_counts_a_real_cache(pictures: Path, tmp_path: Path, encode_to: Encode) -> None:
     data_set = shutil.copytree(pictures, tmp_path / "set")
     for number in range(3):
-        (data_set / f"bad{number}.png").write_bytes(b"no picture")
+        (data_set / f"bad{number}.png").write_bytes(b"no image")
         (data_set / f"bad{number}.txt").write_text("a")
     for size in (900, 1000):
         Image.new("L", (size, 100)).save(data_set / f"long{size}.png")
@@ -85,7 +85,7 @@ def test_it_counts_a_real_cache(pictures: Path, tmp_path: Path, encode_to: Encod
         assert f"latents, {name} of each channel: {values}" in text
     assert f"built-in drawings {manifest['sanity']['drawings']['psnr']:.1f} dB, 3 of the" in text
     assert "rejected: 5" in text
-    assert "      3  not a picture that Pillow can read" in text
+    assert "      3  not an image that Pillow can read" in text
     assert "      2  N x N pixels are longer than N:N" in text
     captions = Counter(path.read_text().strip() for path in pictures.glob("*.txt"))
     text_of_most, count = captions.most_common(1)[0]
@@ -132,7 +132,7 @@ def tiles_of(sheet: Path, num: int) -> list[Image.Image]:
 def test_sheets_show_the_pictures_in_their_frames(
     tmp_path: Path, encode_to: Encode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the colours of the pictures, without a VAE; grey is what was cut away."""
+    """In the colors of the images, without a VAE; gray is what was cut away."""
     data_set = tmp_path / "set"
     data_set.mkdir()
     colours = {"red": (220, 30, 30), "green": (20, 160, 40), "blue": (30, 30, 200)}

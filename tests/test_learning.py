@@ -1,4 +1,4 @@
-"""Does it learn? The miniature is fine-tuned by the commands of the door, and the pictures that it
+"""Does it learn? The miniature is fine-tuned by the commands of the door, and the images that it
 draws are scored: a loss falls for a model that learned nothing that can be seen.
 
 Seeds are fixed, margins wide. New shapes (hearts, moons) have words that the miniature never met.
@@ -33,13 +33,13 @@ def do(command: str) -> None:
 
 @pytest.fixture(scope="module")
 def caches(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the caches ``new`` (hearts and moons) and ``old``, of 120 pictures each."""
+    """A folder with the caches ``new`` (hearts and moons) and ``old``, of 120 images each."""
     folder = tmp_path_factory.mktemp("learning")
     write_sample_set(folder / "new-pictures")
     write_prior_set(folder / "old-pictures")
     for name in ("new", "old"):
         do(
-            f"encode {folder}/{name}-pictures --base miniature --out {folder}/{name} "
+            f"encode {folder}/{name}-images --base miniature --out {folder}/{name} "
             "--resolution 64 --bucket-step 16 --batch-size 16 --device cpu"
         )
     return folder

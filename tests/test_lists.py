@@ -60,9 +60,9 @@ BAD_LINES: list[tuple[Any, str, str]] = [
     ('{"file_name": "a.png", ', "captions.jsonl:{}", "not valid JSON: "),
     ("a.png a cat", "captions.jsonl:{}", "not valid JSON: "),
     (["a.png", "a cat"], "captions.jsonl:{}", "not a JSON object"),
-    ({"text": "a cat"}, "captions.jsonl:{}", "names no picture: none of file_name, file, image"),
-    ({"file_name": 5, "text": "x"}, "captions.jsonl:{}", "names no picture"),
-    ({"file_name": "", "text": "x"}, "captions.jsonl:{}", "names no picture"),
+    ({"text": "a cat"}, "captions.jsonl:{}", "names no image: none of file_name, file, image"),
+    ({"file_name": 5, "text": "x"}, "captions.jsonl:{}", "names no image"),
+    ({"file_name": "", "text": "x"}, "captions.jsonl:{}", "names no image"),
     ({"file_name": "none.png", "text": "x"}, "none.png", "captions.jsonl:{}: no such file"),
     ({"file_name": "sub", "text": "x"}, "sub", "captions.jsonl:{}: no such file"),
     ({"file_name": "no\0.png", "text": "x"}, "no\0.png", "captions.jsonl:{}: no such file"),
@@ -71,9 +71,9 @@ BAD_LINES: list[tuple[Any, str, str]] = [
     ({"file_name": "empty.png", "text": " "}, "empty.png", "its caption is empty"),
     ({"file_name": "null.png", "text": None}, "null.png", "captions.jsonl:{}: no caption"),
     ({"file_name": "bare.png"}, "bare.png", "captions.jsonl:{}: no caption"),
-    ({"file_name": "../x.png", "text": "x"}, "../x.png", "lies outside the data set"),
-    ({"file_name": "broken.png", "text": "x"}, "broken.png", "not a picture that Pillow can read"),
-    ({"file_name": "text.md", "text": "x"}, "text.md", "not a picture that Pillow can read"),
+    ({"file_name": "../x.png", "text": "x"}, "../x.png", "lies outside the dataset"),
+    ({"file_name": "broken.png", "text": "x"}, "broken.png", "not an image that Pillow can read"),
+    ({"file_name": "text.md", "text": "x"}, "text.md", "not an image that Pillow can read"),
     ({"file_name": "half.jpg", "text": "x"}, "half.jpg", "truncated"),
     ({"file_name": "half.png", "text": "x"}, "half.png", "truncated"),
 ]
@@ -81,7 +81,7 @@ BAD_LINES: list[tuple[Any, str, str]] = [
 
 @pytest.fixture
 def refused(tmp_path: Path) -> Path:
-    """BAD_LINES after two good ones, and a picture that no line names."""
+    """BAD_LINES after two good ones, and an image that no line names."""
     folder = tmp_path / "set"
     whole = picture("PNG", 64)
     for name in ("a.png", "b.png", "null.png", "bare.png", "empty.png", "unnamed.png"):
@@ -89,7 +89,7 @@ def refused(tmp_path: Path) -> Path:
     put(tmp_path / "x.png", data=whole)
     (folder / "sub").mkdir()
     put(folder / "broken.png", data=b"\x89P and then nothing of the kind")
-    put(folder / "text.md", data=b"# Not a picture")
+    put(folder / "text.md", data=b"# Not an image")
     for name, form in (("half.jpg", "JPEG"), ("half.png", "PNG")):
         data = picture(form, 64)
         put(folder / name, data=data[: len(data) * 3 // 4])
@@ -127,7 +127,7 @@ def test_a_list_of_refused_lines_only_is_no_error(tmp_path: Path) -> None:
 
 
 def one_more(folder: Path, line: str) -> Source:
-    """A good picture and one bad line."""
+    """A good image and one bad line."""
     put(folder / "good.png")
     put_list(folder, {"file_name": "good.png", "text": "good"}, line)
     source = read_one(folder)

@@ -1,4 +1,4 @@
-"""Captions of several chunks: encoded as plain pieces are, and carried from cache to picture."""
+"""Captions of several chunks: encoded as plain pieces are, and carried from cache to image."""
 
 import json
 import random

@@ -107,7 +107,7 @@ def test_a_run_that_does_not_fit_says_so_before_its_folder_is_made(
 
 @pytest.mark.slow
 def test_estimates_of_the_real_sdxl(sdxl_configs: Path) -> None:
-    """Saved activations were measured elsewhere: LoRA 1.42 and 5.61 GB a picture, with
+    """Saved activations were measured elsewhere: LoRA 1.42 and 5.61 GB an image, with
     checkpointing 0.15-0.18 and 0.61-0.74."""
     estimator = Estimator(str(sdxl_configs), 77)
     lora = config_of(Path("x"), sdxl_configs, device="cuda", rank=4, batch_size=1)

@@ -186,7 +186,7 @@ def test_stochastic_rounding_keeps_what_is_bf16_already() -> None:
 
 @pytest.mark.parametrize("value", [1.001, -1.001, 1.0 + 2**-15, 3e-5, -123.4, 0.9999])
 def test_stochastic_rounding_is_unbiased(value: float) -> None:
-    """One of the two neighbours, the nearer as often as keeps the mean."""
+    """One of the two neighbors, the nearer as often as keeps the mean."""
     num = 200_000
     exact = torch.tensor(value)
     (bits,) = struct.unpack("<I", struct.pack("<f", exact.item()))
@@ -236,7 +236,7 @@ def distances(step: Callable[[Parameters, int], None], parameters: Parameters) -
 
 
 def test_pure_bf16_tracks_fp32_where_plain_bf16_stalls() -> None:
-    """Steps of 1e-3 at weights of 1: a bf16 there has neighbours 1/128 away."""
+    """Steps of 1e-3 at weights of 1: a bf16 there has neighbors 1/128 away."""
 
     def start(dtype: torch.dtype) -> Parameters:
         return {"w": torch.nn.Parameter(torch.ones(64, 64).to(dtype))}

@@ -1,4 +1,4 @@
-"""Any picture: taken whole and in the right colours, or refused with the true reason."""
+"""Any image: taken whole and in the right colors, or refused with the true reason."""
 
 import io
 import json
@@ -42,7 +42,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """60 good pictures and 40 that are none."""
+    """60 good images and 40 that are none."""
     folder = tmp_path_factory.mktemp("mixed")
     for name, data, *_ in (*good_files(), *bad_files()):
         (folder / name).write_bytes(data)
@@ -75,10 +75,10 @@ def test_60_are_encoded_and_40_rejected_for_their_true_reasons(
     assert len(reasons) == 40
     assert rejected(tmp_path / "cache") == reasons
     assert "Warning: 40 rejected, see" in run.stderr
-    assert "60 pictures in" in run.stdout
+    assert "60 images in" in run.stdout
     again = run_encode(mixed, tmp_path / "cache", base, "--max-rejected", "0.3")
     assert again.exit_code == 1
-    assert "40% of the pictures were rejected" in again.stderr
+    assert "40% of the images were rejected" in again.stderr
     assert Cache(tmp_path / "cache").manifest == cache.manifest
 
 
@@ -116,7 +116,7 @@ def test_16_bits_keep_their_levels(channels: int) -> None:
     assert abs(picture - (levels[..., :1] >> 8)).max() <= 1
 
 
-# Colour profiles.
+# Color profiles.
 
 
 def as_srgb(linear: Any) -> Any:
@@ -175,7 +175,7 @@ def test_a_grey_picture_may_have_a_profile_of_colours() -> None:
         ("RGB", linear_profile(b"GRAY")),
         ("CMYK", linear_profile()),
     ],
-    ids=["sRGB", "cut", "none", "of greys", "of light"],
+    ids=["sRGB", "cut", "none", "of grays", "of light"],
 )
 def test_a_profile_that_says_nothing_changes_nothing(mode: str, profile: bytes) -> None:
     image = scene().convert(mode)
@@ -318,7 +318,7 @@ def test_a_tiff_whose_strips_lie_beyond_its_end_is_refused(tag: int) -> None:
     data = saved(scene(), "TIFF", compression="tiff_adobe_deflate")
     entry = data.index(struct.pack("<HHI", tag, 4, 1))
     moved = data[: entry + 8] + struct.pack("<I", len(data)) + data[entry + 12 :]
-    with pytest.raises(PictureError, match="the file ends before the picture does"):
+    with pytest.raises(PictureError, match="the file ends before the image does"):
         open_picture(moved)
 
 
@@ -421,7 +421,7 @@ def test_a_jpeg_with_more_behind_its_end_is_whole() -> None:
 
 
 def test_a_jpeg_that_lacks_scans_is_refused() -> None:
-    """Of a progressive file, whole up to some scan: it would be blurred, not grey."""
+    """Of a progressive file, whole up to some scan: it would be blurred, not gray."""
     data = saved(scene(), "JPEG", progressive=True)
     starts = [place for place in range(len(data)) if data[place : place + 2] == b"\xff\xda"]
     assert len(starts) > 5
@@ -437,7 +437,7 @@ def test_other_forms_are_refused_wherever_they_are_cut(form: str) -> None:
         with pytest.raises(Exception) as caught:
             open_picture(data[: int(len(data) * share)])
         reason = explain(caught.value)
-        assert "truncated" in reason or "damaged" in reason or "no picture" in reason, reason
+        assert "truncated" in reason or "damaged" in reason or "no image" in reason, reason
         assert "\n" not in reason and "Error" not in reason and " at 0x" not in reason
 
 
@@ -520,7 +520,7 @@ def test_heic_is_taken_with_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
         Image.OPEN.pop("HEIF", None)
         Image.ID.remove("HEIF")
         precompute.pictures.images._heif_plugin.cache_clear()
-    with pytest.raises(PictureError, match="a HEIC picture"):
+    with pytest.raises(PictureError, match="a HEIC image"):
         open_picture(data)
 
 

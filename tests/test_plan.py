@@ -370,7 +370,7 @@ def test_every_argument_gives_a_stream_of_its_own() -> None:
 
 
 def test_noise_is_standard_normal_across_keys() -> None:
-    """The first number of each stream: what a picture's corner gets."""
+    """The first number of each stream: what an image's corner gets."""
     firsts = np.array([draw({"key": f"{n:020x}"}, count=1)[0] for n in range(10_000)])
     assert abs(firsts.mean()) < 0.04
     assert firsts.std() == pytest.approx(1, abs=0.03)

@@ -43,7 +43,7 @@ from train.preview import (
 LINES = "a red circle\n# mine\na blue square --n a black square --w 80 --h 48 --d 9 --s 3 --l 1.5\n"
 OTHER = "a green triangle\n"
 LINE_HEIGHT = 18  # of a sheet's captions, pixels
-BUCKETS = {(64, 64): (64, 64), (85, 53): (80, 48), (53, 85): (48, 80)}  # of the pictures' sizes
+BUCKETS = {(64, 64): (64, 64), (85, 53): (80, 48), (53, 85): (48, 80)}  # of the images' sizes
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ def forward(unet: Any, previews: PreviewPrompts) -> torch.Tensor:
 
 
 def tiles_of(sheet: Image.Image) -> Iterator[np.ndarray]:
-    """The pictures of a sheet of one row, [TILE, TILE, 3]."""
+    """The images of a sheet of one row, [TILE, TILE, 3]."""
     pixels = np.asarray(sheet).astype(int)
     assert pixels.shape[0] == TILE + LINE_HEIGHT
     for left in range(0, pixels.shape[1], TILE):
@@ -374,7 +374,7 @@ def test_encode_reads_the_prompts_before_all_else(
 
 
 class ColourVae:
-    """A VAE whose latents are the colours of 8 x 8 pixels, mixed: what a trained one is nearly."""
+    """A VAE whose latents are the colors of 8 x 8 pixels, mixed: what a trained one is nearly."""
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -392,7 +392,7 @@ class ColourVae:
 
 
 def rendered(path: Path) -> torch.Tensor:
-    """A drawn picture in its bucket, [1, 3, H, W] in -1..1."""
+    """A drawn image in its bucket, [1, 3, H, W] in -1..1."""
     image = open_picture(path.read_bytes())
     return render(image, cover(image.size, BUCKETS[image.size]))[None]
 
@@ -419,7 +419,7 @@ def test_the_maps_colours_are_those_of_the_decoded_picture(pictures: Path) -> No
 def test_the_cached_map_is_the_best_linear_one(
     prompted: Path, previews: PreviewPrompts, pictures: Path
 ) -> None:
-    """Against numpy's least squares, on latents as cached and pictures as files."""
+    """Against numpy's least squares, on latents as cached and images as files."""
     latents, colours, drawn = [], [], []
     opened = Cache(prompted)
     for group in opened.groups():
@@ -439,7 +439,7 @@ def test_the_cached_map_is_the_best_linear_one(
 def test_a_sheet_shows_what_the_pipeline_draws(
     base: Path, unet: Any, previews: PreviewPrompts
 ) -> None:
-    """In true colour, the same seeds, sizes and settings give diffusers' own pictures."""
+    """In true color, the same seeds, sizes and settings give diffusers' own images."""
     vae = load_vae(str(base), torch.float32)
     sheet = draw_previews(
         unet, load_scheduler(str(base)), previews, vae=vae, num_steps=4, guidance_scale=3.0
@@ -620,5 +620,5 @@ def test_a_sampler_without_zero_snr_is_warned_of(base: Path, tmp_path: Path) -> 
 def test_a_cache_without_pictures_is_refused(prompted: Path) -> None:
     opened = Cache(prompted)
     empty = SimpleNamespace(folder=prompted, manifest=opened.manifest, groups=list)
-    with pytest.raises(CacheError, match="holds no picture"):
+    with pytest.raises(CacheError, match="holds no image"):
         read_preview_prompts(empty)  # type: ignore[arg-type]

@@ -81,7 +81,7 @@ def test_the_share_that_a_refusal_names_is_enough(work: Path, base: Path) -> Non
 
 
 def draw_other(folder: Path) -> None:
-    """Other pictures by the same names."""
+    """Other images by the same names."""
     for number, path in enumerate(sorted(folder.glob("*.png"))):
         with Image.open(path) as image:
             size = image.size
@@ -96,14 +96,14 @@ def test_another_dataset_is_refused_by_name_though_its_files_are_named_alike(
     other = copy_old(work / "data", work / "other")
     draw_other(other)
     before = contents(work / "cache")
-    with pytest.raises(ValueError, match=r"was made from .*/data; none of its pictures is in .*/o"):
+    with pytest.raises(ValueError, match=r"was made from .*/data; none of its images is in .*/o"):
         encode(other, base, work / "cache")
     shutil.rmtree(user_cache() / "datasets")  # as on another machine
-    with pytest.raises(ValueError, match="was made from another dataset; none of its pictures"):
+    with pytest.raises(ValueError, match="was made from another dataset; none of its images"):
         encode(other, base, work / "cache")
     assert contents(work / "cache") == before
     report = encode(other, base, work / "cache", allow_other_dataset=True)
-    assert summarise(report.changes) == "14 pictures changed"
+    assert summarise(report.changes) == "14 images changed"
 
 
 def test_a_dataset_that_was_moved_is_the_same(work: Path, base: Path) -> None:
@@ -118,7 +118,7 @@ def test_pictures_that_were_edited_in_place_are_no_other_dataset(work: Path, bas
     encode(work / "data", base, work / "cache")
     draw_other(work / "data")
     report = encode(work / "data", base, work / "cache", rehash=True)
-    assert summarise(report.changes) == "14 pictures changed"
+    assert summarise(report.changes) == "14 images changed"
 
 
 # What moved.

@@ -36,8 +36,8 @@ SIDE = ["unconditional.safetensors", "rejected.jsonl"]
 def data_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("repair-pictures")
     draw_pictures(folder, count=9, size=64)
-    (folder / "broken.png").write_bytes(b"no picture")
-    (folder / "broken.txt").write_text("a picture that cannot be read")
+    (folder / "broken.png").write_bytes(b"no image")
+    (folder / "broken.txt").write_text("an image that cannot be read")
     return folder
 
 
@@ -210,7 +210,7 @@ def test_where_no_sample_is_damaged_none_is_dropped(
 def test_the_sums_of_a_repaired_shard_are_those_of_its_samples(
     cache: Path, tmp_path: Path, data_set: Path, run_verify: Verify, encode_to: Encode
 ) -> None:
-    """Where the dropped sample has left the data set meanwhile, the shard stays as it is."""
+    """Where the dropped sample has left the dataset meanwhile, the shard stays as it is."""
     data = shutil.copytree(data_set, tmp_path / "data")
     tar = cache / "64x64-000000.tar"
     path = json.loads(samples_at(cache)[0]["json"])["path"]

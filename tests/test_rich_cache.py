@@ -29,7 +29,7 @@ ROWS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def data_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three pictures: a has an alpha of its own, b no mask, c a mask picture of half its size."""
+    """Three images: a has an alpha of its own, b no mask, c a mask image of half its size."""
     folder = tmp_path_factory.mktemp("rich")
     for number, (name, size) in enumerate(SIZES.items()):
         values = np.random.default_rng(number).integers(0, 256, (9, 9, 3), np.uint8)

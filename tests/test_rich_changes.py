@@ -31,7 +31,7 @@ def draw(seed: int, form: str = "RGBA") -> Image.Image:
 
 
 def lay_out(folder: Path) -> None:
-    """Four pictures of a list, two in a tar."""
+    """Four images of a list, two in a tar."""
     folder.mkdir()
     for number, name in enumerate(ROWS):
         draw(number).save(folder / name)
@@ -85,7 +85,7 @@ CHANGES: dict[str, tuple[Callable[[Path], Any], dict[str, Any], tuple[int, int],
         (0, 2),
         "1 caption changed, 5 unchanged",
     ),
-    "tar": (lambda folder: pack(folder, 11), {}, (2, 0), "2 pictures changed, 4 unchanged"),
+    "tar": (lambda folder: pack(folder, 11), {}, (2, 0), "2 images changed, 4 unchanged"),
     "flip": (lambda folder: None, {"flip": True}, (6, 0), ""),
     "crops": (lambda folder: None, {"crops": 3}, (18, 0), ""),
     "alpha": (lambda folder: None, {"mask_from_alpha": True}, (6, 0), ""),

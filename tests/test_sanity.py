@@ -34,7 +34,7 @@ from tests.picture_files import linear_profile, saved, scene
 CPU = torch.device("cpu")
 Change = Callable[[torch.Tensor], torch.Tensor]
 PIXEL_FAULTS: dict[str, Change] = {
-    "no normalisation": lambda pixels: (pixels + 1) / 2,
+    "no normalization": lambda pixels: (pixels + 1) / 2,
     "swapped channels": lambda pixels: pixels.flip(1),
 }
 
@@ -76,7 +76,7 @@ def test_a_planted_fault_is_seen(
             encode_to(pictures, tmp_path / "cache", **settings)
     lines = told([*caught])
     assert any("built-in drawings" in line for line in lines)
-    if fault != "swapped channels":  # which some pictures look the same with
+    if fault != "swapped channels":  # which some images look the same with
         assert any(".png: its latents are" in line for line in lines)
     assert all("\n" not in line for line in lines)
     with pytest.warns(UserWarning, match="DO NOT TRAIN ON THIS CACHE") as caught:
@@ -119,7 +119,7 @@ def test_the_miniature_gives_its_pictures_back(
 def test_it_follows_from_what_the_cache_holds(
     pictures: Path, tmp_path: Path, encode_to: Encode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not from the runs it took; and no VAE is loaded where the pictures are the same."""
+    """Not from the runs it took; and no VAE is loaded where the images are the same."""
     data_set = shutil.copytree(pictures, tmp_path / "set")
     late = sorted(data_set.glob("*.png"))[4:]
     for path in late:

@@ -115,7 +115,7 @@ def test_texts_beside_pictures(tmp_path: Path) -> None:
     put(tmp_path / "a.jpg", "  a cat\n")
     put(tmp_path / "b.webp", b"\xef\xbb\xbfa dog\r\n")
     put(tmp_path / "c.JPEG", "two\nlines")
-    put(tmp_path / "notes.md", "no picture")
+    put(tmp_path / "notes.md", "no image")
     assert captions(read_one(tmp_path)) == {
         "a.jpg": ("a cat",),
         "b.webp": ("a dog",),
@@ -180,7 +180,7 @@ def test_val_share_is_by_key_and_stable(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("share", "empty"), [(1e-9, "val"), (1 - 1e-9, "train")])
 def test_a_side_without_pictures_is_an_error(tmp_path: Path, share: float, empty: str) -> None:
     put(tmp_path / "a.png", "a")
-    with pytest.raises(ValueError, match=f"--val-share .* leaves no picture for {empty}$"):
+    with pytest.raises(ValueError, match=f"--val-share .* leaves no image for {empty}$"):
         split(read_one(tmp_path), share)
 
 
@@ -232,7 +232,7 @@ def test_a_link_is_a_picture_like_any_other(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("progressive", [False, True])
 def test_a_jpeg_cut_anywhere_is_refused(tmp_path: Path, progressive: bool) -> None:
-    """Not half grey. Down to the last byte: the mark of the end is part of it."""
+    """Not half gray. Down to the last byte: the mark of the end is part of it."""
     file = io.BytesIO()
     Image.effect_noise((64, 64), 80).save(file, "JPEG", progressive=progressive)
     data = file.getvalue()
@@ -272,13 +272,13 @@ def empty_val(folder: Path) -> None:
     ("make", "words"),
     [
         (lambda folder: folder.rmdir(), "set: no such folder"),
-        (lambda folder: None, "set: no pictures in it"),
-        (lambda folder: put(folder / "a.md", "a"), "set: no pictures in it"),
+        (lambda folder: None, "set: no images in it"),
+        (lambda folder: put(folder / "a.md", "a"), "set: no images in it"),
         (both_lists, "both captions.jsonl and metadata.jsonl"),
         (loose_pictures, "loose.png lies beside train/ and val/"),
-        (empty_val, "val: no pictures in it"),
+        (empty_val, "val: no images in it"),
     ],
-    ids=["gone", "empty", "no pictures", "both lists", "loose", "empty val"],
+    ids=["gone", "empty", "no images", "both lists", "loose", "empty val"],
 )
 def test_what_cannot_be_read_is_an_error(
     tmp_path: Path, make: Callable[[Path], Any], words: str

@@ -1,4 +1,4 @@
-"""A tar of pictures is what its files would be, unpacked; damage is named, never passed over."""
+"""A tar of images is what its files would be, unpacked; damage is named, never passed over."""
 
 import hashlib
 import io
@@ -144,7 +144,7 @@ def damage(how: str, data: bytes) -> bytes:
     end = last.offset_data + -(-last.size // 512) * 512
     return {
         "cut in a header": data[: header + 100],
-        "cut in a picture": data[: header + 700],
+        "cut in an image": data[: header + 700],
         "cut before the end": data[:end],
         "flipped": data[: header + 5] + b"\xff" + data[header + 6 :],
         "zeros": data[:header] + bytes(512) + data[header + 512 :],
@@ -156,7 +156,7 @@ def damage(how: str, data: bytes) -> bytes:
     ("how", "whole"),
     [
         ("cut in a header", 1),
-        ("cut in a picture", 1),
+        ("cut in an image", 1),
         ("cut before the end", 3),
         ("flipped", 1),
         ("zeros", 1),
@@ -181,7 +181,7 @@ def test_what_is_no_tar_or_holds_no_pictures(tmp_path: Path) -> None:
     (tmp_path / "empty.tar").write_bytes(b"")
     (tmp_path / "x.tar.gz").write_bytes(b"")
     put_tar(tmp_path / "notes.tar", {"a.md": b"x"})
-    with pytest.warns(UserWarning, match=r"notes\.tar: no pictures in this tar"):
+    with pytest.warns(UserWarning, match=r"notes\.tar: no images in this tar"):
         source = read_one(tmp_path)
     assert len(source.records) == 3
     assert set(reasons(source)) == {"text.tar", "empty.tar", "x.tar.gz"}
@@ -240,7 +240,7 @@ def test_names_and_messages_that_are_no_text_are_told_all_the_same(tmp_path: Pat
         link.type, link.linkname = tarfile.SYMTYPE, "x.png"
         archive.addfile(link)
     put(tmp_path / "good.png", "good")
-    with pytest.warns(UserWarning, match="no pictures in this tar"):
+    with pytest.warns(UserWarning, match="no images in this tar"):
         found = reasons(read_one(tmp_path))
     assert {*found} == {"x\\xff.tar.gz", "a.tar/1", "b.tar/l\\xff.png"}
     assert found["a.tar/1"] == "failed: \\ud800"

@@ -1,4 +1,4 @@
-"""Variants and masks: each shows the part of the picture that its sizes claim, in its own frame."""
+"""Variants and masks: each shows the part of the image that its sizes claim, in its own frame."""
 
 import io
 from pathlib import Path
@@ -46,7 +46,7 @@ def stored(image: Image.Image, form: str = "PNG", **options: Any) -> bytes:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("target", TARGETS)
 def test_each_variant_is_the_crop_it_claims(size: tuple[int, int], target: tuple[int, int]) -> None:
-    """Against numpy: the resized picture, mirrored where it is flipped, sliced at its sizes."""
+    """Against numpy: the resized image, mirrored where it is flipped, sliced at its sizes."""
     image = noise(size)
     centre = cover(size, target)
     variants = plan_variants(centre, settings(crops=3, flip=True), "key")
@@ -125,7 +125,7 @@ def test_a_mask_is_the_mean_over_the_area_of_a_latent(shape: tuple[int, int]) ->
 
 
 def test_a_mask_lies_where_its_picture_shows_the_same() -> None:
-    """A picture that is its own mask: both shrink to the same, whatever the variant."""
+    """An image that is its own mask: both shrink to the same, whatever the variant."""
     image = noise((20, 10), 1).convert("L").resize((400, 200), Image.Resampling.BICUBIC)
     for centre in (cover((400, 200), (96, 80)), stretch((400, 200), (64, 64))):
         variants = plan_variants(centre, settings(crops=2, flip=True), "key")
@@ -158,10 +158,10 @@ def test_mask_pictures_of_every_mode(mode: str) -> None:
 def test_masks_that_do_not_fit_are_refused() -> None:
     white = Image.new("L", (40, 20), 255)
     assert open_mask(stored(white), (401, 200)).shape == (20, 40), "half a size, rounded"
-    with pytest.raises(ValueError, match="of 40 x 20 pixels, where its picture has 20 x 40"):
+    with pytest.raises(ValueError, match="of 40 x 20 pixels, where its image has 20 x 40"):
         open_mask(stored(white), (20, 40))
     white.putalpha(Image.linear_gradient("L").resize((40, 20)))
-    with pytest.raises(ValueError, match="partly transparent: make it a grey picture"):
+    with pytest.raises(ValueError, match="partly transparent: make it a gray image"):
         open_mask(stored(white), (40, 20))
 
 

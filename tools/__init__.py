@@ -1,1 +1,1 @@
-"""Helpers that make test material: a small random base model and captioned pictures."""
+"""Helpers that make test material: a small random base model and captioned images."""

@@ -1,4 +1,4 @@
-"""Draw captioned pictures of coloured shapes, so that a demo or test needs no download."""
+"""Draw captioned images of colored shapes, so that a demo or test needs no download."""
 
 import random
 from pathlib import Path
@@ -27,7 +27,7 @@ def draw_pictures(folder: Path, count: int = 24, size: int = 96, seed: int = 0) 
 
 
 def _random_box(width: int, height: int, choices: random.Random) -> Box:
-    """A square of 40 to 80 % of the shorter side, wholly inside the picture."""
+    """A square of 40 to 80 % of the shorter side, wholly inside the image."""
     side = round(min(width, height) * choices.uniform(0.4, 0.8))
     left, top = choices.randint(0, width - side), choices.randint(0, height - side)
     return left, top, left + side, top + side
@@ -50,7 +50,7 @@ def _draw_shape(picture: Image.Image, shape: str, colour: str, box: Box) -> None
 @click.option("--size", type=click.IntRange(min=8), default=96, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 def main(folder: Path, count: int, size: int, seed: int) -> None:
-    """Draw captioned pictures of coloured shapes into FOLDER."""
+    """Draw captioned images of colored shapes into FOLDER."""
     draw_pictures(folder, count, size, seed)
 
 

@@ -1,6 +1,6 @@
 """A small SDXL with random weights, in diffusers layout: every code path, none of the gigabytes.
 
-Shapes: B pictures, C channels, H W picture or latent size.
+Shapes: B images, C channels, H W image or latent size.
 """
 
 from pathlib import Path
@@ -71,10 +71,10 @@ def _vae() -> Any:
 
 
 def _calibrate(vae: Any, tiles: "torch.Tensor") -> None:
-    """Give latents unit variance once scaled, and decoded pictures a visible contrast.
+    """Give latents unit variance once scaled, and decoded images a visible contrast.
 
     An untrained encoder's output is nearly constant, and drowned by a posterior std of about 1;
-    both would hide a picture's content from every test. ``tiles``: (B, 3, H, W) in [0, 1].
+    both would hide an image's content from every test. ``tiles``: (B, 3, H, W) in [0, 1].
     """
     import torch
 

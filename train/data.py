@@ -95,7 +95,7 @@ def check_cache(cache: Cache, base: str) -> None:
         if held is not None and held != taken:
             raise ValueError(
                 f"{cache.folder}: holds {what} {held}, but {folder} takes {taken}: "
-                "encode the data set with this base"
+                "encode the dataset with this base"
             )
 
 
@@ -114,7 +114,7 @@ def check_encoders(cache: Cache, base: str) -> None:
             continue  # encoded with --vae: meant to be another one
         elif theirs[name] != recipe[name]["digest"]:
             raise ValueError(
-                f"{cache.folder}: made with another {name} than {base} holds; encode the data set "
+                f"{cache.folder}: made with another {name} than {base} holds; encode the dataset "
                 "with this base, or train from the base it was made with"
             )
     if missing:

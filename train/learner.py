@@ -127,7 +127,7 @@ def build_learner(config: TrainConfig, world: World, checkpoint: Path | None = N
     forward = unet
     if world.size > 1 and not config.full:
         ids = [world.device.index] if world.device.type == "cuda" else None
-        # All ranks have the same weights by the same base, seed and checkpoint; a quantised base
+        # All ranks have the same weights by the same base, seed and checkpoint; a quantized base
         # cannot be sent around.
         forward = DistributedDataParallel(
             unet, device_ids=ids, gradient_as_bucket_view=True, init_sync=False

@@ -1,7 +1,7 @@
 """Previews: the cached prompts drawn by the UNet alone, all on one sheet.
 
 No text encoder is needed, as the cache holds the embeddings, and no VAE, as it holds a linear map
-from latents to colours. Seeds are fixed, so the sheets of one run differ by what it has learned.
+from latents to colors. Seeds are fixed, so the sheets of one run differ by what it has learned.
 """
 
 import copy
@@ -31,13 +31,13 @@ from train.config import TrainConfig
 from train.learner import Learner
 
 FOLDER = "previews"
-TILE = 512  # pixels; four for each of a 1024² picture's latents
+TILE = 512  # pixels; four for each of a 1024² image's latents
 REMEDY = "make it again with `python cli.py prompts`"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PreviewPrompts:
-    """N prompts with their embeddings, and how their latents become colours."""
+    """N prompts with their embeddings, and how their latents become colors."""
 
     prompts: tuple[Prompt, ...]
     prompt: Conditioning  # N rows, as cached
@@ -53,13 +53,13 @@ def read_preview_prompts(cache: Cache) -> PreviewPrompts | None:
     Where a prompt has no size of its own, it is drawn in the cache's largest bucket.
 
     Raises:
-        CacheError: they are damaged or missing, or the cache holds no picture.
+        CacheError: they are damaged or missing, or the cache holds no image.
     """
     manifest = cache.manifest
     if PROMPTS not in manifest["side_files"]:
         return None
     if not cache.groups():
-        raise CacheError(f"{cache.folder}: holds no picture, so previews have no size and colours")
+        raise CacheError(f"{cache.folder}: holds no image, so previews have no size and colors")
     if "latent_rgb" not in manifest:
         raise CacheError(f"{cache.folder}: its manifest has no latent_rgb map; encode it again")
     data = read_side_file(cache.folder, manifest, PROMPTS, REMEDY)
@@ -97,7 +97,7 @@ def draw_previews(
     ``scheduler`` is of ``load_scheduler``. What a prompt says of size, seed, steps and guidance
     wins over the defaults; prompt i has seed i. ``autocast`` is the dtype of the forward pass where
     the UNet trains under autocast; None is no autocast, whatever the caller's. With a ``vae`` the
-    colours are true, without they are of the cache's linear map. One prompt at a time, so that it
+    colors are true, without they are of the cache's linear map. One prompt at a time, so that it
     takes less memory than training does.
 
     The UNet's modes and torch's generators are afterwards what they were. Of a sharded UNet every

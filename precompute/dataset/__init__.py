@@ -1,1 +1,1 @@
-"""What the user has, as stable records: folders, lists and tars of pictures with captions."""
+"""What the user has, as stable records: folders, lists and tars of images with captions."""

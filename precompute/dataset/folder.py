@@ -1,4 +1,4 @@
-"""Pictures in a folder, or packed in a tar, each with a text beside it."""
+"""Images in a folder, or packed in a tar, each with a text beside it."""
 
 import errno
 import os
@@ -46,7 +46,7 @@ class Tree:
 
     root: Path
     memory: Memory
-    prefix: str = ""  # of the root within the data set, for the memory: "train/"
+    prefix: str = ""  # of the root within the dataset, for the memory: "train/"
     files: dict[str, Stamp] = field(default_factory=dict)
     odd: dict[str, str] = field(default_factory=dict)  # no regular files, and what they are
     closed: dict[str, str] = field(default_factory=dict)  # folders that are not read, and why
@@ -184,7 +184,7 @@ def _is_folder(tree: Tree, inside: str, entry: os.DirEntry[str]) -> bool:
 
 
 def read_pictures(place: Tree | Pack, settings: EncodeSettings) -> Iterator[Record | Rejected]:
-    """Every picture with the text and the mask beside it, or why it is refused."""
+    """Every image with the text and the mask beside it, or why it is refused."""
     masks = find_masks(place.files)
     place.used.update(masks.all)
     for path in place.files:
@@ -230,7 +230,7 @@ def _begins_like_picture(place: Tree | Pack, path: str) -> bool:
 
 
 def _with_caption(place: Tree | Pack, path: str, settings: EncodeSettings) -> tuple[Record, str]:
-    """The picture with the captions beside it; why there are none.
+    """The image with the captions beside it; why there are none.
 
     Raises:
         ValueError: a text that cannot be read, or more than one.

@@ -1,4 +1,4 @@
-"""A list of pictures: captions.jsonl or metadata.jsonl, one JSON object a line, or a .csv.
+"""A list of images: captions.jsonl or metadata.jsonl, one JSON object a line, or a .csv.
 
 A list is read line by line, each within a bound, so that one bad line or one without an end is one
 rejected entry, and the other lines are read.
@@ -27,7 +27,7 @@ MOST_LINE = 1 << 20  # characters
 MOST_LIST_BYTES = 8 * 10**9
 MOST_NAME = 4096  # characters; no file system has longer paths
 HEAD_BYTES = 4096  # tell a list's encoding
-OUTSIDE = "lies outside the data set"
+OUTSIDE = "lies outside the dataset"
 
 
 def find_list(tree: Tree) -> str | None:
@@ -156,11 +156,11 @@ def _read(
 ) -> Record | Rejected:
     name = first_field(row, FILE_FIELDS)
     if not isinstance(name, str) or not name:
-        return Rejected(where, f"names no picture: none of {', '.join(FILE_FIELDS)} is text")
+        return Rejected(where, f"names no image: none of {', '.join(FILE_FIELDS)} is text")
     if not is_text(name):
         return Rejected(where, "its name holds half a character (a lone surrogate)")
     if len(name) > MOST_NAME:
-        return Rejected(where, f"names no picture: {shortened(name)} is no file's name")
+        return Rejected(where, f"names no image: {shortened(name)} is no file's name")
     path = name
     try:
         path, picture = _find(tree, name)
@@ -195,7 +195,7 @@ def _find(tree: Tree, name: str) -> tuple[str, Blob]:
         if path in tree.odd:
             tree.used.add(path)
             raise ValueError(f"is {tree.odd[path]}")
-        # A detour, an absolute name, or a hidden one: one picture, one name.
+        # A detour, an absolute name, or a hidden one: one image, one name.
         if os.path.isfile(tree.root / path):  # False, where pathlib raises, of one too long
             return _find_detour(tree, path)
     raise ValueError("no such file, nor in images/")

@@ -31,7 +31,7 @@ ITS_OWN = (
 
 @dataclass(frozen=True)
 class Blob:
-    """Bytes that lie in a file, or in a tar, as they were when the data set was read.
+    """Bytes that lie in a file, or in a tar, as they were when the dataset was read.
 
     ``size`` is their number; ``mtime_ns`` that of the file, so of the whole tar.
     """
@@ -67,13 +67,13 @@ class Blob:
             why = "no such file" if is_gone else f"cannot be read: {error.strerror}"
             raise ValueError(why) from error
         if changed or len(data) != self.size:
-            raise ValueError("it changed while the data set was encoded; encode again")
+            raise ValueError("it changed while the dataset was encoded; encode again")
         return data
 
 
 @dataclass(frozen=True)
 class Record:
-    """A picture with its captions. ``path`` is relative, posix; the key comes from it alone.
+    """An image with its captions. ``path`` is relative, posix; the key comes from it alone.
 
     Of a tar's member it is ``pack.tar/member.jpg``. ``weight`` is of the loss; ``repeats`` how
     often an epoch takes it; ``split`` what its list says of it, if anything; ``num_blank`` how many
@@ -96,7 +96,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Rejected:
-    """A picture that is not encoded, and why; both as text, whatever bytes its name has."""
+    """An image that is not encoded, and why; both as text, whatever bytes its name has."""
 
     path: str
     reason: str
@@ -136,7 +136,7 @@ class Source:
 class Memory:
     """What files held when they were last read, so that an unchanged one is not opened again.
 
-    ``known`` is an earlier run's ``seen``; both are JSON: a file's path, relative to the data set,
+    ``known`` is an earlier run's ``seen``; both are JSON: a file's path, relative to the dataset,
     to [size, mtime_ns, what it held].
     """
 

@@ -1,4 +1,4 @@
-"""One JSON object about a picture, of a list or of a tar: its captions, weight and repeats."""
+"""One JSON object about an image, of a list or of a tar: its captions, weight and repeats."""
 
 import json
 from dataclasses import dataclass

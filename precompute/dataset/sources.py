@@ -1,4 +1,4 @@
-"""What the user has, as stable records: a path, its bytes, captions. No picture is opened.
+"""What the user has, as stable records: a path, its bytes, captions. No image is opened.
 
 Everything in the folder is accounted for: it is the image of a record, a sidecar of one, rejected
 with its reason, or named in a warning as hidden or unused.
@@ -96,7 +96,7 @@ def _is_loose(path: Path) -> bool:
 
 
 def split(source: Source, val_share: float) -> dict[str, Source]:
-    """Split by key: a picture stays on its side whatever joins or leaves the set."""
+    """Split by key: an image stays on its side whatever joins or leaves the set."""
 
     def is_val(key: str) -> bool:
         return int(key[:8], 16) / 2**32 < val_share
@@ -109,13 +109,13 @@ def split(source: Source, val_share: float) -> dict[str, Source]:
             [rejected for rejected in source.rejected if is_val(rejected.key) == wanted],
         )
         if not parts[name].records:
-            raise ValueError(f"--val-share {val_share} leaves no picture for {name}")
+            raise ValueError(f"--val-share {val_share} leaves no image for {name}")
     parts[TRAIN].hidden, parts[TRAIN].unused = source.hidden, source.unused
     return parts
 
 
 def read_source(folder: Path, settings: EncodeSettings, memory: Memory, prefix: str = "") -> Source:
-    """Records of one folder: by its list, else by the text beside each picture; and of its tars."""
+    """Records of one folder: by its list, else by the text beside each image; and of its tars."""
     out = settings.out if settings.out.resolve() != folder.resolve() else None
     tree = walk(folder, memory, prefix, skip=out)
     found = [*_listed(tree, settings)]
@@ -137,7 +137,7 @@ def read_source(folder: Path, settings: EncodeSettings, memory: Memory, prefix: 
     source = _sorted(found, hidden, unused)
     _warn(folder, source)
     if not found:
-        raise ValueError(f"{folder}: no pictures in it ({' '.join(sorted(PICTURES))} .tar)")
+        raise ValueError(f"{folder}: no images in it ({' '.join(sorted(PICTURES))} .tar)")
     return source
 
 
@@ -153,7 +153,7 @@ def _sorted(found: list[Item], hidden: list[str], unused: list[str]) -> Source:
 
 
 def _listed(tree: Tree, settings: EncodeSettings) -> Iterator[Item]:
-    """Of the folder's list, else of the texts beside its pictures."""
+    """Of the folder's list, else of the texts beside its images."""
     name = find_list(tree)
     size = tree.files[name][0] if name else 0
     if name and size > MOST_LIST_BYTES:
@@ -169,7 +169,7 @@ def _listed(tree: Tree, settings: EncodeSettings) -> Iterator[Item]:
 
 
 def _with_masks(tree: Tree, found: Iterable[Item]) -> list[Item]:
-    """Of a list that names no masks, those beside the pictures; a mask is no picture itself."""
+    """Of a list that names no masks, those beside the images; a mask is no image itself."""
     masks = find_masks(tree.files)
     items = []
     for item in found:
@@ -216,7 +216,7 @@ def _packed(tree: Tree, pack: Pack, settings: EncodeSettings) -> Iterator[Item]:
     found = [*read_pictures(pack, settings)]
     yield from found
     if not found and not pack.damage:
-        warnings.warn(f"{tree.root / pack.path}: no pictures in this tar", stacklevel=2)
+        warnings.warn(f"{tree.root / pack.path}: no images in this tar", stacklevel=2)
     yield from pack.rejected({stem_of(name) for name in pack.files if is_picture(name)})
 
 
@@ -282,11 +282,11 @@ def repeat_folders(found: Iterable[Item], wanted: bool) -> Iterator[Item]:
                 item = replace(item, repeats=item.repeats * folders[name])
         yield item
     if wanted and not folders:
-        warnings.warn("--repeat-folders: no folder with pictures is named N_name", stacklevel=2)
+        warnings.warn("--repeat-folders: no folder with images is named N_name", stacklevel=2)
     if folders and not wanted:
         name, repeats = min(folders.items())
         warnings.warn(
-            f"{name}/: each of its pictures is taken once an epoch; if the name means {repeats} "
+            f"{name}/: each of its images is taken once an epoch; if the name means {repeats} "
             "times, give --repeat-folders",
             stacklevel=2,
         )

@@ -1,4 +1,4 @@
-"""Pictures packed in webdataset tars, read where they lie. A tar is what its files would be.
+"""Images packed in webdataset tars, read where they lie. A tar is what its files would be.
 
 A tar's headers are claims: of sizes, of places, of names that go on in the next header. None is
 believed beyond the file's end or the bounds below, so a tar that lies is one rejected entry.
@@ -43,7 +43,7 @@ class Pack:
     none; ``hidden`` the members that are a system's.
     """
 
-    path: str  # in the data set
+    path: str  # in the dataset
     file: Path
     mtime_ns: int
     files: dict[str, tuple[int, int]]
@@ -105,7 +105,7 @@ class Pack:
         return str(self.texts[path])
 
     def row(self, path: str) -> Row:
-        """What a picture's .json tells; img2dataset writes "caption" there.
+        """What an image's .json tells; img2dataset writes "caption" there.
 
         Raises:
             ValueError: it cannot be meant so.
@@ -117,7 +117,7 @@ class Pack:
         return read_row(row) if row else NO_ROW
 
     def rejected(self, pictures: set[str]) -> Iterator[Rejected]:
-        """What is no picture and should be one; ``pictures`` are paths without ending."""
+        """What is no image and should be one; ``pictures`` are paths without ending."""
         for path, why in self.refused.items():
             yield Rejected(self.label(path), why)
         for path, row in self.texts.items():
@@ -136,7 +136,7 @@ def too_large(num_bytes: int, most: int) -> str:
 
 
 def open_pack(root: Path, path: str, stamp: tuple[int, int], memory: Memory, prefix: str) -> Pack:
-    """The tar ``path`` of the data set's folder ``root``; not opened if it is remembered.
+    """The tar ``path`` of the dataset's folder ``root``; not opened if it is remembered.
 
     Raises:
         ValueError: it is no regular file any more.
@@ -188,7 +188,7 @@ class _Bounded:
 
 
 class _Scan:
-    """All members of a tar, as JSON; captions are read, pictures are not."""
+    """All members of a tar, as JSON; captions are read, images are not."""
 
     def __init__(self, raw: BinaryIO) -> None:
         self.raw = raw

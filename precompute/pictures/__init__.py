@@ -1,1 +1,1 @@
-"""Bytes to pixels: which pictures are taken, and what becomes of them."""
+"""Bytes to pixels: which images are taken, and what becomes of them."""

@@ -1,4 +1,4 @@
-"""Any picture that Pillow opens to sRGB: depth, palette, transparency, colour profile."""
+"""Any image that Pillow opens to sRGB: depth, palette, transparency, color profile."""
 
 import io
 from functools import lru_cache
@@ -10,13 +10,13 @@ from precompute.pictures.refusals import PictureError
 
 Transform = ImageCms.ImageCmsTransform
 GREYS = ("1", "L", "LA")
-UNSEEN = 2  # levels: a profile that changes no colour by more is sRGB
+UNSEEN = 2  # levels: a profile that changes no color by more is sRGB
 
 
 def to_srgb(image: Image.Image) -> Image.Image:
     """RGB, 8 bits, in sRGB, transparency onto white.
 
-    A profile that is damaged, or of another kind of picture, is left out of account.
+    A profile that is damaged, or of another kind of image, is left out of account.
     """
     profile = image.info.get("icc_profile")
     image = _to_8_bits(image)
@@ -56,7 +56,7 @@ def _applied(transform: Transform, image: Image.Image) -> Image.Image:
 
 @lru_cache(maxsize=64)
 def _space(profile: bytes) -> str:
-    """The colours it describes: ``RGB``, ``GRAY``, ``CMYK``; empty if it cannot be read."""
+    """The colors it describes: ``RGB``, ``GRAY``, ``CMYK``; empty if it cannot be read."""
     try:
         return ImageCms.ImageCmsProfile(io.BytesIO(profile)).profile.xcolor_space.strip()
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
@@ -91,7 +91,7 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     values = np.asarray(image).astype(np.float64)
     if not np.isfinite(values).all():  # to 8 bits they would be black, without a word
         raise PictureError("it has values that are no numbers (NaN or infinity)")
-    clear = image.info.get("transparency")  # one grey value, in the picture's own depth
+    clear = image.info.get("transparency")  # one gray value, in the image's own depth
     alpha = None if clear is None else Image.fromarray(values != clear).convert("L")
     if image.mode == "F":
         values = values * (255 if values.max(initial=0) <= 1 else 1)

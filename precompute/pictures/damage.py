@@ -24,7 +24,7 @@ FAX, JPEG, DEFLATE, PACKBITS = (2, 3, 4), 7, (8, 32946), 32773
 GROUP_3, HOLE = 3, bytes(8)
 COMPLAINT = re.compile(rb"(Fax\w+|\S+\.tif): [^\n]*\n")
 BI_RLE8, BI_RLE4 = 1, 2
-CUT = "truncated: the file ends before the picture does"
+CUT = "truncated: the file ends before the image does"
 MISSING = "damaged: a part of its data is missing"
 BROKEN = "damaged or truncated: its data cannot be decoded"
 

@@ -1,4 +1,4 @@
-"""Bytes to pixels: open whole or not at all, orient, colour, resize, crop."""
+"""Bytes to pixels: open whole or not at all, orient, color, resize, crop."""
 
 import importlib
 import io
@@ -19,7 +19,7 @@ from precompute.pictures.png import without_notes
 from precompute.pictures.refusals import PictureError, unidentified
 from shards.buckets import Geometry, Size
 
-# What pictures are kept in. Pillow knows more, of which some run programs (EPS).
+# What images are kept in. Pillow knows more, of which some run programs (EPS).
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 ORIENTATION = 0x0112  # EXIF tag; 5 to 8 lie on their side
@@ -35,9 +35,9 @@ TURNS = {
 PNG_EXIF = (b"eXIf", b"Raw profile type", b"adobe.xmp")  # where a PNG may say that it lies
 MOST_PIXELS = 180_000_000  # above any camera's; takes 0.7 GB as RGB
 LARGE_PIXELS = 45_000_000  # of these one is decoded at a time
-MOST_ASPECT = 8  # the widest bucket is 4:1, so of a longer picture more than half were cut away
-ZEROS = bytes(512)  # no coded picture ends so
-Image.MAX_IMAGE_PIXELS = None  # MOST_PIXELS is the limit, with the picture's size in the message
+MOST_ASPECT = 8  # the widest bucket is 4:1, so of a longer image more than half were cut away
+ZEROS = bytes(512)  # no coded image ends so
+Image.MAX_IMAGE_PIXELS = None  # MOST_PIXELS is the limit, with the image's size in the message
 
 _large = threading.Lock()
 
@@ -55,12 +55,12 @@ def picture_size(data: bytes) -> Size:
 
 
 def _lies(image: Image.Image, data: bytes) -> bool:
-    """Whether a picture that is not loaded yet lies on its side."""
+    """Whether an image that is not loaded yet lies on its side."""
     if image.format == "TIFF":  # its size is told as it will be after loading: upright
         return False
     if image.format == "PNG":
         if not any(mark in data for mark in PNG_EXIF):
-            return False  # to look for it, Pillow would decode the picture
+            return False  # to look for it, Pillow would decode the image
         if "exif" not in image.info:
             image.load()  # it may follow the pixels
     return _orientation(image) in (5, 6, 7, 8)
@@ -82,7 +82,7 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def open_picture(data: bytes) -> Image.Image:
-    """The whole picture (of several, the first), upright, in sRGB; transparency becomes white.
+    """The whole image (of several, the first), upright, in sRGB; transparency becomes white.
 
     Raises:
         PictureError: it is too large, too long for its width, or not all there.
@@ -108,16 +108,16 @@ def _check_whole(data: bytes, image: Image.Image) -> None:
 
 @contextmanager
 def opened(data: bytes) -> Iterator[Image.Image]:
-    """A picture whose header is read, and its size found to be in bounds.
+    """An image whose header is read, and its size found to be in bounds.
 
     Raises:
-        PictureError: it is too large, too long for its width, or no picture.
+        PictureError: it is too large, too long for its width, or no image.
         Exception: whatever Pillow raises of a file it cannot read.
     """
     is_heif = data[4:8] == b"ftyp" and data[8:12] in HEIF_BRANDS and not _reads_avif(data)
     if is_heif and not _heif_plugin():
         raise PictureError(
-            "a HEIC picture, which Pillow cannot read alone: `pip install pillow-heif`, or "
+            "a HEIC image, which Pillow cannot read alone: `pip install pillow-heif`, or "
             "save it as JPEG or PNG"
         )
     if data[:4] == b"RIFF" and int.from_bytes(data[4:8], "little") + 8 > len(data):
@@ -164,12 +164,12 @@ def _heif_plugin() -> bool:
 
 
 def room_for(size: Size) -> AbstractContextManager[object]:
-    """Hold this while a picture is opened and rendered: of large ones, one is in memory."""
+    """Hold this while an image is opened and rendered: of large ones, one is in memory."""
     return _large if size[0] * size[1] > LARGE_PIXELS else nullcontext()
 
 
 def render(image: Image.Image, geometry: Geometry) -> torch.Tensor:
-    """The cropped bucket of an RGB picture: [3, H, W] fp32 in -1..1."""
+    """The cropped bucket of an RGB image: [3, H, W] fp32 in -1..1."""
     return render_variants(image, (geometry,))[0]
 
 

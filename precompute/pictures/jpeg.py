@@ -1,6 +1,6 @@
 """JPEGs decoded once, and refused if a part is missing before an end mark.
 
-libjpeg fills up what is missing with grey, or with coarser detail, and Pillow swallows its warning.
+libjpeg fills up what is missing with gray, or with coarser detail, and Pillow swallows its warning.
 So the end mark is kept from the decoder until it has shown whether it still waits for coded data.
 """
 

@@ -1,4 +1,4 @@
-"""Masks: where in a picture the loss counts, at the size of its latents."""
+"""Masks: where in an image the loss counts, at the size of its latents."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,7 @@ Floats = npt.NDArray[np.float64]
 
 
 def open_mask(data: bytes, original: Size) -> Grey:
-    """A mask picture, of any size in the aspect ratio of its picture.
+    """A mask image, of any size in the aspect ratio of its image.
 
     Raises:
         PictureError: another aspect ratio, partly transparent, or black all over.
@@ -25,9 +25,7 @@ def open_mask(data: bytes, original: Size) -> Grey:
     """
     alpha = open_alpha(data)
     if alpha is not None and alpha.min() < 255:
-        raise PictureError(
-            "partly transparent: make it a grey picture, white where the loss counts"
-        )
+        raise PictureError("partly transparent: make it a gray image, white where the loss counts")
     grey = open_picture(data).convert("L")
     check_mask_size(grey.size, original)
     return _checked(np.asarray(grey))
@@ -36,20 +34,18 @@ def open_mask(data: bytes, original: Size) -> Grey:
 def check_mask_size(size: Size, original: Size) -> None:
     """
     Raises:
-        PictureError: another aspect ratio than its picture's, by more than rounding to pixels.
+        PictureError: another aspect ratio than its image's, by more than rounding to pixels.
     """
     (width, height), (columns, rows) = original, size
     if abs(columns * height - rows * width) > max(width, height, columns, rows):
-        raise PictureError(
-            f"of {columns} x {rows} pixels, where its picture has {width} x {height}"
-        )
+        raise PictureError(f"of {columns} x {rows} pixels, where its image has {width} x {height}")
 
 
 def open_alpha(data: bytes) -> Grey | None:
-    """A picture's own alpha, upright; None where it has none.
+    """An image's own alpha, upright; None where it has none.
 
     Raises:
-        PictureError: the picture is transparent all over.
+        PictureError: the image is transparent all over.
         Exception: whatever Pillow raises of a file it cannot read.
     """
     with opened(data) as image:
@@ -57,7 +53,7 @@ def open_alpha(data: bytes) -> Grey | None:
         if not image.has_transparency_data:
             return None
         turned = upright(image)
-    if turned.mode in ("I", "I;16", "F"):  # one grey value is clear
+    if turned.mode in ("I", "I;16", "F"):  # one gray value is clear
         clear = np.asarray(turned) != turned.info["transparency"]
         return _checked(np.where(clear, np.uint8(255), np.uint8(0)))
     return _checked(np.asarray(turned.convert("RGBA").getchannel("A")))
@@ -65,7 +61,7 @@ def open_alpha(data: bytes) -> Grey | None:
 
 def _checked(mask: Grey) -> Grey:
     if not mask.any():
-        raise PictureError("black all over, so nothing would be learned of its picture")
+        raise PictureError("black all over, so nothing would be learned of its image")
     return mask
 
 
@@ -93,7 +89,7 @@ def shows_anything(mask: torch.Tensor, dtype: torch.dtype) -> bool:
 def _coverage(num_pixels: int, resized: int, start: int, num_cells: int) -> Floats:
     """[cells, pixels]: the share of each latent cell that lies on each pixel of the mask.
 
-    ``resized`` is how many pixels the mask would be long were it resized as its picture is; the
+    ``resized`` is how many pixels the mask would be long were it resized as its image is; the
     first cell begins at ``start`` of them.
     """
     edges = (start + FACTOR * np.arange(num_cells + 1)) * (num_pixels / resized)

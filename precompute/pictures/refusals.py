@@ -1,4 +1,4 @@
-"""Why a picture is not taken, as plain words that are the same in every run."""
+"""Why an image is not taken, as plain words that are the same in every run."""
 
 import re
 
@@ -24,14 +24,14 @@ STRANGERS = (
 
 
 class PictureError(ValueError):
-    """A picture that is not taken. Its message is the reason, a part of a sentence."""
+    """An image that is not taken. Its message is the reason, a part of a sentence."""
 
 
 def explain(error: Exception) -> str:
     """The reason in one line.
 
     Raises:
-        MemoryError: ``error`` is one. That is no property of the picture.
+        MemoryError: ``error`` is one. That is no property of the image.
     """
     if isinstance(error, MemoryError):
         raise error
@@ -45,14 +45,14 @@ def explain(error: Exception) -> str:
     if text.startswith("broken PNG file"):
         return f"damaged: {'a checksum differs' if 'checksum' in text else 'its parts do not join'}"
     if re.search("truncated|not enough|unexpected end|incomplete", text, re.IGNORECASE):
-        return "truncated: the file ends before the picture does"
+        return "truncated: the file ends before the image does"
     if not text or re.search("broken data stream|decod|not a ", text, re.IGNORECASE):
         return "damaged or truncated: its data cannot be decoded"
     return f"damaged: {text}"
 
 
 def unidentified(data: bytes) -> PictureError:
-    """Of a file in which Pillow finds no picture."""
+    """Of a file in which Pillow finds no image."""
     if not data.strip(b"\0"):
         return PictureError("the file holds only zeros" if data else "the file is empty")
     for pattern, name in FILES:
@@ -62,5 +62,5 @@ def unidentified(data: bytes) -> PictureError:
             )
     for pattern, name in STRANGERS:
         if re.match(pattern, data, re.DOTALL | re.IGNORECASE):
-            return PictureError(f"not a picture that Pillow can read: {name}")
-    return PictureError("not a picture that Pillow can read")
+            return PictureError(f"not an image that Pillow can read: {name}")
+    return PictureError("not an image that Pillow can read")

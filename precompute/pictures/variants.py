@@ -1,4 +1,4 @@
-"""The variants of a picture that are cached: random crops, and all of them mirrored."""
+"""The variants of an image that are cached: random crops, and all of them mirrored."""
 
 from dataclasses import replace
 
@@ -20,7 +20,7 @@ def plan_variants(centre: Geometry, settings: EncodeSettings, key: str) -> tuple
 
 
 def random_crops(centre: Geometry, num: int, key: str) -> tuple[Geometry, ...]:
-    """``num`` different crops at whole pixels of the resized picture, each as likely as another."""
+    """``num`` different crops at whole pixels of the resized image, each as likely as another."""
     (rw, rh), (tw, th) = centre.resized, centre.target
     columns, rows = rw - tw + 1, rh - th + 1
     generator = np.random.Generator(np.random.Philox(key=derive_key("crops", key)))

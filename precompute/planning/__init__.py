@@ -1,1 +1,1 @@
-"""What is to be done: what the pictures are, where they go, what of an earlier run still holds."""
+"""What is to be done: what the images are, where they go, what of an earlier run still holds."""

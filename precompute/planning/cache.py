@@ -56,7 +56,7 @@ class CachePlan:
     outdated: list[str]  # whole shards to be set aside
     broken: list[str]  # what is left of shards that are not whole
     changes: Changes
-    rejected: list[Rejected]  # before any picture is decoded
+    rejected: list[Rejected]  # before any image is decoded
     comparison: Comparison
     num_upscaled: int
     made_with: dict[str, Any]  # what made the shards that are there; empty if there are none
@@ -75,7 +75,7 @@ def check_out(folder: Path, data_set: Path) -> None:
         ValueError: the folder holds something else, or is none.
     """
     if folder.resolve() == data_set.resolve():
-        raise ValueError(f"{folder}: is the data set; give another --out")
+        raise ValueError(f"{folder}: is the dataset; give another --out")
     if any(part.exists() and not part.is_dir() for part in (folder, *folder.parents)):
         raise ValueError(f"{folder}: not a folder")
     names = [path.name for path in folder.iterdir()] if folder.exists() else []
@@ -173,7 +173,7 @@ class _Draft:
 
 
 def _add_digests(drafts: list[_Draft], settings: EncodeSettings, memory: Memory) -> None:
-    """The digests by which pictures are compared: of those that are there under the same key, and
+    """The digests by which images are compared: of those that are there under the same key, and
     where samples are to leave, of new ones as well, for they may be the same by another name."""
     keys = [draft.held_keys for draft in drafts]
     wanted = [{one.record.key for one in draft.planned} for draft in drafts]
@@ -215,7 +215,7 @@ def warn_of_surprises(plan: CachePlan) -> None:
     if causes and (plan.folder / MANIFEST).exists():
         said = ", ".join(f"{cause} ({number:,})" for cause, number in sorted(causes.items()))
         warnings.warn(
-            f"{plan.folder}: settings changed, so pictures of a finished cache are encoded again: "
+            f"{plan.folder}: settings changed, so images of a finished cache are encoded again: "
             f"{said}",
             stacklevel=2,
         )
@@ -248,7 +248,7 @@ def prepare(plan: CachePlan, encoders: Encoders, prompts: list[Prompt] | None) -
 
 
 def finish(plan: CachePlan, report: Report, encoders: Encoders, memory: Memory) -> None:
-    """Rejected pictures, the manifest, and nothing left of what the run needed."""
+    """Rejected images, the manifest, and nothing left of what the run needed."""
     folder, rejected = plan.folder, plan.rejected.copy()
     about: dict[str, Any] = {"recipe": plan.recipe, "text": text_shape(folder)}
     total: LatentSums | None = None
@@ -272,7 +272,7 @@ def finish(plan: CachePlan, report: Report, encoders: Encoders, memory: Memory) 
         about["sanity"] = check_cache(folder, plan.recipe, first, marks, plan.sanity, encoders)
     report.rejected = sorted(rejected, key=lambda one: one.key)
     if not report.num_samples:
-        warnings.warn(f"{folder}: no picture could be encoded; {REJECTED} says why", stacklevel=2)
+        warnings.warn(f"{folder}: no image could be encoded; {REJECTED} says why", stacklevel=2)
     remove_replaced(folder)
     _write_rejected(folder, report.rejected)
     write_manifest(folder, about, indexes)

@@ -2,7 +2,7 @@
 
 A sample has two halves: latents (with mask and sizes) and text. Each is made from marks of its own
 (``placement.MARKS``) by parts of the recipe. A sample is looked for by its key first, then by the
-bytes of its picture: so one that was renamed, or moved between train and val, is found again.
+bytes of its image: so one that was renamed, or moved between train and val, is found again.
 """
 
 from collections import Counter, defaultdict
@@ -236,7 +236,7 @@ def _same_key(planned: Planned, origins: list[_Origin], changes: Changes) -> Tas
 def _same_picture(
     planned: Planned, origins: list[_Origin], changes: Changes, cache: str
 ) -> tuple[Task, _Origin]:
-    """What there is of a sample whose picture lay there under another key."""
+    """What there is of a sample whose image lay there under another key."""
     found = [(*origin.find(planned, cache), origin) for origin in origins]
     task, causes, origin = min(found, key=lambda one: len(one[1]))
     changes.num_renamed += 1

@@ -53,7 +53,7 @@ def dry_run(settings: EncodeSettings) -> Iterator[str]:
 def _tell(plan: CachePlan) -> Iterator[str]:
     planned = plan.planned
     yield (
-        f"{plan.folder}: {len(planned):,} pictures, {len(plan.rejected):,} rejected: "
+        f"{plan.folder}: {len(planned):,} images, {len(plan.rejected):,} rejected: "
         f"{summarise(plan.changes)}" + ("" if plan.has_work else ", so nothing is to be encoded")
     )
     buckets = Counter(bucket_name(one.bucket) for one in planned)
@@ -64,8 +64,8 @@ def _tell(plan: CachePlan) -> Iterator[str]:
     masks = sum(one.record.mask is not None for one in planned)
     for number, usual, what in (
         (variants, len(planned), "variants of them (crops, mirrored)"),
-        (taken, len(planned), "pictures an epoch, with repeats"),
-        (masks, 0, "mask pictures"),
+        (taken, len(planned), "images an epoch, with repeats"),
+        (masks, 0, "mask images"),
     ):
         if number != usual:
             yield f"  {number:,} {what}"

@@ -1,6 +1,6 @@
 """What a run would lose, known from its plan: refused before anything is touched.
 
-A sample is lost where its key is planned no more and its picture is nowhere in the dataset: one
+A sample is lost where its key is planned no more and its image is nowhere in the dataset: one
 that was renamed, or moved between train and val, is not.
 """
 
@@ -24,7 +24,7 @@ MOST_NAMED = 8
 def refuse_losses(plans: list[CachePlan], settings: EncodeSettings, notes: Notes) -> None:
     """
     Raises:
-        ValueError: too many pictures are rejected, or samples removed, or the cache was made from
+        ValueError: too many images are rejected, or samples removed, or the cache was made from
             another dataset; says how many, and the option that allows it.
     """
     there = {one.picture for plan in plans for one in plan.planned if one.picture}
@@ -39,7 +39,7 @@ def refuse_losses(plans: list[CachePlan], settings: EncodeSettings, notes: Notes
         if share > settings.max_rejected:
             warn_of_reasons(plan.rejected)
             raise ValueError(
-                f"{plan.folder}: {share:.0%} of the pictures were rejected ({num:,} of "
+                f"{plan.folder}: {share:.0%} of the images were rejected ({num:,} of "
                 f"{num + len(plan.planned):,}; --max-rejected {settings.max_rejected}). Nothing "
                 "was written; --dry-run lists them"
             )
@@ -112,8 +112,8 @@ def _refuse_other_dataset(
     settings: EncodeSettings,
     notes: Notes,
 ) -> None:
-    """By what this machine remembers, and where it remembers nothing by the pictures: samples whose
-    picture is still there, or whose name is that of one that is rejected now, are common."""
+    """By what this machine remembers, and where it remembers nothing by the images: samples whose
+    image is still there, or whose name is that of one that is rejected now, are common."""
     num = num_held(plan)
     if notes.is_known or not num:
         return
@@ -128,7 +128,7 @@ def _refuse_other_dataset(
     if common and (notes.other_dataset is None or len(common) >= num / 2):
         return
     was = notes.other_dataset or "another dataset"
-    has = f"{len(common):,} of its {num:,} pictures are" if common else "none of its pictures is"
+    has = f"{len(common):,} of its {num:,} images are" if common else "none of its images is"
     raise ValueError(
         f"{plan.folder}: this cache was made from {was}; {has} in {settings.dataset}. Nothing was "
         "touched. Give another --out, or --allow-other-dataset to replace what is there"

@@ -1,4 +1,4 @@
-"""Which shard each picture goes to. Membership is fixed before any picture is decoded: one that
+"""Which shard each image goes to. Membership is fixed before any image is decoded: one that
 fails later leaves a hole, and moves nothing.
 """
 
@@ -17,14 +17,14 @@ from shards.writer import shard_name
 
 MARK_DIGITS = 20  # of a sha256 in hex, as a key has
 MARKS = ("picture", "mask", "geometry", "captions", "weight")
-CHANGING = ["", "", "", "", 0.0]  # marks that fit no picture: it is tried again the next time
+CHANGING = ["", "", "", "", 0.0]  # marks that fit no image: it is tried again the next time
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Planned:
-    """A picture with its place: what it was when its header was read, and what it becomes.
+    """An image with its place: what it was when its header was read, and what it becomes.
 
-    ``picture`` and ``mask`` are marks of their bytes; that of a picture is empty while its bytes
+    ``picture`` and ``mask`` are marks of their bytes; that of an image is empty while its bytes
     were not asked for: then it is hashed when it is encoded.
     """
 
@@ -50,7 +50,7 @@ class Planned:
 
 
 def picture_mark(sha256: str) -> str:
-    """What stands for a digest (in hex) of a picture's or a mask's bytes."""
+    """What stands for a digest (in hex) of an image's or a mask's bytes."""
     return sha256[:MARK_DIGITS]
 
 
@@ -60,7 +60,7 @@ def _mark(value: Any) -> str:
 
 @lru_cache(maxsize=4096)
 def geometry_mark(variants: tuple[Geometry, ...]) -> str:
-    """What stands for the sizes and crops of a picture's variants."""
+    """What stands for the sizes and crops of an image's variants."""
     return _mark([astuple(geometry) for geometry in variants])
 
 
