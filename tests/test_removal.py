@@ -41,6 +41,12 @@ def stray_list(data: Path) -> None:
     (data / "captions.jsonl").write_text(json.dumps({"file_name": "000.png", "text": "x"}))
 
 
+def cut_short(data: Path) -> None:
+    """As a sync that is at work leaves them: the first bytes are right."""
+    for path in data.glob("*.png"):
+        path.write_bytes(path.read_bytes()[:-30])
+
+
 def most_gone(data: Path) -> None:
     for path in sorted(data.glob("*.png"))[2:]:
         path.unlink()
@@ -50,6 +56,7 @@ LOSSES: dict[str, tuple[Callable[[Path], object], dict[str, int], str]] = {
     "captions renamed": (rename_captions, {}, "14 would be rejected"),
     "a stray list": (stray_list, {}, "13 would be rejected"),
     "a folder that shows few files": (most_gone, {}, "12 are not in"),
+    "images cut short": (cut_short, {}, "14 would be rejected"),
     "--min-size": (lambda _: None, {"min_size": 1000}, "fewer than --min-size 1000"),
 }
 
@@ -69,6 +76,26 @@ def test_what_would_be_removed_is_refused_before_anything_is_touched(
         [*dry_run(settings)]
     assert str(dry.value) == str(refused.value)
     assert contents(work / "cache") == before
+
+
+def test_a_changed_image_or_mask_that_does_not_decode_is_known_before(
+    work: Path, base: Path
+) -> None:
+    """One is dropped, within the bound, and named by the dry run too."""
+    paths = sorted((work / "data").glob("*.png"))
+    width, height = picture_size(paths[1].read_bytes())
+    Image.new("L", (width, height), 200).save(paths[1].with_suffix(".mask.png"))
+    encode(work / "data", base, work / "cache")
+    cut_short_one = (paths[0], paths[1].with_suffix(".mask.png"))
+    for path in cut_short_one:
+        path.write_bytes(path.read_bytes()[:-30])
+    settings = settings_of(work / "data", base, work / "cache")
+    lines = "\n".join(dry_run(settings))
+    assert f"rejected: {paths[0].name}: truncated" in lines
+    assert f"rejected: {paths[1].name}: its mask: truncated" in lines
+    assert (
+        summarise(encode(work / "data", base, work / "cache").changes) == "2 removed, 12 unchanged"
+    )
 
 
 def test_the_share_that_a_refusal_names_is_enough(work: Path, base: Path) -> None:

@@ -144,6 +144,12 @@ class _Draft:
     def held_keys(self) -> set[str]:
         return {key for held in (*self.here.values(), *self.aside.values()) for key in held.marks}
 
+    @property
+    def held_marks(self) -> dict[str, list[Any]]:
+        """By key, what the samples that lie there were made from."""
+        shards = (*self.aside.values(), *self.here.values())
+        return {key: held.marks[key] for held in shards for key in held.rows}
+
     def place(self, settings: EncodeSettings) -> Comparison:
         before = {} if settings.repack else _places(self.folder, self.here)
         shards = place(self.planned, before, settings.shard_size)
@@ -183,7 +189,9 @@ def _add_digests(drafts: list[_Draft], settings: EncodeSettings, memory: Memory)
         def is_compared(one: Planned, held: set[str] = held) -> bool:
             return any_leaves or one.record.key in held
 
-        draft.planned, unreadable = add_digests(draft.planned, is_compared, settings, memory)
+        draft.planned, unreadable = add_digests(
+            draft.planned, is_compared, draft.held_marks, settings, memory
+        )
         draft.rejected += unreadable
 
 

@@ -7,7 +7,7 @@ is encoded, for then it is read anyway.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from precompute.dataset.records import Blob, Memory, Record, Rejected
-from precompute.pictures.images import picture_size
+from precompute.pictures.images import open_picture, picture_size
 from precompute.pictures.masks import check_mask_size
 from precompute.pictures.refusals import PictureError, explain
 from precompute.pictures.variants import plan_variants
@@ -104,14 +104,23 @@ def plan_pictures(
 def add_digests(
     planned: list[Planned],
     wanted: Callable[[Planned], bool],
+    before: Mapping[str, Sequence[Any]],
     settings: EncodeSettings,
     memory: Memory,
 ) -> tuple[list[Planned], list[Rejected]]:
-    """The same with the marks of those that are ``wanted``, which are read whole for it."""
+    """The same with the marks of those that are ``wanted``, which are read whole for it.
+
+    ``before`` has by key the marks (image, mask, ...) of the samples in the cache. Where a file of
+    such a sample has changed, it is decoded too: a sample is replaced only by what can be encoded.
+    """
     stamp = _stamper(settings.dataset)
-    missing = [one for one in planned if not one.picture and wanted(one)]
+
+    def is_read(one: Planned) -> bool:
+        return wanted(one) if not one.picture else _has_changed(one, before)
+
+    missing = [one for one in planned if is_read(one)]
     threads = num_cores()
-    reading = read_ahead(_digest, (one.record for one in missing), threads, 4 * threads)
+    reading = read_ahead(lambda one: _digest(one, before), missing, threads, 4 * threads)
     bar = tqdm(reading, total=len(missing), unit="img", desc="compare", leave=False, delay=1)
     marks: dict[str, str | Rejected] = {}
     for one, mark in zip(missing, bar, strict=True):
@@ -126,6 +135,14 @@ def add_digests(
         for one in planned
         if one.record.key not in gone
     ], rejected
+
+
+def _has_changed(one: Planned, before: Mapping[str, Sequence[Any]]) -> bool:
+    """Whether the image or the mask of a sample in the cache is another one now."""
+    marks = before.get(one.record.key)
+    return marks is not None and (
+        one.picture != marks[0] or bool(one.mask and one.mask != marks[1])
+    )
 
 
 def remember_encoded(
@@ -208,9 +225,23 @@ def _stamper(dataset: Path) -> Callable[..., tuple[str, int, int]]:
     return stamp
 
 
-def _digest(record: Record) -> str | Rejected:
+def _digest(one: Planned, before: Mapping[str, Sequence[Any]]) -> str | Rejected:
+    record = one.record
     data = _read(record)
-    return data if isinstance(data, Rejected) else picture_mark(hashlib.sha256(data).hexdigest())
+    if isinstance(data, Rejected):
+        return data
+    mark = picture_mark(hashlib.sha256(data).hexdigest())
+    if _has_changed(replace(one, picture=mark), before):
+        try:
+            open_picture(data)
+        except Exception as error:  # Pillow raises anything of a bad file
+            return Rejected(record.path, explain(error))
+        try:
+            if record.mask is not None:
+                open_picture(record.mask.read())
+        except Exception as error:
+            return Rejected(record.path, f"its mask: {explain(error)}")
+    return mark
 
 
 def _read(record: Record, head: bool = False) -> Any:

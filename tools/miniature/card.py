@@ -25,8 +25,8 @@ tags: [stable-diffusion-xl, miniature]
 # Miniature SDXL
 
 An SDXL of the real classes in {megabytes:.2f} MB, for trying things out and for tests: it draws one
-colored shape on a colored ground, 64x64 pixels, from sentences such as *{example}*.
-Trained from nothing on drawn images by `python -m tools.miniature.build`; the UNet through
+coloured shape on a coloured ground, 64x64 pixels, from sentences such as *{example}*.
+Trained from nothing on drawn pictures by `python -m tools.miniature.build`; the UNet through
 `cli.py encode` and `cli.py train --full` alone.
 
 ```python
@@ -41,11 +41,11 @@ picture.save("circle.png")
 | --- | --- | --- |
 {parts}
 
-It knows {colors};
+It knows {colours};
 {shapes};
 small and large; left, right, top, bottom, middle. It does not know hearts and moons: those are for
 a fine-tune to learn (`python cli.py demo`). It was trained on originals of 4 to 128 pixels and on
-crops: small original sizes give blurred images, crop offsets give shapes that are cut off.
+crops: small original sizes give blurred pictures, crop offsets give shapes that are cut off.
 
 ## Scores
 
@@ -57,9 +57,9 @@ guidance 5, fp32 on a CPU:
 {scores}
 
 How it answers the size and crop numbers, {num_conditioned} prompts, from the same noise each time.
-Sharpness is the steepest step between neighboring pixels as a share of the contrast (of true
-images through the VAE alone {vae_sharp:.2f} for originals of 64x64, {vae_blurred:.2f} for 5x5);
-the last two are shares of images whose shape is cut off.
+Sharpness is the steepest step between neighbouring pixels as a share of the contrast (of true
+pictures through the VAE alone {vae_sharp:.2f} for originals of 64x64, {vae_blurred:.2f} for 5x5);
+the last two are shares of pictures whose shape is cut off.
 
 | the original that is asked for | sharpness | cut at a side | cut at top or bottom |
 | --- | --- | --- | --- |
@@ -80,7 +80,7 @@ def write_card(asset: Path, drawn: Path, generate: Callable[[str], None]) -> Sco
     prompts = drawn / "prompts.txt"
     prompts.write_text("".join(f"{caption}\n" for caption in captions), encoding="utf-8")
     generate(
-        f"generate --base {asset} --prompts {prompts} --out {drawn}/images --num-steps 20 "
+        f"generate --base {asset} --prompts {prompts} --out {drawn}/pictures --num-steps 20 "
         "--batch-size 16"
     )
     found = score(scenes, drawn_pictures(drawn / "pictures", len(scenes)))
@@ -88,8 +88,8 @@ def write_card(asset: Path, drawn: Path, generate: Callable[[str], None]) -> Sco
     parts = {name: sum(p.numel() for p in getattr(pipeline, name).parameters()) for name in PARTS}
     rows = {
         "shape as asked": f"{found.shape:.3f}",
-        "both colors as asked": f"{found.colours:.3f}",
-        "shape and colors as asked": f"{found.both:.3f}",
+        "both colours as asked": f"{found.colours:.3f}",
+        "shape and colours as asked": f"{found.both:.3f}",
         "overlap with the ideal shape (IoU)": f"{found.overlap:.3f}",
         "VAE, trained shapes": f"{_psnr(pipeline.vae, OLD_SHAPES):.1f} dB",
         "VAE, hearts and moons": f"{_psnr(pipeline.vae, ('heart', 'moon')):.1f} dB",

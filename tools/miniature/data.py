@@ -1,6 +1,6 @@
-"""The datasets: what the miniature is trained on, and a sample one that it does not know.
+"""The data sets: what the miniature is trained on, and a sample one that it does not know.
 
-Each is a folder of PNGs with a ``captions.jsonl``. The same seed draws the same images.
+Each is a folder of PNGs with a ``captions.jsonl``. The same seed draws the same pictures.
 """
 
 import json
@@ -34,7 +34,7 @@ def write_training_set(folder: Path, num: int = NUM_TRAINING, seed: int = 10) ->
 
 
 def write_cropped_set(folder: Path, num: int = NUM_CROPPED, seed: int = 11) -> None:
-    """Old shapes in wide and in high images, to be encoded with ``--square``: what stands at an
+    """Old shapes in wide and in high pictures, to be encoded with ``--square``: what stands at an
     end of one is cut off, and the crop numbers say so."""
     _write_training(folder, _oblong, num, seed)
 
@@ -112,7 +112,7 @@ def _write(folder: Path, pictures: Iterator[tuple[Image.Image, str]], num: int) 
 def fresh_prompts(
     num: int, shapes: tuple[str, ...], seed: int, size: str | None = None
 ) -> tuple[list[Scene], list[str]]:
-    """Scenes and their captions, the shapes by turns; other seeds than the datasets'."""
+    """Scenes and their captions, the shapes by turns; other seeds than the data sets'."""
     choices = random.Random(seed)
     scenes = [random_scene(choices, (shapes[number % len(shapes)],), size) for number in range(num)]
     return scenes, [scene.caption(choices) for scene in scenes]
@@ -122,7 +122,7 @@ def fresh_prompts(
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--num", type=click.IntRange(min=1), default=120, show_default=True)
 def main(folder: Path, num: int) -> None:
-    """Draw the sample dataset: FOLDER/new, of two shapes that the miniature does not know, and
+    """Draw the sample data set: FOLDER/new, of two shapes that the miniature does not know, and
     FOLDER/old, of those that it does."""
     write_sample_set(folder / "new", num)
     write_prior_set(folder / "old", num)

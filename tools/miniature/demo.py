@@ -17,7 +17,7 @@ from tools.miniature.drawing import NEW_SHAPES, OLD_SHAPES, Scene
 from tools.miniature.score import drawn_pictures, score
 
 NUM_PROMPTS = 32  # of each kind, for the score
-NUM_SHOWN = 5  # of each kind, in the image at the end
+NUM_SHOWN = 5  # of each kind, in the picture at the end
 ENCODING = "--resolution 64 --bucket-step 16 --batch-size 16"
 TRAINING = (
     "--steps 500 --batch-size 16 --rank 16 --targets all --lr 1.5e-3 --lr-schedule cosine "
@@ -29,7 +29,7 @@ Scenes = dict[str, list[Scene]]
 
 
 def run_demo(out: Path, run: Run) -> Path:
-    """Data, encode, train, generate, score; returns the image of before and after."""
+    """Data, encode, train, generate, score; returns the picture of before and after."""
     start = time.perf_counter()
 
     def do(text: str, command: str) -> None:
@@ -64,7 +64,7 @@ def run_demo(out: Path, run: Run) -> Path:
 
 
 def _write_data(out: Path) -> None:
-    click.secho("Draw 120 captioned hearts and moons, and 120 images of old shapes.", bold=True)
+    click.secho("Draw 120 captioned hearts and moons, and 120 pictures of old shapes.", bold=True)
     click.secho(f"$ python -m tools.miniature.data {shlex.quote(str(out))}", fg="cyan")
     write_sample_set(out / "new")
     write_prior_set(out / "old")
@@ -82,7 +82,7 @@ def _write_prompts(out: Path) -> Scenes:
 
 
 def _finish(out: Path, scenes: Scenes, seconds: float) -> Path:
-    """Score both folders, write the image, say where everything is."""
+    """Score both folders, write the picture, say where everything is."""
     everything = scenes["new"] + scenes["old"]
     parts = {"new": slice(0, NUM_PROMPTS), "old": slice(NUM_PROMPTS, 2 * NUM_PROMPTS)}
     lines = []
@@ -99,8 +99,8 @@ def _finish(out: Path, scenes: Scenes, seconds: float) -> Path:
         [out / "after" / f"{n:06d}.png" for n in shown],
         footer="\n".join(lines),
     ).save(picture)
-    click.secho("\nShares of the images that show what their prompt says", bold=True)
+    click.secho("\nShares of the pictures that show what their prompt says", bold=True)
     click.echo("\n".join(lines))
     click.echo(f"\nDone in {seconds:.0f} s. Look at {picture}; the rest lies beside it:")
-    click.echo("  new/ old/ (datasets), cache-new/ cache-old/, run/ (the LoRA), before/ after/")
+    click.echo("  new/ old/ (data sets), cache-new/ cache-old/, run/ (the LoRA), before/ after/")
     return picture

@@ -1,4 +1,4 @@
-"""The miniature's world: one colored shape on a colored ground, and the sentence that says so.
+"""The miniature's world: one coloured shape on a coloured ground, and the sentence that says so.
 
 Lengths are pixels unless they are called a share; a box is (left, top, right, bottom).
 """
@@ -33,13 +33,13 @@ POSITIONS = {
     "in the middle": (0.5, 0.5),
 }  # where in its room to move, across and down
 SENTENCES = (
-    "a {size} {color} {shape} {position} on a {ground} ground",
-    "a {size} {color} {shape} on a {ground} ground {position}",
-    "{size} {color} {shape} {position}, {ground} background",
-    "an image of a {size} {color} {shape} {position}, the ground is {ground}",
-    "on {ground} ground, a {size} {color} {shape} {position}",
-    "the {size} {shape} {position} is {color} and the ground is {ground}",
-    "there is a {size} {color} {shape} {position} before a {ground} background",
+    "a {size} {colour} {shape} {position} on a {ground} ground",
+    "a {size} {colour} {shape} on a {ground} ground {position}",
+    "{size} {colour} {shape} {position}, {ground} background",
+    "a picture of a {size} {colour} {shape} {position}, the ground is {ground}",
+    "on {ground} ground, a {size} {colour} {shape} {position}",
+    "the {size} {shape} {position} is {colour} and the ground is {ground}",
+    "there is a {size} {colour} {shape} {position} before a {ground} background",
 )
 SHARPER = 4  # drawn so many times too large, then reduced: smooth edges
 MARGIN = 2  # pixels that stay free around a shape
@@ -52,7 +52,7 @@ Colour = tuple[int, int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """What an image shows. ``size`` and ``position`` may be empty: unsaid, and so any."""
+    """What a picture shows. ``size`` and ``position`` may be empty: unsaid, and so any."""
 
     shape: str
     colour: str
@@ -85,7 +85,7 @@ def random_scene(
 def draw_scene(
     scene: Scene, choices: random.Random, width: int = 64, height: int = 64
 ) -> Image.Image:
-    """An image of the scene; what the scene leaves open, chance decides."""
+    """A picture of the scene; what the scene leaves open, chance decides."""
     picture = Image.new("RGB", (width * SHARPER, height * SHARPER), _shade(scene.ground, choices))
     short = min(width, height)
     side = short * choices.uniform(*SIZES[scene.size])
@@ -105,7 +105,7 @@ def shrink(picture: Image.Image, side: int) -> Image.Image:
 
 
 def _shade(name: str, choices: random.Random) -> Colour:
-    """A color near the named one."""
+    """A colour near the named one."""
     red, green, blue = (
         max(0, min(255, value + choices.randint(-10, 10))) for value in COLOURS[name]
     )
@@ -196,7 +196,7 @@ _SHAPES: dict[str, Callable[[ImageDraw.ImageDraw, Box], None]] = {
 
 
 def draw_doodle(choices: random.Random, width: int = 64, height: int = 64) -> Image.Image:
-    """Random polygons, discs and slices in random colors: what a VAE learns to see from."""
+    """Random polygons, discs and slices in random colours: what a VAE learns to see from."""
 
     def colour() -> Colour:
         return choices.randrange(256), choices.randrange(256), choices.randrange(256)

@@ -1,4 +1,4 @@
-"""How the miniature answers SDXL's size and crop numbers: are images blurred, are shapes cut?"""
+"""How the miniature answers SDXL's size and crop numbers: are pictures blurred, are shapes cut?"""
 
 import random
 from typing import Any
@@ -64,7 +64,7 @@ def _draw(
 
 
 def decoded_sharpness(vae: Any, side: int, num: int = 64) -> float:
-    """Of true images of ``side`` pixels, enlarged, encoded and decoded: the most to hope for."""
+    """Of true pictures of ``side`` pixels, enlarged, encoded and decoded: the most to hope for."""
     choices = random.Random(5)
     drawn = [draw_scene(random_scene(choices), choices) for _ in range(num)]
     enlarged = [
@@ -74,7 +74,7 @@ def decoded_sharpness(vae: Any, side: int, num: int = 64) -> float:
 
 
 def sharpness(picture: Image.Image) -> float:
-    """The steepest steps between neighboring pixels, as a share of the image's contrast."""
+    """The steepest steps between neighbouring pixels, as a share of the picture's contrast."""
     grey = np.asarray(picture.convert("L"), dtype=np.float64)
     steps = np.abs(np.diff(grey, axis=1))
     return float(np.percentile(steps, 99) / max(1.0, float(grey.max() - grey.min())))

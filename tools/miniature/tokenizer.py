@@ -22,13 +22,13 @@ people may down side been now find any new work part take get place made live wh
 little only round man year came show every good me give our under name very through just form much
 great think say help low line before turn cause same mean differ move right boy old too does tell
 sentence set three want air well also play small end put home read hand port large spell add even
-land here must big high such follow act why ask men change went light kind off need house image
+land here must big high such follow act why ask men change went light kind off need house picture
 try us again animal point mother world near build self earth father head stand own page should
 country found answer school grow study still learn plant cover food sun four thought let keep eye
 never last door between city tree cross since hard start might story saw far sea draw left late run
-star moon heart drawing photo photograph painting image shape color color background ground sky
-bright dark pale deep soft plain simple center center middle top bottom corner above below beside
-medium tiny huge tall short wide narrow round flat gray gray pink brown cyan gold silver cat dog
+star moon heart drawing photo photograph painting image shape colour color background ground sky
+bright dark pale deep soft plain simple centre center middle top bottom corner above below beside
+medium tiny huge tall short wide narrow round flat grey gray pink brown cyan gold silver cat dog
 bird fish horse flower face eyes hair woman girl child blurry quality best worst style art digital
 """
 
@@ -48,7 +48,7 @@ def corpus() -> Counter[str]:
 
 
 def learn_merges(words: Counter[str], num: int) -> list[Pair]:
-    """Byte-pair encoding (Sennrich et al. 2016): again and again join the commonest neighbors."""
+    """Byte-pair encoding (Sennrich et al. 2016): again and again join the commonest neighbours."""
     split = {word: [*word[:-1], word[-1] + "</w>"] for word in words}
     merges: list[Pair] = []
     while len(merges) < num:

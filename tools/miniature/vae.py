@@ -1,6 +1,6 @@
 """The miniature's VAE: SDXL's AutoencoderKL, 64 pixels to 8x8 latents of 4 channels, trained here.
 
-Shapes: B images, H W their size in pixels, h = H / 8 and w = W / 8 that of their latents.
+Shapes: B pictures, H W their size in pixels, h = H / 8 and w = W / 8 that of their latents.
 """
 
 import math
@@ -31,7 +31,7 @@ NUM_PICTURES = 8000
 BATCH_SIZE = 16
 PEAK_LR = 3e-3
 KL_WEIGHT = 5e-4
-NUM_CROP_STEPS = 3450  # on crops of 32x32, four times as fast; whole images after
+NUM_CROP_STEPS = 3450  # on crops of 32x32, four times as fast; whole pictures after
 NUM_STEPS = 4600
 NUM_DECODER_STEPS = 1000  # more, of the decoder alone
 DECODER_LR = 1.5e-3
@@ -63,11 +63,11 @@ def _pixels(picture: Image.Image) -> torch.Tensor:
 
 
 def vae_loss(vae: Any, pictures: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Of images [B, 3, H, W] in -1..1: L1 + MSE + edges, and KL to N(0, 1), a scalar."""
+    """Of pictures [B, 3, H, W] in -1..1: L1 + MSE + edges, and KL to N(0, 1), a scalar."""
     posterior = vae.encode(pictures).latent_dist
     decoded = vae.decode(posterior.sample(generator)).sample
     loss = l1_loss(decoded, pictures) + mse_loss(decoded, pictures)
-    for axis in (2, 3):  # differences between neighbors: without them all edges are soft
+    for axis in (2, 3):  # differences between neighbours: without them all edges are soft
         loss = loss + 0.25 * l1_loss(decoded.diff(dim=axis), pictures.diff(dim=axis))
     kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
     total: torch.Tensor = loss + KL_WEIGHT * kl
@@ -159,7 +159,7 @@ def _restore(checkpoint: Path, vae: Any, optimizer: torch.optim.Optimizer) -> in
 
 
 def held_out_psnr(vae: Any) -> float:
-    """dB of decoded images of the new shapes, which the VAE is never trained on."""
+    """dB of decoded pictures of the new shapes, which the VAE is never trained on."""
     choices = random.Random(2)
     drawn = [draw_scene(random_scene(choices, NEW_SHAPES), choices) for _ in range(64)]
     return picture_psnr(vae, drawn)
@@ -167,7 +167,7 @@ def held_out_psnr(vae: Any) -> float:
 
 @torch.inference_mode()
 def picture_psnr(vae: Any, drawn: list[Image.Image]) -> float:
-    """Mean dB of images encoded and decoded again."""
+    """Mean dB of pictures encoded and decoded again."""
     pictures = _batch_of(drawn)
     decoded = _decoded(vae, pictures)
     errors = ((decoded - pictures) / 2).square().flatten(1).mean(dim=1)
@@ -176,7 +176,7 @@ def picture_psnr(vae: Any, drawn: list[Image.Image]) -> float:
 
 @torch.inference_mode()
 def decoded_pictures(vae: Any, drawn: list[Image.Image]) -> list[Image.Image]:
-    """Images encoded and decoded again."""
+    """Pictures encoded and decoded again."""
     levels = ((_decoded(vae, _batch_of(drawn)) + 1) * 127.5).round().to(torch.uint8)
     return [Image.fromarray(one.numpy()) for one in levels.permute(0, 2, 3, 1)]
 
