@@ -25,6 +25,8 @@ class LoraUse:
     def parse(cls, text: str) -> "LoraUse":
         """Raises ValueError where the weight is no number."""
         path, comma, weight = text.rpartition(",")
+        if not text:
+            raise ValueError("must be FILE or FILE,WEIGHT, not empty")
         if not comma or Path(text).exists():
             return cls(Path(text))
         try:

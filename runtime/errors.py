@@ -75,7 +75,8 @@ def _printed_warnings() -> Iterator[None]:
 def describe_error(error: Exception) -> str:
     """What went wrong, for the user: which file, which field, what to do. Never empty."""
     text = str(error)
-    if type(error).__name__ == "OutOfMemoryError":
+    no_memory = isinstance(error, RuntimeError) and "can't allocate memory" in text  # on a CPU
+    if no_memory or type(error).__name__ == "OutOfMemoryError":
         return f"out of memory: try a smaller --batch-size ({text[:200]})"
     if isinstance(error, MemoryError):
         return text or "out of memory: this machine has too little for the command"

@@ -9,6 +9,7 @@ digest is.
 
 import functools
 import mmap
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -114,6 +115,8 @@ def _is_whole(path: Path, size: int, mtime_ns: int) -> bool:
         return True
     if KEY not in metadata:
         return True
+    if not re.fullmatch("[0-9a-f]{16}-[0-9a-f]{32}", metadata[KEY]):
+        return False
     digest = TensorDigest()
     with (
         open(path, "rb") as file,

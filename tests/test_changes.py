@@ -150,7 +150,7 @@ def test_a_changed_file_is_encoded_alone(
 def test_a_changed_setting_encodes_what_it_touches(
     work: Path, base: Path, settings: dict[str, Any], expected: tuple[int, int], said: str
 ) -> None:
-    with pytest.warns(UserWarning, match="settings changed, so images of a finished cache"):
+    with pytest.warns(UserWarning, match="settings changed, so what they touch"):
         assert_encodes(work, base, expected, said, **settings)
 
 

@@ -131,6 +131,19 @@ def test_a_run_that_fails_before_its_first_checkpoint_gives_the_old_one_its_plac
     assert len(losses(killed)) == 2 and not has_replaced_run(killed)
 
 
+@pytest.mark.parametrize("name", ["checkpoints/best-so-far", "previews/a.png"])
+def test_what_no_run_wrote_is_not_deleted(
+    cache: Path, base: Path, tmp_path: Path, name: str
+) -> None:
+    run(cache, base, tmp_path / "run", steps=1)
+    path = tmp_path / "run" / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("mine")
+    with pytest.raises(ValueError, match=rf"{name}: --overwrite would delete it, and no run wrote"):
+        run(cache, base, tmp_path / "run", steps=1, overwrite=True)
+    assert path.read_text() == "mine"
+
+
 @pytest.mark.parametrize("folder", ["checkpoints/checkpoint-9", "unet", REPLACED_RUN, "."])
 def test_an_input_inside_the_old_run_is_refused_by_name(tmp_path: Path, folder: str) -> None:
     out = tmp_path / "run"

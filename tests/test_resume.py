@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -358,6 +359,39 @@ def test_a_run_keeps_no_path_of_this_machine(cache: Path, base: Path, tmp_path: 
     private = [str(path.parent).encode() for path in (cache, base, out)]
     for path in (path for path in out.rglob("*") if path.is_file()):
         assert not [name for name in private if name in path.read_bytes()], path
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "state.json"])
+def test_a_pipe_among_a_runs_files_hangs_nothing(
+    cache: Path, base: Path, tmp_path: Path, name: str
+) -> None:
+    run(cache, base, tmp_path, steps=1)
+    path = (
+        tmp_path / "checkpoints" / "checkpoint-1" / name
+        if name == "state.json"
+        else tmp_path / name
+    )
+    path.unlink()
+    os.mkfifo(path)
+    if name == "config.json":
+        with pytest.warns(UserWarning, match="config.json: not a regular file; ignored"):
+            run(cache, base, tmp_path, steps=2, resume=True)
+        return
+    match = "metrics.jsonl: not a regular" if name != "state.json" else "found no undamaged"
+    with warnings.catch_warnings(), pytest.raises(ValueError, match=match):
+        warnings.simplefilter("ignore")
+        run(cache, base, tmp_path, steps=2, resume=True)
+
+
+def test_a_resume_without_checkpoints_replaces_no_finished_weights(
+    cache: Path, base: Path, tmp_path: Path
+) -> None:
+    weights = run(cache, base, tmp_path, steps=1)
+    before = weights.read_bytes()
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(ValueError, match="a run from step 0 would replace these weights; give"):
+        run(cache, base, tmp_path, steps=2, resume=True)
+    assert weights.read_bytes() == before
 
 
 def test_a_resume_of_nothing_says_so(cache: Path, base: Path, tmp_path: Path) -> None:

@@ -127,6 +127,16 @@ def test_what_only_looks_like_a_split_is_trained_on_and_said(tmp_path: Path) -> 
     assert len(source.records) == 3
 
 
+def test_what_lies_beside_a_folder_for_training_is_said(tmp_path: Path) -> None:
+    for name in ("train/a.png", "vali/b.png", "validación/c.png"):
+        put(tmp_path / name, "x")
+    with pytest.warns(
+        UserWarning, match="beside a folder for training: vali/, validación/$"
+    ) as all_:
+        (source,) = read_set(tmp_path).values()
+    assert len(source.records) == 3 and len(all_) == 1
+
+
 @pytest.mark.parametrize("name", ["test", "val"])
 def test_nothing_but_held_out_images_is_an_error(tmp_path: Path, name: str) -> None:
     put(tmp_path / name / "a.png", "x")

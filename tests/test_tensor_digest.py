@@ -77,6 +77,14 @@ def test_a_digest_is_of_the_tensors_alone_in_any_order(tmp_path: Path) -> None:
     check_digest(path)
 
 
+@pytest.mark.parametrize("digest", ["", "0", "0" * 49])
+def test_a_digest_of_another_form_is_damage(tmp_path: Path, digest: str) -> None:
+    path = tmp_path / "a.safetensors"
+    safetensors.torch.save_file({"a": torch.zeros(2)}, path, {KEY: digest})
+    with pytest.raises(ValueError, match="damaged"):
+        check_digest(path)
+
+
 @pytest.mark.parametrize("name", [LORA, KOHYA])
 def test_a_flipped_lora_is_refused_wherever_it_is_read(
     base: Path, tmp_path: Path, name: str

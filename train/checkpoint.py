@@ -16,6 +16,7 @@ import torch
 import xxhash
 from safetensors import safe_open
 
+from runtime.documents import MAX_JSON_BYTES, read_bounded
 from runtime.files import (
     PARTIAL,
     fsync_folder,
@@ -175,7 +176,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 def _unsealed(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / STATE
     try:
-        state = unseal(path.read_bytes())
+        state = unseal(read_bounded(path, MAX_JSON_BYTES))
     except OSError as error:
         raise ValueError(f"{path}: missing, or cannot be read ({error.strerror})") from None
     except ValueError as error:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from runtime.documents import open_regular
 from runtime.files import write_durable, writing
 from runtime.text import printable
 from train.config import TrainConfig
@@ -33,7 +34,8 @@ def cut_metrics(run: Path, last_step: int) -> None:
     if not path.exists():
         return
     kept, damaged = [], []
-    lines = path.read_bytes().split(b"\n")
+    with open_regular(path) as file:
+        lines = file.read().split(b"\n")
     for number, line in enumerate(lines, 1):
         step = _step_of(line)
         if step is None and number < len(lines):

@@ -12,6 +12,7 @@ cache, notes, generated images) is never moved or deleted.
 """
 
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +31,11 @@ CHECKPOINTS = "checkpoints"
 ENTRIES = frozenset(
     (CONFIG, METRICS, WANDB_ID, "wandb", CHECKPOINTS, "previews", LORA, KOHYA, "unet", "scheduler")
 )
+# The names that a run gives in its two folders of many files, also half written.
+_WRITTEN = {
+    CHECKPOINTS: re.compile(r"checkpoint-\d+(\.replaced)?(\.partial)?"),
+    "previews": re.compile(r"step-\d+\.png(\.partial)?"),
+}
 REPLACED_RUN = "replaced-run"
 _MOVING = REPLACED_RUN + PARTIAL
 _DISCARDED = REPLACED_RUN + ".discarded" + PARTIAL
@@ -68,7 +74,14 @@ def check_input(path: Path, out: Path) -> None:
 
 
 def check_inputs(config: TrainConfig) -> None:
-    """Refuse to delete what the new run is made from."""
+    """Refuse to delete what the new run is made from, or what no run has written."""
+    for folder, name in _WRITTEN.items():
+        for path in sorted((config.out / folder).glob("*")):
+            if not name.fullmatch(path.name):
+                raise ValueError(
+                    f"{path}: --overwrite would delete it, and no run wrote it; move it elsewhere, "
+                    "or give another --out"
+                )
     paths = [use.folder for use in config.caches]
     paths += [path for path in (config.val, config.init_lora) if path is not None]
     for path in (*paths, base_path(config.base)):

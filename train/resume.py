@@ -87,6 +87,8 @@ def find_start(
     if found is None:
         identity = identity_of(config, caches, world)
         _agree(config, world, f"0 {content_digest(identity)}")
+        if config.resume:
+            _refuse_weights(config.out)
         if config.resume and world.is_main:
             warnings.warn(
                 f"{config.out}: --resume found no whole checkpoint there; starts at step 0",
@@ -114,6 +116,16 @@ def find_start(
         state=state,
     )
     return start, plan, share, identity
+
+
+def _refuse_weights(out: Path) -> None:
+    """A run that cannot be resumed must not start again over what it has published."""
+    for name in (LORA, "unet"):
+        if (out / name).exists():
+            raise ValueError(
+                f"{out / name}: --resume found no undamaged checkpoint, and a run from step 0 "
+                "would replace these weights; give another --out, or --overwrite, not --resume"
+            )
 
 
 def with_init_lora(

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from runtime.documents import MAX_JSON_BYTES, read_bounded
 from runtime.files import DIGEST, PARTIAL, canonical_json, seal, unseal, write_durable, writing
 from runtime.locks import locked
 from sdxl.card import base_name
@@ -67,11 +68,14 @@ def read_own_json(path: Path) -> dict[str, Any] | None:
     """The fields of a JSON file that a run keeps in its folder; None where there is none, and with
     a warning where it is damaged. (Earlier versions wrote these files without a digest.)"""
     try:
-        data = path.read_bytes()
+        data = read_bounded(path, MAX_JSON_BYTES)
     except FileNotFoundError:
         return None
     except OSError as error:
         warnings.warn(f"{path}: cannot be read ({error.strerror}); ignored", stacklevel=2)
+        return None
+    except ValueError as error:
+        warnings.warn(f"{error}; ignored", stacklevel=2)
         return None
     try:
         value = json.loads(data)

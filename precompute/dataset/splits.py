@@ -156,15 +156,17 @@ def _warn(root: Path, source: Source, folders: dict[str, Counter[str]]) -> None:
                 stacklevel=3,
             )
     places = {folder_of(record.path) for record in source.records if not record.split}
-    mentioned = [
-        f"{place}/"
-        for place in sorted(places)
-        if not split_of_folder(place)[0] and any(map(mentions_split, place.split("/")))
-    ]
-    if mentioned:
-        warnings.warn(
-            f"{root}: trained on, though named as if held out: {_listed(mentioned)}", stacklevel=3
-        )
+    unsplit = sorted(place for place in places if place and not split_of_folder(place)[0])
+    mentioned = [p for p in unsplit if any(map(mentions_split, p.split("/")))]
+    is_divided = any(split_of_name(place.partition("/")[0]) == TRAIN for place in places)
+    beside = [p for p in unsplit if is_divided and p not in mentioned]
+    for names, what in (
+        (mentioned, "trained on, though named as if held out"),
+        (beside, "trained on, though they lie beside a folder for training"),
+    ):
+        if names:
+            listed = _listed([f"{name}/" for name in names])
+            warnings.warn(f"{root}: {what}: {listed}", stacklevel=3)
 
 
 def _listed(names: list[str]) -> str:

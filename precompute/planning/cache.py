@@ -223,8 +223,8 @@ def warn_of_surprises(plan: CachePlan) -> None:
     if causes and (plan.folder / MANIFEST).exists():
         said = ", ".join(f"{cause} ({number:,})" for cause, number in sorted(causes.items()))
         warnings.warn(
-            f"{plan.folder}: settings changed, so images of a finished cache are encoded again: "
-            f"{said}",
+            f"{plan.folder}: settings changed, so what they touch in a finished cache is encoded "
+            f"anew: {said}",
             stacklevel=2,
         )
 
