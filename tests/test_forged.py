@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,14 @@ import numpy as np
 import pytest
 import xxhash
 
+from infer.pictures import row_of_record
 from precompute.planning.work import read_places, write_work
 from runtime.files import canonical_json, seal
 from shards import CacheError
 from shards.manifest import PLAN, read_manifest
 from shards.reader import Cache
 from tests.fuzz_caches import forge_index, make_cache, sign_all, use
-from tests.fuzz_runs import example_work, write_checkpoints
+from tests.fuzz_runs import DRAWING, example_work, write_checkpoints
 from train.checkpoint import newest_checkpoint, read_state
 
 
@@ -108,3 +110,9 @@ def test_a_forged_checkpoint_is_refused_by_name(tmp_path: Path, name: str, value
         read_state(path)
     with pytest.warns(UserWarning, match="passed over: "):
         assert newest_checkpoint(tmp_path) is None
+
+
+@pytest.mark.parametrize(("prompt", "is_read"), [("a cat", True), ("\ud800", False)])
+def test_a_forged_record_of_an_image_has_no_caption(prompt: str, is_read: bool) -> None:
+    record = asdict(DRAWING) | {"prompt": prompt}
+    assert (row_of_record(Path("000000.png"), record) is not None) == is_read
