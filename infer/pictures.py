@@ -92,9 +92,10 @@ def row_of_record(path: Path, record: dict[str, Any] | None) -> Row | None:
         drawing = Drawing(**about | {"sampler": None})
         prompt = str(drawing.prompt)
         prompt.encode()  # JSON may hold half a character, which no file of captions can
-        return Row(path.name, prompt, *picture_size(drawing))
+        size = picture_size(drawing)
     except (KeyError, TypeError, UnicodeEncodeError):
         return None
+    return Row(path.name, prompt, *size) if all(type(n) is int for n in size) else None
 
 
 def stale_because(path: Path, asked: dict[str, Any]) -> str | None:
