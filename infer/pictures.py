@@ -90,9 +90,12 @@ def row_of_record(path: Path, record: dict[str, Any] | None) -> Row | None:
     try:
         about = {one.name: (record or {})[one.name] for one in fields(Drawing)}
         drawing = Drawing(**about | {"sampler": None})
-        return Row(path.name, str(drawing.prompt), *picture_size(drawing))
-    except (KeyError, TypeError):
+        prompt = str(drawing.prompt)
+        prompt.encode()  # JSON may hold half a character, which no file of captions can
+        size = picture_size(drawing)
+    except (KeyError, TypeError, UnicodeEncodeError):
         return None
+    return Row(path.name, prompt, *size) if all(type(n) is int for n in size) else None
 
 
 def stale_because(path: Path, asked: dict[str, Any]) -> str | None:

@@ -17,6 +17,7 @@ from click.core import ParameterSource
 from runtime.recipes import read_recipe
 
 LIMIT = 2**64  # of whole numbers: the largest that any option takes is a 64-bit seed
+MAX_MESSAGE = 500  # characters about an option in a recipe
 _PATHS_AS_TEXT = ("base", "vae")  # a path or a hub id, which is kept as the text that was given
 
 
@@ -289,4 +290,6 @@ def _converted(option: click.Parameter, value: Any, recipe: Path, ctx: click.Con
             raise click.BadParameter("the number is out of range")
         return option.type.convert(str(value), option, ctx)
     except click.BadParameter as error:
-        raise ValueError(f"{recipe}: {option.name}: {error.message}") from None
+        said = error.message  # a value in it may be of any length
+        said = said if len(said) <= MAX_MESSAGE else f"{said[:MAX_MESSAGE]}..."
+        raise ValueError(f"{recipe}: {option.name}: {said}") from None

@@ -3,6 +3,7 @@
 import io
 import json
 import random
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -63,25 +64,36 @@ def fuzz_recipe(work: Path, base: Path) -> Try:
     return try_one
 
 
+FILES = {"a.safetensors": b"weights", "optimizer/b.safetensors": b"state"}
+CHECKPOINT: dict[str, Any] = {
+    "epoch": 0,
+    "batches_of_epoch": 1,
+    "kind": "every",
+    "skipped_in_a_row": 0,
+    "plan": "0" * 64,
+    "global_batch": 4,
+    "eval_loss": 0.5,
+    "config": {"rank": 8},
+    "identity": {"cache": [["0" * 64, 1.0, 1]]},
+    "optimizer": {},
+    "scaler": {},
+    "files": {name: xxhash.xxh3_128_hexdigest(data) for name, data in FILES.items()},
+}
+
+
+def write_checkpoints(run: Path, state_file: Callable[[dict[str, Any]], bytes]) -> None:
+    """Checkpoints of two steps; ``state_file`` makes what stands in the JSON of each."""
+    for step in (2, 4):
+        path = run / CHECKPOINTS / f"checkpoint-{step}"
+        (path / "optimizer").mkdir(parents=True)
+        for name, data in FILES.items():
+            (path / name).write_bytes(data)
+        (path / STATE).write_bytes(state_file({"step": step, **CHECKPOINT}))
+
+
 def fuzz_checkpoint(work: Path, base: Path) -> Try:
     """``state.json`` of checkpoints, sealed or not, and the files that it vouches for."""
     run = work / "run"
-    files = {"a.safetensors": b"weights", "optimizer/b.safetensors": b"state"}
-    digests = {name: xxhash.xxh3_128_hexdigest(data) for name, data in files.items()}
-    state = {
-        "epoch": 0,
-        "batches_of_epoch": 1,
-        "kind": "every",
-        "skipped_in_a_row": 0,
-        "plan": "0" * 64,
-        "global_batch": 4,
-        "eval_loss": 0.5,
-        "config": {"rank": 8},
-        "identity": {"cache": [["0" * 64, 1.0, 1]]},
-        "optimizer": {},
-        "scaler": {},
-        "files": digests,
-    }
 
     def read() -> None:
         for path in numbered(run).values():
@@ -89,16 +101,15 @@ def fuzz_checkpoint(work: Path, base: Path) -> Try:
         rotate(run, 1, 4)
 
     def try_one(rng: random.Random) -> str:
+        def state_file(state: dict[str, Any]) -> bytes:
+            is_whole = rng.random() < 0.4
+            return canonical_json(seal(state)).encode() if is_whole else sealed(rng, state)
+
         remove_path(run)
-        for step in (2, 4):
-            path = run / CHECKPOINTS / f"checkpoint-{step}"
-            (path / "optimizer").mkdir(parents=True)
-            for name, data in files.items():
-                (path / name).write_bytes(data if rng.random() < 0.95 else damage(rng, data))
-            whole = {"step": step, **state}
-            is_whole = rng.random() < 0.3
-            text = canonical_json(seal(whole)).encode() if is_whole else sealed(rng, whole)
-            (path / STATE).write_bytes(text)
+        write_checkpoints(run, state_file)
+        if rng.random() < 0.1:
+            path, data = rng.choice([*FILES.items()])
+            (run / CHECKPOINTS / "checkpoint-4" / path).write_bytes(damage(rng, data))
         newest_checkpoint(run)
         return ending(read, run)
 

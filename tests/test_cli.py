@@ -151,6 +151,8 @@ def test_recipes_that_editors_and_accidents_leave(cache: Path, base: Path, tmp_p
         'out = "a\\u0000b"': "out: 'a\\x00b' is not a path",
         'out = ""': "out: '' is not a path",
         "[train]\nlr = 1.0": "unknown option train",
+        f"caches = ['a,weight=0.{'9' * 9000}x']": "recipe.toml: caches: a,weight=0.999",
+        "x" * 9000 + " = 1": f"unknown option {'x' * 60}... (9,000 characters)",
     }.items():
         recipe.write_text(f"{bad}\n" if "steps" in bad else f"steps = 1\n{bad}\n")
         line = refused(*common)

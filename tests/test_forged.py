@@ -1,16 +1,24 @@
-"""Caches that someone forged, with every digest right: our own error, with the file's name."""
+"""Files that someone forged, with every digest right: our own error, with the file's name."""
 
+import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import xxhash
 
+from infer.pictures import row_of_record
+from precompute.planning.work import read_places, write_work
+from runtime.files import canonical_json, seal
 from shards import CacheError
-from shards.manifest import read_manifest
+from shards.manifest import PLAN, read_manifest
 from shards.reader import Cache
 from tests.fuzz_caches import forge_index, make_cache, sign_all, use
+from tests.fuzz_runs import DRAWING, example_work, write_checkpoints
+from train.checkpoint import newest_checkpoint, read_state
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +79,40 @@ def test_a_forged_record_does_not_lead_out_of_the_file(
     with pytest.raises(CacheError, match=r"\.index: not an index that shardtune writes: "):
         for shard in Cache(folder).shards():
             shard.members(0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda line: {**line, "bucket": [64]},
+        lambda line: {**line, "tasks": line["tasks"] + line["tasks"][:1]},
+        lambda line: [],
+    ],
+)
+def test_a_forged_plan_is_forgotten(tmp_path: Path, change: Any) -> None:
+    write_work(tmp_path, {"recipe": {}, "made_with": {}}, [example_work()])
+    assert read_places(tmp_path)
+    first, second = (line[17:] for line in (tmp_path / PLAN).read_bytes().splitlines())
+    for forged in (json.dumps(change(json.loads(second))).encode(), b"[" * 100_000):
+        signed = [xxhash.xxh3_64_hexdigest(text).encode() + b" " + text for text in (first, forged)]
+        (tmp_path / PLAN).write_bytes(b"\n".join(signed) + b"\n")
+        assert read_places(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("files", None), ("files", {"../x": "0" * 32}), ("step", "4"), ("eval_loss", 10**400)],
+)
+def test_a_forged_checkpoint_is_refused_by_name(tmp_path: Path, name: str, value: Any) -> None:
+    write_checkpoints(tmp_path, lambda state: canonical_json(seal({**state, name: value})).encode())
+    path = tmp_path / "checkpoints" / "checkpoint-4"
+    with pytest.raises(ValueError, match=rf"{path}/state\.json: its {name} is not what"):
+        read_state(path)
+    with pytest.warns(UserWarning, match="passed over: "):
+        assert newest_checkpoint(tmp_path) is None
+
+
+@pytest.mark.parametrize("forged", [{"prompt": "\ud800"}, {"width": "\ud800"}])
+def test_a_forged_record_of_an_image_has_no_caption(forged: dict[str, Any]) -> None:
+    assert row_of_record(Path("000000.png"), asdict(DRAWING))
+    assert row_of_record(Path("000000.png"), asdict(DRAWING) | forged) is None
