@@ -192,7 +192,7 @@ def _write_folder(settings: ExportSettings, base: str, model: Model, dtype: torc
     with new_folder(settings, _num_bytes({"unet": part}, dtype)) as partial:
         (partial / "unet").mkdir()
         state = {name: tensor.contiguous() for name, tensor in part.tensors.items()}
-        metadata = {"format": "pt"} | model.card.to_metadata() | digest_metadata(state)
+        metadata = digest_metadata(state, {"format": "pt"} | model.card.to_metadata())
         safetensors.torch.save_file(state, partial / "unet" / WEIGHTS, metadata=metadata)
         settle(partial / "unet" / WEIGHTS)
         check_written(partial / "unet" / WEIGHTS, settings.out)

@@ -67,7 +67,7 @@ def kohya_bytes(parts: Parts, config: Mapping[str, Any], card: Card) -> bytes:
     """kohya's file of a LoRA; ``config`` is the UNet's."""
     state, resolution = kohya_state(parts, config), 8 * int(config["sample_size"])
     metadata = kohya_metadata(parts.get(UNET, {}), card, resolution)
-    return settled_bytes(state, metadata | digest_metadata(state))
+    return settled_bytes(state, digest_metadata(state, metadata))
 
 
 def diffusers_bytes(parts: Parts, card: Card) -> bytes:
@@ -92,7 +92,7 @@ def _diffusers_bytes(state: dict[str, torch.Tensor], settings: dict[str, Any], c
     """The settings are in one key, which is diffusers' own."""
     ours = {OURS + name: value for name, value in card.to_dict().items()}
     metadata = {METADATA_KEY: json.dumps(settings | ours, sort_keys=True)}
-    return settled_bytes(state, metadata | digest_metadata(state))
+    return settled_bytes(state, digest_metadata(state, metadata))
 
 
 def peft_config(found: Mapping[str, Adapted]) -> LoraConfig:

@@ -15,7 +15,14 @@ from sdxl.fingerprint import config_digest
 from sdxl.original import LOGIT_SCALE, PREFIXES, OriginalNames
 from sdxl.schedule import Schedule
 from sdxl.single_file import CONFIGS_KEY, V_PRED, ZERO_SNR, sdxl_config
-from sdxl.tensor_digest import DTYPES, KEY, TensorDigest, tensor_bytes
+from sdxl.tensor_digest import (
+    DTYPES,
+    KEY,
+    METADATA_KEY,
+    TensorDigest,
+    metadata_digest,
+    tensor_bytes,
+)
 
 CLIP_SCALE = math.log(100)  # where CLIP's training stops it
 
@@ -61,7 +68,8 @@ def write_original(
     """
     entries = sorted(_entries(parts, dtype), key=lambda one: (-one.dtype.itemsize, one.key))
     schedule = schedule or Schedule()
-    metadata = {**(metadata or {}), **configs_metadata(parts)}
+    metadata = {"format": "pt", **(metadata or {}), **configs_metadata(parts)}
+    metadata[METADATA_KEY] = metadata_digest(metadata, [*metadata])
     digest = TensorDigest()
     with durable_file(path) as file:
         # The digest is known when all is written; until then another text of its length stands in
@@ -80,7 +88,7 @@ def write_original(
 
 def _header(entries: list[_Entry], schedule: Schedule, metadata: Mapping[str, str]) -> bytes:
     """The head of a safetensors file: eight bytes of length, JSON, spaces up to a multiple of 8."""
-    header: dict[str, Any] = {"__metadata__": dict(sorted({"format": "pt", **metadata}.items()))}
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     end = 0
     for one in entries:
         shape = list(one.tensor("meta").shape)

@@ -8,6 +8,7 @@ digest is.
 """
 
 import functools
+import json
 import mmap
 import re
 from collections.abc import Iterable, Mapping
@@ -20,6 +21,7 @@ from sdxl import BaseError
 from sdxl.single_file import read_header
 
 KEY = "shardtune.digest"
+METADATA_KEY = "shardtune.metadata_digest"  # of what else the metadata says, such as lora_alpha
 DTYPES = {  # safetensors' names
     torch.float64: "F64",
     torch.float32: "F32",
@@ -61,20 +63,31 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     return data
 
 
-def digest_metadata(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """The metadata to write beside CPU ``tensors``; empty where one is of a dtype that is not known
-    here, so that a rare dtype costs the digest and not the file."""
+def digest_metadata(
+    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
+) -> dict[str, str]:
+    """The metadata to write beside CPU ``tensors``: ``metadata``, with the digests of both. Without
+    the first where a tensor is of a dtype that is not known here, so that a rare dtype costs the
+    digest and not the file."""
+    sealed = {**metadata, METADATA_KEY: metadata_digest(metadata, metadata)}
     if any(tensor.dtype not in DTYPES for tensor in tensors.values()):
-        return {}
+        return sealed
     digest = TensorDigest()
     for name, tensor in tensors.items():
         digest.add(name, DTYPES[tensor.dtype], tensor.shape, tensor_bytes(tensor))
-    return {KEY: digest.text}
+    return {**sealed, KEY: digest.text}
+
+
+def metadata_digest(metadata: Mapping[str, str], names: Iterable[str]) -> str:
+    """The digest of some entries, and their names: another program may add entries of its own."""
+    entries = [[name, metadata.get(name)] for name in sorted(names)]
+    hashed = xxhash.xxh3_128_hexdigest(json.dumps(entries).encode())
+    return " ".join([hashed, *sorted(names)])
 
 
 def check_digest(path: Path) -> None:
-    """Refuse a file whose tensors are not those that its digest was made of. A file without one,
-    or one that is no safetensors file at all, is the caller's to judge.
+    """Refuse a file whose tensors or metadata are not those that its digests were made of. A file
+    without them, or one that is no safetensors file at all, is the caller's to judge.
 
     Raises:
         BaseError: names the file, and says what to do.
@@ -85,9 +98,9 @@ def check_digest(path: Path) -> None:
         return
     if not _is_whole(path, stat.st_size, stat.st_mtime_ns):
         raise BaseError(
-            f"{path}: damaged: the digest of its tensors differs from the one written with them. "
-            "Take another copy or checkpoint; if a program changed it on purpose, have that remove "
-            f"{KEY} from its metadata"
+            f"{path}: damaged: its digest differs from the one that was written with it. Take "
+            "another copy or checkpoint; if a program changed it on purpose, have that remove "
+            f"{KEY} and {METADATA_KEY} from its metadata"
         )
 
 
@@ -113,6 +126,11 @@ def _is_whole(path: Path, size: int, mtime_ns: int) -> bool:
         tensors, metadata = read_header(path)
     except BaseError:
         return True
+    stated_metadata = metadata.get(METADATA_KEY)
+    if stated_metadata is not None:
+        names = stated_metadata.split(" ")[1:]
+        if stated_metadata != metadata_digest(metadata, names):
+            return False
     if KEY not in metadata:
         return True
     if not re.fullmatch("[0-9a-f]{16}-[0-9a-f]{32}", metadata[KEY]):

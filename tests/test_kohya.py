@@ -30,7 +30,7 @@ from sdxl.lora_fit import adaptable
 from sdxl.lora_formats import KOHYA, UNET
 from sdxl.settled import settled_bytes
 from sdxl.single_file import sdxl_config
-from sdxl.tensor_digest import KEY as DIGEST
+from sdxl.tensor_digest import KEY, METADATA_KEY
 from train.adapters import TARGETS
 
 # sha256 of the lines "name [shape]" of the UNet's part of a rank 8 LoRA on all linears of SDXL's
@@ -163,7 +163,7 @@ def test_metadata_is_what_uis_read(base: Path, tmp_path: Path) -> None:
     )
     assert json.loads(found["shardtune"])["caches"] == ["12ab"]
     with safe_open(tmp_path / KOHYA, framework="pt") as file:
-        assert file.metadata().keys() <= found.keys() | {DIGEST}
+        assert file.metadata().keys() <= found.keys() | {KEY, METADATA_KEY}
 
 
 def test_equal_content_is_equal_bytes() -> None:

@@ -18,7 +18,7 @@ from sdxl.load import load_unet, load_unet_folder
 from sdxl.lora_files import apply_loras, load_lora
 from sdxl.lora_formats import KOHYA, LORA, read_lora_file
 from sdxl.single_file import read_header
-from sdxl.tensor_digest import DTYPES, KEY, check_digest, digest_metadata
+from sdxl.tensor_digest import DTYPES, KEY, METADATA_KEY, check_digest, digest_metadata
 from train.distributed import World
 from train.weights import write_tensors
 
@@ -47,7 +47,8 @@ def test_every_dtype_is_named_as_the_library_names_it(tmp_path: Path) -> None:
     assert {name: one.dtype for name, one in read_header(path)[0].items()} == {
         n: n for n in tensors
     }
-    assert digest_metadata({"x": torch.ones(2, dtype=torch.complex64)}) == {}
+    rare = digest_metadata({"x": torch.ones(2, dtype=torch.complex64)}, {})
+    assert rare.keys() == {METADATA_KEY}
 
 
 def test_a_digest_is_of_the_tensors_alone_in_any_order(tmp_path: Path) -> None:
@@ -59,22 +60,37 @@ def test_a_digest_is_of_the_tensors_alone_in_any_order(tmp_path: Path) -> None:
         "empty": torch.zeros(0, 4, dtype=torch.float16),
         "ids": torch.arange(7),
     }
-    stated = digest_metadata(tensors)
-    assert stated == digest_metadata(dict(reversed(tensors.items())))
-    assert stated != digest_metadata(tensors | {"b": tensors["b"].T})
-    assert stated != digest_metadata(tensors | {"scalar": torch.tensor(-3.0)})
+    stated = digest_metadata(tensors, {})
+    assert stated == digest_metadata(dict(reversed(tensors.items())), {})
+    assert stated != digest_metadata(tensors | {"b": tensors["b"].T}, {})
+    assert stated != digest_metadata(tensors | {"scalar": torch.tensor(-3.0)}, {})
     path = tmp_path / "x.safetensors"
     safetensors.torch.save_file(tensors, path, metadata=stated)
     check_digest(path)
     for place in (0.0, 0.3, 0.6, 1.0):
         flip(path, place)
-        with pytest.raises(ValueError, match=r"x\.safetensors: damaged: the digest"):
+        with pytest.raises(ValueError, match=r"x\.safetensors: damaged: its digest"):
             check_digest(path)
         flip(path, place)
     check_digest(path)
     check_digest(tmp_path / "nowhere")
     path.write_bytes(b"no safetensors")
     check_digest(path)
+
+
+def test_what_the_metadata_says_is_under_a_digest_too(base: Path, tmp_path: Path) -> None:
+    """One flipped bit makes a LoRA more than twice as strong."""
+    made_lora(base, tmp_path)
+    for name, (old, new) in {
+        LORA: (b'lora_alpha\\": 32', b'lora_alpha\\": 72'),
+        KOHYA: (b'ss_network_alpha":"32', b'ss_network_alpha":"72'),
+    }.items():
+        path = tmp_path / name
+        data = path.read_bytes()
+        assert old in data, data[:3000]
+        path.write_bytes(data.replace(old, new, 1))
+        with pytest.raises(ValueError, match=f"{name}: damaged: its digest differs"):
+            read_lora_file(path)
 
 
 @pytest.mark.parametrize("digest", ["", "0", "0" * 49])
@@ -100,9 +116,9 @@ def test_a_flipped_lora_is_refused_wherever_it_is_read(
         lambda: apply_loras(unet, [(path, 1.0)]),
         lambda: export(settings),
     ):
-        with pytest.raises(ValueError, match=f"{name}: damaged: the digest of its tensors"):
+        with pytest.raises(ValueError, match=f"{name}: damaged: its digest"):
             read()
-    rewritten(path, tensors, ss_tag="mine")  # metadata is anybody's
+    rewritten(path, tensors, ss_tag="mine")  # others may add to the metadata
     read_lora_file(path)
     rewritten(path, {n: t.half() for n, t in tensors.items()})  # and so is a file made of ours
     read_lora_file(path)
@@ -127,7 +143,7 @@ def test_a_flipped_unet_is_refused_in_any_of_its_files(
     load_unet_folder(folder, torch.float32)
     for path in files:
         flip(path)
-        with pytest.raises(ValueError, match=f"{path.name}: damaged: the digest"):
+        with pytest.raises(ValueError, match=f"{path.name}: damaged: its digest"):
             load_unet_folder(folder, torch.float32)
         flip(path)
     load_unet_folder(folder, torch.float32)
@@ -147,9 +163,9 @@ def test_a_flipped_export_is_refused(base: Path, tmp_path: Path) -> None:
         with safe_open(path, framework="pt") as file:
             assert KEY in file.metadata()
             stated = file.metadata()[KEY]
-        assert stated == digest_metadata(safetensors.torch.load_file(path))[KEY]
+        assert stated == digest_metadata(safetensors.torch.load_file(path), {})[KEY]
         flip(path, 0.9)
-        with pytest.raises(ValueError, match="damaged: the digest"):
+        with pytest.raises(ValueError, match="damaged: its digest"):
             if flipped:
                 load_unet_folder(path.parent, torch.float16)
             else:

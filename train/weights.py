@@ -94,7 +94,7 @@ def write_tensors(
                 state[name] = convert(name, tensor.cpu()).contiguous().clone()
         if world.is_main:
             path = folder / f"{stem}{dot}{counted}.safetensors"
-            safetensors.torch.save_file(state, path, metadata=metadata | digest_metadata(state))
+            safetensors.torch.save_file(state, path, metadata=digest_metadata(state, metadata))
             settle(path)
             files |= dict.fromkeys(names, path.name)
     if world.is_main and len(parts) > 1:
