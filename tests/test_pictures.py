@@ -228,6 +228,18 @@ def test_no_note_in_a_png_is_a_reason_to_reject_it(chunks: list[tuple[bytes, byt
         assert open_alpha(data) is None
 
 
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "I;16"])
+def test_a_png_with_fewer_rows_than_its_header_says_is_truncated(mode: str) -> None:
+    black = Image.new(mode, (37, 21))
+    data = saved(black, "PNG")
+    assert open_picture(data).size == (37, 21), "black to the last row is an image"
+    for height in (22, 42):
+        header = data[16:20] + struct.pack(">I", height) + data[24:29]
+        forged = data[:8] + png_part(b"IHDR", header) + data[33:]
+        with pytest.raises(PictureError, match="truncated: its data end before its last row"):
+            open_picture(forged)
+
+
 def test_a_note_of_a_png_with_a_wrong_checksum_is_no_damage() -> None:
     noted = bytearray(with_chunks(saved(scene(), "PNG"), (b"tEXt", b"workflow\0{}")))
     noted[noted.index(b"workflow")] ^= 1

@@ -15,7 +15,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from precompute.pictures.colours import to_srgb
 from precompute.pictures.damage import watched
 from precompute.pictures.jpeg import load_jpeg
-from precompute.pictures.png import without_notes
+from precompute.pictures.png import lacks_rows, without_notes
 from precompute.pictures.refusals import PictureError, unidentified
 from shards.buckets import Geometry, Size
 
@@ -94,7 +94,15 @@ def open_picture(data: bytes) -> Image.Image:
             load_jpeg(image, data)
         with watched(image, data):
             image.load()
+        if image.format == "PNG" and _is_last_row_empty(image) and lacks_rows(data):
+            raise PictureError("truncated: its data end before its last row")
         return to_srgb(upright(image))
+
+
+def _is_last_row_empty(image: Image.Image) -> bool:
+    """All zeros, as where nothing was decoded; most images need no closer look."""
+    width, height = image.size
+    return image.crop((0, height - 1, width, height)).getbbox() is None
 
 
 def _check_whole(data: bytes, image: Image.Image) -> None:

@@ -12,6 +12,7 @@ SIGNATURE = b"\x89PNG\r\n\x1a\n"
 TEXTS = (b"tEXt", b"zTXt", b"iTXt")
 NOTES = (*TEXTS, b"iCCP", b"tIME", b"pHYs", b"gAMA", b"cHRM", b"sRGB", b"sBIT", b"bKGD", b"sPLT")
 TURNED = (b"XML:com.adobe.xmp", b"Raw profile type exif")  # texts in which orientation may stand
+CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by the color type in a PNG's header
 MOST_TEXT = 1_000_000  # bytes of one such text, unpacked; below Pillow's own limit
 MOST_TEXTS = 8_000_000  # bytes of all
 MOST_PROFILE = 16_000_000  # bytes of a color profile; the largest in use have some 4 MB
@@ -42,6 +43,25 @@ def without_notes(data: bytes) -> tuple[bytes, bytes | None]:
             left -= size
         place = stop
     return b"".join([*kept, data[copied:]]), profile
+
+
+def lacks_rows(data: bytes) -> bool:
+    """Whether a PNG's data end before its last row, in a stream that is whole in itself: Pillow
+    takes such a file, and leaves the rows black. Of an interlaced one nothing is said."""
+    width, height, depth, color, _, _, interlaced = struct.unpack_from(">IIBBBBB", data, 16)
+    if interlaced or color not in CHANNELS:
+        return False
+    left: int = height * (1 + (width * depth * CHANNELS[color] + 7) // 8)
+    unpacker, place = zlib.decompressobj(), len(SIGNATURE)
+    while place + 12 <= len(data) and left > 0 and not unpacker.eof:
+        (length,) = struct.unpack_from(">I", data, place)
+        is_data = data[place + 4 : place + 8] == b"IDAT"
+        packed = data[place + 8 : place + 8 + length] if is_data else b""
+        while packed and left > 0:
+            left -= len(unpacker.decompress(packed, 1_000_000))
+            packed = unpacker.unconsumed_tail
+        place += 12 + length
+    return left > 0
 
 
 def _turning_text(name: bytes, body: bytes) -> int:
