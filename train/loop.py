@@ -2,13 +2,13 @@
 
 The life of a step: the plan says which samples are the next global batch, the same ones at any
 number of processes (``shards/plan.py``). Threads read this process's share of it from the shards
-(``shards/batches.py``). ``train_step`` draws noise and timesteps, keyed by sample and pass so that a
-resumed run draws the same, predicts, takes the loss of each sample (``objective.py``), adds up the
-gradients of all micro-batches and processes, and updates the weights only if all of it is finite
-(``learner.py``). Loss and norm stay on the device until the log asks for them. Then, still before the
-next step: a log row, an evaluation, previews, a checkpoint, in this order and each where it is due.
-A checkpoint holds the place in the plan after this very step, never that of the threads that have
-read ahead; that is why a resumed run is the run that was not stopped.
+(``shards/batches.py``). ``train_step`` draws noise and timesteps, keyed by sample and pass so that
+a resumed run draws the same, predicts, takes the loss of each sample (``objective.py``), adds up
+the gradients of all micro-batches and processes, and updates the weights only if all of it is
+finite (``learner.py``). Loss and norm stay on the device until the log asks for them. Then, still
+before the next step: a log row, an evaluation, previews, a checkpoint, in this order and each
+where it is due. A checkpoint holds the place in the plan after this very step, never that of the
+threads that have read ahead; that is why a resumed run is the run that was not stopped.
 """
 
 import signal
