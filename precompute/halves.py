@@ -17,7 +17,7 @@ import torch
 
 from precompute.encoders import Encoders
 from precompute.pictures.images import open_picture, render_variants, room_for
-from precompute.pictures.masks import Grey, open_alpha, open_mask, render_mask, shows_anything
+from precompute.pictures.masks import Gray, open_alpha, open_mask, render_mask, shows_anything
 from precompute.pictures.refusals import explain
 from precompute.planning.placement import Planned, picture_mark
 from precompute.settings import EncodeSettings
@@ -261,7 +261,7 @@ def _open_masks(
     data: bytes, mask: bytes | None, planned: Planned, settings: EncodeSettings
 ) -> torch.Tensor:
     """Of each variant the mask [V, 1, h, w], or nothing [V, 0]."""
-    shares: Grey | None = None
+    shares: Gray | None = None
     if mask is not None:
         shares = open_mask(mask, planned.variants[0].original)
     elif settings.mask_from_alpha:

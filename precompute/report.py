@@ -60,7 +60,7 @@ class Report:
         self.num_taken += len(index) * int(header["repeats"])
 
 
-def summarise(changes: Changes) -> str:
+def summarize(changes: Changes) -> str:
     """``12 new, 3 captions changed, 1 removed, 9,984 unchanged``."""
     parts = [f"{changes.num_new:,} new"] if changes.num_new else []
     if changes.num_renamed:
@@ -82,7 +82,7 @@ def describe(report: Report, num_chunks: int) -> Iterator[str]:
     yield (
         f"\n{report.folder}: {counted(report.num_samples, 'image')} in "
         f"{counted(report.num_shards, 'shard')}, "
-        f"{report.num_bytes / 1e6:.1f} MB: {summarise(report.changes)}"
+        f"{report.num_bytes / 1e6:.1f} MB: {summarize(report.changes)}"
         + (", so nothing was encoded" if report.changes.are_none else "")
     )
     for bucket, count in report.buckets.items():

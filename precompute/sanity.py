@@ -139,8 +139,8 @@ def draw() -> list[Pixels]:
     second = Image.new("RGB", (SIDE, SIDE), (20, 90, 60))
     pen = ImageDraw.Draw(second)
     for number, start in enumerate(range(0, SIDE, 12)):
-        colour = ((230, 180, 150), (120, 20, 40), (10, 10, 20))[number % 3]
-        pen.line((start, 0, SIDE - start // 2, SIDE), fill=colour, width=2 + number)
+        color = ((230, 180, 150), (120, 20, 40), (10, 10, 20))[number % 3]
+        pen.line((start, 0, SIDE - start // 2, SIDE), fill=color, width=2 + number)
     return [np.asarray(first), np.asarray(second)]
 
 

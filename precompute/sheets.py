@@ -50,18 +50,18 @@ def _tiles(cache: Cache, shards: list[Shard]) -> Iterator[tuple[Image.Image, str
                 sizes = torch.empty(6, dtype=torch.int32)
                 shard.read_into(latents, row, "latents.mean", number)
                 shard.read_into(sizes, row, "sizes", number)
-                colours = latents_to_rgb(latents[None], weight, bias)[0]
+                colors = latents_to_rgb(latents[None], weight, bias)[0]
                 place = [int(value) for value in sizes]
                 if min(*place[:2], *place[4:]) < 1 or max(map(abs, place)) > MOST_PIXELS:
                     raise CacheError(f"{shard.path}: sample {row}: its sizes are {place}")
                 text = f"{place[1]}x{place[0]}  {about['captions'][0]}"
-                yield frame(colours, place, is_squashed), text
+                yield frame(colors, place, is_squashed), text
 
 
-def frame(colours: torch.Tensor, sizes: list[int], is_squashed: bool = False) -> Image.Image:
+def frame(colors: torch.Tensor, sizes: list[int], is_squashed: bool = False) -> Image.Image:
     """An image in the frame it was cut from, which is gray where it was cut away.
 
-    ``colours`` [3, h, w] in 0..1; ``sizes`` as a sample has them. The crop is boxed. What was
+    ``colors`` [3, h, w] in 0..1; ``sizes`` as a sample has them. The crop is boxed. What was
     squashed keeps the shape of its bucket: nothing was cut away.
     """
     original_height, original_width, top, left, height, width = sizes
@@ -81,7 +81,7 @@ def frame(colours: torch.Tensor, sizes: list[int], is_squashed: bool = False) ->
     pen.rectangle((x, y, x + frame_width, y + frame_height), fill=CUT_AWAY, outline=FRAME)
     box_x, box_y = (start + offset for start, offset in zip((x, y), scaled(left, top), strict=True))
     box_width, box_height = (max(1, length) for length in scaled(width, height))
-    pixels = (colours.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
+    pixels = (colors.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
     picture = Image.fromarray(np.ascontiguousarray(pixels))
     picture = picture.resize((box_width, box_height), Image.Resampling.BICUBIC)
     canvas.paste(picture, (box_x, box_y))

@@ -32,9 +32,9 @@ class LatentSums:
 
     def add(self, latents: torch.Tensor, pictures: torch.Tensor) -> None:
         """Latents [N, C, h, w] (scaled) and their images [N, 3, 8h, 8w] in -1..1."""
-        colours = F.adaptive_avg_pool2d(pictures.float(), (latents.shape[-2], latents.shape[-1]))
+        colors = F.adaptive_avg_pool2d(pictures.float(), (latents.shape[-2], latents.shape[-1]))
         flat = latents.double().permute(0, 2, 3, 1).reshape(-1, latents.shape[1]).cpu().numpy()
-        seen = colours.double().permute(0, 2, 3, 1).reshape(-1, 3).cpu().numpy()
+        seen = colors.double().permute(0, 2, 3, 1).reshape(-1, 3).cpu().numpy()
         rows = np.concatenate([flat, np.ones((len(flat), 1))], axis=1)
         self.gram += rows.T @ rows
         self.cross += rows.T @ seen
@@ -69,5 +69,5 @@ def latents_to_rgb(latents: torch.Tensor, weight: torch.Tensor, bias: torch.Tens
     ``weight`` [C, 3] and ``bias`` [3] are of ``LatentSums.fit``: the map gives colors in -1..1.
     """
     weight, bias = (part.to(latents.device, torch.float32) for part in (weight, bias))
-    colours = torch.einsum("nchw,cr->nrhw", latents.float(), weight) + bias.view(1, 3, 1, 1)
-    return (colours / 2 + 0.5).clamp(0, 1)
+    colors = torch.einsum("nchw,cr->nrhw", latents.float(), weight) + bias.view(1, 3, 1, 1)
+    return (colors / 2 + 0.5).clamp(0, 1)

@@ -109,7 +109,7 @@ def decode_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     return torch.where(pictures.isfinite(), pictures.clamp(0, 1), torch.nan)
 
 
-def _normalisation(config: Any, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _normalization(config: Any, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(shift, scale) with scaled = (latent - shift) * scale, from the VAE's config."""
     mean, std = config.get("latents_mean"), config.get("latents_std")
     if mean is None or std is None:
@@ -123,16 +123,16 @@ def _normalisation(config: Any, like: torch.Tensor) -> tuple[torch.Tensor, torch
 
 def scale_mean(config: Any, latents: torch.Tensor) -> torch.Tensor:
     """A VAE's latents [N, C, h, w] as the UNet sees them."""
-    shift, scale = _normalisation(config, latents)
+    shift, scale = _normalization(config, latents)
     return (latents - shift) * scale
 
 
 def scale_std(config: Any, std: torch.Tensor) -> torch.Tensor:
     """The posterior's standard deviation, scaled like its mean."""
-    return std * _normalisation(config, std)[1]
+    return std * _normalization(config, std)[1]
 
 
 def unscale(config: Any, latents: torch.Tensor) -> torch.Tensor:
     """The way back from ``scale_mean``, as the pipeline does before it decodes."""
-    shift, scale = _normalisation(config, latents)
+    shift, scale = _normalization(config, latents)
     return latents / scale + shift

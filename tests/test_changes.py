@@ -24,7 +24,7 @@ import precompute.encoders
 import precompute.halves
 from precompute.dataset.records import Blob
 from precompute.planning.changes import PREPROCESSING
-from precompute.report import summarise
+from precompute.report import summarize
 from shards.index import Index
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*settings changed")
@@ -48,7 +48,7 @@ def test_nothing_changed_nothing_is_touched(
         monkeypatch.setattr(owner, name, refuse)
     report = again(work, base)
     assert stamps(work) == before
-    assert summarise(report.changes) == "14 unchanged"
+    assert summarize(report.changes) == "14 unchanged"
 
 
 def test_another_data_set_is_read_though_its_files_look_alike(work: Path, base: Path) -> None:
@@ -59,7 +59,7 @@ def test_another_data_set_is_read_though_its_files_look_alike(work: Path, base: 
     text.write_text(text.read_text()[::-1])
     os.utime(text, (LONG_AGO, LONG_AGO))
     report = encode(other, base, work / "cache")
-    assert summarise(report.changes) == "1 caption changed, 13 unchanged"
+    assert summarize(report.changes) == "1 caption changed, 13 unchanged"
 
 
 def test_rehash_sees_what_size_and_time_hide(work: Path, base: Path) -> None:
@@ -67,15 +67,15 @@ def test_rehash_sees_what_size_and_time_hide(work: Path, base: Path) -> None:
     text = work / "data" / "000.txt"
     text.write_text(text.read_text()[::-1])
     os.utime(text, (LONG_AGO, LONG_AGO))
-    assert summarise(again(work, base).changes) == "14 unchanged"
-    assert summarise(again(work, base, rehash=True).changes) == "1 caption changed, 13 unchanged"
+    assert summarize(again(work, base).changes) == "14 unchanged"
+    assert summarize(again(work, base, rehash=True).changes) == "1 caption changed, 13 unchanged"
     assert_as_fresh(work, base)
 
 
 def test_a_new_time_alone_changes_no_shard(work: Path, base: Path) -> None:
     before = stamps(work / "cache")
     make_old(work / "data", LONG_AGO + 1)
-    assert summarise(again(work, base).changes) == "14 unchanged"
+    assert summarize(again(work, base).changes) == "14 unchanged"
     after = stamps(work / "cache")
     assert before == after
 
@@ -116,7 +116,7 @@ def assert_encodes(
     with counted() as count:
         report = again(work, base, **more)
     assert count == expected
-    assert summarise(report.changes) == said
+    assert summarize(report.changes) == said
     assert_as_fresh(work, base, **more)
 
 
@@ -163,7 +163,7 @@ def test_other_batches_and_threads_leave_what_is_there(work: Path, base: Path) -
 
     change_both(work)
     with pytest.warns(UserWarning, match="--batch-size 1: the cache was encoded with 4"):
-        assert summarise(again(work, base, batch_size=1).changes).endswith("13 unchanged")
+        assert summarize(again(work, base, batch_size=1).changes).endswith("13 unchanged")
     four, one = ({"batch_size": size, "device": "cpu", "threads": 1} for size in (4, 1))
     assert sorted(map(len, made_with())) == [1, 1, 1, 1, 1, 2]
     assert [one, four] in made_with() and [four] in made_with()
@@ -204,7 +204,7 @@ def test_who_joins_fills_the_last_shard_and_who_leaves_moves_nobody(work: Path, 
     with counted() as count:
         report = again(work, base)
     assert count == (0, 0)
-    assert summarise(report.changes) == "1 renamed, 2 removed, 11 unchanged"
+    assert summarize(report.changes) == "1 renamed, 2 removed, 11 unchanged"
     last = max(name for name, paths in stay.items() if name.startswith("64x64") and paths)
     if len(stay[last]) < 3:  # --shard-size
         stay[last] = stay[last] | {"renamed.png"}

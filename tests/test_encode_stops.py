@@ -23,7 +23,7 @@ import precompute.shard
 import runtime.files
 from cli import commands
 from precompute.prompts import change_prompts
-from precompute.report import summarise
+from precompute.report import summarize
 from shards.manifest import LOCK, OWN, read_manifest
 
 ROOT = Path(__file__).parent.parent
@@ -51,7 +51,7 @@ def test_a_picture_that_fails_is_tried_again_when_it_changes(work: Path, base: P
     before = stamps(cache)
     with counted() as count:
         report = again(work, base)
-    assert summarise(report.changes) == "14 unchanged" and len(report.rejected) == 1
+    assert summarize(report.changes) == "14 unchanged" and len(report.rejected) == 1
     assert count == (0, 0) and stamps(cache) == before
     (data / "004.txt").write_text("the hole stays where it is when its shard is written anew")
     (data / "006.txt").write_text("likewise")

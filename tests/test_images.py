@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from precompute.dataset.records import Blob, Record
-from precompute.pictures.colours import to_srgb
+from precompute.pictures.colors import to_srgb
 from precompute.pictures.images import open_picture, picture_size, render
 from precompute.planning.scan import plan_pictures
 from precompute.settings import EncodeSettings

@@ -19,7 +19,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 
 import cli
 import precompute.pictures.images
-from precompute.pictures.colours import to_srgb
+from precompute.pictures.colors import to_srgb
 from precompute.pictures.images import LARGE_PIXELS, open_picture, picture_size, room_for
 from precompute.pictures.masks import open_alpha
 from precompute.pictures.refusals import PictureError, explain, unidentified

@@ -27,7 +27,7 @@ from precompute.dataset.records import Blob
 from precompute.pictures.images import picture_size
 from precompute.planning.dry_run import dry_run
 from precompute.planning.scan import _head
-from precompute.report import summarise
+from precompute.report import summarize
 from runtime.files import user_cache
 from tests.test_tars import put_tar
 
@@ -94,7 +94,7 @@ def test_a_changed_image_or_mask_that_does_not_decode_is_known_before(
     assert f"rejected: {paths[0].name}: truncated" in lines
     assert f"rejected: {paths[1].name}: its mask: truncated" in lines
     assert (
-        summarise(encode(work / "data", base, work / "cache").changes) == "2 removed, 12 unchanged"
+        summarize(encode(work / "data", base, work / "cache").changes) == "2 removed, 12 unchanged"
     )
 
 
@@ -104,7 +104,7 @@ def test_the_share_that_a_refusal_names_is_enough(work: Path, base: Path) -> Non
     with pytest.raises(ValueError, match=r"8 of its 14 .* give --max-removed 0.58;"):
         encode(work / "data", base, work / "cache")
     report = encode(work / "data", base, work / "cache", max_removed=0.58)
-    assert summarise(report.changes) == "8 removed, 6 unchanged"
+    assert summarize(report.changes) == "8 removed, 6 unchanged"
 
 
 def draw_other(folder: Path) -> None:
@@ -130,7 +130,7 @@ def test_another_dataset_is_refused_by_name_though_its_files_are_named_alike(
         encode(other, base, work / "cache")
     assert contents(work / "cache") == before
     report = encode(other, base, work / "cache", allow_other_dataset=True)
-    assert summarise(report.changes) == "14 images changed"
+    assert summarize(report.changes) == "14 images changed"
 
 
 def test_a_dataset_that_was_moved_is_the_same(work: Path, base: Path) -> None:
@@ -138,14 +138,14 @@ def test_a_dataset_that_was_moved_is_the_same(work: Path, base: Path) -> None:
     (work / "data").rename(work / "moved")
     with counted() as count:
         report = encode(work / "moved", base, work / "cache")
-    assert count == (0, 0) and summarise(report.changes) == "14 unchanged"
+    assert count == (0, 0) and summarize(report.changes) == "14 unchanged"
 
 
 def test_pictures_that_were_edited_in_place_are_no_other_dataset(work: Path, base: Path) -> None:
     encode(work / "data", base, work / "cache")
     draw_other(work / "data")
     report = encode(work / "data", base, work / "cache", rehash=True)
-    assert summarise(report.changes) == "14 images changed"
+    assert summarize(report.changes) == "14 images changed"
 
 
 # What moved.
@@ -157,7 +157,7 @@ def test_a_folder_that_was_renamed_is_copied(pictures: Path, base: Path, tmp_pat
     (tmp_path / "data" / "before").rename(tmp_path / "data" / "after")
     with counted() as count:
         report = encode(tmp_path / "data", base, tmp_path / "cache")
-    assert count == (0, 0) and summarise(report.changes) == "14 renamed"
+    assert count == (0, 0) and summarize(report.changes) == "14 renamed"
     encode(tmp_path / "data", base, tmp_path / "fresh")
     assert samples_of(tmp_path / "cache") == samples_of(tmp_path / "fresh")
 
@@ -170,7 +170,7 @@ def test_what_was_renamed_with_another_caption_costs_its_text(work: Path, base: 
     with counted() as count:
         report = encode(data, base, work / "cache")
     assert count == (0, 1)
-    assert summarise(report.changes) == "1 renamed, 1 caption changed, 13 unchanged"
+    assert summarize(report.changes) == "1 renamed, 1 caption changed, 13 unchanged"
 
 
 @pytest.mark.filterwarnings("ignore:.*settings changed")
@@ -214,7 +214,7 @@ def test_a_tar_that_was_renamed_is_copied(base: Path, tmp_path: Path) -> None:
     (data / "one.tar").rename(data / "two.tar")
     with counted() as count:
         report = encode(data, base, tmp_path / "cache")
-    assert count == (0, 0) and summarise(report.changes) == "3 renamed"
+    assert count == (0, 0) and summarize(report.changes) == "3 renamed"
 
 
 @pytest.mark.parametrize("kill", [False, True])
@@ -233,7 +233,7 @@ def test_what_moved_between_train_and_val_is_copied(
 
     def run(to: Path = out) -> list[str]:
         reports = precompute.encode.encode(settings_of(data, base, to))
-        return [summarise(report.changes) for report in reports]
+        return [summarize(report.changes) for report in reports]
 
     move("train", "val", "000", "001", "002", "003")
     run()
@@ -405,7 +405,7 @@ def test_notes_with_a_flipped_bit_are_thrown_away_whole(
     for at in (whole.index(caption), 3, len(whole) - 1):
         notes.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
         report = encode(work / "data", base, work / "cache")
-        assert summarise(report.changes) == "14 unchanged"
+        assert summarize(report.changes) == "14 unchanged"
     for wrong in (b"", b"[]", b"[" * 9999, b'{"version": 2}'):
         notes.write_bytes(wrong)
         encode(work / "data", base, work / "cache")
@@ -418,7 +418,7 @@ def test_one_dataset_by_its_full_and_by_its_relative_path(
     encode(work / "data", base, work / "cache")
     monkeypatch.chdir(work)
     monkeypatch.setattr(Blob, "read", lambda _: pytest.fail("a file is read again"))
-    assert summarise(encode(Path("data"), base, work / "cache").changes) == "14 unchanged"
+    assert summarize(encode(Path("data"), base, work / "cache").changes) == "14 unchanged"
 
 
 @pytest.mark.filterwarnings("ignore:.*settings changed")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from precompute.report import summarise
+from precompute.report import summarize
 from tests.encodes import contents, counted, encode, make_old, samples_of
 from tests.folders import put_list
 from tests.test_tars import put_tar
@@ -105,7 +105,7 @@ def test_what_changed_is_encoded_and_no_more(name: str, base: Path, tmp_path: Pa
     with counted() as count:
         report = encode(data, base, out, **settings)
     assert count == expected
-    assert words in summarise(report.changes)
+    assert words in summarize(report.changes)
     encode(data, base, tmp_path / "fresh", **settings)
     assert samples_of(out) == samples_of(tmp_path / "fresh")
     with counted() as count:
@@ -126,5 +126,5 @@ def test_nothing_changed_opens_nothing(
         stat = (data / name).stat()
         (data / name).write_bytes(bytes(stat.st_size))
         os.utime(data / name, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert summarise(encode(data, base, out, flip=True).changes) == "6 unchanged"
+    assert summarize(encode(data, base, out, flip=True).changes) == "6 unchanged"
     assert contents(out) == before

@@ -23,7 +23,7 @@ from shards.buckets import Size
 from train.adapters import add_adapter, spare_casts, trainable
 from train.checks import check_processes
 from train.config import TrainConfig
-from train.quantize import is_quantised
+from train.quantize import is_quantized
 from train.unet import BLOCKS
 
 STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2.1, "prodigy": 16.0}  # a parameter
@@ -93,7 +93,7 @@ class Estimator:
         base = 0.0
         for name, module in unet.named_modules():
             for part, parameter in module.named_parameters(recurse=False):
-                packed = part == "weight" and is_quantised(name.removesuffix(".base_layer"), module)
+                packed = part == "weight" and is_quantized(name.removesuffix(".base_layer"), module)
                 size = (
                     QUANT_BYTES[config.base_quant]
                     if packed and config.base_quant != "none"

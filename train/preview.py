@@ -68,7 +68,7 @@ def read_preview_prompts(cache: Cache) -> PreviewPrompts | None:
         prompts = tuple(Prompt(**one) for one in held.prompts)
     except (ValueError, TypeError) as error:
         raise CacheError(f"{cache.folder / PROMPTS}: {error}; {REMEDY}") from None
-    tensors, colours = held.tensors, manifest["latent_rgb"]
+    tensors, colors = held.tensors, manifest["latent_rgb"]
     largest = max(cache.groups(), key=lambda g: (g.bucket[0] * g.bucket[1], g.count, g.bucket))
     return PreviewPrompts(
         prompts=prompts,
@@ -77,8 +77,8 @@ def read_preview_prompts(cache: Cache) -> PreviewPrompts | None:
             tensors["negative.prompt_embeds"], tensors["negative.pooled_prompt_embeds"]
         ),
         size=largest.bucket,
-        weight=torch.tensor(colours["weight"]),
-        bias=torch.tensor(colours["bias"]),
+        weight=torch.tensor(colors["weight"]),
+        bias=torch.tensor(colors["bias"]),
     )
 
 

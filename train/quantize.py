@@ -8,11 +8,11 @@ import torch
 _LINEARS = re.compile(r".*\.(transformer_blocks\..*|proj_in|proj_out)")
 
 
-def is_quantised(name: str, module: torch.nn.Module) -> bool:
+def is_quantized(name: str, module: torch.nn.Module) -> bool:
     return isinstance(module, torch.nn.Linear) and bool(_LINEARS.fullmatch(name))
 
 
-def quantise(unet: Any, kind: str, dtype: torch.dtype, device: torch.device) -> None:
+def quantize(unet: Any, kind: str, dtype: torch.dtype, device: torch.device) -> None:
     """Replace weights in place: ``int8`` per output channel (torchao), or ``nf4`` in blocks of 64
     (bitsandbytes). ``dtype`` is the forward's. What is packed as nf4 is moved to ``device``.
 
@@ -23,7 +23,7 @@ def quantise(unet: Any, kind: str, dtype: torch.dtype, device: torch.device) -> 
         if kind == "int8":
             from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-            quantize_(unet, Int8WeightOnlyConfig(), filter_fn=lambda m, name: is_quantised(name, m))
+            quantize_(unet, Int8WeightOnlyConfig(), filter_fn=lambda m, name: is_quantized(name, m))
             return
         from bitsandbytes.nn import Linear4bit, Params4bit
     except ImportError as error:
@@ -31,7 +31,7 @@ def quantise(unet: Any, kind: str, dtype: torch.dtype, device: torch.device) -> 
             f"--base-quant {kind} needs a package more: pip install '.[{kind}]' ({error})"
         ) from error
     for name, module in list(unet.named_modules()):
-        if is_quantised(name, module):
+        if is_quantized(name, module):
             packed = Linear4bit(
                 module.in_features,
                 module.out_features,

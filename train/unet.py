@@ -15,7 +15,7 @@ from sdxl.load import load_unet
 from train.adapters import add_adapter, spare_casts
 from train.config import TrainConfig
 from train.distributed import World
-from train.quantize import quantise
+from train.quantize import quantize
 
 COMPILE: dict[str, Any] = {"fullgraph": True, "dynamic": True}
 MOST_GRAPHS = 64
@@ -34,7 +34,7 @@ def build_unet(
     """
     unet: Any = load_unet(config.base, weight_dtype(config, precision))
     if config.base_quant != "none":
-        quantise(unet, config.base_quant, precision.dtype, world.device)
+        quantize(unet, config.base_quant, precision.dtype, world.device)
     if config.full:
         unet.requires_grad_(True)
     else:

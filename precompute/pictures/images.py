@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
-from precompute.pictures.colours import to_srgb
+from precompute.pictures.colors import to_srgb
 from precompute.pictures.damage import watched
 from precompute.pictures.jpeg import load_jpeg
 from precompute.pictures.png import lacks_rows, without_notes

@@ -12,11 +12,11 @@ from shards.buckets import Geometry, Size
 
 FACTOR = 8  # pixels of a latent's side
 BAND = 512  # rows at a time: as floats a large mask would take eight times the memory
-Grey = npt.NDArray[np.uint8]  # [H, W], 255 where the loss counts in full
+Gray = npt.NDArray[np.uint8]  # [H, W], 255 where the loss counts in full
 Floats = npt.NDArray[np.float64]
 
 
-def open_mask(data: bytes, original: Size) -> Grey:
+def open_mask(data: bytes, original: Size) -> Gray:
     """A mask image, of any size in the aspect ratio of its image.
 
     Raises:
@@ -26,9 +26,9 @@ def open_mask(data: bytes, original: Size) -> Grey:
     alpha = open_alpha(data)
     if alpha is not None and alpha.min() < 255:
         raise PictureError("partly transparent: make it a gray image, white where the loss counts")
-    grey = open_picture(data).convert("L")
-    check_mask_size(grey.size, original)
-    return _checked(np.asarray(grey))
+    gray = open_picture(data).convert("L")
+    check_mask_size(gray.size, original)
+    return _checked(np.asarray(gray))
 
 
 def check_mask_size(size: Size, original: Size) -> None:
@@ -41,7 +41,7 @@ def check_mask_size(size: Size, original: Size) -> None:
         raise PictureError(f"of {columns} x {rows} pixels, where its image has {width} x {height}")
 
 
-def open_alpha(data: bytes) -> Grey | None:
+def open_alpha(data: bytes) -> Gray | None:
     """An image's own alpha, upright; None where it has none.
 
     Raises:
@@ -59,13 +59,13 @@ def open_alpha(data: bytes) -> Grey | None:
     return _checked(np.asarray(turned.convert("RGBA").getchannel("A")))
 
 
-def _checked(mask: Grey) -> Grey:
+def _checked(mask: Gray) -> Gray:
     if not mask.any():
         raise PictureError("black all over, so nothing would be learned of its image")
     return mask
 
 
-def render_mask(mask: Grey, variants: Sequence[Geometry]) -> torch.Tensor:
+def render_mask(mask: Gray, variants: Sequence[Geometry]) -> torch.Tensor:
     """The mean of the mask over the area of each latent pixel: [V, 1, h, w] fp32 in 0..1.
 
     The area is that which the variant shows there, to fractions of the mask's pixels.

@@ -10,7 +10,7 @@ from precompute.planning.losses import refuse_losses
 from precompute.planning.placement import Planned
 from precompute.planning.room import Sizer, check_room
 from precompute.planning.scan import Notes
-from precompute.report import summarise
+from precompute.report import summarize
 from precompute.settings import EncodeSettings
 from runtime.devices import pick_device
 from runtime.files import format_bytes, free_bytes
@@ -54,7 +54,7 @@ def _tell(plan: CachePlan) -> Iterator[str]:
     planned = plan.planned
     yield (
         f"{plan.folder}: {len(planned):,} images, {len(plan.rejected):,} rejected: "
-        f"{summarise(plan.changes)}" + ("" if plan.has_work else ", so nothing is to be encoded")
+        f"{summarize(plan.changes)}" + ("" if plan.has_work else ", so nothing is to be encoded")
     )
     buckets = Counter(bucket_name(one.bucket) for one in planned)
     for bucket, count in sorted(buckets.items()):

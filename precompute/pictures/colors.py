@@ -9,7 +9,7 @@ from PIL import Image, ImageCms
 from precompute.pictures.refusals import PictureError
 
 Transform = ImageCms.ImageCmsTransform
-GREYS = ("1", "L", "LA")
+GRAYS = ("1", "L", "LA")
 UNSEEN = 2  # levels: a profile that changes no color by more is sRGB
 
 
@@ -22,27 +22,27 @@ def to_srgb(image: Image.Image) -> Image.Image:
     image = _to_8_bits(image)
     if image.mode in ("La", "RGBa"):
         image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
-    is_grey, alpha = image.mode in GREYS, None
+    is_gray, alpha = image.mode in GRAYS, None
     if image.has_transparency_data:
         image = image.convert("RGBA")
         alpha = image.getchannel("A")
-    colours = _convert(image, profile, is_grey)
+    colors = _convert(image, profile, is_gray)
     if alpha is None:
-        return colours
-    colours.putalpha(alpha)
-    white = Image.new("RGBA", colours.size, "white")
-    white.alpha_composite(colours)
+        return colors
+    colors.putalpha(alpha)
+    white = Image.new("RGBA", colors.size, "white")
+    white.alpha_composite(colors)
     return white.convert("RGB")
 
 
-def _convert(image: Image.Image, profile: bytes | None, is_grey: bool) -> Image.Image:
+def _convert(image: Image.Image, profile: bytes | None, is_gray: bool) -> Image.Image:
     space = _space(profile) if profile else ""
     if image.mode == "LAB":
         lab = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         return _applied(ImageCms.buildTransform(*lab, "LAB", "RGB"), image)
     mode = {"CMYK": "CMYK", "GRAY": "L", "RGB": "RGB"}.get(space, "")
     suits = image.mode == "CMYK" if mode == "CMYK" else image.mode != "CMYK"
-    if not profile or not mode or not suits or (mode == "L" and not is_grey):
+    if not profile or not mode or not suits or (mode == "L" and not is_gray):
         return image.convert("RGB")
     transform = _transform(profile, mode)
     return image.convert("RGB") if transform is None else _applied(transform, image.convert(mode))
