@@ -203,7 +203,8 @@ def test_a_resumed_run_adapts_what_its_checkpoint_adapts(
     assert after.keys() == before.keys()
 
 
-@pytest.mark.parametrize("name", [LORA, pytest.param(KOHYA, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [LORA, KOHYA])
 def test_a_run_goes_on_from_a_lora_file(overfit: Train, cache: Path, base: Path, name: str) -> None:
     """Its rank, strength and targets; and what it has learned."""
     first, config = overfit("first", rank=8, alpha=3.0, adapter="rslora", steps=10)

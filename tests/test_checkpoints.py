@@ -30,6 +30,7 @@ def kinds(out: Path) -> dict[int, str]:
     return {step: state["kind"] for step, state in states.items()}
 
 
+@pytest.mark.slow
 def test_rotation_keeps_the_newest_the_asked_for_and_the_best(
     split_cache: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -54,6 +55,7 @@ def test_without_evals_the_newest_stay_and_a_stop_is_one_of_them(
     assert kinds(tmp_path) == {6: "every", 8: "last"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["state.json", "optimizer/model.safetensors"])
 def test_nothing_goes_unless_the_new_checkpoint_is_whole(
     cache: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str

@@ -55,7 +55,8 @@ def alone(pictures: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) 
     return out
 
 
-@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 3])
 def test_any_number_of_processes_writes_the_same_bytes(
     alone: Path, pictures: Path, base: Path, tmp_path: Path, world: int
 ) -> None:

@@ -57,6 +57,7 @@ def test_what_is_read_is_not_replaced(run: Path, base: Path, tmp_path: Path) -> 
     assert bytes_of(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_the_old_stands_until_the_new_does(
     run: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -120,6 +120,7 @@ def test_a_full_unet_draws_as_in_diffusers(base: Path, trained: Trained, tmp_pat
         assert torch.equal(value, whole[name].half())
 
 
+@pytest.mark.slow
 def test_a_rerun_draws_only_what_is_missing_or_other(base: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     before = draw(base, out, PROMPTS)

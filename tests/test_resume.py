@@ -144,7 +144,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "int8": {"base_quant": "int8"},
     "nf4": {"base_quant": "nf4"},
 }
-QUICK = ("adafactor", "fused backward, adamw8bit", "bf16", "dora")  # the rest is marked slow
+QUICK = ("fused backward, adamw8bit", "dora")  # the rest is marked slow
 
 
 @pytest.mark.filterwarnings("ignore:TorchaoLoraLinear was instantiated")  # merging is not ours

@@ -95,7 +95,12 @@ CHANGES: dict[str, tuple[Callable[[Path], Any], dict[str, Any], tuple[int, int],
 }
 
 
-@pytest.mark.parametrize("name", CHANGES)
+QUICK = ("tar", "flip", "prefix")  # the rest is marked slow
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in QUICK)) for n in CHANGES]
+)
 def test_what_changed_is_encoded_and_no_more(name: str, base: Path, tmp_path: Path) -> None:
     change, settings, expected, words = CHANGES[name]
     data, out = tmp_path / "data", tmp_path / "out"

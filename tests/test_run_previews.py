@@ -48,7 +48,11 @@ def pixels(image: Image.Image | Path) -> np.ndarray:
     return np.asarray(opened.convert("RGB")).astype(int)
 
 
-@pytest.mark.parametrize("settings", [{}, {"full": True, "ema": 0.5}], ids=["lora", "full+ema"])
+@pytest.mark.parametrize(
+    "settings",
+    [pytest.param({}, marks=pytest.mark.slow), {"full": True, "ema": 0.5}],
+    ids=["lora", "full+ema"],
+)
 def test_previews_change_nothing_but_what_is_seen(
     prompted: Path, base: Path, tmp_path: Path, settings: dict[str, Any]
 ) -> None:

@@ -38,7 +38,11 @@ def base_with(base: Path, folder: Path, **changes: Any) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("schedule", [{}, ZERO_SNR], ids=["epsilon", "zero-SNR v-prediction"])
+@pytest.mark.parametrize(
+    "schedule",
+    [pytest.param({}, marks=pytest.mark.slow), ZERO_SNR],
+    ids=["epsilon", "zero-SNR v-prediction"],
+)
 def test_each_sampler_draws_as_the_pipeline_does(
     base: Path, tmp_path: Path, schedule: dict[str, Any]
 ) -> None:
