@@ -5,7 +5,7 @@ both text encoders of diffusers and transformers on batches of the same size. Bo
 process in turns (A B, B A, ...), models loaded each time, by processor seconds, which other
 processes disturb little.
 
-    python -m benchmarks.encode [--base BASE] [--images 300] [--resolution 256] [--rounds 2]
+    python -m benchmarks.encode [--base BASE] [--pictures 300] [--resolution 256] [--rounds 2]
 """
 
 import contextlib

@@ -39,7 +39,7 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_prior_set(folder / "old-pictures")
     for name in ("new", "old"):
         do(
-            f"encode {folder}/{name}-images --base miniature --out {folder}/{name} "
+            f"encode {folder}/{name}-pictures --base miniature --out {folder}/{name} "
             "--resolution 64 --bucket-step 16 --batch-size 16 --device cpu"
         )
     return folder
