@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from runtime.workers import place
+from runtime.workers import rank_info
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}  # options' names
 
@@ -36,7 +36,7 @@ def pick_device(name: str) -> torch.device:
     known = re.fullmatch(r"(cuda|mps|cpu)(:\d+)?", name)
     if not known or not available[known[1]]:
         raise ValueError(f"--device {name}: torch finds no such device here")
-    this = place()
+    this = rank_info()
     if known[1] == "cuda" and this.size > 1:
         if known[2]:
             raise ValueError(f"--device {name} is one GPU for several processes; give cuda")

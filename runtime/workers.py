@@ -28,7 +28,7 @@ MIN_ON_CPU = 4  # processes that any machine may try
 # Which process this is.
 
 
-class Place(NamedTuple):
+class RankInfo(NamedTuple):
     """This process among ``size``; ``local_rank`` is its number on this machine."""
 
     rank: int = 0
@@ -36,7 +36,7 @@ class Place(NamedTuple):
     size: int = 1
 
 
-def place() -> Place:
+def rank_info() -> RankInfo:
     """What torchrun's environment variables say of this process.
 
     Raises:
@@ -44,10 +44,10 @@ def place() -> Place:
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        return Place()
+        return RankInfo()
     if "RANK" not in os.environ:
         raise ValueError("WORLD_SIZE is set and RANK is not: start several processes by torchrun")
-    return Place(int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0")), size)
+    return RankInfo(int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0")), size)
 
 
 def is_main_process() -> bool:
@@ -178,7 +178,7 @@ class WorkQueue:
     """
 
     def __init__(self) -> None:
-        self.rank, _, self.size = place()
+        self.rank, _, self.size = rank_info()
         self._store: Any = None
         self._sums: Counter[str] = Counter()  # of a process alone
         if self.size > 1:

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from runtime.devices import pick_device
-from runtime.workers import end_with_launcher, place
+from runtime.workers import end_with_launcher, rank_info
 
 LOST_SECONDS = 3  # in which the launcher, which knows what became of the lost one, ends us
 
@@ -78,7 +78,7 @@ class Vote:
 
 def start_world(device: str) -> World:
     """Join the process group that torchrun's environment names, if it does."""
-    rank, _, size = place()
+    rank, _, size = rank_info()
     if size == 1:
         alone = World(pick_device(device))
         if alone.device.index is not None:

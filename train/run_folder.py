@@ -39,7 +39,7 @@ def check_folder(config: TrainConfig) -> None:
     out = config.out
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: not a folder")
-    if out.exists() and any(not _is_nothing(path) for path in out.iterdir()):
+    if out.exists() and any(not _is_leftover(path) for path in out.iterdir()):
         if not _is_run(out):
             raise ValueError(f"{out}: not empty, and no run of shardtune; give another --out")
         if not (config.resume or config.overwrite):
@@ -48,7 +48,7 @@ def check_folder(config: TrainConfig) -> None:
         check_inputs(config)
 
 
-def _is_nothing(path: Path) -> bool:
+def _is_leftover(path: Path) -> bool:
     """Whether it is what a run leaves that is killed before its first file has its name."""
     name = path.name
     return name == LOCK or (name.endswith(PARTIAL) and name.removesuffix(PARTIAL) in ENTRIES)

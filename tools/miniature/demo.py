@@ -64,7 +64,7 @@ def run_demo(out: Path, run: Run) -> Path:
 
 
 def _write_data(out: Path) -> None:
-    click.secho("Draw 120 captioned hearts and moons, and 120 pictures of old shapes.", bold=True)
+    click.secho("Draw 120 captioned hearts and moons, and 120 images of old shapes.", bold=True)
     click.secho(f"$ python -m tools.miniature.data {shlex.quote(str(out))}", fg="cyan")
     write_sample_set(out / "new")
     write_prior_set(out / "old")
@@ -99,8 +99,8 @@ def _finish(out: Path, scenes: Scenes, seconds: float) -> Path:
         [out / "after" / f"{n:06d}.png" for n in shown],
         footer="\n".join(lines),
     ).save(picture)
-    click.secho("\nShares of the pictures that show what their prompt says", bold=True)
+    click.secho("\nShares of the images that show what their prompt says", bold=True)
     click.echo("\n".join(lines))
     click.echo(f"\nDone in {seconds:.0f} s. Look at {picture}; the rest lies beside it:")
-    click.echo("  new/ old/ (data sets), cache-new/ cache-old/, run/ (the LoRA), before/ after/")
+    click.echo("  new/ old/ (datasets), cache-new/ cache-old/, run/ (the LoRA), before/ after/")
     return picture

@@ -46,7 +46,7 @@ class Score:
 
     def __str__(self) -> str:
         return (
-            f"shape {self.shape:.2f}, colours {self.colours:.2f}, both {self.both:.2f}, "
+            f"shape {self.shape:.2f}, colors {self.colours:.2f}, both {self.both:.2f}, "
             f"IoU {self.overlap:.2f} (n = {self.num})"
         )
 
