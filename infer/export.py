@@ -15,15 +15,16 @@ from infer.export_model import export_model
 from infer.export_settings import ExportSettings
 from runtime.devices import DTYPES
 from runtime.files import write_durable
-from sdxl.adapted import Adapted
 from sdxl.base import model_config
-from sdxl.card import Card
 from sdxl.load import bare_model
-from sdxl.lora_fit import fit
-from sdxl.lora_formats import UNET, LoraFile, read_lora_file
-from sdxl.lora_write import Parts, diffusers_bytes, kohya_bytes
+from sdxl.lora.apply import fit
+from sdxl.lora.names import UNET
+from sdxl.lora.read import LoraFile, read_lora_file
+from sdxl.lora.weights import Adapted
+from sdxl.lora.write import Parts, diffusers_bytes, kohya_bytes
+from sdxl.metadata import Card
 from sdxl.single_file import sdxl_config
-from sdxl.tensor_digest import check_written
+from sdxl.tensor_files import check_written
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from runtime.files import (
 )
 from runtime.locks import locked
 from sdxl.base import base_path
-from sdxl.lora_formats import find_lora
+from sdxl.lora.read import find_lora
 
 STILL_GOOD = "What was there before is as it was."
 FOLDERS = ("scheduler", "unet")  # of a UNet folder; the UNet last: without it the folder is none

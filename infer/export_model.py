@@ -13,16 +13,24 @@ import torch
 from infer.export_files import new_file, new_folder
 from infer.export_settings import ExportSettings
 from sdxl.base import find_weights, model_config, read_config, scheduler_config, vae_config
-from sdxl.card import ARCHITECTURE, Card, base_license, base_name, read_card
 from sdxl.load import load_text_encoders, load_unet, load_unet_folder, load_vae
-from sdxl.long_captions import read_long_captions, write_long_captions
-from sdxl.lora_formats import read_lora_file
-from sdxl.lora_merge import merged_weights
+from sdxl.lora.apply import merged_weights
+from sdxl.lora.read import read_lora_file
+from sdxl.metadata import (
+    ARCHITECTURE,
+    Card,
+    Schedule,
+    base_license,
+    base_name,
+    read_card,
+    read_long_captions,
+    schedule_beside,
+    write_long_captions,
+    write_schedule,
+)
 from sdxl.original_file import Part, write_original
-from sdxl.schedule import Schedule, schedule_beside, write_schedule
-from sdxl.settled import settle
 from sdxl.single_file import read_header
-from sdxl.tensor_digest import check_written, digest_metadata
+from sdxl.tensor_files import check_written, digest_metadata, settle
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TEXT = ("text_encoder", "text_encoder_2")

@@ -31,7 +31,7 @@ from runtime.files import (
     writing,
 )
 from runtime.locks import locked
-from sdxl.sheet import contact_sheet
+from sdxl.contact_sheet import contact_sheet
 
 SHEET = "contact-sheet.png"
 LOCK = "generate.lock"  # while a run draws into the folder

@@ -20,7 +20,7 @@ from infer.weights import Weights, enable_loras
 from runtime.devices import exact_fp32
 from runtime.workers import WorkQueue
 from sdxl.conditioning import Conditioning, TextEncoders
-from sdxl.lora_files import apply_text_loras
+from sdxl.lora.apply import apply_text_loras
 from sdxl.sampling import decode_latents, sample_latents, starting_noise, time_ids_of
 
 UNET_BYTES = 500  # of activations for each pixel of each row of a batch in fp16; estimated

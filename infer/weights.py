@@ -18,11 +18,11 @@ from sdxl.base import (
 )
 from sdxl.fingerprint import config_digest, file_digest, tokenizer_digest, weights_digest
 from sdxl.load import load_unet, load_unet_folder, load_vae
-from sdxl.long_captions import read_long_captions
-from sdxl.lora_files import apply_loras, merged_parts, read_num_chunks, read_schedule
-from sdxl.lora_formats import LORA, find_lora
-from sdxl.samplers import load_sampler
-from sdxl.schedule import Schedule, schedule_beside
+from sdxl.lora.apply import apply_loras, merged_parts, read_num_chunks, read_schedule
+from sdxl.lora.names import LORA
+from sdxl.lora.read import find_lora
+from sdxl.metadata import Schedule, read_long_captions, schedule_beside
+from sdxl.sampling import load_sampler
 from sdxl.tokenizers import find_tokenizer
 
 EMA = "ema"  # in a checkpoint: the averaged weights, in a folder like the checkpoint itself

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from sdxl.contact_sheet import MOST, TILE, contact_sheet
 from sdxl.latent_rgb import latents_to_rgb
-from sdxl.sheet import MOST, TILE, contact_sheet
 from shards import CacheError
 from shards.buckets import bucket_name, cover
 from shards.reader import Cache, Shard

@@ -8,9 +8,8 @@ from typing import Any
 
 from runtime.documents import read_json_object
 from sdxl import BaseError
-from sdxl.config_check import check_config
+from sdxl.checks import check_channels, check_config
 from sdxl.hub import fetch_component
-from sdxl.other_models import check_channels
 from sdxl.single_file import CLASSES, PICKLES, SingleFile, sdxl_config
 
 MINIATURE = "miniature"  # names the base that comes with the checkout

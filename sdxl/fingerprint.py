@@ -20,7 +20,7 @@ import numpy as np
 from runtime.files import canonical_json, file_sha256, seal, unseal, user_cache, write_durable
 from sdxl import BaseError
 from sdxl.base import ENCODERS, base_path, component_path, find_weights
-from sdxl.original import modern_name
+from sdxl.original_names import modern_name
 from sdxl.single_file import SingleFile, Tensor, read_header
 from sdxl.tokenizers import TokenizerFiles
 

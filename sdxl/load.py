@@ -13,9 +13,9 @@ from safetensors import SafetensorError, safe_open
 from runtime.text import first_line
 from sdxl import BaseError
 from sdxl.base import config_at, find_weights, model_config, scheduler_config, vae_config
-from sdxl.original import modern_name
+from sdxl.original_names import modern_name
 from sdxl.single_file import SingleFile
-from sdxl.tensor_digest import check_digest
+from sdxl.tensor_files import check_digest
 from sdxl.tokenizers import VOCAB_SIZE, find_tokenizer
 
 

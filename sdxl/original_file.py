@@ -12,10 +12,10 @@ import torch
 
 from runtime.files import durable_file
 from sdxl.fingerprint import config_digest
-from sdxl.original import LOGIT_SCALE, PREFIXES, OriginalNames
-from sdxl.schedule import Schedule
+from sdxl.metadata import Schedule
+from sdxl.original_names import LOGIT_SCALE, PREFIXES, OriginalNames
 from sdxl.single_file import CONFIGS_KEY, V_PRED, ZERO_SNR, sdxl_config
-from sdxl.tensor_digest import (
+from sdxl.tensor_files import (
     DTYPES,
     KEY,
     METADATA_KEY,

@@ -13,9 +13,8 @@ from typing import Any
 
 from runtime.documents import open_regular, parse_json, read_json_object
 from sdxl import BaseError
-from sdxl.config_check import check_config
-from sdxl.original import PREFIXES, OriginalNames, modern_name
-from sdxl.other_models import check_channels, check_context, check_names, content_of
+from sdxl.checks import check_channels, check_config, check_context, check_names, content_of
+from sdxl.original_names import PREFIXES, OriginalNames, modern_name
 
 CONFIGS = Path(__file__).with_name("configs")  # SDXL's own
 CONFIGS_KEY = "shardtune.configs"  # in a file's metadata: those of models of other sizes

@@ -7,7 +7,7 @@ import struct
 from pathlib import Path
 
 from sdxl.base import find_weights, model_config, scheduler_config, zeros_for_empty_prompt
-from sdxl.original import PREFIXES
+from sdxl.original_names import PREFIXES
 from sdxl.prompts import read_prompts
 from sdxl.single_file import SingleFile
 from sdxl.tokenizers import find_tokenizer

@@ -10,10 +10,9 @@ import torch
 
 from sdxl.base import read_config
 from sdxl.load import bare_model
-from sdxl.lora_files import num_lora_parameters, read_num_chunks, read_schedule
-from sdxl.lora_fit import fit
-from sdxl.lora_formats import UNET, read_lora_file
-from sdxl.lora_merge import merged_weights
+from sdxl.lora.apply import fit, merged_weights, num_lora_parameters, read_num_chunks, read_schedule
+from sdxl.lora.names import UNET
+from sdxl.lora.read import read_lora_file
 from tests.mutations import Try, ending
 
 BLOCK = "lora_unet_input_blocks_3_1_transformer_blocks_0_"

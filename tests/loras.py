@@ -11,9 +11,10 @@ import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from made import learner_of
 
-from sdxl.card import Card
-from sdxl.lora_formats import KOHYA, LORA, read_lora_file
-from sdxl.lora_write import kohya_bytes, lora_bytes
+from sdxl.lora.names import KOHYA, LORA
+from sdxl.lora.read import read_lora_file
+from sdxl.lora.write import kohya_bytes, lora_bytes
+from sdxl.metadata import Card
 
 Tensors = dict[str, torch.Tensor]
 

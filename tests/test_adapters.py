@@ -12,7 +12,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 
 from sdxl.load import load_unet
-from sdxl.lora_formats import KOHYA, LORA
+from sdxl.lora.names import KOHYA, LORA
 from shards.reader import Cache
 from train.adapters import add_adapter, trainable
 from train.config import CacheUse, TrainConfig

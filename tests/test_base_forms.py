@@ -14,7 +14,7 @@ from sdxl import BaseError
 from sdxl.base import component_path, find_weights, model_config, scheduler_config
 from sdxl.fingerprint import tensors_digest, weights_digest
 from sdxl.load import load_text_encoders, load_unet
-from sdxl.original import PREFIXES
+from sdxl.original_names import PREFIXES
 from sdxl.single_file import CONFIGS_KEY
 from tests.singles import parts_of, rewrite, write_single
 

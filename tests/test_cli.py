@@ -12,7 +12,7 @@ from made import config_of
 
 import cli
 from runtime.recipes import read_recipe
-from sdxl.lora_formats import KOHYA, LORA
+from sdxl.lora.names import KOHYA, LORA
 from train.report import describe_result
 
 

@@ -8,8 +8,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from made import config_of, learner_of, made_batch, made_sample, parameters_of, same, write_cache
 
-from sdxl.lora_formats import LORA
-from sdxl.lora_write import lora_state
+from sdxl.lora.names import LORA
+from sdxl.lora.write import lora_state
 from shards.reader import Cache
 from train.ema import Ema
 from train.learner import evaluate, train_step

@@ -20,10 +20,11 @@ import infer.export_model
 from infer.export import export
 from infer.export_settings import ExportSettings
 from sdxl.base import scheduler_config
-from sdxl.card import read_card
 from sdxl.load import load_text_encoders, load_unet, load_unet_folder, load_vae
-from sdxl.lora_files import load_lora
-from sdxl.lora_formats import KOHYA, LORA, UNET, read_lora_file
+from sdxl.lora.apply import load_lora
+from sdxl.lora.names import KOHYA, LORA, UNET
+from sdxl.lora.read import read_lora_file
+from sdxl.metadata import read_card
 from shards.reader import Cache
 from tools.random_base import make_random_base
 

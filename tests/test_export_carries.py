@@ -14,10 +14,10 @@ from infer.export_settings import ExportSettings
 from infer.settings import GenerateSettings, LoraUse
 from infer.weights import Weights
 from sdxl.base import scheduler_config
-from sdxl.card import Card
 from sdxl.load import load_vae
-from sdxl.lora_formats import KOHYA, LORA
-from sdxl.lora_write import lora_bytes
+from sdxl.lora.names import KOHYA, LORA
+from sdxl.lora.write import lora_bytes
+from sdxl.metadata import Card
 from tools.random_base import make_random_base
 
 

@@ -12,7 +12,7 @@ from infer.export import export
 from infer.export_settings import ExportSettings
 from runtime.files import aside_of
 from runtime.locks import locked
-from sdxl.lora_formats import LORA
+from sdxl.lora.names import LORA
 
 COMMON: dict[str, Any] = {"merge": True, "overwrite": True}
 

@@ -15,7 +15,7 @@ import infer.generate
 from infer.folder import PictureFolder
 from infer.pictures import SETTINGS_KEY, read_record, stale_because
 from runtime.files import aside_of, set_aside
-from sdxl.sheet import contact_sheet
+from sdxl.contact_sheet import contact_sheet
 
 SHORT: dict[str, Any] = {"num_steps": 1}
 

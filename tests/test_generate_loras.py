@@ -27,9 +27,9 @@ from infer.export import export
 from infer.export_settings import ExportSettings
 from infer.generate import _about, _plan, make_studio
 from infer.settings import GenerateSettings, LoraUse
-from sdxl.card import Card
-from sdxl.lora_formats import KOHYA, LORA
-from sdxl.lora_write import lora_bytes
+from sdxl.lora.names import KOHYA, LORA
+from sdxl.lora.write import lora_bytes
+from sdxl.metadata import Card
 from train.config import Every
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from cli import commands
 from precompute.sheets import BOX, CUT_AWAY, frame
-from sdxl.sheet import LINE, TILE
+from sdxl.contact_sheet import LINE, TILE
 from shards.reader import Cache
 from shards.sample import Sample
 from tests.conftest import Encode

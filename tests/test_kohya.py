@@ -21,16 +21,14 @@ from loras import (
 )
 from safetensors import safe_open
 
-from sdxl.adapted import Adapted
-from sdxl.card import Card
-from sdxl.kohya import kohya_keys, kohya_metadata, kohya_state
 from sdxl.load import bare_model, load_unet
-from sdxl.lora_files import load_lora
-from sdxl.lora_fit import adaptable
-from sdxl.lora_formats import KOHYA, UNET
-from sdxl.settled import settled_bytes
+from sdxl.lora.apply import adaptable, load_lora
+from sdxl.lora.names import KOHYA, UNET, kohya_keys
+from sdxl.lora.weights import Adapted
+from sdxl.lora.write import kohya_metadata, kohya_state
+from sdxl.metadata import Card
 from sdxl.single_file import sdxl_config
-from sdxl.tensor_digest import KEY, METADATA_KEY
+from sdxl.tensor_files import KEY, METADATA_KEY, settled_bytes
 from train.adapters import TARGETS
 
 # sha256 of the lines "name [shape]" of the UNet's part of a rank 8 LoRA on all linears of SDXL's

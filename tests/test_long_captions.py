@@ -17,8 +17,8 @@ from infer.generate import generate
 from infer.settings import GenerateSettings, LoraUse
 from precompute.prompts import change_prompts
 from sdxl.conditioning import TextEncoders
-from sdxl.long_captions import read_long_captions
-from sdxl.lora_files import read_num_chunks
+from sdxl.lora.apply import read_num_chunks
+from sdxl.metadata import read_long_captions
 from shards.reader import Cache
 from tests.conftest import Encode
 from tests.made import config_of

@@ -19,8 +19,9 @@ from lycoris.modules.lokr import LokrModule
 from lycoris.modules.norms import NormModule
 
 from sdxl.load import load_unet
-from sdxl.lora_formats import UNET, read_lora_file
-from sdxl.lora_merge import merge_loras, merged_weights
+from sdxl.lora.apply import merge_loras, merged_weights
+from sdxl.lora.names import UNET
+from sdxl.lora.read import read_lora_file
 
 Tensors = dict[str, torch.Tensor]
 BLOCK = "down_blocks.1.attentions.0"

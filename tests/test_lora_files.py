@@ -27,13 +27,13 @@ from loras import (
 from made import made_batch
 
 from sdxl.base import read_config
-from sdxl.card import Card
 from sdxl.load import bare_model, load_text_encoders, load_unet
-from sdxl.lora_files import apply_loras, apply_text_loras, load_lora, num_lora_parameters
-from sdxl.lora_fit import fit
-from sdxl.lora_formats import KOHYA, LORA, UNET, read_lora_file
-from sdxl.lora_write import diffusers_bytes
-from sdxl.original import OriginalNames
+from sdxl.lora.apply import apply_loras, apply_text_loras, fit, load_lora, num_lora_parameters
+from sdxl.lora.names import KOHYA, LORA, UNET
+from sdxl.lora.read import read_lora_file
+from sdxl.lora.write import diffusers_bytes
+from sdxl.metadata import Card
+from sdxl.original_names import OriginalNames
 
 RANK = 8
 

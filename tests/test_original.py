@@ -15,9 +15,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from sdxl.base import model_config
 from sdxl.fingerprint import config_digest, weights_digest
 from sdxl.load import load_text_encoders, load_unet, load_vae
-from sdxl.original import PREFIXES, OriginalNames
+from sdxl.metadata import Schedule
 from sdxl.original_file import Part, configs_metadata, original_shapes, write_original
-from sdxl.schedule import Schedule
+from sdxl.original_names import PREFIXES, OriginalNames
 from sdxl.single_file import read_header, sdxl_config
 from tests.singles import MODELS, parts_of, write_single
 

@@ -12,9 +12,9 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from drawing import PROMPTS, check_same, differ, draw, drawn_by, reference
 
+from sdxl.metadata import Schedule
 from sdxl.prompts import SAMPLERS
-from sdxl.samplers import load_sampler
-from sdxl.schedule import Schedule
+from sdxl.sampling import load_sampler
 
 THEIRS: dict[str, tuple[str, dict[str, Any]]] = {
     "euler": ("EulerDiscreteScheduler", {}),

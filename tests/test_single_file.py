@@ -21,8 +21,8 @@ from sdxl import BaseError
 from sdxl.base import scheduler_config, vae_config
 from sdxl.fingerprint import tokenizer_digest, weights_digest
 from sdxl.load import load_scheduler, load_tokenizers, load_vae
-from sdxl.original import PREFIXES
-from sdxl.schedule import Schedule
+from sdxl.metadata import Schedule
+from sdxl.original_names import PREFIXES
 from sdxl.tokenizers import find_tokenizer
 from shards.manifest import SCAN, read_manifest
 from shards.reader import Cache
@@ -185,7 +185,7 @@ def test_what_it_predicts_is_read(
     run(cache, path, tmp_path / "run", steps=1)
     about = json.loads((tmp_path / "run" / "config.json").read_bytes())
     assert about["resolved_prediction_type"] == kind
-    written = sdxl.lora_files.read_schedule(tmp_path / "run" / LORA)
+    written = sdxl.lora.apply.read_schedule(tmp_path / "run" / LORA)
     assert (written.prediction_type, bool(written.zero_snr)) == (kind, bool(zero_snr))
 
 

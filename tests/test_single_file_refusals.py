@@ -13,7 +13,7 @@ from click.testing import CliRunner
 import cli
 from sdxl import BaseError
 from sdxl.load import load_text_encoders, load_tokenizers, load_unet, load_vae
-from sdxl.original import PREFIXES
+from sdxl.original_names import PREFIXES
 from tests.singles import MODELS, parts_of, rewrite, write_single
 from tests.test_promise import TOKENIZERS
 

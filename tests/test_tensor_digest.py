@@ -15,10 +15,11 @@ from safetensors import safe_open
 from infer.export import export
 from infer.export_settings import ExportSettings
 from sdxl.load import load_unet, load_unet_folder
-from sdxl.lora_files import apply_loras, load_lora
-from sdxl.lora_formats import KOHYA, LORA, read_lora_file
+from sdxl.lora.apply import apply_loras, load_lora
+from sdxl.lora.names import KOHYA, LORA
+from sdxl.lora.read import read_lora_file
 from sdxl.single_file import read_header
-from sdxl.tensor_digest import DTYPES, KEY, METADATA_KEY, check_digest, digest_metadata
+from sdxl.tensor_files import DTYPES, KEY, METADATA_KEY, check_digest, digest_metadata
 from train.distributed import World
 from train.weights import write_tensors
 
@@ -129,7 +130,7 @@ def test_a_flipped_lora_is_refused_wherever_it_is_read(
 def test_a_flipped_unet_is_refused_in_any_of_its_files(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sdxl.card import Card
+    from sdxl.metadata import Card
 
     learner = learner_of(base, full=True)
     monkeypatch.setattr("train.weights.MAX_FILE_BYTES", 1_000_000)

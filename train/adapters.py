@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 
-from sdxl.lora_files import load_lora, read_lora
+from sdxl.lora.apply import load_lora, read_lora
 from train.config import TrainConfig
 
 _ATTENTION = r"attn\d\.(to_k|to_q|to_v|to_out\.0)"

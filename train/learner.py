@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from runtime.devices import Precision, exact_fp32, pick_precision
 from sdxl.base import scheduler_config
-from sdxl.schedule import Schedule
+from sdxl.metadata import Schedule
 from shards.batches import Batch, Reader
 from shards.plan import Plan, Share
 from shards.reader import Cache, read_ahead

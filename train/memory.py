@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from runtime.devices import DTYPES
 from sdxl.base import model_config
-from sdxl.lora_files import num_lora_parameters
+from sdxl.lora.apply import num_lora_parameters
 from shards.buckets import Size
 from train.adapters import add_adapter, spare_casts, trainable
 from train.checks import check_processes

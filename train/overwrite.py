@@ -20,7 +20,7 @@ from pathlib import Path
 
 from runtime.files import PARTIAL, fsync_folder, remove_path
 from sdxl.base import base_path
-from sdxl.lora_formats import KOHYA, LORA
+from sdxl.lora.names import KOHYA, LORA
 from train.config import TrainConfig
 
 CONFIG = "config.json"

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from sdxl.lora_formats import KOHYA
+from sdxl.lora.names import KOHYA
 from train.config import TrainConfig
 
 UIS = "ComfyUI, A1111, InvokeAI and sd-scripts"

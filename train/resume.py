@@ -10,7 +10,8 @@ from runtime.devices import pick_precision
 from runtime.files import content_digest
 from sdxl.base import component_path, scheduler_config
 from sdxl.fingerprint import file_digest, weights_digest
-from sdxl.lora_formats import LORA, find_lora
+from sdxl.lora.names import LORA
+from sdxl.lora.read import find_lora
 from shards.plan import Plan, Share
 from shards.reader import Cache, groups_of
 from train.checkpoint import load_checkpoint, newest_checkpoint

@@ -11,7 +11,7 @@ from typing import Any
 from runtime.documents import MAX_JSON_BYTES, read_bounded
 from runtime.files import DIGEST, PARTIAL, canonical_json, seal, unseal, write_durable, writing
 from runtime.locks import locked
-from sdxl.card import base_name
+from sdxl.metadata import base_name
 from shards.plan import Plan
 from train.adapters import trainable
 from train.checkpoint import STATE, numbered

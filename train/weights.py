@@ -32,13 +32,17 @@ from runtime.files import (
     writing,
 )
 from sdxl.base import find_weights
-from sdxl.card import Card, base_license, base_name
-from sdxl.long_captions import write_long_captions
-from sdxl.lora_formats import KOHYA, LORA
-from sdxl.lora_write import PREFIX, lora_bytes
-from sdxl.schedule import Schedule, write_schedule
-from sdxl.settled import settle
-from sdxl.tensor_digest import digest_metadata
+from sdxl.lora.names import KOHYA, LORA
+from sdxl.lora.write import PREFIX, lora_bytes
+from sdxl.metadata import (
+    Card,
+    Schedule,
+    base_license,
+    base_name,
+    write_long_captions,
+    write_schedule,
+)
+from sdxl.tensor_files import digest_metadata, settle
 from shards.buckets import Size
 from shards.reader import Cache, groups_of
 from train.adapters import trainable

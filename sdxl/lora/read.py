@@ -20,66 +20,28 @@ import regex
 import torch
 from safetensors import SafetensorError, safe_open
 
-from sdxl.adapted import Adapted
-from sdxl.card import Card, read_card
-from sdxl.lora_deltas import NAMES, Algorithm, Delta, find_algorithm
-from sdxl.tensor_digest import check_digest
+from sdxl.lora.names import (
+    EXTRAS,
+    LORA,
+    METADATA_KEY,
+    NUMBERS,
+    OLD_NAMES,
+    OURS,
+    PEFT,
+    PEFT_CONFIG,
+    PREFIXES,
+    TENSORS,
+    UNET,
+    UNSUPPORTED,
+)
+from sdxl.lora.weights import NAMES, Adapted, Algorithm, Delta, find_algorithm
+from sdxl.metadata import Card, read_card
+from sdxl.tensor_files import check_digest
 
-LORA = "pytorch_lora_weights.safetensors"  # the name load_lora_weights looks for in a folder
-KOHYA = "kohya_lora_weights.safetensors"  # beside it, for the UIs
-PEFT = "adapter_model.safetensors"
-PEFT_CONFIG = "adapter_config.json"
-METADATA_KEY = "lora_adapter_metadata"  # diffusers.loaders.lora_base
-OURS = "shardtune."  # in that metadata; diffusers looks at a part's own prefix alone
-UNET = "unet"
 MOST_LETTERS = 300  # of a tensor's name
 PATTERN_SECONDS = 1.0
-_TEXT = ("text_encoder", "text_encoder_2")
-PREFIXES = {  # of a tensor's name, longest first where one begins another
-    "lora_unet_": UNET,
-    "lycoris_": UNET,
-    "lora_te1_": _TEXT[0],
-    "lora_te2_": _TEXT[1],
-    "lora_te_": _TEXT[0],
-    "base_model.model.": UNET,
-    "model.diffusion_model.": UNET,
-    "diffusion_model.": UNET,
-    "text_encoders.clip_l.transformer.": _TEXT[0],
-    "text_encoders.clip_g.transformer.": _TEXT[1],
-    "text_encoder.": _TEXT[0],
-    "text_encoder_2.": _TEXT[1],
-    "clip_l.": _TEXT[0],
-    "clip_g.": _TEXT[1],
-    "unet.": UNET,
-}
-EXTRAS = {  # what tools bundle with a LoRA and no weight of the models is made of
-    "bundle_emb.": "bundled embeddings",
-    "_aux.": "auxiliary tensors",
-}
-_TENSORS = {
-    "down": r"\.(lora_down|lora_A|lora\.down|lora_linear_layer\.down)(\.\w+)?\.weight",
-    "up": r"\.(lora_up|lora_B|lora\.up|lora_linear_layer\.up)(\.\w+)?\.weight",
-    "mid": r"\.lora_mid\.weight",
-    "magnitude": r"\.lora_magnitude_vector(\.\w+)?(\.weight)?",
-}
-_NUMBERS = frozenset({"alpha", "scalar", "on_input"})
 _FACTORS = frozenset({"a1", "a2", "b1", "b2", "bm"})  # of GLoRA: layers, with ``.weight`` behind
-_PLAIN = NAMES - _FACTORS - _TENSORS.keys() - {"weight", "boft_blocks"}  # as they stand in a file
-_OLD = (  # diffusers before peft kept attention's in its processors
-    (r"\.processor\.to_out_lora\.", r".to_out.0.lora."),
-    (r"\.processor\.to_([qkv])_lora\.", r".to_\1.lora."),
-    (r"\.self_attn\.to_out_lora\.", r".self_attn.out_proj.lora."),
-    (r"\.self_attn\.to_([qkv])_lora\.", r".self_attn.\1_proj.lora."),
-)
-_KINDS = {  # what is known by name only
-    r"\.oft_R\b|\.boft_[Rs]\b": "an OFT in peft's form",
-    r"\.bias_(indices|values|size)$": "a LoRA with sparse differences",
-    r"\.([qp]_layer\.weight|lambda_layer)$": "a T-LoRA",
-    r"\.(set_weight|reshape_weight)$": "weights that replace the base's",
-    r"\.vera_lambda_": "a VeRA",
-    r"\.lokr_t1$": "a LoKr with a core in its first factor",
-    r"^(clip_[lg]|emb_params|string_to_param.*)$": "an embedding and no LoRA",
-}
+_PLAIN = NAMES - _FACTORS - TENSORS.keys() - {"weight", "boft_blocks"}  # as they stand in a file
 _READ = "LoRA, rsLoRA, LoCon, DoRA and LyCORIS can be read"
 
 
@@ -134,12 +96,6 @@ def lora_card(metadata: dict[str, str]) -> Card:
     settings = _settings(metadata)
     ours = {n.removeprefix(OURS): v for n, v in settings.items() if n.startswith(OURS)}
     return Card.of(ours) if ours else read_card(metadata)
-
-
-def long_name(name: str) -> str:
-    """A text encoder's module with the level of names that transformers 5.6 dropped and files of
-    LoRAs keep."""
-    return name if name.startswith(("text_model.", "text_projection")) else f"text_model.{name}"
 
 
 def find_lora(path: Path) -> Path:
@@ -252,7 +208,7 @@ def _kind(names: Mapping[str, Any]) -> str:
 def _parse(path: Path, name: str, names: Mapping[str, Any]) -> tuple[str, str, str]:
     """(part of the model, module, which of its tensors). ``names`` are all of the file."""
     short = name
-    for old, new in _OLD:
+    for old, new in OLD_NAMES:
         short = re.sub(old, new, short)
     module, what = _suffix(short, names)
     if what:
@@ -261,7 +217,7 @@ def _parse(path: Path, name: str, names: Mapping[str, Any]) -> tuple[str, str, s
         if prefix == "base_model.model.":
             module = module.removeprefix("unet.")
         return PREFIXES.get(prefix, UNET), module, what
-    for pattern, kind in _KINDS.items():
+    for pattern, kind in UNSUPPORTED.items():
         if re.search(pattern, name):
             raise ValueError(f"{path}: {kind} ({name}); {_READ}")
     if not any(_suffix(one, names)[1] for one in names):
@@ -271,7 +227,7 @@ def _parse(path: Path, name: str, names: Mapping[str, Any]) -> tuple[str, str, s
 
 def _suffix(name: str, names: Mapping[str, Any]) -> tuple[str, str]:
     """(module, which of its tensors), the latter empty where it is none of a LoRA."""
-    for what, pattern in _TENSORS.items():
+    for what, pattern in TENSORS.items():
         if match := re.search(f"{pattern}$", name):
             return name[: match.start()], what
     module, _, what = name.rpartition(".")
@@ -318,8 +274,8 @@ def _module(
     if len(halves := {"down", "up"} & tensors.keys()) == 1:
         missing = "up" if "down" in halves else "down"
         raise ValueError(f"{path}: damaged or no LoRA: {module} has no {missing} weight")
-    numbers = {n: _number(path, module, n, t) for n, t in tensors.items() if n in _NUMBERS}
-    factors = {name: t for name, t in tensors.items() if name not in _NUMBERS}
+    numbers = {n: _number(path, module, n, t) for n, t in tensors.items() if n in NUMBERS}
+    factors = {name: t for name, t in tensors.items() if name not in NUMBERS}
     for name, tensor in factors.items():
         if not tensor.is_floating_point() or not tensor.numel():
             kind = str(tensor.dtype).removeprefix("torch.")

@@ -1,16 +1,102 @@
-"""What a file of weights says of itself in its metadata. Imports no torch."""
+"""What weights say of themselves: noise schedule, length of captions, base, license, buckets.
+
+A LoRA file has all of it in its metadata. A UNet folder has its schedule in a ``scheduler/``
+beside it, and the rest in a file of its own. Imports no torch.
+"""
 
 import json
 import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
-from runtime.documents import parse_json, read_bounded
-from sdxl.base import base_path, component_path
-from sdxl.schedule import Schedule
+from runtime.documents import parse_json, read_bounded, read_json_object
+from sdxl.base import base_path, component_path, read_config, scheduler_config
 from sdxl.single_file import read_header
+
+CONFIG = "scheduler_config.json"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What ``load_scheduler`` is told; None: what the base says."""
+
+    prediction_type: str | None = None
+    zero_snr: bool | None = None
+
+    @classmethod
+    def of_config(cls, config: dict[str, Any]) -> "Schedule":
+        """From a scheduler's config, or a LoRA's metadata."""
+        kind, zero = config.get("prediction_type"), config.get("rescale_betas_zero_snr")
+        return cls(
+            kind if isinstance(kind, str) else None, zero if isinstance(zero, bool) else None
+        )
+
+    def to_config(self) -> dict[str, Any]:
+        return {
+            "prediction_type": self.prediction_type,
+            "rescale_betas_zero_snr": self.zero_snr,
+        }
+
+
+def write_schedule(base: str, schedule: Schedule, folder: Path) -> None:
+    """The base's scheduler, told ``schedule``, as ``folder/scheduler/``: with ``unet/`` beside it
+    a diffusers folder says what it is."""
+    config = {**scheduler_config(base), **schedule.to_config()}
+    if schedule.zero_snr:
+        config["timestep_spacing"] = "trailing"
+    (folder / "scheduler").mkdir(exist_ok=True)
+    (folder / "scheduler" / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def schedule_beside(unet: Path) -> Schedule:
+    """What the ``scheduler/`` beside a UNet's folder says; nothing where there is none."""
+    folder = unet.parent / "scheduler"
+    if not (folder / CONFIG).is_file():
+        return Schedule()
+    return Schedule.of_config(read_config(folder))
+
+
+# How many chunks of 77 tokens a fine-tune learned its captions in: prompts are encoded so too.
+# Where nothing is written it is 1.
+
+NAME = "long_captions"
+NOTE = "shardtune.json"  # beside the weights; diffusers reads past it
+
+
+def write_long_captions(unet: Path, num_chunks: int) -> None:
+    """Say it of a UNet's folder."""
+    if num_chunks > 1:
+        (unet / NOTE).write_text(json.dumps({NAME: num_chunks}) + "\n")
+
+
+def read_long_captions(unet: Path) -> int:
+    """What a UNet's folder says.
+
+    Raises:
+        ValueError: the file is not what ``write_long_captions`` wrote.
+    """
+    try:
+        return check_long_captions(read_json_object(unet / NOTE)[NAME])
+    except FileNotFoundError:
+        return 1
+    except (ValueError, KeyError):
+        raise ValueError(f"{unet / NOTE}: damaged; without it captions have one chunk") from None
+
+
+def check_long_captions(value: object) -> int:
+    """
+    Raises:
+        ValueError: not a number of chunks.
+    """
+    if type(value) is not int or not 1 <= value <= 32:
+        raise ValueError(f"{NAME} must be from 1 to 32, not {value!r}")
+    return value
+
+
+# The card: everything that a file of weights says of itself in its metadata.
 
 KEY = "shardtune"  # of the metadata; its value is JSON
 MAX_README_BYTES = 1_000_000

@@ -2,6 +2,9 @@
 
 diffusers' has peft's names and, always, the adapter's own settings: without them a reader takes
 alpha = rank, and the strength is silently wrong.
+
+kohya's has, beside a module's two weights, ``alpha``: the strength is alpha / rank. DoRA's
+magnitude is ``dora_scale``. What a UI wants to know is in the metadata, all of it strings.
 """
 
 import json
@@ -15,12 +18,11 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
 
-from sdxl.adapted import Adapted
-from sdxl.card import Card
-from sdxl.kohya import kohya_metadata, kohya_state
-from sdxl.lora_formats import KOHYA, LORA, METADATA_KEY, OURS, UNET, long_name, lora_parts
-from sdxl.settled import settled_bytes
-from sdxl.tensor_digest import digest_metadata
+from sdxl.lora.names import KOHYA, LORA, METADATA_KEY, OURS, UNET, kohya_keys, long_name, text_keys
+from sdxl.lora.read import lora_parts
+from sdxl.lora.weights import Adapted
+from sdxl.metadata import ARCHITECTURE, Card
+from sdxl.tensor_files import digest_metadata, settled_bytes
 
 Parts = Mapping[str, Mapping[str, Adapted]]  # by unet, text_encoder, text_encoder_2; by module
 PREFIX = f"{UNET}."
@@ -116,3 +118,61 @@ def _settings(part: str, config: dict[str, Any]) -> dict[str, Any]:
         f"{part}.{name}": sorted(value) if isinstance(value := config[name], set) else value
         for name in _SETTINGS
     }
+
+
+def kohya_state(
+    parts: Mapping[str, Mapping[str, Adapted]], config: Mapping[str, Any]
+) -> dict[str, torch.Tensor]:
+    """The parts of a LoRA under kohya's keys, alpha in fp32. ``config`` is the UNet's.
+
+    There, rsLoRA's strength alpha / sqrt(r) is written as alpha sqrt(r) over r.
+
+    Raises:
+        ValueError: a module that the original layout does not have.
+    """
+    state: dict[str, torch.Tensor] = {}
+    for part, found in parts.items():
+        keys = kohya_keys(found, config) if part == UNET else text_keys(found, part)
+        for name, one in found.items():
+            if name not in keys:
+                raise ValueError(f"{name} has no name in the original layout: kohya's has no key")
+            key = keys[name]
+            state[f"{key}.lora_down.weight"] = one.down
+            state[f"{key}.lora_up.weight"] = one.up
+            state[f"{key}.alpha"] = torch.tensor(one.kohya_alpha)
+            if one.magnitude is not None:
+                shape = (-1, *[1] * (one.down.ndim - 1))  # [out, 1, ...]: a norm of each row
+                state[f"{key}.dora_scale"] = one.magnitude.reshape(shape)
+    return state
+
+
+def kohya_metadata(found: Mapping[str, Adapted], card: Card, resolution: int) -> dict[str, str]:
+    """What UIs read of a LoRA on SDXL, and the card. ``resolution``: the base's pixels a side."""
+    ranks = sorted({one.rank for one in found.values()})
+    alphas = sorted({one.kohya_alpha for one in found.values()})
+    several = "Dynamic"  # kohya's word
+    metadata = {
+        "ss_base_model_version": "sdxl_base_v1-0",  # without it UIs hide the file under SDXL
+        "ss_v2": "False",
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(ranks[0]) if len(ranks) == 1 else several,
+        "ss_network_alpha": str(alphas[0]) if len(alphas) == 1 else several,
+        **card.modelspec(f"{ARCHITECTURE}/lora", resolution),
+        **card.to_metadata(),
+    }
+    if any(one.down.ndim == 4 for one in found.values()):
+        conv = {"conv_dim": metadata["ss_network_dim"], "conv_alpha": metadata["ss_network_alpha"]}
+        metadata["ss_network_args"] = json.dumps(conv)
+    if card.buckets:
+        buckets = {
+            str(number): {"resolution": [width, height], "count": count}
+            for number, (width, height, count) in enumerate(card.buckets)
+        }
+        metadata["ss_bucket_info"] = json.dumps({"buckets": buckets})
+    stated = {
+        "ss_output_name": card.name,
+        "ss_sd_model_name": card.base,
+        "ss_steps": card.steps,
+        "ss_zero_terminal_snr": card.rescale_betas_zero_snr,
+    }
+    return metadata | {name: str(value) for name, value in stated.items() if value is not None}

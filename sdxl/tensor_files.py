@@ -1,4 +1,7 @@
-"""A digest of a safetensors file's tensors, in its own metadata: a flipped bit is never drawn with.
+"""safetensors files of ours: metadata in sorted order, and a digest of the tensors in it.
+
+safetensors writes several keys of metadata in an order of each process' own: equal content, other
+bytes. Sorted by name, equal content is equal bytes.
 
 ``shardtune.digest`` is ``LAYOUT-DATA``: xxh3 over the names, dtypes and shapes of the tensors, and
 over their bytes. It is of the tensors alone, so that other programs may edit the metadata. Where
@@ -11,14 +14,46 @@ import functools
 import json
 import mmap
 import re
+import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import safetensors.torch
 import torch
 import xxhash
 
 from sdxl import BaseError
 from sdxl.single_file import read_header
+
+
+def settled_bytes(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> bytes:
+    """A safetensors file of CPU tensors."""
+    data = safetensors.torch.save(
+        {name: tensor.contiguous() for name, tensor in tensors.items()}, metadata=metadata
+    )
+    (length,) = struct.unpack("<Q", data[:8])
+    return data[:8] + _settled(data[8 : 8 + length]) + data[8 + length :]
+
+
+def settle(path: Path) -> None:
+    """Sort the metadata of a safetensors file in place: one that nobody reads yet."""
+    with open(path, "r+b") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = _settled(file.read(length))
+        file.seek(8)
+        file.write(header)
+
+
+def _settled(header: bytes) -> bytes:
+    """The same header, as long as it was, with its metadata sorted by name."""
+    about = json.loads(header)
+    about["__metadata__"] = dict(sorted(about.get("__metadata__", {}).items()))
+    text = json.dumps(about, separators=(",", ":"), ensure_ascii=False).encode()
+    assert len(text) <= len(header), "a header that was not written by safetensors"
+    return text.ljust(len(header))
+
+
+# The digest of the tensors, kept in the file's own metadata: a flipped bit never makes an image.
 
 KEY = "shardtune.digest"
 METADATA_KEY = "shardtune.metadata_digest"  # of what else the metadata says, such as lora_alpha

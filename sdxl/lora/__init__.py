@@ -1,0 +1,1 @@
+"""LoRA files of every kind: read, matched to a model, applied, written."""

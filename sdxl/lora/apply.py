@@ -1,0 +1,356 @@
+"""LoRA files on a model: matched to its modules, then held by peft or merged into its weights."""
+
+import re
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from sdxl.lora.names import LORA as LORA
+from sdxl.lora.names import OURS, PREFIXES, UNET, key_table
+from sdxl.lora.read import LoraFile, find_lora, is_extra, lora_card, open_lora, read_lora_file
+from sdxl.lora.weights import Adapted, Delta
+from sdxl.lora.write import peft_config
+from sdxl.metadata import Card, Schedule, check_long_captions
+
+_OTHERS = {  # by names that only they have
+    r"(double|single)_blocks_|single_transformer_blocks_": "Flux",
+    r"transformer_blocks_\d+_(img|txt)_m(lp|od)": "Qwen-Image",
+    r"joint_blocks_|attn_add_[kqv]_proj|^lora_te3_": "SD3",
+    r"prior|down_blocks_\d+_\d+_(channelwise|attention)": "Stable Cascade",
+    r"(^|_)blocks_\d+_(self|cross)_attn_": "Wan",
+    r"(^|_)layers_\d+_(attention|feed_forward|adaLN)": "Lumina or Z-Image",
+}
+_CONTEXTS = {768: "SD 1", 1024: "SD 2", 2048: "SDXL"}  # the width of their text embeddings
+# SDXL has no attention at full resolution.
+_SD = r"down_blocks_0_attentions|up_blocks_3_attentions|(in|out)put_blocks_(1|2|9|10|11)_1_"
+_STATED = ("modelspec.architecture", "ss_base_model_version", "base_model")
+
+
+def adaptable(model: Any) -> dict[str, tuple[int, ...]]:
+    """The shapes of the weights that a LoRA can adapt, by their modules' names: [out, in] of
+    linears and [out, in, k, k] of convolutions, without regard to adapters that are there."""
+    found: dict[str, tuple[int, ...]] = {}
+    for name, module in model.named_modules():
+        if ".base_layer" in name or ".lora_" in name:
+            continue
+        layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        if isinstance(layer, torch.nn.Linear):
+            found[name] = (layer.out_features, layer.in_features)
+        elif isinstance(layer, torch.nn.Conv2d):
+            found[name] = (layer.out_channels, layer.in_channels, *layer.kernel_size)
+    return found
+
+
+def fit(file: LoraFile, part: str, model: Any) -> dict[str, Adapted]:
+    """A part of a LoRA file by the names of the modules of ``model``; of that the shapes are
+    enough (the meta device).
+
+    Raises:
+        ValueError: a module that the model does not have, or has in another shape; or the file
+            holds what can only be merged.
+    """
+    file.check_adapter(part)
+    shapes = adaptable(model)
+    found: dict[str, Adapted] = {}
+    for name, written, one in _by_name(file, part, shapes, model.config):
+        assert isinstance(one, Adapted)
+        found[name] = _adapter_of(file, written, one, shapes[name])
+    return found
+
+
+def fit_merged(file: LoraFile, part: str, model: Any) -> dict[str, Adapted | Delta]:
+    """The same of a file that is merged into ``model``: norms, embeddings and biases may change as
+    well.
+
+    Raises:
+        ValueError: a module that the model does not have, or has in another shape.
+    """
+    shapes, biases = dict(adaptable(model)), {}
+    for name, module in model.named_modules():
+        kinds = torch.nn.GroupNorm | torch.nn.LayerNorm | torch.nn.Embedding
+        if isinstance(module, kinds) and module.weight is not None:
+            shapes[name] = tuple(module.weight.shape)
+        bias = getattr(module, "bias", None)
+        biases[name] = tuple(bias.shape) if isinstance(bias, torch.Tensor) else None
+    found: dict[str, Adapted | Delta] = {}
+    for name, written, one in _by_name(file, part, shapes, model.config):
+        if isinstance(one, Adapted):
+            found[name] = _adapter_of(file, written, one, shapes[name])
+            continue
+        if one.has_weight and (reason := one.mismatch(shapes[name])):
+            raise _misfit(file, f"{written} ({one.algorithm.title}): {reason}")
+        if one.bias is not None and tuple(one.bias.shape) != biases[name]:
+            theirs, ours = list(one.bias.shape), biases[name]
+            is_for = "which has none here" if ours is None else f"not {list(ours)}"
+            raise _misfit(file, f"its {written} is for a bias of {theirs}, {is_for}")
+        found[name] = one
+    return found
+
+
+def _by_name(
+    file: LoraFile, part: str, shapes: Mapping[str, Any], config: Any
+) -> Iterator[tuple[str, str, Adapted | Delta]]:
+    """(module of the model, as the file writes it, what is learned of it)."""
+    is_unet = part == UNET
+    table = key_table(shapes, config) if is_unet else {_text_key(name): name for name in shapes}
+    seen = set()
+    for written, one in file.parts.get(part, {}).items():
+        key = written.replace(".", "_")
+        name = table.get(key if is_unet else _text_key(key))
+        if name is None:
+            raise _misfit(file, f"it adapts {written}, which this base does not have")
+        if name in seen:
+            raise ValueError(f"{file.path}: adapts {name} twice")
+        seen.add(name)
+        yield name, written, one
+
+
+def _adapter_of(file: LoraFile, written: str, one: Adapted, shape: tuple[int, ...]) -> Adapted:
+    """An adapter in the shape of the module it is for."""
+    down, up = _shaped(one.down, len(shape)), _shaped(one.up, len(shape))
+    if down.ndim != len(shape) or down.shape[1:] != shape[1:] or len(up) != shape[0]:
+        theirs = [len(up), *down.shape[1:]]
+        raise _misfit(file, f"its {written} is for weights of {theirs}, not {list(shape)}")
+    if up.ndim != len(shape) or up.shape[2:].numel() != 1:
+        raise ValueError(f"{file.path}: damaged: {written} has an up weight of {list(up.shape)}")
+    return replace(one, down=down, up=up)
+
+
+def _text_key(name: str) -> str:
+    """transformers' versions differ in a level of names."""
+    return name.replace(".", "_").removeprefix("text_model_")
+
+
+def _shaped(tensor: torch.Tensor, num_dims: int) -> torch.Tensor:
+    """A linear's as a matrix, where it was written as a 1x1 convolution's, and the other way."""
+    if num_dims == 2 and tensor.ndim == 4 and tensor.shape[2:] == (1, 1):
+        return tensor.flatten(1)
+    return tensor[..., None, None] if num_dims == 4 and tensor.ndim == 2 else tensor
+
+
+def _misfit(file: LoraFile, reason: str) -> ValueError:
+    other = _architecture(file)
+    what = f" (a LoRA of {other})" if other else ""
+    return ValueError(f"{file.path}: does not fit this base{what}: {reason}")
+
+
+def _architecture(file: LoraFile) -> str:
+    """What a LoRA is of, by its names, its shapes, or what it says; empty where nothing tells."""
+    unet = {name.replace(".", "_"): one for name, one in file.parts.get(UNET, {}).items()}
+    for pattern, other in _OTHERS.items():
+        if any(re.search(pattern, name) for name in unet):
+            return other
+    for name, one in unet.items():
+        width = one.down.shape[1] if isinstance(one, Adapted) else one.num_inputs
+        if re.search(r"attn2_to_[kv]$", name) and width in _CONTEXTS:
+            return _CONTEXTS[width]
+    if any(re.search(_SD, name) for name in unet):
+        return "SD 1 or 2"
+    return next((file.metadata[key] for key in _STATED if file.metadata.get(key)), "")
+
+
+# Merged into the weights: what peft's adapters cannot hold.
+
+
+def merged_weights(
+    model: Any, part: str, files: Sequence[tuple[LoraFile, float]]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The parameters of ``model`` that LoRA files change, each at its strength, in fp32, one after
+    the other.
+
+    Each file adds the difference that it makes of the base's weights, so that the order of several
+    does not matter; at strength 0 it adds nothing.
+
+    Raises:
+        ValueError: a file does not fit the model, or what it makes is not finite.
+    """
+    changes: dict[str, list[tuple[Path, Adapted | Delta, float]]] = defaultdict(list)
+    for file, strength in files:
+        for module, one in fit_merged(file, part, model).items():
+            if strength:
+                changes[module].append((file.path, one, strength))
+    parameters = dict(model.named_parameters())
+    for module, several in changes.items():
+        for name, change in (("weight", _change_weight), ("bias", _change_bias)):
+            key = f"{module}.{name}"
+            if key not in parameters:
+                continue
+            before = parameters[key].detach().float()
+            after = before
+            for path, one, strength in several:
+                merged = change(one, before, strength)
+                if merged is None:
+                    continue
+                after = merged if after is before else after + (merged - before)
+                if not after.isfinite().all():
+                    raise ValueError(f"{path}: damaged: with it {key} is not finite")
+            if after is not before:
+                yield key, after
+
+
+def _change_weight(
+    one: Adapted | Delta, weight: torch.Tensor, strength: float
+) -> torch.Tensor | None:
+    if isinstance(one, Delta) and not one.has_weight:
+        return None
+    return one.merged(weight, strength)
+
+
+def _change_bias(one: Adapted | Delta, bias: torch.Tensor, strength: float) -> torch.Tensor | None:
+    difference = one.bias if isinstance(one, Delta) else None
+    return None if difference is None else bias + strength * difference.float()
+
+
+def merge_loras(model: Any, part: str, files: Sequence[tuple[LoraFile, float]]) -> None:
+    """Put the sum of several LoRA files into the weights of ``model``, in the dtype they have."""
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for key, tensor in merged_weights(model, part, files):
+            parameters[key].copy_(tensor)
+
+
+# Every file of a run on one model, each at its strength.
+
+TEXT_PREFIXES = tuple(prefix for prefix, part in PREFIXES.items() if part != UNET)
+
+
+def num_lora_parameters(path: Path) -> int:
+    """Of the UNet's part of a LoRA file, by its header.
+
+    Raises:
+        ValueError: no safetensors file.
+    """
+    with open_lora(find_lora(path)) as file:
+        every = [name for name in file.keys() if not is_extra(name)]  # noqa: SIM118
+        names = [n for n in every if not n.startswith(TEXT_PREFIXES) and not n.endswith(".alpha")]
+        shapes = [file.get_slice(name).get_shape() for name in names]
+    return sum(torch.Size(shape).numel() for shape in shapes)
+
+
+def read_schedule(path: Path) -> Schedule:
+    """What the metadata of a LoRA file says of the run that made it; nothing in other tools'."""
+    return _card(path).schedule
+
+
+def read_num_chunks(path: Path) -> int:
+    """In how many chunks a LoRA's captions were learned; one in other tools' files.
+
+    Raises:
+        ValueError: its metadata says what cannot be.
+    """
+    try:
+        return check_long_captions(_card(path).long_captions or 1)
+    except ValueError as error:
+        raise ValueError(f"{path}: {OURS}{error}") from None
+
+
+def _card(path: Path) -> Card:
+    try:
+        with open_lora(find_lora(path)) as file:
+            return lora_card(dict(file.metadata() or {}))
+    except ValueError:
+        return Card()  # what it is, load_lora says
+
+
+def apply_loras(unet: Any, loras: Sequence[tuple[Path, float]]) -> None:
+    """Put LoRA files (or folders with one) on a UNet, each at its weight, all of them at work: as
+    adapters, which can be switched off again, or, of those that peft cannot hold, merged into it.
+
+    Their text encoders' parts are for ``apply_text_loras``.
+
+    Raises:
+        ValueError: no LoRA file, one of another architecture, or one that does not fit.
+    """
+    _apply(unet, UNET, [(read_lora_file(path), weight) for path, weight in loras])
+
+
+def apply_text_loras(encoders: Sequence[Any], loras: Sequence[tuple[Path, float]]) -> int:
+    """Put what LoRA files have for the text encoders on both; how many modules that was.
+
+    Raises:
+        ValueError: as ``apply_loras``.
+    """
+    files = [(read_lora_file(path), weight) for path, weight in loras]
+    for part, encoder in zip(("text_encoder", "text_encoder_2"), encoders, strict=True):
+        _apply(encoder, part, files)
+    return sum(file.num_text for file, _ in files)
+
+
+def merged_parts(paths: Sequence[Path]) -> frozenset[str]:
+    """The parts of a model that ``apply_loras`` and ``apply_text_loras`` merge LoRA files into,
+    so that they do not have the base's weights any more."""
+    return frozenset(part for path in paths for part in read_lora_file(path).merged_parts)
+
+
+def _apply(model: Any, part: str, files: Sequence[tuple[LoraFile, float]]) -> None:
+    merged = [(file, weight) for file, weight in files if part in file.merged_parts]
+    merge_loras(model, part, merged)
+    adapters = [(file, weight) for file, weight in files if part not in file.merged_parts]
+    for number, (file, _) in enumerate(adapters):
+        _add(model, fit(file, part, model), f"lora_{number}")
+    _weigh(model, [weight for _, weight in adapters])
+
+
+def load_lora(unet: Any, path: Path) -> None:
+    """Put the adapter of a LoRA file on ``unet``, to be trained on; warns of what it has for the
+    text encoders, which is left out.
+
+    Raises:
+        ValueError: no LoRA file, or one of another architecture.
+    """
+    file = read_lora_file(path)
+    found = fit(file, UNET, unet)
+    if file.num_text:
+        warnings.warn(
+            f"{path}: what it has for {file.num_text} modules of the text encoders is not used",
+            stacklevel=2,
+        )
+    if not found:
+        raise ValueError(f"{path}: does not fit this base: it has no weights for the UNet")
+    _add(unet, found, "default")
+
+
+def read_lora(unet: Any, path: Path) -> None:
+    """Copy the weights of a LoRA file into its adapter on ``unet``, as ``load_lora`` put it there,
+    in the dtype that the adapter has now."""
+    _fill(unet, fit(read_lora_file(path), UNET, unet), next(iter(unet.peft_config)))
+
+
+def _add(model: Any, found: dict[str, Adapted], name: str) -> None:
+    """One more adapter on a model, by peft."""
+    if not found:
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # as is meant
+        inject_adapter_in_model(peft_config(found), model, adapter_name=name)
+    model._hf_peft_config_loaded = True  # so that diffusers and transformers know of it
+    _fill(model, found, name)
+
+
+def _fill(model: Any, found: dict[str, Adapted], name: str) -> None:
+    """Copy weights into adapter ``name``, in the dtype that it has."""
+    modules = dict(model.named_modules())
+    with torch.no_grad():
+        for module, one in found.items():
+            layer = modules[module]
+            layer.lora_A[name].weight.copy_(one.down)
+            layer.lora_B[name].weight.copy_(one.up)
+            if one.magnitude is not None:
+                magnitude = layer.lora_magnitude_vector[name].weight
+                magnitude.copy_(one.magnitude.reshape(magnitude.shape))
+
+
+def _weigh(model: Any, weights: Sequence[float]) -> None:
+    """Put all adapters of a model to work, ``lora_N`` at its weight."""
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        layer.set_adapter([f"lora_{number}" for number in range(len(weights))], inference_mode=True)
+        for number, weight in enumerate(weights):
+            layer.set_scale(f"lora_{number}", weight)
