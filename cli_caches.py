@@ -7,13 +7,12 @@ from tqdm import tqdm
 from precompute.sheets import write_sheets
 from runtime.errors import echo
 from runtime.locks import locked
-from shards import CacheError
+from runtime.text import counted
+from shards.format import CacheError
 from shards.inspect import describe_contents, read_contents
 from shards.manifest import LOCK, MANIFEST, read_manifest
 from shards.reader import Cache
-from shards.repair import drop_damaged, stand_in
-from shards.verify import verify
-from shards.words import counted
+from shards.verify import drop_damaged, stand_in, verify
 
 
 def parts_of(cache: Path) -> list[Path]:

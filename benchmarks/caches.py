@@ -10,9 +10,9 @@ import torch
 import xxhash
 
 from sdxl.base import model_config
+from shards.format import TENSORS, Layout, Sample, sample_key
 from shards.index import RECORD_DTYPE, Index, make_form, write_index
 from shards.manifest import UNCONDITIONAL, write_manifest
-from shards.sample import TENSORS, Layout, Sample, sample_key
 from shards.writer import shard_name, write_shard
 
 TOKENS = 77

@@ -13,11 +13,10 @@ import webdataset as wds
 from xxhash import xxh3_64_intdigest
 
 from benchmarks.caches import Kind
-from shards.batches import Reader
+from shards.batches import Reader, Rows
+from shards.format import Sample
 from shards.plan import Plan, Share
 from shards.reader import Cache
-from shards.rows import Rows
-from shards.sample import Sample
 
 BATCH_SIZE = 8
 CACHE_LINE = 64

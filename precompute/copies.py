@@ -10,11 +10,10 @@ from precompute.halves import Half
 from precompute.pictures.masks import shows_anything
 from precompute.planning.work import Found
 from sdxl.latent_rgb import LatentSums
-from shards import CacheError
+from shards.format import CAPTION_TENSORS, VARIANT_TENSORS, CacheError
 from shards.index import Index
 from shards.manifest import REPLACED
 from shards.reader import MAX_OPEN_SHARDS, Shard
-from shards.sample import CAPTION_TENSORS, VARIANT_TENSORS
 
 
 class Copies:

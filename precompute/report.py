@@ -6,10 +6,10 @@ from pathlib import Path
 
 from precompute.dataset.records import Rejected
 from precompute.planning.changes import Changes
+from runtime.text import counted
 from shards.buckets import bucket_name
+from shards.format import TENSORS
 from shards.index import Index
-from shards.sample import TENSORS
-from shards.words import counted
 
 NOUNS = {  # of one sample, and of several
     "picture": ("image", "images"),

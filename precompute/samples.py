@@ -10,7 +10,7 @@ from precompute.halves import Failed, Half, joined, latent_halves, text_halves
 from precompute.planning.placement import CHANGING, Planned, picture_mark
 from precompute.planning.work import Found, Task
 from sdxl.latent_rgb import LatentSums
-from shards.sample import Sample
+from shards.format import Sample
 
 
 @dataclass

@@ -11,8 +11,8 @@ from precompute.planning.work import ShardWork
 from precompute.samples import Notes, make_samples
 from precompute.text import text_shape
 from sdxl.latent_rgb import LatentSums
+from shards.format import Layout, Sample
 from shards.manifest import REPLACED
-from shards.sample import Layout, Sample
 from shards.writer import write_shard
 
 

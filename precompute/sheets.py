@@ -10,8 +10,8 @@ from PIL import Image, ImageDraw
 
 from sdxl.contact_sheet import MOST, TILE, contact_sheet
 from sdxl.latent_rgb import latents_to_rgb
-from shards import CacheError
 from shards.buckets import bucket_name, cover
+from shards.format import CacheError
 from shards.reader import Cache, Shard
 
 MOST_PIXELS = 1_000_000  # of a side

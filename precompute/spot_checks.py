@@ -19,7 +19,7 @@ from precompute.encoders import Encoders
 from precompute.planning.placement import Planned, PlannedShard
 from precompute.sanity import alarms_of_drawings, alarms_of_picture, measure_picture
 from runtime.files import content_digest
-from shards import CacheError
+from shards.format import CacheError
 from shards.index import Index
 from shards.manifest import read_manifest
 from shards.reader import Shard

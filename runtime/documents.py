@@ -1,4 +1,4 @@
-"""Files that somebody else wrote: read to a bound, and parsed without trust.
+"""JSON and TOML that somebody else wrote, within bounds.
 
 A name may belong to a pipe that never ends, JSON may be nested deeper than Python recurses, and a
 number may have more digits than ``int`` takes. Each is a ``ValueError`` of one line.
@@ -7,6 +7,7 @@ number may have more digits than ``int`` takes. Each is a ``ValueError`` of one 
 import errno
 import json
 import os
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -79,3 +80,23 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path}: not a JSON object")
     return value
+
+
+MAX_DOTS = 1000  # in a line: tomllib takes time and memory by the square of a name's parts
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """The table in ``text``.
+
+    Raises:
+        ValueError: says what is wrong; the caller adds the file's name.
+    """
+    for number, line in enumerate(text.split("\n"), start=1):  # a name ends with its line
+        if line.count(".") > MAX_DOTS:
+            raise ValueError(f"not valid TOML (line {number} has more than {MAX_DOTS} dots)")
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("not valid TOML (nested too deep)") from None
+    except ValueError as error:  # also a number of too many digits
+        raise ValueError(f"not valid TOML ({first_line(error)})") from None

@@ -1,4 +1,4 @@
-"""Text on its way to a terminal or a log."""
+"""Text in messages, and on its way to a terminal or a log."""
 
 import re
 from typing import Any
@@ -25,3 +25,8 @@ def shortened(value: Any, most: int = 60) -> str:
     """A value in a message: whatever a file holds, the message stays one short line."""
     text = value if isinstance(value, str) and len(value) > most else repr(value)
     return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 shard``, ``2,000 shards``."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")

@@ -4,7 +4,8 @@ Legend: B samples, C latent channels, h w latent size, T tokens (77 a chunk), D 
 embeddings, P width of the pooled ones.
 """
 
-from collections.abc import Callable, Container, Generator, Iterator, Sequence
+import functools
+from collections.abc import Callable, Container, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import count
 from typing import Any, Literal
@@ -12,12 +13,48 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from shards.draws import Draws, pick
+from runtime.devices import DTYPES
+from shards.format import CAPTION_TENSORS, TENSORS, Layout
+from shards.index import Stretch
 from shards.manifest import UNCONDITIONAL
-from shards.plan import Entry, GlobalBatch, Plan, Share
+from shards.plan import Draws, Entry, GlobalBatch, Plan, Share, pick
 from shards.reader import Cache, Shard, read_ahead
-from shards.rows import Rows
-from shards.sample import CAPTION_TENSORS, TENSORS, Layout
+
+
+class Rows:
+    """One tensor per name, with a row per sample; uninitialised at first.
+
+    Samples of several dtypes are kept whole: fp16 and bf16 together are neither, but fp32.
+    """
+
+    def __init__(self, names: Sequence[str], layouts: Sequence[Layout]) -> None:
+        self._dtypes = [DTYPES[layout.dtype] for layout in layouts]
+        self._dtype = functools.reduce(torch.promote_types, set(self._dtypes))
+        self.tensors = {}
+        for name in names:
+            dtype = torch.int32 if name == "sizes" else self._dtype
+            self.tensors[name] = torch.empty(len(layouts), *layouts[0].shape(name), dtype=dtype)
+        self._bytes = {
+            name: tensor.view(torch.uint8).view(-1).numpy().data
+            for name, tensor in self.tensors.items()
+        }
+
+    def fill(self, number: int, stretches: Iterable[tuple[Stretch, memoryview]]) -> None:
+        """Row ``number`` from the bytes of a sample's stretches; slices of other tensors than these
+        are left out."""
+        theirs, into = self._dtypes[number], self._bytes
+        same = theirs == self._dtype
+        for stretch, source in stretches:
+            for name, start, stop in stretch.slices:
+                if name not in into:
+                    continue
+                if same or name == "sizes":
+                    at, size = number * (stop - start), stop - start
+                    into[name][at : at + size] = source[start:stop]
+                else:
+                    row = self.tensors[name][number].view(-1)
+                    row.copy_(torch.frombuffer(bytearray(source[start:stop]), dtype=theirs))
+
 
 Place = tuple[Cache, Shard, int]
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from shards import CacheError, schema
+from runtime import schema
+from runtime.schema import misfit, read_json
+from runtime.text import counted
 from shards.buckets import bucket_name
+from shards.format import TENSORS, CacheError
 from shards.manifest import read_side_file
 from shards.reader import Cache, Shard
-from shards.sample import TENSORS
-from shards.schema import misfit, read_json
-from shards.words import counted
 
 REJECTED = "rejected.jsonl"
 REJECTED_FIELDS = {"path": schema.text, "reason": schema.text}

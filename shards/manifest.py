@@ -4,10 +4,11 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from runtime import schema
 from runtime.files import canonical_json, content_digest, file_sha256, write_changed
-from shards import FORMAT, VERSION, CacheError, OtherFormat, schema
+from runtime.schema import misfit, read_json
+from shards.format import FORMAT, VERSION, CacheError, OtherFormat
 from shards.index import Index
-from shards.schema import misfit, read_json
 
 MANIFEST = "manifest.json"
 PROMPTS = "prompts.safetensors"

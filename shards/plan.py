@@ -1,4 +1,4 @@
-"""The epoch plan: which samples make batch t of epoch e, computed and never stored.
+"""The epoch plan: which samples make batch t of epoch e, and all that is random about each.
 
 A keyed permutation inside each bucket and one over the batches: O(batch) time and O(1) memory at
 any size, so a resumed run seeks. Some batches are computed at once, which changes none of them.
@@ -192,3 +192,42 @@ class Share:
         """This rank's part of micro-batch ``micro``; empty where the batch is short."""
         start = (micro * self.world + self.rank) * self.batch_size
         return batch.entries[start : start + self.batch_size]
+
+
+# What is random about a sample in a pass comes from a stream of its own. It is keyed, not drawn in
+# turn: the same on every device, at any world size and batch size, after any resume, and whatever
+# else a run reads.
+
+NUM_UNIFORMS = 8  # some spare: another choice shall leave the noise of all runs as it is
+
+
+class Draws:
+    """The draws of one sample after the other; for one thread.
+
+    A stream is Philox keyed by (seed, epoch, cache, sample, pass). One generator serves them all,
+    as making one takes ten times as long as keying it anew.
+
+    ``variant``, ``caption``, ``dropout`` and ``time`` are uniform in [0, 1), and exact in fp32.
+    """
+
+    def __init__(self) -> None:
+        self._bits = np.random.Philox(key=0)
+        self._fresh = self._bits.state
+        self._stream = np.random.Generator(self._bits)
+
+    def start(self, seed: int, epoch: int, cache: int, key: str, pass_: int) -> None:
+        """Go to the beginning of a sample's stream."""
+        high, low = divmod(derive_key("sample", seed, epoch, cache, key, pass_), 2**64)
+        self._fresh["state"]["key"][:] = low, high
+        self._bits.state = self._fresh
+        uniforms = self._stream.random(NUM_UNIFORMS, np.float32).tolist()
+        self.variant, self.caption, self.dropout, self.time = uniforms[:4]
+
+    def normal(self, out: npt.NDArray[np.float32]) -> None:
+        """Fill ``out`` with the stream's next standard normals."""
+        self._stream.standard_normal(out=out, dtype=np.float32)
+
+
+def pick(uniform: float, size: int) -> int:
+    """Of 0..size-1, each as likely as the others."""
+    return int(uniform * size)

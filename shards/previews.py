@@ -24,10 +24,10 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
+from runtime import schema
 from runtime.devices import DTYPES
 from runtime.files import canonical_json
-from shards import schema
-from shards.schema import Check, misfit, read_json
+from runtime.schema import Check, misfit, read_json
 
 KEY = "shardtune"
 

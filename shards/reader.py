@@ -14,14 +14,14 @@ import torch
 from safetensors import SafetensorError
 from xxhash import xxh3_64_intdigest
 
+from runtime import schema
 from runtime.devices import DTYPES
-from shards import CacheError, schema
+from runtime.schema import misfit, read_json
 from shards.buckets import Size
+from shards.format import CAPTION_TENSORS, CacheError
 from shards.index import Form, Index, Part, Record, Stretch, map_file
 from shards.manifest import UNCONDITIONAL, data_digest, read_manifest, read_side_file
 from shards.plan import Group
-from shards.sample import CAPTION_TENSORS
-from shards.schema import misfit, read_json
 
 ABOUT = {"path": schema.text, "captions": schema.each(schema.text)}
 MORE_ABOUT = {

@@ -1,18 +1,31 @@
-"""Re-hash a whole cache and name what is damaged."""
+"""Re-hash a whole cache and name what is damaged; with ``--repair``, drop it, and only it.
 
+Of a damaged shard the intact samples are written into a new shard of the same name. A sample is
+intact if each of its parts has the digest that the index names, whatever happened to the tar around
+it. Any other stays among the shard's members as one that failed for now, so that the next encode
+makes it again, in its old place.
+"""
+
+import json
 import os
+import re
+import struct
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import xxhash
 
-from runtime.files import file_sha256
-from shards import CacheError
+from runtime.files import PARTIAL, file_sha256, fsync_folder, remove_path, writing
+from runtime.schema import read_json
+from runtime.text import counted
+from shards.format import CacheError, OtherFormat, sample_key
 from shards.index import Index
-from shards.manifest import MANIFEST, OWN
+from shards.manifest import MANIFEST, OWN, PROMPTS, REPLACED, SIDE_FILES, UNCONDITIONAL
 from shards.reader import read_ahead
-from shards.schema import read_json
+from shards.writer import Members, write_members
 
 MOST_THREADS = 16  # hashing lets go of Python's lock, so each keeps a core or the disk busy
 
@@ -104,3 +117,265 @@ def path_of(data: bytes) -> str:
         return str(read_json(data)["path"])
     except (ValueError, KeyError, TypeError):
         return "?"
+
+
+# Salvage: the intact samples of a damaged shard.
+
+OF_THE_WRITER = ("shard", "count", "tar_bytes", "tar_sha256", "dtype", "latent", "prompt", "pooled")
+PATH = re.compile(rb'"path": ("(?:[^"\\]|\\.)*")')
+# Of samples that have their digests, and are not what shardtune writes.
+FORGED = (
+    *(ValueError, KeyError, TypeError, AttributeError),
+    *(RecursionError, OverflowError, struct.error, AssertionError),
+)
+AS_IT_WAS = "This shard is as it was; the same encode makes what was dropped of others."
+REASON = "damaged in the cache, and dropped by verify --repair"
+
+
+@dataclass(frozen=True)
+class Salvage:
+    """What was saved of a shard."""
+
+    num_kept: int
+    num_dropped: int
+    is_as_before: bool  # the new index is the old one, byte for byte
+
+
+def salvage(folder: Path, name: str, index_sha256: str, into: Path) -> Salvage | None:
+    """Write ``name.tar`` and ``name.index`` in ``into``; None where nothing can be saved.
+
+    Without its own index there are no digests to tell what is whole.
+
+    Raises:
+        OSError: the new shard cannot be written.
+    """
+    try:
+        index = Index(folder / f"{name}.index")
+        file = open(folder / f"{name}.tar", "rb")  # noqa: SIM115
+    except (CacheError, OSError):
+        return None
+    with file:
+        if index.sha256 != index_sha256 or not isinstance(index.header.get("members"), list):
+            return None
+        about = {key: v for key, v in index.header.items() if key not in OF_THE_WRITER}
+        kept = _Kept(file, index, about)
+        try:
+            with writing(
+                into / f"{name}.tar",
+                AS_IT_WAS,
+            ):
+                write_members(into, name, kept.samples(), index.layout, about)
+        except FORGED:
+            return None
+    if not kept.num_kept:
+        return None
+    is_as_before = Index(into / f"{name}.index").sha256 == index.sha256
+    return Salvage(kept.num_kept, len(index) - kept.num_kept, is_as_before)
+
+
+class _Kept:
+    """The whole samples of a shard; when all are drawn, ``about`` tells of them alone."""
+
+    def __init__(self, file: BinaryIO, index: Index, about: dict[str, Any]) -> None:
+        self.file, self.index, self.about = file, index, about
+        self.num_kept = 0
+
+    def samples(self) -> Iterator[tuple[str, float, Members]]:
+        dropped: dict[str, str | None] = {}  # key to path, None where that cannot be read any more
+        sums: dict[str, Any] = {}
+        num_cut = 0
+        for row in range(len(self.index)):
+            record = self.index.record(row)
+            members = _read_members(self.file, self.index, row)
+            key = record.key.decode()
+            if not _is_whole(members, self.index, row):
+                dropped[key] = _find_path(members["json"], key)
+                continue
+            self.num_kept += 1
+            notes = json.loads(members["json"])["notes"]
+            for name, matrix in notes["latents"]["sums"].items():
+                sums[name] = sums.get(name, 0.0) + np.array(matrix)
+            num_cut += notes["text"]["num_cut_captions"]
+            yield key, record.weight, members
+        if dropped:
+            totals = {name: matrix.tolist() for name, matrix in sums.items()}
+            self.about.update(_without(self.about, dropped), sums=totals, num_cut_captions=num_cut)
+
+
+def _without(about: dict[str, Any], dropped: dict[str, str | None]) -> dict[str, Any]:
+    """The lists of members without the samples that were dropped.
+
+    One whose path is known stays a member, with marks that fit nothing, and counts as rejected.
+    """
+    members = []
+    for key, *marks in about["members"]:
+        if dropped.get(key) is not None:
+            marks = [type(mark)() for mark in marks]
+        if key not in dropped or dropped[key] is not None:
+            members.append([key, *marks])
+    rejected = [[path, REASON] for path in dropped.values() if path is not None]
+    paths = {path for path, _ in rejected}
+    lists: dict[str, Any] = {
+        "members": members,
+        "rejected": sorted(about["rejected"] + rejected, key=lambda one: sample_key(one[0])),
+    }
+    if "dropped_variants" in about:
+        kept = [one for one in about["dropped_variants"] if one[0] not in paths]
+        lists["dropped_variants"] = kept
+    return lists
+
+
+def _read_members(file: BinaryIO, index: Index, row: int) -> Members:
+    """As they lie in the tar; short where it ends before, or the disk fails."""
+    record = index.record(row)
+    places = {
+        "json": (record.json_offset, record.json_size),
+        "safetensors": (record.offset, record.size),
+    }
+    found = {}
+    for end, (offset, size) in places.items():
+        try:
+            found[end] = read_part(file, offset, size)
+        except OSError:
+            found[end] = b""
+    return found
+
+
+def _is_whole(members: Members, index: Index, row: int) -> bool:
+    record = index.record(row)
+    if len(members["safetensors"]) != record.size:
+        return False
+    for part, digest in index.parts(row):
+        data, start = members["safetensors"], part.offset - record.offset
+        if part.what == "json":
+            data, start = members["json"], 0
+        if xxhash.xxh3_64_intdigest(memoryview(data)[start : start + part.size]) != digest:
+            return False
+    return True
+
+
+def _find_path(text: bytes, key: str) -> str | None:
+    """The path in a sample's JSON, which may be damaged: the right one has this key."""
+    for match in PATH.finditer(text):
+        try:
+            path = json.loads(match[1])
+        except ValueError:
+            continue
+        if sample_key(path) == key:
+            return str(path)
+    return None
+
+
+# Repair: drop what ``verify`` found damaged, so that the next encode makes it again.
+
+ENDS = (".index", ".tar")  # the mark goes first: a tar without an index is nothing
+REMEDIES = {PROMPTS: "`python cli.py prompts` makes it again"}
+
+
+def drop_damaged(folder: Path, manifest: dict[str, Any], found: list[list[str]]) -> list[str]:
+    """Drop each damaged sample and each damaged side file; a line for each shard and file.
+
+    ``found`` is all that ``verify(folder, manifest)`` gave. The manifest goes first, as it vouches
+    for what then goes: stopped anywhere, what is left is an unfinished cache, never a wrong one.
+    It stays where no sample is lost. Files that are not of the cache stay: they are the user's.
+    """
+    shards = [shard for shard, faults in zip(manifest["shards"], found, strict=False) if faults]
+    files = [name for name in manifest["side_files"] if _is_named(folder / name, found[-1])]
+    lines = []
+    if "digest" not in manifest:
+        _drop(folder, MANIFEST)
+        lines.append(f"{folder / MANIFEST}: dropped")
+    for shard in shards:
+        lines.append(_repair_shard(folder, shard))
+    for name in files:
+        _drop(folder, MANIFEST)
+        _drop(folder, name)
+        remedy = REMEDIES.get(name)
+        lines.append(f"{folder / name}: dropped" + (f"; {remedy}" if remedy else ""))
+    return lines
+
+
+def _repair_shard(folder: Path, shard: dict[str, Any]) -> str:
+    """Put a shard of its whole samples in its place, or drop it; says which."""
+    name, path = shard["name"], folder / shard["name"]
+    work = folder / ("repair" + PARTIAL)
+    remove_path(work)
+    work.mkdir()
+    try:
+        saved = salvage(folder, name, shard["index_sha256"], work)
+        if saved is None:
+            _drop(folder, MANIFEST)
+            for end in ENDS:
+                _drop(folder, name + end)
+            return f"{path}: dropped, with its {counted(shard['count'], 'sample')}"
+        if saved.is_as_before:  # only the tar was damaged, outside the samples
+            os.replace(work / f"{name}.tar", folder / f"{name}.tar")
+            fsync_folder(folder)
+            return f"{path}: repaired, no sample was lost"
+        _drop(folder, MANIFEST)
+        _swap(folder, name, work)
+        if not saved.num_dropped:
+            return f"{path}: repaired, no sample was lost"
+        total = counted(saved.num_kept + saved.num_dropped, "sample")
+        return f"{path}: dropped {saved.num_dropped:,} of its {total}"
+    finally:
+        remove_path(work)
+
+
+def _swap(folder: Path, name: str, work: Path) -> None:
+    """Put the new shard where the old one is.
+
+    The old one first moves to ``replaced/``, from where encode takes what is right in it, as it
+    does of a shard that it is about to write anew: stopped anywhere, no whole sample is lost.
+    """
+    aside = folder / REPLACED
+    aside.mkdir(exist_ok=True)
+    for end in ENDS:
+        (aside / (name + end)).unlink(missing_ok=True)
+    for end in ENDS:
+        os.replace(folder / (name + end), aside / (name + end))
+    for one in (aside, folder):
+        fsync_folder(one)
+    for end in reversed(ENDS):
+        os.replace(work / (name + end), folder / (name + end))
+        fsync_folder(folder)
+    for end in ENDS:
+        (aside / (name + end)).unlink()
+    if not any(aside.iterdir()):
+        aside.rmdir()
+
+
+def stand_in(folder: Path, error: CacheError) -> dict[str, Any]:
+    """For a damaged manifest: what the indexes at hand vouch for, as ``verify`` takes it.
+
+    An index that is damaged itself is among the shards, with a digest that nothing has.
+
+    Raises:
+        CacheError: ``error``, where what it says of the manifest is no damage: it is of another
+            version, or of another program. Also where an index is.
+    """
+    is_ours = (folder / UNCONDITIONAL).exists() or any(folder.glob("*.index"))
+    if isinstance(error, OtherFormat) or not is_ours:
+        raise error
+    shards = []
+    for path in sorted(folder.glob("*.index")):
+        try:
+            index = Index(path)
+            digest, count = index.sha256, len(index)
+        except OtherFormat:
+            raise
+        except CacheError:
+            digest, count = "", 0
+        shards.append({"name": path.stem, "index_sha256": digest, "count": count})
+    there = [name for name in SIDE_FILES if (folder / name).exists()]
+    side_files = {name: file_sha256(folder / name) for name in there}
+    return {"shards": shards, "side_files": side_files}
+
+
+def _is_named(path: Path, faults: list[str]) -> bool:
+    return any(fault.startswith(f"{path}: ") for fault in faults)
+
+
+def _drop(folder: Path, name: str) -> None:
+    (folder / name).unlink(missing_ok=True)
+    fsync_folder(folder)

@@ -12,8 +12,8 @@ import xxhash
 
 from runtime.files import durable_file
 from shards.buckets import Size, bucket_name
+from shards.format import Layout, Sample
 from shards.index import RECORD_DTYPE, describe_payload, write_index
-from shards.sample import Layout, Sample
 
 Members = dict[str, bytes]  # of one sample, by extension
 

@@ -16,14 +16,13 @@ import xxhash
 
 from precompute.planning.held import read_held
 from runtime.files import canonical_json, content_digest
-from shards import CacheError
+from shards.format import CacheError
 from shards.index import MAGIC, RECORD_DTYPE, Index
 from shards.inspect import describe_contents, read_contents
 from shards.manifest import MANIFEST, PROMPTS, UNCONDITIONAL, read_manifest
 from shards.previews import PreviewFile
 from shards.reader import Cache
-from shards.repair import drop_damaged
-from shards.verify import verify
+from shards.verify import drop_damaged, verify
 from tests.made import POOLED, TOKENS, WIDTH, epoch_of, made_sample, reader_of, write_cache
 from tests.mutations import Try, ending, forge, json_text, with_written
 

@@ -9,11 +9,11 @@ import torch
 
 from runtime.devices import DTYPES
 from shards.batches import UNCONDITIONAL, Batch, Reader, Reading
+from shards.format import Layout, Sample, sample_key
 from shards.index import Index
 from shards.manifest import write_manifest
 from shards.plan import Plan, Share
 from shards.reader import Cache
-from shards.sample import Layout, Sample, sample_key
 from shards.writer import shard_name, write_shard
 from train.config import CacheUse, TrainConfig
 from train.distributed import World

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from made import config_of
 
 import cli
-from runtime.recipes import read_recipe
+from runtime.options import read_recipe
 from sdxl.lora.names import KOHYA, LORA
 from train.report import describe_result
 

@@ -18,8 +18,8 @@ from click.testing import CliRunner, Result
 
 from cli import commands
 from runtime.files import canonical_json, content_digest
-from shards import VERSION, CacheError
 from shards.batches import Reader
+from shards.format import VERSION, CacheError
 from shards.manifest import MANIFEST, read_manifest
 from shards.plan import Plan, Share
 from shards.reader import Cache

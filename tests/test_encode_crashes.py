@@ -13,7 +13,7 @@ from disk import fork_for_each_operation
 from encodes import contents, copy_old, encode, make_old
 
 import precompute.encoders
-from shards import CacheError
+from shards.format import CacheError
 from shards.manifest import read_manifest
 from shards.verify import verify
 

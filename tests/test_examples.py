@@ -7,7 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from cli import commands
-from runtime.recipes import read_recipe
+from runtime.options import read_recipe
 from train.config import TrainConfig
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.toml"))

@@ -16,9 +16,9 @@ from PIL import Image
 
 from shards.batches import Reader
 from shards.buckets import cover
+from shards.format import Sample
 from shards.plan import Plan, Share
 from shards.reader import Cache
-from shards.sample import Sample
 from train.config import CacheUse, TrainConfig
 from train.distributed import World
 from train.learner import build_learner, train_step

@@ -13,7 +13,7 @@ import xxhash
 from infer.pictures import row_of_record
 from precompute.planning.work import read_places, write_work
 from runtime.files import canonical_json, seal
-from shards import CacheError
+from shards.format import CacheError
 from shards.manifest import PLAN, read_manifest
 from shards.reader import Cache
 from tests.fuzz_caches import forge_index, make_cache, sign_all, use

@@ -23,11 +23,10 @@ from precompute.dataset.records import Blob
 from precompute.encode import encode
 from precompute.planning.changes import PREPROCESSING
 from precompute.settings import EncodeSettings
-from shards import CacheError
+from shards.format import CacheError, Layout, Sample, sample_key
 from shards.index import Index
 from shards.manifest import SCAN, read_manifest
 from shards.reader import Cache
-from shards.sample import Layout, Sample, sample_key
 from shards.verify import verify
 from shards.writer import write_shard
 from tools.draw_pictures import draw_pictures

@@ -15,8 +15,8 @@ from PIL import Image
 from cli import commands
 from precompute.sheets import BOX, CUT_AWAY, frame
 from sdxl.contact_sheet import LINE, TILE
+from shards.format import Sample
 from shards.reader import Cache
-from shards.sample import Sample
 from tests.conftest import Encode
 from tests.made import made_sample, write_cache
 from tools.draw_pictures import draw_pictures

@@ -16,7 +16,7 @@ from made import (
     made_batch,
 )
 
-from shards.draws import Draws
+from shards.plan import Draws
 from train.objective import (
     Objective,
     errors,

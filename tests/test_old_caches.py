@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from cli import commands
-from shards import CacheError
+from shards.format import CacheError
 from shards.index import MAGIC, NAME, SHA_BYTES, Index
 from shards.manifest import MANIFEST
 

@@ -17,8 +17,7 @@ import safetensors.torch
 import torch
 
 from shards.batches import Batch, Reader
-from shards.draws import Draws, pick
-from shards.plan import Entry, GlobalBatch, Group, Plan, Share, derive_key, permute
+from shards.plan import Draws, Entry, GlobalBatch, Group, Plan, Share, derive_key, permute, pick
 from shards.reader import Cache
 
 A, B, C, D, E = (64, 64), (96, 48), (48, 96), (80, 56), (56, 80)

@@ -27,8 +27,8 @@ from precompute.prompts import change_prompts
 from sdxl.latent_rgb import LatentSums, latents_to_rgb
 from sdxl.load import load_scheduler, load_unet, load_vae
 from sdxl.sampling import decode_latents
-from shards import CacheError
 from shards.buckets import cover
+from shards.format import CacheError
 from shards.manifest import MANIFEST, PROMPTS, read_manifest
 from shards.previews import PreviewFile
 from shards.reader import Cache

@@ -11,11 +11,10 @@ import torch
 from made import BUCKET, epoch_of, made_sample, reader_of, write_cache
 
 from runtime.devices import DTYPES
-from shards import CacheError
 from shards.batches import UNCONDITIONAL, Batch, Reader
+from shards.format import CacheError, Layout, Sample
 from shards.plan import Entry, GlobalBatch
 from shards.reader import Cache
-from shards.sample import Layout, Sample
 from shards.writer import write_shard
 
 SMALL: dict[str, Any] = {"prompt": (6, 3), "pooled": 2}  # text is copied, whatever its size

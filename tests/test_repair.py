@@ -18,12 +18,11 @@ import shards.verify
 from cli import commands
 from precompute.planning.held import finish_moves, read_held
 from runtime.files import canonical_json, content_digest, file_sha256
-from shards import CacheError
+from shards.format import CacheError
 from shards.index import Index, Record
 from shards.manifest import LOCK, MANIFEST, REPLACED, read_manifest
 from shards.reader import Shard
-from shards.repair import drop_damaged
-from shards.verify import verify
+from shards.verify import drop_damaged, verify
 from tests.conftest import Encode
 from tests.encodes import counted, samples_of
 from tools.draw_pictures import draw_pictures

@@ -10,8 +10,8 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
+from shards.format import Sample
 from shards.reader import Cache
-from shards.sample import Sample
 from tests.conftest import Encode
 from tests.folders import put_list
 from tests.made import config_of, epoch_of, reader_of

@@ -12,7 +12,7 @@ import torch
 from made import WAYS, config_of, learner_of, made_batch, made_sample, write_cache
 
 from shards.batches import Batch, Reader
-from shards.sample import sample_key
+from shards.format import sample_key
 from train.checkpoint import newest_checkpoint
 from train.config import CacheUse
 from train.ema import Ema

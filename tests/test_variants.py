@@ -17,7 +17,7 @@ from precompute.pictures.variants import plan_variants, random_crops
 from precompute.report import warn_of_rejected
 from precompute.settings import EncodeSettings
 from shards.buckets import Geometry, cover, stretch
-from shards.sample import sample_key
+from shards.format import sample_key
 from tests import encodes
 from tests.encodes import encode, make_old
 

@@ -16,6 +16,7 @@ import torch
 import xxhash
 from safetensors import safe_open
 
+from runtime import schema
 from runtime.documents import MAX_JSON_BYTES, read_bounded
 from runtime.files import (
     PARTIAL,
@@ -28,7 +29,6 @@ from runtime.files import (
     writing,
 )
 from sdxl.base import find_weights
-from shards import schema
 from train.learner import Learner
 from train.overwrite import CHECKPOINTS
 from train.weights import (

@@ -22,8 +22,8 @@ from sdxl.latent_rgb import latents_to_rgb
 from sdxl.load import load_scheduler, load_vae
 from sdxl.prompts import Prompt
 from sdxl.sampling import decode_latents, sample_latents, starting_noise, time_ids_of
-from shards import CacheError
 from shards.buckets import Size
+from shards.format import CacheError
 from shards.manifest import PROMPTS, read_side_file
 from shards.previews import PreviewFile
 from shards.reader import Cache

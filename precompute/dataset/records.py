@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.files import open_regular
-from shards.sample import sample_key
+from shards.format import sample_key
 
 MOST_PICTURE_BYTES = 2 * 10**9  # 180 million pixels of 16 bits and four channels take 1.4 GB
 SETTLED_NS = 2_000_000_000  # a file changed within it may change again and keep its mtime

@@ -29,8 +29,8 @@ from precompute.dataset.rows import MOST_REPEATS
 from precompute.dataset.splits import TRAIN, VAL, divide, find_layout
 from precompute.dataset.tars import COMPRESSED, Pack, open_pack, too_large
 from precompute.settings import EncodeSettings
+from runtime.text import counted
 from shards.manifest import UNCONDITIONAL
-from shards.words import counted
 
 Item = Record | Rejected
 REPEATS = re.compile(r"\d{1,4}_.+")

@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from precompute.dataset.records import Record, Rejected, Source
-from shards.words import counted
+from runtime.text import counted
 
 TRAIN, VAL, TEST = "train", "val", "test"
 _SPLIT_OF = {

@@ -13,10 +13,9 @@ from typing import Any
 
 from precompute.planning.placement import MARKS, Place
 from runtime.files import fsync_folder
-from shards import CacheError, OtherFormat
+from shards.format import CacheError, OtherFormat, sample_key
 from shards.index import Index
 from shards.manifest import REPLACED
-from shards.sample import sample_key
 
 SHARD_NAME = re.compile(r"\d+x\d+-\d{6}")
 ENDS = (".index", ".tar")  # the mark goes first: a tar without an index is nothing

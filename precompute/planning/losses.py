@@ -12,7 +12,7 @@ from precompute.dataset.records import Rejected
 from precompute.planning.cache import CachePlan
 from precompute.planning.scan import Notes
 from precompute.settings import EncodeSettings
-from shards import CacheError
+from shards.format import CacheError
 from shards.index import Index
 from shards.reader import Shard
 

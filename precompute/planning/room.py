@@ -9,8 +9,8 @@ from precompute.planning.work import ShardWork
 from precompute.settings import EncodeSettings
 from runtime.files import format_bytes, free_bytes
 from sdxl.base import model_config, vae_config
+from shards.format import Layout
 from shards.manifest import REPLACED
-from shards.sample import Layout
 
 OVERHEAD = 3200  # bytes of a sample besides tensors and captions: tar and safetensors headers, JSON
 

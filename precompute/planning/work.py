@@ -15,8 +15,8 @@ import xxhash
 
 from precompute.dataset.records import Blob, Record
 from precompute.planning.placement import Place, Planned
+from runtime import schema
 from runtime.files import durable_file
-from shards import schema
 from shards.buckets import Geometry, Size
 from shards.manifest import PLAN
 
