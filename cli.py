@@ -86,7 +86,7 @@ def encode(ctx: click.Context, debug: bool, **values: Any) -> None:
     with handle_errors(debug):
         settings = _settings(ctx, values)
         if settings.dry_run:
-            from precompute.planning.dry_run import dry_run
+            from precompute.plan.dry_run import dry_run
 
             for line in dry_run(settings):
                 echo(line)
@@ -160,11 +160,11 @@ def train(ctx: click.Context, debug: bool, recipe: Path | None, **values: Any) -
     with handle_errors(debug):
         config = _settings(ctx, values, recipe)
         if config.overwrite and recipe is not None:
-            from train.overwrite import check_input
+            from train.run_folder import check_input
 
             check_input(recipe, config.out)
         if config.dry_run:
-            from train.dry_run import dry_run
+            from train.report import dry_run
 
             for line in dry_run(config):
                 echo(line)
@@ -205,7 +205,7 @@ def generate(ctx: click.Context, debug: bool, **values: Any) -> None:
             )
 
 
-@stage("export", "infer.export_settings:ExportSettings")
+@stage("export", "infer.settings:ExportSettings")
 def export(ctx: click.Context, debug: bool, **values: Any) -> None:
     """Convert WEIGHTS to a format that other tools read.
 

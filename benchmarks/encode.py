@@ -34,7 +34,7 @@ from benchmarks.report import (
 )
 from precompute.dataset.sources import read_data_set
 from precompute.encode import encode
-from precompute.planning.scan import plan_pictures
+from precompute.plan.scan import plan_pictures
 from precompute.report import Report
 from precompute.settings import EncodeSettings
 from sdxl.load import load_text_encoders, load_tokenizers, load_vae

@@ -18,9 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.full_base import CONFIGS
 from benchmarks.report import keep, machine, show
-from train.adapters import add_adapter
 from train.config import CacheUse, TrainConfig
 from train.memory import Estimator
+from train.unet import add_adapter
 
 TOKENS = 77
 LORA: dict[str, Any] = {"rank": 4, "gradient_checkpointing": True}

@@ -22,8 +22,8 @@ import torch
 
 from benchmarks.report import clocks, keep, machine, rates, show, take_turns
 from infer.generate import generate, make_studio
+from infer.pipeline import Studio
 from infer.settings import GenerateSettings
-from infer.studio import Studio
 from runtime.devices import pick_device
 from sdxl.base import base_path
 

@@ -12,7 +12,7 @@ import torch
 
 from infer.export_files import new_file, place
 from infer.export_model import export_model
-from infer.export_settings import ExportSettings
+from infer.settings import ExportSettings
 from runtime.devices import DTYPES
 from runtime.files import write_durable
 from sdxl.base import model_config

@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 
 from infer.export_files import new_file, new_folder
-from infer.export_settings import ExportSettings
+from infer.settings import ExportSettings
 from sdxl.base import find_weights, model_config, read_config, scheduler_config, vae_config
 from sdxl.load import load_text_encoders, load_unet, load_unet_folder, load_vae
 from sdxl.lora.apply import merged_weights

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from infer.folder import PictureFolder
-from infer.pictures import About, save_picture
+from infer.outputs import About, PictureFolder, save_picture
+from infer.pipeline import Studio
 from infer.plan import Drawing, plan_drawings
 from infer.settings import GenerateSettings
-from infer.studio import Studio
 from infer.weights import Weights
 from runtime.devices import pick_device, pick_precision
 from runtime.workers import POLL_SECONDS, WorkQueue

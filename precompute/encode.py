@@ -1,6 +1,6 @@
 """The stage: what is there, what is missing, encode that, mark it.
 
-A run that has work writes down first where each sample goes (``precompute.planning.work``), then
+A run that has work writes down first where each sample goes (``precompute.plan.plan_file``), then
 removes the manifest, sets aside the shards that it writes anew, and writes them; the manifest comes
 last, and then the plan is removed. A run that follows one that died anywhere finds the plan, the
 whole shards and those set aside, and ends with the same bytes.
@@ -15,22 +15,21 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from precompute.encode_shard import write_work_shard
 from precompute.encoders import Encoders
-from precompute.planning.cache import (
+from precompute.plan.cache_plan import (
     CachePlan,
     finish,
     plan_caches,
     prepare,
     warn_of_surprises,
 )
-from precompute.planning.losses import refuse_losses
-from precompute.planning.room import Sizer, check_room
-from precompute.planning.scan import Notes
-from precompute.planning.work import WorkFile
-from precompute.progress import Progress
-from precompute.report import Report
+from precompute.plan.disk_space import Sizer, check_room
+from precompute.plan.losses import refuse_losses
+from precompute.plan.plan_file import WorkFile
+from precompute.plan.scan import Notes
+from precompute.report import Progress, Report
 from precompute.settings import EncodeSettings
-from precompute.shard import write_work_shard
 from runtime.devices import exact_fp32, num_cores, num_threads
 from runtime.locks import locked
 from runtime.workers import WorkQueue

@@ -16,10 +16,11 @@ from typing import Any, TypeVar
 import torch
 
 from precompute.encoders import Encoders
-from precompute.pictures.images import open_picture, render_variants, room_for
-from precompute.pictures.masks import Gray, open_alpha, open_mask, render_mask, shows_anything
-from precompute.pictures.refusals import explain
-from precompute.planning.placement import Planned, picture_mark
+from precompute.images.crops import render_variants
+from precompute.images.decode import open_picture, room_for
+from precompute.images.masks import Gray, open_alpha, open_mask, render_mask, shows_anything
+from precompute.images.rejections import explain
+from precompute.plan.placement import Planned, picture_mark
 from precompute.settings import EncodeSettings
 from runtime.devices import DTYPES, num_cores
 from runtime.files import content_digest

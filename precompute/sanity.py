@@ -18,8 +18,9 @@ import numpy.typing as npt
 import torch
 from PIL import Image, ImageDraw
 
+from precompute.images.crops import render
+from precompute.images.decode import ORIENTATION, open_picture
 from precompute.latents import LatentEncoder, Posterior
-from precompute.pictures.images import ORIENTATION, open_picture, render
 from shards.buckets import Geometry, cover
 
 Pixels = npt.NDArray[np.uint8]

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from precompute.encoders import Encoders
-from precompute.planning.placement import Planned, PlannedShard
+from precompute.plan.placement import Planned, PlannedShard
 from precompute.sanity import alarms_of_drawings, alarms_of_picture, measure_picture
 from runtime.files import content_digest
 from shards.format import CacheError

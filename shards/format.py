@@ -56,7 +56,7 @@ statistics come.
 
 While an encode is under way there are also, and belong to no cache::
 
-    plan.jsonl        where each sample goes (see ``precompute.planning.work``)
+    plan.jsonl        where each sample goes (see ``precompute.plan.plan_file``)
     replaced/         shards that are being written anew: what is still right is copied from there
     encode.lock       held by the process that writes
 

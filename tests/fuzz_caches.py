@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 import xxhash
 
-from precompute.planning.held import read_held
+from precompute.plan.reuse import read_held
 from runtime.files import canonical_json, content_digest
 from shards.format import CacheError
 from shards.index import MAGIC, RECORD_DTYPE, Index

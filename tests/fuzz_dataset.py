@@ -7,8 +7,7 @@ import tarfile
 from pathlib import Path
 
 from precompute.dataset.captions import decode_text
-from precompute.dataset.records import Source
-from precompute.dataset.rows import load_row, read_row
+from precompute.dataset.records import Source, load_row, read_row
 from precompute.dataset.sources import read_data_set
 from precompute.settings import EncodeSettings
 from tests.mutations import Try, damage, ending

@@ -4,10 +4,10 @@ import random
 from pathlib import Path
 from unittest.mock import patch
 
-import precompute.pictures.images
-from precompute.pictures.images import open_picture, picture_size
-from precompute.pictures.masks import open_alpha, open_mask
-from precompute.pictures.refusals import explain
+import precompute.images.decode
+from precompute.images.decode import open_picture, picture_size
+from precompute.images.masks import open_alpha, open_mask
+from precompute.images.rejections import explain
 from tests.mutations import Try
 from tests.picture_files import SIZE, bad_files, good_files, png_part, saved, scene
 
@@ -63,7 +63,7 @@ def fuzz_image(work: Path, base: Path) -> Try:
 
     def try_one(rng: random.Random) -> str:
         data = mutate(rng.choice(files)[1], rng.choice(files)[1], rng)
-        with patch.object(precompute.pictures.images, "MOST_PIXELS", PIXELS):
+        with patch.object(precompute.images.decode, "MOST_PIXELS", PIXELS):
             return use(data)
 
     return try_one

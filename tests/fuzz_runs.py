@@ -13,23 +13,30 @@ import xxhash
 from PIL import Image, PngImagePlugin
 
 import cli
-from infer.folder import PictureFolder
-from infer.listing import Row, coco, lines
-from infer.pictures import SETTINGS_KEY, read_record, record_of, row_of_record, stale_because
+from infer.outputs import (
+    SETTINGS_KEY,
+    PictureFolder,
+    Row,
+    coco,
+    lines,
+    read_record,
+    record_of,
+    row_of_record,
+    stale_because,
+)
 from infer.plan import Drawing
 from precompute.dataset.records import Blob, Record
-from precompute.planning.placement import Planned, place
-from precompute.planning.scan import Notes
-from precompute.planning.work import Found, ShardWork, Task, read_about, read_places, write_work
+from precompute.plan.placement import Planned, place
+from precompute.plan.plan_file import Found, ShardWork, Task, read_about, read_places, write_work
+from precompute.plan.scan import Notes
 from runtime.files import aside_of, canonical_json, remove_path, seal
 from shards.buckets import Geometry
 from shards.manifest import PLAN
 from tests.made import config_of
 from tests.mutations import Try, damage, damaged_json, ending, forge, json_text
-from train.checkpoint import STATE, newest_checkpoint, numbered, read_state, rotate
+from train.checkpoint import CHECKPOINTS, STATE, newest_checkpoint, numbered, read_state, rotate
 from train.log import cut_metrics
-from train.overwrite import CHECKPOINTS, CONFIG, METRICS
-from train.run_folder import check_folder, read_own_json
+from train.run_folder import CONFIG, METRICS, check_folder, read_own_json
 
 RECIPE = """# A LoRA of the cache "train".
 caches = ["train", "prior,weight=0.5,repeats=3"]

@@ -14,11 +14,11 @@ from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from sdxl.load import load_unet
 from sdxl.lora.names import KOHYA, LORA
 from shards.reader import Cache
-from train.adapters import add_adapter, trainable
 from train.config import CacheUse, TrainConfig
 from train.distributed import World
 from train.learner import Learner, build_learner, evaluate
 from train.loop import train
+from train.unet import add_adapter, trainable
 
 CPU = torch.device("cpu")
 
@@ -82,7 +82,7 @@ def test_convolutions_by_choice(sdxl: Any) -> None:
 def test_targets_that_are_none_are_refused(
     sdxl: Any, targets: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("train.adapters.MATCH_SECONDS", 0.5)
+    monkeypatch.setattr("train.unet.MATCH_SECONDS", 0.5)
     out = Path("unused")
     config = TrainConfig(caches=(CacheUse(out),), base="", out=out, steps=1, targets=targets)
     with pytest.raises(ValueError, match=message):
@@ -194,7 +194,7 @@ def test_a_resumed_run_adapts_what_its_checkpoint_adapts(
 ) -> None:
     """Runs with --conv of before adapt conv_in and conv_out too."""
     with monkeypatch.context() as patch:
-        patch.setattr("train.adapters.CONVOLUTIONS", r".*\.conv1|conv_in|conv_out")
+        patch.setattr("train.unet.CONVOLUTIONS", r".*\.conv1|conv_in|conv_out")
         run, config = overfit(steps=1, conv=True)
     before = safetensors.torch.load_file(run / LORA)
     assert "unet.conv_in.lora_A.weight" in before

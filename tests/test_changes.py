@@ -23,7 +23,7 @@ from PIL import Image
 import precompute.encoders
 import precompute.halves
 from precompute.dataset.records import Blob
-from precompute.planning.changes import PREPROCESSING
+from precompute.plan.reuse import PREPROCESSING
 from precompute.report import summarize
 from shards.index import Index
 

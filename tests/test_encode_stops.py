@@ -19,7 +19,7 @@ from encodes import (
     stamps,
 )
 
-import precompute.shard
+import precompute.encode_shard
 import runtime.files
 from cli import commands
 from precompute.prompts import change_prompts
@@ -151,8 +151,8 @@ def test_a_signal_that_comes_inside_a_destructor_is_not_lost(
 
     before = contents(work / "cache")
     (work / "data" / "003.txt").write_text("an edited caption")
-    real = precompute.shard.text_shape
-    monkeypatch.setattr(precompute.shard, "text_shape", lambda *a: (Loose(), real(*a))[1])
+    real = precompute.encode_shard.text_shape
+    monkeypatch.setattr(precompute.encode_shard, "text_shape", lambda *a: (Loose(), real(*a))[1])
     handler = signal.signal(number, stop)
     try:
         with pytest.raises(KeyboardInterrupt) as caught:

@@ -18,7 +18,7 @@ import cli
 import infer.export
 import infer.export_model
 from infer.export import export
-from infer.export_settings import ExportSettings
+from infer.settings import ExportSettings
 from sdxl.base import scheduler_config
 from sdxl.load import load_text_encoders, load_unet, load_unet_folder, load_vae
 from sdxl.lora.apply import load_lora

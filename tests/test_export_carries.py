@@ -10,8 +10,7 @@ import torch
 from loras import made_lora
 
 from infer.export import export
-from infer.export_settings import ExportSettings
-from infer.settings import GenerateSettings, LoraUse
+from infer.settings import ExportSettings, GenerateSettings, LoraUse
 from infer.weights import Weights
 from sdxl.base import scheduler_config
 from sdxl.load import load_vae

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import xxhash
 
-from infer.pictures import row_of_record
-from precompute.planning.work import read_places, write_work
+from infer.outputs import row_of_record
+from precompute.plan.plan_file import read_places, write_work
 from runtime.files import canonical_json, seal
 from shards.format import CacheError
 from shards.manifest import PLAN, read_manifest

@@ -21,7 +21,7 @@ from conftest import Encode
 
 from precompute.dataset.records import Blob
 from precompute.encode import encode
-from precompute.planning.changes import PREPROCESSING
+from precompute.plan.reuse import PREPROCESSING
 from precompute.settings import EncodeSettings
 from shards.format import CacheError, Layout, Sample, sample_key
 from shards.index import Index

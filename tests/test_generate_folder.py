@@ -12,8 +12,7 @@ from drawing import PROMPTS, draw
 from PIL import Image
 
 import infer.generate
-from infer.folder import PictureFolder
-from infer.pictures import SETTINGS_KEY, read_record, stale_because
+from infer.outputs import SETTINGS_KEY, PictureFolder, read_record, stale_because
 from runtime.files import aside_of, set_aside
 from sdxl.contact_sheet import contact_sheet
 
@@ -138,7 +137,7 @@ def test_compare_alone_is_all_that_changed(tmp_path: Path) -> None:
 def test_images_that_do_not_fit_on_the_disk_are_warned_of(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("infer.folder.free_bytes", lambda _: 1000)
+    monkeypatch.setattr("infer.outputs.free_bytes", lambda _: 1000)
     with pytest.warns(UserWarning, match=r"1 images may take 0.01 MB, and the disk has 0.00 MB"):
         draw(base, tmp_path / "out", PROMPTS[:1], **SHORT)
 

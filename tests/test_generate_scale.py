@@ -24,10 +24,10 @@ from drawing import (
 )
 from PIL import Image
 
-import infer.studio
+import infer.pipeline
 from infer.generate import generate
-from infer.models import TEXT, UNET, VAE, Models
-from infer.pictures import stale_because
+from infer.outputs import stale_because
+from infer.pipeline import TEXT, UNET, VAE, Models
 from infer.plan import make_batches, plan_drawings
 from infer.settings import GenerateSettings
 from runtime.locks import locked
@@ -161,7 +161,7 @@ def test_a_vae_that_overflows_in_half_decodes_in_fp32(base: Path) -> None:
         vae.decoder.conv_in.weight.mul_(3e4)
     latents = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     assert not decode_latents(vae, latents).isfinite().all()
-    found = infer.studio._pictures(vae, latents)
+    found = infer.pipeline._pictures(vae, latents)
     assert vae.dtype == torch.float16
     assert torch.equal(found, decode_latents(vae.to(torch.float32), latents))
 
@@ -175,7 +175,7 @@ def test_an_infinite_pixel_is_no_white_one(base: Path) -> None:
     with torch.no_grad():
         assert (vae.decode(latents.half()).sample == torch.inf).any()
     assert not decode_latents(vae, latents).isfinite().all()
-    assert infer.studio._pictures(vae, latents).isfinite().all()
+    assert infer.pipeline._pictures(vae, latents).isfinite().all()
 
 
 def test_a_picture_that_is_not_finite_is_no_picture(
@@ -184,7 +184,7 @@ def test_a_picture_that_is_not_finite_is_no_picture(
     def broken(*arguments: Any, **options: Any) -> torch.Tensor:
         return torch.full((3, 4, 8, 8), torch.nan)
 
-    monkeypatch.setattr(infer.studio, "sample_latents", broken)
+    monkeypatch.setattr(infer.pipeline, "sample_latents", broken)
     with pytest.raises(FloatingPointError, match=r"image 0 \('a red circle'\) is not finite"):
         draw(base, tmp_path / "out", PROMPTS)
     assert not list((tmp_path / "out").iterdir())

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from precompute.dataset import listing, tars
+from precompute.dataset import metadata_files, tars
 from precompute.dataset.records import Blob
 from tests.folders import captions, put, put_list, read_one, reasons
 
@@ -133,7 +133,7 @@ def test_files_of_20_gb_are_not_read(tmp_path: Path) -> None:
 def test_a_line_without_end_is_one_rejected_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(listing, "MOST_LINE", 1000)
+    monkeypatch.setattr(metadata_files, "MOST_LINE", 1000)
     for name in ("a.png", "b.png"):
         put(tmp_path / name)
     long = {"file_name": "a.png", "text": "x" * 5000}

@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 
 from precompute.dataset.records import Blob, Record
-from precompute.pictures.colors import to_srgb
-from precompute.pictures.images import open_picture, picture_size, render
-from precompute.planning.scan import plan_pictures
+from precompute.images.crops import render
+from precompute.images.decode import open_picture, picture_size, to_srgb
+from precompute.plan.scan import plan_pictures
 from precompute.settings import EncodeSettings
 from shards.buckets import Geometry, Size, bucket_sizes, cover, nearest_bucket, stretch
 

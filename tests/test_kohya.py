@@ -29,7 +29,7 @@ from sdxl.lora.write import kohya_metadata, kohya_state
 from sdxl.metadata import Card
 from sdxl.single_file import sdxl_config
 from sdxl.tensor_files import KEY, METADATA_KEY, settled_bytes
-from train.adapters import TARGETS
+from train.unet import TARGETS
 
 # sha256 of the lines "name [shape]" of the UNet's part of a rank 8 LoRA on all linears of SDXL's
 # transformers, as kohya's scripts write it: 722 modules, three tensors each.

@@ -16,10 +16,9 @@ from shards.plan import Plan, Share
 from shards.reader import Cache
 from train.config import CacheUse, TrainConfig
 from train.distributed import World
-from train.learner import Learner, build_learner, train_step
+from train.learner import Learner, build_learner, train_step, warm_up
 from train.loop import train as run_train
 from train.memory import Estimator, advice
-from train.warm_up import warm_up
 
 CPU = torch.device("cpu")
 Settings = dict[str, Any]

@@ -21,9 +21,8 @@ from made import (
     same,
 )
 
-from train.fused import FusedBackward
 from train.learner import train_step
-from train.optim import Optimizer, learning_rate, stochastic_round_
+from train.optim import FusedBackward, Optimizer, learning_rate, stochastic_round_
 
 FINITE = torch.tensor(True)
 KINDS = ("adamw", "adamw8bit", "adafactor", "prodigy")

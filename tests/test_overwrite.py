@@ -20,16 +20,16 @@ from runtime.files import PARTIAL, fsync_folder, replace_path, write_durable
 from runtime.locks import locked
 from train.config import CacheUse
 from train.distributed import World
-from train.overwrite import (
+from train.run_folder import (
     ENTRIES,
     REPLACED_RUN,
     check_input,
     discard_replaced_run,
     has_replaced_run,
+    lock_folder,
     recover,
     replacing_run,
 )
-from train.run_folder import lock_folder
 
 RUN = Path("run")
 NOTES = "notes/thoughts.txt"  # nothing that a run makes

@@ -18,11 +18,10 @@ from PIL import Image, ImageCms
 from PIL.TiffImagePlugin import TiffImageFile
 
 import cli
-import precompute.pictures.images
-from precompute.pictures.colors import to_srgb
-from precompute.pictures.images import LARGE_PIXELS, open_picture, picture_size, room_for
-from precompute.pictures.masks import open_alpha
-from precompute.pictures.refusals import PictureError, explain, unidentified
+import precompute.images.decode
+from precompute.images.decode import LARGE_PIXELS, open_picture, picture_size, room_for, to_srgb
+from precompute.images.masks import open_alpha
+from precompute.images.rejections import PictureError, explain, unidentified
 from shards.reader import Cache
 from tests.picture_files import (
     SIZE,
@@ -523,7 +522,7 @@ def test_heic_is_taken_with_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
 
     plugin.register_heif_opener = register  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "pillow_heif", plugin)
-    precompute.pictures.images._heif_plugin.cache_clear()
+    precompute.images.decode._heif_plugin.cache_clear()
     data = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(50)
     try:
         assert open_picture(data).tobytes() == scene().tobytes()
@@ -531,7 +530,7 @@ def test_heic_is_taken_with_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.undo()
         Image.OPEN.pop("HEIF", None)
         Image.ID.remove("HEIF")
-        precompute.pictures.images._heif_plugin.cache_clear()
+        precompute.images.decode._heif_plugin.cache_clear()
     with pytest.raises(PictureError, match="a HEIC image"):
         open_picture(data)
 

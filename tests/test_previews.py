@@ -22,7 +22,8 @@ from PIL import Image
 from torch.distributed.fsdp import fully_shard
 
 import cli
-from precompute.pictures.images import open_picture, render
+from precompute.images.crops import render
+from precompute.images.decode import open_picture
 from precompute.prompts import change_prompts
 from sdxl.latent_rgb import LatentSums, latents_to_rgb
 from sdxl.load import load_scheduler, load_unet, load_vae

@@ -24,9 +24,9 @@ from PIL import Image
 
 import precompute.encode
 from precompute.dataset.records import Blob
-from precompute.pictures.images import picture_size
-from precompute.planning.dry_run import dry_run
-from precompute.planning.scan import _head
+from precompute.images.decode import picture_size
+from precompute.plan.dry_run import dry_run
+from precompute.plan.scan import _head
 from precompute.report import summarize
 from runtime.files import user_cache
 from tests.test_tars import put_tar

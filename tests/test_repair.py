@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 import cli_caches
 import shards.verify
 from cli import commands
-from precompute.planning.held import finish_moves, read_held
+from precompute.plan.reuse import finish_moves, read_held
 from runtime.files import canonical_json, content_digest, file_sha256
 from shards.format import CacheError
 from shards.index import Index, Record

@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 
 import precompute.halves
+import precompute.images.decode
 import precompute.latents
-import precompute.pictures.images
+from precompute.images.crops import render
+from precompute.images.decode import open_picture
 from precompute.latents import LatentEncoder
-from precompute.pictures.images import open_picture, render
 from precompute.sanity import (
     SIDE,
     alarms_of_drawings,
@@ -45,8 +46,8 @@ def plant(patch: pytest.MonkeyPatch, fault: str) -> None:
         real: Any = precompute.latents.scale_mean
         patch.setattr(precompute.latents, "scale_mean", lambda *args: 2 * real(*args))
         return
-    change, render_variants = PIXEL_FAULTS[fault], precompute.pictures.images.render_variants
-    for module in (precompute.pictures.images, precompute.halves):
+    change, render_variants = PIXEL_FAULTS[fault], precompute.images.crops.render_variants
+    for module in (precompute.images.decode, precompute.halves):
         patch.setattr(module, "render_variants", lambda *args: change(render_variants(*args)))
 
 

@@ -12,7 +12,7 @@ import webdataset
 from PIL import Image
 
 from precompute.dataset.sources import split
-from precompute.pictures.images import open_picture
+from precompute.images.decode import open_picture
 from shards.reader import Cache
 from tests.conftest import Encode
 from tests.folders import (

@@ -13,7 +13,7 @@ from made import learner_of
 from safetensors import safe_open
 
 from infer.export import export
-from infer.export_settings import ExportSettings
+from infer.settings import ExportSettings
 from sdxl.load import load_unet, load_unet_folder
 from sdxl.lora.apply import apply_loras, load_lora
 from sdxl.lora.names import KOHYA, LORA

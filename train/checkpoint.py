@@ -30,7 +30,6 @@ from runtime.files import (
 )
 from sdxl.base import find_weights
 from train.learner import Learner
-from train.overwrite import CHECKPOINTS
 from train.weights import (
     Kind,
     check_space,
@@ -42,6 +41,8 @@ from train.weights import (
     write_tensors,
     write_weights,
 )
+
+CHECKPOINTS = "checkpoints"
 
 OPTIMIZER = "optimizer"
 EMA = "ema"

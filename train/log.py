@@ -23,8 +23,7 @@ from runtime.text import printable
 from train.config import TrainConfig
 from train.distributed import World
 from train.learner import NUM_QUARTERS, Step, losses_by_quarter
-from train.overwrite import METRICS, WANDB_ID
-from train.run_folder import read_own_json, write_own_json
+from train.run_folder import METRICS, WANDB_ID, read_own_json, write_own_json
 
 
 def cut_metrics(run: Path, last_step: int) -> None:

@@ -29,15 +29,21 @@ from train.checkpoint import rotate, warn_of_space, write_checkpoint
 from train.config import Every, TrainConfig
 from train.data import open_data
 from train.distributed import LOST_SECONDS, Vote, is_lost, start_world, stop_world
-from train.learner import Learner, Step, build_learner, evaluate, train_step
+from train.learner import (
+    Learner,
+    Step,
+    build_learner,
+    evaluate,
+    largest_bucket,
+    train_step,
+    warm_up,
+)
 from train.log import RunLog, check_wandb
 from train.memory import STATE_BYTES, advice
 from train.optim import learning_rate
-from train.overwrite import discard_replaced_run
 from train.preview import Previewer
 from train.resume import Start, find_start, restore, state_of
-from train.run_folder import begin_run, describe, lock_folder
-from train.warm_up import largest_bucket, warm_up
+from train.run_folder import begin_run, describe, discard_replaced_run, lock_folder
 from train.weights import Kind, publish
 
 

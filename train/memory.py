@@ -20,11 +20,9 @@ from runtime.devices import DTYPES
 from sdxl.base import model_config
 from sdxl.lora.apply import num_lora_parameters
 from shards.buckets import Size
-from train.adapters import add_adapter, spare_casts, trainable
 from train.checks import check_processes
 from train.config import TrainConfig
-from train.quantize import is_quantized
-from train.unet import BLOCKS
+from train.unet import BLOCKS, add_adapter, is_quantized, spare_casts, trainable
 
 STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2.1, "prodigy": 16.0}  # a parameter
 QUANT_BYTES = {"int8": 1.01, "nf4": 0.57}  # a weight, with its scales

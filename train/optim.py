@@ -1,6 +1,6 @@
-"""Optimizers, and the learning rate as a function of the step.
+"""Optimizers, fused backward, and the learning rate as a function of the step.
 
-What all of them keep: a step whose gradient is not finite leaves the weights as they are.
+A step whose gradient is not finite always leaves the weights as they are.
 """
 
 import math
@@ -225,3 +225,45 @@ def _laid_out(value: Any, parameter: torch.Tensor) -> Any:
     if not isinstance(value, torch.Tensor) or value.shape != parameter.shape:
         return value
     return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
+
+
+# Fused backward: each weight is stepped as soon as its gradient is there, which then goes, so that
+# there are never more than a few gradients at a time. For one process without accumulation;
+# clipping is of each parameter alone, as the norm over all is known too late.
+
+
+class FusedBackward:
+    """Hooks on the parameters of ``slots``. ``arm`` it before each backward pass that steps."""
+
+    def __init__(self, slots: list[Slot], max_norm: float, device: torch.device) -> None:
+        self.max_norm, self.device = max_norm or float("inf"), device
+        self.armed = False
+        for slot in slots:
+            parameter: Any = slot.parameter
+            parameter.register_post_accumulate_grad_hook(self._hook_of(slot))
+
+    def arm(self, step: int, lr: float, finite: torch.Tensor) -> None:
+        """The next backward pass is optimizer step ``step``, left out unless ``finite``."""
+        self.step, self.lr, self.finite = step, lr, finite
+        self._squares = torch.zeros((), device=self.device)
+        self.armed = True
+
+    def disarm(self) -> torch.Tensor:
+        """After the backward pass: the norm of the whole gradient, before clipping."""
+        self.armed = False
+        return self._squares.sqrt()
+
+    def _hook_of(self, slot: Slot) -> Callable[[torch.Tensor], None]:
+        def arrived(parameter: torch.Tensor) -> None:
+            if not self.armed:  # no step waits for it (a warm-up)
+                parameter.grad = None
+                return
+            grad = parameter.grad
+            assert grad is not None
+            norm = torch.linalg.vector_norm(grad, dtype=torch.float32)
+            self._squares += norm.square()
+            grad.mul_((self.max_norm / (norm + 1e-6)).clamp(max=1.0))
+            self.finite = self.finite & norm.isfinite()  # those that come later stay too
+            slot.step(self.step, self.lr, self.finite)
+
+        return arrived

@@ -1,9 +1,103 @@
-"""What a run says at its end: which file is for which program."""
+"""What a run will be (``--dry-run``), and what it made."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from runtime.workers import num_processes
+from sdxl.base import scheduler_config
 from sdxl.lora.names import KOHYA
+from shards.buckets import bucket_name
+from shards.plan import Plan
+from shards.reader import groups_of
+from train.checkpoint import newest_checkpoint
+from train.checks import check_processes
 from train.config import TrainConfig
+from train.data import open_data
+from train.distributed import World
+from train.learner import largest_bucket
+from train.memory import Estimate, Estimator, size_text
+from train.objective import objective_of
+from train.resume import with_init_lora
+from train.run_folder import check_folder
+
+
+@dataclass(frozen=True)
+class BucketRow:
+    """What a run would read of one bucket in an epoch, and take for it."""
+
+    bucket: str
+    num_samples: int
+    num_batches: int
+    estimate: Estimate
+
+
+def dry_run(config: TrainConfig) -> Iterator[str]:
+    """The lines to show.
+
+    For a CUDA card, whether there is one or not, unless ``--device`` says otherwise.
+
+    Raises:
+        ValueError: what a run with these settings would be refused for.
+    """
+    device = "cuda" if config.device == "auto" else config.device
+    caches, _ = open_data(config, World(torch.device("cpu")))
+    objective_of(config, scheduler_config(config.base))
+    num = num_processes(config.gpus, config.device)
+    check_processes(config, num)
+    check_folder(config)
+    if config.resume and (found := newest_checkpoint(config.out)):
+        config, _ = with_init_lora(config, *found)
+    size = config.batch_size * config.accumulate * num
+    plan = Plan(groups_of(caches), config.seed, size)
+    estimator = Estimator(config.base, caches[0].manifest["text"]["tokens"], device, num)
+    rows = list(_rows(config, plan, estimator))
+    steps = config.num_steps(plan.num_batches)
+    size = sum(shard["bytes"] for cache in caches for shard in cache.manifest["shards"])
+    num_caches = f"{len(caches)} caches" if len(caches) > 1 else "a cache"
+    kind = "the whole UNet" if config.full else f"{config.adapter}, {_adapter(config)}"
+    yield f"trained parameters: {estimator.num_trained(config):,} ({kind})"
+    yield (
+        f"samples an epoch: {plan.num_entries:,}, from {num_caches} of {size_text(size)}; "
+        f"global batch {plan.global_batch}; {plan.num_batches:,} steps an epoch"
+    )
+    yield f"steps: {steps:,} ({steps / plan.num_batches:.2f} epochs)"
+    each = f"each of {num} processes" if num > 1 else "the process"
+    yield f"estimated peak memory of {each}, on {device}:"
+    yield f"  {'bucket':>10} {'samples':>8} {'batches':>8} {'peak':>10}"
+    for row in rows:
+        yield (
+            f"  {row.bucket:>10} {row.num_samples:8d} {row.num_batches:8d} "
+            f"{size_text(row.estimate.peak):>10}"
+        )
+    bucket = largest_bucket(plan)
+    top = estimator.estimate(config, bucket)
+    parts = ("weights", "gradients", "optimizer", "average", "activations", "working")
+    shown = [f"{name} {size_text(getattr(top, name))}" for name in parts if getattr(top, name)]
+    yield f"in {bucket_name(bucket)}: {', '.join(shown)}"
+    for text, saved in estimator.advice(config, bucket):
+        yield f"  {text} would save about {size_text(saved)}"
+
+
+def _adapter(config: TrainConfig) -> str:
+    if config.init_lora is not None:
+        return f"from {config.init_lora}"
+    conv = " and convolutions" if config.conv else ""
+    return (
+        f"rank {config.lora_rank}, alpha {config.lora_alpha:g}, "
+        f"{config.targets or 'attention'}{conv}"
+    )
+
+
+def _rows(config: TrainConfig, plan: Plan, estimator: Estimator) -> Iterator[BucketRow]:
+    for bucket in plan.buckets:
+        members = [group for group in plan.groups if group.bucket == bucket]
+        count = sum(group.count * group.repeats for group in members)
+        batches = -(-count // plan.global_batch)
+        yield BucketRow(bucket_name(bucket), count, batches, estimator.estimate(config, bucket))
+
 
 UIS = "ComfyUI, A1111, InvokeAI and sd-scripts"
 

@@ -45,10 +45,10 @@ from sdxl.metadata import (
 from sdxl.tensor_files import digest_metadata, settle
 from shards.buckets import Size
 from shards.reader import Cache, groups_of
-from train.adapters import trainable
 from train.config import TrainConfig
 from train.distributed import World
 from train.ema import Ema, local
+from train.unet import trainable
 
 UNET = "unet"
 STEM = "diffusion_pytorch_model"

@@ -1,8 +1,8 @@
-"""Images in a folder, or packed in a tar, each with a text beside it."""
+"""Images in a folder, each with its caption and mask beside it."""
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,13 +14,95 @@ from precompute.dataset.captions import (
     settle,
     texts_of,
 )
-from precompute.dataset.masks import Masks, find_masks
-from precompute.dataset.names import TEXTS, has_ending, is_hidden, is_picture, stem_of, unread_image
-from precompute.dataset.records import MOST_PICTURE_BYTES, Blob, Memory, Record, Rejected
-from precompute.dataset.rows import NO_ROW, Row
+from precompute.dataset.names import (
+    TEXTS,
+    has_ending,
+    is_hidden,
+    is_picture,
+    is_title,
+    masked_stems,
+    stem_of,
+    unread_image,
+)
+from precompute.dataset.records import (
+    MOST_PICTURE_BYTES,
+    NO_ROW,
+    Blob,
+    Memory,
+    Record,
+    Rejected,
+    Row,
+)
 from precompute.dataset.tars import HEAD_BYTES, Pack, too_large
 from precompute.settings import EncodeSettings
 from runtime.files import kind_of_file, open_regular
+
+
+@dataclass
+class Masks:
+    """Mask files by the path, without ending, of the images that they belong to.
+
+    ``lone`` are named like masks and belong to no image: such a file is an image of its own where
+    it has a caption of its own, else it is rejected. Never is it given another image's caption.
+    """
+
+    by_stem: dict[str, list[str]] = field(default_factory=dict)
+    all: set[str] = field(default_factory=set)
+    lone: set[str] = field(default_factory=set)
+
+    def beside(self, path: str) -> str | None:
+        """The mask of an image.
+
+        Raises:
+            ValueError: there are several.
+        """
+        found = self.by_stem.get(stem_of(path), [])
+        if len(found) > 1:
+            names = [name.rpartition("/")[2] for name in found]
+            if names[0] == names[1]:
+                names = found
+            raise ValueError(f"both {names[0]} and {names[1]}: which is its mask?")
+        return found[0] if found else None
+
+
+def find_masks(paths: Iterable[str]) -> Masks:
+    """Of all files of a folder or a tar.
+
+    ``gas mask.png`` with ``gas mask.txt`` is an image with a title, whatever else is there.
+    """
+    paths = list(paths)
+    pictures = [path for path in paths if is_picture(path)]
+    titled = {stem_of(path) for path in paths if path.lower().endswith(TEXTS) and is_title(path)}
+    candidates = {
+        path: stems
+        for path in pictures
+        if "mask" in path.lower() and stem_of(path) not in titled and (stems := masked_stems(path))
+    }
+    masks = Masks()
+    if not candidates:
+        return masks
+    exact = {stem_of(path) for path in pictures}
+    lower: dict[str, list[str]] = {}
+    for stem in exact:
+        lower.setdefault(stem.lower(), []).append(stem)
+    for path, stems in candidates.items():
+        own = stem_of(path)
+        matches = next(
+            (found for stem in stems if (found := _matches(stem, own, exact, lower))), []
+        )
+        for stem in matches:
+            masks.by_stem.setdefault(stem, []).append(path)
+        (masks.all if matches else masks.lone).add(path)
+    return masks
+
+
+def _matches(stem: str, own: str, exact: set[str], lower: dict[str, list[str]]) -> list[str]:
+    if stem in exact and stem != own:
+        return [stem]
+    return sorted(one for one in lower.get(stem.lower(), ()) if one != own)
+
+
+# The images, and the captions beside them. A tar (``tars.py``) is read as its files would be.
 
 MOST_DEPTH = 100  # folders in each other; a link may lead to a tree without end
 Stamp = tuple[int, int]  # size in bytes, mtime in nanoseconds

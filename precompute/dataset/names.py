@@ -1,6 +1,21 @@
-"""What a file or folder is by its name alone: image, caption, mask, or no part of the set."""
+"""What a name says of a file or folder: image, caption, mask, split, or no part of the dataset.
 
+The names of splits are those that Hugging Face's datasets library knows, and others that people
+give (huggingface/datasets, data_files.py: train, training; validation, valid, dev, val; test,
+testing, eval, evaluation; anywhere in a path, with digits and separators around). Held out means
+that no image is trained on by accident: a name that is not meant so costs a warning, the other way
+around a benchmark.
+"""
+
+import os
 import re
+import warnings
+from collections import Counter
+from functools import lru_cache
+from pathlib import Path
+
+from precompute.dataset.records import Record, Rejected, Source
+from runtime.text import counted
 
 PICTURES = (  # of formats that encode opens; the content decides which one it is
     ".jpg",
@@ -156,3 +171,162 @@ def masked_stems(path: str) -> list[str]:
                 found += [f"{where}/{name}".lstrip("/") for name in (stem, *names)]
             break
     return found
+
+
+# Splits: which images are to train on, to validate on, and held out, by their folders.
+
+TRAIN, VAL, TEST = "train", "val", "test"
+_SPLIT_OF = {
+    word: split
+    for split, words in (
+        (TRAIN, "train training trn"),
+        (VAL, "val valid validate validation dev devel development eval evaluate evaluation"),
+        (TEST, "test tst testing holdout heldout unseen"),
+    )
+    for word in words.split()
+}
+_FILLER = re.compile("(data)?sets?|data|split|(image|img|picture|photo|sample)s?|folder|dir")
+_JOINED = re.compile(r"(set|data|dataset|split|images|imgs)$")
+TAR = ".tar"
+MOST_NAMED = 5
+
+
+def split_of_name(name: str) -> str:
+    """The split that a folder or a tar is named after: ``Val``, ``val2017``, ``test_images``,
+    ``cats-train-0001.tar``; empty for any other name.
+
+    ``10_test`` is none: so are folders named that repeat the images of "test" ten times.
+    """
+    is_tar = name.lower().endswith(TAR)
+    words = _words(name[: -len(TAR)] if is_tar else name)
+    if is_tar:  # a tar's name has the set's too
+        ends = [words[0], words[-1]] if words else []
+        return next((_SPLIT_OF[word] for word in ends if word in _SPLIT_OF), "")
+    if name[:1].isdigit():
+        return ""
+    return _SPLIT_OF.get("".join(words), "")
+
+
+def mentions_split(name: str) -> bool:
+    """Whether a folder that is no split is named as if it held images back: ``test shots``."""
+    return any(_SPLIT_OF.get(word) in (VAL, TEST) for word in _words(name))
+
+
+def _words(name: str) -> list[str]:
+    words = [_JOINED.sub("", word) or word for word in re.findall("[a-z]+", name.lower())]
+    return [word for word in words if not _FILLER.fullmatch(word)]
+
+
+@lru_cache(maxsize=65536)
+def split_of_folder(folder: str) -> tuple[str, str]:
+    """The split that a path of folders and tars says, and the first of them that says so.
+
+    One that holds back goes before train: ``train/test/`` is held out.
+    """
+    parts = folder.split("/")
+    splits = [split_of_name(part) for part in parts]
+    for split in (TEST, VAL, TRAIN):
+        if split in splits:
+            name = "/".join(parts[: splits.index(split) + 1])
+            return split, name if name.lower().endswith(TAR) else f"{name}/"
+    return "", ""
+
+
+def folder_of(path: str) -> str:
+    """Where an image lies; a tar that cannot be read lies in itself."""
+    return path if path.lower().endswith(TAR) else path.rpartition("/")[0]
+
+
+def find_layout(root: Path) -> dict[str, Path]:
+    """The folders directly in a dataset that are named after the splits train and val.
+
+    Raises:
+        ValueError: two folders are one split.
+    """
+    found: dict[str, list[Path]] = {TRAIN: [], VAL: [], TEST: []}
+    with os.scandir(root) as entries:  # Path.iterdir would ask the disk about each of its files
+        folders = sorted(entry.name for entry in entries if entry.is_symlink() or entry.is_dir())
+    for name in folders:
+        split = split_of_name(name)
+        if split and (root / name).is_dir():
+            found[split].append(root / name)
+    # Hugging Face counts eval to the tests; beside a folder for validation it is one.
+    plain = [path for path in found[VAL] if "eval" not in path.name.lower()]
+    found[VAL] = plain or found[VAL]
+    for split in (TRAIN, VAL):
+        if len(found[split]) > 1:
+            names = " and ".join(f"{path.name}/" for path in found[split][:2])
+            raise ValueError(f"{root}: both {names} are named like the {split} split; keep one")
+    return {split: found[split][0] for split in (TRAIN, VAL) if found[split]}
+
+
+def divide(root: Path, source: Source, may_validate: bool = True) -> dict[str, Source]:
+    """One set by its splits: all of it as "", or train and val; tests belong to none.
+
+    Where it must not validate, as what lies in train/ beside a val/, that is held out too.
+
+    Raises:
+        ValueError: nothing is left to train on.
+    """
+    parts: dict[str, Source] = {name: Source([], []) for name in (TRAIN, VAL, TEST)}
+    folders: dict[str, Counter[str]] = {VAL: Counter(), TEST: Counter()}
+    items: list[Record | Rejected] = [*source.records, *source.rejected]
+    for item in items:
+        split, folder = _split_of(item)
+        split = TEST if split == VAL and not may_validate else split or TRAIN
+        if split != TRAIN:
+            folders[split][folder] += 1
+        if isinstance(item, Record):
+            parts[split].records.append(item)
+        else:
+            parts[split].rejected.append(item)
+    _warn(root, source, folders)
+    if not parts[TRAIN].records and (parts[VAL].records or parts[TEST].records):
+        name = min([*folders[VAL], *folders[TEST]])
+        raise ValueError(
+            f"{root}: nothing to train on: all images are held out, by the name of {name}; to "
+            "train on them, rename it or give it as DATASET"
+        )
+    parts[TRAIN].hidden, parts[TRAIN].unused = source.hidden, source.unused
+    if parts[VAL].records or parts[VAL].rejected:
+        return {name: parts[name] for name in (TRAIN, VAL)}
+    return {"": parts[TRAIN]}
+
+
+def _split_of(item: Record | Rejected) -> tuple[str, str]:
+    """By its own list's word, else by its path; and what says so."""
+    if isinstance(item, Record) and item.split:
+        split = _SPLIT_OF.get("".join(_words(item.split)), "")
+        if split:
+            return split, f'"split": "{item.split[:40]}"'
+    return split_of_folder(folder_of(item.path))
+
+
+def _warn(root: Path, source: Source, folders: dict[str, Counter[str]]) -> None:
+    for split, what in (
+        (VAL, "to validate on, not to train on"),
+        (TEST, "held out and not encoded"),
+    ):
+        if folders[split]:
+            warnings.warn(
+                f"{root}: {counted(folders[split].total(), 'image')} {what}, by the name of "
+                f"{_listed(sorted(folders[split]))}; rename what is not meant so",
+                stacklevel=3,
+            )
+    places = {folder_of(record.path) for record in source.records if not record.split}
+    unsplit = sorted(place for place in places if place and not split_of_folder(place)[0])
+    mentioned = [p for p in unsplit if any(map(mentions_split, p.split("/")))]
+    is_divided = any(split_of_name(place.partition("/")[0]) == TRAIN for place in places)
+    beside = [p for p in unsplit if is_divided and p not in mentioned]
+    for names, what in (
+        (mentioned, "trained on, though named as if held out"),
+        (beside, "trained on, though they lie beside a folder for training"),
+    ):
+        if names:
+            listed = _listed([f"{name}/" for name in names])
+            warnings.warn(f"{root}: {what}: {listed}", stacklevel=3)
+
+
+def _listed(names: list[str]) -> str:
+    more = len(names) - MOST_NAMED
+    return ", ".join(names[:MOST_NAMED]) + (f" and {more:,} more" if more > 0 else "")

@@ -13,8 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from precompute.dataset.captions import is_text
-from precompute.dataset.folder import Tree, read_pictures, walk
-from precompute.dataset.listing import (
+from precompute.dataset.folder import Tree, find_masks, read_pictures, walk
+from precompute.dataset.metadata_files import (
     LISTS,
     MOST_LIST_BYTES,
     TABLES,
@@ -22,11 +22,19 @@ from precompute.dataset.listing import (
     read_list,
     unnamed,
 )
-from precompute.dataset.masks import find_masks
-from precompute.dataset.names import PICTURES, TEXTS, is_hidden, is_picture, stem_of, unread_image
-from precompute.dataset.records import Memory, Record, Rejected, Source
-from precompute.dataset.rows import MOST_REPEATS
-from precompute.dataset.splits import TRAIN, VAL, divide, find_layout
+from precompute.dataset.names import (
+    PICTURES,
+    TEXTS,
+    TRAIN,
+    VAL,
+    divide,
+    find_layout,
+    is_hidden,
+    is_picture,
+    stem_of,
+    unread_image,
+)
+from precompute.dataset.records import MOST_REPEATS, Memory, Record, Rejected, Source
 from precompute.dataset.tars import COMPRESSED, Pack, open_pack, too_large
 from precompute.settings import EncodeSettings
 from runtime.text import counted

@@ -16,8 +16,16 @@ from typing import Any, BinaryIO
 
 from precompute.dataset.captions import MOST_TEXT_BYTES, decode_text
 from precompute.dataset.names import hidden_part, is_picture, stem_of
-from precompute.dataset.records import MOST_PICTURE_BYTES, Blob, Memory, Rejected
-from precompute.dataset.rows import NO_ROW, Row, load_row, read_row
+from precompute.dataset.records import (
+    MOST_PICTURE_BYTES,
+    NO_ROW,
+    Blob,
+    Memory,
+    Rejected,
+    Row,
+    load_row,
+    read_row,
+)
 from runtime.files import format_bytes, open_regular
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")

@@ -9,8 +9,8 @@ import warnings
 from collections import defaultdict
 
 from precompute.dataset.records import Rejected
-from precompute.planning.cache import CachePlan
-from precompute.planning.scan import Notes
+from precompute.plan.cache_plan import CachePlan
+from precompute.plan.scan import Notes
 from precompute.settings import EncodeSettings
 from shards.format import CacheError
 from shards.index import Index

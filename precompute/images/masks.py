@@ -6,8 +6,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from precompute.pictures.images import open_picture, opened, upright
-from precompute.pictures.refusals import PictureError
+from precompute.images.decode import open_picture, opened, upright
+from precompute.images.rejections import PictureError
 from shards.buckets import Geometry, Size
 
 FACTOR = 8  # pixels of a latent's side

@@ -1,16 +1,75 @@
-"""The members of one shard to samples: each half copied where it is still right, else encoded."""
+"""One shard: copy what is still right, encode the rest, write it."""
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-from precompute.copies import Copies
+import safetensors.torch
+from safetensors import SafetensorError
+
 from precompute.encoders import Encoders
 from precompute.halves import Failed, Half, joined, latent_halves, text_halves
-from precompute.planning.placement import CHANGING, Planned, picture_mark
-from precompute.planning.work import Found, Task
+from precompute.images.masks import shows_anything
+from precompute.plan.placement import CHANGING, Planned, picture_mark
+from precompute.plan.plan_file import Found, ShardWork, Task
+from precompute.plan.reuse import remove_shard
+from precompute.text import text_shape
 from sdxl.latent_rgb import LatentSums
-from shards.format import Sample
+from shards.format import CAPTION_TENSORS, VARIANT_TENSORS, CacheError, Layout, Sample
+from shards.index import Index
+from shards.manifest import REPLACED
+from shards.reader import MAX_OPEN_SHARDS, Shard
+from shards.writer import write_shard
+
+
+class Copies:
+    """Reads from ``replaced/`` of a cache and, of a sample that moved between train and val, of
+    the other one. What is damaged or gone is None, and to be encoded again."""
+
+    def __init__(self, folder: Path) -> None:
+        self._cache = folder
+        self._open = functools.lru_cache(maxsize=MAX_OPEN_SHARDS)(self._open_shard)
+
+    def latents(self, found: Found) -> Half | None:
+        half = self._half(found, VARIANT_TENSORS, "latents", ("picture", "mask"))
+        masks = half.tensors.get("mask", ()) if half else ()
+        if not all(shows_anything(mask, mask.dtype) for mask in masks):
+            return None  # of an earlier version, which did not drop such variants
+        return half
+
+    def text(self, found: Found) -> Half | None:
+        return self._half(found, CAPTION_TENSORS, "text", ("captions",))
+
+    def _half(
+        self, found: Found, names: tuple[str, ...], half: str, digested: tuple[str, ...]
+    ) -> Half | None:
+        try:
+            shard = self._open(found.shard, found.cache)
+            if found.row >= len(shard.index) or shard.index.key(found.row) != found.key:
+                return None  # another shard of that name
+            members = shard.members(found.row)
+        except CacheError:
+            return None
+        try:
+            tensors = safetensors.torch.load(members["safetensors"])
+            about = shard.about(found.row)
+            notes = about["notes"][half]
+            if half == "latents":
+                LatentSums.from_json(notes["sums"])
+        except (SafetensorError, ValueError, KeyError, TypeError):
+            return None  # it has its digests, and is not what encode writes
+        kept = {name: tensors[name] for name in names if name in tensors}
+        digests = {name: about["digests"][name] for name in digested if name in about["digests"]}
+        return Half(kept, notes, shard.index.header["made_with"], digests)
+
+    def _open_shard(self, name: str, cache: str) -> Shard:
+        folder = (self._cache.parent / cache if cache else self._cache) / REPLACED
+        return Shard(folder, name, Index(folder / f"{name}.index").sha256)
+
+
+# The samples of one shard: latents and text each copied where they are still right, else encoded.
 
 
 @dataclass
@@ -139,3 +198,38 @@ def _what_is_missing(planned: Planned, found: Found | None) -> Planned:
         if found is None
         else replace(planned, variants=planned.variants[found.num_variants :])
     )
+
+
+# The shard: written whole, and then what it alone copied from is removed.
+
+
+def write_work_shard(
+    work: ShardWork,
+    folder: Path,
+    encoders: Encoders,
+    recipe: dict[str, Any],
+    tick: Callable[[bool], None],
+) -> None:
+    """Encode and copy, write and mark; see ``make_samples`` for ``tick``.
+
+    Raises:
+        OSError: a file could not be read or written; the shard is not there then.
+    """
+    text = text_shape(folder)
+    layout = Layout(
+        dtype=recipe["storage"]["dtype"],
+        latent=(encoders.channels, work.bucket[1] // 8, work.bucket[0] // 8),
+        prompt=(text["tokens"], text["depth"]),
+        pooled=text["pooled"],
+    )
+    notes = Notes(LatentSums.empty(encoders.channels))
+    about: dict[str, Any] = {"bucket": work.bucket, "repeats": work.repeats, "recipe": recipe}
+    copies = Copies(folder)
+
+    def samples() -> Iterator[Sample]:
+        yield from make_samples(work.tasks, encoders, copies, notes, tick)
+        about.update(notes.to_json())
+
+    write_shard(folder, work.name, samples(), layout, about)
+    for name in work.frees:
+        remove_shard(folder / REPLACED, name)

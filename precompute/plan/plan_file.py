@@ -14,7 +14,7 @@ from typing import Any
 import xxhash
 
 from precompute.dataset.records import Blob, Record
-from precompute.planning.placement import Place, Planned
+from precompute.plan.placement import Place, Planned
 from runtime import schema
 from runtime.files import durable_file
 from shards.buckets import Geometry, Size

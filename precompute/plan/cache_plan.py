@@ -10,9 +10,14 @@ from typing import Any
 from precompute.dataset.records import Memory, Rejected, Source
 from precompute.dataset.sources import read_data_set
 from precompute.encoders import Encoders
-from precompute.planning.changes import SETTING_CAUSES, Changes, Comparison, compare
-from precompute.planning.held import (
+from precompute.plan.placement import Place, Planned, place
+from precompute.plan.plan_file import ShardWork, read_about, read_places, write_work
+from precompute.plan.reuse import (
+    SETTING_CAUSES,
+    Changes,
+    Comparison,
     Held,
+    compare,
     finish_moves,
     read_held,
     remove_replaced,
@@ -20,9 +25,7 @@ from precompute.planning.held import (
     set_aside,
     shard_names,
 )
-from precompute.planning.placement import Place, Planned, place
-from precompute.planning.scan import Notes, add_digests, plan_pictures, remember_encoded
-from precompute.planning.work import ShardWork, read_about, read_places, write_work
+from precompute.plan.scan import Notes, add_digests, plan_pictures, remember_encoded
 from precompute.prompts import settle_prompts
 from precompute.recipe import read_recipe
 from precompute.report import Report

@@ -5,11 +5,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from precompute.dataset.records import Rejected
-from precompute.planning.cache import CachePlan, plan_caches
-from precompute.planning.losses import refuse_losses
-from precompute.planning.placement import Planned
-from precompute.planning.room import Sizer, check_room
-from precompute.planning.scan import Notes
+from precompute.plan.cache_plan import CachePlan, plan_caches
+from precompute.plan.disk_space import Sizer, check_room
+from precompute.plan.losses import refuse_losses
+from precompute.plan.placement import Planned
+from precompute.plan.scan import Notes
 from precompute.report import summarize
 from precompute.settings import EncodeSettings
 from runtime.devices import pick_device

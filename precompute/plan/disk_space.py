@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from precompute.planning.placement import Planned
-from precompute.planning.work import ShardWork
+from precompute.plan.placement import Planned
+from precompute.plan.plan_file import ShardWork
 from precompute.settings import EncodeSettings
 from runtime.files import format_bytes, free_bytes
 from sdxl.base import model_config, vae_config

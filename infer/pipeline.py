@@ -1,27 +1,166 @@
-"""Drawing: in windows, all text first, then the UNet, then the VAE.
+"""The models at work: in windows, all text first, then the UNet, then the VAE.
 
 On a small card each model is alone there in its turn; on a big one all stay, and each batch is
 decoded as soon as it is sampled.
 """
 
 import copy
-from collections.abc import Callable
+import gc
+import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 import torch
 
-from infer.models import CPU, PLAIN_TEXT, PLAIN_UNET, TEXT, UNET, VAE, Models
 from infer.plan import Batch, Drawing, make_batches, make_windows
 from infer.settings import GenerateSettings
-from infer.texts import Texts
-from infer.weights import Weights, enable_loras
+from infer.weights import Weights, enable_loras, has_loras
 from runtime.devices import exact_fp32
 from runtime.workers import WorkQueue
 from sdxl.conditioning import Conditioning, TextEncoders
 from sdxl.lora.apply import apply_text_loras
 from sdxl.sampling import decode_latents, sample_latents, starting_noise, time_ids_of
+
+TEXT, UNET, VAE = "text encoders", "unet", "vae"
+PLAIN_TEXT, PLAIN_UNET = "text encoders without", "unet without"  # of --compare
+CPU = torch.device("cpu")
+
+
+class Models:
+    """Each is loaded when it is first asked for. On a small card one is there at a time, and the
+    others wait in the CPU's memory.
+
+    ``loaders`` give models on the CPU; ``working_bytes`` is what computing takes besides them.
+    ``low_memory`` None: the card is small where they do not all fit in what is free.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        loaders: dict[str, Callable[[], Any]],
+        working_bytes: int,
+        low_memory: bool | None,
+    ) -> None:
+        self.device, self.loaders, self.working_bytes = device, dict(loaders), working_bytes
+        self._small = low_memory
+        self._held: dict[str, Any] = {}
+        self._there: set[str] = set()  # names of those on the device
+
+    @property
+    def small(self) -> bool:
+        """Whether the models take turns. Found out when it is first asked, once they are loaded."""
+        if self._small is None:
+            self._small = self.device.type == "cuda" and not self._fit()
+        return self._small
+
+    def _fit(self) -> bool:
+        missing = [name for name in self.loaders if name not in self._there]
+        needed = sum(_num_bytes(self._hold(name)) for name in missing)
+        free, _ = torch.cuda.mem_get_info(self.device)
+        unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return needed + self.working_bytes <= free + unused
+
+    def _hold(self, name: str) -> Any:
+        if name not in self._held:
+            self._held[name] = self.loaders[name]()
+        return self._held[name]
+
+    def at_work(self, name: str) -> Any:
+        """A model on the device; alone there, where the models take turns."""
+        model = self._hold(name)
+        if name not in self._there:
+            if self._there and self.small:
+                for other in self._there:
+                    self._held[other].to(CPU)
+                self._there.clear()
+                _release(self.device)
+            model.to(self.device)
+            self._there.add(name)
+        return model
+
+    def drop(self, name: str) -> None:
+        """A model that is not needed any more."""
+        self.loaders.pop(name, None)
+        self._there.discard(name)
+        if self._held.pop(name, None) is not None:
+            gc.collect()
+            _release(self.device)
+
+
+def _release(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _num_bytes(model: Any) -> int:
+    """Of the weights of a model, or of both text encoders."""
+    parts = getattr(model, "models", (model,))
+    return sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
+
+
+# The embeddings that a window of batches needs, each text encoded once.
+
+Known = dict[str | None, Conditioning]
+
+
+class Texts:
+    """Embeddings on the CPU, by text; None is the base's unconditional.
+
+    They are kept as long as a later window needs them. With ``compare`` and a LoRA that changes the
+    text encoders there are two of each: without it and with it. ``plain`` names the text encoders
+    without it, where it cannot be taken off the others.
+    """
+
+    def __init__(self, batch_size: int, compare: bool, plain: str | None = None) -> None:
+        self.batch_size, self.compare, self.plain = batch_size, compare, plain
+        self._known: dict[bool, Known] = {}
+
+    def of(self, text: str | None, with_loras: bool) -> Conditioning:
+        return self._known.get(with_loras, self._known[True])[text]
+
+    def encode(self, models: Models, window: list[Batch], later: Iterable[Batch]) -> None:
+        """Encode what ``window`` needs and is not known; forget what no batch needs any more."""
+        needed, still = _texts(window), _texts(later)
+        known = self._known.get(True, {})
+        if new := sorted(needed - known.keys()):
+            encoders: TextEncoders = models.at_work(TEXT)
+            for with_loras in self._variants(encoders):
+                model = TEXT if with_loras or self.plain is None else self.plain
+                self._encode(models.at_work(model), new, with_loras)
+            if cut := [text for text in new if encoders.is_cut(text)]:
+                most = 77 * encoders.num_chunks
+                warnings.warn(
+                    f"{len(cut)} prompts are cut at {most} tokens, e.g. {cut[0][:60]!r}",
+                    stacklevel=2,
+                )
+        keep = needed | still | {None}
+        for with_loras, found in self._known.items():
+            self._known[with_loras] = {text: one for text, one in found.items() if text in keep}
+
+    def _variants(self, encoders: TextEncoders) -> tuple[bool, ...]:
+        changed = self.plain is not None or any(has_loras(one) for one in encoders.models)
+        return (False, True) if self.compare and changed else (True,)
+
+    def _encode(self, encoders: TextEncoders, texts: list[str], with_loras: bool) -> None:
+        for model in encoders.models:
+            enable_loras(model, with_loras)
+        known = self._known.setdefault(with_loras, {})
+        if None not in known:
+            known |= encoders.encode_each(texts, self.batch_size)
+            return
+        rows = encoders.encode(texts, self.batch_size)
+        known |= {text: rows[row : row + 1] for row, text in enumerate(texts)}
+
+
+def _texts(batches: Iterable[Batch]) -> set[Any]:
+    every = [one for batch in batches for one in batch]
+    texts = [text for one in every for text in (one.prompt, one.negative)]
+    return {text for text in texts if text is not None}
+
+
+# Generation.
 
 UNET_BYTES = 500  # of activations for each pixel of each row of a batch in fp16; estimated
 VAE_BYTES = 3100  # for each pixel in fp32

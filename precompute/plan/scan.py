@@ -16,11 +16,11 @@ from typing import Any
 from tqdm import tqdm
 
 from precompute.dataset.records import Blob, Memory, Record, Rejected
-from precompute.pictures.images import open_picture, picture_size
-from precompute.pictures.masks import check_mask_size
-from precompute.pictures.refusals import PictureError, explain
-from precompute.pictures.variants import plan_variants
-from precompute.planning.placement import Planned, picture_mark
+from precompute.images.crops import plan_variants
+from precompute.images.decode import open_picture, picture_size
+from precompute.images.masks import check_mask_size
+from precompute.images.rejections import PictureError, explain
+from precompute.plan.placement import Planned, picture_mark
 from precompute.settings import EncodeSettings
 from runtime.devices import num_cores
 from runtime.files import open_regular, read_checked, user_cache, write_checked

@@ -14,8 +14,15 @@ from typing import Any
 from precompute.dataset.captions import is_text, settle, text_encoding
 from precompute.dataset.folder import Tree
 from precompute.dataset.names import TEXTS, is_picture
-from precompute.dataset.records import Blob, Record, Rejected
-from precompute.dataset.rows import TEXT_FIELDS, first_field, load_row, read_row
+from precompute.dataset.records import (
+    TEXT_FIELDS,
+    Blob,
+    Record,
+    Rejected,
+    first_field,
+    load_row,
+    read_row,
+)
 from precompute.settings import EncodeSettings
 from runtime.files import open_regular
 from runtime.text import shortened

@@ -1,9 +1,13 @@
-"""The variants of an image that are cached: random crops, and all of them mirrored."""
+"""The variants of an image that are cached: random crops, each also mirrored, and their pixels."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+import torch
+from PIL import Image, ImageOps
 
+from precompute.images.rejections import PictureError
 from precompute.settings import EncodeSettings
 from shards.buckets import Geometry
 from shards.plan import derive_key
@@ -28,3 +32,24 @@ def random_crops(centre: Geometry, num: int, key: str) -> tuple[Geometry, ...]:
     while len(places) < min(num, columns * rows):
         places[int(generator.integers(columns * rows))] = None
     return tuple(replace(centre, crop=(at % columns, at // columns)) for at in places)
+
+
+def render(image: Image.Image, geometry: Geometry) -> torch.Tensor:
+    """The cropped bucket of an RGB image: [3, H, W] fp32 in -1..1."""
+    return render_variants(image, (geometry,))[0]
+
+
+def render_variants(image: Image.Image, variants: Sequence[Geometry]) -> torch.Tensor:
+    """Its V variants, which differ in crop and side: [V, 3, H, W] fp32 in -1..1."""
+    first = variants[0]
+    if image.size != first.original:
+        raise PictureError(f"its size is {image.size}, where its header said {first.original}")
+    resized = image.resize(first.resized, Image.Resampling.LANCZOS)
+    mirrored = ImageOps.mirror(resized) if any(one.flipped for one in variants) else resized
+    cut = []
+    for one in variants:
+        (left, top), (width, height) = one.crop, one.target
+        seen = mirrored if one.flipped else resized
+        cut.append(np.asarray(seen.crop((left, top, left + width, top + height))))
+    pixels = torch.from_numpy(np.stack(cut))
+    return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
