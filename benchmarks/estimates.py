@@ -18,8 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.full_base import CONFIGS
 from benchmarks.report import keep, machine, show
-from train.config import CacheUse, TrainConfig
+from train.config import TrainConfig
 from train.memory import Estimator
+from train.option_values import CacheUse
 from train.unet import add_adapter
 
 TOKENS = 77

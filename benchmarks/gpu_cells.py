@@ -26,9 +26,10 @@ from sdxl.load import load_vae
 from shards.plan import Plan
 from shards.reader import Cache
 from tools.draw_pictures import draw_pictures
-from train.config import CacheUse, TrainConfig
+from train.config import TrainConfig
 from train.distributed import World
 from train.learner import build_learner
+from train.option_values import CacheUse
 from train.unet import COMPILE
 
 GIB = 2**30

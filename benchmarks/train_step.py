@@ -21,11 +21,12 @@ from runtime.devices import pick_device
 from shards.batches import Batch, Reader
 from shards.plan import Plan, Share
 from shards.reader import Cache
-from train.config import CacheUse, TrainConfig
+from train.config import TrainConfig
 from train.distributed import World
 from train.learner import Learner, build_learner, train_step
 from train.log import RunLog
 from train.optim import learning_rate
+from train.option_values import CacheUse
 
 
 def bare_steps(learner: Learner, optimizer: Any, batches: list[Batch]) -> None:

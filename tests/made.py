@@ -15,9 +15,10 @@ from shards.manifest import write_manifest
 from shards.plan import Plan, Share
 from shards.reader import Cache
 from shards.writer import shard_name, write_shard
-from train.config import CacheUse, TrainConfig
+from train.config import TrainConfig
 from train.distributed import World
 from train.learner import Learner, build_learner
+from train.option_values import CacheUse
 
 Parameters = dict[str, torch.nn.Parameter]
 CPU = torch.device("cpu")

@@ -16,7 +16,8 @@ import torch
 
 import train.loop
 from train.checkpoint import numbered, read_state
-from train.config import CacheUse, TrainConfig
+from train.config import TrainConfig
+from train.option_values import CacheUse
 
 LORA = "pytorch_lora_weights.safetensors"
 UNET = "unet/diffusion_pytorch_model.safetensors"

@@ -14,10 +14,11 @@ from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from sdxl.load import load_unet
 from sdxl.lora.names import KOHYA, LORA
 from shards.reader import Cache
-from train.config import CacheUse, TrainConfig
+from train.config import TrainConfig
 from train.distributed import World
 from train.learner import Learner, build_learner, evaluate
 from train.loop import train
+from train.option_values import CacheUse
 from train.unet import add_adapter, trainable
 
 CPU = torch.device("cpu")

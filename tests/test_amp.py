@@ -16,10 +16,11 @@ from runtime.devices import DTYPES, pick_precision
 from shards.batches import Reader
 from shards.plan import Plan, Share
 from shards.reader import Cache
-from train.config import CacheUse, TrainConfig
+from train.config import TrainConfig
 from train.distributed import World
 from train.learner import Learner, build_learner, train_step
 from train.memory import CudaNorms
+from train.option_values import CacheUse
 
 CPU = torch.device("cpu")
 

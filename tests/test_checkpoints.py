@@ -14,7 +14,7 @@ import train.loop
 from runtime.locks import locked
 from runtime.signals import Stopped
 from train.checkpoint import newest_checkpoint, numbered
-from train.config import CacheUse, Every
+from train.option_values import CacheUse, Every
 
 
 def flip(path: Path) -> None:

@@ -18,7 +18,7 @@ from runs import assert_same_run, config_of, run
 
 import train.loop
 from train.checkpoint import newest_checkpoint, numbered, read_state
-from train.config import Every
+from train.option_values import Every
 
 ROOT = Path(__file__).parent.parent
 RUN = Path("run")  # below the working folder, so that a forked run can be sent elsewhere

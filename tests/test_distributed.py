@@ -20,7 +20,7 @@ from runs import LORA, UNET, config_of, evals, losses, run
 from sdxl.base import find_weights
 from shards.reader import Cache
 from train.checkpoint import newest_checkpoint
-from train.config import CacheUse
+from train.option_values import CacheUse
 
 ROOT = Path(__file__).parent.parent
 STEPS = 7

@@ -19,7 +19,7 @@ from shards.buckets import cover
 from shards.format import Sample
 from shards.plan import Plan, Share
 from shards.reader import Cache
-from train.config import CacheUse, TrainConfig
+from train.config import TrainConfig
 from train.distributed import World
 from train.learner import build_learner, train_step
 from train.objective import (
@@ -30,6 +30,7 @@ from train.objective import (
     target_of,
     timesteps_of,
 )
+from train.option_values import CacheUse
 
 SCALING = 0.25  # of the random base's VAE; SDXL's is 0.13025
 

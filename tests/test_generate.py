@@ -13,8 +13,9 @@ from drawing import PROMPTS, check_equal, check_same, draw, reference
 from PIL import Image
 
 from infer.settings import LoraUse
-from train.config import CacheUse, TrainConfig
+from train.config import TrainConfig
 from train.loop import train
+from train.option_values import CacheUse
 
 Trained = Callable[..., Path]
 

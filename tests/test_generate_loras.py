@@ -29,7 +29,7 @@ from infer.settings import ExportSettings, GenerateSettings, LoraUse
 from sdxl.lora.names import KOHYA, LORA
 from sdxl.lora.write import lora_bytes
 from sdxl.metadata import Card
-from train.config import Every
+from train.option_values import Every
 
 
 @pytest.fixture(scope="module")

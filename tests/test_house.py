@@ -1,4 +1,4 @@
-"""The house rules that can be tested: who imports whom, and what the door loads."""
+"""The rules of the tree that can be tested: who imports whom, and what the entry point loads."""
 
 import ast
 import signal
@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tomllib
 import warnings
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,29 @@ def test_each_room_imports_only_those_it_may(room: str) -> None:
     assert files
     for path in files:
         assert imported(path) <= ALLOWED[room] | {room}, path
+
+
+def imports_of(path: Path, modules: set[str]) -> set[str]:
+    """The modules of ours that a file imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= inner & modules or {node.module or ""}
+    return names & modules
+
+
+def test_no_file_imports_itself_by_way_of_others() -> None:
+    paths = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for room in ALLOWED
+        for path in (ROOT / room).rglob("*.py")
+    }
+    graph = {name: imports_of(path, set(paths)) - {name} for name, path in paths.items()}
+    assert sum(map(len, graph.values())) > len(graph)  # the imports were found
+    list(TopologicalSorter(graph).static_order())  # CycleError names the circle
 
 
 def test_cli_imports_stages_inside_its_commands_only() -> None:

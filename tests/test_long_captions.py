@@ -22,8 +22,8 @@ from sdxl.metadata import read_long_captions
 from shards.reader import Cache
 from tests.conftest import Encode
 from tests.made import config_of
-from train.config import CacheUse, Every
 from train.loop import train
+from train.option_values import CacheUse, Every
 
 CPU = torch.device("cpu")
 BATCH = 4

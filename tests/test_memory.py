@@ -14,11 +14,12 @@ from cli import commands
 from shards.batches import Reader
 from shards.plan import Plan, Share
 from shards.reader import Cache
-from train.config import CacheUse, TrainConfig
+from train.config import TrainConfig
 from train.distributed import World
 from train.learner import Learner, build_learner, train_step, warm_up
 from train.loop import train as run_train
 from train.memory import Estimator, advice
+from train.option_values import CacheUse
 
 CPU = torch.device("cpu")
 Settings = dict[str, Any]

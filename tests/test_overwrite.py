@@ -18,8 +18,8 @@ import train.loop
 import train.run_folder
 from runtime.files import PARTIAL, fsync_folder, replace_path, write_durable
 from runtime.locks import locked
-from train.config import CacheUse
 from train.distributed import World
+from train.option_values import CacheUse
 from train.run_folder import (
     ENTRIES,
     REPLACED_RUN,

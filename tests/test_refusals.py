@@ -8,10 +8,10 @@ import pytest
 from made import CPU, config_of, made_sample, write_cache
 
 from shards.reader import Cache
-from train.config import CacheUse, Every
 from train.data import open_data
 from train.distributed import World
 from train.learner import build_learner
+from train.option_values import CacheUse, Every
 
 LORA = Path("lora.safetensors")
 CPU_BF16: dict[str, Any] = {"precision": "bf16", "allow_cpu_bf16": True}

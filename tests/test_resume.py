@@ -36,8 +36,8 @@ import train.weights
 from runtime.files import unseal
 from runtime.signals import Stopped
 from train.checkpoint import newest_checkpoint, read_state
-from train.config import CacheUse, Every
 from train.log import cut_metrics
+from train.option_values import CacheUse, Every
 from train.run_folder import check_folder
 
 ROOT = Path(__file__).parent.parent

@@ -16,9 +16,10 @@ from precompute.prompts import change_prompts
 from sdxl.load import load_scheduler, load_unet, load_vae
 from sdxl.lora.apply import LORA
 from shards.reader import Cache
-from train.config import CacheUse, Every, TrainConfig
+from train.config import TrainConfig
 from train.log import RunLog
 from train.loop import train
+from train.option_values import CacheUse, Every
 from train.preview import draw_previews, read_preview_prompts
 
 CPU = torch.device("cpu")

@@ -14,10 +14,10 @@ from made import WAYS, config_of, learner_of, made_batch, made_sample, write_cac
 from shards.batches import Batch, Reader
 from shards.format import sample_key
 from train.checkpoint import newest_checkpoint
-from train.config import CacheUse
 from train.ema import Ema
 from train.learner import Learner, Step, train_step
 from train.loop import train
+from train.option_values import CacheUse
 
 
 def weights_of(learner: Learner) -> dict[str, torch.Tensor]:

@@ -1,91 +1,15 @@
 """What a training run can be told. Imports no torch: ``--help`` is made from it."""
 
-import math
-import re
 from dataclasses import MISSING, dataclass, fields
-from math import ceil, floor
+from math import ceil
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from runtime.options import option
 from sdxl.base import BASE_HELP
-from train.checks import MAX_COUNT, check_choices, check_memory, check_ranges
+from train.option_values import CacheUse, Every, check_ranges, flag
 
-MAX_REPEATS = 1_000_000
-MAX_EPOCHS = 1e6  # of an interval, and its inverse the least
-
-
-def _digits(value: float) -> str:
-    """All of them, so that it is the same number when read again."""
-    return repr(float(value)).removesuffix(".0")
-
-
-@dataclass(frozen=True)
-class CacheUse:
-    """A cache and how a run uses it: ``FOLDER[,weight=W][,repeats=N]``."""
-
-    folder: Path
-    weight: float = 1.0  # of its samples in the loss
-    repeats: int = 1  # of each sample in an epoch
-
-    @classmethod
-    def parse(cls, text: str) -> "CacheUse":
-        """Raises ValueError for anything else than that form."""
-        folder, settings = text, {}
-        while found := re.fullmatch(r"(.+),(weight|repeats)=([^,]*)", folder):
-            folder, name, value = found.groups()
-            if name in settings:
-                raise ValueError(f"{text}: says {name} twice")
-            try:
-                settings[name] = float(value) if name == "weight" else int(value)
-            except ValueError:
-                raise ValueError(f"{text}: {name}={value} is no number") from None
-        use = cls(Path(folder), **settings)  # type: ignore[arg-type]
-        if not 0 < use.weight < math.inf:
-            raise ValueError(f"{text}: weight must be a finite number above 0")
-        if not 1 <= use.repeats <= MAX_REPEATS:
-            raise ValueError(f"{text}: repeats must be from 1 to {MAX_REPEATS}")
-        return use
-
-    def __str__(self) -> str:
-        weight = "" if self.weight == 1 else f",weight={_digits(self.weight)}"
-        return f"{self.folder}{weight}" + ("" if self.repeats == 1 else f",repeats={self.repeats}")
-
-
-@dataclass(frozen=True)
-class Every:
-    """An interval: ``500`` optimizer steps, or ``2ep`` (epochs; ``0.5ep`` too). 0 is never."""
-
-    amount: float = 0
-    of_epochs: bool = False
-
-    @classmethod
-    def parse(cls, text: str) -> "Every":
-        """Raises ValueError for anything else than those forms."""
-        found = re.fullmatch(r"(\d+)|(\d+\.?\d*|\.\d+) ?ep", str(text).strip())
-        if not found:
-            raise ValueError(f"{text!r} is no interval: give steps (500) or epochs (2ep)")
-        every = cls(float(found[2]), True) if found[2] else cls(int(found[1]))
-        most, least = (MAX_EPOCHS, 1 / MAX_EPOCHS) if every.of_epochs else (MAX_COUNT, 1)
-        if every and not least <= every.amount <= most:
-            raise ValueError(f"{str(text)[:50]!r} is out of range for an interval")
-        return every
-
-    def __str__(self) -> str:
-        return _digits(self.amount) + ("ep" if self.of_epochs else "")
-
-    def __bool__(self) -> bool:
-        return self.amount > 0
-
-    def is_due(self, step: int, batches_done: int, num_batches: int) -> bool:
-        """After optimizer step ``step``, the ``batches_done``-th global batch of the plan (which
-        has ``num_batches`` an epoch)."""
-        if not self:
-            return False
-        if not self.of_epochs:
-            return step % int(self.amount) == 0
-        length = self.amount * num_batches
-        return floor(batches_done / length + 1e-9) > floor((batches_done - 1) / length + 1e-9)
+_LORA_ONLY = ("rank", "alpha", "targets", "conv", "init_lora")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -405,7 +329,7 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
-        check_ranges(self)
+        check_ranges(vars(self))
         check_choices(self)
         check_memory(self)
 
@@ -438,3 +362,90 @@ class TrainConfig:
             settings["rank"], settings["alpha"] = self.lora_rank, self.lora_alpha
             settings["targets"] = self.targets or "attention"
         return settings
+
+
+def check_choices(config: "TrainConfig") -> None:
+    """Settings that exclude each other, or that another one makes meaningless."""
+    if not config.caches:
+        raise ValueError("name at least one cache to train on")
+    if (config.steps is None) == (config.epochs is None):
+        raise ValueError("give the length of the run: either --steps or --epochs, not both")
+    if config.resume and config.overwrite:
+        raise ValueError("--resume and --overwrite exclude each other")
+    if config.allow_changed_data and not config.resume:
+        raise ValueError("--allow-changed-data says how to --resume; give that too")
+    if config.full:
+        for name in _LORA_ONLY:
+            if getattr(config, name) not in (None, False):
+                raise ValueError(f"{flag(name)} is of a LoRA, and --full trains none")
+    if config.full and config.adapter != "lora":
+        raise ValueError(f"--adapter {config.adapter} is of a LoRA, and --full trains none")
+    if config.init_lora is not None:
+        for name in ("rank", "alpha", "targets", "conv"):
+            if getattr(config, name) not in (None, False):
+                raise ValueError(f"--init-lora brings its own {name}; leave {flag(name)} out")
+        if config.adapter != "lora":
+            raise ValueError("--init-lora brings its own kind of adapter; leave --adapter out")
+    if config.compile and config.adapter == "dora":
+        raise ValueError("--compile: DoRA cannot be compiled; leave --compile out")
+    for name, needed, is_there in (
+        ("ema_on_cpu", "--ema", config.ema > 0),
+        ("preview_vae", "--preview-every", bool(config.preview_every)),
+        ("huber_delta", "--loss huber", config.loss == "huber"),
+        ("logit_mean", "--timesteps logit-normal", config.timesteps == "logit-normal"),
+        ("logit_std", "--timesteps logit-normal", config.timesteps == "logit-normal"),
+        ("num_cycles", "--lr-schedule cosine-restarts", config.lr_schedule == "cosine-restarts"),
+        ("unconditional", "--caption-dropout", config.caption_dropout > 0),
+    ):
+        default = config.__dataclass_fields__[name].default
+        if getattr(config, name) != default and not is_there:
+            raise ValueError(f"{flag(name)} does nothing without {needed}")
+
+
+def check_memory(config: "TrainConfig") -> None:
+    """What the ways to save memory can be combined with."""
+    if config.base_quant != "none" and config.full:
+        raise ValueError("--base-quant is for a frozen base, and --full trains all of it")
+    if config.pure_bf16:
+        if not config.full:
+            raise ValueError("--pure-bf16 is for --full: a LoRA's weights are always fp32")
+        if config.precision not in ("auto", "bf16"):
+            raise ValueError(f"--pure-bf16 computes in bf16, and not in {config.precision}")
+        if config.optimizer == "prodigy":
+            raise ValueError("--pure-bf16: prodigy nearly stalls in bf16; take another --optimizer")
+    if config.fused_backward:
+        if config.accumulate > 1:
+            raise ValueError("--fused-backward keeps no gradients, so it cannot --accumulate")
+        if config.precision == "fp16":
+            raise ValueError("--fused-backward steps before fp16's scale is known; take bf16")
+        if config.optimizer == "prodigy":
+            raise ValueError("--fused-backward: prodigy needs all gradients at once")
+        if config.gpus not in (None, "1", "auto"):
+            raise ValueError("--fused-backward is for one process")
+
+
+def check_processes(config: "TrainConfig", num: int) -> None:
+    """What cannot be had in ``num`` processes.
+
+    Raises:
+        ValueError: names the option.
+    """
+    if num == 1:
+        return
+    if config.fused_backward:
+        raise ValueError("--fused-backward is for one process")
+    if not config.full:
+        return
+    if config.optimizer != "adamw":
+        raise ValueError(
+            f"--full over several processes is sharded, which --optimizer {config.optimizer} does "
+            "not know; take adamw"
+        )
+    for name, is_on in (
+        ("--precision fp16", config.precision == "fp16"),
+        ("--pure-bf16", config.pure_bf16),
+        ("--compile", config.compile),
+        ("--channels-last", config.channels_last),
+    ):
+        if is_on:
+            raise ValueError(f"{name} is for one process with --full; leave it out")

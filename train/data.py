@@ -5,8 +5,9 @@ import warnings
 from sdxl.base import ENCODERS, model_config
 from sdxl.fingerprint import encoder_digests_elsewhere
 from shards.reader import Cache
-from train.config import CacheUse, TrainConfig
+from train.config import TrainConfig
 from train.distributed import World
+from train.option_values import CacheUse
 
 
 def open_data(config: TrainConfig, world: World) -> tuple[list[Cache], Cache | None]:

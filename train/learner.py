@@ -19,8 +19,7 @@ from shards.batches import Batch, Reader
 from shards.buckets import Size
 from shards.plan import Plan, Share
 from shards.reader import Cache, read_ahead
-from train.checks import check_processes
-from train.config import TrainConfig
+from train.config import TrainConfig, check_processes
 from train.distributed import World
 from train.ema import Ema
 from train.memory import STATE_BYTES

@@ -26,7 +26,7 @@ from shards.batches import Reader, Reading
 from shards.plan import Plan
 from shards.reader import Cache
 from train.checkpoint import rotate, warn_of_space, write_checkpoint
-from train.config import Every, TrainConfig
+from train.config import TrainConfig
 from train.data import open_data
 from train.distributed import LOST_SECONDS, Vote, is_lost, start_world, stop_world
 from train.learner import (
@@ -41,6 +41,7 @@ from train.learner import (
 from train.log import RunLog, check_wandb
 from train.memory import STATE_BYTES, advice
 from train.optim import learning_rate
+from train.option_values import Every
 from train.preview import Previewer
 from train.resume import Start, find_start, restore, state_of
 from train.run_folder import begin_run, describe, discard_replaced_run, lock_folder

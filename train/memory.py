@@ -20,8 +20,7 @@ from runtime.devices import DTYPES
 from sdxl.base import model_config
 from sdxl.lora.apply import num_lora_parameters
 from shards.buckets import Size
-from train.checks import check_processes
-from train.config import TrainConfig
+from train.config import TrainConfig, check_processes
 from train.unet import BLOCKS, add_adapter, is_quantized, spare_casts, trainable
 
 STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2.1, "prodigy": 16.0}  # a parameter

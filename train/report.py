@@ -13,8 +13,7 @@ from shards.buckets import bucket_name
 from shards.plan import Plan
 from shards.reader import groups_of
 from train.checkpoint import newest_checkpoint
-from train.checks import check_processes
-from train.config import TrainConfig
+from train.config import TrainConfig, check_processes
 from train.data import open_data
 from train.distributed import World
 from train.learner import largest_bucket

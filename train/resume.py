@@ -15,11 +15,11 @@ from sdxl.lora.read import find_lora
 from shards.plan import Plan, Share
 from shards.reader import Cache, groups_of
 from train.checkpoint import load_checkpoint, newest_checkpoint
-from train.checks import flag
 from train.config import TrainConfig
 from train.distributed import World
 from train.learner import Learner
 from train.objective import objective_of
+from train.option_values import flag
 
 # What a checkpoint's tensors and the plan depend on: another value cannot go on from it.
 FIXED = (

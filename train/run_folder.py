@@ -40,9 +40,10 @@ from sdxl.lora.names import KOHYA, LORA
 from sdxl.metadata import base_name
 from shards.plan import Plan
 from train.checkpoint import CHECKPOINTS, STATE, numbered
-from train.config import CacheUse, TrainConfig
+from train.config import TrainConfig
 from train.distributed import World
 from train.learner import Learner
+from train.option_values import CacheUse
 from train.unet import trainable
 
 CONFIG = "config.json"
