@@ -42,12 +42,11 @@ def _verify(folder: Path, *, repair: bool) -> bool:
             return False
     num_shards = len(manifest["shards"])
     checks = tqdm(verify(folder, manifest), total=num_shards + 1, unit="shard", desc=folder.name)
-    found = [*checks]
-    faults = [fault for some in found for fault in some]
+    faults = [fault for shard_faults in checks for fault in shard_faults]
     for fault in faults:
-        echo(fault)
+        echo(str(fault))
     if repair and (faults or "digest" not in manifest):
-        dropped = drop_damaged(folder, manifest, found)
+        dropped = drop_damaged(folder, manifest, faults)
         for line in dropped:
             echo(line)
         if not (folder / MANIFEST).exists():

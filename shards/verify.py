@@ -10,10 +10,10 @@ import json
 import os
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import xxhash
@@ -30,8 +30,22 @@ from shards.writer import Members, write_members
 MOST_THREADS = 16  # hashing lets go of Python's lock, so each keeps a core or the disk busy
 
 
-def verify(folder: Path, manifest: dict[str, Any]) -> Iterator[list[str]]:
-    """Faults of each shard in turn, one line each, then those of everything else.
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """Something in a cache that is not as it was written; as text, the line that reports it."""
+
+    path: Path  # of the file
+    kind: Literal["missing", "damaged", "unreadable", "foreign"]
+    message: str
+    shard: str | None = None  # its name; None: a file beside the shards
+    sample: str | None = None  # the key of the damaged sample; None: not known, or none is
+
+    def __str__(self) -> str:
+        return self.message
+
+
+def verify(folder: Path, manifest: dict[str, Any]) -> Iterator[list[Fault]]:
+    """Faults of each shard in turn, then those of everything else.
 
     ``manifest`` is what ``read_manifest`` gave, so its own bytes are already checked. Yields
     ``len(manifest["shards"]) + 1`` lists; all empty means that every byte is as it was written.
@@ -42,53 +56,62 @@ def verify(folder: Path, manifest: dict[str, Any]) -> Iterator[list[str]]:
     yield [*_check_side_files(folder, manifest)]
 
 
-def _check_side_files(folder: Path, manifest: dict[str, Any]) -> Iterator[str]:
+def _check_side_files(folder: Path, manifest: dict[str, Any]) -> Iterator[Fault]:
     known = {MANIFEST, *OWN, *manifest["side_files"]}
     known |= {f"{s['name']}.{end}" for s in manifest["shards"] for end in ("tar", "index")}
     for name, digest in manifest["side_files"].items():
         path = folder / name
         if not path.is_file():
-            yield f"{path}: missing"
+            yield Fault(path=path, kind="missing", message=f"{path}: missing")
             continue
         try:
             if file_sha256(path) != digest:
-                yield f"{path}: damaged (sha256 differs)"
+                message = f"{path}: damaged (sha256 differs)"
+                yield Fault(path=path, kind="damaged", message=message)
         except OSError as error:
-            yield f"{path}: cannot be read ({error.strerror or error})"
+            message = f"{path}: cannot be read ({error.strerror or error})"
+            yield Fault(path=path, kind="unreadable", message=message)
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.name not in known:
-            yield f"{path}: not a file of this cache; encode again, or remove it"
+            message = f"{path}: not a file of this cache; encode again, or remove it"
+            yield Fault(path=path, kind="foreign", message=message)
 
 
-def _check_shard(folder: Path, shard: dict[str, Any]) -> list[str]:
+def _check_shard(folder: Path, shard: dict[str, Any]) -> list[Fault]:
     """A disk that fails to read one shard is no reason to leave the others unchecked."""
     try:
-        return _hash_shard(folder, shard)
+        return [*_hash_shard(folder, shard["name"], shard["index_sha256"])]
     except OSError as error:
-        return [f"{folder / shard['name']}.tar: cannot be read ({error.strerror or error})"]
+        tar = folder / f"{shard['name']}.tar"
+        message = f"{tar}: cannot be read ({error.strerror or error})"
+        return [Fault(path=tar, kind="unreadable", message=message, shard=shard["name"])]
 
 
-def _hash_shard(folder: Path, shard: dict[str, Any]) -> list[str]:
-    tar = folder / f"{shard['name']}.tar"
+def _hash_shard(folder: Path, name: str, index_sha256: str) -> Iterator[Fault]:
+    tar, index_path = folder / f"{name}.tar", folder / f"{name}.index"
     try:
-        index = Index(folder / f"{shard['name']}.index")
+        index = Index(index_path)
     except CacheError as error:
-        return [str(error)]
-    if index.sha256 != shard["index_sha256"]:
-        return [f"{tar.with_suffix('.index')}: whole, but not the one the manifest names"]
+        kind: Literal["damaged", "missing"] = "damaged" if index_path.is_file() else "missing"
+        yield Fault(path=index_path, kind=kind, message=str(error), shard=name)
+        return
+    if index.sha256 != index_sha256:
+        message = f"{index_path}: whole, but not the one the manifest names"
+        yield Fault(path=index_path, kind="damaged", message=message, shard=name)
+        return
     if not tar.is_file():
-        return [f"{tar}: missing"]
-    faults = []
+        yield Fault(path=tar, kind="missing", message=f"{tar}: missing", shard=name)
+        return
     if (size := tar.stat().st_size) != index.header["tar_bytes"]:
-        faults.append(f"{tar}: {size} bytes where {index.header['tar_bytes']} were written")
+        message = f"{tar}: {size} bytes where {index.header['tar_bytes']} were written"
+        yield Fault(path=tar, kind="damaged", message=message, shard=name)
     if file_sha256(tar) != index.header["tar_sha256"]:
         samples = [*_damaged_samples(tar, index)]
-        outside = f"{tar}: damaged outside the samples (tar header, padding or end)"
-        faults.extend(samples or [outside])
-    return faults
+        message = f"{tar}: damaged outside the samples (tar header, padding or end)"
+        yield from samples or [Fault(path=tar, kind="damaged", message=message, shard=name)]
 
 
-def _damaged_samples(tar: Path, index: Index) -> Iterator[str]:
+def _damaged_samples(tar: Path, index: Index) -> Iterator[Fault]:
     with open(tar, "rb") as file:
         for row in range(len(index)):
             bad, path = [], ""
@@ -99,7 +122,9 @@ def _damaged_samples(tar: Path, index: Index) -> Iterator[str]:
                 elif part.what == "json":
                     path = f" ({path_of(data)})"
             if bad:
-                yield f"{tar}: sample {index.key(row)}{path}: damaged: {', '.join(bad)}"
+                key = index.key(row)
+                message = f"{tar}: sample {key}{path}: damaged: {', '.join(bad)}"
+                yield Fault(path=tar, kind="damaged", message=message, shard=tar.stem, sample=key)
 
 
 def read_part(file: BinaryIO, offset: int, size: int) -> bytes:
@@ -272,15 +297,19 @@ ENDS = (".index", ".tar")  # the mark goes first: a tar without an index is noth
 REMEDIES = {PROMPTS: "`python cli.py prompts` makes it again"}
 
 
-def drop_damaged(folder: Path, manifest: dict[str, Any], found: list[list[str]]) -> list[str]:
+def drop_damaged(folder: Path, manifest: dict[str, Any], faults: Iterable[Fault]) -> list[str]:
     """Drop each damaged sample and each damaged side file; a line for each shard and file.
 
-    ``found`` is all that ``verify(folder, manifest)`` gave. The manifest goes first, as it vouches
-    for what then goes: stopped anywhere, what is left is an unfinished cache, never a wrong one.
-    It stays where no sample is lost. Files that are not of the cache stay: they are the user's.
+    ``faults`` are all that ``verify(folder, manifest)`` gave. The manifest goes first, as it
+    vouches for what then goes: stopped anywhere, what is left is an unfinished cache, never a wrong
+    one. It stays where no sample is lost. Files that are not of the cache stay: they are the
+    user's.
     """
-    shards = [shard for shard, faults in zip(manifest["shards"], found, strict=False) if faults]
-    files = [name for name in manifest["side_files"] if _is_named(folder / name, found[-1])]
+    faults = [*faults]
+    damaged = {fault.shard for fault in faults}
+    shards = [shard for shard in manifest["shards"] if shard["name"] in damaged]
+    beside = {fault.path.name for fault in faults if fault.shard is None}
+    files = [name for name in manifest["side_files"] if name in beside]
     lines = []
     if "digest" not in manifest:
         _drop(folder, MANIFEST)
@@ -370,10 +399,6 @@ def stand_in(folder: Path, error: CacheError) -> dict[str, Any]:
     there = [name for name in SIDE_FILES if (folder / name).exists()]
     side_files = {name: file_sha256(folder / name) for name in there}
     return {"shards": shards, "side_files": side_files}
-
-
-def _is_named(path: Path, faults: list[str]) -> bool:
-    return any(fault.startswith(f"{path}: ") for fault in faults)
 
 
 def _drop(folder: Path, name: str) -> None:

@@ -6,6 +6,7 @@ import random
 import shutil
 import struct
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -190,12 +191,12 @@ def use(folder: Path) -> str:
 
 def _verify(folder: Path) -> None:
     manifest = read_manifest(folder)
-    found = [*verify(folder, manifest)]
-    if any(found):
+    faults = [*chain.from_iterable(verify(folder, manifest))]
+    if faults:
         work = folder.with_name("repair")
         shutil.copytree(folder, work)
         try:
-            drop_damaged(work, manifest, found)
+            drop_damaged(work, manifest, faults)
         finally:
             shutil.rmtree(work)
 

@@ -23,7 +23,7 @@ from shards.format import VERSION, CacheError
 from shards.manifest import MANIFEST, read_manifest
 from shards.plan import Plan, Share
 from shards.reader import Cache
-from shards.verify import verify
+from shards.verify import Fault, verify
 from tools.draw_pictures import draw_pictures
 
 ROOT = Path(__file__).parent.parent
@@ -86,19 +86,20 @@ def tars(copy: Path) -> list[Path]:
     return sorted(copy.glob("*.tar"))
 
 
-def faults_of(folder: Path) -> list[str]:
-    """All that verify has to say; a manifest that is refused counts as its fault."""
+def faults_of(folder: Path) -> list[Fault]:
+    """All that verify finds; a manifest that is refused counts as its fault."""
     try:
         manifest = read_manifest(folder)
     except CacheError as error:
-        return [str(error)]
-    return [fault for found in verify(folder, manifest) for fault in found]
+        return [Fault(path=folder / MANIFEST, kind="damaged", message=str(error))]
+    return [fault for faults in verify(folder, manifest) for fault in faults]
 
 
-def assert_named(faults: list[str], *paths: Path) -> None:
-    """Each of ``paths``, and nothing else, is named at the beginning of a line."""
-    assert {fault.split(": ")[0] for fault in faults} == {str(path) for path in paths}, faults
-    assert not any("\n" in fault for fault in faults), faults
+def assert_named(faults: list[Fault], *paths: Path) -> None:
+    """The faults are of ``paths``, and each line begins with its path."""
+    assert {fault.path for fault in faults} == {*paths}, faults
+    for fault in faults:
+        assert fault.message.startswith(f"{fault.path}: ") and "\n" not in fault.message
 
 
 def draw_flips(folder: Path) -> list[Flip]:
@@ -190,9 +191,11 @@ def test_every_flipped_bit_is_named_with_its_file_and_sample(copy: Path) -> None
         assert_named(faults, copy / flip.name)
         if member is not None:
             num_in_samples += 1
-            assert f"sample {member.key}" in faults[0], (flip, faults)
-        elif flip.name.endswith(".tar"):
-            assert "sample " not in faults[0], (flip, faults)
+            assert f"sample {member.key}" in faults[0].message, (flip, faults)
+        key = None if member is None else member.key
+        shard = Path(flip.name).stem if flip.name.endswith((".tar", ".index")) else None
+        found = faults[0]
+        assert (found.kind, found.shard, found.sample) == ("damaged", shard, key), (flip, faults)
     assert num_in_samples > 300
     assert faults_of(copy) == []
 
@@ -229,7 +232,7 @@ def test_a_truncated_tar(copy: Path, tars: list[Path], share: float) -> None:
         file.truncate(left)
     faults = faults_of(copy)
     assert_named(faults, tars[1])
-    assert f"{left} bytes where {size} were written" in faults[0]
+    assert f"{left} bytes where {size} were written" in faults[0].message
     with pytest.raises(CacheError, match=f"{tars[1].name}: truncated") as caught:
         read_all(copy)
     assert "\n" not in str(caught.value)
@@ -250,8 +253,7 @@ def test_a_zeroed_page(copy: Path, tars: list[Path]) -> None:
             m.key for m in members if any(data[max(start, m.start) : max(start, min(stop, m.stop))])
         }
         assert hit
-        named = {fault.split("sample ")[1][:20] for fault in faults if "sample " in fault}
-        assert named == hit
+        assert {fault.sample for fault in faults if fault.sample} == hit
 
 
 def test_swapped_tars(copy: Path, tars: list[Path]) -> None:
@@ -269,7 +271,7 @@ def test_swapped_indexes(copy: Path, tars: list[Path], tars_too: bool) -> None:
         swap(tars[0], tars[1])
     faults = faults_of(copy)
     assert_named(faults, indexes[0], indexes[1])
-    assert f"{indexes[0]}: this is the index of another shard ({tars[1].stem})" in faults
+    assert f"{indexes[0]}: this is the index of another shard ({tars[1].stem})" in map(str, faults)
     with pytest.raises(CacheError, match="the index of another shard"):
         read_all(copy)
 
@@ -279,7 +281,7 @@ def test_a_manifest_of_another_cache(copy: Path, other: Path, tars: list[Path]) 
     faults = faults_of(copy)
     indexes = [tar.with_suffix(".index") for tar in tars]
     assert_named(faults, *indexes, copy / "unconditional.safetensors")
-    assert f"{indexes[0]}: whole, but not the one the manifest names" in faults
+    assert f"{indexes[0]}: whole, but not the one the manifest names" in map(str, faults)
     with pytest.raises(CacheError, match="not the one that the manifest names"):
         read_all(copy)
 
@@ -287,7 +289,8 @@ def test_a_manifest_of_another_cache(copy: Path, other: Path, tars: list[Path]) 
 def test_an_index_of_another_cache(copy: Path, other: Path, tars: list[Path]) -> None:
     index = tars[0].with_suffix(".index")
     shutil.copy(other / index.name, index)
-    assert f"{index}: whole, but not the one the manifest names" in faults_of(copy)
+    messages = [*map(str, faults_of(copy))]
+    assert messages == [f"{index}: whole, but not the one the manifest names"]
     with pytest.raises(CacheError, match="not the one that the manifest names"):
         read_all(copy)
 
@@ -303,7 +306,8 @@ def test_a_whole_tar_is_not_blamed_for_a_foreign_index(
 def test_an_index_of_another_shard(copy: Path, tars: list[Path]) -> None:
     index = tars[0].with_suffix(".index")
     shutil.copy(tars[1].with_suffix(".index"), index)
-    assert faults_of(copy) == [f"{index}: this is the index of another shard ({tars[1].stem})"]
+    messages = [*map(str, faults_of(copy))]
+    assert messages == [f"{index}: this is the index of another shard ({tars[1].stem})"]
 
 
 @pytest.mark.parametrize("end", ["tar", "index"])
@@ -311,15 +315,15 @@ def test_a_missing_part_of_a_shard(copy: Path, tars: list[Path], end: str) -> No
     path = tars[1].with_suffix(f".{end}")
     path.unlink()
     faults = faults_of(copy)
-    assert len(faults) == 1
-    assert_named(faults, path)
+    assert [(fault.path, fault.kind) for fault in faults] == [(path, "missing")]
     with pytest.raises(CacheError, match=path.name):
         read_all(copy)
 
 
 def test_a_missing_side_file(copy: Path) -> None:
     (copy / "rejected.jsonl").unlink()
-    assert faults_of(copy) == [f"{copy / 'rejected.jsonl'}: missing"]
+    path = copy / "rejected.jsonl"
+    assert faults_of(copy) == [Fault(path=path, kind="missing", message=f"{path}: missing")]
 
 
 def test_a_missing_manifest(copy: Path) -> None:
@@ -332,8 +336,7 @@ def test_a_missing_manifest(copy: Path) -> None:
 def test_a_file_that_is_not_of_the_cache(copy: Path, name: str) -> None:
     (copy / name).write_bytes(b"left over")
     faults = faults_of(copy)
-    assert len(faults) == 1
-    assert faults[0].startswith(f"{copy / name}: not a file of this cache")
+    assert [(fault.path, fault.kind) for fault in faults] == [(copy / name, "foreign")]
 
 
 def test_an_unknown_version_is_refused_by_its_number(copy: Path) -> None:
@@ -391,7 +394,7 @@ def test_verify_names_all_damage_and_exits_with_1(
         expected = faults_of(copy)
     assert run.exit_code == 1
     assert_named(expected, tars[0], copy / "rejected.jsonl")
-    assert run.stdout.splitlines() == expected
+    assert run.stdout.splitlines() == [*map(str, expected)]
     assert member.key in run.stdout
     assert run_verify(copy).exit_code == 0
 
@@ -430,7 +433,8 @@ def test_verify_looks_into_both_parts_of_a_split_cache(
         with flipped(folder / part, Flip(tar.name, members_of(tar)[0].start, 0)):
             run = run_verify(folder)
         assert run.exit_code == 1
-        assert_named([line for line in run.stdout.splitlines() if "sample " in line][-1:], tar)
+        named = [line for line in run.stdout.splitlines() if "damaged: " in line]
+        assert len(named) == 1 and named[0].startswith(f"{tar}: sample ")
 
 
 @pytest.mark.parametrize("part", ["train", "val"])

@@ -41,7 +41,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def faults(folder: Path) -> list[str]:
-    return [line for found in verify(folder, read_manifest(folder)) for line in found]
+    return [str(fault) for faults in verify(folder, read_manifest(folder)) for fault in faults]
 
 
 def random_sample(name: str, variants: int, captions: int, dtype: torch.dtype) -> Sample:

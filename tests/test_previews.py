@@ -98,7 +98,7 @@ def refused(cache: Path, file: Path, base: Path) -> str:
 
 
 def faults_of(folder: Path) -> list[str]:
-    return [fault for found in verify(folder, read_manifest(folder)) for fault in found]
+    return [str(fault) for faults in verify(folder, read_manifest(folder)) for fault in faults]
 
 
 def texts_of(folder: Path) -> list[str]:

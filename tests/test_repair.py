@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from shards.format import CacheError
 from shards.index import Index, Record
 from shards.manifest import LOCK, MANIFEST, REPLACED, read_manifest
 from shards.reader import Shard
-from shards.verify import drop_damaged, verify
+from shards.verify import Fault, drop_damaged, verify
 from tests.conftest import Encode
 from tests.encodes import counted, samples_of
 from tools.draw_pictures import draw_pictures
@@ -267,13 +268,14 @@ def test_a_repair_that_is_killed_loses_no_whole_sample(
         with monkeypatch.context() as patch, contextlib.suppress(Killed):
             for owner, name in ((os, "replace"), (Path, "unlink"), (shutil, "rmtree")):
                 patch.setattr(owner, name, dying(getattr(owner, name)))
-            drop_damaged(folder, at_first, [*verify(folder, at_first)])
+            drop_damaged(folder, at_first, chain.from_iterable(verify(folder, at_first)))
         finish_moves(folder)
         held = [*read_held(folder).values(), *read_held(folder / REPLACED).values()]
         assert {key for one in held for key in one.rows} >= keys
         assert not (folder / MANIFEST).exists() or (folder / "64x64-000000.index").exists()
         encode_to(data_set, folder, shard_size=2)
-        if drop_damaged(folder, manifest := read_manifest(folder), [*verify(folder, manifest)]):
+        manifest = read_manifest(folder)
+        if drop_damaged(folder, manifest, chain.from_iterable(verify(folder, manifest))):
             encode_to(data_set, folder, shard_size=2)
         assert samples_of(folder) == samples_of(whole)
         if left >= 0:
@@ -324,7 +326,7 @@ def test_what_is_verified_to_repair_it_is_not_encoded_meanwhile(
     """Else whole shards might be dropped, for what those before them had."""
     held = []
 
-    def verify_locked(folder: Path, manifest: dict[str, Any]) -> Iterator[list[str]]:
+    def verify_locked(folder: Path, manifest: dict[str, Any]) -> Iterator[list[Fault]]:
         held.append((folder / LOCK).exists())
         yield from verify(folder, manifest)
 
