@@ -70,6 +70,22 @@ def test_no_file_imports_itself_by_way_of_others() -> None:
     list(TopologicalSorter(graph).static_order())  # CycleError names the circle
 
 
+def test_contributing_lists_every_file_of_the_product() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    tree = text.split("```")[1].split()
+    paths = [path for room in ALLOWED for path in (ROOT / room).rglob("*.py")]
+    missing = [path for path in paths if path.name != "__init__.py" and path.name not in tree]
+    assert not missing
+    table = text.split("| To follow |")[1].split("\n\n")[0].splitlines()[2:]
+    assert len(table) == 4
+    for row in table:
+        *_, opened, number, _ = row.split("|")
+        named = [name.strip(" `") for name in opened.split(",")]
+        assert len(named) == int(number), row
+        for name in named:
+            assert (ROOT / name).is_file() or (ROOT / "precompute" / name).is_file(), name
+
+
 def test_cli_imports_stages_inside_its_commands_only() -> None:
     tree = ast.parse((ROOT / "cli.py").read_text())
     outside = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
