@@ -1,9 +1,11 @@
 """Bases on the Hugging Face hub: the one place that uses a network. Imports no torch."""
 
+import functools
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from sdxl import BaseError
 
@@ -12,38 +14,49 @@ OTHERS = ("scheduler", "tokenizer", "tokenizer_2")
 HALVES = ["*.fp16.*"]
 _WEIGHTS = (".bin", ".ckpt", ".pt", ".msgpack", ".h5", ".onnx", ".safetensors")
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w.-]+")
+# The commit of each repository that this process has opened. A branch may move while a command
+# runs; the UNet of one commit with the VAE of the next would be another model, and no error.
+_revisions: dict[str, str] = {}
 
 
+@functools.cache
 def fetch_component(base: str, component: str) -> Path:
     """The hub's local snapshot of a base with at least this component, downloaded where it is not
     there: safetensors and configs; the fp16 files only where there are no others.
+
+    The hub is asked once for each component, and all of a process are of one commit.
 
     Raises:
         BaseError: no hub id, or it cannot be had.
     """
     if not _HUB_ID.fullmatch(base):
         raise BaseError(f"{base}: no such folder")
+    patterns = ["model_index.json", *_patterns(component)]
+    with _one_line(f"{base}: no such folder, and could not be downloaded from the hub"):
+        folder = _snapshot(base, allow_patterns=patterns, ignore_patterns=HALVES)
+        if component in MODELS and not any((folder / component).glob("*.safetensors")):
+            folder = _snapshot(base, allow_patterns=patterns)
+        return folder
+
+
+def _snapshot(repo: str, **options: Any) -> Path:
+    """Files of a repository at the commit that this process first had of it."""
     from huggingface_hub import snapshot_download
 
-    patterns = ["model_index.json", *_patterns(component)]
-    with _one_line(f"{base}: no such folder, and not had from the hub"):
-        folder = snapshot_download(base, allow_patterns=patterns, ignore_patterns=HALVES)
-        if component in MODELS and not any((Path(folder) / component).glob("*.safetensors")):
-            folder = snapshot_download(base, allow_patterns=patterns)
-        return Path(folder)
+    folder = Path(snapshot_download(repo, revision=_revisions.get(repo), **options))
+    _revisions.setdefault(repo, folder.name)  # the client names a snapshot's folder by its commit
+    return folder
 
 
 def cached_component(base: str, component: str) -> Path | None:
     """Its folder in the local hub cache, if it is there; nothing is downloaded."""
-    from huggingface_hub import snapshot_download
-
     try:
         patterns = _patterns(component)
-        folder = snapshot_download(base, local_files_only=True, allow_patterns=patterns)
+        folder = _snapshot(base, local_files_only=True, allow_patterns=patterns)
     except (OSError, ValueError):  # not there, or not all of it
         return None
-    found = Path(folder) / component
-    return found if found.is_dir() else None
+    path = folder / component
+    return path if path.is_dir() else None
 
 
 def download_base(repo: str, out: Path, *, fp16: bool = False, file: str | None = None) -> Path:
@@ -63,7 +76,7 @@ def download_base(repo: str, out: Path, *, fp16: bool = False, file: str | None 
         raise BaseError(f"{out}: not a folder")
     from huggingface_hub import HfApi, snapshot_download
 
-    with _one_line(f"{repo}: not had from the hub"):
+    with _one_line(f"{repo}: could not be downloaded from the hub"):
         info = HfApi().model_info(repo, files_metadata=True)
         sizes = {one.rfilename: one.size for one in info.siblings or ()}
     names = pick_files(repo, sorted(sizes), fp16, file)

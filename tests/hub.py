@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
+NEXT_REVISION = "76543210fedcba9876543210fedcba9876543210"
 REPO = "someone/small-xl"
 
 
 class Hub(ThreadingHTTPServer):
     """Serves ``folder`` as REPO. A file named in ``cut`` breaks off once after so many
-    bytes; ``lost`` cannot be had."""
+    bytes; ``lost`` cannot be had. After a download of ``moves_after`` the branch stands at
+    NEXT_REVISION, which is ``next_folder``."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -22,14 +24,22 @@ class Hub(ThreadingHTTPServer):
         self.cut: dict[str, int] = {}
         self.lost = ""
         self.asked: list[str] = []  # the file of each download
+        self.listings: list[str] = []  # the path of each request for what a commit holds
+        self.moves_after = ""
+        self.next_folder = folder
+        self.branch = REVISION
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"
 
-    def files(self) -> dict[str, int]:
-        paths = (path for path in self.folder.rglob("*") if path.is_file())
-        return {p.relative_to(self.folder).as_posix(): p.stat().st_size for p in sorted(paths)}
+    def root(self, revision: str) -> Path:
+        return self.next_folder if revision == NEXT_REVISION else self.folder
+
+    def files(self, revision: str = REVISION) -> dict[str, int]:
+        root = self.root(revision)
+        paths = (path for path in root.rglob("*") if path.is_file())
+        return {p.relative_to(root).as_posix(): p.stat().st_size for p in sorted(paths)}
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -37,13 +47,16 @@ class _Handler(BaseHTTPRequestHandler):
     server: Hub
 
     def do_GET(self) -> None:
-        files = self.server.files()
+        asked = next((r for r in (REVISION, NEXT_REVISION) if r in self.path), self.server.branch)
+        files = self.server.files(asked)
+        if self.path.startswith("/api/"):
+            self.server.listings.append(self.path)
         if self.path.startswith(f"/api/models/{REPO}/tree/"):
             rows = [{"type": "file", "path": n, "size": s, "oid": "0"} for n, s in files.items()]
             self._send_json(rows)
         elif self.path.startswith(f"/api/models/{REPO}"):
             rows = [{"rfilename": name, "size": size} for name, size in files.items()]
-            self._send_json({"id": REPO, "sha": REVISION, "siblings": rows})
+            self._send_json({"id": REPO, "sha": asked, "siblings": rows})
         else:
             self._send_file(head=False)
 
@@ -59,18 +72,20 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def _send_file(self, head: bool) -> None:
-        name = self.path.partition(f"/resolve/{REVISION}/")[2].partition("?")[0]
-        if name not in self.server.files() or name == self.server.lost:
+        revision, _, rest = self.path.partition("/resolve/")[2].partition("/")
+        name = rest.partition("?")[0]
+        if name not in self.server.files(revision) or name == self.server.lost:
             self.send_response(404)
             self.send_header("X-Error-Code", "RepoNotFound")
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
-        data, asked = (self.server.folder / name).read_bytes(), self.headers.get("Range")
+        path = self.server.root(revision) / name
+        data, asked = path.read_bytes(), self.headers.get("Range")
         begin = int(asked.removeprefix("bytes=").partition("-")[0]) if asked else 0
         self.send_response(206 if asked else 200)
-        self.send_header("ETag", f'"{len(data)}-{name.replace("/", "-")}"')
-        self.send_header("X-Repo-Commit", REVISION)
+        self.send_header("ETag", f'"{len(data)}-{revision[:8]}-{name.replace("/", "-")}"')
+        self.send_header("X-Repo-Commit", revision)
         self.send_header("Accept-Ranges", "bytes")
         if asked:
             self.send_header("Content-Range", f"bytes {begin}-{len(data) - 1}/{len(data)}")
@@ -79,6 +94,8 @@ class _Handler(BaseHTTPRequestHandler):
         if head:
             return
         self.server.asked.append(name)
+        if name == self.server.moves_after:
+            self.server.branch = NEXT_REVISION
         cut = self.server.cut.pop(name, len(data))
         self.wfile.write(data[begin : max(begin, cut)])
         if cut < len(data):

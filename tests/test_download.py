@@ -117,7 +117,7 @@ def test_the_halves_where_they_are_asked_for(hub: Hub, tmp_path: Path) -> None:
 
 def test_what_cannot_be_had_gets_one_line(hub: Hub, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert "nobody/nothing: not had from the hub" in refused(
+    assert "nobody/nothing: could not be downloaded from the hub" in refused(
         download(hub, out, repo="nobody/nothing")
     )
     assert "not-an-id: no hub id" in refused(download(hub, out, repo="not-an-id"))

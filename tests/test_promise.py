@@ -197,7 +197,7 @@ def test_an_unknown_hub_id_is_refused_without_a_network(
     told = watched["unknown"]
     assert told["code"] == 2
     (error,) = (line for line in told["errors"].splitlines() if line.startswith("Error: "))
-    assert "someone/unknown-xl: no such folder, and not had from the hub" in error
+    assert "someone/unknown-xl: no such folder, and could not be downloaded from the hub" in error
     assert "Traceback" not in told["errors"]
 
 
