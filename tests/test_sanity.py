@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import precompute.halves
-import precompute.images.decode
+import precompute.images.crops
 import precompute.latents
 from precompute.images.crops import render
 from precompute.images.decode import open_picture
@@ -47,7 +47,7 @@ def plant(patch: pytest.MonkeyPatch, fault: str) -> None:
         patch.setattr(precompute.latents, "scale_mean", lambda *args: 2 * real(*args))
         return
     change, render_variants = PIXEL_FAULTS[fault], precompute.images.crops.render_variants
-    for module in (precompute.images.decode, precompute.halves):
+    for module in (precompute.images.crops, precompute.halves):
         patch.setattr(module, "render_variants", lambda *args: change(render_variants(*args)))
 
 
