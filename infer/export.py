@@ -48,12 +48,12 @@ def export(settings: ExportSettings) -> Exported:
         raise ValueError(f"{settings.weights}: a whole UNet; --merge takes a LoRA")
     with place(settings, unet):
         if unet is None and not settings.merge:
-            what = _export_lora(settings)
+            description = _export_lora(settings)
         else:
             dtype = DTYPES.get(settings.dtype, torch.float16)
-            what = export_model(settings, unet, dtype)
+            description = export_model(settings, unet, dtype)
     files = [settings.out] if settings.is_file else settings.out.glob("unet/*")
-    return Exported(settings.out, what, sum(path.stat().st_size for path in files))
+    return Exported(settings.out, description, sum(path.stat().st_size for path in files))
 
 
 def _unet_folder(path: Path) -> Path | None:
@@ -73,7 +73,7 @@ def _export_lora(settings: ExportSettings) -> str:
     parts = _in_dtype(_fit(file, models, settings.base), settings.dtype, file.path)
     card = _card(settings, file, parts)
     if kind == "kohya":
-        if any(one.magnitude is not None for one in parts.get(UNET, {}).values()):
+        if any(adapter.magnitude is not None for adapter in parts.get(UNET, {}).values()):
             warnings.warn(
                 "this is a DoRA, which ComfyUI, A1111, InvokeAI and sd-scripts apply "
                 "otherwise than it was trained; they read the model that --merge writes",
@@ -87,13 +87,15 @@ def _export_lora(settings: ExportSettings) -> str:
         write_durable(partial, data)
         check_written(partial, settings.out)
         _compare(_fit(read_lora_file(partial), models, settings.base), parts, settings.out)
-    every = [one for found in parts.values() for one in found.values()]
-    alphas = {one.kohya_alpha if kind == "kohya" else one.alpha for one in every}
-    ranks = {one.rank for one in every}
-    return f"{kind} LoRA of {len(every)} modules, rank {_some(ranks)}, alpha {_some(alphas)}"
+    every = [adapter for adapters in parts.values() for adapter in adapters.values()]
+    alphas = {adapter.kohya_alpha if kind == "kohya" else adapter.alpha for adapter in every}
+    ranks = {adapter.rank for adapter in every}
+    return (
+        f"{kind} LoRA of {len(every)} modules, rank {_range_of(ranks)}, alpha {_range_of(alphas)}"
+    )
 
 
-def _some(values: set[Any]) -> str:
+def _range_of(values: set[Any]) -> str:
     """One value, or the range of several."""
     ends = sorted({min(values), max(values)})
     return " to ".join(f"{value:g}" for value in ends)
@@ -118,12 +120,19 @@ def _in_dtype(
 ) -> dict[str, dict[str, Adapted]]:
     kind = DTYPES.get(dtype)  # None: as they are
     cast = {
-        part: {name: one if kind is None else one.to(kind) for name, one in found.items()}
-        for part, found in parts.items()
+        part: {
+            name: adapter if kind is None else adapter.to(kind)
+            for name, adapter in adapters.items()
+        }
+        for part, adapters in parts.items()
     }
-    for found in cast.values():
-        for name, one in found.items():
-            factors = [one.down, one.up, *([] if one.magnitude is None else [one.magnitude])]
+    for adapters in cast.values():
+        for name, adapter in adapters.items():
+            factors = [
+                adapter.down,
+                adapter.up,
+                *([] if adapter.magnitude is None else [adapter.magnitude]),
+            ]
             if not all(factor.float().isfinite().all() for factor in factors):
                 how = "; try --dtype fp32" if dtype == "fp16" else ""
                 raise ValueError(f"{path}: its weights on {name} are not finite{how}")
@@ -134,8 +143,8 @@ def _card(settings: ExportSettings, file: LoraFile, parts: Parts) -> Card:
     """The file's own, or of another tool's file what its metadata says; rsLoRA's alpha as the
     adapters have it."""
     card, said = file.card, file.metadata
-    every = [one for found in parts.values() for one in found.values()]
-    (rank, alpha), _ = Counter((one.rank, one.alpha) for one in every).most_common(1)[0]
+    every = [adapter for adapters in parts.values() for adapter in adapters.values()]
+    (rank, alpha), _ = Counter((adapter.rank, adapter.alpha) for adapter in every).most_common(1)[0]
     steps = said.get("ss_steps", "")
     return replace(
         card,
@@ -147,26 +156,28 @@ def _card(settings: ExportSettings, file: LoraFile, parts: Parts) -> Card:
     )
 
 
-def _compare(found: Parts, expected: Parts, path: Path) -> None:
+def _compare(read_back: Parts, expected: Parts, path: Path) -> None:
     """Whether what was read back adds the same to each weight: equal factors, to the bit, at an
     equal strength (which the products would tell no better, and at full size far slower).
 
     Raises:
         OSError: it does not.
     """
-    same = {part: modules.keys() for part, modules in found.items()} == {
+    same = {part: modules.keys() for part, modules in read_back.items()} == {
         part: modules.keys() for part, modules in expected.items()
     }
     for part in expected if same else ():
-        same = same and all(_same(found[part][n], one) for n, one in expected[part].items())
+        same = same and all(
+            _same(read_back[part][n], adapter) for n, adapter in expected[part].items()
+        )
     if not same:
         raise OSError(f"{path}: what was read back is not what was written; nothing is kept")
 
 
-def _same(one: Adapted, other: Adapted) -> bool:
-    factors = torch.equal(one.down, other.down) and torch.equal(one.up, other.up)
-    if one.magnitude is None or other.magnitude is None:
-        rows = one.magnitude is other.magnitude
+def _same(adapter: Adapted, other: Adapted) -> bool:
+    factors = torch.equal(adapter.down, other.down) and torch.equal(adapter.up, other.up)
+    if adapter.magnitude is None or other.magnitude is None:
+        rows = adapter.magnitude is other.magnitude
     else:
-        rows = torch.equal(one.magnitude, other.magnitude)
-    return factors and rows and math.isclose(one.scale, other.scale, rel_tol=1e-6)
+        rows = torch.equal(adapter.magnitude, other.magnitude)
+    return factors and rows and math.isclose(adapter.scale, other.scale, rel_tol=1e-6)

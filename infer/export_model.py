@@ -125,7 +125,10 @@ def _stored_dtype(base: str) -> torch.dtype:
     path, _ = model_config(base, "unet")
     files = find_weights(path).files if path.is_dir() else (path,)
     kinds = {
-        one.dtype for file in files for one in read_header(file)[0].values() if one.end > one.begin
+        tensor.dtype
+        for file in files
+        for tensor in read_header(file)[0].values()
+        if tensor.end > tensor.begin
     }
     narrow = {"F16": torch.float16, "BF16": torch.bfloat16}
     return narrow.get(kinds.pop(), torch.float32) if len(kinds) == 1 else torch.float32
@@ -217,7 +220,7 @@ def _compare(module: Any, part: Part, path: Path) -> None:
     Raises:
         OSError: it has not.
     """
-    found = module.state_dict()
-    same = found.keys() == part.tensors.keys()
-    if not same or any(not torch.equal(found[n], one) for n, one in part.tensors.items()):
+    tensors = module.state_dict()
+    same = tensors.keys() == part.tensors.keys()
+    if not same or any(not torch.equal(tensors[n], tensor) for n, tensor in part.tensors.items()):
         raise OSError(f"{path}: what was read back is not what was written; nothing is kept")

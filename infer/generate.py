@@ -45,19 +45,19 @@ def generate(settings: GenerateSettings, studio: Studio | None = None) -> Report
     queue = WorkQueue()
     if not queue.is_main:
         plan = json.loads(queue.wait_for("plan"))
-        drawings = [Drawing(**one) for one in plan["drawings"]]
+        drawings = [Drawing(**fields) for fields in plan["drawings"]]
         _draw(settings, make_studio(settings), drawings, plan["about"], queue)
         return None
     drawings = _plan(settings)
     studio = studio or make_studio(settings)
     folder = PictureFolder(settings.out, settings.format)
     with folder.open():
-        about = _about(studio, drawings)
-        wanted = folder.missing(drawings, about)
-        told = {"drawings": [asdict(one) for one in wanted], "about": about}
+        provenance = _about(studio, drawings)
+        wanted = folder.missing(drawings, provenance)
+        told = {"drawings": [asdict(drawing) for drawing in wanted], "about": provenance}
         queue.publish("plan", json.dumps(told))
         start = time.perf_counter()
-        _draw(settings, studio, wanted, about, queue)
+        _draw(settings, studio, wanted, provenance, queue)
         seconds = time.perf_counter() - start
         sheet = folder.finish(drawings)
     return Report(len(wanted), len(drawings) - len(wanted), seconds, sheet)
@@ -83,7 +83,7 @@ def make_studio(settings: GenerateSettings, stays: bool = False) -> Studio:
 
 def _about(studio: Studio, drawings: list[Drawing]) -> About:
     samplers: dict[str, Any] = {}
-    for name in {one.sampler for one in drawings}:
+    for name in {drawing.sampler for drawing in drawings}:
         sampler = studio.weights.sampler(name)
         config = config_digest(dict(sampler.config))
         samplers[name or ""] = {"name": type(sampler).__name__, "config": config}
@@ -97,7 +97,7 @@ def _draw(
     settings: GenerateSettings,
     studio: Studio,
     drawings: list[Drawing],
-    about: About,
+    provenance: About,
     queue: WorkQueue,
 ) -> None:
     """This process's part, to the end of all; the main one shows how far all are."""
@@ -117,7 +117,7 @@ def _draw(
 
         def save(drawing: Drawing, sides: list[torch.Tensor]) -> None:
             folder.before_replacing(drawing)
-            save_picture(folder.path(drawing), sides, drawing, about, loras)
+            save_picture(folder.path(drawing), sides, drawing, provenance, loras)
 
         def keep(drawing: Drawing, sides: list[torch.Tensor]) -> None:
             pending.append(pool.submit(save, drawing, sides))

@@ -47,21 +47,21 @@ class Row:
 
 def lines(rows: Iterable[Row]) -> str:
     """``captions.jsonl``."""
-    about = ({"file_name": one.file_name, "text": one.text} for one in rows)
-    return "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in about)
+    records = ({"file_name": row.file_name, "text": row.text} for row in rows)
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
 def coco(rows: Iterable[Row]) -> str:
     """COCO's layout of captions (https://cocodataset.org/#format-data)."""
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    for number, one in enumerate(rows, start=1):
-        size = {"width": one.width, "height": one.height}
-        images.append({"id": number, "file_name": one.file_name, **size})
-        annotations.append({"id": number, "image_id": number, "caption": one.text})
+    for number, row in enumerate(rows, start=1):
+        size = {"width": row.width, "height": row.height}
+        images.append({"id": number, "file_name": row.file_name, **size})
+        annotations.append({"id": number, "image_id": number, "caption": row.text})
     info = {"description": DESCRIPTION}
-    found = {"info": info, "licenses": [], "images": images, "annotations": annotations}
-    return json.dumps(found, ensure_ascii=False) + "\n"
+    content = {"info": info, "licenses": [], "images": images, "annotations": annotations}
+    return json.dumps(content, ensure_ascii=False) + "\n"
 
 
 def read_listing(path: Path, is_coco: bool) -> dict[str, str]:
@@ -92,12 +92,12 @@ def _line_pairs(data: bytes) -> Iterator[tuple[str, str]]:
             raise ValueError
 
 
-def _coco_pairs(found: Any) -> Iterator[tuple[str, str]]:
-    if found["info"] != {"description": DESCRIPTION}:
+def _coco_pairs(listing: Any) -> Iterator[tuple[str, str]]:
+    if listing["info"] != {"description": DESCRIPTION}:
         raise ValueError
-    names = {one["id"]: one["file_name"] for one in found["images"]}
-    for one in found["annotations"]:
-        yield names[one["image_id"]], one["caption"]
+    names = {image["id"]: image["file_name"] for image in listing["images"]}
+    for annotation in listing["annotations"]:
+        yield names[annotation["image_id"]], annotation["caption"]
 
 
 # One image's file: a PNG that records how it was generated. It appears complete or not at all.
@@ -113,10 +113,10 @@ STILL_GOOD = "The images that are there are whole; the same command continues wi
 About = dict[str, Any]  # "weights": their digests; "samplers": each one's class and config
 
 
-def record_of(drawing: Drawing, about: About) -> dict[str, Any]:
+def record_of(drawing: Drawing, provenance: About) -> dict[str, Any]:
     """All that decides the image, as plain JSON."""
-    sampler = about["samplers"][drawing.sampler or ""]
-    return {**asdict(drawing), "sampler": sampler, "weights": about["weights"]}
+    sampler = provenance["samplers"][drawing.sampler or ""]
+    return {**asdict(drawing), "sampler": sampler, "weights": provenance["weights"]}
 
 
 def read_record(path: Path, to_the_end: bool = True) -> tuple[dict[str, Any] | None, bool]:
@@ -173,8 +173,8 @@ def _parse_record(data: bytes) -> dict[str, Any]:
 def row_of_record(path: Path, record: dict[str, Any] | None) -> Row | None:
     """What an image's own record says of it for the listing; None where it has none."""
     try:
-        about = {one.name: (record or {})[one.name] for one in fields(Drawing)}
-        drawing = Drawing(**about | {"sampler": None})
+        values = {field.name: (record or {})[field.name] for field in fields(Drawing)}
+        drawing = Drawing(**values | {"sampler": None})
         prompt = str(drawing.prompt)
         prompt.encode()  # JSON may hold half a character, which no file of captions can
         size = picture_size(drawing)
@@ -225,7 +225,7 @@ def _margins(drawing: Drawing) -> tuple[int, int]:
 
 
 def save_picture(
-    path: Path, sides: list[torch.Tensor], drawing: Drawing, about: About, loras: str
+    path: Path, sides: list[torch.Tensor], drawing: Drawing, provenance: About, loras: str
 ) -> None:
     """Write the image [3, H, W] in 0..1; or two of them, the one without the fine-tune first.
 
@@ -234,7 +234,7 @@ def save_picture(
     images = [_to_image(side) for side in sides]
     image = images[0] if len(images) == 1 else _side_by_side(images, drawing)
     info = PngImagePlugin.PngInfo()
-    record = record_of(drawing, about)
+    record = record_of(drawing, provenance)
     info.add_text("parameters", _parameters(drawing, record["sampler"]["name"], loras))
     info.add_text(SETTINGS_KEY, json.dumps(record))
     with writing(path, STILL_GOOD), durable_file(path) as file:
@@ -340,27 +340,30 @@ class PictureFolder:
         sheet = self.out / SHEET
         if self.listing.exists() or not sheet.exists() or read_record(sheet, False)[0] is not None:
             return
-        if not any(read_record(path, False)[0] is not None for path in self._there()):
+        if not any(read_record(path, False)[0] is not None for path in self._existing_images()):
             raise ValueError(
                 f"{sheet}: not drawn by shardtune; move it away, or give another --out"
             )
 
-    def _there(self) -> list[Path]:
+    def _existing_images(self) -> list[Path]:
         """The images that are there, by their names."""
         return sorted(path for path in self.pictures.glob("*.png") if NAME.fullmatch(path.name))
 
-    def missing(self, drawings: list[Drawing], about: About) -> list[Drawing]:
+    def missing(self, drawings: list[Drawing], provenance: About) -> list[Drawing]:
         """The drawings that are not there as asked; warns of those that are there otherwise."""
-        stale = {one: stale_because(self.path(one), record_of(one, about)) for one in drawings}
+        stale = {
+            drawing: stale_because(self.path(drawing), record_of(drawing, provenance))
+            for drawing in drawings
+        }
         for reason in sorted({why for why in stale.values() if why}):
-            paths = [self.path(one) for one, why in stale.items() if why == reason]
+            paths = [self.path(drawing) for drawing, why in stale.items() if why == reason]
             warnings.warn(f"{_first_of(paths)}: to be generated again: {reason}", stacklevel=2)
-        asked = {self.path(one) for one in drawings}
-        if others := [path for path in self._there() if path not in asked]:
+        asked = {self.path(drawing) for drawing in drawings}
+        if others := [path for path in self._existing_images() if path not in asked]:
             warnings.warn(
                 f"{_first_of(others)}: not asked for this time; left as it is", stacklevel=2
             )
-        wanted = [one for one, why in stale.items() if why is not None]
+        wanted = [drawing for drawing, why in stale.items() if why is not None]
         num_pixels = [width * height for width, height in map(picture_size, wanted)]
         needed, free = int(BYTES_A_PIXEL * sum(num_pixels)), free_bytes(self.out)
         if needed > free:
@@ -387,12 +390,12 @@ class PictureFolder:
         sizes = map(picture_size, drawings)
         self._write_listing(
             [
-                Row(self.name(one), one.prompt, *size)
-                for one, size in zip(drawings, sizes, strict=True)
+                Row(self.name(drawing), drawing.prompt, *size)
+                for drawing, size in zip(drawings, sizes, strict=True)
             ]
         )
         tile = WIDE_TILE if drawings[0].compare else TILE
-        sheet = contact_sheet([(self.path(one), one.prompt) for one in drawings], tile)
+        sheet = contact_sheet([(self.path(drawing), drawing.prompt) for drawing in drawings], tile)
         path, info = self.out / SHEET, PngImagePlugin.PngInfo()
         info.add_text(SETTINGS_KEY, "{}")
         with writing(path, STILL_GOOD), durable_file(path) as file:
@@ -403,7 +406,9 @@ class PictureFolder:
         """After a run that failed or was killed while it replaced images: captions of what is
         there now, by the images' own records."""
         if aside_of(self.listing).exists():
-            rows = (row_of_record(path, read_record(path, False)[0]) for path in self._there())
+            rows = (
+                row_of_record(path, read_record(path, False)[0]) for path in self._existing_images()
+            )
             self._write_listing([row for row in rows if row is not None])
 
     def _write_listing(self, rows: list[Row]) -> None:

@@ -136,11 +136,13 @@ class Texts:
                     stacklevel=2,
                 )
         keep = needed | still | {None}
-        for with_loras, found in self._known.items():
-            self._known[with_loras] = {text: one for text, one in found.items() if text in keep}
+        for with_loras, encoded in self._known.items():
+            self._known[with_loras] = {
+                text: conditioning for text, conditioning in encoded.items() if text in keep
+            }
 
     def _variants(self, encoders: TextEncoders) -> tuple[bool, ...]:
-        changed = self.plain is not None or any(has_loras(one) for one in encoders.models)
+        changed = self.plain is not None or any(has_loras(encoder) for encoder in encoders.models)
         return (False, True) if self.compare and changed else (True,)
 
     def _encode(self, encoders: TextEncoders, texts: list[str], with_loras: bool) -> None:
@@ -155,8 +157,8 @@ class Texts:
 
 
 def _texts(batches: Iterable[Batch]) -> set[Any]:
-    every = [one for batch in batches for one in batch]
-    texts = [text for one in every for text in (one.prompt, one.negative)]
+    every = [drawing for batch in batches for drawing in batch]
+    texts = [text for drawing in every for text in (drawing.prompt, drawing.negative)]
     return {text for text in texts if text is not None}
 
 
@@ -223,7 +225,7 @@ class Studio:
                 batch = window[which]
                 latents = [self._sample(models, side, batch, texts) for side in self.sides]
                 if models.small:
-                    waiting.append((batch, [one.to(CPU) for one in latents]))
+                    waiting.append((batch, [side_latents.to(CPU) for side_latents in latents]))
                 else:
                     self._decode(models, batch, latents, keep)
             if is_last:
@@ -242,7 +244,7 @@ class Studio:
             loaders[PLAIN_UNET] = lambda: self.weights.load_plain_unet(self.dtype)
         if self.settings.compare and self.weights.merged_parts - {"unet"}:
             loaders[PLAIN_TEXT] = self._load_plain_text
-        most = max(one.width * one.height for one in drawings)
+        most = max(drawing.width * drawing.height for drawing in drawings)
         rows = 2 * min(self.settings.batch_size, len(drawings))
         unet = UNET_BYTES * most * rows * self.dtype.itemsize // 2
         vae = VAE_BYTES * max(most, ONE_PICTURE)
@@ -270,15 +272,15 @@ class Studio:
         unet, first = models.at_work(side.model), batch[0]
         if self.settings.compare:
             enable_loras(unet, side.with_loras)
-        generators = [torch.Generator().manual_seed(one.seed) for one in batch]
+        generators = [torch.Generator().manual_seed(drawing.seed) for drawing in batch]
         shape = (unet.config.in_channels, first.height // 8, first.width // 8)
         return sample_latents(
             unet,
             self._sampler(first.sampler, side.plain),
-            Conditioning.cat(texts.of(one.prompt, side.with_loras) for one in batch),
-            Conditioning.cat(texts.of(one.negative, side.with_loras) for one in batch),
+            Conditioning.cat(texts.of(drawing.prompt, side.with_loras) for drawing in batch),
+            Conditioning.cat(texts.of(drawing.negative, side.with_loras) for drawing in batch),
             noise=starting_noise(generators, shape),
-            time_ids=torch.cat([_time_ids(one) for one in batch]),
+            time_ids=torch.cat([_time_ids(drawing) for drawing in batch]),
             num_steps=first.num_steps,
             guidance_scale=first.guidance_scale,
             guidance_rescale=first.guidance_rescale,
@@ -290,7 +292,7 @@ class Studio:
     ) -> None:
         vae = models.at_work(VAE)
         vae.use_tiling = batch[0].tiled
-        sides = [_pictures(vae, one) for one in latents]
+        sides = [_pictures(vae, side_latents) for side_latents in latents]
         for drawing, *pictures in zip(batch, *sides, strict=True):
             if not all(picture.isfinite().all() for picture in pictures):
                 raise FloatingPointError(
@@ -300,9 +302,11 @@ class Studio:
             keep(drawing, pictures)
 
 
-def _time_ids(one: Drawing) -> torch.Tensor:
-    original = (one.original_width, one.original_height)
-    return time_ids_of((one.width, one.height), original, (one.crop_left, one.crop_top))
+def _time_ids(drawing: Drawing) -> torch.Tensor:
+    original = (drawing.original_width, drawing.original_height)
+    return time_ids_of(
+        (drawing.width, drawing.height), original, (drawing.crop_left, drawing.crop_top)
+    )
 
 
 def _pictures(vae: Any, latents: torch.Tensor) -> torch.Tensor:

@@ -48,7 +48,7 @@ def plan_drawings(
 
     Image i has seed + i. A line's own seed grows by one each time the line comes round.
     """
-    num = settings.num_images or sum(one.num_images or 1 for one in prompts)
+    num = settings.num_images or sum(prompt.num_images or 1 for prompt in prompts)
     if num > MAX_PICTURES:
         raise ValueError(f"{num:,} images are asked for; at most {MAX_PICTURES:,} at a time")
     rotation = chain.from_iterable(
@@ -95,13 +95,13 @@ def _drawing(
 def make_batches(drawings: Iterable[Drawing], size: int) -> list[Batch]:
     """Batches of one kind each. Images of the same prompt come together, so that few windows
     need it; else they are in the order of their numbers."""
-    ordered = sorted(drawings, key=lambda one: one.number)
+    ordered = sorted(drawings, key=lambda drawing: drawing.number)
     first: dict[tuple[str, str | None], int] = {}
-    for one in ordered:
-        first.setdefault((one.prompt, one.negative), one.number)
-    ordered.sort(key=lambda one: (one.kind, first[one.prompt, one.negative]))
+    for drawing in ordered:
+        first.setdefault((drawing.prompt, drawing.negative), drawing.number)
+    ordered.sort(key=lambda drawing: (drawing.kind, first[drawing.prompt, drawing.negative]))
     batches = []
-    for _, group in groupby(ordered, key=lambda one: one.kind):
+    for _, group in groupby(ordered, key=lambda drawing: drawing.kind):
         members = list(group)
         batches += [members[start : start + size] for start in range(0, len(members), size)]
     return batches

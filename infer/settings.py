@@ -228,21 +228,21 @@ class GenerateSettings:
     @property
     def crop_pixels(self) -> Size:
         """(left, top), as SDXL is told."""
-        found = re.fullmatch(r"([0-9]{1,9}),([0-9]{1,9})", self.crop)
-        if found is None:
+        match = re.fullmatch(r"([0-9]{1,9}),([0-9]{1,9})", self.crop)
+        if match is None:
             raise ValueError(f"--crop must be LEFT,TOP in pixels, not {self.crop!r}")
-        return int(found[1]), int(found[2])
+        return int(match[1]), int(match[2])
 
 
 def _sides(name: str, text: str | None, multiple: int) -> Size | None:
     if text is None:
         return None
-    found = re.fullmatch(r"([0-9]{1,9})(?:x([0-9]{1,9}))?", text.lower())
-    sides = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+    match = re.fullmatch(r"([0-9]{1,9})(?:x([0-9]{1,9}))?", text.lower())
+    sides = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     most = MAX_SIDE if multiple > 1 else MAX_PIXELS
     if any(not multiple <= side <= most or side % multiple for side in sides):
-        what = f", multiples of {multiple}" if multiple > 1 else ""
-        raise ValueError(f"--{name} must be N or WxH{what}, up to {most}, not {text!r}")
+        condition = f", multiples of {multiple}" if multiple > 1 else ""
+        raise ValueError(f"--{name} must be N or WxH{condition}, up to {most}, not {text!r}")
     return sides
 
 

@@ -87,7 +87,7 @@ class Weights:
         configs = {name: model_config(base, name) for name in ("text_encoder", "text_encoder_2")}
         configs["vae"] = vae_config(self._vae)
         unet = self.unet or model_config(base, "unet")[0]
-        found: dict[str, Any] = {
+        digests: dict[str, Any] = {
             "unet": weights_digest(unet, "unet"),
             "unet_config": config_digest(config_at(unet, "unet")),
             "dtype": _name(dtype),
@@ -96,16 +96,16 @@ class Weights:
             "zeros_for_empty_prompt": zeros_for_empty_prompt(base),
         }
         for part, (path, config) in configs.items():
-            found[part] = weights_digest(path, part)
-            found[f"{part}_config"] = config_digest(config)
+            digests[part] = weights_digest(path, part)
+            digests[f"{part}_config"] = config_digest(config)
         for name in ("tokenizer", "tokenizer_2"):
             tokenizer = find_tokenizer(base, name, self.settings.tokenizers)
-            found[name] = tokenizer_digest(tokenizer)
+            digests[name] = tokenizer_digest(tokenizer)
         if self.loras:
-            found["loras"] = [[*_file_digests(file), weight] for file, weight in self.loras]
+            digests["loras"] = [[*_file_digests(file), weight] for file, weight in self.loras]
         if self.settings.compare and not self.loras:
-            found["unet_without"] = weights_digest(model_config(base, "unet")[0], "unet")
-        return found
+            digests["unet_without"] = weights_digest(model_config(base, "unet")[0], "unet")
+        return digests
 
     @property
     def lora_names(self) -> str:
@@ -144,13 +144,16 @@ def _schedule(loras: list[tuple[Path, float]], unet: Path | None) -> Schedule:
     """What the fine-tune predicts and on which schedule, where it says so; a LoRA, which was
     trained last, before a UNet."""
     told = {file: read_schedule(file) for file, _ in loras}
-    told = {file: one for file, one in told.items() if one.prediction_type is not None}
+    told = {
+        file: schedule for file, schedule in told.items() if schedule.prediction_type is not None
+    }
     if len(set(told.values())) > 1:
-        file, one = next(iter(told.items()))
-        other, two = next((f, s) for f, s in told.items() if s != one)
+        file, schedule = next(iter(told.items()))
+        other_file, other_schedule = next((f, s) for f, s in told.items() if s != schedule)
         raise ValueError(
-            f"{file} was trained for {one.prediction_type} (zero SNR: {one.zero_snr}) and {other} "
-            f"for {two.prediction_type} (zero SNR: {two.zero_snr}): they do not go together"
+            f"{file} was trained for {schedule.prediction_type} (zero SNR: {schedule.zero_snr}) "
+            f"and {other_file} for {other_schedule.prediction_type} "
+            f"(zero SNR: {other_schedule.zero_snr}): they do not go together"
         )
     if told:
         return next(iter(told.values()))
@@ -159,12 +162,12 @@ def _schedule(loras: list[tuple[Path, float]], unet: Path | None) -> Schedule:
 
 def _num_chunks(base: str, loras: list[tuple[Path, float]], unet: Path | None) -> int:
     """Of 77 tokens each, that a prompt has: as many as any of the weights learned captions in."""
-    found = [read_num_chunks(file) for file, _ in loras]
+    counts = [read_num_chunks(file) for file, _ in loras]
     if unet is not None:
-        found.append(read_long_captions(unet))
+        counts.append(read_long_captions(unet))
     elif is_file(base):  # it may be an export of what was fine-tuned
-        found.append(read_num_chunks(base_path(base)))
-    return max([*found, 1])
+        counts.append(read_num_chunks(base_path(base)))
+    return max([*counts, 1])
 
 
 def _lora_file(path: Path, ema: bool) -> Path:

@@ -20,7 +20,7 @@ TOKENIZERS_HELP = (
     "for a single file SDXL's from the hub's local cache, or the hub."
 )
 ENCODERS = ("vae", "text_encoder", "text_encoder_2")
-_NEEDED = (
+_REQUIRED_KEYS = (
     "addition_embed_type",
     "addition_time_embed_dim",
     "cross_attention_dim",
@@ -28,10 +28,10 @@ _NEEDED = (
     "projection_class_embeddings_input_dim",
     "sample_size",
 )
-_STEM = r"(?:diffusion_pytorch_model|model)"
-_WEIGHTS = re.compile(
-    rf"{_STEM}(?:\.(?P<whole>(?!\S+-\d+-of-\d)[\w-]+))?\.safetensors"
-    rf"|{_STEM}\.safetensors\.index(?:\.(?P<pieces>[\w-]+))?\.json"
+_WEIGHTS_STEM = r"(?:diffusion_pytorch_model|model)"
+_WEIGHTS_NAME = re.compile(
+    rf"{_WEIGHTS_STEM}(?:\.(?P<whole>(?!\S+-\d+-of-\d)[\w-]+))?\.safetensors"
+    rf"|{_WEIGHTS_STEM}\.safetensors\.index(?:\.(?P<pieces>[\w-]+))?\.json"
 )
 _PIECE = re.compile(r"[^/\\\0]+\.safetensors")
 _CONFIGS = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
@@ -61,8 +61,8 @@ def component_path(base: str, component: str) -> Path:
     if not folder.exists():
         folder = fetch_component(base, component)
     if not (folder / component).is_dir():
-        found = sorted(path.name for path in folder.iterdir())[:12] if folder.is_dir() else []
-        raise BaseError(f"{base}: no SDXL base: it has no {component}/ (found: {_listing(found)})")
+        names = sorted(path.name for path in folder.iterdir())[:12] if folder.is_dir() else []
+        raise BaseError(f"{base}: no SDXL base: it has no {component}/ (found: {_listing(names)})")
     return folder / component
 
 
@@ -106,11 +106,11 @@ def model_config(base: str, component: str) -> tuple[Path, dict[str, Any]]:
     path = component_path(base, component)
     config = config_at(path, component)
     stated = config.get("_class_name") or config.get("architectures") or "nothing"
-    found = ", ".join(map(str, stated)) if isinstance(stated, list) else str(stated)
-    if path.is_dir() and found != CLASSES[component]:  # a file says it by its tensors' names
-        raise BaseError(f"{path}: no SDXL: a {found}, where SDXL has {CLASSES[component]}")
+    class_name = ", ".join(map(str, stated)) if isinstance(stated, list) else str(stated)
+    if path.is_dir() and class_name != CLASSES[component]:  # a file says it by its tensors' names
+        raise BaseError(f"{path}: no SDXL: a {class_name}, where SDXL has {CLASSES[component]}")
     if component == "unet":
-        if missing := [key for key in _NEEDED if key not in config]:
+        if missing := [key for key in _REQUIRED_KEYS if key not in config]:
             raise BaseError(f"{path}: no SDXL: its config has no {', '.join(missing)}")
         addition, channels = config.get("addition_embed_type"), config.get("in_channels")
         if addition != "text_time":
@@ -197,8 +197,8 @@ def find_weights(folder: Path) -> Weights:
         raise BaseError(f"{folder}: no such folder")
     variants: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
-        if found := _WEIGHTS.fullmatch(path.name):
-            variants.setdefault(found["whole"] or found["pieces"] or "", path)
+        if match := _WEIGHTS_NAME.fullmatch(path.name):
+            variants.setdefault(match["whole"] or match["pieces"] or "", path)
     if not variants:
         raise BaseError(f"{folder}: {_instead_of_weights(folder)}")
     known = [variant for variant in ("", "fp16") if variant in variants]

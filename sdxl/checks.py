@@ -13,7 +13,7 @@ from typing import Any
 
 from sdxl import BaseError
 
-_FOREIGN = (
+_FOREIGN_NAMES = (
     (r"(lora_|lycoris_|.*\.lora_)", "a LoRA, and no base: give it as --lora"),
     (r"cond_stage_model\.", "a Stable Diffusion 1 or 2 file"),
     (r".*\.?(joint_blocks|double_blocks|double_stream_modules)\.", "a file of SD3, Flux or alike"),
@@ -27,12 +27,12 @@ _FOREIGN = (
     (r".*\.quant_state\.bitsandbytes", "weights quantized by bitsandbytes; use the fp16 file"),
     (r"(effnet|clip_txt_mapper|clf)\.", "a file of Stable Cascade"),
 )
-_CHANNELS = {
+_OTHER_CHANNELS = {
     9: "an inpainting UNet, which takes 9 channels where SDXL's takes 4",
     8: "a UNet that edits images (InstructPix2Pix), which takes 8 channels where SDXL's takes 4",
 }
-_CONTEXTS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 1280: "the SDXL refiner"}
-_CONTENTS = (  # by the first bytes
+_CONTEXT_WIDTHS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 1280: "the SDXL refiner"}
+_FILE_SIGNATURES = (  # by the first bytes
     (b"GGUF", "a GGUF file, which cannot be read; use the safetensors file"),
     (b"PK\x03\x04", "a pickle: never loaded; convert it to safetensors"),
     (b"\x80\x02", "a pickle: never loaded; convert it to safetensors"),
@@ -44,7 +44,7 @@ _CONTENTS = (  # by the first bytes
 
 def content_of(head: bytes) -> str:
     """What a file is that is no safetensors file, by its first bytes; empty where unknown."""
-    return next((what for start, what in _CONTENTS if head.startswith(start)), "")
+    return next((content for start, content in _FILE_SIGNATURES if head.startswith(start)), "")
 
 
 def check_names(path: Path, names: Iterable[str]) -> None:
@@ -54,9 +54,9 @@ def check_names(path: Path, names: Iterable[str]) -> None:
         BaseError: says what it is of.
     """
     every = list(names)
-    for pattern, what in _FOREIGN:
+    for pattern, content in _FOREIGN_NAMES:
         if any(re.match(pattern, name) for name in every):
-            raise BaseError(f"{path}: no SDXL base: {what}")
+            raise BaseError(f"{path}: no SDXL base: {content}")
 
 
 def check_channels(path: Path, channels: object) -> None:
@@ -65,9 +65,9 @@ def check_channels(path: Path, channels: object) -> None:
     Raises:
         BaseError: says what it is.
     """
-    if channels in _CHANNELS:
+    if channels in _OTHER_CHANNELS:
         raise BaseError(
-            f"{path}: {_CHANNELS[int(str(channels))]}; it cannot be trained or used here"
+            f"{path}: {_OTHER_CHANNELS[int(str(channels))]}; it cannot be trained or used here"
         )
 
 
@@ -79,8 +79,8 @@ def check_context(path: Path, shapes: Mapping[str, tuple[int, ...]], expected: o
     """
     widths = {shape[1] for name, shape in shapes.items() if _is_context(name, shape)}
     for width in widths - {expected}:
-        if width in _CONTEXTS:
-            raise BaseError(f"{path}: no SDXL base: the UNet of {_CONTEXTS[width]}")
+        if width in _CONTEXT_WIDTHS:
+            raise BaseError(f"{path}: no SDXL base: the UNet of {_CONTEXT_WIDTHS[width]}")
 
 
 def _is_context(name: str, shape: tuple[int, ...]) -> bool:
@@ -93,7 +93,7 @@ def _is_context(name: str, shape: tuple[int, ...]) -> bool:
 MOST = 1_000_000  # no number in any of these configs is larger
 MOST_LAYERS = 256
 MOST_DEPTH = 6  # lists in lists: a UNet has at most two of them
-_LAYERS = (
+_LAYER_FIELDS = (
     "layers_per_block",
     "num_hidden_layers",
     "reverse_transformer_layers_per_block",
@@ -101,23 +101,23 @@ _LAYERS = (
 )
 _SIZE, _NUMBER, _TEXT = "a positive whole number", "a number", "text"
 _SIZES, _TEXTS = "a list of positive whole numbers", "a list of texts"
-_BLOCKS = {"block_out_channels": _SIZES, "down_block_types": _TEXTS, "up_block_types": _TEXTS}
-_CLIP = dict.fromkeys(("hidden_size", "num_attention_heads", "num_hidden_layers"), _SIZE)
-_CLIP |= dict.fromkeys(("intermediate_size", "max_position_embeddings", "vocab_size"), _SIZE)
-_KINDS: dict[str, dict[str, str]] = {
+_BLOCK_FIELDS = {"block_out_channels": _SIZES, "down_block_types": _TEXTS, "up_block_types": _TEXTS}
+_CLIP_FIELDS = dict.fromkeys(("hidden_size", "num_attention_heads", "num_hidden_layers"), _SIZE)
+_CLIP_FIELDS |= dict.fromkeys(("intermediate_size", "max_position_embeddings", "vocab_size"), _SIZE)
+_FIELD_KINDS: dict[str, dict[str, str]] = {
     "unet": {
         **dict.fromkeys(("in_channels", "out_channels", "sample_size"), _SIZE),
         **dict.fromkeys(("addition_time_embed_dim", "cross_attention_dim"), _SIZE),
         "projection_class_embeddings_input_dim": _SIZE,
-        **_BLOCKS,
+        **_BLOCK_FIELDS,
     },
     "vae": {
         **dict.fromkeys(("in_channels", "latent_channels", "out_channels"), _SIZE),
         "scaling_factor": _NUMBER,
-        **_BLOCKS,
+        **_BLOCK_FIELDS,
     },
-    "text_encoder": _CLIP,
-    "text_encoder_2": {**_CLIP, "projection_dim": _SIZE},
+    "text_encoder": _CLIP_FIELDS,
+    "text_encoder_2": {**_CLIP_FIELDS, "projection_dim": _SIZE},
     "scheduler": {
         "_class_name": _TEXT,
         "beta_end": _NUMBER,
@@ -136,9 +136,9 @@ def check_config(where: str | Path, component: str, config: dict[str, Any]) -> N
         BaseError: names ``where`` and the field.
     """
     for name, value in config.items():
-        if not _is_plain(value, MOST_LAYERS if name in _LAYERS else MOST):
+        if not _is_plain(value, MOST_LAYERS if name in _LAYER_FIELDS else MOST):
             raise BaseError(f"{where}: its {name[:60]} holds numbers or lists that no SDXL has")
-    for name, kind in _KINDS[component].items():
+    for name, kind in _FIELD_KINDS[component].items():
         value = config.get(name)
         if value is not None and not _is_of(value, kind):
             raise BaseError(f"{where}: its {name} must be {kind}, not {_shown(value)}")
@@ -155,12 +155,16 @@ def _is_plain(value: Any, most: int, depth: int = MOST_DEPTH) -> bool:
 
 def _is_of(value: Any, kind: str) -> bool:
     if kind in (_SIZES, _TEXTS):
-        one = _SIZE if kind == _SIZES else _TEXT
-        return isinstance(value, list) and bool(value) and all(_is_of(part, one) for part in value)
+        item_kind = _SIZE if kind == _SIZES else _TEXT
+        return (
+            isinstance(value, list)
+            and bool(value)
+            and all(_is_of(part, item_kind) for part in value)
+        )
     if kind == _TEXT:
         return isinstance(value, str)
-    whole = type(value) is int and value > 0
-    return whole if kind == _SIZE else type(value) in (int, float)
+    is_size = type(value) is int and value > 0
+    return is_size if kind == _SIZE else type(value) in (int, float)
 
 
 def _shown(value: Any) -> str:

@@ -74,7 +74,7 @@ class TextEncoders:
         chunks' hidden states follow one another, the pooled embedding is the first one's. Text
         that is longer is cut.
         """
-        found = []
+        conditionings = []
         empty: Conditioning | None = None  # of this call alone: adapters come and go
         for start in range(0, len(prompts), batch_size):
             part, rows = prompts[start : start + batch_size], []
@@ -84,8 +84,8 @@ class TextEncoders:
                 empty = row if is_empty else empty
                 rows.append(row)
             prompt = torch.cat([row.prompt for row in rows], dim=1)
-            found.append(Conditioning(prompt, rows[0].pooled)[: len(part)])
-        return Conditioning.cat(found)
+            conditionings.append(Conditioning(prompt, rows[0].pooled)[: len(part)])
+        return Conditioning.cat(conditionings)
 
     def _chunks(self, prompts: list[str]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """For each chunk the token ids of both tokenizers, [N, 77] each."""
@@ -117,11 +117,13 @@ class TextEncoders:
         """
         distinct = sorted({text for text in texts if text is not None} | {""})
         encoded = self.encode(distinct, batch_size)
-        found: dict[str | None, Conditioning] = {
+        conditionings: dict[str | None, Conditioning] = {
             text: encoded[row : row + 1] for row, text in enumerate(distinct)
         }
-        found[None] = found[""].zeros_like() if self.zeros_for_empty else found[""]
-        return found
+        conditionings[None] = (
+            conditionings[""].zeros_like() if self.zeros_for_empty else conditionings[""]
+        )
+        return conditionings
 
     def is_cut(self, prompt: str) -> bool:
         """Whether the prompt has more tokens than its chunks take."""
@@ -141,11 +143,11 @@ def count_tokens(tokenizer: Any, prompt: str) -> int:
 def _chunked(tokenizer: Any, prompts: list[str], num_chunks: int) -> torch.Tensor:
     """Token ids [N, ``num_chunks``, 77]: BOS, the text's, EOS, padding."""
     size = room(tokenizer)
-    found = torch.full((len(prompts), num_chunks, size + 2), tokenizer.pad_token_id)
+    token_ids = torch.full((len(prompts), num_chunks, size + 2), tokenizer.pad_token_id)
     for row, prompt in enumerate(prompts):
         ids = tokenizer(prompt, add_special_tokens=False).input_ids
         for chunk in range(num_chunks):
             part = ids[chunk * size : (chunk + 1) * size]
-            whole = [tokenizer.bos_token_id, *part, tokenizer.eos_token_id]
-            found[row, chunk, : len(whole)] = torch.tensor(whole)
-    return found
+            chunk_ids = [tokenizer.bos_token_id, *part, tokenizer.eos_token_id]
+            token_ids[row, chunk, : len(chunk_ids)] = torch.tensor(chunk_ids)
+    return token_ids

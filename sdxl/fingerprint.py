@@ -25,7 +25,7 @@ from sdxl.single_file import SingleFile, Tensor, read_header
 from sdxl.tokenizers import TokenizerFiles
 
 BUFFERS = (".position_ids",)  # saved by some versions of transformers and not by others
-_LEFT_OUT = (
+_IGNORED_KEYS = (
     "transformers_version",
     "torch_dtype",
     "dtype",
@@ -69,25 +69,25 @@ def _tensors(path: Path, component: str) -> Iterator[tuple[str, str, Any]]:
         for file in find_weights(path).files:
             held, _ = read_header(file)
             data = _mapped(file)
-            for key, one in held.items():
+            for key, tensor in held.items():
                 try:
-                    array = _words(data, one)
+                    array = _words(data, tensor)
                 except ValueError as error:
                     raise BaseError(f"{file}: damaged: {key}: {error}") from None
-                yield modern_name(component, key), one.dtype, array
+                yield modern_name(component, key), tensor.dtype, array
         return
-    whole = SingleFile(path)
+    single_file = SingleFile(path)
     data = _mapped(path)
-    for key, piece in whole.pieces(component).items():
-        one = whole.tensors[key]
+    for key, piece in single_file.pieces(component).items():
+        tensor = single_file.tensors[key]
         try:
-            parts = piece.split(_words(data, one))
+            parts = piece.split(_words(data, tensor))
         except ValueError as error:
             raise BaseError(f"{path}: damaged: {key}: {error}") from None
         for name, array in parts.items():
-            yield name, one.dtype, array
+            yield name, tensor.dtype, array
             if piece.scale is not None:
-                scale = whole.tensors[piece.scale]
+                scale = single_file.tensors[piece.scale]
                 yield f"{name}.scale", scale.dtype, _words(data, scale)
 
 
@@ -96,11 +96,11 @@ def _mapped(path: Path) -> memoryview:
         return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
-def _words(data: memoryview, one: Tensor) -> Any:
+def _words(data: memoryview, tensor: Tensor) -> Any:
     """A tensor's numbers as whole words: what they mean does not matter."""
-    count = math.prod(one.shape)
-    size = (one.end - one.begin) // count if count else 1
-    return np.frombuffer(data[one.begin : one.end], dtype=f"V{size}").reshape(one.shape)
+    count = math.prod(tensor.shape)
+    size = (tensor.end - tensor.begin) // count if count else 1
+    return np.frombuffer(data[tensor.begin : tensor.end], dtype=f"V{size}").reshape(tensor.shape)
 
 
 def weights_digest(path: Path, component: str) -> str:
@@ -134,7 +134,7 @@ def config_digest(config: dict[str, Any]) -> str:
     kept = {
         name: value
         for name, value in config.items()
-        if not (name.startswith("_") or name in _LEFT_OUT)
+        if not (name.startswith("_") or name in _IGNORED_KEYS)
         and value not in (None, _DEFAULTS.get(name))
     }
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()

@@ -12,7 +12,7 @@ from sdxl import BaseError
 MODELS = ("unet", "vae", "text_encoder", "text_encoder_2")
 OTHERS = ("scheduler", "tokenizer", "tokenizer_2")
 HALVES = ["*.fp16.*"]
-_WEIGHTS = (".bin", ".ckpt", ".pt", ".msgpack", ".h5", ".onnx", ".safetensors")
+_WEIGHT_SUFFIXES = (".bin", ".ckpt", ".pt", ".msgpack", ".h5", ".onnx", ".safetensors")
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w.-]+")
 # The commit of each repository that this process has opened. A branch may move while a command
 # runs; the UNet of one commit with the VAE of the next would be another model, and no error.
@@ -32,7 +32,7 @@ def fetch_component(base: str, component: str) -> Path:
     if not _HUB_ID.fullmatch(base):
         raise BaseError(f"{base}: no such folder")
     patterns = ["model_index.json", *_patterns(component)]
-    with _one_line(f"{base}: no such folder, and could not be downloaded from the hub"):
+    with _as_base_error(f"{base}: no such folder, and could not be downloaded from the hub"):
         folder = _snapshot(base, allow_patterns=patterns, ignore_patterns=HALVES)
         if component in MODELS and not any((folder / component).glob("*.safetensors")):
             folder = _snapshot(base, allow_patterns=patterns)
@@ -76,11 +76,11 @@ def download_base(repo: str, out: Path, *, fp16: bool = False, file: str | None 
         raise BaseError(f"{out}: not a folder")
     from huggingface_hub import HfApi, snapshot_download
 
-    with _one_line(f"{repo}: could not be downloaded from the hub"):
+    with _as_base_error(f"{repo}: could not be downloaded from the hub"):
         info = HfApi().model_info(repo, files_metadata=True)
-        sizes = {one.rfilename: one.size for one in info.siblings or ()}
+        sizes = {sibling.rfilename: sibling.size for sibling in info.siblings or ()}
     names = pick_files(repo, sorted(sizes), fp16, file)
-    with _one_line(f"{repo}: not whole in {out}, run again to go on"):
+    with _as_base_error(f"{repo}: not whole in {out}, run again to go on"):
         # By the commit just listed: its files may change meanwhile.
         snapshot_download(repo, revision=info.sha, local_dir=out, allow_patterns=_exactly(names))
     for name in names:
@@ -101,7 +101,7 @@ def pick_files(repo: str, names: list[str], fp16: bool, file: str | None) -> lis
     singles = [name for name in names if "/" not in name and name.endswith(".safetensors")]
     if file is not None:
         if file not in names or not file.endswith(".safetensors"):
-            raise BaseError(f"{repo}: has no {file} in safetensors (found: {_some(singles)})")
+            raise BaseError(f"{repo}: has no {file} in safetensors (found: {_listed(singles)})")
         return [file]
     if "model_index.json" in names:
         picked = ["model_index.json"]
@@ -114,7 +114,7 @@ def pick_files(repo: str, names: list[str], fp16: bool, file: str | None) -> lis
     if len(singles) != 1:
         raise BaseError(
             f"{repo}: no diffusers folder (it has no model_index.json); name one of its files with "
-            f"--file (found: {_some(singles)})"
+            f"--file (found: {_listed(singles)})"
         )
     return singles
 
@@ -125,18 +125,21 @@ def _pick_weights(repo: str, names: list[str], part: str, fp16: bool) -> list[st
         dot = r"\.fp16" if half else ""
         weights = rf"{part}/(diffusion_pytorch_)?model{dot}(-\d+-of-\d+)?\.safetensors"
         listing = rf"{part}/(diffusion_pytorch_)?model\.safetensors\.index{dot}\.json"
-        found = [name for name in names if re.fullmatch(weights, name)]
-        if found:
-            return found + [name for name in names if re.fullmatch(listing, name)]
+        files = [name for name in names if re.fullmatch(weights, name)]
+        if files:
+            return files + [name for name in names if re.fullmatch(listing, name)]
     pattern = rf"{part}/(?:diffusion_pytorch_)?model\.([A-Za-z0-9_-]+)\.safetensors"
     variants = [name for name in names if re.fullmatch(pattern, name)]
     if len(variants) == 1:  # such as non_ema
         return variants
     if variants:
-        raise BaseError(f"{repo}: its {part} has no plain safetensors, but {_some(variants)}")
-    others = [name for name in names if name.startswith(f"{part}/") and name.endswith(_WEIGHTS)]
+        raise BaseError(f"{repo}: its {part} has no plain safetensors, but {_listed(variants)}")
+    others = [
+        name for name in names if name.startswith(f"{part}/") and name.endswith(_WEIGHT_SUFFIXES)
+    ]
     raise BaseError(
-        f"{repo}: its {part} has no safetensors (found: {_some(others)}); pickles are never loaded"
+        f"{repo}: its {part} has no safetensors (found: {_listed(others)}); "
+        "pickles are never loaded"
     )
 
 
@@ -145,7 +148,7 @@ def _exactly(names: list[str]) -> list[str]:
     return [re.sub(r"([*?[])", r"[\1]", name) for name in names]
 
 
-def _some(names: list[str]) -> str:
+def _listed(names: list[str]) -> str:
     return ", ".join(names[:8]) + ", ..." * (len(names) > 8) if names else "none"
 
 
@@ -154,9 +157,9 @@ def _patterns(component: str) -> list[str]:
 
 
 @contextmanager
-def _one_line(what: str) -> Iterator[None]:
+def _as_base_error(failure: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # the hub's client raises anything
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise BaseError(f"{what}: {reason}") from error
+        raise BaseError(f"{failure}: {reason}") from error

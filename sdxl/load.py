@@ -65,9 +65,9 @@ def load_tokenizers(base: str, given: Path | None = None) -> tuple[Any, Any]:
     from transformers import CLIPTokenizer
 
     def load(name: str) -> Any:
-        found = find_tokenizer(base, name, given)
-        folder, pad = found.folder, found.pad_token
-        parts = found.parts()  # or it says what is damaged, as the library does not
+        files = find_tokenizer(base, name, given)
+        folder, pad = files.folder, files.pad_token
+        parts = files.parts()  # or it says what is damaged, as the library does not
         try:
             changes = {} if pad is None else {"pad_token": pad}
             tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True, **changes)
@@ -125,8 +125,8 @@ def load_scheduler(
     try:
         return kind.from_config(config | kept)
     except Exception as error:  # diffusers raises anything of a config that it cannot take
-        what = f"its scheduler's config makes no {name}: {first_line(error)}"
-        raise BaseError(f"{base}: {what}") from error
+        reason = f"its scheduler's config makes no {name}: {first_line(error)}"
+        raise BaseError(f"{base}: {reason}") from error
 
 
 def _load(kind: Any, path: Path, component: str, dtype: torch.dtype) -> Any:
@@ -166,13 +166,13 @@ def _load_from_folder(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
         ) from error
     for fault in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if names := [n for n in map(str, info.get(fault, [])) if not n.endswith("position_ids")]:
-            raise _other_weights(folder, fault.replace("_keys", ""), names)
+            raise _weights_error(folder, fault.replace("_keys", ""), names)
     return model
 
 
-def _other_weights(path: Path, what: str, names: list[str]) -> BaseError:
+def _weights_error(path: Path, fault: str, names: list[str]) -> BaseError:
     return BaseError(
-        f"{path}: weights of another model, or damaged: {len(names)} tensors {what}, "
+        f"{path}: weights of another model, or damaged: {len(names)} tensors {fault}, "
         f"e.g. {min(names)}"
     )
 
@@ -186,18 +186,18 @@ def _load_from_file(kind: Any, path: Path, component: str, dtype: torch.dtype) -
     pieces = SingleFile(path).pieces(component)
     given = {name for piece in pieces.values() for name in piece.names or ()}
     surplus = [key for key, piece in pieces.items() if piece.names is None]
-    for what, names in (
+    for fault, names in (
         ("missing", [name for name in wanted if name not in given]),
         ("unexpected", [*surplus, *(given - wanted.keys())]),
     ):
         if names:
-            raise _other_weights(path, what, names)
+            raise _weights_error(path, fault, names)
     state = {}
     try:
         with safe_open(path, framework="pt") as file:
             for key, piece in pieces.items():
-                found = piece.split(_scaled(file, key, piece.scale)) if piece.names else {}
-                for name, tensor in found.items():
+                tensors = piece.split(_scaled(file, key, piece.scale)) if piece.names else {}
+                for name, tensor in tensors.items():
                     state[wanted[name]] = tensor.contiguous().to(dtype, copy=True)
     except (ValueError, SafetensorError) as error:
         raise BaseError(f"{path}: damaged: {error}") from error
@@ -207,7 +207,7 @@ def _load_from_file(kind: Any, path: Path, component: str, dtype: torch.dtype) -
         if list(tensor.shape) != shapes[name]
     ]
     if other:
-        raise _other_weights(path, "mismatched", other)
+        raise _weights_error(path, "mismatched", other)
     model.load_state_dict(state, assign=True)
     return model
 

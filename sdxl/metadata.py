@@ -121,9 +121,9 @@ class Card:
     long_captions: int | None = None  # chunks of 77 tokens that captions have, if more than one
 
     @classmethod
-    def of(cls, about: Mapping[str, Any]) -> "Card":
+    def of(cls, record: Mapping[str, Any]) -> "Card":
         """Of what ``to_dict`` gave; what is of another type is left out."""
-        known = {one.name: about.get(one.name) for one in fields(cls)}
+        known = {field.name: record.get(field.name) for field in fields(cls)}
         texts = ("name", "base", "license", "prediction_type")
         kept: dict[str, Any] = {name: known[name] for name in texts if isinstance(known[name], str)}
         for name in ("steps", "rank", "long_captions"):
@@ -135,7 +135,7 @@ class Card:
         if isinstance(known["rescale_betas_zero_snr"], bool):
             kept["rescale_betas_zero_snr"] = known["rescale_betas_zero_snr"]
         if isinstance(known["caches"], list | tuple):
-            kept["caches"] = tuple(str(one) for one in known["caches"])
+            kept["caches"] = tuple(str(cache) for cache in known["caches"])
         with suppress(ValueError, TypeError, OverflowError):
             kept["buckets"] = tuple(
                 (int(w), int(h), int(num)) for w, h, num in known["buckets"] or ()

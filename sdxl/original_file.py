@@ -45,7 +45,9 @@ class _Entry:
     def tensor(self, device: str | None = None) -> torch.Tensor:
         """As it is written; on "meta" its shape alone."""
         key = self.key.removeprefix(PREFIXES[self.names.component])
-        return join(self.names, key, [one.detach().to(device or "cpu") for one in self.sources])
+        return join(
+            self.names, key, [source.detach().to(device or "cpu") for source in self.sources]
+        )
 
 
 def write_original(
@@ -66,7 +68,7 @@ def write_original(
     Raises:
         ValueError: a tensor has no place in that layout.
     """
-    entries = sorted(_entries(parts, dtype), key=lambda one: (-one.dtype.itemsize, one.key))
+    entries = sorted(_entries(parts, dtype), key=lambda entry: (-entry.dtype.itemsize, entry.key))
     schedule = schedule or Schedule()
     metadata = {"format": "pt", **(metadata or {}), **configs_metadata(parts)}
     metadata[METADATA_KEY] = metadata_digest(metadata, [*metadata])
@@ -75,10 +77,10 @@ def write_original(
         # The digest is known when all is written; until then another text of its length stands in
         # its place.
         file.write(_header(entries, schedule, metadata | {KEY: digest.text}))
-        for one in entries:
-            tensor = one.tensor().to(one.dtype).contiguous()
+        for entry in entries:
+            tensor = entry.tensor().to(entry.dtype).contiguous()
             data = tensor_bytes(tensor)
-            digest.add(one.key, DTYPES[one.dtype], tensor.shape, data)
+            digest.add(entry.key, DTYPES[entry.dtype], tensor.shape, data)
             file.write(data)
         for flag in _flags(schedule):
             digest.add(flag, DTYPES[torch.float32], [0], memoryview(b""))
@@ -90,12 +92,12 @@ def _header(entries: list[_Entry], schedule: Schedule, metadata: Mapping[str, st
     """The head of a safetensors file: eight bytes of length, JSON, spaces up to a multiple of 8."""
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     end = 0
-    for one in entries:
-        shape = list(one.tensor("meta").shape)
-        begin, end = end, end + math.prod(shape) * one.dtype.itemsize
-        header[one.key] = _about(one.dtype, shape, begin, end)
+    for entry in entries:
+        shape = list(entry.tensor("meta").shape)
+        begin, end = end, end + math.prod(shape) * entry.dtype.itemsize
+        header[entry.key] = _tensor_info(entry.dtype, shape, begin, end)
     for flag in _flags(schedule):
-        header[flag] = _about(torch.float32, [0], end, end)
+        header[flag] = _tensor_info(torch.float32, [0], end, end)
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
@@ -103,7 +105,7 @@ def _header(entries: list[_Entry], schedule: Schedule, metadata: Mapping[str, st
 
 def original_shapes(parts: Mapping[str, Part]) -> dict[str, list[int]]:
     """The tensors that ``write_original`` writes, by name."""
-    return {one.key: list(one.tensor("meta").shape) for one in _entries(parts, None)}
+    return {entry.key: list(entry.tensor("meta").shape) for entry in _entries(parts, None)}
 
 
 def configs_metadata(parts: Mapping[str, Part]) -> dict[str, str]:
@@ -116,7 +118,7 @@ def configs_metadata(parts: Mapping[str, Part]) -> dict[str, str]:
     return {CONFIGS_KEY: json.dumps(other, sort_keys=True)} if other else {}
 
 
-def _about(dtype: torch.dtype, shape: list[int], begin: int, end: int) -> dict[str, Any]:
+def _tensor_info(dtype: torch.dtype, shape: list[int], begin: int, end: int) -> dict[str, Any]:
     return {"dtype": DTYPES[dtype], "shape": shape, "data_offsets": [begin, end]}
 
 
@@ -136,10 +138,10 @@ def _entries(parts: Mapping[str, Part], dtype: torch.dtype | None) -> Iterator[_
             if key is None:
                 raise ValueError(f"{component}: {name} has no place in an original-layout file")
             sources.setdefault(key, []).append(name)
-        for key, found in sources.items():
+        for key, source_names in sources.items():
             expected = names.names_of(key) or ()
             short = [name.removeprefix("text_model.") for name in expected]
-            by_short = {name.removeprefix("text_model."): name for name in found}
+            by_short = {name.removeprefix("text_model."): name for name in source_names}
             if missing := [name for name in short if name not in by_short]:
                 raise ValueError(f"{component}: {missing[0]} is missing")
             tensors = tuple(part.tensors[by_short[name]] for name in short)

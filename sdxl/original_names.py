@@ -19,7 +19,7 @@ PREFIXES = {
 }
 LOGIT_SCALE = PREFIXES["text_encoder_2"] + "logit_scale"  # of training CLIP: no layer has it
 # Of CLIP's training; numbers from 0 on; parts of the VAE's training. No layer has them.
-_UNUSED = re.compile(r"logit_scale|(.+\.)?position_ids|(loss|model_ema)\..+")
+_UNUSED_KEY = re.compile(r"logit_scale|(.+\.)?position_ids|(loss|model_ema)\..+")
 _UNET_RESNET = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
@@ -49,11 +49,13 @@ _TEXT_LAYER = {
     "mlp.fc2": "mlp.c_proj",
     "self_attn.out_proj": "attn.out_proj",
 }
-_POSITIONS = ("text_model.embeddings.position_embedding.weight", "positional_embedding")
-_PROJECTION = ("text_projection.weight", "text_projection")
-_JOINED = re.compile(r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)")
-_APART = re.compile(r"text_model\.encoder\.layers\.(\d+)\.self_attn\.[qkv]_proj\.(weight|bias)")
-_CONVOLUTION = re.compile(r"(?:en|de)coder\.mid\.attn_1\.(?:q|k|v|proj_out)\.weight")
+_POSITION_EMBEDDING = ("text_model.embeddings.position_embedding.weight", "positional_embedding")
+_TEXT_PROJECTION = ("text_projection.weight", "text_projection")
+_JOINT_QKV = re.compile(r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)")
+_SEPARATE_QKV = re.compile(
+    r"text_model\.encoder\.layers\.(\d+)\.self_attn\.[qkv]_proj\.(weight|bias)"
+)
+_VAE_CONVOLUTION = re.compile(r"(?:en|de)coder\.mid\.attn_1\.(?:q|k|v|proj_out)\.weight")
 
 _OLD_ATTENTION = re.compile(r"(.+\.attentions\.0)\.(query|key|value|proj_attn)\.(weight|bias)")
 
@@ -69,43 +71,43 @@ class OriginalNames:
         self.component = component
         make = {"unet": _unet_modules, "vae": _vae_modules, "text_encoder_2": _text_modules}
         self._modules = make[component](config) if component in make else None
-        self._back = {there: here for here, there in (self._modules or {}).items()}
+        self._back = {original: modern for modern, original in (self._modules or {}).items()}
 
     def key_of(self, name: str) -> str | None:
         """The original tensor that is, or that holds, diffusers' ``name``; None: there is none."""
         if self._modules is None:
             return name.removeprefix("text_model.")
         if self.component == "text_encoder_2":
-            if found := _APART.fullmatch(name):
-                return f"transformer.resblocks.{found[1]}.attn.in_proj_{found[2]}"
-            for here, there in (_POSITIONS, _PROJECTION):
-                if name == here:
-                    return there
+            if match := _SEPARATE_QKV.fullmatch(name):
+                return f"transformer.resblocks.{match[1]}.attn.in_proj_{match[2]}"
+            for modern, original in (_POSITION_EMBEDDING, _TEXT_PROJECTION):
+                if name == modern:
+                    return original
         return _renamed(name, self._modules)
 
     def names_of(self, key: str) -> tuple[str, ...] | None:
         """What diffusers calls the tensor ``key``: one name, three of a joined one, none of what
         no layer uses. None: no tensor of this model."""
-        if _UNUSED.fullmatch(key):
+        if _UNUSED_KEY.fullmatch(key):
             return ()
         if self._modules is None:
             return (key,)
         if self.component == "text_encoder_2":
-            if found := _JOINED.fullmatch(key):
-                layer = f"text_model.encoder.layers.{found[1]}.self_attn"
-                return tuple(f"{layer}.{one}_proj.{found[2]}" for one in "qkv")
-            for here, there in (_POSITIONS, _PROJECTION):
-                if key == there:
-                    return (here,)
+            if match := _JOINT_QKV.fullmatch(key):
+                layer = f"text_model.encoder.layers.{match[1]}.self_attn"
+                return tuple(f"{layer}.{projection}_proj.{match[2]}" for projection in "qkv")
+            for modern, original in (_POSITION_EMBEDDING, _TEXT_PROJECTION):
+                if key == original:
+                    return (modern,)
         name = _renamed(key, self._back)
         return None if name is None else (name,)
 
     def is_transposed(self, key: str) -> bool:
-        return self.component == "text_encoder_2" and key == _PROJECTION[1]
+        return self.component == "text_encoder_2" and key == _TEXT_PROJECTION[1]
 
     def is_convolution(self, key: str) -> bool:
         """Whether a linear layer of diffusers is a 1x1 convolution there."""
-        return self.component == "vae" and bool(_CONVOLUTION.fullmatch(key))
+        return self.component == "vae" and bool(_VAE_CONVOLUTION.fullmatch(key))
 
     def split(self, key: str, tensor: Any) -> dict[str, Any]:
         """An original tensor as diffusers has it, by name. Of torch or numpy: the parts are views.
@@ -130,22 +132,22 @@ def modern_name(component: str, name: str) -> str:
     """What today's libraries call a tensor that older ones saved under another name."""
     if component == "text_encoder":
         return name.removeprefix("text_model.")
-    if component == "vae" and (found := _OLD_ATTENTION.fullmatch(name)):
+    if component == "vae" and (match := _OLD_ATTENTION.fullmatch(name)):
         new = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-        return f"{found[1]}.{new[found[2]]}.{found[3]}"
+        return f"{match[1]}.{new[match[2]]}.{match[3]}"
     return name
 
 
 def _renamed(name: str, modules: dict[str, str]) -> str | None:
     parts = name.split(".")
     for end in range(len(parts) - 1, 0, -1):
-        if there := modules.get(".".join(parts[:end])):
-            return ".".join([there, *parts[end:]])
+        if renamed := modules.get(".".join(parts[:end])):
+            return ".".join([renamed, *parts[end:]])
     return None
 
 
-def _inside(here: str, there: str, names: dict[str, str]) -> dict[str, str]:
-    return {f"{here}.{mine}": f"{there}.{theirs}" for mine, theirs in names.items()}
+def _submodules(modern: str, original: str, names: dict[str, str]) -> dict[str, str]:
+    return {f"{modern}.{mine}": f"{original}.{theirs}" for mine, theirs in names.items()}
 
 
 def _layers(config: dict[str, Any], num_levels: int) -> Sequence[int]:
@@ -158,7 +160,7 @@ def _unet_modules(config: dict[str, Any]) -> dict[str, str]:
     samplers are blocks of their own on the way down, and parts of the last one on the way up."""
     downs, ups = config["down_block_types"], config["up_block_types"]
     layers = _layers(config, len(downs))
-    found = {
+    modules = {
         "time_embedding.linear_1": "time_embed.0",
         "time_embedding.linear_2": "time_embed.2",
         "add_embedding.linear_1": "label_emb.0.0",
@@ -169,64 +171,68 @@ def _unet_modules(config: dict[str, Any]) -> dict[str, str]:
         "conv_out": "out.2",
     }
     for number in (0, 1):
-        there = f"middle_block.{2 * number}"
-        found |= _inside(f"mid_block.resnets.{number}", there, _UNET_RESNET)
+        original = f"middle_block.{2 * number}"
+        modules |= _submodules(f"mid_block.resnets.{number}", original, _UNET_RESNET)
     block = 1
     for level, kind in enumerate(downs):
-        here = f"down_blocks.{level}"
+        modern = f"down_blocks.{level}"
         for number in range(layers[level]):
-            found |= _inside(f"{here}.resnets.{number}", f"input_blocks.{block}.0", _UNET_RESNET)
+            modules |= _submodules(
+                f"{modern}.resnets.{number}", f"input_blocks.{block}.0", _UNET_RESNET
+            )
             if "CrossAttn" in kind:
-                found[f"{here}.attentions.{number}"] = f"input_blocks.{block}.1"
+                modules[f"{modern}.attentions.{number}"] = f"input_blocks.{block}.1"
             block += 1
         if level < len(downs) - 1:
-            found[f"{here}.downsamplers.0.conv"] = f"input_blocks.{block}.0.op"
+            modules[f"{modern}.downsamplers.0.conv"] = f"input_blocks.{block}.0.op"
             block += 1
     block = 0
     for level, kind in enumerate(ups):
-        here, has_attention = f"up_blocks.{level}", "CrossAttn" in kind
+        modern, has_attention = f"up_blocks.{level}", "CrossAttn" in kind
         for number in range(layers[-1 - level] + 1):
-            found |= _inside(f"{here}.resnets.{number}", f"output_blocks.{block}.0", _UNET_RESNET)
+            modules |= _submodules(
+                f"{modern}.resnets.{number}", f"output_blocks.{block}.0", _UNET_RESNET
+            )
             if has_attention:
-                found[f"{here}.attentions.{number}"] = f"output_blocks.{block}.1"
+                modules[f"{modern}.attentions.{number}"] = f"output_blocks.{block}.1"
             block += 1
         if level < len(ups) - 1:
             place = 2 if has_attention else 1
-            found[f"{here}.upsamplers.0.conv"] = f"output_blocks.{block - 1}.{place}.conv"
-    return found
+            modules[f"{modern}.upsamplers.0.conv"] = f"output_blocks.{block - 1}.{place}.conv"
+    return modules
 
 
 def _vae_modules(config: dict[str, Any]) -> dict[str, str]:
     """Modules of a VAE by diffusers' names. The original counts the decoder's levels backwards."""
     num_levels = len(config["block_out_channels"])
     layers = _layers(config, num_levels)[0]
-    found = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
+    modules = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
     for half, side, sampler in (("encoder", "down", "downsample"), ("decoder", "up", "upsample")):
-        found |= {f"{half}.conv_in": f"{half}.conv_in", f"{half}.conv_out": f"{half}.conv_out"}
-        found[f"{half}.conv_norm_out"] = f"{half}.norm_out"
+        modules |= {f"{half}.conv_in": f"{half}.conv_in", f"{half}.conv_out": f"{half}.conv_out"}
+        modules[f"{half}.conv_norm_out"] = f"{half}.norm_out"
         middle = f"{half}.mid_block"
-        found |= _inside(f"{middle}.attentions.0", f"{half}.mid.attn_1", _VAE_ATTENTION)
+        modules |= _submodules(f"{middle}.attentions.0", f"{half}.mid.attn_1", _VAE_ATTENTION)
         for number in (0, 1):
-            there = f"{half}.mid.block_{number + 1}"
-            found |= _inside(f"{middle}.resnets.{number}", there, _VAE_RESNET)
+            original = f"{half}.mid.block_{number + 1}"
+            modules |= _submodules(f"{middle}.resnets.{number}", original, _VAE_RESNET)
         for level in range(num_levels):
-            here = f"{half}.{side}_blocks.{level}"
+            modern = f"{half}.{side}_blocks.{level}"
             number_there = level if side == "down" else num_levels - 1 - level
-            there = f"{half}.{side}.{number_there}"
+            original = f"{half}.{side}.{number_there}"
             for number in range(layers + (side == "up")):
-                block = f"{there}.block.{number}"
-                found |= _inside(f"{here}.resnets.{number}", block, _VAE_RESNET)
-            found[f"{here}.{sampler}rs.0.conv"] = f"{there}.{sampler}.conv"
-    return found
+                block = f"{original}.block.{number}"
+                modules |= _submodules(f"{modern}.resnets.{number}", block, _VAE_RESNET)
+            modules[f"{modern}.{sampler}rs.0.conv"] = f"{original}.{sampler}.conv"
+    return modules
 
 
 def _text_modules(config: dict[str, Any]) -> dict[str, str]:
     """Modules of text encoder 2 by transformers' names, but what ``OriginalNames`` does itself."""
-    found = {
+    modules = {
         "text_model.embeddings.token_embedding": "token_embedding",
         "text_model.final_layer_norm": "ln_final",
     }
     for layer in range(config["num_hidden_layers"]):
-        here, there = f"text_model.encoder.layers.{layer}", f"transformer.resblocks.{layer}"
-        found |= _inside(here, there, _TEXT_LAYER)
-    return found
+        modern, original = f"text_model.encoder.layers.{layer}", f"transformer.resblocks.{layer}"
+        modules |= _submodules(modern, original, _TEXT_LAYER)
+    return modules

@@ -116,13 +116,13 @@ def prompt_of_table(table: dict[str, Any]) -> Prompt:
 def _prompt(text: str, values: dict[str, Any]) -> Prompt:
     if not text.strip():
         raise ValueError("the prompt is empty: text must come before the options")
-    for one in (text, str(values.get("negative", ""))):
-        if len(one) > MAX_TEXT:
-            raise ValueError(f"a text of {len(one):,} characters, too long: at most {MAX_TEXT:,}")
-        if LONE_SURROGATE.search(one):  # no tokenizer reads it
-            raise ValueError(f"{one[:60]!r} holds half a character, which is no Unicode text")
-        if "\0" in one:
-            raise ValueError(f"{one[:60]!r} contains a NUL character; save the file as UTF-8")
+    for part in (text, str(values.get("negative", ""))):
+        if len(part) > MAX_TEXT:
+            raise ValueError(f"a text of {len(part):,} characters, too long: at most {MAX_TEXT:,}")
+        if LONE_SURROGATE.search(part):  # no tokenizer reads it
+            raise ValueError(f"{part[:60]!r} holds half a character, which is no Unicode text")
+        if "\0" in part:
+            raise ValueError(f"{part[:60]!r} contains a NUL character; save the file as UTF-8")
     if ("original_width" in values) != ("original_height" in values):
         raise ValueError("options --ow and --oh, the original size, go together")
     return Prompt(text=text.strip(), **values)
@@ -137,11 +137,13 @@ def read_prompts(path: Path) -> list[Prompt]:
     if path.suffix.lower() not in readers:
         raise ValueError(f"{path}: a prompt file is a .txt, .jsonl, .json or .toml")
     prompts = []
-    for where, one in readers[path.suffix.lower()](path, _read_text(path)):
+    for where, entry in readers[path.suffix.lower()](path, _read_text(path)):
         try:
-            if not isinstance(one, str | dict):
-                raise ValueError(f"a prompt is text or a table, not {_shown(one)}")
-            prompts.append(parse_prompt(one) if isinstance(one, str) else prompt_of_table(one))
+            if not isinstance(entry, str | dict):
+                raise ValueError(f"a prompt is text or a table, not {_shown(entry)}")
+            prompts.append(
+                parse_prompt(entry) if isinstance(entry, str) else prompt_of_table(entry)
+            )
         except ValueError as error:
             raise ValueError(f"{path}, {where}: {error}") from error
         if len(prompts) > MAX_PROMPTS:
@@ -176,25 +178,27 @@ def _json_lines(path: Path, text: str) -> Iterator[tuple[str, Any]]:
 
 
 def _json(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    found = _from_json(str(path), text)
-    if not isinstance(found, list):
+    entries = _from_json(str(path), text)
+    if not isinstance(entries, list):
         raise ValueError(f"{path}: must be a list of prompts, [...], each text or a table")
-    return ((f"prompt {number}", one) for number, one in enumerate(found, start=1))
+    return ((f"prompt {number}", entry) for number, entry in enumerate(entries, start=1))
 
 
 def _toml(path: Path, text: str) -> Iterator[tuple[str, Any]]:
     """``[[prompt]]`` tables; or, as kohya has it, ``[[prompt.subset]]`` over ``[prompt]``."""
     try:
-        found = parse_toml(text)
+        table = parse_toml(text)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    prompts = found.pop("prompt", None)
+    prompts = table.pop("prompt", None)
     if isinstance(prompts, dict) and isinstance(prompts.get("subset", []), list):
         subsets = prompts.pop("subset", [{}])
-        prompts = [{**prompts, **one} if isinstance(one, dict) else one for one in subsets]
-    if not isinstance(prompts, list) or found:
+        prompts = [
+            {**prompts, **subset} if isinstance(subset, dict) else subset for subset in subsets
+        ]
+    if not isinstance(prompts, list) or table:
         raise ValueError(f"{path}: must have [[prompt]] tables, and nothing else beside them")
-    return ((f"prompt {number}", one) for number, one in enumerate(prompts, start=1))
+    return ((f"prompt {number}", prompt) for number, prompt in enumerate(prompts, start=1))
 
 
 def _from_json(where: str, text: str) -> Any:

@@ -131,8 +131,8 @@ def sample_latents(
 def _rescaled(guided: torch.Tensor, with_prompt: torch.Tensor, amount: float) -> torch.Tensor:
     from diffusers.pipelines.stable_diffusion_xl import pipeline_stable_diffusion_xl as pipeline
 
-    found: torch.Tensor = pipeline.rescale_noise_cfg(guided, with_prompt, amount)
-    return found
+    rescaled: torch.Tensor = pipeline.rescale_noise_cfg(guided, with_prompt, amount)
+    return rescaled
 
 
 @torch.inference_mode()

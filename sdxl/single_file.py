@@ -33,13 +33,14 @@ TITLES = {
     "text_encoder": "text encoder 1 (CLIP-L)",
     "text_encoder_2": "text encoder 2 (OpenCLIP bigG)",
 }
-_BITS = dict.fromkeys(("F64", "I64", "U64", "C64"), 64) | dict.fromkeys(("F32", "I32", "U32"), 32)
-_BITS |= dict.fromkeys(("F16", "BF16", "I16", "U16"), 16)
-_BITS |= dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", "U8", "BOOL"), 8)
+_DTYPE_BITS = dict.fromkeys(("F64", "I64", "U64", "C64"), 64)
+_DTYPE_BITS |= dict.fromkeys(("F32", "I32", "U32"), 32)
+_DTYPE_BITS |= dict.fromkeys(("F16", "BF16", "I16", "U16"), 16)
+_DTYPE_BITS |= dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", "U8", "BOOL"), 8)
 _FP8 = ("F8_E4M3", "F8_E5M2")
-_FLOATS = ("F64", "F32", "F16", "BF16", *_FP8)
+_FLOAT_DTYPES = ("F64", "F32", "F16", "BF16", *_FP8)
 # Of fp8 weights: what each is multiplied by, and what only computing in fp8 would need.
-_SCALES = (".scale_weight", ".weight_scale")
+_SCALE_SUFFIXES = (".scale_weight", ".weight_scale")
 _OF_FP8 = re.compile(
     r"(.+\.)?(scale_weight|weight_scale|scale_input|input_scale|scaled_fp8|comfy_quant)"
 )
@@ -106,22 +107,24 @@ def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             raise TypeError
         if not all(map(_is_name, header)):
             raise ValueError
-        tensors = {name: _tensor(about, 8 + length) for name, about in header.items()}
+        tensors = {name: _tensor(fields, 8 + length) for name, fields in header.items()}
     except FileNotFoundError:
         raise BaseError(f"{path}: no such file") from None
     except OSError as error:
         raise BaseError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, TypeError, KeyError, AttributeError, struct.error) as error:
-        what = content_of(head) or ("not a regular file" if "regular file" in str(error) else "")
-        more = f" ({what})" if what else ""
+        content = content_of(head) or ("not a regular file" if "regular file" in str(error) else "")
+        more = f" ({content})" if content else ""
         raise BaseError(f"{path}: not a whole safetensors file{more}") from None
-    for name, one in tensors.items():
-        if one.end > size:
-            raise BaseError(f"{path}: truncated: {name} ends at {one.end} of {size} bytes")
-        bits = _BITS.get(one.dtype, 0)
-        if bits and math.prod(one.shape) * bits != 8 * (one.end - one.begin):
-            what = f"{one.end - one.begin} bytes are not {list(one.shape)} in {one.dtype}"
-            raise BaseError(f"{path}: damaged: {name}: {what}")
+    for name, tensor in tensors.items():
+        if tensor.end > size:
+            raise BaseError(f"{path}: truncated: {name} ends at {tensor.end} of {size} bytes")
+        bits = _DTYPE_BITS.get(tensor.dtype, 0)
+        if bits and math.prod(tensor.shape) * bits != 8 * (tensor.end - tensor.begin):
+            reason = (
+                f"{tensor.end - tensor.begin} bytes are not {list(tensor.shape)} in {tensor.dtype}"
+            )
+            raise BaseError(f"{path}: damaged: {name}: {reason}")
     return tensors, metadata
 
 
@@ -130,18 +133,18 @@ def _is_name(text: Any) -> bool:
     return isinstance(text, str) and len(text) <= 500 and text.isprintable()
 
 
-def _tensor(about: dict[str, Any], start: int) -> Tensor:
+def _tensor(fields: dict[str, Any], start: int) -> Tensor:
     """
     Raises:
         ValueError, TypeError, KeyError: no description of a tensor.
     """
-    shape, (begin, end) = about["shape"], about["data_offsets"]
+    shape, (begin, end) = fields["shape"], fields["data_offsets"]
     numbers = [*shape, begin, end]
     if not all(type(n) is int and 0 <= n < 2**63 for n in numbers) or begin > end:
         raise ValueError
-    if not _is_name(about["dtype"]):
+    if not _is_name(fields["dtype"]):
         raise TypeError
-    return Tensor(about["dtype"], tuple(shape), start + begin, start + end)
+    return Tensor(fields["dtype"], tuple(shape), start + begin, start + end)
 
 
 class SingleFile:
@@ -174,17 +177,17 @@ class SingleFile:
     @cached_property
     def _layouts(self) -> dict[str, Layout]:
         """Where each model's tensors are, or would be."""
-        found = {name: Layout(prefix, False) for name, prefix in PREFIXES.items()}
+        layouts = {name: Layout(prefix, False) for name, prefix in PREFIXES.items()}
         if "encoder.conv_in.weight" in self.tensors:
-            found["vae"] = Layout("", self._has("encoder.down_blocks."), _VAE_STARTS)
+            layouts["vae"] = Layout("", self._has("encoder.down_blocks."), _VAE_STARTS)
         for prefix in _UNET_PREFIXES:
             if self._has(prefix):
-                found["unet"] = Layout(prefix, self._has(f"{prefix}down_blocks."))
-                return found
+                layouts["unet"] = Layout(prefix, self._has(f"{prefix}down_blocks."))
+                return layouts
         for starts in (_UNET_STARTS, _DIFFUSERS_STARTS):
             if self._has(starts[0]):
-                found["unet"] = Layout("", starts is _DIFFUSERS_STARTS, starts)
-        return found
+                layouts["unet"] = Layout("", starts is _DIFFUSERS_STARTS, starts)
+        return layouts
 
     def _has(self, start: str) -> bool:
         return any(key.startswith(start) for key in self.tensors)
@@ -261,21 +264,21 @@ class SingleFile:
                 f"{self.path}: its {component} has a config that is not whole"
             ) from None
         as_diffusers = self._layouts[component].is_diffusers
-        found = {}
+        pieces = {}
         for key, full in self.keys(component).items():
-            here = (modern_name(component, key),) if as_diffusers else names.names_of(key)
+            modern_names = (modern_name(component, key),) if as_diffusers else names.names_of(key)
             scale = self._scale_of(full)
-            if here and self.tensors[full].dtype not in _FLOATS:
+            if modern_names and self.tensors[full].dtype not in _FLOAT_DTYPES:
                 raise BaseError(
                     f"{self.path}: {full} is in {self.tensors[full].dtype}, a quantized form that "
                     "cannot be read; use the fp16 file"
                 )
-            found[full] = Piece(key, here, None if as_diffusers else names, scale)
-        prefix, used = self._layouts[component].prefix, {one.scale for one in found.values()}
+            pieces[full] = Piece(key, modern_names, None if as_diffusers else names, scale)
+        prefix, used = self._layouts[component].prefix, {piece.scale for piece in pieces.values()}
         for key in self.tensors:
-            if key.startswith(prefix) and key.endswith(_SCALES) and key not in used:
+            if key.startswith(prefix) and key.endswith(_SCALE_SUFFIXES) and key not in used:
                 raise BaseError(f"{self.path}: {key} scales no tensor that is known; use fp16")
-        return found
+        return pieces
 
     def _scale_of(self, full: str) -> str | None:
         """The tensor that a scaled fp8 weight is to be multiplied by: one number, or one a row.
@@ -284,7 +287,7 @@ class SingleFile:
             BaseError: of another form.
         """
         stem, _, name = full.rpartition(".")
-        beside = [stem + one for one in _SCALES if stem + one in self.tensors]
+        beside = [stem + suffix for suffix in _SCALE_SUFFIXES if stem + suffix in self.tensors]
         if name != "weight" or not beside:
             return None
         weight, scale = self.tensors[full], self.tensors[beside[0]]

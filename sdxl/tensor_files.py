@@ -32,23 +32,23 @@ def settled_bytes(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) ->
         {name: tensor.contiguous() for name, tensor in tensors.items()}, metadata=metadata
     )
     (length,) = struct.unpack("<Q", data[:8])
-    return data[:8] + _settled(data[8 : 8 + length]) + data[8 + length :]
+    return data[:8] + _with_sorted_metadata(data[8 : 8 + length]) + data[8 + length :]
 
 
 def settle(path: Path) -> None:
     """Sort the metadata of a safetensors file in place: one that nobody reads yet."""
     with open(path, "r+b") as file:
         (length,) = struct.unpack("<Q", file.read(8))
-        header = _settled(file.read(length))
+        header = _with_sorted_metadata(file.read(length))
         file.seek(8)
         file.write(header)
 
 
-def _settled(header: bytes) -> bytes:
+def _with_sorted_metadata(header: bytes) -> bytes:
     """The same header, as long as it was, with its metadata sorted by name."""
-    about = json.loads(header)
-    about["__metadata__"] = dict(sorted(about.get("__metadata__", {}).items()))
-    text = json.dumps(about, separators=(",", ":"), ensure_ascii=False).encode()
+    fields = json.loads(header)
+    fields["__metadata__"] = dict(sorted(fields.get("__metadata__", {}).items()))
+    text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
     assert len(text) <= len(header), "a header that was not written by safetensors"
     return text.ljust(len(header))
 
@@ -176,8 +176,8 @@ def _is_whole(path: Path, size: int, mtime_ns: int) -> bool:
         mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
         memoryview(mapped) as data,
     ):
-        for name, one in tensors.items():
-            with data[one.begin : one.end] as part:
-                digest.add(name, one.dtype, one.shape, part)
-    stated, found = metadata[KEY].partition("-"), digest.text.partition("-")
-    return stated[0] != found[0] or stated == found
+        for name, tensor in tensors.items():
+            with data[tensor.begin : tensor.end] as part:
+                digest.add(name, tensor.dtype, tensor.shape, part)
+    stated, computed = metadata[KEY].partition("-"), digest.text.partition("-")
+    return stated[0] != computed[0] or stated == computed

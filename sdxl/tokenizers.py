@@ -50,12 +50,15 @@ class TokenizerFiles:
         Raises:
             BaseError: a file cannot be read.
         """
-        folder, whole = self.folder, self.folder / "tokenizer.json"
+        folder, tokenizer_file = self.folder, self.folder / "tokenizer.json"
         try:
-            if whole.is_file():
-                model = read_json_object(whole)["model"]
+            if tokenizer_file.is_file():
+                model = read_json_object(tokenizer_file)["model"]
                 vocabulary = model["vocab"]
-                merges = [one if isinstance(one, str) else " ".join(one) for one in model["merges"]]
+                merges = [
+                    merge if isinstance(merge, str) else " ".join(merge)
+                    for merge in model["merges"]
+                ]
             else:
                 vocabulary = read_json_object(folder / "vocab.json")
                 text = read_bounded(folder / "merges.txt", MAX_JSON_BYTES).decode()

@@ -99,8 +99,8 @@ def write_checkpoint(
             write_weights(learner.unet, kind, partial / EMA, world, learner.ema, steps=step)
         write_tensors(partial / OPTIMIZER, "model", tensors, world)
         if world.is_main:
-            about = seal({"step": step, **state, "optimizer": numbers, "files": _digests(partial)})
-            (partial / STATE).write_text(json.dumps(about, indent=2, sort_keys=True) + "\n")
+            record = seal({"step": step, **state, "optimizer": numbers, "files": _digests(partial)})
+            (partial / STATE).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
             sync_files(partial)
             replace_path(partial, final)  # there is one if the run was resumed from before it
             fsync_folder(run)  # the first time the folder of checkpoints is new as well
@@ -115,8 +115,8 @@ def _digests(folder: Path) -> dict[str, str]:
 
 def numbered(run: Path) -> dict[int, Path]:
     """The checkpoints of a run by their step, in order, whole or not."""
-    found = (run / CHECKPOINTS).glob("checkpoint-*")
-    steps = {int(path.name[11:]): path for path in found if path.name[11:].isdecimal()}
+    folders = (run / CHECKPOINTS).glob("checkpoint-*")
+    steps = {int(path.name[11:]): path for path in folders if path.name[11:].isdecimal()}
     return dict(sorted(steps.items()))
 
 

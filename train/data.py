@@ -18,9 +18,9 @@ def open_data(config: TrainConfig, world: World) -> tuple[list[Cache], Cache | N
     """
     caches = [open_cache(use, "train") for use in config.caches]
     val = open_val(config, caches[0])
-    for one in caches if val is None else [*caches, val]:
-        check_cache(one, config.base)
-        _check_alike(caches[0], one)
+    for cache in caches if val is None else [*caches, val]:
+        check_cache(cache, config.base)
+        _check_alike(caches[0], cache)
     if world.is_main:
         for cache in caches:
             check_encoders(cache, config.base)
@@ -68,10 +68,10 @@ def has_masks(cache: Cache) -> bool:
 def _check_alike(first: Cache, other: Cache) -> None:
     """Refuse caches that one run cannot mix."""
     for name in ENCODERS:
-        mine, theirs = (one.manifest["recipe"][name]["digest"] for one in (first, other))
+        mine, theirs = (cache.manifest["recipe"][name]["digest"] for cache in (first, other))
         if mine != theirs:
             raise ValueError(f"{other.folder}: made with another {name} than {first.folder}")
-    mine, theirs = (one.manifest["text"]["tokens"] for one in (first, other))
+    mine, theirs = (cache.manifest["text"]["tokens"] for cache in (first, other))
     if mine != theirs:
         raise ValueError(
             f"{other.folder}: its captions have {theirs} tokens, and those of {first.folder} "
@@ -88,14 +88,14 @@ def check_cache(cache: Cache, base: str) -> None:
     folder, unet = model_config(base, "unet")
     text, latents = cache.manifest["text"], cache.manifest.get("latents", {})
     added = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
-    for what, held, taken in (
+    for quantity, held, taken in (
         ("prompt embeddings of width", text["depth"], unet["cross_attention_dim"]),
         ("pooled embeddings of width", text["pooled"], added),
         ("latent channels:", latents.get("channels"), unet["in_channels"]),
     ):
         if held is not None and held != taken:
             raise ValueError(
-                f"{cache.folder}: holds {what} {held}, but {folder} takes {taken}: "
+                f"{cache.folder}: holds {quantity} {held}, but {folder} takes {taken}: "
                 "encode the dataset with this base"
             )
 

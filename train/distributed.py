@@ -36,9 +36,9 @@ class World:
         """The names of all ranks; every rank must ask."""
         if self.size == 1:
             return names
-        found: list[list[str]] = [[] for _ in range(self.size)]
-        dist.all_gather_object(found, names)
-        return [name for names in found for name in names]
+        gathered: list[list[str]] = [[] for _ in range(self.size)]
+        dist.all_gather_object(gathered, names)
+        return [name for names in gathered for name in names]
 
     def wait(self) -> None:
         """Until every rank is here."""

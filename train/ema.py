@@ -32,8 +32,8 @@ class Ema:
             values = [self.values[name] for name in names[start : start + BLOCK]]
             parameters = [self.parameters[name].detach() for name in names[start : start + BLOCK]]
             place = values[0].device
-            now = [local(parameter).to(place, torch.float32) for parameter in parameters]
-            torch._foreach_lerp_(values, now, 1 - decay)
+            current = [local(parameter).to(place, torch.float32) for parameter in parameters]
+            torch._foreach_lerp_(values, current, 1 - decay)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -53,11 +53,11 @@ class Ema:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The average by name, laid out over the ranks as the parameters are."""
-        found: dict[str, torch.Tensor] = {}
+        averages: dict[str, torch.Tensor] = {}
         for name, parameter in self.parameters.items():
             value = self.values[name]
             if isinstance(parameter, DTensor):
-                found[name] = DTensor.from_local(
+                averages[name] = DTensor.from_local(
                     value.to(parameter.device),
                     parameter.device_mesh,
                     parameter.placements,
@@ -65,8 +65,8 @@ class Ema:
                     stride=parameter.stride(),
                 )
             else:
-                found[name] = value
-        return found
+                averages[name] = value
+        return averages
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:

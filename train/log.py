@@ -106,11 +106,11 @@ class RunLog:
         ]
         finite = [bool(row[2]) for row in values]
         self.num_skipped += finite.count(False)
-        self._sum_up(rows, [step for _, step in pending], quarters)
+        self._summarize(rows, [step for _, step in pending], quarters)
         self._write(rows)
         return [(number, step, ok) for (number, step), ok in zip(pending, finite, strict=True)]
 
-    def _sum_up(self, rows: list[dict[str, Any]], steps: list[Step], quarters: Any) -> None:
+    def _summarize(self, rows: list[dict[str, Any]], steps: list[Step], quarters: Any) -> None:
         """What is known of several steps together goes into the last row, and into the bar."""
         now = time.perf_counter()
         seconds, self._since = max(now - self._since, 1e-9), now

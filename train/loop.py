@@ -147,8 +147,8 @@ def _run(run: Run) -> Path:
     try:
         if run.start.path is not None:
             left = run.num_steps - run.start.step
-            what = f"{left:,} of {run.num_steps:,} steps are left" if left else "it is finished"
-            run.log.say(f"goes on from {run.start.path}: {what}")
+            progress = f"{left:,} of {run.num_steps:,} steps are left" if left else "it is finished"
+            run.log.say(f"goes on from {run.start.path}: {progress}")
         num = sum(p.numel() for p in run.learner.optimizer.parameters.values())
         run.log.say(
             f"trains {num:,} parameters on {run.plan.num_entries:,} samples an epoch, "
@@ -166,13 +166,13 @@ def _run(run: Run) -> Path:
         raise
     except BaseException as error:
         if run.learner.world.is_main:
-            error.add_note(_what_is_good(run))
+            error.add_note(_resume_hint(run))
         raise
     finally:
         run.log.close(failed)
 
 
-def _what_is_good(run: Run) -> str:
+def _resume_hint(run: Run) -> str:
     """Whatever ended the run, the user is told from where it can be resumed."""
     if run.good is None:
         return "The run has no checkpoint yet."
@@ -265,7 +265,7 @@ def _flush(run: Run) -> None:
     for number, step, finite in run.log.flush():
         run.skipped_in_a_row = 0 if finite else run.skipped_in_a_row + 1
         if not finite:
-            _tell_skipped(run, number, step)
+            _report_skipped(run, number, step)
         if run.skipped_in_a_row >= config.max_skipped:
             raise FloatingPointError(
                 f"{config.max_skipped} steps in a row up to step {number} had a loss or gradient "
@@ -274,7 +274,7 @@ def _flush(run: Run) -> None:
             )
 
 
-def _tell_skipped(run: Run, number: int, step: Step) -> None:
+def _report_skipped(run: Run, number: int, step: Step) -> None:
     """Say why a step was left out; name samples only where the fault can be theirs.
 
     A sample is named if its loss alone was not finite, or if the cache holds values for it that are
@@ -287,8 +287,8 @@ def _tell_skipped(run: Run, number: int, step: Step) -> None:
         every += paths
         bad += [path for path, ok in zip(paths, finite, strict=False) if not ok]
         if not all(finite):
-            whole = _has_finite_data(run, *micro.place)
-            broken += [path for path, ok in zip(paths, whole, strict=False) if not ok]
+            have_finite_data = _has_finite_data(run, *micro.place)
+            broken += [path for path, ok in zip(paths, have_finite_data, strict=False) if not ok]
     gather = run.learner.world.gather
     bad, broken, every = gather(bad), gather(broken), gather(every)
     if not bad:
@@ -297,9 +297,9 @@ def _tell_skipped(run: Run, number: int, step: Step) -> None:
         return
     reason = f"step {number} left out, its loss is not finite"
     if broken:
-        run.log.say(f"{reason}: the cache holds values that are not finite of {_some(broken)}")
+        run.log.say(f"{reason}: the cache holds values that are not finite of {_listed(broken)}")
     elif len(bad) < len(every) or run.skipped_in_a_row == 1:
-        run.log.say(f"{reason}: {_some(bad)}")
+        run.log.say(f"{reason}: {_listed(bad)}")
     else:
         run.log.say(reason)
 
@@ -312,7 +312,7 @@ def _has_finite_data(run: Run, epoch: int, number: int, micro: int) -> list[bool
     return [bool(ok) for ok in finite.all(0).tolist()]
 
 
-def _some(names: Iterable[str], most: int = 8) -> str:
+def _listed(names: Iterable[str], most: int = 8) -> str:
     names = sorted(set(names))
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

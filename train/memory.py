@@ -135,14 +135,14 @@ class Estimator:
             masters = config.full and not config.pure_bf16
             with CudaNorms() if masters and self.on_cuda else nullcontext():
                 self._known[key] = _measure(self._unet(config), bucket, self.tokens, dtype, kept)
-        found: Activations = self._known[key]
-        return found
+        activations: Activations = self._known[key]
+        return activations
 
     def advice(self, config: TrainConfig, bucket: Size) -> list[tuple[str, int]]:
         """Flags that would lower the peak, with the bytes that each saves, most first."""
-        now = self.estimate(config, bucket).peak
-        found = []
-        for text, changes in _CHANGES:
+        peak = self.estimate(config, bucket).peak
+        savings = []
+        for text, changes in _MEMORY_SAVERS:
             if text.startswith("--batch-size"):
                 if config.batch_size == 1:
                     continue
@@ -153,9 +153,9 @@ class Estimator:
                 check_processes(other, self.num)
             except ValueError:
                 continue  # does not go with the rest
-            if (saved := now - self.estimate(other, bucket).peak) > now // 50:
-                found.append((text, saved))
-        return sorted(found, key=lambda one: -one[1])
+            if (saved := peak - self.estimate(other, bucket).peak) > peak // 50:
+                savings.append((text, saved))
+        return sorted(savings, key=lambda saving: -saving[1])
 
     def _key(self, config: TrainConfig) -> tuple[Any, ...]:
         adapter = config.adapter, config.lora_rank, config.targets, config.conv
@@ -187,7 +187,7 @@ class Estimator:
         return self.on_cuda if asked is None else asked
 
 
-_CHANGES: tuple[tuple[str, dict[str, Any]], ...] = (
+_MEMORY_SAVERS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--gradient-checkpointing", {"gradient_checkpointing": True}),
     ("--batch-size", {}),
     ("--base-quant int8", {"base_quant": "int8"}),
@@ -215,7 +215,10 @@ class CudaNorms(TorchFunctionMode):
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         if function in (group_norm, layer_norm) and torch.is_autocast_enabled("cpu"):
-            args = [one.float() if isinstance(one, torch.Tensor) else one for one in args]
+            args = [
+                argument.float() if isinstance(argument, torch.Tensor) else argument
+                for argument in args
+            ]
         return function(*args, **(kwargs or {}))
 
 

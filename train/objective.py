@@ -56,13 +56,13 @@ def logit_normal(times: torch.Tensor, mean: float, std: float) -> torch.Tensor:
     return torch.sigmoid(mean + std * torch.special.ndtri(times))
 
 
-def _like(values: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+def _broadcast_like(values: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
     return values.view(-1, *([1] * (latents.ndim - 1)))
 
 
 def add_noise(latents: torch.Tensor, noise: torch.Tensor, alphas: torch.Tensor) -> torch.Tensor:
     """x_t = sqrt(a) x_0 + sqrt(1 - a) noise (Ho et al. 2020, eq. 4); ``alphas`` [B] at t."""
-    alphas = _like(alphas, latents)
+    alphas = _broadcast_like(alphas, latents)
     return alphas.sqrt() * latents + (1 - alphas).sqrt() * noise
 
 
@@ -73,7 +73,7 @@ def target_of(
     if prediction_type == "epsilon":
         return noise
     assert prediction_type == "v_prediction", prediction_type
-    alphas = _like(alphas, latents)
+    alphas = _broadcast_like(alphas, latents)
     return alphas.sqrt() * noise - (1 - alphas).sqrt() * latents
 
 

@@ -65,7 +65,7 @@ def read_preview_prompts(cache: Cache) -> PreviewPrompts | None:
     data = read_side_file(cache.folder, manifest, PROMPTS, REMEDY)
     try:
         held = PreviewFile.from_bytes(data)
-        prompts = tuple(Prompt(**one) for one in held.prompts)
+        prompts = tuple(Prompt(**fields) for fields in held.prompts)
     except (ValueError, TypeError) as error:
         raise CacheError(f"{cache.folder / PROMPTS}: {error}; {REMEDY}") from None
     tensors, colors = held.tensors, manifest["latent_rgb"]
@@ -104,7 +104,7 @@ def draw_previews(
     rank must call this, with the same arguments but for the ``vae``.
     """
     tiles: list[tuple[Any, str]] = []
-    with _borrowed(unet):
+    with _eval_mode(unet):
         for row, prompt in enumerate(previews.prompts[:MOST]):
             latents = _sample(unet, scheduler, previews, row, autocast, num_steps, guidance_scale)
             with torch.autocast(latents.device.type, enabled=False):
@@ -213,7 +213,7 @@ class Previewer:
 
 
 @contextmanager
-def _borrowed(unet: Any) -> Iterator[None]:
+def _eval_mode(unet: Any) -> Iterator[None]:
     """The UNet in eval mode; its modes and torch's generators come back as they were."""
     modes = [(module, module.training) for module in unet.modules()]
     devices = [unet.device] if unet.device.type == "cuda" else []

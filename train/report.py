@@ -47,8 +47,8 @@ def dry_run(config: TrainConfig) -> Iterator[str]:
     num = num_processes(config.gpus, config.device)
     check_processes(config, num)
     check_folder(config)
-    if config.resume and (found := newest_checkpoint(config.out)):
-        config, _ = with_init_lora(config, *found)
+    if config.resume and (checkpoint := newest_checkpoint(config.out)):
+        config, _ = with_init_lora(config, *checkpoint)
     size = config.batch_size * config.accumulate * num
     plan = Plan(groups_of(caches), config.seed, size)
     estimator = Estimator(config.base, caches[0].manifest["text"]["tokens"], device, num)

@@ -83,9 +83,9 @@ def find_start(
         ValueError: what the run's folder holds cannot go on with these settings, data, base or
             processes.
     """
-    found = newest_checkpoint(config.out) if config.resume else None
+    checkpoint = newest_checkpoint(config.out) if config.resume else None
     share = Share(batch_size=config.batch_size, world=world.size, rank=world.rank)
-    if found is None:
+    if checkpoint is None:
         identity = identity_of(config, caches, world)
         _agree(config, world, f"0 {content_digest(identity)}")
         if config.resume:
@@ -98,7 +98,7 @@ def find_start(
         size = config.batch_size * world.size * config.accumulate
         plan = Plan(groups_of(caches), config.seed, size)
         return Start(config=config), plan, share, identity
-    path, state = found
+    path, state = checkpoint
     config, lora = with_init_lora(config, path, state)
     identity = identity_of(config, caches, world) | {INIT_LORA: lora}
     _agree(config, world, f"{state['step']} {content_digest(identity)}")

@@ -54,7 +54,7 @@ ENTRIES = frozenset(
     (CONFIG, METRICS, WANDB_ID, "wandb", CHECKPOINTS, "previews", LORA, KOHYA, "unet", "scheduler")
 )
 # The names that a run gives in its two folders of many files, also half written.
-_WRITTEN = {
+_FILE_NAMES = {
     CHECKPOINTS: re.compile(r"checkpoint-\d+(\.replaced)?(\.partial)?"),
     "previews": re.compile(r"step-\d+\.png(\.partial)?"),
 }
@@ -88,7 +88,7 @@ def check_input(path: Path, out: Path) -> None:
     """
     doomed = run_entries(out) + [p for p in (out / REPLACED_RUN, out / _MOVING) if p.exists()]
     is_out = bool(doomed) and path.resolve() == out.resolve()
-    if is_out or any(_lies_in(part, entry) for part in _with_links(path) for entry in doomed):
+    if is_out or any(_is_inside(part, entry) for part in _with_links(path) for entry in doomed):
         raise ValueError(
             f"{path}: --overwrite would delete it, because it lies in the run that {out} holds; "
             "move it elsewhere, or give another --out"
@@ -97,7 +97,7 @@ def check_input(path: Path, out: Path) -> None:
 
 def check_inputs(config: TrainConfig) -> None:
     """Refuse to delete what the new run is made from, or what no run has written."""
-    for folder, name in _WRITTEN.items():
+    for folder, name in _FILE_NAMES.items():
         for path in sorted((config.out / folder).glob("*")):
             if not name.fullmatch(path.name):
                 raise ValueError(
@@ -119,7 +119,7 @@ def _with_links(path: Path) -> Iterator[Path]:
         )
 
 
-def _lies_in(path: Path, entry: Path) -> bool:
+def _is_inside(path: Path, entry: Path) -> bool:
     named, real = Path(os.path.abspath(path)), path.resolve()
     return named.is_relative_to(os.path.abspath(entry)) or real.is_relative_to(entry.resolve())
 
@@ -313,7 +313,7 @@ def describe(config: TrainConfig, plan: Plan, learner: Learner, num_steps: int) 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
-        return [_plain(one) for one in value]
+        return [_plain(item) for item in value]
     if isinstance(value, Path):
         return value.resolve().name
     if isinstance(value, CacheUse):

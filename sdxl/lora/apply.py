@@ -19,7 +19,7 @@ from sdxl.lora.weights import Adapted, Delta
 from sdxl.lora.write import peft_config
 from sdxl.metadata import Card, Schedule, check_long_captions
 
-_OTHERS = {  # by names that only they have
+_OTHER_ARCHITECTURES = {  # by names that only they have
     r"(double|single)_blocks_|single_transformer_blocks_": "Flux",
     r"transformer_blocks_\d+_(img|txt)_m(lp|od)": "Qwen-Image",
     r"joint_blocks_|attn_add_[kqv]_proj|^lora_te3_": "SD3",
@@ -27,25 +27,25 @@ _OTHERS = {  # by names that only they have
     r"(^|_)blocks_\d+_(self|cross)_attn_": "Wan",
     r"(^|_)layers_\d+_(attention|feed_forward|adaLN)": "Lumina or Z-Image",
 }
-_CONTEXTS = {768: "SD 1", 1024: "SD 2", 2048: "SDXL"}  # the width of their text embeddings
+_CONTEXT_WIDTHS = {768: "SD 1", 1024: "SD 2", 2048: "SDXL"}  # the width of their text embeddings
 # SDXL has no attention at full resolution.
-_SD = r"down_blocks_0_attentions|up_blocks_3_attentions|(in|out)put_blocks_(1|2|9|10|11)_1_"
-_STATED = ("modelspec.architecture", "ss_base_model_version", "base_model")
+_SD_MODULES = r"down_blocks_0_attentions|up_blocks_3_attentions|(in|out)put_blocks_(1|2|9|10|11)_1_"
+_ARCHITECTURE_KEYS = ("modelspec.architecture", "ss_base_model_version", "base_model")
 
 
 def adaptable(model: Any) -> dict[str, tuple[int, ...]]:
     """The shapes of the weights that a LoRA can adapt, by their modules' names: [out, in] of
     linears and [out, in, k, k] of convolutions, without regard to adapters that are there."""
-    found: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for name, module in model.named_modules():
         if ".base_layer" in name or ".lora_" in name:
             continue
         layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         if isinstance(layer, torch.nn.Linear):
-            found[name] = (layer.out_features, layer.in_features)
+            shapes[name] = (layer.out_features, layer.in_features)
         elif isinstance(layer, torch.nn.Conv2d):
-            found[name] = (layer.out_channels, layer.in_channels, *layer.kernel_size)
-    return found
+            shapes[name] = (layer.out_channels, layer.in_channels, *layer.kernel_size)
+    return shapes
 
 
 def fit(file: LoraFile, part: str, model: Any) -> dict[str, Adapted]:
@@ -58,11 +58,11 @@ def fit(file: LoraFile, part: str, model: Any) -> dict[str, Adapted]:
     """
     file.check_adapter(part)
     shapes = adaptable(model)
-    found: dict[str, Adapted] = {}
-    for name, written, one in _by_name(file, part, shapes, model.config):
-        assert isinstance(one, Adapted)
-        found[name] = _adapter_of(file, written, one, shapes[name])
-    return found
+    adapters: dict[str, Adapted] = {}
+    for name, written, adapter in _by_name(file, part, shapes, model.config):
+        assert isinstance(adapter, Adapted)
+        adapters[name] = _adapter_of(file, written, adapter, shapes[name])
+    return adapters
 
 
 def fit_merged(file: LoraFile, part: str, model: Any) -> dict[str, Adapted | Delta]:
@@ -79,19 +79,19 @@ def fit_merged(file: LoraFile, part: str, model: Any) -> dict[str, Adapted | Del
             shapes[name] = tuple(module.weight.shape)
         bias = getattr(module, "bias", None)
         biases[name] = tuple(bias.shape) if isinstance(bias, torch.Tensor) else None
-    found: dict[str, Adapted | Delta] = {}
-    for name, written, one in _by_name(file, part, shapes, model.config):
-        if isinstance(one, Adapted):
-            found[name] = _adapter_of(file, written, one, shapes[name])
+    adapters: dict[str, Adapted | Delta] = {}
+    for name, written, adapter in _by_name(file, part, shapes, model.config):
+        if isinstance(adapter, Adapted):
+            adapters[name] = _adapter_of(file, written, adapter, shapes[name])
             continue
-        if one.has_weight and (reason := one.mismatch(shapes[name])):
-            raise _misfit(file, f"{written} ({one.algorithm.title}): {reason}")
-        if one.bias is not None and tuple(one.bias.shape) != biases[name]:
-            theirs, ours = list(one.bias.shape), biases[name]
+        if adapter.has_weight and (reason := adapter.mismatch(shapes[name])):
+            raise _misfit(file, f"{written} ({adapter.algorithm.title}): {reason}")
+        if adapter.bias is not None and tuple(adapter.bias.shape) != biases[name]:
+            theirs, ours = list(adapter.bias.shape), biases[name]
             is_for = "which has none here" if ours is None else f"not {list(ours)}"
             raise _misfit(file, f"its {written} is for a bias of {theirs}, {is_for}")
-        found[name] = one
-    return found
+        adapters[name] = adapter
+    return adapters
 
 
 def _by_name(
@@ -101,7 +101,7 @@ def _by_name(
     is_unet = part == UNET
     table = key_table(shapes, config) if is_unet else {_text_key(name): name for name in shapes}
     seen = set()
-    for written, one in file.parts.get(part, {}).items():
+    for written, adapter in file.parts.get(part, {}).items():
         key = written.replace(".", "_")
         name = table.get(key if is_unet else _text_key(key))
         if name is None:
@@ -109,18 +109,18 @@ def _by_name(
         if name in seen:
             raise ValueError(f"{file.path}: adapts {name} twice")
         seen.add(name)
-        yield name, written, one
+        yield name, written, adapter
 
 
-def _adapter_of(file: LoraFile, written: str, one: Adapted, shape: tuple[int, ...]) -> Adapted:
+def _adapter_of(file: LoraFile, written: str, adapter: Adapted, shape: tuple[int, ...]) -> Adapted:
     """An adapter in the shape of the module it is for."""
-    down, up = _shaped(one.down, len(shape)), _shaped(one.up, len(shape))
+    down, up = _shaped(adapter.down, len(shape)), _shaped(adapter.up, len(shape))
     if down.ndim != len(shape) or down.shape[1:] != shape[1:] or len(up) != shape[0]:
         theirs = [len(up), *down.shape[1:]]
         raise _misfit(file, f"its {written} is for weights of {theirs}, not {list(shape)}")
     if up.ndim != len(shape) or up.shape[2:].numel() != 1:
         raise ValueError(f"{file.path}: damaged: {written} has an up weight of {list(up.shape)}")
-    return replace(one, down=down, up=up)
+    return replace(adapter, down=down, up=up)
 
 
 def _text_key(name: str) -> str:
@@ -137,23 +137,23 @@ def _shaped(tensor: torch.Tensor, num_dims: int) -> torch.Tensor:
 
 def _misfit(file: LoraFile, reason: str) -> ValueError:
     other = _architecture(file)
-    what = f" (a LoRA of {other})" if other else ""
-    return ValueError(f"{file.path}: does not fit this base{what}: {reason}")
+    origin = f" (a LoRA of {other})" if other else ""
+    return ValueError(f"{file.path}: does not fit this base{origin}: {reason}")
 
 
 def _architecture(file: LoraFile) -> str:
     """What a LoRA is of, by its names, its shapes, or what it says; empty where nothing tells."""
-    unet = {name.replace(".", "_"): one for name, one in file.parts.get(UNET, {}).items()}
-    for pattern, other in _OTHERS.items():
+    unet = {name.replace(".", "_"): adapter for name, adapter in file.parts.get(UNET, {}).items()}
+    for pattern, other in _OTHER_ARCHITECTURES.items():
         if any(re.search(pattern, name) for name in unet):
             return other
-    for name, one in unet.items():
-        width = one.down.shape[1] if isinstance(one, Adapted) else one.num_inputs
-        if re.search(r"attn2_to_[kv]$", name) and width in _CONTEXTS:
-            return _CONTEXTS[width]
-    if any(re.search(_SD, name) for name in unet):
+    for name, adapter in unet.items():
+        width = adapter.down.shape[1] if isinstance(adapter, Adapted) else adapter.num_inputs
+        if re.search(r"attn2_to_[kv]$", name) and width in _CONTEXT_WIDTHS:
+            return _CONTEXT_WIDTHS[width]
+    if any(re.search(_SD_MODULES, name) for name in unet):
         return "SD 1 or 2"
-    return next((file.metadata[key] for key in _STATED if file.metadata.get(key)), "")
+    return next((file.metadata[key] for key in _ARCHITECTURE_KEYS if file.metadata.get(key)), "")
 
 
 # Merged into the weights: what peft's adapters cannot hold.
@@ -173,9 +173,9 @@ def merged_weights(
     """
     changes: dict[str, list[tuple[Path, Adapted | Delta, float]]] = defaultdict(list)
     for file, strength in files:
-        for module, one in fit_merged(file, part, model).items():
+        for module, adapter in fit_merged(file, part, model).items():
             if strength:
-                changes[module].append((file.path, one, strength))
+                changes[module].append((file.path, adapter, strength))
     parameters = dict(model.named_parameters())
     for module, several in changes.items():
         for name, change in (("weight", _change_weight), ("bias", _change_bias)):
@@ -184,8 +184,8 @@ def merged_weights(
                 continue
             before = parameters[key].detach().float()
             after = before
-            for path, one, strength in several:
-                merged = change(one, before, strength)
+            for path, adapter, strength in several:
+                merged = change(adapter, before, strength)
                 if merged is None:
                     continue
                 after = merged if after is before else after + (merged - before)
@@ -196,15 +196,17 @@ def merged_weights(
 
 
 def _change_weight(
-    one: Adapted | Delta, weight: torch.Tensor, strength: float
+    adapter: Adapted | Delta, weight: torch.Tensor, strength: float
 ) -> torch.Tensor | None:
-    if isinstance(one, Delta) and not one.has_weight:
+    if isinstance(adapter, Delta) and not adapter.has_weight:
         return None
-    return one.merged(weight, strength)
+    return adapter.merged(weight, strength)
 
 
-def _change_bias(one: Adapted | Delta, bias: torch.Tensor, strength: float) -> torch.Tensor | None:
-    difference = one.bias if isinstance(one, Delta) else None
+def _change_bias(
+    adapter: Adapted | Delta, bias: torch.Tensor, strength: float
+) -> torch.Tensor | None:
+    difference = adapter.bias if isinstance(adapter, Delta) else None
     return None if difference is None else bias + strength * difference.float()
 
 
@@ -295,7 +297,7 @@ def _apply(model: Any, part: str, files: Sequence[tuple[LoraFile, float]]) -> No
     adapters = [(file, weight) for file, weight in files if part not in file.merged_parts]
     for number, (file, _) in enumerate(adapters):
         _add(model, fit(file, part, model), f"lora_{number}")
-    _weigh(model, [weight for _, weight in adapters])
+    _set_lora_weights(model, [weight for _, weight in adapters])
 
 
 def load_lora(unet: Any, path: Path) -> None:
@@ -306,15 +308,15 @@ def load_lora(unet: Any, path: Path) -> None:
         ValueError: no LoRA file, or one of another architecture.
     """
     file = read_lora_file(path)
-    found = fit(file, UNET, unet)
+    adapters = fit(file, UNET, unet)
     if file.num_text:
         warnings.warn(
             f"{path}: what it has for {file.num_text} modules of the text encoders is not used",
             stacklevel=2,
         )
-    if not found:
+    if not adapters:
         raise ValueError(f"{path}: does not fit this base: it has no weights for the UNet")
-    _add(unet, found, "default")
+    _add(unet, adapters, "default")
 
 
 def read_lora(unet: Any, path: Path) -> None:
@@ -323,31 +325,31 @@ def read_lora(unet: Any, path: Path) -> None:
     _fill(unet, fit(read_lora_file(path), UNET, unet), next(iter(unet.peft_config)))
 
 
-def _add(model: Any, found: dict[str, Adapted], name: str) -> None:
+def _add(model: Any, adapters: dict[str, Adapted], name: str) -> None:
     """One more adapter on a model, by peft."""
-    if not found:
+    if not adapters:
         return
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # as is meant
-        inject_adapter_in_model(peft_config(found), model, adapter_name=name)
+        inject_adapter_in_model(peft_config(adapters), model, adapter_name=name)
     model._hf_peft_config_loaded = True  # so that diffusers and transformers know of it
-    _fill(model, found, name)
+    _fill(model, adapters, name)
 
 
-def _fill(model: Any, found: dict[str, Adapted], name: str) -> None:
+def _fill(model: Any, adapters: dict[str, Adapted], name: str) -> None:
     """Copy weights into adapter ``name``, in the dtype that it has."""
     modules = dict(model.named_modules())
     with torch.no_grad():
-        for module, one in found.items():
+        for module, adapter in adapters.items():
             layer = modules[module]
-            layer.lora_A[name].weight.copy_(one.down)
-            layer.lora_B[name].weight.copy_(one.up)
-            if one.magnitude is not None:
+            layer.lora_A[name].weight.copy_(adapter.down)
+            layer.lora_B[name].weight.copy_(adapter.up)
+            if adapter.magnitude is not None:
                 magnitude = layer.lora_magnitude_vector[name].weight
-                magnitude.copy_(one.magnitude.reshape(magnitude.shape))
+                magnitude.copy_(adapter.magnitude.reshape(magnitude.shape))
 
 
-def _weigh(model: Any, weights: Sequence[float]) -> None:
+def _set_lora_weights(model: Any, weights: Sequence[float]) -> None:
     """Put all adapters of a model to work, ``lora_N`` at its weight."""
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     for layer in layers:

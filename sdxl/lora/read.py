@@ -40,9 +40,11 @@ from sdxl.tensor_files import check_digest
 
 MOST_LETTERS = 300  # of a tensor's name
 PATTERN_SECONDS = 1.0
-_FACTORS = frozenset({"a1", "a2", "b1", "b2", "bm"})  # of GLoRA: layers, with ``.weight`` behind
-_PLAIN = NAMES - _FACTORS - TENSORS.keys() - {"weight", "boft_blocks"}  # as they stand in a file
-_READ = "LoRA, rsLoRA, LoCon, DoRA and LyCORIS can be read"
+# Of GLoRA: layers, with ``.weight`` behind.
+_GLORA_FACTORS = frozenset({"a1", "a2", "b1", "b2", "bm"})
+# As they stand in a file.
+_PLAIN_NAMES = NAMES - _GLORA_FACTORS - TENSORS.keys() - {"weight", "boft_blocks"}
+_SUPPORTED = "LoRA, rsLoRA, LoCon, DoRA and LyCORIS can be read"
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,17 +78,18 @@ class LoraFile:
             ValueError: one of them can only be merged.
         """
         several = [self.parts.get(part, {}) for part in parts or self.parts]
-        if found := {why for part in several for why in _why_merged(part)}:
+        if reasons := {why for part in several for why in _why_merged(part)}:
             raise ValueError(
-                f"{self.path}: holds {', '.join(sorted(found))}, which can be neither trained on "
+                f"{self.path}: holds {', '.join(sorted(reasons))}, which can be neither trained on "
                 "nor converted: `export --merge` puts it into a base, `generate --lora` uses it"
             )
 
 
 def _why_merged(part: Mapping[str, Adapted | Delta]) -> set[str]:
     """What in a part is more than peft's adapters; empty where nothing is."""
-    kinds = {one.title for one in part.values() if isinstance(one, Delta)}
-    if len({one.magnitude is None for one in part.values() if isinstance(one, Adapted)}) > 1:
+    kinds = {adapter.title for adapter in part.values() if isinstance(adapter, Delta)}
+    adapters = [adapter for adapter in part.values() if isinstance(adapter, Adapted)]
+    if len({adapter.magnitude is None for adapter in adapters}) > 1:
         kinds.add("DoRA on some modules only")
     return kinds
 
@@ -157,7 +160,7 @@ def lora_parts(
 ) -> dict[str, dict[str, Adapted]]:
     """The tensors of an adapter by part and module. ``settings`` are peft's, by ``part.name``."""
     return {
-        part: {name: one for name, one in modules.items() if isinstance(one, Adapted)}
+        part: {name: adapter for name, adapter in modules.items() if isinstance(adapter, Adapted)}
         for part, modules in _parts(path, tensors, settings).items()
     }
 
@@ -177,25 +180,30 @@ def _tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 
 def _warn_of_extras(path: Path, extras: Iterable[str]) -> None:
     named = sorted(extras)
-    for start, what in EXTRAS.items():
+    for start, description in EXTRAS.items():
         if mine := [name.removeprefix(start) for name in named if name.startswith(start)]:
             words = list(dict.fromkeys(name.split(".")[0] for name in mine))
             listed = ", ".join(words[:5]) + (", ..." if len(words) > 5 else "")
-            warnings.warn(f"{path}: its {what} ({start}*: {listed}) are not used", stacklevel=2)
+            warnings.warn(
+                f"{path}: its {description} ({start}*: {listed}) are not used", stacklevel=2
+            )
 
 
 def _parts(
     path: Path, tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]
 ) -> dict[str, dict[str, Adapted | Delta]]:
-    found: dict[str, dict[str, dict[str, torch.Tensor]]] = defaultdict(lambda: defaultdict(dict))
+    grouped: dict[str, dict[str, dict[str, torch.Tensor]]] = defaultdict(lambda: defaultdict(dict))
     for name, tensor in tensors.items():
-        part, module, what = _parse(path, name, tensors)
-        if what in found[part][module]:
-            raise ValueError(f"{path}: damaged: {module} has {what} twice")
-        found[part][module][what] = tensor
+        part, module, role = _parse(path, name, tensors)
+        if role in grouped[part][module]:
+            raise ValueError(f"{path}: damaged: {module} has {role} twice")
+        grouped[part][module][role] = tensor
     return {
-        part: {m: _module(path, m, one, _of(settings, part)) for m, one in modules.items()}
-        for part, modules in found.items()
+        part: {
+            m: _module(path, m, module_tensors, _settings_of(settings, part))
+            for m, module_tensors in modules.items()
+        }
+        for part, modules in grouped.items()
     }
 
 
@@ -210,33 +218,33 @@ def _parse(path: Path, name: str, names: Mapping[str, Any]) -> tuple[str, str, s
     short = name
     for old, new in OLD_NAMES:
         short = re.sub(old, new, short)
-    module, what = _suffix(short, names)
-    if what:
-        prefix = next((one for one in PREFIXES if module.startswith(one)), "")
+    module, role = _suffix(short, names)
+    if role:
+        prefix = next((known for known in PREFIXES if module.startswith(known)), "")
         module = module.removeprefix(prefix)
         if prefix == "base_model.model.":
             module = module.removeprefix("unet.")
-        return PREFIXES.get(prefix, UNET), module, what
+        return PREFIXES.get(prefix, UNET), module, role
     for pattern, kind in UNSUPPORTED.items():
         if re.search(pattern, name):
-            raise ValueError(f"{path}: {kind} ({name}); {_READ}")
-    if not any(_suffix(one, names)[1] for one in names):
+            raise ValueError(f"{path}: {kind} ({name}); {_SUPPORTED}")
+    if not any(_suffix(other, names)[1] for other in names):
         raise ValueError(f"{path}: holds no LoRA weights (e.g. {name})")
     raise ValueError(f"{path}: {name} is nothing of a LoRA that can be read")
 
 
 def _suffix(name: str, names: Mapping[str, Any]) -> tuple[str, str]:
     """(module, which of its tensors), the latter empty where it is none of a LoRA."""
-    for what, pattern in TENSORS.items():
+    for role, pattern in TENSORS.items():
         if match := re.search(f"{pattern}$", name):
-            return name[: match.start()], what
-    module, _, what = name.rpartition(".")
-    if what == "weight":
+            return name[: match.start()], role
+    module, _, role = name.rpartition(".")
+    if role == "weight":
         if f"{module}.on_input" in names:
-            return module, what
-        module, _, what = module.rpartition(".")
-        return (module, what) if what in _FACTORS else ("", "")
-    return (module, what) if what in _PLAIN else ("", "")
+            return module, role
+        module, _, role = module.rpartition(".")
+        return (module, role) if role in _GLORA_FACTORS else ("", "")
+    return (module, role) if role in _PLAIN_NAMES else ("", "")
 
 
 def _settings(metadata: dict[str, str]) -> dict[str, Any]:
@@ -247,7 +255,7 @@ def _settings(metadata: dict[str, str]) -> dict[str, Any]:
         return {}
 
 
-def _of(settings: Mapping[str, Any], part: str) -> Mapping[str, Any]:
+def _settings_of(settings: Mapping[str, Any], part: str) -> Mapping[str, Any]:
     """One part's settings; of a file of one part alone they have no prefix."""
     mine = {n.removeprefix(f"{part}."): v for n, v in settings.items() if n.startswith(f"{part}.")}
     return mine or (settings if part == UNET and "lora_alpha" in settings else {})
@@ -316,13 +324,13 @@ def _lora(
     alpha = numbers.get("alpha")
     if alpha is None:
         alpha = _stated_alpha(path, module, len(down), settings)
-    one = Adapted(down, up, alpha, bool(settings.get("use_rslora")))
+    adapter = Adapted(down, up, alpha, bool(settings.get("use_rslora")))
     if "diff_b" not in tensors:
         if magnitude is None:
-            return one
+            return adapter
         if magnitude.numel() == len(up) == len(magnitude):
-            return replace(one, magnitude=magnitude.flatten())
-    return Delta(algorithm, {**tensors, "up": up}, one.kohya_alpha)
+            return replace(adapter, magnitude=magnitude.flatten())
+    return Delta(algorithm, {**tensors, "up": up}, adapter.kohya_alpha)
 
 
 def _number(path: Path, module: str, name: str, tensor: torch.Tensor) -> float:
@@ -341,7 +349,9 @@ def _stated_alpha(path: Path, module: str, rank: int, settings: Mapping[str, Any
     try:
         patterns = dict(settings.get("alpha_pattern") or {})
         default = settings.get("lora_alpha", rank)
-        value = float(next((v for one, v in patterns.items() if _names(one, module)), default))
+        value = float(
+            next((v for pattern, v in patterns.items() if _names(pattern, module)), default)
+        )
     except (TypeError, ValueError, ArithmeticError, TimeoutError, RecursionError, regex.error):
         value = math.nan
     if not math.isfinite(value):
@@ -364,4 +374,6 @@ def _check_rotation(path: Path, module: str, blocks: torch.Tensor) -> None:
         product = blocks.float() @ blocks.float().transpose(1, 2)
         if torch.allclose(product, torch.eye(blocks.shape[1]).expand_as(product), atol=2e-2):
             return
-    raise ValueError(f"{path}: an OFT of an early LyCORIS version ({module}.oft_diag); {_READ}")
+    raise ValueError(
+        f"{path}: an OFT of an early LyCORIS version ({module}.oft_diag); {_SUPPORTED}"
+    )

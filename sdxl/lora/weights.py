@@ -59,12 +59,12 @@ class Adapted:
     def merged(self, weight: torch.Tensor, strength: float = 1.0) -> torch.Tensor:
         """W with this in it, in fp32: W + strength scale B A; with DoRA, each row of that at its
         magnitude (Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", eq. 5)."""
-        whole = weight.float() + strength * self.delta()
+        adapted = weight.float() + strength * self.delta()
         if self.magnitude is None:
-            return whole
-        norms = whole.flatten(1).norm(dim=1)
-        rows = (self.magnitude.float() / norms).reshape(-1, *[1] * (whole.ndim - 1))
-        merged: torch.Tensor = rows * whole
+            return adapted
+        norms = adapted.flatten(1).norm(dim=1)
+        rows = (self.magnitude.float() / norms).reshape(-1, *[1] * (adapted.ndim - 1))
+        merged: torch.Tensor = rows * adapted
         return merged
 
 
@@ -135,10 +135,10 @@ class Delta:
         """Why this is not for weights of ``shape``; empty where it is. Nothing is computed."""
         shapes = replace(self, tensors={n: t.to("meta") for n, t in self.tensors.items()})
         try:
-            found = shapes.difference(torch.empty(shape, device="meta")).shape
+            weight_shape = shapes.difference(torch.empty(shape, device="meta")).shape
         except (RuntimeError, ValueError, IndexError, TypeError, ArithmeticError):
             return f"its tensors make no weights of {list(shape)}"
-        return "" if found == shape else f"its tensors make weights of {list(found)}"
+        return "" if weight_shape == shape else f"its tensors make weights of {list(weight_shape)}"
 
 
 def lora(delta: Delta, t: Tensors, weight: torch.Tensor) -> torch.Tensor:
@@ -310,23 +310,25 @@ class Algorithm:
 
 def _algorithm(title: str, difference: Difference | None, needs: str, takes: str = "") -> Algorithm:
     """``needs``: names, with ``|`` between the alternatives."""
-    every = tuple(frozenset(one.split()) for one in needs.split("|"))
+    every = tuple(frozenset(names.split()) for names in needs.split("|"))
     return Algorithm(title, difference, every, frozenset(takes.split()) | {"diff_b"})
 
 
-_HALVES = "hada_w1_a hada_w1_b hada_w2_a hada_w2_b"
-_LOW_RANK = "alpha scalar dora_scale"
+_LOHA_FACTORS = "hada_w1_a hada_w1_b hada_w2_a hada_w2_b"
+_LOW_RANK_EXTRAS = "alpha scalar dora_scale"
 ALGORITHMS = (
-    _algorithm("LoRA", _added(lora), "down up", _LOW_RANK),
-    _algorithm("LoCon in Tucker form", _added(lora), "down up mid", _LOW_RANK),
-    _algorithm("LoHa", _added(loha), f"{_HALVES} | {_HALVES} hada_t1 hada_t2", _LOW_RANK),
+    _algorithm("LoRA", _added(lora), "down up", _LOW_RANK_EXTRAS),
+    _algorithm("LoCon in Tucker form", _added(lora), "down up mid", _LOW_RANK_EXTRAS),
+    _algorithm(
+        "LoHa", _added(loha), f"{_LOHA_FACTORS} | {_LOHA_FACTORS} hada_t1 hada_t2", _LOW_RANK_EXTRAS
+    ),
     _algorithm(
         "LoKr",
         _added(lokr),
         "lokr_w1 lokr_w2 | lokr_w1_a lokr_w1_b lokr_w2 | "
         "lokr_w1 lokr_w2_a lokr_w2_b | lokr_w1_a lokr_w1_b lokr_w2_a lokr_w2_b | "
         "lokr_w1 lokr_w2_a lokr_w2_b lokr_t2 | lokr_w1_a lokr_w1_b lokr_w2_a lokr_w2_b lokr_t2",
-        _LOW_RANK,
+        _LOW_RANK_EXTRAS,
     ),
     _algorithm("GLoRA", _added(glora), "a1 a2 b1 b2", "bm alpha scalar"),
     _algorithm("(IA)^3", ia3, "weight on_input"),
@@ -336,9 +338,14 @@ ALGORITHMS = (
     _algorithm("norms", _added(full), "w_norm | w_norm b_norm", "alpha"),
     _algorithm("biases", None, "diff_b | b_norm"),
 )
-NAMES = frozenset(n for one in ALGORITHMS for need in (*one.needs, one.takes) for n in need)
+NAMES = frozenset(
+    name
+    for algorithm in ALGORITHMS
+    for need in (*algorithm.needs, algorithm.takes)
+    for name in need
+)
 
 
 def find_algorithm(names: frozenset[str]) -> Algorithm | None:
     """That of a module with these tensors; None: they are of none, or not complete."""
-    return next((one for one in ALGORITHMS if one.fits(names)), None)
+    return next((algorithm for algorithm in ALGORITHMS if algorithm.fits(names)), None)

@@ -76,17 +76,17 @@ def diffusers_bytes(parts: Parts, card: Card) -> bytes:
     """A file that ``load_lora_weights`` takes, of a LoRA's parts."""
     state: dict[str, torch.Tensor] = {}
     settings: dict[str, Any] = {}
-    for part, found in parts.items():
+    for part, adapters in parts.items():
         # Settings name modules by their ends, so that a level more or less changes nothing.
-        short = {name.removeprefix("text_model."): one for name, one in found.items()}
+        short = {name.removeprefix("text_model."): adapter for name, adapter in adapters.items()}
         settings |= _settings(part, peft_config(short).to_dict())
-        for module, one in found.items():
+        for module, adapter in adapters.items():
             name = module if part == UNET else long_name(module)
-            state[f"{part}.{name}.lora_A.weight"] = one.down
-            state[f"{part}.{name}.lora_B.weight"] = one.up
-            if one.magnitude is not None:
-                shape = (-1,) if one.down.ndim == 2 else (1, -1, 1, 1)
-                state[f"{part}.{name}.lora_magnitude_vector"] = one.magnitude.reshape(shape)
+            state[f"{part}.{name}.lora_A.weight"] = adapter.down
+            state[f"{part}.{name}.lora_B.weight"] = adapter.up
+            if adapter.magnitude is not None:
+                shape = (-1,) if adapter.down.ndim == 2 else (1, -1, 1, 1)
+                state[f"{part}.{name}.lora_magnitude_vector"] = adapter.magnitude.reshape(shape)
     return _diffusers_bytes(state, settings, card)
 
 
@@ -97,16 +97,26 @@ def _diffusers_bytes(state: dict[str, torch.Tensor], settings: dict[str, Any], c
     return settled_bytes(state, digest_metadata(state, metadata))
 
 
-def peft_config(found: Mapping[str, Adapted]) -> LoraConfig:
+def peft_config(adapters: Mapping[str, Adapted]) -> LoraConfig:
     """peft's settings of an adapter: its commonest rank and alpha, and the exceptions."""
-    first = next(iter(found.values()))
-    (rank, alpha), _ = Counter((one.rank, one.alpha) for one in found.values()).most_common(1)[0]
+    first = next(iter(adapters.values()))
+    (rank, alpha), _ = Counter(
+        (adapter.rank, adapter.alpha) for adapter in adapters.values()
+    ).most_common(1)[0]
     return LoraConfig(
         r=rank,
         lora_alpha=alpha,
-        target_modules=list(found),
-        rank_pattern={re.escape(n): o.rank for n, o in found.items() if o.rank != rank},
-        alpha_pattern={re.escape(n): o.alpha for n, o in found.items() if o.alpha != alpha},
+        target_modules=list(adapters),
+        rank_pattern={
+            re.escape(name): adapter.rank
+            for name, adapter in adapters.items()
+            if adapter.rank != rank
+        },
+        alpha_pattern={
+            re.escape(name): adapter.alpha
+            for name, adapter in adapters.items()
+            if adapter.alpha != alpha
+        },
         use_rslora=first.rslora,
         use_dora=first.magnitude is not None,
     )
@@ -131,25 +141,25 @@ def kohya_state(
         ValueError: a module that the original layout does not have.
     """
     state: dict[str, torch.Tensor] = {}
-    for part, found in parts.items():
-        keys = kohya_keys(found, config) if part == UNET else text_keys(found, part)
-        for name, one in found.items():
+    for part, adapters in parts.items():
+        keys = kohya_keys(adapters, config) if part == UNET else text_keys(adapters, part)
+        for name, adapter in adapters.items():
             if name not in keys:
                 raise ValueError(f"{name} has no name in the original layout: kohya's has no key")
             key = keys[name]
-            state[f"{key}.lora_down.weight"] = one.down
-            state[f"{key}.lora_up.weight"] = one.up
-            state[f"{key}.alpha"] = torch.tensor(one.kohya_alpha)
-            if one.magnitude is not None:
-                shape = (-1, *[1] * (one.down.ndim - 1))  # [out, 1, ...]: a norm of each row
-                state[f"{key}.dora_scale"] = one.magnitude.reshape(shape)
+            state[f"{key}.lora_down.weight"] = adapter.down
+            state[f"{key}.lora_up.weight"] = adapter.up
+            state[f"{key}.alpha"] = torch.tensor(adapter.kohya_alpha)
+            if adapter.magnitude is not None:
+                shape = (-1, *[1] * (adapter.down.ndim - 1))  # [out, 1, ...]: a norm of each row
+                state[f"{key}.dora_scale"] = adapter.magnitude.reshape(shape)
     return state
 
 
-def kohya_metadata(found: Mapping[str, Adapted], card: Card, resolution: int) -> dict[str, str]:
+def kohya_metadata(adapters: Mapping[str, Adapted], card: Card, resolution: int) -> dict[str, str]:
     """What UIs read of a LoRA on SDXL, and the card. ``resolution``: the base's pixels a side."""
-    ranks = sorted({one.rank for one in found.values()})
-    alphas = sorted({one.kohya_alpha for one in found.values()})
+    ranks = sorted({adapter.rank for adapter in adapters.values()})
+    alphas = sorted({adapter.kohya_alpha for adapter in adapters.values()})
     several = "Dynamic"  # kohya's word
     metadata = {
         "ss_base_model_version": "sdxl_base_v1-0",  # without it UIs hide the file under SDXL
@@ -160,7 +170,7 @@ def kohya_metadata(found: Mapping[str, Adapted], card: Card, resolution: int) ->
         **card.modelspec(f"{ARCHITECTURE}/lora", resolution),
         **card.to_metadata(),
     }
-    if any(one.down.ndim == 4 for one in found.values()):
+    if any(adapter.down.ndim == 4 for adapter in adapters.values()):
         conv = {"conv_dim": metadata["ss_network_dim"], "conv_alpha": metadata["ss_network_alpha"]}
         metadata["ss_network_args"] = json.dumps(conv)
     if card.buckets:
