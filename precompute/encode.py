@@ -61,7 +61,7 @@ def encode(settings: EncodeSettings) -> list[Report]:
     """
     queue, plans = WorkQueue(), list[CachePlan]()
     exact_fp32()
-    with ExitStack() as stack, _full_disk_said(settings.out), _interrupt_said(plans):
+    with ExitStack() as stack, _explain_full_disk(settings.out), _note_interrupt(plans):
         if not queue.is_main:
             job = Job(**json.loads(queue.wait_for("job")))
             stack.enter_context(num_threads(job.threads))
@@ -115,10 +115,10 @@ def _job(settings: EncodeSettings, plans: list[CachePlan]) -> Job:
     The default does not depend on how many processes there are, nor on their environment.
     """
     before = next((plan.made_with for plan in plans if plan.made_with), {})
-    found = {}
+    chosen = {}
     for name, default in (("batch_size", BATCH_SIZE), ("threads", num_cores())):
         asked, was = getattr(settings, name), before.get(name)
-        found[name] = asked or was or default
+        chosen[name] = asked or was or default
         if asked and was and asked != was and any(plan.works for plan in plans):
             warnings.warn(
                 f"--{name.replace('_', '-')} {asked}: the cache was encoded with {was}; what is "
@@ -126,7 +126,7 @@ def _job(settings: EncodeSettings, plans: list[CachePlan]) -> Job:
                 stacklevel=2,
             )
     return Job(
-        **found,
+        **chosen,
         caches=[(str(plan.folder), len(plan.works)) for plan in plans],
         num_encodes=sum(work.num_encodes for plan in plans for work in plan.works),
     )
@@ -162,7 +162,7 @@ def _no_collection() -> Iterator[None]:
 
 
 @contextmanager
-def _full_disk_said(out: Path) -> Iterator[None]:
+def _explain_full_disk(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -174,15 +174,15 @@ def _full_disk_said(out: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _interrupt_said(plans: list[CachePlan]) -> Iterator[None]:
+def _note_interrupt(plans: list[CachePlan]) -> Iterator[None]:
     """How far it came; the command line prints it."""
     try:
         yield
     except KeyboardInterrupt as stop:
         names = [plan.folder / f"{name}.index" for plan in plans for name in plan.names]
         if names:
-            whole = sum(name.exists() for name in names)
+            num_whole = sum(name.exists() for name in names)
             stop.add_note(
-                f"{whole} of {len(names)} shards are whole; the same command goes on from there"
+                f"{num_whole} of {len(names)} shards are whole; the same command goes on from there"
             )
         raise

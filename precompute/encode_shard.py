@@ -43,25 +43,25 @@ class Copies:
         return self._half(found, CAPTION_TENSORS, "text", ("captions",))
 
     def _half(
-        self, found: Found, names: tuple[str, ...], half: str, digested: tuple[str, ...]
+        self, stored: Found, names: tuple[str, ...], half: str, digested: tuple[str, ...]
     ) -> Half | None:
         try:
-            shard = self._open(found.shard, found.cache)
-            if found.row >= len(shard.index) or shard.index.key(found.row) != found.key:
+            shard = self._open(stored.shard, stored.cache)
+            if stored.row >= len(shard.index) or shard.index.key(stored.row) != stored.key:
                 return None  # another shard of that name
-            members = shard.members(found.row)
+            members = shard.members(stored.row)
         except CacheError:
             return None
         try:
             tensors = safetensors.torch.load(members["safetensors"])
-            about = shard.about(found.row)
-            notes = about["notes"][half]
+            fields = shard.about(stored.row)
+            notes = fields["notes"][half]
             if half == "latents":
                 LatentSums.from_json(notes["sums"])
         except (SafetensorError, ValueError, KeyError, TypeError):
             return None  # it has its digests, and is not what encode writes
         kept = {name: tensors[name] for name in names if name in tensors}
-        digests = {name: about["digests"][name] for name in digested if name in about["digests"]}
+        digests = {name: fields["digests"][name] for name in digested if name in fields["digests"]}
         return Half(kept, notes, shard.index.header["made_with"], digests)
 
     def _open_shard(self, name: str, cache: str) -> Shard:
@@ -90,7 +90,9 @@ class Notes:
             "num_cut_captions": self.num_cut_captions,
             "members": self.members,
             "rejected": self.rejected,
-            "made_with": sorted(self.made_with, key=lambda one: sorted(map(str, one.items()))),
+            "made_with": sorted(
+                self.made_with, key=lambda run_settings: sorted(map(str, run_settings.items()))
+            ),
         }
 
     def add(self, planned: Planned, latents: Half, text: Half) -> None:
@@ -99,9 +101,9 @@ class Notes:
             self.dropped_variants.append([planned.record.path, num_dropped])
         self.sums += LatentSums.from_json(latents.notes["sums"])
         self.num_cut_captions += text.notes["num_cut_captions"]
-        for one in latents.made_with + text.made_with:
-            if one not in self.made_with:
-                self.made_with.append(one)
+        for run_settings in latents.made_with + text.made_with:
+            if run_settings not in self.made_with:
+                self.made_with.append(run_settings)
 
     def reject(self, planned: Planned, failed: Failed) -> None:
         marks = planned.marks if failed.for_good else CHANGING
@@ -165,38 +167,38 @@ def _halves(
 ) -> Iterator[Half | Failed]:
     """One half of each sample, in order."""
     missing = [
-        _what_is_missing(task.planned, place(task))
+        _missing_part(task.planned, place(task))
         for task in tasks
         if task.reason is None and _is_missing(place(task))
     ]
     encoded = encode(missing, encoders)
     for task in tasks:
-        found = place(task)
+        stored = place(task)
         if task.reason is not None:
             yield Failed(task.reason)
             continue
-        made = next(encoded) if _is_missing(found) else None
-        if found is None or (isinstance(made, Failed) and not made.is_hidden):
+        made = next(encoded) if _is_missing(stored) else None
+        if stored is None or (isinstance(made, Failed) and not made.is_hidden):
             assert made is not None
             yield made
             continue
-        half = copy(found)
+        half = copy(stored)
         if half is None or isinstance(made, Failed):  # damaged since; masks hide all that joins
             yield next(encode([task.planned], encoders))
         else:
             yield half if made is None else joined(half, made)
 
 
-def _is_missing(found: Found | None) -> bool:
+def _is_missing(stored: Found | None) -> bool:
     """Whether something of a half is to be encoded."""
-    return found is None or bool(found.num_variants)
+    return stored is None or bool(stored.num_variants)
 
 
-def _what_is_missing(planned: Planned, found: Found | None) -> Planned:
+def _missing_part(planned: Planned, stored: Found | None) -> Planned:
     return (
         planned
-        if found is None
-        else replace(planned, variants=planned.variants[found.num_variants :])
+        if stored is None
+        else replace(planned, variants=planned.variants[stored.num_variants :])
     )
 
 
@@ -223,13 +225,13 @@ def write_work_shard(
         pooled=text["pooled"],
     )
     notes = Notes(LatentSums.empty(encoders.channels))
-    about: dict[str, Any] = {"bucket": work.bucket, "repeats": work.repeats, "recipe": recipe}
+    header: dict[str, Any] = {"bucket": work.bucket, "repeats": work.repeats, "recipe": recipe}
     copies = Copies(folder)
 
     def samples() -> Iterator[Sample]:
         yield from make_samples(work.tasks, encoders, copies, notes, tick)
-        about.update(notes.to_json())
+        header.update(notes.to_json())
 
-    write_shard(folder, work.name, samples(), layout, about)
+    write_shard(folder, work.name, samples(), layout, header)
     for name in work.frees:
         remove_shard(folder / REPLACED, name)

@@ -75,9 +75,10 @@ def latent_halves(members: Sequence[Planned], encoders: Encoders) -> Iterator[Ha
             goes on from there the next time.
     """
     size, threads = encoders.batch_size, num_cores()
-    most = max((len(one.variants) for one in members), default=1)  # each is an image in memory
+    # Each variant is an image in memory.
+    most = max((len(member.variants) for member in members), default=1)
     opened = read_ahead(
-        lambda one: _open_member(one, encoders.settings),
+        lambda member: _open_member(member, encoders.settings),
         members,
         threads,
         -(-(2 * size + threads) // most),
@@ -85,21 +86,21 @@ def latent_halves(members: Sequence[Planned], encoders: Encoders) -> Iterator[Ha
     digests: deque[dict[str, str]] = deque()
 
     def rows() -> Iterator[list[Pixels] | Failed]:
-        for one in opened:
-            digests.append(one.digests)
-            yield one.rows
+        for image in opened:
+            digests.append(image.digests)
+            yield image.rows
 
     def encode(rows: list[Pixels]) -> list[tuple[torch.Tensor, ...]]:
         pictures, masks, sizes = zip(*rows, strict=True)
         posterior = encoders.latents.encode(torch.stack(pictures))
         return [*zip(posterior.mean, posterior.std, pictures, masks, sizes, strict=True)]
 
-    for planned, found in zip(members, in_batches(rows(), encode, size), strict=True):
+    for planned, encoded in zip(members, in_batches(rows(), encode, size), strict=True):
         made_from = digests.popleft()
-        if isinstance(found, Failed):
-            yield replace(found, digests=made_from)
+        if isinstance(encoded, Failed):
+            yield replace(encoded, digests=made_from)
             continue
-        parts = [torch.stack(part) for part in zip(*found, strict=True)]
+        parts = [torch.stack(part) for part in zip(*encoded, strict=True)]
         mean, std, pictures, mask, sizes = parts
         tensors = {"latents.mean": mean, "latents.std": std}
         if mask.numel():
@@ -107,7 +108,7 @@ def latent_halves(members: Sequence[Planned], encoders: Encoders) -> Iterator[Ha
         if encoders.settings.mean_only:
             del tensors["latents.std"]
         sums = [*map(_sums_of, mean, pictures)]
-        notes = _notes(sums, len(planned.variants) - len(found))
+        notes = _notes(sums, len(planned.variants) - len(encoded))
         half = _stored(tensors, notes, encoders, made_from)
         if isinstance(half, Half):
             half.tensors["sizes"] = sizes
@@ -137,8 +138,11 @@ def joined(first: Half, others: Half) -> Half:
         name: torch.cat([tensor, others.tensors[name]]) for name, tensor in first.tensors.items()
     }
     sums = [LatentSums.from_json(first.notes["sums"]), *others.sums]
-    num_dropped = sum(one.notes.get("num_dropped_variants", 0) for one in (first, others))
-    made_with = [*first.made_with, *(one for one in others.made_with if one not in first.made_with)]
+    num_dropped = sum(half.notes.get("num_dropped_variants", 0) for half in (first, others))
+    made_with = [
+        *first.made_with,
+        *(run_settings for run_settings in others.made_with if run_settings not in first.made_with),
+    ]
     return Half(tensors, _notes(sums, num_dropped), made_with, others.digests)
 
 
@@ -146,15 +150,15 @@ def text_halves(members: Sequence[Planned], encoders: Encoders) -> Iterator[Half
     """Of each sample the embeddings of all its captions."""
 
     def encode(rows: list[str]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        found = encoders.text.encode(rows, encoders.batch_size)
-        return [*zip(found.prompt, found.pooled, strict=True)]
+        conditioning = encoders.text.encode(rows, encoders.batch_size)
+        return [*zip(conditioning.prompt, conditioning.pooled, strict=True)]
 
     captions = (planned.record.captions for planned in members)
-    for planned, found in zip(
+    for planned, encoded in zip(
         members, in_batches(captions, encode, encoders.batch_size), strict=True
     ):
-        assert not isinstance(found, Failed)
-        prompt, pooled = (torch.stack(parts) for parts in zip(*found, strict=True))
+        assert not isinstance(encoded, Failed)
+        prompt, pooled = (torch.stack(parts) for parts in zip(*encoded, strict=True))
         tensors = {"prompt_embeds": prompt, "pooled_prompt_embeds": pooled}
         num_cut = sum(map(encoders.text.is_cut, planned.record.captions))
         captions_digest = content_digest(list(planned.record.captions))
@@ -247,10 +251,12 @@ def _open_variants(
         masks = _open_masks(data, mask, planned, settings)
     except Exception as error:
         return Failed(f"its mask: {explain(error)}")
-    sizes = [torch.tensor(one.sizes, dtype=torch.int32) for one in planned.variants]
+    sizes = [torch.tensor(variant.sizes, dtype=torch.int32) for variant in planned.variants]
     variants = [*zip(pictures, masks, sizes, strict=True)]
     if masks.numel():
-        variants = [one for one in variants if shows_anything(one[1], DTYPES[settings.dtype])]
+        variants = [
+            variant for variant in variants if shows_anything(variant[1], DTYPES[settings.dtype])
+        ]
     return variants or Failed(
         "its mask: all of it is black in the part of the image that is kept; what is white in it "
         "is cropped off",

@@ -66,6 +66,6 @@ class LatentEncoder:
         count = len(pictures)
         filled = pictures.new_zeros((self.batch_size, *pictures.shape[1:]))
         filled[:count] = pictures
-        found = vae.encode(filled.to(vae.device, vae.dtype)).latent_dist
-        mean, std = found.mean[:count].float().cpu(), found.std[:count].float().cpu()
+        posterior = vae.encode(filled.to(vae.device, vae.dtype)).latent_dist
+        mean, std = posterior.mean[:count].float().cpu(), posterior.std[:count].float().cpu()
         return Posterior(scale_mean(vae.config, mean), scale_std(vae.config, std))

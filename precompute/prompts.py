@@ -64,9 +64,9 @@ def settle_prompts(
     if held is not None and held.made_with["text"] == wanted["text"]:
         return len(held.prompts)
     if (folder / PROMPTS).exists():
-        what = "damaged" if held is None else "made with other text encoders, or in another dtype"
+        reason = "damaged" if held is None else "made with other text encoders, or in another dtype"
         warnings.warn(
-            f"{folder / PROMPTS}: {what}: removed; `python cli.py prompts` makes it again",
+            f"{folder / PROMPTS}: {reason}: removed; `python cli.py prompts` makes it again",
             stacklevel=2,
         )
         (folder / PROMPTS).unlink()
@@ -81,26 +81,26 @@ def write_prompts(
     Raises:
         ValueError: an embedding is not finite in the cache's dtype.
     """
-    texts = [text for one in prompts for text in (one.text, one.negative)]
-    found = encoders.encode_each(texts, BATCH_SIZE)
+    texts = [text for prompt in prompts for text in (prompt.text, prompt.negative)]
+    embeddings = encoders.encode_each(texts, BATCH_SIZE)
     if cut := sorted({text for text in texts if text and encoders.is_cut(text)}):
         warnings.warn(
             f"{len(cut)} preview prompts are cut at {77 * encoders.num_chunks} tokens, e.g. "
             f"{cut[0][:60]!r}",
             stacklevel=2,
         )
-    if any(one.sampler or one.num_images for one in prompts):
+    if any(prompt.sampler or prompt.num_images for prompt in prompts):
         warnings.warn(
             "previews are drawn once each, by the base's own sampler: --ss and --n-images are not "
             "used",
             stacklevel=2,
         )
     dtype = made_with["dtype"]
-    prompt = Conditioning.cat(found[one.text] for one in prompts).to(DTYPES[dtype])
-    negative = Conditioning.cat(found[one.negative] for one in prompts).to(DTYPES[dtype])
+    positive = Conditioning.cat(embeddings[prompt.text] for prompt in prompts).to(DTYPES[dtype])
+    negative = Conditioning.cat(embeddings[prompt.negative] for prompt in prompts).to(DTYPES[dtype])
     tensors = {
-        "prompt_embeds": prompt.prompt,
-        "pooled_prompt_embeds": prompt.pooled,
+        "prompt_embeds": positive.prompt,
+        "pooled_prompt_embeds": positive.pooled,
         "negative.prompt_embeds": negative.prompt,
         "negative.pooled_prompt_embeds": negative.pooled,
     }
@@ -139,8 +139,10 @@ def _check_encoders(
     for name, theirs in read_text_recipe(base, tokenizers).items():
         held = recipe[name]
         if changed := [part for part in theirs if held.get(part) != theirs[part]]:
-            what = name.replace("text_encoder", "tokenizer") if changed == ["tokenizer"] else name
+            changed_name = (
+                name.replace("text_encoder", "tokenizer") if changed == ["tokenizer"] else name
+            )
             raise ValueError(
-                f"{folder}: made with another {what} than {base} holds; give the base it was made "
-                "with as --base, or encode the dataset with this one"
+                f"{folder}: made with another {changed_name} than {base} holds; give the base it "
+                "was made with as --base, or encode the dataset with this one"
             )

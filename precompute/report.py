@@ -58,8 +58,8 @@ class Progress:
             self._stops.check()
             self._show(self._count("samples", 0))
 
-    def _count(self, what: str, number: int) -> int:
-        return self._queue.add(f"encode {what}", number)
+    def _count(self, counter: str, number: int) -> int:
+        return self._queue.add(f"encode {counter}", number)
 
     def _show(self, done: int) -> None:
         if self._queue.is_main and done > self._bar.n:
@@ -143,7 +143,7 @@ def describe(report: Report, num_chunks: int) -> Iterator[str]:
     )
     for bucket, count in report.buckets.items():
         yield f"  {bucket:>9}  {count:6d}  {'#' * round(40 * count / max(1, report.num_samples))}"
-    for number, usual, what in (
+    for number, usual, label in (
         (report.num_variants, report.num_samples, "variants of them (crops, mirrored)"),
         (report.num_captions, report.num_samples, "captions"),
         (report.num_taken, report.num_samples, "images an epoch, with repeats"),
@@ -152,7 +152,7 @@ def describe(report: Report, num_chunks: int) -> Iterator[str]:
         (report.num_cut_captions, 0, f"captions cut at {77 * num_chunks} tokens"),
     ):
         if number != usual:
-            yield f"  {number:,} {what}"
+            yield f"  {number:,} {label}"
     if report.num_prompts:
         yield f"  {report.num_prompts} preview prompts"
 

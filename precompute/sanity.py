@@ -41,18 +41,22 @@ def measure_drawings(encoder: LatentEncoder) -> dict[str, Any]:
     and ``std`` [C] of each latent channel; ``psnr`` of the drawings decoded back, in dB.
     """
     drawings = draw()
-    pixels = torch.stack([render(open_picture(_png(one)), _whole(one)) for one in drawings])
+    pixels = torch.stack(
+        [render(open_picture(_png(drawing)), _whole(drawing)) for drawing in drawings]
+    )
     parts = [encoder.encode(part) for part in torch.split(pixels, encoder.batch_size)]
-    found = Posterior(torch.cat([p.mean for p in parts]), torch.cat([p.std for p in parts]))
-    bare_mean, bare_std = _bare_encode(encoder.exact, torch.cat([_tensor(one) for one in drawings]))
-    decoded = _bare_decode(encoder.exact, found.mean)
-    wanted = torch.cat([_tensor(one) for one in drawings])
+    posterior = Posterior(torch.cat([p.mean for p in parts]), torch.cat([p.std for p in parts]))
+    bare_mean, bare_std = _bare_encode(
+        encoder.exact, torch.cat([_tensor(drawing) for drawing in drawings])
+    )
+    decoded = _bare_decode(encoder.exact, posterior.mean)
+    wanted = torch.cat([_tensor(drawing) for drawing in drawings])
     return {
-        "error": round(_error(found.mean, bare_mean), 4),
-        "scale": round(_scale(found.mean, bare_mean), 3),
-        "std_scale": round(_scale(found.std, bare_std), 3),
-        "mean": [round(float(value), 2) for value in found.mean.mean(dim=(0, 2, 3))],
-        "std": [round(float(value), 2) for value in found.mean.std(dim=(0, 2, 3))],
+        "error": round(_error(posterior.mean, bare_mean), 4),
+        "scale": round(_scale(posterior.mean, bare_mean), 3),
+        "std_scale": round(_scale(posterior.std, bare_std), 3),
+        "mean": [round(float(value), 2) for value in posterior.mean.mean(dim=(0, 2, 3))],
+        "std": [round(float(value), 2) for value in posterior.mean.std(dim=(0, 2, 3))],
         "psnr": _psnr(decoded, wanted),
     }
 
@@ -78,15 +82,15 @@ def measure_picture(
     y, x = max(0, (h - WINDOW) // 2), max(0, (w - WINDOW) // 2)
     window = (..., slice(y, y + WINDOW), slice(x, x + WINDOW))
     part = (..., slice(8 * y, 8 * (y + WINDOW)), slice(8 * x, 8 * (x + WINDOW)))
-    found: dict[str, Any] = {
+    measures: dict[str, Any] = {
         "path": path,
         "error": round(_error(mine, bare), 4),
         "scale": round(_scale(mine, bare), 3),
         "psnr": _psnr(_bare_decode(encoder.exact, mine[window]), wanted[part]),
     }
-    if found["error"] > ALIKE:
-        found["bare_psnr"] = _psnr(_bare_decode(encoder.exact, bare[window]), wanted[part])
-    return found
+    if measures["error"] > ALIKE:
+        measures["bare_psnr"] = _psnr(_bare_decode(encoder.exact, bare[window]), wanted[part])
+    return measures
 
 
 def alarms_of_drawings(found: dict[str, Any]) -> list[str]:
@@ -183,9 +187,11 @@ def _constants(vae: Any) -> tuple[torch.Tensor, torch.Tensor]:
 def _bare_encode(vae: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Scaled mean and std [N, C, h, w] fp32 on the CPU, of the VAE alone, one image at a time."""
     shift, scale = _constants(vae)
-    found = [vae.encode(one[None].to(vae.device, vae.dtype)).latent_dist for one in pixels]
-    mean = torch.cat([one.mean.float().cpu() for one in found])
-    std = torch.cat([one.std.float().cpu() for one in found])
+    posteriors = [
+        vae.encode(picture[None].to(vae.device, vae.dtype)).latent_dist for picture in pixels
+    ]
+    mean = torch.cat([posterior.mean.float().cpu() for posterior in posteriors])
+    std = torch.cat([posterior.std.float().cpu() for posterior in posteriors])
     return (mean - shift) * scale, std * scale
 
 
@@ -193,7 +199,7 @@ def _bare_encode(vae: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Te
 def _bare_decode(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     shift, scale = _constants(vae)
     plain = (latents / scale + shift).to(vae.device, vae.dtype)
-    return torch.cat([vae.decode(one[None]).sample.float().cpu() for one in plain])
+    return torch.cat([vae.decode(latent[None]).sample.float().cpu() for latent in plain])
 
 
 def _error(mine: torch.Tensor, bare: torch.Tensor) -> float:

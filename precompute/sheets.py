@@ -44,7 +44,7 @@ def _tiles(cache: Cache, shards: list[Shard]) -> Iterator[tuple[Image.Image, str
     for shard in shards:
         layout = shard.index.layout
         for row in range(len(shard.index)):
-            about = shard.about(row)
+            fields = shard.about(row)
             for number in range(int(shard.index.records[row]["num_variants"])):
                 latents = torch.empty(layout.latent, dtype=torch.float32)
                 sizes = torch.empty(6, dtype=torch.int32)
@@ -54,7 +54,7 @@ def _tiles(cache: Cache, shards: list[Shard]) -> Iterator[tuple[Image.Image, str
                 place = [int(value) for value in sizes]
                 if min(*place[:2], *place[4:]) < 1 or max(map(abs, place)) > MOST_PIXELS:
                     raise CacheError(f"{shard.path}: sample {row}: its sizes are {place}")
-                text = f"{place[1]}x{place[0]}  {about['captions'][0]}"
+                text = f"{place[1]}x{place[0]}  {fields['captions'][0]}"
                 yield frame(colors, place, is_squashed), text
 
 
@@ -67,17 +67,17 @@ def frame(colors: torch.Tensor, sizes: list[int], is_squashed: bool = False) -> 
     original_height, original_width, top, left, height, width = sizes
     target = (width, height)
     geometry = cover((original_width, original_height), target)
-    whole = target if is_squashed else geometry.resized
-    whole = (max(whole[0], left + width), max(whole[1], top + height))
-    scale = (TILE - 8) / max(whole)
+    full_size = target if is_squashed else geometry.resized
+    full_size = (max(full_size[0], left + width), max(full_size[1], top + height))
+    scale = (TILE - 8) / max(full_size)
 
     def scaled(*lengths: int) -> list[int]:
         return [round(length * scale) for length in lengths]
 
     canvas = Image.new("RGB", (TILE, TILE), "white")
-    x, y = ((TILE - length) // 2 for length in scaled(*whole))
+    x, y = ((TILE - length) // 2 for length in scaled(*full_size))
     pen = ImageDraw.Draw(canvas)
-    frame_width, frame_height = scaled(*whole)
+    frame_width, frame_height = scaled(*full_size)
     pen.rectangle((x, y, x + frame_width, y + frame_height), fill=CUT_AWAY, outline=FRAME)
     box_x, box_y = (start + offset for start, offset in zip((x, y), scaled(left, top), strict=True))
     box_width, box_height = (max(1, length) for length in scaled(width, height))

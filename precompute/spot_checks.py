@@ -42,8 +42,8 @@ class Candidate:
 
 def first_pictures(shards: Iterable[PlannedShard]) -> list[Candidate]:
     """The candidates of a cache, in key order."""
-    members = (Candidate(shard.name, one) for shard in shards for one in shard.members)
-    return heapq.nsmallest(NUM_CANDIDATES, members, key=lambda one: one.key)
+    members = (Candidate(shard.name, member) for shard in shards for member in shard.members)
+    return heapq.nsmallest(NUM_CANDIDATES, members, key=lambda candidate: candidate.key)
 
 
 def earlier_checks(folder: Path) -> dict[str, Any]:
@@ -68,13 +68,15 @@ def check_cache(
     other images, or made in another way.
     """
     parts = [recipe[name] for name in ("preprocessing", "vae", "storage")]
-    of = content_digest([*parts, *([one.key, *marks[one.key][:3]] for one in candidates)])
-    if before.get("of") != of:
-        found = (_check_picture(folder, one, encoders) for one in candidates)
-        pictures = [*islice((one for one in found if one is not None), NUM_PICTURES)]
-        before = {"of": of, "drawings": encoders.drawings, "pictures": pictures}
+    digest = content_digest(
+        [*parts, *([candidate.key, *marks[candidate.key][:3]] for candidate in candidates)]
+    )
+    if before.get("of") != digest:
+        measured = (_check_picture(folder, candidate, encoders) for candidate in candidates)
+        pictures = [*islice((picture for picture in measured if picture is not None), NUM_PICTURES)]
+        before = {"of": digest, "drawings": encoders.drawings, "pictures": pictures}
     warn_of_drawings(before["drawings"])
-    _warn(line for one in before["pictures"] for line in alarms_of_picture(one))
+    _warn(line for picture in before["pictures"] for line in alarms_of_picture(picture))
     return before
 
 
@@ -87,20 +89,20 @@ def _warn(lines: Iterable[str]) -> None:
         warnings.warn(f"DO NOT TRAIN ON THIS CACHE: {line}", stacklevel=1)
 
 
-def _check_picture(folder: Path, one: Candidate, encoders: Encoders) -> dict[str, Any] | None:
+def _check_picture(folder: Path, candidate: Candidate, encoders: Encoders) -> dict[str, Any] | None:
     """None where it was rejected, or is of a kind that cannot be compared."""
-    record = one.planned.record
-    index = Index(folder / f"{one.shard}.index")
+    record = candidate.planned.record
+    index = Index(folder / f"{candidate.shard}.index")
     row = int(np.searchsorted(index.records["key"], record.key.encode()))
     if row == len(index) or index.key(row) != record.key:
         return None
-    if index.records["num_variants"][row] != len(one.planned.variants):
+    if index.records["num_variants"][row] != len(candidate.planned.variants):
         return None  # which of them were dropped is not known here
     try:
         data = record.picture.read()
     except (OSError, ValueError):  # gone or changed since
         return None
     stored = torch.empty(index.layout.latent)
-    Shard(folder, one.shard, index.sha256).read_into(stored, row, "latents.mean")
-    geometry = one.planned.variants[0]
+    Shard(folder, candidate.shard, index.sha256).read_into(stored, row, "latents.mean")
+    geometry = candidate.planned.variants[0]
     return measure_picture(encoders.latents, record.path, data, geometry, stored)

@@ -148,7 +148,7 @@ class Reader:
         real = bool(entries)
         entries = entries or batch.entries[:1]
         places = [self._locate(entry) for entry in entries]
-        into = _Into(self.reading, [shard.index.layout for _, shard, _ in places])
+        into = _BatchBuffers(self.reading, [shard.index.layout for _, shard, _ in places])
         draws = Draws()
         keys = [
             self._read_sample(batch.epoch, number, entry, place, draws, into)
@@ -174,14 +174,20 @@ class Reader:
 
     def paths(self, epoch: int, number: int, micro: int) -> list[str]:
         """Where the images of a micro-batch of this rank lay in their datasets."""
-        found = []
+        paths = []
         for entry in self.share.entries(self.plan.batch(epoch, number), micro):
             _, shard, row = self._locate(entry)
-            found.append(str(shard.about(row)["path"]))
-        return found
+            paths.append(str(shard.about(row)["path"]))
+        return paths
 
     def _read_sample(
-        self, epoch: int, number: int, entry: Entry, place: Place, draws: Draws, into: "_Into"
+        self,
+        epoch: int,
+        number: int,
+        entry: Entry,
+        place: Place,
+        draws: Draws,
+        into: "_BatchBuffers",
     ) -> str:
         """Fill row ``number`` of each tensor; returns the sample's key."""
         reading, cache_number = self.reading, self.plan.groups[entry.group].cache
@@ -206,7 +212,7 @@ class Reader:
         return key
 
 
-class _Into:
+class _BatchBuffers:
     """Where the samples of one micro-batch go."""
 
     def __init__(self, reading: Reading, layouts: Sequence[Layout]) -> None:
@@ -221,16 +227,16 @@ class _Into:
         self._without_std: list[int] = []
         self._reading = reading
 
-    def draw(self, number: int, draws: Draws, found: Container[str]) -> None:
-        """What is random about row ``number``, in a fixed order; ``found`` are its tensors."""
+    def draw(self, number: int, draws: Draws, tensors: Container[str]) -> None:
+        """What is random about row ``number``, in a fixed order; ``tensors`` are its tensors."""
         self.times[number] = draws.time
         draws.normal(self._offsets[number])
         draws.normal(self._noise[number])
-        if "latents.std" in found:
+        if "latents.std" in tensors:
             draws.normal(self._posterior[number])
         else:
             self._without_std.append(number)
-        if self._reading.masks and "mask" not in found:
+        if self._reading.masks and "mask" not in tensors:
             self.rows.tensors["mask"][number] = 1.0
 
     def tensors(self) -> dict[str, torch.Tensor]:

@@ -148,7 +148,7 @@ class Sample:
 
     def members(self) -> dict[str, bytes]:
         """The tar members by extension, the same bytes in every process."""
-        about = {
+        fields = {
             "path": self.path,
             "captions": list(self.captions),
             "weight": self.weight,
@@ -157,20 +157,20 @@ class Sample:
         }
         tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
         return {
-            "json": json.dumps(about, sort_keys=True, ensure_ascii=False).encode(),
+            "json": json.dumps(fields, sort_keys=True, ensure_ascii=False).encode(),
             "safetensors": safetensors.torch.save(tensors),
         }
 
     @classmethod
     def from_members(cls, key: str, members: dict[str, bytes]) -> "Sample":
         """The way back, e.g. from a plain webdataset stream."""
-        about: dict[str, Any] = json.loads(members["json"])
+        fields: dict[str, Any] = json.loads(members["json"])
         return cls(
             key=key,
-            path=about["path"],
-            captions=tuple(about["captions"]),
+            path=fields["path"],
+            captions=tuple(fields["captions"]),
             tensors=safetensors.torch.load(members["safetensors"]),
-            digests=about["digests"],
-            notes=about["notes"],
-            weight=about["weight"],
+            digests=fields["digests"],
+            notes=fields["notes"],
+            weight=fields["weight"],
         )

@@ -129,8 +129,8 @@ class Form(NamedTuple):
 
     def stretches(self) -> Iterator[Stretch]:
         """All, in the order of their digests."""
-        for one in (*self.variants, *self.masks, *self.captions):
-            yield from one
+        for group in (*self.variants, *self.masks, *self.captions):
+            yield from group
 
 
 def map_file(path: Path) -> memoryview:
@@ -232,8 +232,8 @@ class Index:
             header = read_json(bytes(view[start : start + length]))
         except ValueError as error:
             raise self._forged(f"its header is not JSON: {str(error)[:80]}") from None
-        if found := misfit_of_header(header):
-            raise self._forged(found)
+        if problem := misfit_of_header(header):
+            raise self._forged(problem)
         self._count = int(header["count"])
         self._first_record = start + length
         self._first_digest = self._first_record + self._count * _RECORD.size
@@ -244,11 +244,11 @@ class Index:
         if table_bytes < 0 or table_bytes % DIGEST_BYTES:
             raise self._forged("it is shorter or longer than it says")
         num_digests, tar_bytes = table_bytes // DIGEST_BYTES, self.header["tar_bytes"]
-        if found := misfit_of_records(self.records, self.layout, tar_bytes, num_digests):
-            raise self._forged(found)
+        if problem := misfit_of_records(self.records, self.layout, tar_bytes, num_digests):
+            raise self._forged(problem)
 
-    def _forged(self, what: str) -> CacheError:
-        return CacheError(f"{self.path}: not an index that shardtune writes: {what}")
+    def _forged(self, problem: str) -> CacheError:
+        return CacheError(f"{self.path}: not an index that shardtune writes: {problem}")
 
     def __len__(self) -> int:
         return self._count
@@ -293,8 +293,10 @@ class Index:
             Part("json", record.json_offset, record.json_size),
             Part("header", record.offset, record.header_size),
         ]
-        for one in form.stretches():
-            parts.append(Part(one.what, record.offset + one.start, one.stop - one.start))
+        for stretch in form.stretches():
+            parts.append(
+                Part(stretch.what, record.offset + stretch.start, stretch.stop - stretch.start)
+            )
         yield from zip(parts, self.digests(record, form), strict=True)
 
 
@@ -303,7 +305,7 @@ def make_form(counts: Sequence[int], offsets: Sequence[int], layout: Layout) -> 
     where = dict(zip(TENSORS, offsets, strict=True))
     digests = itertools.count(FIRST_STRETCH)
 
-    def of_each(of: str, count: int, names: Sequence[str]) -> Iterator[tuple[Stretch, ...]]:
+    def of_each(label: str, count: int, names: Sequence[str]) -> Iterator[tuple[Stretch, ...]]:
         present = sorted((where[name], name) for name in names if where[name])
         for position in range(count):
             places = []
@@ -312,7 +314,7 @@ def make_form(counts: Sequence[int], offsets: Sequence[int], layout: Layout) -> 
                 start = offset + position * size
                 places.append((name, start, start + size))
             runs = _neighbours(places)
-            yield tuple(_stretch(f"{of} {position}", run, next(digests)) for run in runs)
+            yield tuple(_stretch(f"{label} {position}", run, next(digests)) for run in runs)
 
     variants = tuple(of_each("variant", counts[0], LATENT_TENSORS))
     masks = tuple(of_each("variant", counts[0], MASK_TENSORS))
@@ -326,19 +328,19 @@ Place = tuple[str, int, int]  # of a slice in the member
 
 def _neighbours(places: Sequence[Place]) -> list[list[Place]]:
     runs: list[list[Place]] = []
-    for one in places:
-        if runs and runs[-1][-1][2] == one[1]:
-            runs[-1].append(one)
+    for place in places:
+        if runs and runs[-1][-1][2] == place[1]:
+            runs[-1].append(place)
         else:
-            runs.append([one])
+            runs.append([place])
     return runs
 
 
-def _stretch(of: str, run: Sequence[Place], digest: int) -> Stretch:
-    what = f"{of} ({', '.join(name for name, _, _ in run)})"
+def _stretch(label: str, run: Sequence[Place], digest: int) -> Stretch:
+    description = f"{label} ({', '.join(name for name, _, _ in run)})"
     first, last = run[0][1], run[-1][2]
     slices = tuple(Slice(name, start - first, stop - first) for name, start, stop in run)
-    return Stretch(what, first, last, slices, digest)
+    return Stretch(description, first, last, slices, digest)
 
 
 # What an index must hold to be read from, whoever wrote it: see ``runtime.schema``.
@@ -389,17 +391,17 @@ ABOUT = {  # what encode adds; a shard that was written in another way may lack 
 
 def misfit_of_header(header: Any) -> str | None:
     """What is wrong with the JSON of an index; None if nothing is."""
-    found = misfit(header, HEADER, ABOUT)
-    if found is None and "bucket" in header:
+    problem = misfit(header, HEADER, ABOUT)
+    if problem is None and "bucket" in header:
         width, height = header["bucket"]
         if header["latent"][1:] != [height // 8, width // 8]:
             return "its latents are not of its bucket"
-    if found is None and "sums" in header:
+    if problem is None and "sums" in header:
         size = header["latent"][0] + 1
         for name, width in (("gram", size), ("cross", 3)):
             if [len(row) for row in header["sums"][name]] != size * [width]:
                 return f"its sums are not of {size - 1} channels"
-    return found
+    return problem
 
 
 def misfit_of_records(
@@ -429,17 +431,17 @@ def _misfit_of_tensors(records: npt.NDArray[np.void], layout: Layout) -> str | N
         return "a sample has no variant or no caption"
     for place, name in enumerate(TENSORS):
         offsets = records["tensors"][:, place]
-        there = offsets > 0
-        if name in REQUIRED_TENSORS and not there.all():
+        is_present = offsets > 0
+        if name in REQUIRED_TENSORS and not is_present.all():
             return f"a sample has no {name}"
         slice_bytes = layout.slice_bytes(name)
         if slice_bytes > MOST_SLICE_BYTES:
             return f"its {name} is larger than any"
-        of = "num_variants" if name in VARIANT_TENSORS + MASK_TENSORS else "num_captions"
-        total = records[of].astype(np.uint64) * np.uint64(slice_bytes)
-        covered = covered + np.where(there, total, np.uint64(0))
+        counter = "num_variants" if name in VARIANT_TENSORS + MASK_TENSORS else "num_captions"
+        total = records[counter].astype(np.uint64) * np.uint64(slice_bytes)
+        covered = covered + np.where(is_present, total, np.uint64(0))
         starts_late = offsets >= records["header_size"]
-        if not (~there | starts_late & _fits(offsets, total, size)).all():
+        if not (~is_present | starts_late & _fits(offsets, total, size)).all():
             return f"the {name} of a sample lies outside it"
     return None if (covered == size).all() else "a sample holds more than its tensors"
 

@@ -87,9 +87,9 @@ def _count(contents: Contents, shard: Shard) -> None:
         counts.update(dict(zip(values.tolist(), numbers.tolist(), strict=True)))
     contents.num_masks += int((records["tensors"][:, TENSORS.index("mask")] > 0).sum())
     for row in range(len(records)):
-        about = shard.about(row)
-        contents.captions.update(about["captions"])
-        folder, slash, _ = about["path"].partition("/")
+        fields = shard.about(row)
+        contents.captions.update(fields["captions"])
+        folder, slash, _ = fields["path"].partition("/")
         contents.folders[folder + slash if slash else "./"] += 1
 
 
@@ -153,13 +153,13 @@ def _describe_latents(manifest: dict[str, Any]) -> Iterator[str]:
         pictures = manifest["sanity"]["pictures"]
         line = f"decoded back: built-in drawings {drawings['psnr']:.1f} dB"
         if pictures:
-            mean = sum(one["psnr"] for one in pictures) / len(pictures)
+            mean = sum(picture["psnr"] for picture in pictures) / len(pictures)
             line += f", {len(pictures)} of the images {mean:.1f} dB"
         yield line
 
 
-def _top(what: str, counts: Counts) -> Iterator[str]:
-    yield f"{what}: {counts.total() or 'none'}"
+def _top(title: str, counts: Counts) -> Iterator[str]:
+    yield f"{title}: {counts.total() or 'none'}"
     for text, count in counts.most_common(MOST_SHOWN):
         yield f"  {count:7d}  {_short(text)}"
     if (rest := len(counts) - MOST_SHOWN) > 0:

@@ -83,8 +83,8 @@ def write_manifest(folder: Path, about: dict[str, Any], indexes: list[Index]) ->
         }
         for index in sorted(indexes, key=lambda index: str(index.header["shard"]))
     ]
-    there = [name for name in SIDE_FILES if (folder / name).exists()]
-    side_files = {name: file_sha256(folder / name) for name in there}
+    present = [name for name in SIDE_FILES if (folder / name).exists()]
+    side_files = {name: file_sha256(folder / name) for name in present}
     manifest = {
         "format": FORMAT,
         "version": VERSION,
@@ -156,18 +156,18 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = read_json(data)
         digest = manifest.pop("digest")
-        whole = content_digest(manifest) == digest
+        is_whole = content_digest(manifest) == digest
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise CacheError(f"{path}: the manifest is damaged (not what encode wrote)") from None
-    if manifest.get("format") == FORMAT and manifest.get("version") != VERSION and whole:
+    if manifest.get("format") == FORMAT and manifest.get("version") != VERSION and is_whole:
         raise OtherFormat.version(path, manifest.get("version"))
     manifest["digest"] = digest
-    if not whole or canonical_json(manifest).encode() != data:
+    if not is_whole or canonical_json(manifest).encode() != data:
         raise CacheError(f"{path}: the manifest is damaged (its digest differs)")
     if manifest.get("format") != FORMAT:
         raise OtherFormat(f"{path}: not a shardtune cache (format {manifest.get('format')!r})")
-    if found := misfit(manifest, FIELDS, MORE_FIELDS) or _misfit_of_shards(manifest):
-        raise CacheError(f"{path}: not a manifest that shardtune writes: {found}")
+    if problem := misfit(manifest, FIELDS, MORE_FIELDS) or _misfit_of_shards(manifest):
+        raise CacheError(f"{path}: not a manifest that shardtune writes: {problem}")
     return dict(manifest)
 
 

@@ -54,8 +54,8 @@ def _round_keys(key: int) -> Array:
 
 def _half_bits(sizes: Array) -> Array:
     """Bits of each half of a Feistel network that has room for 0..size-1."""
-    found, where = np.unique(sizes, return_inverse=True)
-    halves = [max(1, ((int(size) - 1).bit_length() + 1) // 2) for size in found]
+    unique_sizes, where = np.unique(sizes, return_inverse=True)
+    halves = [max(1, ((int(size) - 1).bit_length() + 1) // 2) for size in unique_sizes]
     return np.array(halves, np.uint64)[where]
 
 

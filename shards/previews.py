@@ -68,9 +68,9 @@ class PreviewFile:
 
     def to_bytes(self) -> bytes:
         """The same bytes in every process."""
-        about = {"prompts": self.prompts, "made_with": self.made_with}
-        about["digest"] = _digest(about, self.tensors)
-        metadata = {KEY: json.dumps(about, sort_keys=True, ensure_ascii=False)}
+        header = {"prompts": self.prompts, "made_with": self.made_with}
+        header["digest"] = _digest(header, self.tensors)
+        metadata = {KEY: json.dumps(header, sort_keys=True, ensure_ascii=False)}
         return safetensors.torch.save(self.tensors, metadata=metadata)
 
     @classmethod
@@ -82,19 +82,19 @@ class PreviewFile:
         """
         try:
             (length,) = struct.unpack("<Q", data[:8])
-            about = read_json(read_json(data[8 : 8 + length])["__metadata__"][KEY])
+            header = read_json(read_json(data[8 : 8 + length])["__metadata__"][KEY])
             tensors = safetensors.torch.load(data)
-            digest = about.pop("digest")
-            if found := misfit(about, ABOUT) or _misfit(about["prompts"], tensors):
-                raise ValueError(found)
-            whole = _digest(about, tensors) == digest
+            digest = header.pop("digest")
+            if problem := misfit(header, ABOUT) or _misfit(header["prompts"], tensors):
+                raise ValueError(problem)
+            is_whole = _digest(header, tensors) == digest
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"no preview prompts ({error})") from None
         except (struct.error, SafetensorError, RecursionError) as error:
             raise ValueError(f"no whole safetensors file ({error})") from None
-        if not whole:
+        if not is_whole:
             raise ValueError("damaged (its digest differs)")
-        return cls(prompts=about["prompts"], made_with=about["made_with"], tensors=tensors)
+        return cls(prompts=header["prompts"], made_with=header["made_with"], tensors=tensors)
 
 
 def _misfit(prompts: list[Any], tensors: dict[str, torch.Tensor]) -> str | None:
@@ -102,16 +102,19 @@ def _misfit(prompts: list[Any], tensors: dict[str, torch.Tensor]) -> str | None:
     if sorted(tensors) != sorted(TENSORS):
         return "other tensors than those of prompts"
     for name in TENSORS[:2]:
-        one, other = tensors[name], tensors[f"negative.{name}"]
-        if one.dtype not in DTYPES.values() or (one.shape, one.dtype) != (other.shape, other.dtype):
+        positive, negative = tensors[name], tensors[f"negative.{name}"]
+        if positive.dtype not in DTYPES.values() or (positive.shape, positive.dtype) != (
+            negative.shape,
+            negative.dtype,
+        ):
             return f"{name} of another shape or dtype than its negative"
-        if one.ndim != (3 if name == "prompt_embeds" else 2) or len(one) != len(prompts):
+        if positive.ndim != (3 if name == "prompt_embeds" else 2) or len(positive) != len(prompts):
             return f"{name} is not of {len(prompts)} prompts"
     return None
 
 
-def _digest(about: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:
-    digest = hashlib.sha256(canonical_json(about).encode())
+def _digest(header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256(canonical_json(header).encode())
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())

@@ -77,7 +77,9 @@ class Shard:
         form = self.index.form(record)
         halves = {**dict.fromkeys(CAPTION_TENSORS, form.captions), "mask": form.masks}
         stretches = halves.get(name, form.variants)[number]
-        ((wanted, place),) = ((s, one) for s in stretches for one in s.slices if one.name == name)
+        ((wanted, place),) = (
+            (s, piece) for s in stretches for piece in s.slices if piece.name == name
+        )
         ((_, source),) = self.checked(record, form, [wanted])
         values = bytearray(source[place.start : place.stop])
         dtype = self.index.layout.torch_dtype(name)
@@ -87,16 +89,16 @@ class Shard:
         """The sample's JSON: path, captions, digests."""
         data = bytes(self._part(row, *next(self.index.parts(row))))
         try:
-            about = read_json(data)
-            found = misfit(about, ABOUT, MORE_ABOUT)
-            if not found and len(about["captions"]) != self.index.records["num_captions"][row]:
-                found = "its captions are not as many as their embeddings"
+            fields = read_json(data)
+            problem = misfit(fields, ABOUT, MORE_ABOUT)
+            if not problem and len(fields["captions"]) != self.index.records["num_captions"][row]:
+                problem = "its captions are not as many as their embeddings"
         except ValueError as error:
-            found = f"no JSON ({str(error)[:80]})"
-        if found:
+            problem = f"no JSON ({str(error)[:80]})"
+        if problem:
             key = self.index.key(row)
-            raise CacheError(f"{self.path}: sample {key}: not what shardtune writes: {found}")
-        return dict(about)
+            raise CacheError(f"{self.path}: sample {key}: not what shardtune writes: {problem}")
+        return dict(fields)
 
     def members(self, row: int) -> dict[str, bytes]:
         """Both tar members of a sample, by extension; every part is checked."""
@@ -115,9 +117,9 @@ class Shard:
             self._refuse(self.index.record(row), part.what)
         return view
 
-    def _refuse(self, record: Record, what: str) -> NoReturn:
+    def _refuse(self, record: Record, part: str) -> NoReturn:
         raise CacheError(
-            f"{self.path}: sample {record.key.decode()}: {what} is damaged (xxh3 differs); "
+            f"{self.path}: sample {record.key.decode()}: {part} is damaged (xxh3 differs); "
             "`python cli.py verify` names all damage"
         )
 
@@ -204,12 +206,12 @@ class Cache:
             "pooled_prompt_embeds": (1, text["pooled"]),
         }
         for name, shape in shapes.items():
-            for kind in ("zeros", "empty"):
-                found = tensors.get(f"{kind}.{name}")
-                if found is None or found.shape != shape or found.dtype not in DTYPES.values():
+            for prefix in ("zeros", "empty"):
+                tensor = tensors.get(f"{prefix}.{name}")
+                if tensor is None or tensor.shape != shape or tensor.dtype not in DTYPES.values():
                     raise CacheError(
-                        f"{self.folder / UNCONDITIONAL}: holds no {kind}.{name} of {shape}; encode "
-                        "the dataset again"
+                        f"{self.folder / UNCONDITIONAL}: holds no {prefix}.{name} of {shape}; "
+                        "encode the dataset again"
                     )
 
 

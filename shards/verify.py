@@ -182,14 +182,14 @@ def salvage(folder: Path, name: str, index_sha256: str, into: Path) -> Salvage |
     with file:
         if index.sha256 != index_sha256 or not isinstance(index.header.get("members"), list):
             return None
-        about = {key: v for key, v in index.header.items() if key not in OF_THE_WRITER}
-        kept = _Kept(file, index, about)
+        header = {key: v for key, v in index.header.items() if key not in OF_THE_WRITER}
+        kept = _Kept(file, index, header)
         try:
             with writing(
                 into / f"{name}.tar",
                 AS_IT_WAS,
             ):
-                write_members(into, name, kept.samples(), index.layout, about)
+                write_members(into, name, kept.samples(), index.layout, header)
         except FORGED:
             return None
     if not kept.num_kept:
@@ -201,8 +201,8 @@ def salvage(folder: Path, name: str, index_sha256: str, into: Path) -> Salvage |
 class _Kept:
     """The whole samples of a shard; when all are drawn, ``about`` tells of them alone."""
 
-    def __init__(self, file: BinaryIO, index: Index, about: dict[str, Any]) -> None:
-        self.file, self.index, self.about = file, index, about
+    def __init__(self, file: BinaryIO, index: Index, header: dict[str, Any]) -> None:
+        self.file, self.index, self.about = file, index, header
         self.num_kept = 0
 
     def samples(self) -> Iterator[tuple[str, float, Members]]:
@@ -227,13 +227,13 @@ class _Kept:
             self.about.update(_without(self.about, dropped), sums=totals, num_cut_captions=num_cut)
 
 
-def _without(about: dict[str, Any], dropped: dict[str, str | None]) -> dict[str, Any]:
+def _without(header: dict[str, Any], dropped: dict[str, str | None]) -> dict[str, Any]:
     """The lists of members without the samples that were dropped.
 
     One whose path is known stays a member, with marks that fit nothing, and counts as rejected.
     """
     members = []
-    for key, *marks in about["members"]:
+    for key, *marks in header["members"]:
         if dropped.get(key) is not None:
             marks = [type(mark)() for mark in marks]
         if key not in dropped or dropped[key] is not None:
@@ -242,10 +242,10 @@ def _without(about: dict[str, Any], dropped: dict[str, str | None]) -> dict[str,
     paths = {path for path, _ in rejected}
     lists: dict[str, Any] = {
         "members": members,
-        "rejected": sorted(about["rejected"] + rejected, key=lambda one: sample_key(one[0])),
+        "rejected": sorted(header["rejected"] + rejected, key=lambda row: sample_key(row[0])),
     }
-    if "dropped_variants" in about:
-        kept = [one for one in about["dropped_variants"] if one[0] not in paths]
+    if "dropped_variants" in header:
+        kept = [row for row in header["dropped_variants"] if row[0] not in paths]
         lists["dropped_variants"] = kept
     return lists
 
@@ -257,13 +257,13 @@ def _read_members(file: BinaryIO, index: Index, row: int) -> Members:
         "json": (record.json_offset, record.json_size),
         "safetensors": (record.offset, record.size),
     }
-    found = {}
+    members = {}
     for end, (offset, size) in places.items():
         try:
-            found[end] = read_part(file, offset, size)
+            members[end] = read_part(file, offset, size)
         except OSError:
-            found[end] = b""
-    return found
+            members[end] = b""
+    return members
 
 
 def _is_whole(members: Members, index: Index, row: int) -> bool:
@@ -363,8 +363,8 @@ def _swap(folder: Path, name: str, work: Path) -> None:
         (aside / (name + end)).unlink(missing_ok=True)
     for end in ENDS:
         os.replace(folder / (name + end), aside / (name + end))
-    for one in (aside, folder):
-        fsync_folder(one)
+    for directory in (aside, folder):
+        fsync_folder(directory)
     for end in reversed(ENDS):
         os.replace(work / (name + end), folder / (name + end))
         fsync_folder(folder)
@@ -396,8 +396,8 @@ def stand_in(folder: Path, error: CacheError) -> dict[str, Any]:
         except CacheError:
             digest, count = "", 0
         shards.append({"name": path.stem, "index_sha256": digest, "count": count})
-    there = [name for name in SIDE_FILES if (folder / name).exists()]
-    side_files = {name: file_sha256(folder / name) for name in there}
+    present = [name for name in SIDE_FILES if (folder / name).exists()]
+    side_files = {name: file_sha256(folder / name) for name in present}
     return {"shards": shards, "side_files": side_files}
 
 

@@ -94,7 +94,7 @@ def settle(
     if len(captions) > MOST_CAPTIONS:
         return Rejected(record.path, f"{len(captions)} captions; at most {MOST_CAPTIONS} fit")
     return replace(
-        record, captions=tuple(_prefixed(one, settings.caption_prefix) for one in captions)
+        record, captions=tuple(_prefixed(caption, settings.caption_prefix) for caption in captions)
     )
 
 

@@ -56,13 +56,13 @@ class Masks:
         Raises:
             ValueError: there are several.
         """
-        found = self.by_stem.get(stem_of(path), [])
-        if len(found) > 1:
-            names = [name.rpartition("/")[2] for name in found]
+        masks = self.by_stem.get(stem_of(path), [])
+        if len(masks) > 1:
+            names = [name.rpartition("/")[2] for name in masks]
             if names[0] == names[1]:
-                names = found
+                names = masks
             raise ValueError(f"both {names[0]} and {names[1]}: which is its mask?")
-        return found[0] if found else None
+        return masks[0] if masks else None
 
 
 def find_masks(paths: Iterable[str]) -> Masks:
@@ -88,7 +88,8 @@ def find_masks(paths: Iterable[str]) -> Masks:
     for path, stems in candidates.items():
         own = stem_of(path)
         matches = next(
-            (found for stem in stems if (found := _matches(stem, own, exact, lower))), []
+            (image_stems for stem in stems if (image_stems := _matches(stem, own, exact, lower))),
+            [],
         )
         for stem in matches:
             masks.by_stem.setdefault(stem, []).append(path)
@@ -99,7 +100,7 @@ def find_masks(paths: Iterable[str]) -> Masks:
 def _matches(stem: str, own: str, exact: set[str], lower: dict[str, list[str]]) -> list[str]:
     if stem in exact and stem != own:
         return [stem]
-    return sorted(one for one in lower.get(stem.lower(), ()) if one != own)
+    return sorted(candidate for candidate in lower.get(stem.lower(), ()) if candidate != own)
 
 
 # The images, and the captions beside them. A tar (``tars.py``) is read as its files would be.
@@ -138,10 +139,10 @@ class Tree:
     @cached_property
     def lower(self) -> dict[str, list[str]]:
         """Paths of all files by their lower-case form."""
-        found: dict[str, list[str]] = {}
+        by_lower: dict[str, list[str]] = {}
         for path in (*self.files, *self.odd):
-            found.setdefault(path.lower(), []).append(path)
-        return found
+            by_lower.setdefault(path.lower(), []).append(path)
+        return by_lower
 
     @cached_property
     def stems(self) -> set[str]:
@@ -213,7 +214,7 @@ def walk(root: Path, memory: Memory, prefix: str = "", skip: Path | None = None)
     """
     tree = Tree(root, memory, prefix)
     left_out = [] if skip is None or not skip.exists() else [skip.stat()]
-    above = tuple((one.st_dev, one.st_ino) for one in left_out)
+    above = tuple((status.st_dev, status.st_ino) for status in left_out)
     # A stack and no recursion: a path may have more folders than Python has frames.
     waiting = [("", above)]
     while waiting:
@@ -228,14 +229,14 @@ def walk(root: Path, memory: Memory, prefix: str = "", skip: Path | None = None)
                 tree.closed[inside] = f"a folder in more than {MOST_DEPTH} others: not read"
                 continue
             with os.scandir(path) as entries:
-                found = sorted(entries, key=lambda entry: entry.name)
+                children = sorted(entries, key=lambda entry: entry.name)
         except OSError as error:
             if not inside:
                 raise
             if error.errno != errno.ENOENT:  # it went while it was looked at
                 tree.closed[inside] = f"a folder that cannot be read: {error.strerror}"
             continue
-        folders = [entry.name for entry in found if _is_folder(tree, inside, entry)]
+        folders = [entry.name for entry in children if _is_folder(tree, inside, entry)]
         waiting += [(f"{inside}{name}/", (*above, here)) for name in reversed(folders)]
     return tree
 
@@ -257,11 +258,11 @@ def _is_folder(tree: Tree, inside: str, entry: os.DirEntry[str]) -> bool:
         elif error.errno != errno.ENOENT:  # it went while it was looked at
             tree.odd[name] = f"not readable: {error.strerror}"
         return False
-    kind = kind_of_file(status.st_mode)
-    if not kind:
+    file_kind = kind_of_file(status.st_mode)
+    if not file_kind:
         tree.files[name] = (status.st_size, status.st_mtime_ns)
     elif not is_folder or entry.name.lower().endswith(TEXTS):
-        tree.odd[name] = kind  # a folder x.txt too: x.jpg asks for it
+        tree.odd[name] = file_kind  # a folder x.txt too: x.jpg asks for it
     return is_folder
 
 
@@ -272,11 +273,13 @@ def read_pictures(place: Tree | Pack, settings: EncodeSettings) -> Iterator[Reco
     for path in place.files:
         if path in masks.all:
             continue
-        what = unread_image(path)
-        if what and stem_of(path) not in place.stems:  # else the image is there in another format
+        unread_format = unread_image(path)
+        # If it is among the stems, the image is there in another format.
+        if unread_format and stem_of(path) not in place.stems:
             place.used.update((path, *find_sidecars(place, stem_of(path), TEXTS)))
             yield Rejected(
-                place.label(path), f"{what} that encode does not read: save it as PNG or JPEG"
+                place.label(path),
+                f"{unread_format} that encode does not read: save it as PNG or JPEG",
             )
         elif is_picture(path) or (not has_ending(path) and _begins_like_picture(place, path)):
             yield _read_picture(place, path, masks, settings)

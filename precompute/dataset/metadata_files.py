@@ -143,16 +143,16 @@ def _lines(path: Path) -> Iterator[tuple[int, str | ValueError]]:
         try:
             while line := text.readline(MOST_LINE):
                 number += 1
-                whole = line
+                full_line = line
                 while len(line) == MOST_LINE and not line.endswith("\n"):
                     line = text.readline(MOST_LINE)
-                    whole = ""
-                if not whole:
+                    full_line = ""
+                if not full_line:
                     yield number, ValueError(f"a line of more than {MOST_LINE:,} characters")
-                elif not is_text(whole):
+                elif not is_text(full_line):
                     yield number, ValueError("not UTF-8 text")
                 else:
-                    yield number, whole.removesuffix("\n")
+                    yield number, full_line.removesuffix("\n")
         except UnicodeDecodeError:
             name = encoding.upper()
             yield number + 1, ValueError(f"not {name} text, so that the rest is not read")

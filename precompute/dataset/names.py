@@ -64,8 +64,8 @@ _OTHER += " jng jpm jxs fits dcm djvu ktx ktx2 pict"
 # Images by their ending that are not opened. Content could not decide: Pillow takes the preview in
 # a camera RAW file for the image, and a layered document for whatever its program flattened.
 UNREAD = {
-    f".{ending}": what
-    for endings, what in (
+    f".{ending}": description
+    for endings, description in (
         ("jxl", "a JPEG XL image"),
         (_RAW, "a camera RAW file"),
         (_VECTOR, "a vector drawing"),
@@ -160,7 +160,7 @@ def masked_stems(path: str) -> list[str]:
     folder, slash, stem = stem_of(path).rpartition("/")
     behind, before = _MASK_BEHIND.fullmatch(stem), _MASK_BEFORE.fullmatch(stem)
     names = [match[1] for match in (behind, before) if match]
-    found = [folder + slash + name for name in names]
+    stems = [folder + slash + name for name in names]
     parts = folder.split("/") if folder else []
     for place in reversed(range(len(parts))):
         match = _MASK_FOLDER.fullmatch(parts[place])
@@ -168,9 +168,9 @@ def masked_stems(path: str) -> list[str]:
             instead = [[match[1]]] if match[1] else [[], *([name] for name in IMAGE_FOLDERS)]
             for middle in instead:
                 where = "/".join([*parts[:place], *middle, *parts[place + 1 :]])
-                found += [f"{where}/{name}".lstrip("/") for name in (stem, *names)]
+                stems += [f"{where}/{name}".lstrip("/") for name in (stem, *names)]
             break
-    return found
+    return stems
 
 
 # Splits: which images are to train on, to validate on, and held out, by their folders.
@@ -243,21 +243,21 @@ def find_layout(root: Path) -> dict[str, Path]:
     Raises:
         ValueError: two folders are one split.
     """
-    found: dict[str, list[Path]] = {TRAIN: [], VAL: [], TEST: []}
+    by_split: dict[str, list[Path]] = {TRAIN: [], VAL: [], TEST: []}
     with os.scandir(root) as entries:  # Path.iterdir would ask the disk about each of its files
         folders = sorted(entry.name for entry in entries if entry.is_symlink() or entry.is_dir())
     for name in folders:
         split = split_of_name(name)
         if split and (root / name).is_dir():
-            found[split].append(root / name)
+            by_split[split].append(root / name)
     # Hugging Face counts eval to the tests; beside a folder for validation it is one.
-    plain = [path for path in found[VAL] if "eval" not in path.name.lower()]
-    found[VAL] = plain or found[VAL]
+    plain = [path for path in by_split[VAL] if "eval" not in path.name.lower()]
+    by_split[VAL] = plain or by_split[VAL]
     for split in (TRAIN, VAL):
-        if len(found[split]) > 1:
-            names = " and ".join(f"{path.name}/" for path in found[split][:2])
+        if len(by_split[split]) > 1:
+            names = " and ".join(f"{path.name}/" for path in by_split[split][:2])
             raise ValueError(f"{root}: both {names} are named like the {split} split; keep one")
-    return {split: found[split][0] for split in (TRAIN, VAL) if found[split]}
+    return {split: by_split[split][0] for split in (TRAIN, VAL) if by_split[split]}
 
 
 def divide(root: Path, source: Source, may_validate: bool = True) -> dict[str, Source]:
@@ -303,13 +303,13 @@ def _split_of(item: Record | Rejected) -> tuple[str, str]:
 
 
 def _warn(root: Path, source: Source, folders: dict[str, Counter[str]]) -> None:
-    for split, what in (
+    for split, use in (
         (VAL, "to validate on, not to train on"),
         (TEST, "held out and not encoded"),
     ):
         if folders[split]:
             warnings.warn(
-                f"{root}: {counted(folders[split].total(), 'image')} {what}, by the name of "
+                f"{root}: {counted(folders[split].total(), 'image')} {use}, by the name of "
                 f"{_listed(sorted(folders[split]))}; rename what is not meant so",
                 stacklevel=3,
             )
@@ -318,13 +318,13 @@ def _warn(root: Path, source: Source, folders: dict[str, Counter[str]]) -> None:
     mentioned = [p for p in unsplit if any(map(mentions_split, p.split("/")))]
     is_divided = any(split_of_name(place.partition("/")[0]) == TRAIN for place in places)
     beside = [p for p in unsplit if is_divided and p not in mentioned]
-    for names, what in (
+    for names, use in (
         (mentioned, "trained on, though named as if held out"),
         (beside, "trained on, though they lie beside a folder for training"),
     ):
         if names:
             listed = _listed([f"{name}/" for name in names])
-            warnings.warn(f"{root}: {what}: {listed}", stacklevel=3)
+            warnings.warn(f"{root}: {use}: {listed}", stacklevel=3)
 
 
 def _listed(names: list[str]) -> str:

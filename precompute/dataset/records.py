@@ -148,8 +148,8 @@ class Memory:
 
     def recall(self, path: str, size: int, mtime_ns: int, read: Callable[[], Any]) -> Any:
         """What the file holds: remembered if its size and mtime are, else from ``read()``."""
-        found = self.find(path, size, mtime_ns)
-        return self.keep(path, size, mtime_ns, read()) if found is None else found
+        remembered = self.find(path, size, mtime_ns)
+        return self.keep(path, size, mtime_ns, read()) if remembered is None else remembered
 
     def find(self, path: str, size: int, mtime_ns: int) -> Any:
         """What the file held, if it was then of this size and time; else None."""

@@ -126,32 +126,32 @@ def read_source(folder: Path, settings: EncodeSettings, memory: Memory, prefix: 
     """Records of one folder: by its list, else by the text beside each image; and of its tars."""
     out = settings.out if settings.out.resolve() != folder.resolve() else None
     tree = walk(folder, memory, prefix, skip=out)
-    found = [*_listed(tree, settings)]
+    items = [*_listed(tree, settings)]
     unused: list[str] = []
     hidden = [path for path in tree.hidden if path not in tree.used]  # a list may name one
     for path in sorted(tree.files):
         pack = _open_tar(tree, path)
         if isinstance(pack, Rejected):
-            found.append(pack)
+            items.append(pack)
         elif pack is not None:
-            found += _packed(tree, pack, settings)
+            items += _packed(tree, pack, settings)
             hidden = hidden + [pack.label(name) for name in pack.hidden]
             unused += [pack.label(name) for name in pack.files if name not in pack.used]
-    found += [Rejected(path, why) for path, why in tree.closed.items()]
+    items += [Rejected(path, why) for path, why in tree.closed.items()]
     asked = (path for path in tree.odd if path not in tree.used and _is_asked_for(path))
-    found += [Rejected(path, tree.odd[path]) for path in [*asked]]
-    found = [*repeat_folders(found, settings.repeat_folders)]
-    unused += _unused(tree, {item.path for item in found})
-    source = _sorted(found, hidden, unused)
+    items += [Rejected(path, tree.odd[path]) for path in [*asked]]
+    items = [*repeat_folders(items, settings.repeat_folders)]
+    unused += _unused(tree, {item.path for item in items})
+    source = _sorted(items, hidden, unused)
     _warn(folder, source)
-    if not found:
+    if not items:
         raise ValueError(f"{folder}: no images in it ({' '.join(sorted(PICTURES))} .tar)")
     return source
 
 
-def _sorted(found: list[Item], hidden: list[str], unused: list[str]) -> Source:
-    records = [item for item in found if isinstance(item, Record)]
-    rejected = [item for item in found if isinstance(item, Rejected)]
+def _sorted(items: list[Item], hidden: list[str], unused: list[str]) -> Source:
+    records = [item for item in items if isinstance(item, Record)]
+    rejected = [item for item in items if isinstance(item, Rejected)]
     return Source(
         sorted(records, key=lambda r: r.key),
         sorted(rejected, key=lambda r: r.key),
@@ -171,16 +171,16 @@ def _listed(tree: Tree, settings: EncodeSettings) -> Iterator[Item]:
     if not name:
         yield from read_pictures(tree, settings)
         return
-    found = [*_with_masks(tree, read_list(tree, name, settings))]
-    yield from found
-    yield from unnamed(tree, found, name)
+    items = [*_with_masks(tree, read_list(tree, name, settings))]
+    yield from items
+    yield from unnamed(tree, items, name)
 
 
-def _with_masks(tree: Tree, found: Iterable[Item]) -> list[Item]:
+def _with_masks(tree: Tree, listed_items: Iterable[Item]) -> list[Item]:
     """Of a list that names no masks, those beside the images; a mask is no image itself."""
     masks = find_masks(tree.files)
     items = []
-    for item in found:
+    for item in listed_items:
         if isinstance(item, Record) and item.mask is None:
             try:
                 mask = masks.beside(item.path)
@@ -221,9 +221,9 @@ def _open_tar(tree: Tree, path: str) -> Pack | Rejected | None:
 
 def _packed(tree: Tree, pack: Pack, settings: EncodeSettings) -> Iterator[Item]:
     """What the members of a tar come to."""
-    found = [*read_pictures(pack, settings)]
-    yield from found
-    if not found and not pack.damage:
+    items = [*read_pictures(pack, settings)]
+    yield from items
+    if not items and not pack.damage:
         warnings.warn(f"{tree.root / pack.path}: no images in this tar", stacklevel=2)
     yield from pack.rejected({stem_of(name) for name in pack.files if is_picture(name)})
 
@@ -249,12 +249,12 @@ def _unused(tree: Tree, rejected: set[str]) -> Iterator[str]:
 
 def _warn(folder: Path, source: Source) -> None:
     """What is neither encoded nor rejected is counted and named."""
-    for paths, what in (
+    for paths, reason in (
         (source.hidden, "skipped as hidden or the system's"),
         (source.unused, "not used, neither images nor sidecars of one"),
     ):
         if paths:
-            warnings.warn(f"{folder}: {what} ({len(paths):,}): {_named(paths)}", stacklevel=3)
+            warnings.warn(f"{folder}: {reason} ({len(paths):,}): {_named(paths)}", stacklevel=3)
     blank = [record for record in source.records if record.num_blank]
     if blank:
         number = sum(record.num_blank for record in blank)

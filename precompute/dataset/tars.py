@@ -69,10 +69,10 @@ class Pack:
     @cached_property
     def lower(self) -> dict[str, list[str]]:
         """Paths of all members by their lower-case form."""
-        found: dict[str, list[str]] = {}
+        by_lower: dict[str, list[str]] = {}
         for path in self.files:
-            found.setdefault(path.lower(), []).append(path)
-        return found
+            by_lower.setdefault(path.lower(), []).append(path)
+        return by_lower
 
     @cached_property
     def stems(self) -> set[str]:

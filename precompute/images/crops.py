@@ -45,11 +45,11 @@ def render_variants(image: Image.Image, variants: Sequence[Geometry]) -> torch.T
     if image.size != first.original:
         raise PictureError(f"its size is {image.size}, where its header said {first.original}")
     resized = image.resize(first.resized, Image.Resampling.LANCZOS)
-    mirrored = ImageOps.mirror(resized) if any(one.flipped for one in variants) else resized
+    mirrored = ImageOps.mirror(resized) if any(variant.flipped for variant in variants) else resized
     cut = []
-    for one in variants:
-        (left, top), (width, height) = one.crop, one.target
-        seen = mirrored if one.flipped else resized
+    for variant in variants:
+        (left, top), (width, height) = variant.crop, variant.target
+        seen = mirrored if variant.flipped else resized
         cut.append(np.asarray(seen.crop((left, top, left + width, top + height))))
     pixels = torch.from_numpy(np.stack(cut))
     return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1

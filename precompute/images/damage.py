@@ -125,27 +125,27 @@ def _complaints() -> Iterator[list[bytes]]:
 
     It prints to the process's stderr, from which its lines are taken; others are passed on.
     """
-    found: list[bytes] = []
+    complaints: list[bytes] = []
     try:
         own = tempfile.TemporaryFile()  # noqa: SIM115
     except OSError:  # no room for it, which is no fault of the image
-        yield found
+        yield complaints
         return
     with _stderr, own as file:
         try:
             before = os.dup(2)
         except OSError:  # there is no stderr
-            yield found
+            yield complaints
             return
         os.dup2(file.fileno(), 2)
         try:
-            yield found
+            yield complaints
         finally:
             os.dup2(before, 2)
             os.close(before)
             file.seek(0)
             printed = file.read()
-            found += COMPLAINT.findall(printed)
+            complaints += COMPLAINT.findall(printed)
             if others := COMPLAINT.sub(b"", printed):
                 os.write(2, others)
 
@@ -154,8 +154,8 @@ def _runs_fit(data: bytes, width: int, height: int) -> bool:
     """Whether the runs of a BMP stay within its rows, and fill them; True of one without runs."""
     if int.from_bytes(data[14:18], "little") < 40:
         return True
-    kind = int.from_bytes(data[30:34], "little")
-    if kind not in (BI_RLE8, BI_RLE4):
+    compression = int.from_bytes(data[30:34], "little")
+    if compression not in (BI_RLE8, BI_RLE4):
         return True
     place, x, y = int.from_bytes(data[10:14], "little"), 0, 0
     while place + 2 <= len(data) and y < height:
@@ -171,7 +171,7 @@ def _runs_fit(data: bytes, width: int, height: int) -> bool:
             x, y = x + data[place : place + 1][0], y + data[place + 1 : place + 2][0]
             place += 2
         else:
-            size = -(-value // 2) if kind == BI_RLE4 else value
+            size = -(-value // 2) if compression == BI_RLE4 else value
             x, place = x + value, place + size + size % 2
         if x > width or y > height or (y == height and x):
             return False
@@ -206,7 +206,7 @@ class _Layout:
     @property
     def lacks_scans(self) -> bool:
         frequencies = range(64) if self.frame == SOF2 else range(1)
-        wanted = ((one, number) for one in self.components for number in frequencies)
+        wanted = ((component, number) for component in self.components for number in frequencies)
         return any(self.last_bits.get(place, 1) for place in wanted)
 
 
@@ -282,8 +282,8 @@ def _read_layout(data: bytes) -> _Layout:
         elif mark == SOS:
             _note_scan(layout, body)
             layout.last_scan = place
-            found = NEXT_MARK.search(data, place)
-            place = found.start() if found else len(data)
+            next_mark = NEXT_MARK.search(data, place)
+            place = next_mark.start() if next_mark else len(data)
     return layout
 
 

@@ -144,10 +144,10 @@ def picture_size(data: bytes) -> Size:
     """
     with opened(data) as image:
         width, height = image.size
-        return (height, width) if _lies(image, data) else (width, height)
+        return (height, width) if _is_sideways(image, data) else (width, height)
 
 
-def _lies(image: Image.Image, data: bytes) -> bool:
+def _is_sideways(image: Image.Image, data: bytes) -> bool:
     """Whether an image that is not loaded yet lies on its side."""
     if image.format == "TIFF":  # its size is told as it will be after loading: upright
         return False

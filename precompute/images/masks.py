@@ -70,15 +70,15 @@ def render_mask(mask: Gray, variants: Sequence[Geometry]) -> torch.Tensor:
 
     The area is that which the variant shows there, to fractions of the mask's pixels.
     """
-    found = []
-    for one in variants:
-        seen = mask[:, ::-1] if one.flipped else mask
-        (left, top), (width, height) = one.crop, one.target
-        across = _coverage(seen.shape[1], one.resized[0], left, width // FACTOR)
-        down = _coverage(seen.shape[0], one.resized[1], top, height // FACTOR)
+    masks = []
+    for variant in variants:
+        seen = mask[:, ::-1] if variant.flipped else mask
+        (left, top), (width, height) = variant.crop, variant.target
+        across = _coverage(seen.shape[1], variant.resized[0], left, width // FACTOR)
+        down = _coverage(seen.shape[0], variant.resized[1], top, height // FACTOR)
         bands = (seen[at : at + BAND].astype(np.float64) for at in range(0, len(seen), BAND))
-        found.append(down @ np.concatenate([band @ across.T for band in bands]) / 255)
-    return torch.from_numpy(np.stack(found)).float().clamp(0, 1).unsqueeze(1)
+        masks.append(down @ np.concatenate([band @ across.T for band in bands]) / 255)
+    return torch.from_numpy(np.stack(masks)).float().clamp(0, 1).unsqueeze(1)
 
 
 def shows_anything(mask: torch.Tensor, dtype: torch.dtype) -> bool:

@@ -122,8 +122,8 @@ def plan_caches(
     comparisons = [draft.place(settings) for draft in drafts]
     changes = compare(comparisons, recipe)
     return [
-        draft.plan(one, recipe, *found)
-        for draft, one, found in zip(drafts, comparisons, changes, strict=True)
+        draft.plan(comparison, recipe, *work_and_changes)
+        for draft, comparison, work_and_changes in zip(drafts, comparisons, changes, strict=True)
     ]
 
 
@@ -159,9 +159,13 @@ class _Draft:
         return Comparison(self.folder, shards, self.here, self.aside)
 
     def plan(
-        self, one: Comparison, recipe: dict[str, Any], works: list[ShardWork], changes: Changes
+        self,
+        comparison: Comparison,
+        recipe: dict[str, Any],
+        works: list[ShardWork],
+        changes: Changes,
     ) -> CachePlan:
-        names = [shard.name for shard in one.shards]
+        names = [shard.name for shard in comparison.shards]
         written = {work.name for work in works}
         return CachePlan(
             folder=self.folder,
@@ -173,10 +177,10 @@ class _Draft:
             broken=[name for name in shard_names(self.folder) if name not in self.here],
             changes=changes,
             rejected=self.rejected,
-            comparison=one,
+            comparison=comparison,
             num_upscaled=sum(planned.variants[0].is_upscaled for planned in self.planned),
             made_with=read_about(self.folder).get("made_with") or _made_with([*self.here.values()]),
-            first_pictures=first_pictures(one.shards),
+            first_pictures=first_pictures(comparison.shards),
             sanity=earlier_checks(self.folder),
         )
 
@@ -185,12 +189,12 @@ def _add_digests(drafts: list[_Draft], settings: EncodeSettings, memory: Memory)
     """The digests by which images are compared: of those that are there under the same key, and
     where samples are to leave, of new ones as well, for they may be the same by another name."""
     keys = [draft.held_keys for draft in drafts]
-    wanted = [{one.record.key for one in draft.planned} for draft in drafts]
+    wanted = [{planned.record.key for planned in draft.planned} for draft in drafts]
     any_leaves = any(held - planned for held, planned in zip(keys, wanted, strict=True))
     for draft, held in zip(drafts, keys, strict=True):
 
-        def is_compared(one: Planned, held: set[str] = held) -> bool:
-            return any_leaves or one.record.key in held
+        def is_compared(planned: Planned, held: set[str] = held) -> bool:
+            return any_leaves or planned.record.key in held
 
         draft.planned, unreadable = add_digests(
             draft.planned, is_compared, draft.held_marks, settings, memory
@@ -199,14 +203,16 @@ def _add_digests(drafts: list[_Draft], settings: EncodeSettings, memory: Memory)
 
 
 def _made_with(here: list[Held]) -> dict[str, Any]:
-    found = [one for held in here for one in held.index.header["made_with"]]
-    return dict(found[-1]) if found else {}
+    all_settings = [
+        run_settings for held in here for run_settings in held.index.header["made_with"]
+    ]
+    return dict(all_settings[-1]) if all_settings else {}
 
 
 def _places(folder: Path, here: dict[str, Held]) -> dict[str, Place]:
     """Where each sample is, or was to go when a run was interrupted."""
     places = read_places(folder)
-    moved = {key for one in places.values() for key in one.keys}
+    moved = {key for planned_place in places.values() for key in planned_place.keys}
     for name, held in here.items():
         if name not in places:
             kept = tuple(key for key in held.place.keys if key not in moved)
@@ -261,11 +267,11 @@ def prepare(plan: CachePlan, encoders: Encoders, prompts: list[Prompt] | None) -
 def finish(plan: CachePlan, report: Report, encoders: Encoders, memory: Memory) -> None:
     """Rejected images, the manifest, and nothing left of what the run needed."""
     folder, rejected = plan.folder, plan.rejected.copy()
-    about: dict[str, Any] = {"recipe": plan.recipe, "text": text_shape(folder)}
+    fields: dict[str, Any] = {"recipe": plan.recipe, "text": text_shape(folder)}
     total: LatentSums | None = None
     indexes = [Index(folder / f"{name}.index") for name in plan.names]
-    wanted = {one.record.key for one in plan.planned if not one.picture}
-    wanted |= {one.key for one in plan.first_pictures}
+    wanted = {planned.record.key for planned in plan.planned if not planned.picture}
+    wanted |= {candidate.key for candidate in plan.first_pictures}
     marks: dict[str, list[Any]] = {}
     for index in indexes:
         report.add(index)
@@ -276,22 +282,29 @@ def finish(plan: CachePlan, report: Report, encoders: Encoders, memory: Memory) 
     pictures = {key: row[0] for key, row in marks.items()}
     remember_encoded(plan.planned, pictures, encoders.settings.dataset, memory)
     if total is not None and report.num_samples:
-        about["latents"] = {"channels": len(total.gram) - 1, **total.statistics()}
-        about["latent_rgb"] = total.fit()
-        gone = {one.key for one in rejected}
-        first = [one for one in plan.first_pictures if one.planned.record.key not in gone]
-        about["sanity"] = check_cache(folder, plan.recipe, first, marks, plan.sanity, encoders)
-    report.rejected = sorted(rejected, key=lambda one: one.key)
+        fields["latents"] = {"channels": len(total.gram) - 1, **total.statistics()}
+        fields["latent_rgb"] = total.fit()
+        gone = {rejection.key for rejection in rejected}
+        first = [
+            candidate
+            for candidate in plan.first_pictures
+            if candidate.planned.record.key not in gone
+        ]
+        fields["sanity"] = check_cache(folder, plan.recipe, first, marks, plan.sanity, encoders)
+    report.rejected = sorted(rejected, key=lambda rejection: rejection.key)
     if not report.num_samples:
         warnings.warn(f"{folder}: no image could be encoded; {REJECTED} says why", stacklevel=2)
     remove_replaced(folder)
     _write_rejected(folder, report.rejected)
-    write_manifest(folder, about, indexes)
+    write_manifest(folder, fields, indexes)
     (folder / PLAN).unlink(missing_ok=True)
     (folder / SCAN).unlink(missing_ok=True)  # of earlier versions: it held captions and full paths
 
 
 def _write_rejected(folder: Path, rejected: list[Rejected]) -> None:
-    rows = [{"key": one.key, "path": one.path, "reason": one.reason} for one in rejected]
+    rows = [
+        {"key": rejection.key, "path": rejection.path, "reason": rejection.reason}
+        for rejection in rejected
+    ]
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     write_changed(folder / REJECTED, "".join(lines).encode())

@@ -30,14 +30,17 @@ class Sizer:
         Raises:
             ValueError: no such base.
         """
-        _, one = model_config(settings.base, "text_encoder")
-        _, two = model_config(settings.base, "text_encoder_2")
+        _, text_config = model_config(settings.base, "text_encoder")
+        _, text_config_2 = model_config(settings.base, "text_encoder_2")
         _, vae = vae_config(settings.vae or settings.base)
         return cls(
             settings,
             int(vae.get("latent_channels", 4)),
-            (77 * settings.long_captions, one["hidden_size"] + two["hidden_size"]),
-            two["projection_dim"],
+            (
+                77 * settings.long_captions,
+                text_config["hidden_size"] + text_config_2["hidden_size"],
+            ),
+            text_config_2["projection_dim"],
         )
 
     def bytes_of(self, planned: Planned) -> int:

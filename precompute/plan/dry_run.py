@@ -56,32 +56,32 @@ def _tell(plan: CachePlan) -> Iterator[str]:
         f"{plan.folder}: {len(planned):,} images, {len(plan.rejected):,} rejected: "
         f"{summarize(plan.changes)}" + ("" if plan.has_work else ", so nothing is to be encoded")
     )
-    buckets = Counter(bucket_name(one.bucket) for one in planned)
+    buckets = Counter(bucket_name(sample.bucket) for sample in planned)
     for bucket, count in sorted(buckets.items()):
         yield f"  {bucket:>9}  {count:6d}  {'#' * round(40 * count / len(planned))}"
-    variants = sum(len(one.variants) for one in planned)
-    taken = sum(one.record.repeats for one in planned)
-    masks = sum(one.record.mask is not None for one in planned)
-    for number, usual, what in (
+    variants = sum(len(sample.variants) for sample in planned)
+    taken = sum(sample.record.repeats for sample in planned)
+    masks = sum(sample.record.mask is not None for sample in planned)
+    for number, usual, label in (
         (variants, len(planned), "variants of them (crops, mirrored)"),
         (taken, len(planned), "images an epoch, with repeats"),
         (masks, 0, "mask images"),
     ):
         if number != usual:
-            yield f"  {number:,} {what}"
+            yield f"  {number:,} {label}"
 
 
 def _tell_cuts(planned: Sequence[Planned]) -> Iterator[str]:
     """What is lost by cropping, and what is enlarged."""
-    cuts = [(one.variants[0].cut_share, one.record.path) for one in planned]
+    cuts = [(sample.variants[0].cut_share, sample.record.path) for sample in planned]
     if cuts:
         worst = [f"{path} {share:.0%}" for share, path in _worst(cuts) if share >= 0.005]
         mean = sum(share for share, _ in cuts) / len(cuts)
         yield f"  cropped: {mean:.1%} of the area on average" + _most(worst)
     grown = [
-        (one.variants[0].enlargement, one.record.path)
-        for one in planned
-        if one.variants[0].is_upscaled
+        (sample.variants[0].enlargement, sample.record.path)
+        for sample in planned
+        if sample.variants[0].is_upscaled
     ]
     if grown:
         worst = [f"{path} {factor:.2f} times" for factor, path in _worst(grown)]
@@ -89,7 +89,7 @@ def _tell_cuts(planned: Sequence[Planned]) -> Iterator[str]:
 
 
 def _tell_captions(planned: Sequence[Planned], tokenizer: Any, num_chunks: int) -> Iterator[str]:
-    captions = [(text, one.record.path) for one in planned for text in one.record.captions]
+    captions = [(text, sample.record.path) for sample in planned for text in sample.record.captions]
     lengths: list[int] = []
     for start in range(0, len(captions), BATCH):
         texts = [text for text, _ in captions[start : start + BATCH]]
@@ -111,14 +111,14 @@ def _tell_captions(planned: Sequence[Planned], tokenizer: Any, num_chunks: int) 
 
 
 def _tell_rejected(rejected: Sequence[Rejected]) -> Iterator[str]:
-    for one in sorted(rejected, key=lambda one: one.path)[:MOST_REJECTED]:
-        yield f"  rejected: {one.path}: {one.reason}"
+    for rejection in sorted(rejected, key=lambda rejection: rejection.path)[:MOST_REJECTED]:
+        yield f"  rejected: {rejection.path}: {rejection.reason}"
     if len(rejected) > MOST_REJECTED:
         yield f"  rejected: {len(rejected) - MOST_REJECTED:,} more"
 
 
-def _worst(found: Iterable[tuple[float, str]]) -> list[tuple[float, str]]:
-    return sorted(found, key=lambda one: (-one[0], one[1]))[:WORST]
+def _worst(pairs: Iterable[tuple[float, str]]) -> list[tuple[float, str]]:
+    return sorted(pairs, key=lambda pair: (-pair[0], pair[1]))[:WORST]
 
 
 def _most(worst: Sequence[str]) -> str:

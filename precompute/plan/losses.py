@@ -27,9 +27,9 @@ def refuse_losses(plans: list[CachePlan], settings: EncodeSettings, notes: Notes
         ValueError: too many images are rejected, or samples removed, or the cache was made from
             another dataset; says how many, and the option that allows it.
     """
-    there = {one.picture for plan in plans for one in plan.planned if one.picture}
+    pictures = {planned.picture for plan in plans for planned in plan.planned if planned.picture}
     for plan in plans:
-        lost = _lost(plan, there)
+        lost = _lost(plan, pictures)
         if not settings.allow_other_dataset:
             _refuse_other_dataset(plan, lost, settings, notes)
             _refuse_removal(plan, lost, settings)
@@ -48,10 +48,14 @@ def refuse_losses(plans: list[CachePlan], settings: EncodeSettings, notes: Notes
 def warn_of_reasons(rejected: list[Rejected]) -> None:
     """Name rejected files, by their reason."""
     by_reason: dict[str, list[str]] = defaultdict(list)
-    for one in sorted(rejected, key=lambda one: one.path):
-        name = one.path.rpartition("/")[2].rpartition(".")[0]
-        reason = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", "X", one.reason) if name else one.reason
-        by_reason[reason].append(one.path)
+    for rejection in sorted(rejected, key=lambda rejection: rejection.path):
+        name = rejection.path.rpartition("/")[2].rpartition(".")[0]
+        reason = (
+            re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", "X", rejection.reason)
+            if name
+            else rejection.reason
+        )
+        by_reason[reason].append(rejection.path)
     for reason, paths in sorted(by_reason.items(), key=lambda item: -len(item[1]))[:MOST_NAMED]:
         more = f" and {len(paths) - MOST_NAMED:,} more" if len(paths) > MOST_NAMED else ""
         names = ", ".join(paths[:MOST_NAMED])
@@ -63,13 +67,13 @@ def num_held(plan: CachePlan) -> int:
     return len({key for held in plan.comparison.held for key in held.rows})
 
 
-def _lost(plan: CachePlan, there: set[str]) -> dict[str, tuple[str, int, bool]]:
+def _lost(plan: CachePlan, pictures: set[str]) -> dict[str, tuple[str, int, bool]]:
     """By key: the shard and row of each sample that would be lost, and whether it is set aside."""
     aside = plan.comparison.aside
     return {
         key: (held.name, held.rows[key], held is aside.get(held.name))
         for held, key in plan.comparison.orphans()
-        if key in held.rows and held.marks[key][0] not in there
+        if key in held.rows and held.marks[key][0] not in pictures
     }
 
 
@@ -82,14 +86,14 @@ def _refuse_removal(
         most = MOST_REMOVED if num >= FEW else MOST_REMOVED_OF_FEW
     if len(lost) <= most * num + 1e-6:  # 0.29 * 100 is less than 29
         return
-    rejected = [one for one in plan.rejected if one.key in lost]
+    rejected = [rejection for rejection in plan.rejected if rejection.key in lost]
     why = []
     if rejected:
         why.append(
             f"{len(rejected):,} would be rejected ({rejected[0].path}: {rejected[0].reason})"
         )
     if len(rejected) < len(lost):
-        gone = next(key for key in lost if key not in {one.key for one in rejected})
+        gone = next(key for key in lost if key not in {rejection.key for rejection in rejected})
         why.append(
             f"{len(lost) - len(rejected):,} are not in {settings.dataset}, or held out by the name "
             f"of a split ({_path(plan, *lost[gone])})"
@@ -117,13 +121,13 @@ def _refuse_other_dataset(
     num = num_held(plan)
     if notes.is_known or not num:
         return
-    there = {one.picture for one in plan.planned if one.picture}
-    names = {one.key for one in plan.rejected}
+    pictures = {planned.picture for planned in plan.planned if planned.picture}
+    names = {rejection.key for rejection in plan.rejected}
     common = {
         key
         for held in plan.comparison.held
         for key in held.rows
-        if key in names or held.marks[key][0] in there
+        if key in names or held.marks[key][0] in pictures
     }
     if common and (notes.other_dataset is None or len(common) >= num / 2):
         return

@@ -94,14 +94,14 @@ def place(
     of their group, if that has room, then new shards, with the lowest numbers of their bucket that
     are free. With nothing before, it is what a fresh encode makes.
     """
-    by_key = {one.record.key: one for one in planned}
+    by_key = {member.record.key: member for member in planned}
     kept: dict[str, list[Planned]] = {}
     last: dict[tuple[Size, int], str] = {}  # of each group that keeps any shard
     for name, was in sorted(before.items()):
         here = [by_key.get(key) for key in was.keys]
-        stay = [one for one in here if one is not None and _group(one) == was.group]
-        for one in stay:
-            del by_key[one.record.key]
+        stay = [member for member in here if member is not None and _group(member) == was.group]
+        for member in stay:
+            del by_key[member.record.key]
         if stay:
             kept[name] = stay
             last[was.group] = name
@@ -121,7 +121,7 @@ def place(
             part = tuple(members[start : start + shard_size])
             shards.append(PlannedShard(name, bucket, repeats, part))
     for name, stay in kept.items():
-        in_order = tuple(sorted(stay, key=lambda one: one.record.key))
+        in_order = tuple(sorted(stay, key=lambda member: member.record.key))
         shards.append(PlannedShard(name, *before[name].group, in_order))
     return sorted(shards, key=lambda shard: shard.name)
 

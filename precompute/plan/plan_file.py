@@ -104,14 +104,14 @@ class WorkFile:
 
     def places(self) -> dict[str, Place]:
         """Where samples were to go, by the shards' names."""
-        found = {}
+        places = {}
         for number in range(len(self)):
             work = self.shard(number)
             keys = tuple(task.planned.record.key for task in work.tasks)
             if len(set(keys)) < len(keys):
                 raise ValueError(f"{self._path}: names a sample twice; run the same encode again")
-            found[work.name] = Place(work.bucket, work.repeats, keys)
-        return found
+            places[work.name] = Place(work.bucket, work.repeats, keys)
+        return places
 
     def _line(self, number: int) -> Any:
         with open(self._path, "rb") as file:
@@ -125,10 +125,10 @@ class WorkFile:
 def read_about(folder: Path) -> dict[str, Any]:
     """What an interrupted run's shards have in common; of none, nothing."""
     try:
-        about = WorkFile(folder).about
+        header = WorkFile(folder).about
     except (FileNotFoundError, ValueError):
         return {}
-    return {} if schema.misfit(about, _ABOUT) else about
+    return {} if schema.misfit(header, _ABOUT) else header
 
 
 def read_places(folder: Path) -> dict[str, Place]:

@@ -70,7 +70,7 @@ def read_held(folder: Path) -> dict[str, Held]:
     Raises:
         CacheError: they are of another version of the format.
     """
-    found = {}
+    shards = {}
     for name in shard_names(folder):
         try:
             index = Index(folder / f"{name}.index")
@@ -82,8 +82,8 @@ def read_held(folder: Path) -> dict[str, Held]:
         members = index.header.get("members")
         known = isinstance(members, list) and all(len(row) == 1 + len(MARKS) for row in members)
         if known and size == index.header["tar_bytes"]:
-            found[name] = Held(folder, index)
-    return found
+            shards[name] = Held(folder, index)
+    return shards
 
 
 def shard_names(folder: Path) -> list[str]:
@@ -104,17 +104,17 @@ def set_aside(folder: Path, names: list[str]) -> None:
         remove_shard(aside, name)
         for end in ENDS:
             os.replace(folder / (name + end), aside / (name + end))
-    for one in (aside, folder):
-        fsync_folder(one)
+    for directory in (aside, folder):
+        fsync_folder(directory)
 
 
 def finish_moves(folder: Path) -> None:
     """Go on where ``set_aside`` was interrupted: half a shard there, and half still here."""
     aside = folder / REPLACED
     for name in shard_names(aside):
-        there = [end for end in ENDS if (aside / (name + end)).exists()]
+        moved = [end for end in ENDS if (aside / (name + end)).exists()]
         here = [end for end in ENDS if (folder / (name + end)).exists()]
-        if len(there) == len(here) == 1 and there != here:
+        if len(moved) == len(here) == 1 and moved != here:
             os.replace(folder / (name + here[0]), aside / (name + here[0]))
 
 
@@ -178,9 +178,9 @@ def latent_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
 
 def text_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
     """The parts that decide embeddings."""
-    found = {name: recipe[name] for name in ("text_encoder", "text_encoder_2")}
+    encoders = {name: recipe[name] for name in ("text_encoder", "text_encoder_2")}
     num_chunks = recipe.get("long_captions", 1)
-    return {**found, "storage": recipe["storage"]["dtype"], "long_captions": num_chunks}
+    return {**encoders, "storage": recipe["storage"]["dtype"], "long_captions": num_chunks}
 
 
 @dataclass(eq=False)
@@ -194,7 +194,7 @@ class Comparison:
     aside: dict[str, Held]
 
     def __post_init__(self) -> None:
-        self.keys = {one.record.key for shard in self.shards for one in shard.members}
+        self.keys = {planned.record.key for shard in self.shards for planned in shard.members}
 
     @property
     def held(self) -> Iterator[Held]:
@@ -214,48 +214,59 @@ def compare(
     """Of each cache the shards that must be written, with what is found of their samples, and what
     changed."""
     stale = [
-        [shard for shard in one.shards if not _stays(shard, one.here.get(shard.name), recipe)]
-        for one in comparisons
+        [
+            shard
+            for shard in comparison.shards
+            if not _stays(shard, comparison.here.get(shard.name), recipe)
+        ]
+        for comparison in comparisons
     ]
     origins = [
-        _origins(one, shards, recipe) for one, shards in zip(comparisons, stale, strict=True)
+        _origins(comparison, shards, recipe)
+        for comparison, shards in zip(comparisons, stale, strict=True)
     ]
     by_picture: dict[str, list[_Origin]] = defaultdict(list)
-    for one, found in zip(comparisons, origins, strict=True):
-        for origin in found:
-            if origin.key not in one.keys and (mark := origin.source.held.marks[origin.key][0]):
+    for comparison, own_origins in zip(comparisons, origins, strict=True):
+        for origin in own_origins:
+            if origin.key not in comparison.keys and (
+                mark := origin.source.held.marks[origin.key][0]
+            ):
                 by_picture[mark].append(origin)
     results = [
-        _compare(one, shards, found, by_picture)
-        for one, shards, found in zip(comparisons, stale, origins, strict=True)
+        _compare(comparison, shards, own_origins, by_picture)
+        for comparison, shards, own_origins in zip(comparisons, stale, origins, strict=True)
     ]
-    for one, (_, changes, _) in zip(comparisons, results, strict=True):
+    for comparison, (_, changes, _) in zip(comparisons, results, strict=True):
         moved = {
             origin.key
             for _, _, claimed in results
             for origin in claimed
-            if origin.source.cache == one.folder.name
+            if origin.source.cache == comparison.folder.name
         }
-        changes.num_removed = len({key for _, key in one.orphans()} - moved)
+        changes.num_removed = len({key for _, key in comparison.orphans()} - moved)
     works = _with_frees([works for works, _, _ in results], comparisons)
     return [(work, changes) for work, (_, changes, _) in zip(works, results, strict=True)]
 
 
-def _origins(one: Comparison, stale: list[PlannedShard], recipe: dict[str, Any]) -> list["_Origin"]:
+def _origins(
+    comparison: Comparison, stale: list[PlannedShard], recipe: dict[str, Any]
+) -> list["_Origin"]:
     """All samples that can be copied from when the shards of this cache are written.
 
     A shard that is not to stay is set aside first. One that an interrupted run set aside under the
     same name makes room for it then, so it is none of these: its rows are others.
     """
-    staying = {shard.name for shard in one.shards} - {shard.name for shard in stale}
-    leaving = {name: held for name, held in one.here.items() if name not in staying}
-    aside = [held for name, held in one.aside.items() if name not in leaving]
-    sources = [_Source(held, recipe, one.folder.name) for held in (*aside, *leaving.values())]
+    staying = {shard.name for shard in comparison.shards} - {shard.name for shard in stale}
+    leaving = {name: held for name, held in comparison.here.items() if name not in staying}
+    aside = [held for name, held in comparison.aside.items() if name not in leaving]
+    sources = [
+        _Source(held, recipe, comparison.folder.name) for held in (*aside, *leaving.values())
+    ]
     return [_Origin(source, key) for source in sources for key in source.held.marks]
 
 
 def _compare(
-    one: Comparison,
+    comparison: Comparison,
     stale: list[PlannedShard],
     origins: list["_Origin"],
     by_picture: dict[str, list["_Origin"]],
@@ -266,17 +277,19 @@ def _compare(
         by_key[origin.key].append(origin)
     written = {shard.name for shard in stale}
     changes.num_unchanged = sum(
-        len(one.here[shard.name].marks) for shard in one.shards if shard.name not in written
+        len(comparison.here[shard.name].marks)
+        for shard in comparison.shards
+        if shard.name not in written
     )
     claimed: list[_Origin] = []
     works = []
     for shard in stale:
         tasks = []
         for planned in shard.members:
-            if found := by_key.get(planned.record.key):
-                tasks.append(_same_key(planned, found, changes))
-            elif planned.picture and (found := by_picture.get(planned.picture)):
-                task, origin = _same_picture(planned, found, changes, one.folder.name)
+            if matches := by_key.get(planned.record.key):
+                tasks.append(_same_key(planned, matches, changes))
+            elif planned.picture and (matches := by_picture.get(planned.picture)):
+                task, origin = _same_picture(planned, matches, changes, comparison.folder.name)
                 claimed.append(origin)
                 tasks.append(task)
             else:
@@ -292,7 +305,7 @@ def _stays(shard: PlannedShard, held: Held | None, recipe: dict[str, Any]) -> bo
         return False
     if (held.place.bucket, held.place.repeats) != (shard.bucket, shard.repeats):
         return False
-    members = [[one.record.key, *one.marks] for one in shard.members]
+    members = [[member.record.key, *member.marks] for member in shard.members]
     return bool(held.index.header["members"] == members)
 
 
@@ -317,9 +330,9 @@ class _Origin(NamedTuple):
         source, held, key = self.source, self.source.held, self.key
         if held.marks[key] == CHANGING:
             return Task(planned), {"picture"}
-        was = dict(zip(MARKS, held.marks[key], strict=True))
-        now = dict(zip(MARKS, planned.marks, strict=True))
-        changed = {name for name in MARKS if was[name] != now[name]}
+        old_marks = dict(zip(MARKS, held.marks[key], strict=True))
+        new_marks = dict(zip(MARKS, planned.marks, strict=True))
+        changed = {name for name in MARKS if old_marks[name] != new_marks[name]}
         named = changed - {"geometry"} if "picture" in changed else changed  # it has another size
         causes = source.causes | {SAMPLE_CAUSES[name] for name in named}
         if held.place.repeats != planned.record.repeats:
@@ -328,26 +341,26 @@ class _Origin(NamedTuple):
             as_it_was = source.latents and source.text and not changed
             return Task(planned, reason=held.reasons[key] if as_it_was else None), causes
         other = "" if source.cache == cache else source.cache
-        there = Found(held.name, held.rows[key], key, other)
-        latents = there if source.latents and not changed & LATENT_MARKS else None
+        stored = Found(held.name, held.rows[key], key, other)
+        latents = stored if source.latents and not changed & LATENT_MARKS else None
         if source.latents and changed & LATENT_MARKS == {"geometry"}:
-            latents = _first_variants(planned, there, held, was["geometry"])
-        text = there if source.text and not changed & TEXT_MARKS else None
+            latents = _first_variants(planned, stored, held, old_marks["geometry"])
+        text = stored if source.text and not changed & TEXT_MARKS else None
         return Task(planned, latents, text), causes
 
 
-def _first_variants(planned: Planned, there: Found, held: Held, mark: str) -> Found | None:
+def _first_variants(planned: Planned, stored: Found, held: Held, mark: str) -> Found | None:
     """The sample there, if what it has are the first variants of the planned: then ``--flip`` or
     more ``--crops`` joined, and only the others are to be encoded."""
-    num = int(held.index.records["num_variants"][there.row])
+    num = int(held.index.records["num_variants"][stored.row])
     is_part = num < len(planned.variants) and geometry_mark(planned.variants[:num]) == mark
-    return replace(there, num_variants=num) if is_part else None
+    return replace(stored, num_variants=num) if is_part else None
 
 
 def _same_key(planned: Planned, origins: list[_Origin], changes: Changes) -> Task:
     """What there is of a sample under its own key; of several places that which has most."""
-    found = [origin.find(planned, origin.source.cache) for origin in origins]
-    task, causes = min(found, key=lambda one: len(one[1]))
+    options = [origin.find(planned, origin.source.cache) for origin in origins]
+    task, causes = min(options, key=lambda option: len(option[1]))
     changes.causes.update(causes)
     changes.num_unchanged += not causes
     return task
@@ -357,25 +370,25 @@ def _same_picture(
     planned: Planned, origins: list[_Origin], changes: Changes, cache: str
 ) -> tuple[Task, _Origin]:
     """What there is of a sample whose image lay there under another key."""
-    found = [(*origin.find(planned, cache), origin) for origin in origins]
-    task, causes, origin = min(found, key=lambda one: len(one[1]))
+    options = [(*origin.find(planned, cache), origin) for origin in origins]
+    task, causes, origin = min(options, key=lambda option: len(option[1]))
     changes.num_renamed += 1
     changes.causes.update(causes)
     return task, origin
 
 
-def _recipe_causes(was: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+def _recipe_causes(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
     """The changed parts of a recipe that decide tensors, as they are said to the user."""
     for name in ("preprocessing", "vae"):
-        if latent_recipe(was)[name] != latent_recipe(now)[name]:
+        if latent_recipe(old)[name] != latent_recipe(new)[name]:
             yield RECIPE_CAUSES[name]
     for name in ("text_encoder", "text_encoder_2"):
-        if was[name] != now[name]:
+        if old[name] != new[name]:
             yield RECIPE_CAUSES[name]
-    if was.get("long_captions") != now.get("long_captions"):
+    if old.get("long_captions") != new.get("long_captions"):
         yield RECIPE_CAUSES["long_captions"]
     for name, cause in STORAGE_CAUSES.items():
-        if was["storage"][name] != now["storage"][name]:
+        if old["storage"][name] != new["storage"][name]:
             yield cause
 
 
@@ -383,14 +396,14 @@ def _with_frees(
     caches: list[list[ShardWork]], comparisons: Iterable[Comparison]
 ) -> list[list[ShardWork]]:
     """Name for each shard the old ones that no other copies from."""
-    names = [one.folder.name for one in comparisons]
+    names = [comparison.folder.name for comparison in comparisons]
     users: dict[tuple[str, str], set[tuple[str, str]]] = defaultdict(set)
     for cache, works in zip(names, caches, strict=True):
         for work in works:
             for task in work.tasks:
-                for found in (task.latents, task.text):
-                    if found is not None:
-                        users[found.cache or cache, found.shard].add((cache, work.name))
+                for stored in (task.latents, task.text):
+                    if stored is not None:
+                        users[stored.cache or cache, stored.shard].add((cache, work.name))
     alone: dict[tuple[str, str], list[str]] = defaultdict(list)
     for (cache, old), copying in sorted(users.items()):
         if len(copying) == 1 and next(iter(copying))[0] == cache:

@@ -115,33 +115,33 @@ def add_digests(
     """
     stamp = _stamper(settings.dataset)
 
-    def is_read(one: Planned) -> bool:
-        return wanted(one) if not one.picture else _has_changed(one, before)
+    def is_read(sample: Planned) -> bool:
+        return wanted(sample) if not sample.picture else _has_changed(sample, before)
 
-    missing = [one for one in planned if is_read(one)]
+    missing = [sample for sample in planned if is_read(sample)]
     threads = num_cores()
-    reading = read_ahead(lambda one: _digest(one, before), missing, threads, 4 * threads)
+    reading = read_ahead(lambda sample: _digest(sample, before), missing, threads, 4 * threads)
     bar = tqdm(reading, total=len(missing), unit="img", desc="compare", leave=False, delay=1)
     marks: dict[str, str | Rejected] = {}
-    for one, mark in zip(missing, bar, strict=True):
-        marks[one.record.key] = mark
+    for sample, mark in zip(missing, bar, strict=True):
+        marks[sample.record.key] = mark
         if not isinstance(mark, Rejected):
-            remember_digest(memory, stamp(one.record.picture), mark)
+            remember_digest(memory, stamp(sample.record.picture), mark)
     rejected = [mark for mark in marks.values() if isinstance(mark, Rejected)]
-    gone = {one.key for one in rejected}
+    gone = {rejection.key for rejection in rejected}
     known = {key: mark for key, mark in marks.items() if not isinstance(mark, Rejected)}
     return [
-        replace(one, picture=known.get(one.record.key, one.picture))
-        for one in planned
-        if one.record.key not in gone
+        replace(sample, picture=known.get(sample.record.key, sample.picture))
+        for sample in planned
+        if sample.record.key not in gone
     ], rejected
 
 
-def _has_changed(one: Planned, before: Mapping[str, Sequence[Any]]) -> bool:
+def _has_changed(sample: Planned, before: Mapping[str, Sequence[Any]]) -> bool:
     """Whether the image or the mask of a sample in the cache is another one now."""
-    marks = before.get(one.record.key)
+    marks = before.get(sample.record.key)
     return marks is not None and (
-        one.picture != marks[0] or bool(one.mask and one.mask != marks[1])
+        sample.picture != marks[0] or bool(sample.mask and sample.mask != marks[1])
     )
 
 
@@ -150,9 +150,9 @@ def remember_encoded(
 ) -> None:
     """Note the marks of images that were hashed when they were encoded; ``marks`` is by key."""
     stamp = _stamper(dataset)
-    for one in planned:
-        if not one.picture and (mark := marks.get(one.record.key)):
-            remember_digest(memory, stamp(one.record.picture), mark)
+    for sample in planned:
+        if not sample.picture and (mark := marks.get(sample.record.key)):
+            remember_digest(memory, stamp(sample.record.picture), mark)
 
 
 def remember_digest(memory: Memory, stamp: tuple[str, int, int], mark: str) -> None:
@@ -165,16 +165,16 @@ def _headers(
     records: list[Record], memory: Memory, stamp: Callable[[Blob], tuple[str, int, int]]
 ) -> list[Header | Rejected]:
     """Of each record the header; those not remembered are read by threads."""
-    found: list[Any] = [memory.find(*stamp(record.picture)) for record in records]
-    missing = [number for number, header in enumerate(found) if header is None]
+    headers: list[Any] = [memory.find(*stamp(record.picture)) for record in records]
+    missing = [number for number, header in enumerate(headers) if header is None]
     threads = num_cores()
     reading = read_ahead(_read_header, (records[n] for n in missing), threads, 4 * threads)
     bar = tqdm(reading, total=len(missing), unit="img", desc="read headers", leave=False, delay=1)
     for number, header in zip(missing, bar, strict=True):
-        found[number] = header
+        headers[number] = header
         if not isinstance(header, Rejected) and len(header) == 3:  # another Pillow may know it
             memory.keep(*stamp(records[number].picture), header)
-    return found
+    return headers
 
 
 def _check_size(width: int, height: int, smallest: int) -> None:
@@ -218,20 +218,20 @@ def _stamper(dataset: Path) -> Callable[..., tuple[str, int, int]]:
     """What a file is remembered by: its path inside the dataset, size and time."""
     root = f"{dataset}/"
 
-    def stamp(blob: Blob, what: str = "picture") -> tuple[str, int, int]:
+    def stamp(blob: Blob, role: str = "picture") -> tuple[str, int, int]:
         inside = str(blob.file).removeprefix(root)
-        return f"{what} {inside}:{blob.offset}", blob.size, blob.mtime_ns
+        return f"{role} {inside}:{blob.offset}", blob.size, blob.mtime_ns
 
     return stamp
 
 
-def _digest(one: Planned, before: Mapping[str, Sequence[Any]]) -> str | Rejected:
-    record = one.record
+def _digest(sample: Planned, before: Mapping[str, Sequence[Any]]) -> str | Rejected:
+    record = sample.record
     data = _read(record)
     if isinstance(data, Rejected):
         return data
     mark = picture_mark(hashlib.sha256(data).hexdigest())
-    if _has_changed(replace(one, picture=mark), before):
+    if _has_changed(replace(sample, picture=mark), before):
         try:
             open_picture(data)
         except Exception as error:  # Pillow raises anything of a bad file
