@@ -7,12 +7,12 @@ from tqdm import tqdm
 from precompute.sheets import write_sheets
 from runtime.errors import echo
 from runtime.locks import locked
-from runtime.text import counted
+from runtime.text import pluralize
 from shards.format import CacheError
 from shards.inspect import describe_contents, read_contents
 from shards.manifest import LOCK, MANIFEST, read_manifest
 from shards.reader import Cache
-from shards.verify import drop_damaged, stand_in, verify
+from shards.verify import drop_damaged, rebuild_manifest, verify
 
 
 def parts_of(cache: Path) -> list[Path]:
@@ -36,7 +36,7 @@ def _verify(folder: Path, *, repair: bool) -> bool:
         if not (folder / MANIFEST).exists() and folder.name not in ("train", "val"):
             raise  # no cache at all: bad input, not damage
         if repair:
-            manifest = stand_in(folder, error)
+            manifest = rebuild_manifest(folder, error)
         echo(str(error))
         if not repair:
             return False
@@ -53,7 +53,7 @@ def _verify(folder: Path, *, repair: bool) -> bool:
             echo("next: run the same encode again, it makes what was dropped")
     if not faults and "digest" in manifest:
         samples = manifest["num_samples"]
-        whole = f"{counted(samples, 'sample')} in {counted(num_shards, 'shard')}, all whole"
+        whole = f"{pluralize(samples, 'sample')} in {pluralize(num_shards, 'shard')}, all whole"
         echo(f"{folder}: {whole}")
     return not faults and "digest" in manifest
 

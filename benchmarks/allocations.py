@@ -26,7 +26,7 @@ from runtime.devices import pick_precision
 from sdxl.base import scheduler_config
 from shards.batches import Batch
 from train.config import TrainConfig
-from train.distributed import World
+from train.distributed import DistContext
 from train.learner import build_learner, train_step
 from train.objective import objective_of
 from train.unet import build_unet
@@ -84,7 +84,7 @@ def unet_without_data(config: TrainConfig) -> Any:
 
     meta = torch.device("meta")
     with mock.patch("train.unet.load_unet", empty), meta:
-        return build_unet(config, pick_precision("bf16", CPU, allow_cpu=True), World(meta))
+        return build_unet(config, pick_precision("bf16", CPU, allow_cpu=True), DistContext(meta))
 
 
 def fill(unet: Any) -> Any:
@@ -126,7 +126,7 @@ def peaks(config: TrainConfig, pixels: int) -> dict[str, float]:
         FakeTensorMode(allow_non_fake_inputs=True),
         Allocations() as allocations,
     ):
-        learner = build_learner(config, World(CPU))
+        learner = build_learner(config, DistContext(CPU))
         train_step(learner, iter([batch_of(pixels)]), 0, 1e-4)
         before = allocations.peak = allocations.live
         train_step(learner, iter([batch_of(pixels)]), 1, 1e-4)

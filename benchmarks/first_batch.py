@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.report import resident_bytes
 from shards.batches import Reader
-from shards.plan import Plan, Share
+from shards.plan import Plan, RankShare
 from shards.reader import Cache
 
 BATCH_SIZE = 8
@@ -26,7 +26,7 @@ def main(cache: Path) -> None:
     before, start, busy = resident_bytes(), time.perf_counter(), time.process_time()
     opened = Cache(cache)
     plan = Plan(opened.groups(), 0, BATCH_SIZE)
-    reader = Reader([opened], plan, Share(batch_size=BATCH_SIZE, world=1, rank=0))
+    reader = Reader([opened], plan, RankShare(batch_size=BATCH_SIZE, world=1, rank=0))
     stream = reader.epochs(threads=1)
     next(stream)
     first_seconds, busy = time.perf_counter() - start, time.process_time() - busy

@@ -21,8 +21,8 @@ import click
 import torch
 
 from benchmarks.report import clocks, keep, machine, rates, show, take_turns
-from infer.generate import generate, make_studio
-from infer.pipeline import Studio
+from infer.generate import generate, make_pipeline
+from infer.pipeline import Pipeline
 from infer.settings import GenerateSettings
 from runtime.devices import pick_device
 from sdxl.base import base_path
@@ -58,7 +58,7 @@ def settings_of(options: dict[str, Any], out: Path) -> GenerateSettings:
 
 def ours(options: dict[str, Any], folder: Path, stays: bool) -> Callable[[int], None]:
     """The product: plan, digests, windows, PNGs with their settings, captions, contact sheet."""
-    studio: Studio = make_studio(settings_of(options, folder / "ours"), stays)
+    studio: Pipeline = make_pipeline(settings_of(options, folder / "ours"), stays)
     return lambda number: _check(
         generate(settings_of(options, folder / f"ours-{number}"), studio), options
     )

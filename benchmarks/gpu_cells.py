@@ -27,7 +27,7 @@ from shards.plan import Plan
 from shards.reader import Cache
 from tools.draw_pictures import draw_pictures
 from train.config import TrainConfig
-from train.distributed import World
+from train.distributed import DistContext
 from train.learner import build_learner
 from train.option_values import CacheUse
 from train.unet import COMPILE
@@ -164,7 +164,7 @@ class Training:
             device=str(place.device),
             **settings,
         )
-        self.learner = build_learner(self.config, World(place.device))
+        self.learner = build_learner(self.config, DistContext(place.device))
         self.opened = Cache(cache)
         self._start(batch_size)
         with FlopCounterMode(display=False) as counter:  # it cannot look into what is compiled

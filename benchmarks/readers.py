@@ -13,9 +13,9 @@ import webdataset as wds
 from xxhash import xxh3_64_intdigest
 
 from benchmarks.caches import Kind
-from shards.batches import Reader, Rows
+from shards.batches import BatchBuffer, Reader
 from shards.format import Sample
-from shards.plan import Plan, Share
+from shards.plan import Plan, RankShare
 from shards.reader import Cache
 
 BATCH_SIZE = 8
@@ -69,7 +69,7 @@ def ours(cache: Cache, kind: Kind) -> Work:
     group = cache.groups()[0]
     order = [*range(group.count)]
     random.Random(0).shuffle(order)
-    rows = Rows(kind.names, [kind.layout])
+    rows = BatchBuffer(kind.names, [kind.layout])
 
     def work() -> None:
         for place in order:
@@ -101,7 +101,7 @@ def training(cache: Cache) -> Work:
     """What a run does for its batches: plan, read one variant and caption, draw all that is random,
     in fp32 as the step wants it."""
     plan = Plan(cache.groups(), 0, BATCH_SIZE)
-    reader = Reader([cache], plan, Share(batch_size=BATCH_SIZE, world=1, rank=0))
+    reader = Reader([cache], plan, RankShare(batch_size=BATCH_SIZE, world=1, rank=0))
 
     def work() -> None:
         for number in range(plan.num_batches):

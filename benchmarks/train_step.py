@@ -19,10 +19,10 @@ from benchmarks.caches import kind_for, random_samples, write_random
 from benchmarks.report import clocks, keep, machine, rates, show, take_turns
 from runtime.devices import pick_device
 from shards.batches import Batch, Reader
-from shards.plan import Plan, Share
+from shards.plan import Plan, RankShare
 from shards.reader import Cache
 from train.config import TrainConfig
-from train.distributed import World
+from train.distributed import DistContext
 from train.learner import Learner, build_learner, train_step
 from train.log import RunLog
 from train.optim import learning_rate
@@ -45,7 +45,7 @@ class Ours:
 
     def __init__(self, config: TrainConfig, learner: Learner, cache: Cache, plan: Plan) -> None:
         self.config, self.learner, self.done = config, learner, 0
-        share = Share(batch_size=config.batch_size, world=1, rank=0)
+        share = RankShare(batch_size=config.batch_size, world=1, rank=0)
         pin = learner.world.device.type == "cuda"
         self.batches = Reader([cache], plan, share).epochs(pin=pin)
         config.out.mkdir(parents=True, exist_ok=True)
@@ -68,9 +68,9 @@ def compare(
     """Seconds of each round of both, by wall clock and by processor (of all threads)."""
     opened = Cache(config.caches[0].folder)
     plan = Plan(opened.groups(), 0, config.batch_size)
-    ours = Ours(config, build_learner(config, World(device)), opened, plan)
-    bare = build_learner(config, World(device))
-    reader = Reader([opened], plan, Share(batch_size=config.batch_size, world=1, rank=0))
+    ours = Ours(config, build_learner(config, DistContext(device)), opened, plan)
+    bare = build_learner(config, DistContext(device))
+    reader = Reader([opened], plan, RankShare(batch_size=config.batch_size, world=1, rank=0))
     stream = reader.epochs()
     resident = [batch.to(device) for batch in islice(stream, plan.num_batches)]
     stream.close()

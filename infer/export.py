@@ -17,12 +17,12 @@ from runtime.devices import DTYPES
 from runtime.files import write_durable
 from sdxl.base import model_config
 from sdxl.load import bare_model
-from sdxl.lora.apply import fit
+from sdxl.lora.apply import match_to_model
 from sdxl.lora.names import UNET
 from sdxl.lora.read import LoraFile, read_lora_file
-from sdxl.lora.weights import Adapted
+from sdxl.lora.weights import LoraWeights
 from sdxl.lora.write import Parts, diffusers_bytes, kohya_bytes
-from sdxl.metadata import Card
+from sdxl.metadata import ModelMetadata
 from sdxl.single_file import sdxl_config
 from sdxl.tensor_files import check_written
 
@@ -106,9 +106,11 @@ def _model(base: str | None, part: str) -> Any:
     return bare_model(part, sdxl_config(part) if base is None else model_config(base, part)[1])
 
 
-def _fit(file: LoraFile, models: dict[str, Any], base: str | None) -> dict[str, dict[str, Adapted]]:
+def _fit(
+    file: LoraFile, models: dict[str, Any], base: str | None
+) -> dict[str, dict[str, LoraWeights]]:
     try:
-        return {part: fit(file, part, model) for part, model in models.items()}
+        return {part: match_to_model(file, part, model) for part, model in models.items()}
     except ValueError as error:
         if base is not None:
             raise
@@ -116,8 +118,8 @@ def _fit(file: LoraFile, models: dict[str, Any], base: str | None) -> dict[str, 
 
 
 def _in_dtype(
-    parts: dict[str, dict[str, Adapted]], dtype: str, path: Path
-) -> dict[str, dict[str, Adapted]]:
+    parts: dict[str, dict[str, LoraWeights]], dtype: str, path: Path
+) -> dict[str, dict[str, LoraWeights]]:
     kind = DTYPES.get(dtype)  # None: as they are
     cast = {
         part: {
@@ -139,7 +141,7 @@ def _in_dtype(
     return cast
 
 
-def _card(settings: ExportSettings, file: LoraFile, parts: Parts) -> Card:
+def _card(settings: ExportSettings, file: LoraFile, parts: Parts) -> ModelMetadata:
     """The file's own, or of another tool's file what its metadata says; rsLoRA's alpha as the
     adapters have it."""
     card, said = file.card, file.metadata
@@ -174,7 +176,7 @@ def _compare(read_back: Parts, expected: Parts, path: Path) -> None:
         raise OSError(f"{path}: what was read back is not what was written; nothing is kept")
 
 
-def _same(adapter: Adapted, other: Adapted) -> bool:
+def _same(adapter: LoraWeights, other: LoraWeights) -> bool:
     factors = torch.equal(adapter.down, other.down) and torch.equal(adapter.up, other.up)
     if adapter.magnitude is None or other.magnitude is None:
         rows = adapter.magnitude is other.magnitude

@@ -18,19 +18,19 @@ from sdxl.lora.apply import merged_weights
 from sdxl.lora.read import read_lora_file
 from sdxl.metadata import (
     ARCHITECTURE,
-    Card,
+    ModelMetadata,
     Schedule,
     base_license,
     base_name,
-    read_card,
     read_long_captions,
+    read_model_metadata,
     schedule_beside,
     write_long_captions,
     write_schedule,
 )
-from sdxl.original_file import Part, write_original
+from sdxl.original_file import Component, write_original
 from sdxl.single_file import read_header
-from sdxl.tensor_files import check_written, digest_metadata, settle
+from sdxl.tensor_files import check_written, digest_metadata, sort_metadata
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TEXT = ("text_encoder", "text_encoder_2")
@@ -40,9 +40,9 @@ TEXT = ("text_encoder", "text_encoder_2")
 class Model:
     """The parts that are written, by component: all four, or the UNet alone."""
 
-    parts: dict[str, Part]
+    parts: dict[str, Component]
     schedule: Schedule
-    card: Card
+    card: ModelMetadata
 
 
 def export_model(settings: ExportSettings, unet: Path | None, dtype: torch.dtype) -> str:
@@ -71,11 +71,11 @@ def export_model(settings: ExportSettings, unet: Path | None, dtype: torch.dtype
 
 def _fine_tuned(settings: ExportSettings, base: str, unet: Path, dtype: torch.dtype) -> Model:
     tensors = load_unet_folder(unet, dtype).state_dict()
-    parts = {"unet": Part(_config(read_config(unet)), tensors)}
+    parts = {"unet": Component(_config(read_config(unet)), tensors)}
     for component, module in _encoders(settings, base, dtype).items():
-        parts[component] = Part(_config_of(settings, base, component), module.state_dict())
+        parts[component] = Component(_config_of(settings, base, component), module.state_dict())
     schedule = _schedule(base, schedule_beside(unet))
-    card = read_card(read_header(find_weights(unet).files[0])[1])
+    card = read_model_metadata(read_header(find_weights(unet).files[0])[1])
     if (num_chunks := read_long_captions(unet)) > 1:
         card = replace(card, long_captions=num_chunks)
     return Model(parts, schedule, _card(settings, base, card, schedule))
@@ -93,7 +93,7 @@ def _merged(settings: ExportSettings, base: str, dtype: torch.dtype) -> Model:
             changed = merged_weights(module, component, [(file, settings.weight)])
             state |= {key: tensor.to(dtype) for key, tensor in changed}
         cast = {name: tensor.to(dtype) for name, tensor in state.items()}
-        parts[component] = Part(_config_of(settings, base, component), cast)
+        parts[component] = Component(_config_of(settings, base, component), cast)
     if left := [part for part in file.parts if part not in modules]:
         warnings.warn(
             f"{file.path}: what it has for {file.num_text} modules of the text encoders "
@@ -143,7 +143,9 @@ def _schedule(base: str, own: Schedule) -> Schedule:
     return Schedule(own.prediction_type, zero_snr)
 
 
-def _card(settings: ExportSettings, base: str, card: Card, schedule: Schedule) -> Card:
+def _card(
+    settings: ExportSettings, base: str, card: ModelMetadata, schedule: Schedule
+) -> ModelMetadata:
     return replace(
         card,
         name=settings.title,
@@ -154,7 +156,7 @@ def _card(settings: ExportSettings, base: str, card: Card, schedule: Schedule) -
     )
 
 
-def _check_finite(parts: dict[str, Part], dtype: torch.dtype) -> None:
+def _check_finite(parts: dict[str, Component], dtype: torch.dtype) -> None:
     for component, part in parts.items():
         for name, tensor in part.tensors.items():
             if not tensor.isfinite().all():
@@ -165,7 +167,7 @@ def _check_finite(parts: dict[str, Part], dtype: torch.dtype) -> None:
                 )
 
 
-def _num_bytes(parts: dict[str, Part], dtype: torch.dtype) -> int:
+def _num_bytes(parts: dict[str, Component], dtype: torch.dtype) -> int:
     tensors = [tensor for part in parts.values() for tensor in part.tensors.values()]
     return sum(tensor.numel() for tensor in tensors) * dtype.itemsize
 
@@ -205,7 +207,7 @@ def _write_folder(settings: ExportSettings, base: str, model: Model, dtype: torc
         state = {name: tensor.contiguous() for name, tensor in part.tensors.items()}
         metadata = digest_metadata(state, {"format": "pt"} | model.card.to_metadata())
         safetensors.torch.save_file(state, partial / "unet" / WEIGHTS, metadata=metadata)
-        settle(partial / "unet" / WEIGHTS)
+        sort_metadata(partial / "unet" / WEIGHTS)
         check_written(partial / "unet" / WEIGHTS, settings.out)
         text = json.dumps(part.config, indent=2, sort_keys=True)
         (partial / "unet" / "config.json").write_text(text + "\n")
@@ -214,7 +216,7 @@ def _write_folder(settings: ExportSettings, base: str, model: Model, dtype: torc
         _compare(load_unet_folder(partial / "unet", dtype), part, settings.out)
 
 
-def _compare(module: Any, part: Part, path: Path) -> None:
+def _compare(module: Any, part: Component, path: Path) -> None:
     """Whether a model that was read back has the tensors it was made from, to the bit.
 
     Raises:

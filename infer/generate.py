@@ -12,8 +12,8 @@ import torch
 from tqdm import tqdm
 
 from infer.outputs import About, PictureFolder, save_picture
-from infer.pipeline import Studio
-from infer.plan import Drawing, plan_drawings
+from infer.pipeline import Pipeline
+from infer.plan import ImageRequest, plan_requests
 from infer.settings import GenerateSettings
 from infer.weights import Weights
 from runtime.devices import pick_device, pick_precision
@@ -34,7 +34,7 @@ class Report:
     sheet: Path
 
 
-def generate(settings: GenerateSettings, studio: Studio | None = None) -> Report | None:
+def generate(settings: GenerateSettings, studio: Pipeline | None = None) -> Report | None:
     """Draw what is missing or was drawn with other settings. The main process plans and reports,
     and all draw; the others get None. ``studio`` is one of these settings that is there already.
 
@@ -45,11 +45,11 @@ def generate(settings: GenerateSettings, studio: Studio | None = None) -> Report
     queue = WorkQueue()
     if not queue.is_main:
         plan = json.loads(queue.wait_for("plan"))
-        drawings = [Drawing(**fields) for fields in plan["drawings"]]
-        _draw(settings, make_studio(settings), drawings, plan["about"], queue)
+        drawings = [ImageRequest(**fields) for fields in plan["drawings"]]
+        _draw(settings, make_pipeline(settings), drawings, plan["about"], queue)
         return None
     drawings = _plan(settings)
-    studio = studio or make_studio(settings)
+    studio = studio or make_pipeline(settings)
     folder = PictureFolder(settings.out, settings.format)
     with folder.open():
         provenance = _about(studio, drawings)
@@ -63,25 +63,25 @@ def generate(settings: GenerateSettings, studio: Studio | None = None) -> Report
     return Report(len(wanted), len(drawings) - len(wanted), seconds, sheet)
 
 
-def _plan(settings: GenerateSettings) -> list[Drawing]:
+def _plan(settings: GenerateSettings) -> list[ImageRequest]:
     if settings.prompt is not None:
         prompts = [parse_prompt(settings.prompt)]
     else:
         assert settings.prompts is not None
         prompts = read_prompts(settings.prompts)
     _, unet_config = model_config(settings.base, "unet")
-    return plan_drawings(settings, prompts, unet_config["sample_size"] * 8)
+    return plan_requests(settings, prompts, unet_config["sample_size"] * 8)
 
 
-def make_studio(settings: GenerateSettings, stays: bool = False) -> Studio:
+def make_pipeline(settings: GenerateSettings, stays: bool = False) -> Pipeline:
     """What draws; nothing is loaded yet. ``stays``: its models are kept when all is drawn."""
     device = pick_device(settings.device)
     name = "fp16" if settings.precision == "auto" and device.type == "cuda" else settings.precision
     dtype = pick_precision(name, device).dtype
-    return Studio(settings, Weights(settings), dtype, device, stays)
+    return Pipeline(settings, Weights(settings), dtype, device, stays)
 
 
-def _about(studio: Studio, drawings: list[Drawing]) -> About:
+def _about(studio: Pipeline, drawings: list[ImageRequest]) -> About:
     samplers: dict[str, Any] = {}
     for name in {drawing.sampler for drawing in drawings}:
         sampler = studio.weights.sampler(name)
@@ -95,8 +95,8 @@ def _about(studio: Studio, drawings: list[Drawing]) -> About:
 
 def _draw(
     settings: GenerateSettings,
-    studio: Studio,
-    drawings: list[Drawing],
+    studio: Pipeline,
+    drawings: list[ImageRequest],
     provenance: About,
     queue: WorkQueue,
 ) -> None:
@@ -115,11 +115,11 @@ def _draw(
             pending.popleft().result()
             bar.update(queue.add("drawn", 1) - bar.n)
 
-        def save(drawing: Drawing, sides: list[torch.Tensor]) -> None:
+        def save(drawing: ImageRequest, sides: list[torch.Tensor]) -> None:
             folder.before_replacing(drawing)
             save_picture(folder.path(drawing), sides, drawing, provenance, loras)
 
-        def keep(drawing: Drawing, sides: list[torch.Tensor]) -> None:
+        def keep(drawing: ImageRequest, sides: list[torch.Tensor]) -> None:
             pending.append(pool.submit(save, drawing, sides))
             while pending and (pending[0].done() or len(pending) > 2 * settings.batch_size):
                 count()

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from infer.plan import Drawing
+from infer.plan import ImageRequest
 from runtime.documents import open_regular, parse_json, read_bounded
 from runtime.files import (
     PARTIAL,
@@ -36,7 +36,7 @@ NAME = re.compile(r"[0-9]{6,}\.png")
 
 
 @dataclass(frozen=True)
-class Row:
+class CaptionRow:
     """An image's file name, its caption, and its size in pixels."""
 
     file_name: str
@@ -45,13 +45,13 @@ class Row:
     height: int
 
 
-def lines(rows: Iterable[Row]) -> str:
+def lines(rows: Iterable[CaptionRow]) -> str:
     """``captions.jsonl``."""
     records = ({"file_name": row.file_name, "text": row.text} for row in rows)
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
-def coco(rows: Iterable[Row]) -> str:
+def coco(rows: Iterable[CaptionRow]) -> str:
     """COCO's layout of captions (https://cocodataset.org/#format-data)."""
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
@@ -113,7 +113,7 @@ STILL_GOOD = "The images that are there are whole; the same command continues wi
 About = dict[str, Any]  # "weights": their digests; "samplers": each one's class and config
 
 
-def record_of(drawing: Drawing, provenance: About) -> dict[str, Any]:
+def record_of(drawing: ImageRequest, provenance: About) -> dict[str, Any]:
     """All that decides the image, as plain JSON."""
     sampler = provenance["samplers"][drawing.sampler or ""]
     return {**asdict(drawing), "sampler": sampler, "weights": provenance["weights"]}
@@ -170,17 +170,17 @@ def _parse_record(data: bytes) -> dict[str, Any]:
     return {}
 
 
-def row_of_record(path: Path, record: dict[str, Any] | None) -> Row | None:
+def row_of_record(path: Path, record: dict[str, Any] | None) -> CaptionRow | None:
     """What an image's own record says of it for the listing; None where it has none."""
     try:
-        values = {field.name: (record or {})[field.name] for field in fields(Drawing)}
-        drawing = Drawing(**values | {"sampler": None})
+        values = {field.name: (record or {})[field.name] for field in fields(ImageRequest)}
+        drawing = ImageRequest(**values | {"sampler": None})
         prompt = str(drawing.prompt)
         prompt.encode()  # JSON may hold half a character, which no file of captions can
         size = picture_size(drawing)
     except (KeyError, TypeError, UnicodeEncodeError):
         return None
-    return Row(path.name, prompt, *size) if all(type(n) is int for n in size) else None
+    return CaptionRow(path.name, prompt, *size) if all(type(n) is int for n in size) else None
 
 
 def stale_because(path: Path, asked: dict[str, Any]) -> str | None:
@@ -211,7 +211,7 @@ def _without_comparison(record: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def picture_size(drawing: Drawing) -> tuple[int, int]:
+def picture_size(drawing: ImageRequest) -> tuple[int, int]:
     """(width, height) of the file's image."""
     if drawing.compare:
         label, gap = _margins(drawing)
@@ -219,13 +219,13 @@ def picture_size(drawing: Drawing) -> tuple[int, int]:
     return drawing.width, drawing.height
 
 
-def _margins(drawing: Drawing) -> tuple[int, int]:
+def _margins(drawing: ImageRequest) -> tuple[int, int]:
     """Pixels above two images, for what they are, and between them: to be read on a sheet too."""
     return max(20, drawing.height // 16), max(4, drawing.width // 128)
 
 
 def save_picture(
-    path: Path, sides: list[torch.Tensor], drawing: Drawing, provenance: About, loras: str
+    path: Path, sides: list[torch.Tensor], drawing: ImageRequest, provenance: About, loras: str
 ) -> None:
     """Write the image [3, H, W] in 0..1; or two of them, the one without the fine-tune first.
 
@@ -246,7 +246,7 @@ def _to_image(picture: torch.Tensor) -> Image.Image:
     return Image.fromarray(levels.permute(1, 2, 0).numpy())
 
 
-def _side_by_side(images: list[Image.Image], drawing: Drawing) -> Image.Image:
+def _side_by_side(images: list[Image.Image], drawing: ImageRequest) -> Image.Image:
     both = Image.new("RGB", picture_size(drawing), "white")
     label, gap = _margins(drawing)
     pen, font = ImageDraw.Draw(both), ImageFont.load_default(0.6 * label)
@@ -257,7 +257,7 @@ def _side_by_side(images: list[Image.Image], drawing: Drawing) -> Image.Image:
     return both
 
 
-def _parameters(drawing: Drawing, sampler: str, loras: str) -> str:
+def _parameters(drawing: ImageRequest, sampler: str, loras: str) -> str:
     """The line that web UIs show and read."""
     negative = f"\nNegative prompt: {drawing.negative}" if drawing.negative else ""
     used = f", Lora weights: {json.dumps(loras)}" if loras else ""
@@ -286,10 +286,10 @@ class PictureFolder:
         self.out, self.is_coco = out, layout == "coco"
         self.pictures = out / COCO_FOLDER if self.is_coco else out
 
-    def name(self, drawing: Drawing) -> str:
+    def name(self, drawing: ImageRequest) -> str:
         return f"{drawing.number + 1:012d}.png" if self.is_coco else f"{drawing.number:06d}.png"
 
-    def path(self, drawing: Drawing) -> Path:
+    def path(self, drawing: ImageRequest) -> Path:
         return self.pictures / self.name(drawing)
 
     @property
@@ -349,7 +349,7 @@ class PictureFolder:
         """The images that are there, by their names."""
         return sorted(path for path in self.pictures.glob("*.png") if NAME.fullmatch(path.name))
 
-    def missing(self, drawings: list[Drawing], provenance: About) -> list[Drawing]:
+    def missing(self, drawings: list[ImageRequest], provenance: About) -> list[ImageRequest]:
         """The drawings that are not there as asked; warns of those that are there otherwise."""
         stale = {
             drawing: stale_because(self.path(drawing), record_of(drawing, provenance))
@@ -374,7 +374,7 @@ class PictureFolder:
             )
         return wanted
 
-    def before_replacing(self, drawing: Drawing) -> None:
+    def before_replacing(self, drawing: ImageRequest) -> None:
         """To be called before an image is written: the captions of what is replaced are set aside,
         and no sooner, since whatever fails before that leaves the folder as it was. A damaged file
         that does not say whose it was is kept under another name."""
@@ -384,13 +384,13 @@ class PictureFolder:
             if read_record(path, to_the_end=False)[0] is None:
                 set_aside(path, path.with_name(path.name + DAMAGED))
 
-    def finish(self, drawings: list[Drawing]) -> Path:
+    def finish(self, drawings: list[ImageRequest]) -> Path:
         """Write the captions and the contact sheet, when all images are there; returns the
         sheet."""
         sizes = map(picture_size, drawings)
         self._write_listing(
             [
-                Row(self.name(drawing), drawing.prompt, *size)
+                CaptionRow(self.name(drawing), drawing.prompt, *size)
                 for drawing, size in zip(drawings, sizes, strict=True)
             ]
         )
@@ -411,7 +411,7 @@ class PictureFolder:
             )
             self._write_listing([row for row in rows if row is not None])
 
-    def _write_listing(self, rows: list[Row]) -> None:
+    def _write_listing(self, rows: list[CaptionRow]) -> None:
         text = coco(rows) if self.is_coco else lines(rows)
         with writing(self.listing, STILL_GOOD):
             write_durable(self.listing, text.encode())

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from infer.plan import Batch, Drawing, make_batches, make_windows
+from infer.plan import Batch, ImageRequest, make_batches, make_windows
 from infer.settings import GenerateSettings
 from infer.weights import Weights, enable_loras, has_loras
 from runtime.devices import exact_fp32
@@ -28,7 +28,7 @@ PLAIN_TEXT, PLAIN_UNET = "text encoders without", "unet without"  # of --compare
 CPU = torch.device("cpu")
 
 
-class Models:
+class ModelSlots:
     """Each is loaded when it is first asked for. On a small card one is there at a time, and the
     others wait in the CPU's memory.
 
@@ -105,7 +105,7 @@ def _num_bytes(model: Any) -> int:
 Known = dict[str | None, Conditioning]
 
 
-class Texts:
+class TextEmbeddings:
     """Embeddings on the CPU, by text; None is the base's unconditional.
 
     They are kept as long as a later window needs them. With ``compare`` and a LoRA that changes the
@@ -120,7 +120,7 @@ class Texts:
     def of(self, text: str | None, with_loras: bool) -> Conditioning:
         return self._known.get(with_loras, self._known[True])[text]
 
-    def encode(self, models: Models, window: list[Batch], later: Iterable[Batch]) -> None:
+    def encode(self, models: ModelSlots, window: list[Batch], later: Iterable[Batch]) -> None:
         """Encode what ``window`` needs and is not known; forget what no batch needs any more."""
         needed, still = _texts(window), _texts(later)
         known = self._known.get(True, {})
@@ -167,7 +167,7 @@ def _texts(batches: Iterable[Batch]) -> set[Any]:
 UNET_BYTES = 500  # of activations for each pixel of each row of a batch in fp16; estimated
 VAE_BYTES = 3100  # for each pixel in fp32
 ONE_PICTURE = 1024 * 1024  # pixels that the VAE decodes at once, at least
-Keep = Callable[[Drawing, list[torch.Tensor]], None]
+Keep = Callable[[ImageRequest, list[torch.Tensor]], None]
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ class Side:
     plain: bool
 
 
-class Studio:
+class Pipeline:
     """All that draws, on one device."""
 
     def __init__(
@@ -193,7 +193,7 @@ class Studio:
         exact_fp32()
         self.settings, self.weights, self.dtype, self.device = settings, weights, dtype, device
         self.stays = stays  # its models do, after all is drawn
-        self._models: Models | None = None
+        self._models: ModelSlots | None = None
         self.sides = [Side(UNET, True, False)]
         if settings.compare:
             switched = weights.loras and "unet" not in weights.merged_parts
@@ -201,7 +201,7 @@ class Studio:
             self.sides.insert(0, Side(other, False, True))
         self._samplers: dict[tuple[str | None, bool], Any] = {}
 
-    def draw(self, drawings: list[Drawing], queue: WorkQueue, keep: Keep) -> None:
+    def draw(self, drawings: list[ImageRequest], queue: WorkQueue, keep: Keep) -> None:
         """Draw what this process gets of ``drawings``, the same in all; ``keep`` takes each image
         (with ``--compare`` two: without and with), [3, H, W] in 0..1, on the CPU.
 
@@ -213,7 +213,7 @@ class Studio:
         models = self._models or self._new_models(drawings)
         self._models = models if self.stays else None
         plain = PLAIN_TEXT if PLAIN_TEXT in models.loaders else None
-        texts = Texts(self.settings.batch_size, self.settings.compare, plain)
+        texts = TextEmbeddings(self.settings.batch_size, self.settings.compare, plain)
         for number, window in enumerate(windows):
             is_last = number == len(windows) - 1 and not self.stays
             texts.encode(models, window, chain.from_iterable(windows[number + 1 :]))
@@ -234,7 +234,7 @@ class Studio:
             for batch, latents in waiting:
                 self._decode(models, batch, latents, keep)
 
-    def _new_models(self, drawings: list[Drawing]) -> Models:
+    def _new_models(self, drawings: list[ImageRequest]) -> ModelSlots:
         loaders: dict[str, Callable[[], Any]] = {
             TEXT: self._load_text,
             UNET: lambda: self.weights.load_unet(self.dtype),
@@ -248,7 +248,7 @@ class Studio:
         rows = 2 * min(self.settings.batch_size, len(drawings))
         unet = UNET_BYTES * most * rows * self.dtype.itemsize // 2
         vae = VAE_BYTES * max(most, ONE_PICTURE)
-        return Models(self.device, loaders, max(unet, vae), self.settings.low_memory)
+        return ModelSlots(self.device, loaders, max(unet, vae), self.settings.low_memory)
 
     def _load_plain_text(self) -> TextEncoders:
         base, tokenizers = self.settings.base, self.settings.tokenizers
@@ -267,7 +267,9 @@ class Studio:
             self._samplers[name, plain] = self.weights.sampler(name, plain)
         return copy.deepcopy(self._samplers[name, plain])
 
-    def _sample(self, models: Models, side: Side, batch: Batch, texts: Texts) -> torch.Tensor:
+    def _sample(
+        self, models: ModelSlots, side: Side, batch: Batch, texts: TextEmbeddings
+    ) -> torch.Tensor:
         """Latents [N, C, h, w] of drawings of one kind, on the device."""
         unet, first = models.at_work(side.model), batch[0]
         if self.settings.compare:
@@ -288,7 +290,7 @@ class Studio:
         )
 
     def _decode(
-        self, models: Models, batch: Batch, latents: list[torch.Tensor], keep: Keep
+        self, models: ModelSlots, batch: Batch, latents: list[torch.Tensor], keep: Keep
     ) -> None:
         vae = models.at_work(VAE)
         vae.use_tiling = batch[0].tiled
@@ -302,7 +304,7 @@ class Studio:
             keep(drawing, pictures)
 
 
-def _time_ids(drawing: Drawing) -> torch.Tensor:
+def _time_ids(drawing: ImageRequest) -> torch.Tensor:
     original = (drawing.original_width, drawing.original_height)
     return time_ids_of(
         (drawing.width, drawing.height), original, (drawing.crop_left, drawing.crop_top)

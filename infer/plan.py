@@ -10,11 +10,11 @@ from sdxl.prompts import Prompt
 
 MOST_UNTILED = 1536 * 1536  # pixels: the VAE takes 3 kB for each in fp32
 MAX_PICTURES = 10_000_000  # of one run
-Batch = list["Drawing"]
+Batch = list["ImageRequest"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drawing:
+class ImageRequest:
     """One image. Sizes and crops in pixels; ``sampler`` None is the base's own."""
 
     number: int
@@ -40,9 +40,9 @@ class Drawing:
         return self.width, self.height, self.num_steps, self.guidance_scale, self.sampler or ""
 
 
-def plan_drawings(
+def plan_requests(
     settings: GenerateSettings, prompts: list[Prompt], default_side: int
-) -> list[Drawing]:
+) -> list[ImageRequest]:
     """``num_images`` images, prompts in rotation, each as often in turn as its line says; what a
     line says wins over the settings.
 
@@ -66,13 +66,13 @@ def plan_drawings(
 
 def _drawing(
     settings: GenerateSettings, prompt: Prompt, default_side: int, number: int, seed: int
-) -> Drawing:
+) -> ImageRequest:
     width, height = settings.pixels or (default_side, default_side)
     width, height = prompt.width or width, prompt.height or height
     original, crop = settings.original_pixels or (width, height), settings.crop_pixels
     tiled = settings.vae_tiling
     scale = prompt.guidance_scale
-    return Drawing(
+    return ImageRequest(
         number=number,
         prompt=prompt.text,
         negative=settings.negative if prompt.negative is None else prompt.negative,
@@ -92,7 +92,7 @@ def _drawing(
     )
 
 
-def make_batches(drawings: Iterable[Drawing], size: int) -> list[Batch]:
+def make_batches(drawings: Iterable[ImageRequest], size: int) -> list[Batch]:
     """Batches of one kind each. Images of the same prompt come together, so that few windows
     need it; else they are in the order of their numbers."""
     ordered = sorted(drawings, key=lambda drawing: drawing.number)

@@ -22,11 +22,11 @@ from precompute.plan.cache_plan import (
     finish,
     plan_caches,
     prepare,
-    warn_of_surprises,
+    warn_about_reencoding,
 )
-from precompute.plan.disk_space import Sizer, check_room
+from precompute.plan.disk_space import Sizer, check_disk_space
 from precompute.plan.losses import refuse_losses
-from precompute.plan.plan_file import WorkFile
+from precompute.plan.plan_file import PlanFile
 from precompute.plan.scan import Notes
 from precompute.report import Progress, Report
 from precompute.settings import EncodeSettings
@@ -40,7 +40,7 @@ BATCH_SIZE = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class EncodeJob:
     """What the main process tells the others; the rest is in the plan files of the caches."""
 
     batch_size: int
@@ -63,7 +63,7 @@ def encode(settings: EncodeSettings) -> list[Report]:
     exact_fp32()
     with ExitStack() as stack, _explain_full_disk(settings.out), _note_interrupt(plans):
         if not queue.is_main:
-            job = Job(**json.loads(queue.wait_for("job")))
+            job = EncodeJob(**json.loads(queue.wait_for("job")))
             stack.enter_context(num_threads(job.threads))
             _write_shards(queue, Encoders(settings, job.batch_size), job)
             queue.gather("end", "")
@@ -78,7 +78,7 @@ def encode(settings: EncodeSettings) -> list[Report]:
             refuse_losses(plans, settings, notes)
             notes.write()
         works = {plan.folder: plan.works for plan in plans}
-        check_room(settings.out, works, Sizer.of(settings))
+        check_disk_space(settings.out, works, Sizer.of(settings))
         job = _job(settings, plans)
         stack.enter_context(num_threads(job.threads))
         return _lead(queue, Encoders(settings, job.batch_size), job, plans, prompts, notes)
@@ -87,7 +87,7 @@ def encode(settings: EncodeSettings) -> list[Report]:
 def _lead(
     queue: WorkQueue,
     encoders: Encoders,
-    job: Job,
+    job: EncodeJob,
     plans: list[CachePlan],
     prompts: list[Prompt] | None,
     notes: Notes,
@@ -95,7 +95,7 @@ def _lead(
     """The main process's part, once it is known what is to be done."""
     reports = []
     for plan in plans:
-        warn_of_surprises(plan)
+        warn_about_reencoding(plan)
         report = Report(plan.folder, plan.changes, num_upscaled=plan.num_upscaled)
         is_val = len(plans) > 1 and plan.folder.name == "val"  # previews are of training
         report.num_prompts = prepare(plan, encoders, None if is_val else prompts)
@@ -109,7 +109,7 @@ def _lead(
     return reports
 
 
-def _job(settings: EncodeSettings, plans: list[CachePlan]) -> Job:
+def _job(settings: EncodeSettings, plans: list[CachePlan]) -> EncodeJob:
     """Batch size and threads decide the last bits: those of before, unless others are asked for.
 
     The default does not depend on how many processes there are, nor on their environment.
@@ -125,25 +125,25 @@ def _job(settings: EncodeSettings, plans: list[CachePlan]) -> Job:
                 "encoded now may differ from that in the last bits",
                 stacklevel=2,
             )
-    return Job(
+    return EncodeJob(
         **chosen,
         caches=[(str(plan.folder), len(plan.works)) for plan in plans],
         num_encodes=sum(work.num_encodes for plan in plans for work in plan.works),
     )
 
 
-def _write_shards(queue: WorkQueue, encoders: Encoders, job: Job) -> None:
+def _write_shards(queue: WorkQueue, encoders: Encoders, job: EncodeJob) -> None:
     """This process's part of all shards; the main one returns when all are written."""
     todo = [(Path(folder), number) for folder, num in job.caches for number in range(num)]
     if not todo:
         return
     files: dict[
-        Path, WorkFile
+        Path, PlanFile
     ] = {}  # one is there as long as a shard of it is claimed and not done
     with Progress(queue, job.num_encodes) as progress:
         for claimed in queue.claim("shards", len(todo)):
             folder, number = todo[claimed]
-            file = files[folder] = files.get(folder) or WorkFile(folder)
+            file = files[folder] = files.get(folder) or PlanFile(folder)
             work, recipe = file.shard(number), file.about["recipe"]
             write_work_shard(work, folder, encoders, recipe, progress.tick)
             progress.shard_done()

@@ -10,10 +10,10 @@ import safetensors.torch
 from safetensors import SafetensorError
 
 from precompute.encoders import Encoders
-from precompute.halves import Failed, Half, joined, latent_halves, text_halves
+from precompute.halves import EncodedPart, Failed, encode_latents, encode_texts, joined
 from precompute.images.masks import shows_anything
-from precompute.plan.placement import CHANGING, Planned, picture_mark
-from precompute.plan.plan_file import Found, ShardWork, Task
+from precompute.plan.placement import CHANGING, PlannedSample, picture_mark
+from precompute.plan.plan_file import CopySource, SampleTask, ShardTask
 from precompute.plan.reuse import remove_shard
 from precompute.text import text_shape
 from sdxl.latent_rgb import LatentSums
@@ -32,19 +32,19 @@ class Copies:
         self._cache = folder
         self._open = functools.lru_cache(maxsize=MAX_OPEN_SHARDS)(self._open_shard)
 
-    def latents(self, found: Found) -> Half | None:
+    def latents(self, found: CopySource) -> EncodedPart | None:
         half = self._half(found, VARIANT_TENSORS, "latents", ("picture", "mask"))
         masks = half.tensors.get("mask", ()) if half else ()
         if not all(shows_anything(mask, mask.dtype) for mask in masks):
             return None  # of an earlier version, which did not drop such variants
         return half
 
-    def text(self, found: Found) -> Half | None:
+    def text(self, found: CopySource) -> EncodedPart | None:
         return self._half(found, CAPTION_TENSORS, "text", ("captions",))
 
     def _half(
-        self, stored: Found, names: tuple[str, ...], half: str, digested: tuple[str, ...]
-    ) -> Half | None:
+        self, stored: CopySource, names: tuple[str, ...], half: str, digested: tuple[str, ...]
+    ) -> EncodedPart | None:
         try:
             shard = self._open(stored.shard, stored.cache)
             if stored.row >= len(shard.index) or shard.index.key(stored.row) != stored.key:
@@ -62,7 +62,7 @@ class Copies:
             return None  # it has its digests, and is not what encode writes
         kept = {name: tensors[name] for name in names if name in tensors}
         digests = {name: fields["digests"][name] for name in digested if name in fields["digests"]}
-        return Half(kept, notes, shard.index.header["made_with"], digests)
+        return EncodedPart(kept, notes, shard.index.header["made_with"], digests)
 
     def _open_shard(self, name: str, cache: str) -> Shard:
         folder = (self._cache.parent / cache if cache else self._cache) / REPLACED
@@ -95,7 +95,7 @@ class Notes:
             ),
         }
 
-    def add(self, planned: Planned, latents: Half, text: Half) -> None:
+    def add(self, planned: PlannedSample, latents: EncodedPart, text: EncodedPart) -> None:
         self.members.append([planned.record.key, *planned.marks])
         if num_dropped := latents.notes.get("num_dropped_variants", 0):
             self.dropped_variants.append([planned.record.path, num_dropped])
@@ -105,14 +105,14 @@ class Notes:
             if run_settings not in self.made_with:
                 self.made_with.append(run_settings)
 
-    def reject(self, planned: Planned, failed: Failed) -> None:
-        marks = planned.marks if failed.for_good else CHANGING
+    def reject(self, planned: PlannedSample, failed: Failed) -> None:
+        marks = planned.marks if failed.is_permanent else CHANGING
         self.members.append([planned.record.key, *marks])
         self.rejected.append([planned.record.path, failed.reason])
 
 
 def make_samples(
-    tasks: Sequence[Task],
+    tasks: Sequence[SampleTask],
     encoders: Encoders,
     copies: Copies,
     notes: Notes,
@@ -124,8 +124,8 @@ def make_samples(
     """
     halves = zip(
         tasks,
-        _halves(tasks, lambda task: task.latents, latent_halves, copies.latents, encoders),
-        _halves(tasks, lambda task: task.text, text_halves, copies.text, encoders),
+        _halves(tasks, lambda task: task.latents, encode_latents, copies.latents, encoders),
+        _halves(tasks, lambda task: task.text, encode_texts, copies.text, encoders),
         strict=True,
     )
     for task, latents, text in halves:
@@ -141,12 +141,12 @@ def make_samples(
             yield _join(planned, latents, text)
 
 
-def _with_marks(planned: Planned, digests: dict[str, str]) -> Planned:
+def _with_marks(planned: PlannedSample, digests: dict[str, str]) -> PlannedSample:
     """The image is known by what was read of it, where it was not hashed before."""
     return replace(planned, picture=planned.picture or picture_mark(digests.get("picture", "")))
 
 
-def _join(planned: Planned, latents: Half, text: Half) -> Sample:
+def _join(planned: PlannedSample, latents: EncodedPart, text: EncodedPart) -> Sample:
     return Sample(
         key=planned.record.key,
         path=planned.record.path,
@@ -159,12 +159,12 @@ def _join(planned: Planned, latents: Half, text: Half) -> Sample:
 
 
 def _halves(
-    tasks: Sequence[Task],
-    place: Callable[[Task], Found | None],
-    encode: Callable[[Sequence[Planned], Encoders], Iterator[Half | Failed]],
-    copy: Callable[[Found], Half | None],
+    tasks: Sequence[SampleTask],
+    place: Callable[[SampleTask], CopySource | None],
+    encode: Callable[[Sequence[PlannedSample], Encoders], Iterator[EncodedPart | Failed]],
+    copy: Callable[[CopySource], EncodedPart | None],
     encoders: Encoders,
-) -> Iterator[Half | Failed]:
+) -> Iterator[EncodedPart | Failed]:
     """One half of each sample, in order."""
     missing = [
         _missing_part(task.planned, place(task))
@@ -189,12 +189,12 @@ def _halves(
             yield half if made is None else joined(half, made)
 
 
-def _is_missing(stored: Found | None) -> bool:
+def _is_missing(stored: CopySource | None) -> bool:
     """Whether something of a half is to be encoded."""
     return stored is None or bool(stored.num_variants)
 
 
-def _missing_part(planned: Planned, stored: Found | None) -> Planned:
+def _missing_part(planned: PlannedSample, stored: CopySource | None) -> PlannedSample:
     return (
         planned
         if stored is None
@@ -206,7 +206,7 @@ def _missing_part(planned: Planned, stored: Found | None) -> Planned:
 
 
 def write_work_shard(
-    work: ShardWork,
+    work: ShardTask,
     folder: Path,
     encoders: Encoders,
     recipe: dict[str, Any],

@@ -17,10 +17,10 @@ import torch
 
 from precompute.encoders import Encoders
 from precompute.images.crops import render_variants
-from precompute.images.decode import open_picture, room_for
+from precompute.images.decode import limit_large_images, open_picture
 from precompute.images.masks import Gray, open_alpha, open_mask, render_mask, shows_anything
 from precompute.images.rejections import explain
-from precompute.plan.placement import Planned, picture_mark
+from precompute.plan.placement import PlannedSample, picture_mark
 from precompute.settings import EncodeSettings
 from runtime.devices import DTYPES, num_cores
 from runtime.files import content_digest
@@ -37,7 +37,7 @@ Pixels = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class Half:
+class EncodedPart:
     """The tensors of one half, as they are stored, and what its sample's JSON notes of it."""
 
     tensors: dict[str, torch.Tensor]
@@ -52,9 +52,11 @@ class Failed:
     """Why a sample has no such half; for good, or until the next run."""
 
     reason: str
-    for_good: bool = True
+    is_permanent: bool = True
     is_hidden: bool = False  # a mask hides all of its variants
-    digests: dict[str, str] = field(default_factory=dict)  # as of a ``Half``, where it was read
+    digests: dict[str, str] = field(
+        default_factory=dict
+    )  # as of a ``EncodedPart``, where it was read
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +67,9 @@ class _Opened:
     digests: dict[str, str]
 
 
-def latent_halves(members: Sequence[Planned], encoders: Encoders) -> Iterator[Half | Failed]:
+def encode_latents(
+    members: Sequence[PlannedSample], encoders: Encoders
+) -> Iterator[EncodedPart | Failed]:
     """Of each image its latents with their sizes: all variants of an image are one half.
 
     Its variants are those planned, less those that a mask hides all over.
@@ -110,7 +114,7 @@ def latent_halves(members: Sequence[Planned], encoders: Encoders) -> Iterator[Ha
         sums = [*map(_sums_of, mean, pictures)]
         notes = _notes(sums, len(planned.variants) - len(encoded))
         half = _stored(tensors, notes, encoders, made_from)
-        if isinstance(half, Half):
+        if isinstance(half, EncodedPart):
             half.tensors["sizes"] = sizes
             half = replace(half, sums=tuple(sums))
         yield half
@@ -132,7 +136,7 @@ def _total(sums: Sequence[LatentSums]) -> LatentSums:
     return functools.reduce(operator.add, sums)
 
 
-def joined(first: Half, others: Half) -> Half:
+def joined(first: EncodedPart, others: EncodedPart) -> EncodedPart:
     """Latents of a sample's first variants, which lay there, and of its others, just encoded."""
     tensors = {
         name: torch.cat([tensor, others.tensors[name]]) for name, tensor in first.tensors.items()
@@ -143,10 +147,12 @@ def joined(first: Half, others: Half) -> Half:
         *first.made_with,
         *(run_settings for run_settings in others.made_with if run_settings not in first.made_with),
     ]
-    return Half(tensors, _notes(sums, num_dropped), made_with, others.digests)
+    return EncodedPart(tensors, _notes(sums, num_dropped), made_with, others.digests)
 
 
-def text_halves(members: Sequence[Planned], encoders: Encoders) -> Iterator[Half | Failed]:
+def encode_texts(
+    members: Sequence[PlannedSample], encoders: Encoders
+) -> Iterator[EncodedPart | Failed]:
     """Of each sample the embeddings of all its captions."""
 
     def encode(rows: list[str]) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -202,28 +208,28 @@ def _stored(
     notes: dict[str, Any],
     encoders: Encoders,
     digests: dict[str, str],
-) -> Half | Failed:
+) -> EncodedPart | Failed:
     """In the dtype of the cache, if that can hold it."""
     dtype = encoders.settings.dtype
     cast = {name: tensor.to(DTYPES[dtype]) for name, tensor in tensors.items()}
     for name, tensor in cast.items():
         if not tensor.isfinite().all():
             return Failed(f"its {name} is not finite in {dtype}", digests=digests)
-    return Half(cast, notes, [encoders.made_with], digests)
+    return EncodedPart(cast, notes, [encoders.made_with], digests)
 
 
-def _open_member(planned: Planned, settings: EncodeSettings) -> _Opened:
+def _open_member(planned: PlannedSample, settings: EncodeSettings) -> _Opened:
     """Of each variant its pixels, mask and sizes, or why there are none."""
     record = planned.record
     try:
         data = record.picture.read()
         mask = None if record.mask is None else record.mask.read()
     except ValueError as error:  # it changed
-        return _Opened(Failed(str(error), for_good=False), {})
+        return _Opened(Failed(str(error), is_permanent=False), {})
     except OSError as error:
         if error.errno not in OF_THE_FILE:
             raise
-        failed = Failed(f"while the dataset was encoded: {explain(error)}", for_good=False)
+        failed = Failed(f"while the dataset was encoded: {explain(error)}", is_permanent=False)
         return _Opened(failed, {})
     digests = {"picture": hashlib.sha256(data).hexdigest()}
     if mask is not None:
@@ -232,18 +238,18 @@ def _open_member(planned: Planned, settings: EncodeSettings) -> _Opened:
     if [planned.picture or marks[0], planned.mask] != marks:
         failed = Failed(
             "it changed, and its size and time do not show it; encode again with --rehash",
-            for_good=False,
+            is_permanent=False,
         )
         return _Opened(failed, {})
     return _Opened(_open_variants(planned, settings, data, mask), digests)
 
 
 def _open_variants(
-    planned: Planned, settings: EncodeSettings, data: bytes, mask: bytes | None
+    planned: PlannedSample, settings: EncodeSettings, data: bytes, mask: bytes | None
 ) -> list[Pixels] | Failed:
     """A variant of which the mask shows nothing is dropped: its loss would be zero."""
     try:
-        with room_for(planned.variants[0].original):
+        with limit_large_images(planned.variants[0].original):
             pictures = render_variants(open_picture(data), planned.variants)
     except Exception as error:  # Pillow raises anything of a bad file
         return Failed(explain(error))
@@ -265,7 +271,7 @@ def _open_variants(
 
 
 def _open_masks(
-    data: bytes, mask: bytes | None, planned: Planned, settings: EncodeSettings
+    data: bytes, mask: bytes | None, planned: PlannedSample, settings: EncodeSettings
 ) -> torch.Tensor:
     """Of each variant the mask [V, 1, h, w], or nothing [V, 0]."""
     shares: Gray | None = None

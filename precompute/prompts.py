@@ -46,7 +46,7 @@ def change_prompts(
     return folder / PROMPTS, len(prompts)
 
 
-def settle_prompts(
+def sync_prompts(
     folder: Path, prompts: list[Prompt] | None, encoders: Encoders, recipe: dict[str, Any]
 ) -> int:
     """Encode's part, before it writes the manifest: ``prompts``, or (None) those of before.

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from precompute.dataset.records import Rejected
 from precompute.plan.reuse import Changes
 from runtime.signals import StopSignals
-from runtime.text import counted
+from runtime.text import pluralize
 from runtime.workers import POLL_SECONDS, WorkQueue
 from shards.buckets import bucket_name
 from shards.format import TENSORS
@@ -136,8 +136,8 @@ def summarize(changes: Changes) -> str:
 def describe(report: Report, num_chunks: int) -> Iterator[str]:
     """Lines for people; captions have ``num_chunks`` chunks."""
     yield (
-        f"\n{report.folder}: {counted(report.num_samples, 'image')} in "
-        f"{counted(report.num_shards, 'shard')}, "
+        f"\n{report.folder}: {pluralize(report.num_samples, 'image')} in "
+        f"{pluralize(report.num_shards, 'shard')}, "
         f"{report.num_bytes / 1e6:.1f} MB: {summarize(report.changes)}"
         + (", so nothing was encoded" if report.changes.are_none else "")
     )
@@ -168,8 +168,9 @@ def warn_of_rejected(report: Report) -> str:
         )
     if dropped := sorted(report.dropped_variants):
         number = sum(num for _, num in dropped)
+        variants, images = pluralize(number, "variant"), pluralize(len(dropped), "image")
         lines.append(
-            f"Warning: {counted(number, 'variant')} of {counted(len(dropped), 'image')} dropped: "
+            f"Warning: {variants} of {images} dropped: "
             f"the mask is black all over in that crop; e.g. {dropped[0][0]}"
         )
     return "\n".join(lines)

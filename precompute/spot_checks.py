@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from precompute.encoders import Encoders
-from precompute.plan.placement import Planned, PlannedShard
+from precompute.plan.placement import PlannedSample, ShardPlan
 from precompute.sanity import alarms_of_drawings, alarms_of_picture, measure_picture
 from runtime.files import content_digest
 from shards.format import CacheError
@@ -33,14 +33,14 @@ class Candidate:
     """An image that may be checked, and the shard it is in."""
 
     shard: str
-    planned: Planned
+    planned: PlannedSample
 
     @property
     def key(self) -> str:
         return self.planned.record.key
 
 
-def first_pictures(shards: Iterable[PlannedShard]) -> list[Candidate]:
+def first_pictures(shards: Iterable[ShardPlan]) -> list[Candidate]:
     """The candidates of a cache, in key order."""
     members = (Candidate(shard.name, member) for shard in shards for member in shard.members)
     return heapq.nsmallest(NUM_CANDIDATES, members, key=lambda candidate: candidate.key)

@@ -27,6 +27,6 @@ def shortened(value: Any, most: int = 60) -> str:
     return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"
 
 
-def counted(number: int, noun: str) -> str:
+def pluralize(number: int, noun: str) -> str:
     """``1 shard``, ``2,000 shards``."""
     return f"{number:,} {noun}" + ("" if number == 1 else "s")

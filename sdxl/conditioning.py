@@ -127,10 +127,12 @@ class TextEncoders:
 
     def is_cut(self, prompt: str) -> bool:
         """Whether the prompt has more tokens than its chunks take."""
-        return count_tokens(self.tokenizers[0], prompt) > self.num_chunks * room(self.tokenizers[0])
+        return count_tokens(self.tokenizers[0], prompt) > self.num_chunks * max_text_tokens(
+            self.tokenizers[0]
+        )
 
 
-def room(tokenizer: Any) -> int:
+def max_text_tokens(tokenizer: Any) -> int:
     """How many tokens of the text one chunk takes: 75."""
     return int(tokenizer.model_max_length) - 2
 
@@ -142,7 +144,7 @@ def count_tokens(tokenizer: Any, prompt: str) -> int:
 
 def _chunked(tokenizer: Any, prompts: list[str], num_chunks: int) -> torch.Tensor:
     """Token ids [N, ``num_chunks``, 77]: BOS, the text's, EOS, padding."""
-    size = room(tokenizer)
+    size = max_text_tokens(tokenizer)
     token_ids = torch.full((len(prompts), num_chunks, size + 2), tokenizer.pad_token_id)
     for row, prompt in enumerate(prompts):
         ids = tokenizer(prompt, add_special_tokens=False).input_ids

@@ -105,7 +105,7 @@ PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}  # its words
 
 
 @dataclass(frozen=True, kw_only=True)
-class Card:
+class ModelMetadata:
     """What weights are and came from; None: not known."""
 
     name: str | None = None
@@ -121,7 +121,7 @@ class Card:
     long_captions: int | None = None  # chunks of 77 tokens that captions have, if more than one
 
     @classmethod
-    def of(cls, record: Mapping[str, Any]) -> "Card":
+    def of(cls, record: Mapping[str, Any]) -> "ModelMetadata":
         """Of what ``to_dict`` gave; what is of another type is left out."""
         known = {field.name: record.get(field.name) for field in fields(cls)}
         texts = ("name", "base", "license", "prediction_type")
@@ -170,12 +170,12 @@ class Card:
         }
 
 
-def read_card(metadata: Mapping[str, str]) -> Card:
+def read_model_metadata(metadata: Mapping[str, str]) -> ModelMetadata:
     """The card in a file's metadata; an empty one in other tools' files."""
     try:
-        return Card.of(dict(parse_json(metadata.get(KEY, "{}"))))
+        return ModelMetadata.of(dict(parse_json(metadata.get(KEY, "{}"))))
     except (ValueError, TypeError):
-        return Card()
+        return ModelMetadata()
 
 
 def base_name(base: str) -> str:

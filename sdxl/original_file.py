@@ -28,7 +28,7 @@ CLIP_SCALE = math.log(100)  # where CLIP's training stops it
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class Component:
     """One model to be written: its config, and its tensors by diffusers' or transformers' names."""
 
     config: dict[str, Any]
@@ -52,7 +52,7 @@ class _Entry:
 
 def write_original(
     path: Path,
-    parts: Mapping[str, Part],
+    parts: Mapping[str, Component],
     *,
     schedule: Schedule | None = None,
     dtype: torch.dtype | None = None,
@@ -103,12 +103,12 @@ def _header(entries: list[_Entry], schedule: Schedule, metadata: Mapping[str, st
     return struct.pack("<Q", len(text)) + text
 
 
-def original_shapes(parts: Mapping[str, Part]) -> dict[str, list[int]]:
+def original_shapes(parts: Mapping[str, Component]) -> dict[str, list[int]]:
     """The tensors that ``write_original`` writes, by name."""
     return {entry.key: list(entry.tensor("meta").shape) for entry in _entries(parts, None)}
 
 
-def configs_metadata(parts: Mapping[str, Part]) -> dict[str, str]:
+def configs_metadata(parts: Mapping[str, Component]) -> dict[str, str]:
     """The configs that are not SDXL's own, under one key; nothing where all are."""
     other = {
         component: {name: v for name, v in part.config.items() if name != "_name_or_path"}
@@ -127,7 +127,7 @@ def _flags(schedule: Schedule) -> list[str]:
     return flags + [ZERO_SNR] * bool(schedule.zero_snr)
 
 
-def _entries(parts: Mapping[str, Part], dtype: torch.dtype | None) -> Iterator[_Entry]:
+def _entries(parts: Mapping[str, Component], dtype: torch.dtype | None) -> Iterator[_Entry]:
     for component, part in parts.items():
         names, prefix = OriginalNames(component, part.config), PREFIXES[component]
         sources: dict[str, list[str]] = {}

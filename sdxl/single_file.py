@@ -251,7 +251,7 @@ class SingleFile:
         check_config(path, component, config)
         return config
 
-    def pieces(self, component: str) -> dict[str, "Piece"]:
+    def pieces(self, component: str) -> dict[str, "TensorMapping"]:
         """How the model's tensors are made from those of the file, by the file's names.
 
         Raises:
@@ -273,7 +273,7 @@ class SingleFile:
                     f"{self.path}: {full} is in {self.tensors[full].dtype}, a quantized form that "
                     "cannot be read; use the fp16 file"
                 )
-            pieces[full] = Piece(key, modern_names, None if as_diffusers else names, scale)
+            pieces[full] = TensorMapping(key, modern_names, None if as_diffusers else names, scale)
         prefix, used = self._layouts[component].prefix, {piece.scale for piece in pieces.values()}
         for key in self.tensors:
             if key.startswith(prefix) and key.endswith(_SCALE_SUFFIXES) and key not in used:
@@ -312,7 +312,7 @@ class SingleFile:
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorMapping:
     """One tensor of a file, ``key`` without its prefix, and what it becomes: ``names`` of
     diffusers'; none where no layer uses it, None where the model has no such tensor."""
 

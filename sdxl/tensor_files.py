@@ -26,7 +26,7 @@ from sdxl import BaseError
 from sdxl.single_file import read_header
 
 
-def settled_bytes(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> bytes:
+def sorted_metadata_bytes(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> bytes:
     """A safetensors file of CPU tensors."""
     data = safetensors.torch.save(
         {name: tensor.contiguous() for name, tensor in tensors.items()}, metadata=metadata
@@ -35,7 +35,7 @@ def settled_bytes(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) ->
     return data[:8] + _with_sorted_metadata(data[8 : 8 + length]) + data[8 + length :]
 
 
-def settle(path: Path) -> None:
+def sort_metadata(path: Path) -> None:
     """Sort the metadata of a safetensors file in place: one that nobody reads yet."""
     with open(path, "r+b") as file:
         (length,) = struct.unpack("<Q", file.read(8))

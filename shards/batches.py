@@ -15,13 +15,13 @@ import torch
 
 from runtime.devices import DTYPES
 from shards.format import CAPTION_TENSORS, TENSORS, Layout
-from shards.index import Stretch
+from shards.index import SampleSpan
 from shards.manifest import UNCONDITIONAL
-from shards.plan import Draws, Entry, GlobalBatch, Plan, Share, pick
+from shards.plan import Draws, Entry, GlobalBatch, Plan, RankShare, pick
 from shards.reader import Cache, Shard, read_ahead
 
 
-class Rows:
+class BatchBuffer:
     """One tensor per name, with a row per sample; uninitialised at first.
 
     Samples of several dtypes are kept whole: fp16 and bf16 together are neither, but fp32.
@@ -39,7 +39,7 @@ class Rows:
             for name, tensor in self.tensors.items()
         }
 
-    def fill(self, number: int, stretches: Iterable[tuple[Stretch, memoryview]]) -> None:
+    def fill(self, number: int, stretches: Iterable[tuple[SampleSpan, memoryview]]) -> None:
         """Row ``number`` from the bytes of a sample's stretches; slices of other tensors than these
         are left out."""
         theirs, into = self._dtypes[number], self._bytes
@@ -114,7 +114,7 @@ class Reader:
     """
 
     def __init__(
-        self, caches: Sequence[Cache], plan: Plan, share: Share, reading: Reading = PLAIN
+        self, caches: Sequence[Cache], plan: Plan, share: RankShare, reading: Reading = PLAIN
     ) -> None:
         self.caches, self.plan, self.share, self.reading = caches, plan, share, reading
         self._unconditional: list[dict[str, torch.Tensor]] = []
@@ -217,7 +217,7 @@ class _BatchBuffers:
 
     def __init__(self, reading: Reading, layouts: Sequence[Layout]) -> None:
         names = [name for name in TENSORS if name != "mask" or reading.masks]
-        self.rows = Rows(names, layouts)
+        self.rows = BatchBuffer(names, layouts)
         num, self._latent = len(layouts), layouts[0].latent
         self._noise, self._posterior, self._offsets = (
             np.empty((num, *shape), np.float32)

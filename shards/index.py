@@ -72,7 +72,7 @@ _RECORD = struct.Struct("<20s4sfI4QI24sI")  # RECORD_DTYPE, read ten times as fa
 assert _RECORD.size == RECORD_DTYPE.itemsize
 
 
-class Part(NamedTuple):
+class HashedSpan(NamedTuple):
     """A stretch of the tar with a digest of its own."""
 
     what: str
@@ -80,10 +80,11 @@ class Part(NamedTuple):
     size: int
 
 
-class Record(NamedTuple):
+class IndexRecord(NamedTuple):
     """A sample's record in Python's own numbers; the fields are RECORD_DTYPE's, in their order.
 
-    ``counts`` (of variants, of captions) and ``tensors`` stay packed: a ``Form`` looks into them.
+    ``counts`` (of variants, of captions) and ``tensors`` stay packed: a ``SampleLayout`` looks into
+    them.
     """
 
     key: bytes
@@ -99,7 +100,7 @@ class Record(NamedTuple):
     reserved: int
 
 
-class Slice(NamedTuple):
+class TensorSlice(NamedTuple):
     """One variant or caption of a tensor; where it lies in its stretch."""
 
     name: str
@@ -107,27 +108,27 @@ class Slice(NamedTuple):
     stop: int
 
 
-class Stretch(NamedTuple):
+class SampleSpan(NamedTuple):
     """Neighbouring slices of one variant or caption, which share a digest; where they lie in the
     safetensors member."""
 
     what: str
     start: int
     stop: int
-    slices: tuple[Slice, ...]
+    slices: tuple[TensorSlice, ...]
     digest: int  # which of the sample's
 
 
-class Form(NamedTuple):
+class SampleLayout(NamedTuple):
     """How a sample is laid out; most of a shard are alike."""
 
-    variants: tuple[tuple[Stretch, ...], ...]  # of each, but for its mask
-    masks: tuple[tuple[Stretch, ...], ...]  # of each variant; empty without one
-    captions: tuple[tuple[Stretch, ...], ...]
+    variants: tuple[tuple[SampleSpan, ...], ...]  # of each, but for its mask
+    masks: tuple[tuple[SampleSpan, ...], ...]  # of each variant; empty without one
+    captions: tuple[tuple[SampleSpan, ...], ...]
     digests: struct.Struct  # of all its parts
     tensors: frozenset[str]  # those that the sample has
 
-    def stretches(self) -> Iterator[Stretch]:
+    def stretches(self) -> Iterator[SampleSpan]:
         """All, in the order of their digests."""
         for group in (*self.variants, *self.masks, *self.captions):
             yield from group
@@ -221,7 +222,7 @@ class Index:
             prompt=tuple(self.header["prompt"]),
             pooled=self.header["pooled"],
         )
-        self._forms: dict[tuple[bytes, bytes], Form] = {}
+        self._forms: dict[tuple[bytes, bytes], SampleLayout] = {}
         self._check_records()
 
     def _read_header(self) -> dict[str, Any]:
@@ -258,17 +259,17 @@ class Index:
         """All records at once."""
         return np.frombuffer(self._data, RECORD_DTYPE, self._count, self._first_record)
 
-    def record(self, row: int) -> Record:
+    def record(self, row: int) -> IndexRecord:
         """Sample ``row``, 0..len-1."""
         if not 0 <= row < self._count:
             raise IndexError(row)
         at = self._first_record + row * _RECORD.size
-        return Record._make(_RECORD.unpack_from(self._data, at))
+        return IndexRecord._make(_RECORD.unpack_from(self._data, at))
 
     def key(self, row: int) -> str:
         return self.record(row).key.decode()
 
-    def form(self, record: Record) -> Form:
+    def form(self, record: IndexRecord) -> SampleLayout:
         """How a sample is laid out."""
         packed = record.counts, record.tensors
         form = self._forms.get(packed)
@@ -278,34 +279,36 @@ class Index:
             form = self._forms[packed] = make_form(counts, offsets, self.layout)
         return form
 
-    def digests(self, record: Record, form: Form) -> tuple[int, ...]:
+    def digests(self, record: IndexRecord, form: SampleLayout) -> tuple[int, ...]:
         """xxh3-64 of each part of a sample."""
         at = self._first_digest + DIGEST_BYTES * record.first_digest
         if at + form.digests.size > len(self._data) - SHA_BYTES:
             raise self._forged(f"sample {record.key.decode()} has no digests")
         return form.digests.unpack_from(self._data, at)
 
-    def parts(self, row: int) -> Iterator[tuple[Part, int]]:
+    def parts(self, row: int) -> Iterator[tuple[HashedSpan, int]]:
         """Every part of a sample with its digest: JSON, header, then all stretches."""
         record = self.record(row)
         form = self.form(record)
         parts = [
-            Part("json", record.json_offset, record.json_size),
-            Part("header", record.offset, record.header_size),
+            HashedSpan("json", record.json_offset, record.json_size),
+            HashedSpan("header", record.offset, record.header_size),
         ]
         for stretch in form.stretches():
             parts.append(
-                Part(stretch.what, record.offset + stretch.start, stretch.stop - stretch.start)
+                HashedSpan(
+                    stretch.what, record.offset + stretch.start, stretch.stop - stretch.start
+                )
             )
         yield from zip(parts, self.digests(record, form), strict=True)
 
 
-def make_form(counts: Sequence[int], offsets: Sequence[int], layout: Layout) -> Form:
+def make_form(counts: Sequence[int], offsets: Sequence[int], layout: Layout) -> SampleLayout:
     """How a sample is laid out that has so many variants and captions, and its tensors there."""
     where = dict(zip(TENSORS, offsets, strict=True))
     digests = itertools.count(FIRST_STRETCH)
 
-    def of_each(label: str, count: int, names: Sequence[str]) -> Iterator[tuple[Stretch, ...]]:
+    def of_each(label: str, count: int, names: Sequence[str]) -> Iterator[tuple[SampleSpan, ...]]:
         present = sorted((where[name], name) for name in names if where[name])
         for position in range(count):
             places = []
@@ -320,7 +323,7 @@ def make_form(counts: Sequence[int], offsets: Sequence[int], layout: Layout) -> 
     masks = tuple(of_each("variant", counts[0], MASK_TENSORS))
     captions = tuple(of_each("caption", counts[1], CAPTION_TENSORS))
     tensors = frozenset(name for name, offset in where.items() if offset)
-    return Form(variants, masks, captions, struct.Struct(f"<{next(digests)}Q"), tensors)
+    return SampleLayout(variants, masks, captions, struct.Struct(f"<{next(digests)}Q"), tensors)
 
 
 Place = tuple[str, int, int]  # of a slice in the member
@@ -336,11 +339,11 @@ def _neighbours(places: Sequence[Place]) -> list[list[Place]]:
     return runs
 
 
-def _stretch(label: str, run: Sequence[Place], digest: int) -> Stretch:
+def _stretch(label: str, run: Sequence[Place], digest: int) -> SampleSpan:
     description = f"{label} ({', '.join(name for name, _, _ in run)})"
     first, last = run[0][1], run[-1][2]
-    slices = tuple(Slice(name, start - first, stop - first) for name, start, stop in run)
-    return Stretch(description, first, last, slices, digest)
+    slices = tuple(TensorSlice(name, start - first, stop - first) for name, start, stop in run)
+    return SampleSpan(description, first, last, slices, digest)
 
 
 # What an index must hold to be read from, whoever wrote it: see ``runtime.schema``.

@@ -11,7 +11,7 @@ import numpy as np
 
 from runtime import schema
 from runtime.schema import misfit, read_json
-from runtime.text import counted
+from runtime.text import pluralize
 from shards.buckets import bucket_name
 from shards.format import TENSORS, CacheError
 from shards.manifest import read_side_file
@@ -59,8 +59,8 @@ def describe_contents(cache: Cache, contents: Contents) -> list[str]:
     manifest = cache.manifest
     num_bytes = sum(shard["bytes"] for shard in manifest["shards"])
     return [
-        f"{cache.folder}: {counted(manifest['num_samples'], 'sample')} in "
-        f"{counted(len(manifest['shards']), 'shard')}, "
+        f"{cache.folder}: {pluralize(manifest['num_samples'], 'sample')} in "
+        f"{pluralize(len(manifest['shards']), 'shard')}, "
         f"{num_bytes / 1e6:.1f} MB; cache format {manifest['version']}, "
         f"digest {manifest['digest'][:12]}",
         *_describe_buckets(contents),

@@ -177,7 +177,7 @@ def _begins(ends: Array) -> Array:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Share:
+class RankShare:
     """How global batches are cut among ranks and accumulation steps."""
 
     batch_size: int

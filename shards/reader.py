@@ -19,7 +19,7 @@ from runtime.devices import DTYPES
 from runtime.schema import misfit, read_json
 from shards.buckets import Size
 from shards.format import CAPTION_TENSORS, CacheError
-from shards.index import Form, Index, Part, Record, Stretch, map_file
+from shards.index import HashedSpan, Index, IndexRecord, SampleLayout, SampleSpan, map_file
 from shards.manifest import UNCONDITIONAL, data_digest, read_manifest, read_side_file
 from shards.plan import Group
 
@@ -57,8 +57,8 @@ class Shard:
             )
 
     def checked(
-        self, record: Record, form: Form, stretches: Iterable[Stretch]
-    ) -> Iterator[tuple[Stretch, memoryview]]:
+        self, record: IndexRecord, form: SampleLayout, stretches: Iterable[SampleSpan]
+    ) -> Iterator[tuple[SampleSpan, memoryview]]:
         """The bytes of some stretches of a sample, as views of the mapped tar.
 
         Each is hashed when it is its turn: who copies it then finds it in the processor's cache.
@@ -111,13 +111,13 @@ class Shard:
         }
         return {end: bytes(self._data[at : at + size]) for end, (at, size) in places.items()}
 
-    def _part(self, row: int, part: Part, digest: int) -> memoryview:
+    def _part(self, row: int, part: HashedSpan, digest: int) -> memoryview:
         view = self._data[part.offset : part.offset + part.size]
         if xxh3_64_intdigest(view) != digest:
             self._refuse(self.index.record(row), part.what)
         return view
 
-    def _refuse(self, record: Record, part: str) -> NoReturn:
+    def _refuse(self, record: IndexRecord, part: str) -> NoReturn:
         raise CacheError(
             f"{self.path}: sample {record.key.decode()}: {part} is damaged (xxh3 differs); "
             "`python cli.py verify` names all damage"

@@ -20,7 +20,7 @@ import xxhash
 
 from runtime.files import PARTIAL, file_sha256, fsync_folder, remove_path, writing
 from runtime.schema import read_json
-from runtime.text import counted
+from runtime.text import pluralize
 from shards.format import CacheError, OtherFormat, sample_key
 from shards.index import Index
 from shards.manifest import MANIFEST, OWN, PROMPTS, REPLACED, SIDE_FILES, UNCONDITIONAL
@@ -336,7 +336,7 @@ def _repair_shard(folder: Path, shard: dict[str, Any]) -> str:
             _drop(folder, MANIFEST)
             for end in ENDS:
                 _drop(folder, name + end)
-            return f"{path}: dropped, with its {counted(shard['count'], 'sample')}"
+            return f"{path}: dropped, with its {pluralize(shard['count'], 'sample')}"
         if saved.is_as_before:  # only the tar was damaged, outside the samples
             os.replace(work / f"{name}.tar", folder / f"{name}.tar")
             fsync_folder(folder)
@@ -345,7 +345,7 @@ def _repair_shard(folder: Path, shard: dict[str, Any]) -> str:
         _swap(folder, name, work)
         if not saved.num_dropped:
             return f"{path}: repaired, no sample was lost"
-        total = counted(saved.num_kept + saved.num_dropped, "sample")
+        total = pluralize(saved.num_kept + saved.num_dropped, "sample")
         return f"{path}: dropped {saved.num_dropped:,} of its {total}"
     finally:
         remove_path(work)
@@ -374,7 +374,7 @@ def _swap(folder: Path, name: str, work: Path) -> None:
         aside.rmdir()
 
 
-def stand_in(folder: Path, error: CacheError) -> dict[str, Any]:
+def rebuild_manifest(folder: Path, error: CacheError) -> dict[str, Any]:
     """For a damaged manifest: what the indexes at hand vouch for, as ``verify`` takes it.
 
     An index that is damaged itself is among the shards, with a digest that nothing has.

@@ -10,7 +10,13 @@ import torch
 
 from sdxl.base import read_config
 from sdxl.load import bare_model
-from sdxl.lora.apply import fit, merged_weights, num_lora_parameters, read_num_chunks, read_schedule
+from sdxl.lora.apply import (
+    match_to_model,
+    merged_weights,
+    num_lora_parameters,
+    read_num_chunks,
+    read_schedule,
+)
 from sdxl.lora.names import UNET
 from sdxl.lora.read import read_lora_file
 from tests.mutations import Try, ending
@@ -158,7 +164,7 @@ def fuzz_lora(work: Path, base: Path) -> Try:
         if file.merged_parts:
             dict(merged_weights(unet, UNET, [(file, 0.7)]))
         else:
-            fit(file, UNET, unet)
+            match_to_model(file, UNET, unet)
 
     def try_one(rng: Random) -> str:
         torch.manual_seed(rng.getrandbits(32))

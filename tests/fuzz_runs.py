@@ -15,8 +15,8 @@ from PIL import Image, PngImagePlugin
 import cli
 from infer.outputs import (
     SETTINGS_KEY,
+    CaptionRow,
     PictureFolder,
-    Row,
     coco,
     lines,
     read_record,
@@ -24,10 +24,17 @@ from infer.outputs import (
     row_of_record,
     stale_because,
 )
-from infer.plan import Drawing
-from precompute.dataset.records import Blob, Record
-from precompute.plan.placement import Planned, place
-from precompute.plan.plan_file import Found, ShardWork, Task, read_about, read_places, write_work
+from infer.plan import ImageRequest
+from precompute.dataset.records import Blob, SourceImage
+from precompute.plan.placement import PlannedSample, place
+from precompute.plan.plan_file import (
+    CopySource,
+    SampleTask,
+    ShardTask,
+    read_about,
+    read_places,
+    write_work,
+)
 from precompute.plan.scan import Notes
 from runtime.files import aside_of, canonical_json, remove_path, seal
 from shards.buckets import Geometry
@@ -183,21 +190,27 @@ def fuzz_plan(work: Path, base: Path) -> Try:
     return try_one
 
 
-def example_work() -> ShardWork:
+def example_work() -> ShardTask:
     blob = Blob(Path("a.png"), 9, 1)
     geometry = Geometry(original=(70, 64), resized=(70, 64), crop=(3, 0), target=(64, 64))
-    records = [Record(f"{name}.png", blob, ("a cat",), mask=blob) for name in "abc"]
-    planned = sorted((Planned(one, "f" * 20, (geometry,), "e" * 20) for one in records), key=_key)
-    found = Found("64x64-000000", 0, planned[0].record.key)
-    tasks = [Task(planned[0], found, found), Task(planned[1]), Task(planned[2], reason="empty")]
-    return ShardWork("64x64-000001", (64, 64), 1, tuple(tasks), ("64x64-000000",))
+    records = [SourceImage(f"{name}.png", blob, ("a cat",), mask=blob) for name in "abc"]
+    planned = sorted(
+        (PlannedSample(one, "f" * 20, (geometry,), "e" * 20) for one in records), key=_key
+    )
+    found = CopySource("64x64-000000", 0, planned[0].record.key)
+    tasks = [
+        SampleTask(planned[0], found, found),
+        SampleTask(planned[1]),
+        SampleTask(planned[2], reason="empty"),
+    ]
+    return ShardTask("64x64-000001", (64, 64), 1, tuple(tasks), ("64x64-000000",))
 
 
-def _key(planned: Planned) -> str:
+def _key(planned: PlannedSample) -> str:
     return planned.record.key
 
 
-DRAWING = Drawing(
+DRAWING = ImageRequest(
     number=0,
     prompt="a cat",
     negative=None,
@@ -221,7 +234,7 @@ def fuzz_generated(work: Path, base: Path) -> Try:
     """Images that generate wrote, with their records, and the captions beside them."""
     about = {"samplers": {"": {"name": "euler", "config": {}}}, "weights": {"unet": "0" * 64}}
     asked = record_of(DRAWING, about)
-    row = Row("000000.png", "a cat", 16, 8)
+    row = CaptionRow("000000.png", "a cat", 16, 8)
     layouts = {"folder": lines([row]), "coco": coco([row])}
 
     def try_one(rng: random.Random) -> str:

@@ -14,7 +14,7 @@ from made import learner_of
 from sdxl.lora.names import KOHYA, LORA
 from sdxl.lora.read import read_lora_file
 from sdxl.lora.write import kohya_bytes, lora_bytes
-from sdxl.metadata import Card
+from sdxl.metadata import ModelMetadata
 
 Tensors = dict[str, torch.Tensor]
 
@@ -30,7 +30,7 @@ def made_lora(base: Path, folder: Path, **settings: Any) -> Any:
         (folder / name).write_bytes(data)
     if KOHYA not in lora_bytes(unet):  # of a DoRA only export writes it
         parts = read_lora_file(folder / LORA).parts
-        (folder / KOHYA).write_bytes(kohya_bytes(parts, unet.config, Card()))
+        (folder / KOHYA).write_bytes(kohya_bytes(parts, unet.config, ModelMetadata()))
     return unet
 
 

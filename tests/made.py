@@ -12,11 +12,11 @@ from shards.batches import UNCONDITIONAL, Batch, Reader, Reading
 from shards.format import Layout, Sample, sample_key
 from shards.index import Index
 from shards.manifest import write_manifest
-from shards.plan import Plan, Share
+from shards.plan import Plan, RankShare
 from shards.reader import Cache
 from shards.writer import shard_name, write_shard
 from train.config import TrainConfig
-from train.distributed import World
+from train.distributed import DistContext
 from train.learner import Learner, build_learner
 from train.option_values import CacheUse
 
@@ -144,7 +144,7 @@ def reader_of(
 ) -> Reader:
     """One rank's reader of global batches of ``size``."""
     groups = [group for number, cache in enumerate(caches) for group in cache.groups(number)]
-    share = Share(batch_size=batch_size or size, world=world, rank=rank)
+    share = RankShare(batch_size=batch_size or size, world=world, rank=rank)
     return Reader(caches, Plan(groups, seed, size), share, Reading(**reading))
 
 
@@ -169,7 +169,7 @@ def config_of(
 def learner_of(base: Path, **settings: Any) -> Learner:
     """On the CPU; a LoRA's second half is random, so that its first has gradients too."""
     torch.manual_seed(0)
-    learner = build_learner(config_of(base, **settings), World(CPU))
+    learner = build_learner(config_of(base, **settings), DistContext(CPU))
     for name, parameter in learner.optimizer.parameters.items():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)

@@ -8,20 +8,20 @@ import safetensors.torch
 import torch
 
 from sdxl.base import find_weights, read_config
-from sdxl.original_file import Part, write_original
+from sdxl.original_file import Component, write_original
 
 MODELS = ("unet", "vae", "text_encoder", "text_encoder_2")
 Tensors = dict[str, torch.Tensor]
 
 
-def parts_of(base: Path) -> dict[str, Part]:
+def parts_of(base: Path) -> dict[str, Component]:
     """All models of a diffusers folder."""
     parts = {}
     for name in MODELS:
         tensors: Tensors = {}
         for file in find_weights(base / name).files:
             tensors |= safetensors.torch.load_file(file)
-        parts[name] = Part(read_config(base / name), tensors)
+        parts[name] = Component(read_config(base / name), tensors)
     return parts
 
 

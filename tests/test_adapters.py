@@ -15,7 +15,7 @@ from sdxl.load import load_unet
 from sdxl.lora.names import KOHYA, LORA
 from shards.reader import Cache
 from train.config import TrainConfig
-from train.distributed import World
+from train.distributed import DistContext
 from train.learner import Learner, build_learner, evaluate
 from train.loop import train
 from train.option_values import CacheUse
@@ -117,7 +117,7 @@ def eval_loss(unet: Any, config: TrainConfig, cache: Path) -> float:
     bare = TrainConfig(
         caches=config.caches, base=config.base, out=config.out, steps=1, device="cpu", batch_size=4
     )
-    learner: Learner = build_learner(bare, World(CPU))
+    learner: Learner = build_learner(bare, DistContext(CPU))
     learner.unet = unet
     return evaluate(learner, Cache(cache), bare)
 
@@ -150,7 +150,7 @@ def test_each_kind_learns_and_diffusers_reads_it_at_equal_strength(
     before = eval_loss(load_unet(str(base), torch.float32), config, cache)
     after = eval_loss(reloaded(base, run), config, cache)
     assert after < before - 0.01, (before, after)
-    learner = build_learner(config, World(CPU))
+    learner = build_learner(config, DistContext(CPU))
     from train.weights import read_weights
 
     read_weights(learner.unet, False, run, None)
@@ -172,7 +172,7 @@ def test_a_lora_on_a_quantised_base_learns_and_fits_the_plain_one(
     overfit: Train, cache: Path, base: Path, quant: str, adapter: str
 ) -> None:
     run, config = overfit(base_quant=quant, targets="all", adapter=adapter)
-    learner = build_learner(config, World(CPU))
+    learner = build_learner(config, DistContext(CPU))
     packed = sum(num_bytes(p) for p in learner.unet.parameters() if not p.requires_grad)
     plain = load_unet(str(base), torch.float32)
     assert packed < 0.8 * sum(p.numel() * 4 for p in plain.parameters())
@@ -227,7 +227,7 @@ def test_a_lora_file_is_taken_in_fp32_on_a_half_precision_base(
     """To its last bit, where the base's precision would round it."""
     first, config = overfit("first", rank=8, steps=2)
     half = replace(config, rank=None, init_lora=first / LORA, precision="bf16", allow_cpu_bf16=True)
-    learner = build_learner(half, World(CPU))
+    learner = build_learner(half, DistContext(CPU))
     state = safetensors.torch.load_file(first / LORA)
     for name, parameter in learner.optimizer.parameters.items():
         module, _, part = name.partition(".lora_")

@@ -14,10 +14,10 @@ from peft.tuners.lora import LoraLayer
 
 from runtime.devices import DTYPES, pick_precision
 from shards.batches import Reader
-from shards.plan import Plan, Share
+from shards.plan import Plan, RankShare
 from shards.reader import Cache
 from train.config import TrainConfig
-from train.distributed import World
+from train.distributed import DistContext
 from train.learner import Learner, build_learner, train_step
 from train.memory import CudaNorms
 from train.option_values import CacheUse
@@ -34,7 +34,7 @@ def learner_of(cache: Path, base: Path, **settings: Any) -> Learner:
         device="cpu",
         **settings,
     )
-    return build_learner(config, World(CPU))
+    return build_learner(config, DistContext(CPU))
 
 
 def whole_of(learner: Learner) -> torch.optim.Optimizer:
@@ -44,7 +44,7 @@ def whole_of(learner: Learner) -> torch.optim.Optimizer:
 
 def batches_of(cache: Path) -> Any:
     opened = Cache(cache)
-    share = Share(batch_size=2, world=1, rank=0)
+    share = RankShare(batch_size=2, world=1, rank=0)
     return Reader([opened], Plan(opened.groups(), 0, 2), share).epochs()
 
 
@@ -276,7 +276,7 @@ def test_a_step_on_cuda(cache: Path, base: Path) -> None:
     config = TrainConfig(
         caches=(CacheUse(cache),), base=str(base), out=Path("unused"), steps=1, device="cuda"
     )
-    learner = build_learner(config, World(torch.device("cuda")))
+    learner = build_learner(config, DistContext(torch.device("cuda")))
     batches = batches_of(cache)
     step = train_step(learner, batches, 0, 1e-3)
     loss, norm = step.loss, step.grad_norm

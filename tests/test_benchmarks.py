@@ -21,7 +21,7 @@ from benchmarks.gpu import Cell, fill_in, grid, measure, rows_of, run_cell
 from benchmarks.gpu_cells import largest
 from benchmarks.report import ratio, take_turns
 from shards.batches import Reader
-from shards.plan import Plan, Share
+from shards.plan import Plan, RankShare
 from shards.reader import Cache
 from shards.verify import verify
 from train.memory import Estimator
@@ -64,7 +64,7 @@ def test_a_sparse_cache_reads_as_zeros(tmp_path: Path) -> None:
     write_sparse(tmp_path / "cache", SMALL, 700)  # two shards
     cache = Cache(tmp_path / "cache")
     plan = Plan(cache.groups(), 0, 7)
-    reader = Reader([cache], plan, Share(batch_size=7, world=1, rank=0))
+    reader = Reader([cache], plan, RankShare(batch_size=7, world=1, rank=0))
     keys = set()
     for number in range(plan.num_batches):
         batch = reader.read(plan.batch(0, number), 0)

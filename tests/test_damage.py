@@ -21,7 +21,7 @@ from runtime.files import canonical_json, content_digest
 from shards.batches import Reader
 from shards.format import VERSION, CacheError
 from shards.manifest import MANIFEST, read_manifest
-from shards.plan import Plan, Share
+from shards.plan import Plan, RankShare
 from shards.reader import Cache
 from shards.verify import Fault, verify
 from tools.draw_pictures import draw_pictures
@@ -153,7 +153,7 @@ def hits(folder: Path, flips: list[Flip]) -> Iterator[tuple[Flip, Member | None]
 def read_all(folder: Path) -> list[str]:
     """Read every sample as training does; their keys."""
     cache = Cache(folder)
-    plan, share = Plan(cache.groups(), 0, 2), Share(batch_size=2, world=1, rank=0)
+    plan, share = Plan(cache.groups(), 0, 2), RankShare(batch_size=2, world=1, rank=0)
     batches = [plan.batch(0, number) for number in range(plan.num_batches)]
     return [key for b in batches for key in Reader([cache], plan, share).read(b, 0).keys]
 

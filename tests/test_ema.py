@@ -13,7 +13,7 @@ from sdxl.lora.write import lora_state
 from shards.reader import Cache
 from train.ema import Ema
 from train.learner import evaluate, train_step
-from train.weights import Kind, publish
+from train.weights import WeightsFormat, publish
 
 
 def unrolled(decay: float, history: list[torch.Tensor]) -> torch.Tensor:
@@ -86,7 +86,7 @@ def test_the_average_is_what_is_evaluated_and_published(
         train_step(learner, iter([made_batch(2)]), step, 1e-2)
     history.append({n: p.detach().clone() for n, p in parameters.items()})
     averaged = evaluate(learner, val, config)
-    kind = Kind(full, str(base), learner.schedule)
+    kind = WeightsFormat(full, str(base), learner.schedule)
     publish(learner.unet, kind, tmp_path, learner.world, learner.ema, steps=4)
     assert same(parameters, history[-1])  # type: ignore[arg-type]
     learner.ema = None

@@ -24,7 +24,7 @@ from sdxl.load import load_text_encoders, load_unet, load_unet_folder, load_vae
 from sdxl.lora.apply import load_lora
 from sdxl.lora.names import KOHYA, LORA, UNET
 from sdxl.lora.read import read_lora_file
-from sdxl.metadata import read_card
+from sdxl.metadata import read_model_metadata
 from shards.reader import Cache
 from tools.random_base import make_random_base
 
@@ -81,7 +81,7 @@ def test_full_weights_say_what_they_are(licensed: Path, cache: Path, tmp_path: P
     train(cache, licensed, tmp_path / "run", steps=2, full=True)
     for name in ("diffusion_pytorch_model", "diffusion_pytorch_model.fp16"):
         metadata = metadata_of(tmp_path / "run" / "unet" / f"{name}.safetensors")
-        card = read_card(metadata)
+        card = read_model_metadata(metadata)
         assert metadata["format"] == "pt"
         assert (card.name, card.steps, card.rank, card.license) == ("run", 2, None, "fair-ai")
 
@@ -175,7 +175,7 @@ def test_a_fine_tuned_unet_becomes_one_file(
     said = metadata_of(out)
     assert said["modelspec.architecture"] == "stable-diffusion-xl-v1-base"
     assert said["modelspec.prediction_type"] == "v" and said["modelspec.title"] == "out"
-    assert read_card(said).steps == 2
+    assert read_model_metadata(said).steps == 2
     theirs = UNet2DConditionModel.from_single_file(
         str(out), config=str(base), subfolder="unet", torch_dtype=kind, local_files_only=True
     ).state_dict()

@@ -16,7 +16,7 @@ from sdxl.base import scheduler_config
 from sdxl.load import load_vae
 from sdxl.lora.names import KOHYA, LORA
 from sdxl.lora.write import lora_bytes
-from sdxl.metadata import Card
+from sdxl.metadata import ModelMetadata
 from tools.random_base import make_random_base
 
 
@@ -27,7 +27,7 @@ def merged(base: Path, lora: Path, out: Path, dtype: str = "fp16") -> Path:
 
 def lora_with(base: Path, folder: Path, **card: Any) -> Path:
     unet = made_lora(base, folder)
-    (folder / LORA).write_bytes(lora_bytes(unet, None, Card(**card))[LORA])
+    (folder / LORA).write_bytes(lora_bytes(unet, None, ModelMetadata(**card))[LORA])
     return folder / LORA
 
 

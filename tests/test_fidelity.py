@@ -17,10 +17,10 @@ from PIL import Image
 from shards.batches import Reader
 from shards.buckets import cover
 from shards.format import Sample
-from shards.plan import Plan, Share
+from shards.plan import Plan, RankShare
 from shards.reader import Cache
 from train.config import TrainConfig
-from train.distributed import World
+from train.distributed import DistContext
 from train.learner import build_learner, train_step
 from train.objective import (
     add_noise,
@@ -204,7 +204,7 @@ def make_config(cache: Path, base: Path, **settings: Any) -> TrainConfig:
 def batches_of(cache: Path, size: int, batch_size: int | None = None) -> Any:
     opened = Cache(cache)
     plan = Plan(opened.groups(), 0, size)
-    share = Share(batch_size=batch_size or size, world=1, rank=0)
+    share = RankShare(batch_size=batch_size or size, world=1, rank=0)
     return Reader([opened], plan, share).epochs()
 
 
@@ -220,7 +220,7 @@ def test_loss_and_gradients_are_the_plain_loops(
     torch.manual_seed(0)
     targets = None if full else "all"
     config = make_config(cache, base, full=full, prediction_type=kind, targets=targets)
-    learner = build_learner(config, World(torch.device("cpu")))
+    learner = build_learner(config, DistContext(torch.device("cpu")))
     for parameter in learner.unet.parameters():  # LoRA starts at zero: half its gradients too
         if parameter.requires_grad and not full:
             torch.nn.init.normal_(parameter, std=0.05)
@@ -242,7 +242,9 @@ def test_accumulated_micro_batches_are_one_batch(cache: Path, base: Path) -> Non
     """Also where a batch is short: 5 samples as 2 + 2 + 1 weigh the same as 5 at once."""
     results = []
     for batch_size in (5, 2):
-        learner = build_learner(make_config(cache, base, targets="all"), World(torch.device("cpu")))
+        learner = build_learner(
+            make_config(cache, base, targets="all"), DistContext(torch.device("cpu"))
+        )
         learner.max_grad_norm = 0.0
         batches = batches_of(cache, 5, batch_size)
         steps = [train_step(learner, batches, number, 1e-3) for number in range(3)]
@@ -258,8 +260,8 @@ def test_twenty_steps_from_the_cache_are_twenty_steps_encoding_online(
     """The same noise, times and order; the reference opens images and runs VAE and encoders."""
     config = make_config(cache, base, targets="all")
     paths = {sample.key: sample for sample in samples_of(cache).values()}
-    ours = build_learner(config, World(torch.device("cpu")))
-    theirs = build_learner(config, World(torch.device("cpu")))
+    ours = build_learner(config, DistContext(torch.device("cpu")))
+    theirs = build_learner(config, DistContext(torch.device("cpu")))
     schedule = schedule_of(base)
     trained = [p for p in theirs.unet.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=1e-2)

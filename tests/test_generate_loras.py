@@ -24,11 +24,11 @@ from PIL import Image
 from runs import run
 
 from infer.export import export
-from infer.generate import _about, _plan, make_studio
+from infer.generate import _about, _plan, make_pipeline
 from infer.settings import ExportSettings, GenerateSettings, LoraUse
 from sdxl.lora.names import KOHYA, LORA
 from sdxl.lora.write import lora_bytes
-from sdxl.metadata import Card
+from sdxl.metadata import ModelMetadata
 from train.option_values import Every
 
 
@@ -197,7 +197,7 @@ def test_loras_of_different_schedules_do_not_go_together(base: Path, tmp_path: P
     uses = []
     for kind in ("epsilon", "v_prediction"):
         path = tmp_path / f"{kind}.safetensors"
-        path.write_bytes(lora_bytes(unet, card=Card(prediction_type=kind))[LORA])
+        path.write_bytes(lora_bytes(unet, card=ModelMetadata(prediction_type=kind))[LORA])
         uses.append(LoraUse(path))
     with pytest.raises(
         ValueError, match=r"epsilon.safetensors was trained for epsilon .*: they do not go"
@@ -231,7 +231,7 @@ def test_all_that_decides_a_picture_is_in_its_record(base: Path, tmp_path: Path)
     )
 
     def about() -> Any:
-        return _about(make_studio(settings), _plan(settings))
+        return _about(make_pipeline(settings), _plan(settings))
 
     first = about()
     assert about() == first

@@ -27,8 +27,8 @@ from PIL import Image
 import infer.pipeline
 from infer.generate import generate
 from infer.outputs import stale_because
-from infer.pipeline import TEXT, UNET, VAE, Models
-from infer.plan import make_batches, plan_drawings
+from infer.pipeline import TEXT, UNET, VAE, ModelSlots
+from infer.plan import make_batches, plan_requests
 from infer.settings import GenerateSettings
 from runtime.locks import locked
 from sdxl.conditioning import TextEncoders
@@ -69,16 +69,16 @@ def test_batch_size_changes_no_picture(base: Path, tmp_path: Path) -> None:
 def worked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Which model was put to work, in order; and that on a small card it was alone there."""
     found: list[str] = []
-    real = Models.at_work
+    real = ModelSlots.at_work
 
-    def at_work(self: Models, name: str) -> Any:
+    def at_work(self: ModelSlots, name: str) -> Any:
         model = real(self, name)
         if not found or found[-1] != name:
             found.append(name)
         assert not self.small or self._there == {name}
         return model
 
-    monkeypatch.setattr(Models, "at_work", at_work)
+    monkeypatch.setattr(ModelSlots, "at_work", at_work)
     return found
 
 
@@ -134,7 +134,7 @@ def test_what_is_free_decides_whether_models_take_turns(
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     held = {TEXT: FakeModel(300), UNET: FakeModel(400), VAE: FakeModel(200)}
     loaders: Any = {name: (lambda model=model: model) for name, model in held.items()}
-    models = Models(torch.device("cuda"), loaders, 400, None)
+    models = ModelSlots(torch.device("cuda"), loaders, 400, None)
     for name in (TEXT, UNET, VAE):
         assert models.at_work(name) is held[name]
     assert models.small == small
@@ -152,7 +152,7 @@ def test_large_pictures_are_decoded_in_tiles(base: Path, tmp_path: Path) -> None
     assert differ(tiled, whole) > 0.01
     settings = settings_of(base, tmp_path / "x", PROMPTS)
     sizes = [Prompt(text="a", width=side, height=1536) for side in (1536, 1544)]
-    assert [one.tiled for one in plan_drawings(settings, sizes, 64)] == [False, True]
+    assert [one.tiled for one in plan_requests(settings, sizes, 64)] == [False, True]
 
 
 def test_a_vae_that_overflows_in_half_decodes_in_fp32(base: Path) -> None:
@@ -268,10 +268,10 @@ def test_cocos_layout(base: Path, tmp_path: Path) -> None:
 def test_lines_take_turns(tmp_path: Path) -> None:
     prompts = [Prompt(text="a", num_images=2, seed=7), Prompt(text="b")]
     settings = GenerateSettings(base="x", out=tmp_path, prompt="unused", seed=100)
-    drawings = plan_drawings(settings, prompts, 64)
+    drawings = plan_requests(settings, prompts, 64)
     assert [(one.prompt, one.seed) for one in drawings] == [("a", 7), ("a", 8), ("b", 102)]
     more = GenerateSettings(base="x", out=tmp_path, prompt="unused", seed=100, num_images=5)
-    drawings = plan_drawings(more, prompts, 64)
+    drawings = plan_requests(more, prompts, 64)
     seeds = [("a", 7), ("a", 8), ("b", 102), ("a", 9), ("a", 10)]
     assert [(one.prompt, one.seed) for one in drawings] == seeds
     batches = make_batches(drawings, 3)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from precompute.dataset.records import Blob, Record
+from precompute.dataset.records import Blob, SourceImage
 from precompute.images.crops import render
 from precompute.images.decode import open_picture, picture_size, to_srgb
 from precompute.plan.scan import plan_pictures
@@ -178,7 +178,7 @@ def test_the_settings_choose_the_geometry(
     settings = EncodeSettings(
         dataset=tmp_path, base="", out=tmp_path, resolution=64, bucket_step=16, **flags
     )
-    (planned,), rejected = plan_pictures([Record("a.png", Blob.of(file), ("a",))], settings)
+    (planned,), rejected = plan_pictures([SourceImage("a.png", Blob.of(file), ("a",))], settings)
     assert rejected == []
     assert planned.variants[0].sizes == sizes
 

@@ -24,11 +24,11 @@ from safetensors import safe_open
 from sdxl.load import bare_model, load_unet
 from sdxl.lora.apply import adaptable, load_lora
 from sdxl.lora.names import KOHYA, UNET, kohya_keys
-from sdxl.lora.weights import Adapted
+from sdxl.lora.weights import LoraWeights
 from sdxl.lora.write import kohya_metadata, kohya_state
-from sdxl.metadata import Card
+from sdxl.metadata import ModelMetadata
 from sdxl.single_file import sdxl_config
-from sdxl.tensor_files import KEY, METADATA_KEY, settled_bytes
+from sdxl.tensor_files import KEY, METADATA_KEY, sorted_metadata_bytes
 from train.unet import TARGETS
 
 # sha256 of the lines "name [shape]" of the UNet's part of a rank 8 LoRA on all linears of SDXL's
@@ -48,7 +48,7 @@ def test_names_and_shapes_at_full_size_are_the_published_ones() -> None:
 
     unet = bare_model(UNET, sdxl_config(UNET))
     found = {
-        name: Adapted(torch.empty(8, *shape[1:], device="meta"), torch.empty(shape[0], 8), 3.0)
+        name: LoraWeights(torch.empty(8, *shape[1:], device="meta"), torch.empty(shape[0], 8), 3.0)
         for name, shape in adaptable(unet).items()
         if re.fullmatch(TARGETS["all"], name)
     }
@@ -129,8 +129,8 @@ def test_dora_by_arithmetic(base: Path, tmp_path: Path, conv: bool) -> None:
 
 def test_metadata_is_what_uis_read(base: Path, tmp_path: Path) -> None:
     unet = made_lora(base, tmp_path, rank=8, alpha=3.0, adapter="rslora", targets="all")
-    parts = {n: Adapted(o["down"], o["up"], 3.0, rslora=True) for n, o in halves(unet).items()}
-    card = Card(
+    parts = {n: LoraWeights(o["down"], o["up"], 3.0, rslora=True) for n, o in halves(unet).items()}
+    card = ModelMetadata(
         name="hearts",
         base="sdxl",
         license="openrail++",
@@ -169,7 +169,7 @@ def test_equal_content_is_equal_bytes() -> None:
     tensors = {"b": torch.ones(3), "a": torch.zeros(2, dtype=torch.float16)}
     metadata = {f"key {number}": f'ü"\\\n{number}' for number in range(12)}
     plain = {safetensors.torch.save(tensors, metadata=metadata) for _ in range(10)}
-    settled = {settled_bytes(tensors, metadata) for _ in range(10)}
+    settled = {sorted_metadata_bytes(tensors, metadata) for _ in range(10)}
     assert len(plain) > 1 and len(settled) == 1
     again = safetensors.torch.load(settled.pop())
     assert torch.equal(again["b"], tensors["b"]) and again["a"].dtype == torch.float16

@@ -28,11 +28,17 @@ from made import made_batch
 
 from sdxl.base import read_config
 from sdxl.load import bare_model, load_text_encoders, load_unet
-from sdxl.lora.apply import apply_loras, apply_text_loras, fit, load_lora, num_lora_parameters
+from sdxl.lora.apply import (
+    apply_loras,
+    apply_text_loras,
+    load_lora,
+    match_to_model,
+    num_lora_parameters,
+)
 from sdxl.lora.names import KOHYA, LORA, UNET
 from sdxl.lora.read import read_lora_file
 from sdxl.lora.write import diffusers_bytes
-from sdxl.metadata import Card
+from sdxl.metadata import ModelMetadata
 from sdxl.original_names import OriginalNames
 
 RANK = 8
@@ -401,10 +407,10 @@ def test_the_module_that_differs_keeps_its_rank_and_alpha(base: Path, tmp_path: 
         name = f"{module.rsplit('.', 1)[0]}.{one}"
         expected[f"{name}.weight"] = fused(base, again, scale)[f"{name}.weight"]
     assert sorted({len(one["down"]) for one in halves(again).values()}) == [2, 4]
-    found = fit(read_lora_file(path), UNET, again)
+    found = match_to_model(read_lora_file(path), UNET, again)
     assert_close(state_after(again), expected)
     written = tmp_path / "written.safetensors"
-    written.write_bytes(diffusers_bytes({UNET: found}, Card()))
+    written.write_bytes(diffusers_bytes({UNET: found}, ModelMetadata()))
     assert_close(fused_by_diffusers(base, written), expected)
     third = load_unet(str(base), torch.float32)
     load_lora(third, written)

@@ -12,10 +12,10 @@ from click.testing import CliRunner
 import train.unet
 from cli import commands
 from shards.batches import Reader
-from shards.plan import Plan, Share
+from shards.plan import Plan, RankShare
 from shards.reader import Cache
 from train.config import TrainConfig
-from train.distributed import World
+from train.distributed import DistContext
 from train.learner import Learner, build_learner, train_step, warm_up
 from train.loop import train as run_train
 from train.memory import Estimator, advice
@@ -37,7 +37,7 @@ def plan_of(cache: Path) -> tuple[Cache, Plan]:
 
 def steps_of(learner: Learner, cache: Path, num: int) -> list[float]:
     opened, plan = plan_of(cache)
-    batches = Reader([opened], plan, Share(batch_size=2, world=1, rank=0)).epochs()
+    batches = Reader([opened], plan, RankShare(batch_size=2, world=1, rank=0)).epochs()
     losses = [float(train_step(learner, batches, number, 1e-3).loss) for number in range(num)]
     batches.close()
     return losses
@@ -63,7 +63,7 @@ def test_the_warm_up_leaves_everything_bit_unchanged(
     """Weights, average, optimizer, scaler and generators; and the steps after it are the same."""
     config = config_of(cache, base, warm_up=True, **settings)
     _, plan = plan_of(cache)
-    learner = build_learner(config, World(CPU))
+    learner = build_learner(config, DistContext(CPU))
     before, generator = weights_of(learner), torch.get_rng_state()
     scaler = learner.scaler.state_dict()
     seen: list[torch.Size] = []
@@ -78,7 +78,7 @@ def test_the_warm_up_leaves_everything_bit_unchanged(
     assert learner.scaler.state_dict() == scaler
     assert torch.equal(torch.get_rng_state(), generator)
     assert all(p.grad is None for p in learner.unet.parameters())
-    cold = build_learner(config, World(CPU))
+    cold = build_learner(config, DistContext(CPU))
     assert steps_of(learner, cache, 3) == steps_of(cold, cache, 3)
     one, two = weights_of(learner), weights_of(cold)
     assert all(torch.equal(one[name], two[name]) for name in one)
@@ -134,7 +134,7 @@ def test_adafactors_state_is_estimated_as_it_is(
     cache: Path, base: Path, settings: Settings
 ) -> None:
     config = config_of(cache, base, optimizer="adafactor", **settings)
-    learner = build_learner(config, World(CPU))
+    learner = build_learner(config, DistContext(CPU))
     steps_of(learner, cache, 1)
     tensors, _ = learner.optimizer.state()
     state = sum(t.nbytes for name, t in tensors.items() if not name.endswith("|step"))
@@ -169,7 +169,7 @@ def test_compiled_blocks_train_the_same(cache: Path, base: Path, traced: None) -
     found = []
     for compiled in (False, True):
         config = config_of(cache, base, compile=compiled, targets="attention-out")
-        learner = build_learner(config, World(CPU))
+        learner = build_learner(config, DistContext(CPU))
         torch._dynamo.utils.counters.clear()
         found.append(steps_of(learner, cache, 6))
         graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
@@ -191,14 +191,14 @@ def test_what_cannot_be_compiled_is_an_error(
         return plain(self, *args, **kwargs)
 
     monkeypatch.setattr(BasicTransformerBlock, "forward", breaks)
-    learner = build_learner(config_of(cache, base, compile=True), World(CPU))
+    learner = build_learner(config_of(cache, base, compile=True), DistContext(CPU))
     with pytest.raises(torch._dynamo.exc.Unsupported):
         steps_of(learner, cache, 1)
 
 
 def test_channels_last_trains_the_same(cache: Path, base: Path) -> None:
-    plain = build_learner(config_of(cache, base), World(CPU))
-    last = build_learner(config_of(cache, base, channels_last=True), World(CPU))
+    plain = build_learner(config_of(cache, base), DistContext(CPU))
+    last = build_learner(config_of(cache, base, channels_last=True), DistContext(CPU))
     weight = last.unet.conv_in.weight
     assert weight.is_contiguous(memory_format=torch.channels_last)
     assert steps_of(plain, cache, 3) == pytest.approx(steps_of(last, cache, 3), abs=1e-5)
@@ -212,7 +212,7 @@ def test_a_dry_run_says_what_would_be(cache: Path, base: Path, tmp_path: Path) -
     assert run.exit_code == 0, run.output
     assert not (tmp_path / "run").exists()
     lines = run.output.splitlines()
-    learner = build_learner(config_of(cache, base, rank=4), World(CPU))
+    learner = build_learner(config_of(cache, base, rank=4), DistContext(CPU))
     trained = sum(p.numel() for p in learner.optimizer.parameters.values())
     assert lines[0].startswith(f"trained parameters: {trained:,} (lora, rank 4, alpha 16")
     assert "samples an epoch: 42, from 2 caches" in lines[1]

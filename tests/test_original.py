@@ -16,7 +16,7 @@ from sdxl.base import model_config
 from sdxl.fingerprint import config_digest, weights_digest
 from sdxl.load import load_text_encoders, load_unet, load_vae
 from sdxl.metadata import Schedule
-from sdxl.original_file import Part, configs_metadata, original_shapes, write_original
+from sdxl.original_file import Component, configs_metadata, original_shapes, write_original
 from sdxl.original_names import PREFIXES, OriginalNames
 from sdxl.single_file import read_header, sdxl_config
 from tests.singles import MODELS, parts_of, write_single
@@ -44,7 +44,7 @@ def single(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_single(base, tmp_path_factory.mktemp("single") / "small.safetensors")
 
 
-def full_size_parts() -> dict[str, Part]:
+def full_size_parts() -> dict[str, Component]:
     """SDXL's models by its configs, without data."""
     kinds: dict[str, Any] = {"text_encoder": CLIPTextModel}
     kinds["text_encoder_2"] = CLIPTextModelWithProjection
@@ -52,7 +52,9 @@ def full_size_parts() -> dict[str, Part]:
         models = {name: k(CLIPTextConfig(**sdxl_config(name))) for name, k in kinds.items()}
         models["unet"] = UNet2DConditionModel.from_config(sdxl_config("unet"))
         models["vae"] = AutoencoderKL.from_config(sdxl_config("vae"))
-    return {name: Part(sdxl_config(name), model.state_dict()) for name, model in models.items()}
+    return {
+        name: Component(sdxl_config(name), model.state_dict()) for name, model in models.items()
+    }
 
 
 def test_full_size_names_and_shapes_are_those_of_sdxls_own_file() -> None:
@@ -185,7 +187,7 @@ def test_mixed_dtypes_are_kept(base: Path, tmp_path: Path) -> None:
     vae = parts["vae"]
     halves = {name: tensor.bfloat16() for name, tensor in parts["unet"].tensors.items()}
     path = tmp_path / "mixed.safetensors"
-    write_original(path, {"unet": Part(parts["unet"].config, halves), "vae": vae})
+    write_original(path, {"unet": Component(parts["unet"].config, halves), "vae": vae})
     dtypes = {name: one.dtype for name, one in read_header(path)[0].items()}
     assert {d for n, d in dtypes.items() if n.startswith(PREFIXES["unet"])} == {"BF16"}
     assert {d for n, d in dtypes.items() if n.startswith(PREFIXES["vae"])} == {"F32"}
@@ -213,7 +215,7 @@ def test_only_other_sizes_than_sdxls_are_written_into_the_metadata(
     assert json.loads(metadata["shardtune.configs"]).keys() == set(MODELS)
     assert configs_metadata(full_size_parts()) == {}
     part = parts_of(base)["vae"]
-    moved = {"vae": Part({**part.config, "_name_or_path": "/home/someone"}, part.tensors)}
+    moved = {"vae": Component({**part.config, "_name_or_path": "/home/someone"}, part.tensors)}
     assert "someone" not in configs_metadata(moved)["shardtune.configs"]
 
 

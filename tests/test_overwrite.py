@@ -18,7 +18,7 @@ import train.loop
 import train.run_folder
 from runtime.files import PARTIAL, fsync_folder, replace_path, write_durable
 from runtime.locks import locked
-from train.distributed import World
+from train.distributed import DistContext
 from train.option_values import CacheUse
 from train.run_folder import (
     ENTRIES,
@@ -202,7 +202,7 @@ def test_the_folder_is_looked_at_again_under_the_lock(
     cache: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another run may have begun and ended in between; a folder made for nothing is gone again."""
-    out, alone = tmp_path / "run", World(torch.device("cpu"))
+    out, alone = tmp_path / "run", DistContext(torch.device("cpu"))
     config = config_of(cache, base, out, steps=1)
     with lock_folder(config, alone):
         assert out.is_dir()

@@ -19,7 +19,13 @@ from PIL.TiffImagePlugin import TiffImageFile
 
 import cli
 import precompute.images.decode
-from precompute.images.decode import LARGE_PIXELS, open_picture, picture_size, room_for, to_srgb
+from precompute.images.decode import (
+    LARGE_PIXELS,
+    limit_large_images,
+    open_picture,
+    picture_size,
+    to_srgb,
+)
 from precompute.images.masks import open_alpha
 from precompute.images.rejections import PictureError, explain, unidentified
 from shards.reader import Cache
@@ -471,11 +477,11 @@ def test_the_longest_that_is_taken_is_8_to_1() -> None:
 
 def test_of_large_pictures_one_is_in_memory() -> None:
     large, small = (LARGE_PIXELS, 2), (1000, 1000)
-    with room_for(large), room_for(small):
+    with limit_large_images(large), limit_large_images(small):
         taken = threading.Event()
 
         def wait() -> None:
-            with room_for(large):
+            with limit_large_images(large):
                 taken.set()
 
         other = threading.Thread(target=wait)

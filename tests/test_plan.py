@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 
 from shards.batches import Batch, Reader
-from shards.plan import Draws, Entry, GlobalBatch, Group, Plan, Share, derive_key, permute, pick
+from shards.plan import Draws, Entry, GlobalBatch, Group, Plan, RankShare, derive_key, permute, pick
 from shards.reader import Cache
 
 A, B, C, D, E = (64, 64), (96, 48), (48, 96), (80, 56), (56, 80)
@@ -48,7 +48,7 @@ def order(plan: Plan, epoch: int) -> list[int]:
 
 def shares(batch: GlobalBatch, batch_size: int, world: int) -> Iterator[tuple[Entry, ...]]:
     """What each rank does in each micro-batch, micro by micro."""
-    ranks = [Share(batch_size=batch_size, world=world, rank=rank) for rank in range(world)]
+    ranks = [RankShare(batch_size=batch_size, world=world, rank=rank) for rank in range(world)]
     (num_micros,) = {share.num_micros(batch) for share in ranks}
     for micro in range(num_micros):
         yield from (share.entries(batch, micro) for share in ranks)
@@ -414,7 +414,7 @@ def opened(cache: Path) -> Cache:
 def read(
     opened: Cache, plan: Plan, count: int, start: tuple[int, int] = (0, 0), **options: Any
 ) -> list[Batch]:
-    share = Share(
+    share = RankShare(
         batch_size=options.pop("batch_size", 2),
         world=options.pop("world", 1),
         rank=options.pop("rank", 0),
@@ -509,9 +509,9 @@ def test_every_world_trains_on_the_same_tensors(
     num_dummies = 0
     for number in range(plan.num_batches):
         batch = plan.batch(0, number)
-        alone = Share(batch_size=4, world=1, rank=0)
+        alone = RankShare(batch_size=4, world=1, rank=0)
         whole = Reader([opened], plan, alone).read(batch, 0)
-        ranks = [Share(batch_size=batch_size, world=world, rank=r) for r in range(world)]
+        ranks = [RankShare(batch_size=batch_size, world=world, rank=r) for r in range(world)]
         parts = [
             Reader([opened], plan, share).read(batch, micro)
             for micro in range(ranks[0].num_micros(batch))
@@ -562,7 +562,7 @@ def test_each_pass_draws_anew(opened: Cache, plan: Plan) -> None:
     """The same sample in pass 0, in pass 1, and in pass 0 again."""
     entries = (Entry(0, 1, 0), Entry(0, 1, 1), Entry(0, 1, 0))
     batch = GlobalBatch(epoch=0, number=0, bucket=plan.groups[0].bucket, entries=entries)
-    found = Reader([opened], plan, Share(batch_size=3, world=1, rank=0)).read(batch, 0)
+    found = Reader([opened], plan, RankShare(batch_size=3, world=1, rank=0)).read(batch, 0)
     assert len(set(found.keys)) == 1
     for name in ("noise", "latents", "times"):
         first, second, again = getattr(found, name)

@@ -9,7 +9,7 @@ from made import CPU, config_of, made_sample, write_cache
 
 from shards.reader import Cache
 from train.data import open_data
-from train.distributed import World
+from train.distributed import DistContext
 from train.learner import build_learner
 from train.option_values import CacheUse, Every
 
@@ -120,7 +120,7 @@ def test_what_the_processes_cannot_do_is_refused_before_anything_is_loaded(
     settings: dict[str, Any], size: int, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message) as caught:
-        build_learner(config_of("no such base", **settings), World(CPU, 0, size))
+        build_learner(config_of("no such base", **settings), DistContext(CPU, 0, size))
     assert "\n" not in str(caught.value)
 
 
@@ -147,7 +147,7 @@ def made_encoders(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def open_two(base: Path, *uses: CacheUse, **settings: Any) -> list[Cache]:
-    return open_data(config_of(base, caches=uses, **settings), World(CPU))[0]
+    return open_data(config_of(base, caches=uses, **settings), DistContext(CPU))[0]
 
 
 @pytest.mark.usefixtures("made_encoders")

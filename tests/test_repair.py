@@ -17,10 +17,10 @@ from click.testing import CliRunner, Result
 import cli_caches
 import shards.verify
 from cli import commands
-from precompute.plan.reuse import finish_moves, read_held
+from precompute.plan.reuse import read_held, recover_retirement
 from runtime.files import canonical_json, content_digest, file_sha256
 from shards.format import CacheError
-from shards.index import Index, Record
+from shards.index import Index, IndexRecord
 from shards.manifest import LOCK, MANIFEST, REPLACED, read_manifest
 from shards.reader import Shard
 from shards.verify import Fault, drop_damaged, verify
@@ -155,11 +155,11 @@ def turn(path: Path, offset: int) -> None:
     path.write_bytes(data)
 
 
-def first_sample(cache: Path, name: str = "64x64-000000") -> Record:
+def first_sample(cache: Path, name: str = "64x64-000000") -> IndexRecord:
     return Index(cache / f"{name}.index").record(0)
 
 
-PLACES: dict[str, Callable[[Record, bytes], int]] = {
+PLACES: dict[str, Callable[[IndexRecord, bytes], int]] = {
     "caption": lambda one, data: data.index(b'"captions": ["') + 14,
     "path": lambda one, data: data.index(b'"path": "') + 9,
     "tensors": lambda one, data: one.offset + one.size - 1,
@@ -269,7 +269,7 @@ def test_a_repair_that_is_killed_loses_no_whole_sample(
             for owner, name in ((os, "replace"), (Path, "unlink"), (shutil, "rmtree")):
                 patch.setattr(owner, name, dying(getattr(owner, name)))
             drop_damaged(folder, at_first, chain.from_iterable(verify(folder, at_first)))
-        finish_moves(folder)
+        recover_retirement(folder)
         held = [*read_held(folder).values(), *read_held(folder / REPLACED).values()]
         assert {key for one in held for key in one.rows} >= keys
         assert not (folder / MANIFEST).exists() or (folder / "64x64-000000.index").exists()

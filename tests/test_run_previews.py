@@ -113,12 +113,12 @@ def test_previews_that_cannot_be_drawn_are_refused_before_the_run(
 
 def test_sheets_go_to_wandb(cache: Path, base: Path, tmp_path: Path) -> None:
     """What RunLog gives it; the rest is W&B's."""
-    from train.distributed import World
+    from train.distributed import DistContext
 
     sheet = tmp_path / "sheet.png"
     Image.new("RGB", (8, 4), "red").save(sheet)
     config = TrainConfig(caches=(CacheUse(cache),), base=str(base), out=tmp_path, steps=1)
-    log = RunLog(config, World(CPU), 0, 1, {})
+    log = RunLog(config, DistContext(CPU), 0, 1, {})
     told: list[dict[str, Any]] = []
 
     class Recorder:

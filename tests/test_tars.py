@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import webdataset
 
-from precompute.dataset.records import Memory, Record
+from precompute.dataset.records import Memory, SourceImage
 from precompute.dataset.sources import read_data_set
 from precompute.settings import EncodeSettings
 from shards.reader import Cache
@@ -75,7 +75,7 @@ def test_a_tar_is_read_as_its_files_would_be(tmp_path: Path, kind: int) -> None:
     settings = {"caption_lines": True, "repeat_folders": True}
     loose, packed = (read_one(tmp_path / name, **settings) for name in ("loose", "packed"))
 
-    def plain(record: Record) -> tuple[Any, ...]:
+    def plain(record: SourceImage) -> tuple[Any, ...]:
         mask = record.mask and record.mask.read()
         return record.picture.read(), record.captions, record.repeats, mask
 

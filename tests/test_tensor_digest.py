@@ -20,7 +20,7 @@ from sdxl.lora.names import KOHYA, LORA
 from sdxl.lora.read import read_lora_file
 from sdxl.single_file import read_header
 from sdxl.tensor_files import DTYPES, KEY, METADATA_KEY, check_digest, digest_metadata
-from train.distributed import World
+from train.distributed import DistContext
 from train.weights import write_tensors
 
 CPU = torch.device("cpu")
@@ -130,7 +130,7 @@ def test_a_flipped_lora_is_refused_wherever_it_is_read(
 def test_a_flipped_unet_is_refused_in_any_of_its_files(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sdxl.metadata import Card
+    from sdxl.metadata import ModelMetadata
 
     learner = learner_of(base, full=True)
     monkeypatch.setattr("train.weights.MAX_FILE_BYTES", 1_000_000)
@@ -138,7 +138,9 @@ def test_a_flipped_unet_is_refused_in_any_of_its_files(
     folder.mkdir()
     (folder / "config.json").write_text(learner.unet.to_json_string())
     tensors = dict(learner.unet.named_parameters())
-    write_tensors(folder, "diffusion_pytorch_model", tensors, World(CPU), card=Card(name="x"))
+    write_tensors(
+        folder, "diffusion_pytorch_model", tensors, DistContext(CPU), card=ModelMetadata(name="x")
+    )
     files = sorted(folder.glob("*.safetensors"))
     assert len(files) > 1
     load_unet_folder(folder, torch.float32)

@@ -11,11 +11,11 @@ from made import WAYS, config_of, learner_of, made_batch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from runtime.devices import Precision
-from train.distributed import World
+from train.distributed import DistContext
 from train.ema import Ema
 from train.learner import Learner, losses_by_quarter, train_step
 from train.objective import Objective
-from train.optim import Optimizer, takes_flag
+from train.optim import Optimizer, supports_found_inf
 
 
 class Watch(TorchDispatchMode):
@@ -91,7 +91,7 @@ def test_no_copy_to_or_from_the_device_blocks(base: Path) -> None:
         unet: Any = UNet2DConditionModel.from_config(config).train()
     parameters = dict(unet.named_parameters())
     optimizer = Optimizer(parameters, config_of(full=True), meta)
-    assert not takes_flag(optimizer.whole)  # type: ignore[arg-type]
+    assert not supports_found_inf(optimizer.whole)  # type: ignore[arg-type]
     told: Any = Told()
     optimizer.whole = told
     learner = Learner(
@@ -109,7 +109,7 @@ def test_no_copy_to_or_from_the_device_blocks(base: Path) -> None:
             loss="huber",
         ),
         max_grad_norm=1.0,
-        world=World(meta),
+        world=DistContext(meta),
         ema=Ema(parameters, 0.9, on_cpu=False),
     )
     more = {"offsets": torch.randn(2, 4, 1, 1), "mask": torch.rand(2, 1, 4, 4)}

@@ -31,9 +31,9 @@ from runtime.files import (
 from sdxl.base import find_weights
 from train.learner import Learner
 from train.weights import (
-    Kind,
+    WeightsFormat,
     check_space,
-    like,
+    distribute_like,
     read_weights,
     sync_files,
     tensors_bytes,
@@ -62,7 +62,9 @@ _FIELDS = {  # of the JSON: a digest tells that it is as it was written, and not
 }
 
 
-def warn_of_space(run: Path, step: int, learner: Learner, kind: Kind, state_bytes: float) -> None:
+def warn_of_space(
+    run: Path, step: int, learner: Learner, kind: WeightsFormat, state_bytes: float
+) -> None:
     """Before the first step, warn where the disk has no room for even one checkpoint.
 
     ``state_bytes`` are of the optimizer for each parameter, whose state does not exist yet.
@@ -75,12 +77,12 @@ def warn_of_space(run: Path, step: int, learner: Learner, kind: Kind, state_byte
         warnings.warn(f"{error}; make room for it", stacklevel=2)
 
 
-def _weights_bytes(learner: Learner, kind: Kind) -> int:
+def _weights_bytes(learner: Learner, kind: WeightsFormat) -> int:
     return weights_bytes(learner.unet, kind) * (1 if learner.ema is None else 2)
 
 
 def write_checkpoint(
-    run: Path, step: int, learner: Learner, kind: Kind, state: dict[str, Any]
+    run: Path, step: int, learner: Learner, kind: WeightsFormat, state: dict[str, Any]
 ) -> Path:
     """Write checkpoint-STEP; ``state`` is plain JSON. The main rank does, all must take part."""
     world = learner.world
@@ -197,7 +199,9 @@ def load_checkpoint(checkpoint: Path, learner: Learner, full: bool, state: dict[
     for path in find_weights(checkpoint / OPTIMIZER).files:
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118
-                tensors[key] = like(parameters[key.rsplit("|", 1)[0]], file.get_tensor(key))
+                tensors[key] = distribute_like(
+                    parameters[key.rsplit("|", 1)[0]], file.get_tensor(key)
+                )
     learner.optimizer.load(tensors, state["optimizer"])
     if state["scaler"]:  # empty where the run had none
         learner.scaler.load_state_dict(state["scaler"])

@@ -6,11 +6,11 @@ from sdxl.base import ENCODERS, model_config
 from sdxl.fingerprint import encoder_digests_elsewhere
 from shards.reader import Cache
 from train.config import TrainConfig
-from train.distributed import World
+from train.distributed import DistContext
 from train.option_values import CacheUse
 
 
-def open_data(config: TrainConfig, world: World) -> tuple[list[Cache], Cache | None]:
+def open_data(config: TrainConfig, world: DistContext) -> tuple[list[Cache], Cache | None]:
     """The training caches, and the validation cache if there is one.
 
     Raises:

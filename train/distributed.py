@@ -14,7 +14,7 @@ LOST_SECONDS = 3  # in which the launcher, which knows what became of the lost o
 
 
 @dataclass(frozen=True)
-class World:
+class DistContext:
     """This process among ``size``, and its device."""
 
     device: torch.device
@@ -46,14 +46,14 @@ class World:
             dist.barrier()
 
 
-class Vote:
+class StopVote:
     """Whether any rank wants something, asked at every step without waiting for the device.
 
     Ranks exchange their flags on the CPU while the step runs, and know the answer one step later,
     all in the same one.
     """
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: DistContext) -> None:
         self._alone = world.size == 1
         self._group: Any = None if self._alone else dist.new_group(backend="gloo")
         self._asked: tuple[Any, torch.Tensor] | None = None
@@ -76,11 +76,11 @@ class Vote:
         return bool(votes.item())
 
 
-def start_world(device: str) -> World:
+def start_world(device: str) -> DistContext:
     """Join the process group that torchrun's environment names, if it does."""
     rank, _, size = rank_info()
     if size == 1:
-        alone = World(pick_device(device))
+        alone = DistContext(pick_device(device))
         if alone.device.index is not None:
             torch.cuda.set_device(alone.device)
         return alone
@@ -91,16 +91,16 @@ def start_world(device: str) -> World:
     # While one rank writes a checkpoint of 30 GB the others wait.
     backend = "nccl" if picked.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(hours=2))
-    return World(picked, rank, size)
+    return DistContext(picked, rank, size)
 
 
-def is_lost(error: RuntimeError, world: World) -> bool:
+def is_lost(error: RuntimeError, world: DistContext) -> bool:
     """Whether an exchange among ranks failed, as it does when one of them is gone."""
     known = (dist.DistBackendError, dist.DistNetworkError)  # of NCCL; gloo has none of its own
     return world.size > 1 and (isinstance(error, known) or "gloo/transport" in str(error))
 
 
-def stop_world(world: World) -> None:
+def stop_world(world: DistContext) -> None:
     """Leave the group, when the run is over. Not after a failure: others may be in an exchange,
     and the end of this process is what tells them."""
     if world.size > 1:

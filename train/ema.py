@@ -20,7 +20,7 @@ class Ema:
         self.values = {name: self._copy(p) for name, p in parameters.items()}
 
     def _copy(self, parameter: torch.nn.Parameter) -> torch.Tensor:
-        value = local(parameter.detach())
+        value = to_local(parameter.detach())
         return value.to("cpu" if self.on_cpu else value.device, torch.float32, copy=True)
 
     @torch.no_grad()
@@ -32,7 +32,7 @@ class Ema:
             values = [self.values[name] for name in names[start : start + BLOCK]]
             parameters = [self.parameters[name].detach() for name in names[start : start + BLOCK]]
             place = values[0].device
-            current = [local(parameter).to(place, torch.float32) for parameter in parameters]
+            current = [to_local(parameter).to(place, torch.float32) for parameter in parameters]
             torch._foreach_lerp_(values, current, 1 - decay)
 
     @contextmanager
@@ -41,7 +41,7 @@ class Ema:
         with torch.no_grad():
             kept = {}
             for name, parameter in self.parameters.items():
-                value, here = self.values[name], local(parameter.detach())
+                value, here = self.values[name], to_local(parameter.detach())
                 kept[name] = here.to(value.device, copy=True)
                 here.copy_(value)
         try:
@@ -49,7 +49,7 @@ class Ema:
         finally:
             with torch.no_grad():
                 for name, parameter in self.parameters.items():
-                    local(parameter.detach()).copy_(kept[name])
+                    to_local(parameter.detach()).copy_(kept[name])
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The average by name, laid out over the ranks as the parameters are."""
@@ -69,6 +69,6 @@ class Ema:
         return averages
 
 
-def local(tensor: torch.Tensor) -> torch.Tensor:
+def to_local(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part of a tensor that is sharded over ranks; any other as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -17,10 +17,10 @@ from sdxl.base import scheduler_config
 from sdxl.metadata import Schedule
 from shards.batches import Batch, Reader
 from shards.buckets import Size
-from shards.plan import Plan, Share
+from shards.plan import Plan, RankShare
 from shards.reader import Cache, read_ahead
 from train.config import TrainConfig, check_processes
-from train.distributed import World
+from train.distributed import DistContext
 from train.ema import Ema
 from train.memory import STATE_BYTES
 from train.objective import Objective, objective_of
@@ -43,7 +43,7 @@ class Learner:
     precision: Precision
     objective: Objective
     max_grad_norm: float
-    world: World
+    world: DistContext
     ema: Ema | None = None
     fused: FusedBackward | None = None
 
@@ -64,7 +64,7 @@ class Learner:
             return self.objective.losses(unet, batch, self.precision.dtype)
 
     @contextmanager
-    def looking(self) -> Iterator[Any]:
+    def eval_mode(self) -> Iterator[Any]:
         """While entered, the UNet is as the run would publish it, and in eval mode: with the
         average of its weights, if the run keeps one."""
         reshard(self.unet)
@@ -76,7 +76,7 @@ class Learner:
             self.unet.train()
             reshard(self.unet)
 
-    def sync_on(self, last: bool) -> AbstractContextManager[Any]:
+    def grad_sync(self, last: bool) -> AbstractContextManager[Any]:
         """Ranks exchange gradients in the last micro-batch of a step alone."""
         if isinstance(self.unet, FSDPModule):
             self.unet.set_requires_gradient_sync(last)
@@ -107,7 +107,9 @@ class Step:
     micros: list[Micro] = field(default_factory=list)
 
 
-def build_learner(config: TrainConfig, world: World, checkpoint: Path | None = None) -> Learner:
+def build_learner(
+    config: TrainConfig, world: DistContext, checkpoint: Path | None = None
+) -> Learner:
     """UNet, adapters and optimizer, on this rank's device; ``checkpoint`` is what the run resumes
     from.
 
@@ -170,7 +172,7 @@ def train_step(learner: Learner, batches: Iterator[Batch], number: int, lr: floa
         batch = next(batches)
         result.wait_seconds += time.perf_counter() - since
         batch, last = batch.to(device), batch.micro == batch.num_micros - 1
-        with learner.sync_on(last):
+        with learner.grad_sync(last):
             losses = learner.losses(learner.forward, batch)
             loss = (losses * batch.weights).sum() / batch.num_entries
             if learner.fused is not None:
@@ -228,7 +230,7 @@ def evaluate(learner: Learner, val: Cache, config: TrainConfig) -> float:
     timesteps."""
     world, mine = learner.world, learner.objective
     plan = Plan(val.groups(), EVAL_SEED, config.batch_size * world.size)
-    share = Share(batch_size=config.batch_size, world=world.size, rank=world.rank)
+    share = RankShare(batch_size=config.batch_size, world=world.size, rank=world.rank)
     reader = Reader([val], plan, share)
     alphas = mine.alphas_cumprod
     objective = Objective(
@@ -242,7 +244,7 @@ def evaluate(learner: Learner, val: Cache, config: TrainConfig) -> float:
 
     places = [(p, n) for p in range(EVAL_PASSES) for n in range(plan.num_batches)]
     total, count = torch.zeros((), device=world.device), 0
-    with learner.looking() as unet:
+    with learner.eval_mode() as unet:
         for batch in read_ahead(read, places, config.reader_threads, 2 * config.reader_threads):
             batch = batch.to(world.device)
             with learner.autocast():
@@ -274,7 +276,7 @@ def warm_up(learner: Learner, config: TrainConfig, plan: Plan, tokens: int) -> N
     if not (device.type == "cuda" if config.warm_up is None else config.warm_up):
         return
     batch = _batch_of_zeros(learner.unet, largest_bucket(plan), config.batch_size, tokens)
-    with learner.sync_on(True):
+    with learner.grad_sync(True):
         losses = learner.losses(learner.forward, batch.to(device))
         learner.scaler.scale(losses.mean()).backward()  # type: ignore[no-untyped-call]
     if device.type == "cuda" and not learner.optimizer.state()[0]:

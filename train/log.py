@@ -21,7 +21,7 @@ from runtime.documents import open_regular
 from runtime.files import write_durable, writing
 from runtime.text import printable
 from train.config import TrainConfig
-from train.distributed import World
+from train.distributed import DistContext
 from train.learner import NUM_QUARTERS, Step, losses_by_quarter
 from train.run_folder import METRICS, WANDB_ID, read_own_json, write_own_json
 
@@ -63,7 +63,7 @@ class RunLog:
     """Rows of numbers by step. ``close`` it, whatever happens."""
 
     def __init__(
-        self, config: TrainConfig, world: World, start: int, num_steps: int, run_config: Any
+        self, config: TrainConfig, world: DistContext, start: int, num_steps: int, run_config: Any
     ) -> None:
         self.config, self.world = config, world
         self.num_skipped = 0  # steps left out since the run was started

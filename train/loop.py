@@ -28,7 +28,7 @@ from shards.reader import Cache
 from train.checkpoint import rotate, warn_of_space, write_checkpoint
 from train.config import TrainConfig
 from train.data import open_data
-from train.distributed import LOST_SECONDS, Vote, is_lost, start_world, stop_world
+from train.distributed import LOST_SECONDS, StopVote, is_lost, start_world, stop_world
 from train.learner import (
     Learner,
     Step,
@@ -45,7 +45,7 @@ from train.option_values import Every
 from train.preview import Previewer
 from train.resume import Start, find_start, restore, state_of
 from train.run_folder import begin_run, describe, discard_replaced_run, lock_folder
-from train.weights import Kind, publish
+from train.weights import WeightsFormat, publish
 
 
 @dataclass(kw_only=True)
@@ -56,7 +56,7 @@ class Run:
     reader: Reader
     val: Cache | None
     learner: Learner
-    kind: Kind
+    kind: WeightsFormat
     log: RunLog
     previewer: Previewer | None
     identity: dict[str, Any]  # what a resumed run must find again, by name
@@ -97,7 +97,7 @@ def train(config: TrainConfig) -> Path:
             config = start.config
             learner = build_learner(config, world, start.path)
             restore(start, learner, config)
-            kind = Kind.of(config, learner.schedule, caches)
+            kind = WeightsFormat.of(config, learner.schedule, caches)
             previewer = Previewer.of(config, caches, learner)
             num_steps = _num_steps(config, plan, start)
             settings = describe(config, plan, learner, num_steps)
@@ -215,7 +215,7 @@ def _steps(run: Run) -> None:
     if run.start.step == 0:
         _evaluate(run, 0)
         _preview(run, 0)
-    vote = Vote(learner.world)
+    vote = StopVote(learner.world)
     with closing(batches), StopSignals(at_once=False) as signals:
         log.resume_clock()
         for step in range(run.start.step, run.num_steps):

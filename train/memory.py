@@ -21,7 +21,7 @@ from sdxl.base import model_config
 from sdxl.lora.apply import num_lora_parameters
 from shards.buckets import Size
 from train.config import TrainConfig, check_processes
-from train.unet import BLOCKS, add_adapter, is_quantized, spare_casts, trainable
+from train.unet import BLOCKS, add_adapter, is_quantized, skip_redundant_casts, trainable
 
 STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2.1, "prodigy": 16.0}  # a parameter
 QUANT_BYTES = {"int8": 1.01, "nf4": 0.57}  # a weight, with its scales
@@ -172,7 +172,7 @@ class Estimator:
                 else:
                     unet.requires_grad_(False)
                     add_adapter(unet, replace(config, init_lora=None))
-                    spare_casts(unet)
+                    skip_redundant_casts(unet)
             self._known[key] = unet.train()
         return self._known[key]
 

@@ -71,7 +71,7 @@ def optimizer_maker(config: TrainConfig, device: torch.device) -> Make:
     return prodigy
 
 
-def takes_flag(optimizer: torch.optim.Optimizer) -> bool:
+def supports_found_inf(optimizer: torch.optim.Optimizer) -> bool:
     """Whether it can leave a step out by itself, told on the device: torch's fused ones."""
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
@@ -84,7 +84,7 @@ def step_if(optimizer: torch.optim.Optimizer, lr: float, finite: torch.Tensor) -
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
-    if takes_flag(optimizer):
+    if supports_found_inf(optimizer):
         optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
         optimizer.step()
     elif bool(finite):
@@ -105,7 +105,7 @@ def stochastic_round_(
     target.copy_(bits.view(torch.float32))
 
 
-class Slot:
+class PerParameterOptimizer:
     """One parameter with an optimizer of its own, for ``--pure-bf16`` and ``--fused-backward``.
 
     A bf16 parameter is stepped in an fp32 copy that lives for the step, and rounded back.
@@ -123,7 +123,7 @@ class Slot:
         """Use up the parameter's gradient in optimizer step ``step``."""
         parameter, stepped = self.parameter, self.stepped
         assert parameter.grad is not None
-        told = takes_flag(self.optimizer)
+        told = supports_found_inf(self.optimizer)
         before = None if told or self.is_half else parameter.clone()
         if self.is_half:
             stepped.data = parameter.float()
@@ -147,7 +147,7 @@ class Slot:
 
 
 class Optimizer:
-    """The run's optimizer: one over all parameters, or a ``Slot`` for each."""
+    """The run's optimizer: one over all parameters, or a ``PerParameterOptimizer`` for each."""
 
     def __init__(
         self,
@@ -157,11 +157,13 @@ class Optimizer:
     ) -> None:
         make = optimizer_maker(config, device)
         self.parameters = parameters
-        self.slots: list[Slot] = []
+        self.slots: list[PerParameterOptimizer] = []
         self.whole: torch.optim.Optimizer | None = None
         if config.pure_bf16 or config.fused_backward:
             values = enumerate(parameters.values())
-            self.slots = [Slot(number, p, make, config.seed) for number, p in values]
+            self.slots = [
+                PerParameterOptimizer(number, p, make, config.seed) for number, p in values
+            ]
         else:
             self.whole = make(parameters.values())
 
@@ -235,7 +237,9 @@ def _laid_out(value: Any, parameter: torch.Tensor) -> Any:
 class FusedBackward:
     """Hooks on the parameters of ``slots``. ``arm`` it before each backward pass that steps."""
 
-    def __init__(self, slots: list[Slot], max_norm: float, device: torch.device) -> None:
+    def __init__(
+        self, slots: list[PerParameterOptimizer], max_norm: float, device: torch.device
+    ) -> None:
         self.max_norm, self.device = max_norm or float("inf"), device
         self.armed = False
         for slot in slots:
@@ -253,7 +257,7 @@ class FusedBackward:
         self.armed = False
         return self._squares.sqrt()
 
-    def _hook_of(self, slot: Slot) -> Callable[[torch.Tensor], None]:
+    def _hook_of(self, slot: PerParameterOptimizer) -> Callable[[torch.Tensor], None]:
         def arrived(parameter: torch.Tensor) -> None:
             if not self.armed:  # no step waits for it (a warm-up)
                 parameter.grad = None

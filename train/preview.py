@@ -195,7 +195,7 @@ class Previewer:
         learner, precision, vae = self.learner, self.learner.precision, None
         if self.config.preview_vae and learner.world.is_main:
             vae = load_vae(self.config.base, torch.float32).to(learner.world.device)
-        with learner.looking() as unet:
+        with learner.eval_mode() as unet:
             sheet = draw_previews(
                 unet,
                 self.scheduler,

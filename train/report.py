@@ -15,7 +15,7 @@ from shards.reader import groups_of
 from train.checkpoint import newest_checkpoint
 from train.config import TrainConfig, check_processes
 from train.data import open_data
-from train.distributed import World
+from train.distributed import DistContext
 from train.learner import largest_bucket
 from train.memory import Estimate, Estimator, size_text
 from train.objective import objective_of
@@ -42,7 +42,7 @@ def dry_run(config: TrainConfig) -> Iterator[str]:
         ValueError: what a run with these settings would be refused for.
     """
     device = "cuda" if config.device == "auto" else config.device
-    caches, _ = open_data(config, World(torch.device("cpu")))
+    caches, _ = open_data(config, DistContext(torch.device("cpu")))
     objective_of(config, scheduler_config(config.base))
     num = num_processes(config.gpus, config.device)
     check_processes(config, num)

@@ -12,11 +12,11 @@ from sdxl.base import component_path, scheduler_config
 from sdxl.fingerprint import file_digest, weights_digest
 from sdxl.lora.names import LORA
 from sdxl.lora.read import find_lora
-from shards.plan import Plan, Share
+from shards.plan import Plan, RankShare
 from shards.reader import Cache, groups_of
 from train.checkpoint import load_checkpoint, newest_checkpoint
 from train.config import TrainConfig
-from train.distributed import World
+from train.distributed import DistContext
 from train.learner import Learner
 from train.objective import objective_of
 from train.option_values import flag
@@ -75,8 +75,8 @@ class Start:
 
 
 def find_start(
-    config: TrainConfig, caches: Sequence[Cache], world: World
-) -> tuple[Start, Plan, Share, dict[str, Any]]:
+    config: TrainConfig, caches: Sequence[Cache], world: DistContext
+) -> tuple[Start, Plan, RankShare, dict[str, Any]]:
     """Start, plan, this rank's share of it, and the run's identity.
 
     Raises:
@@ -84,7 +84,7 @@ def find_start(
             processes.
     """
     checkpoint = newest_checkpoint(config.out) if config.resume else None
-    share = Share(batch_size=config.batch_size, world=world.size, rank=world.rank)
+    share = RankShare(batch_size=config.batch_size, world=world.size, rank=world.rank)
     if checkpoint is None:
         identity = identity_of(config, caches, world)
         _agree(config, world, f"0 {content_digest(identity)}")
@@ -179,7 +179,7 @@ def state_of(
     }
 
 
-def identity_of(config: TrainConfig, caches: Sequence[Cache], world: World) -> dict[str, Any]:
+def identity_of(config: TrainConfig, caches: Sequence[Cache], world: DistContext) -> dict[str, Any]:
     """What a run is made of, by the name that a refusal uses."""
     objective = objective_of(config, scheduler_config(config.base))
     precision = pick_precision(config.precision, world.device, config.allow_cpu_bf16, quiet=True)
@@ -194,7 +194,7 @@ def identity_of(config: TrainConfig, caches: Sequence[Cache], world: World) -> d
     }
 
 
-def _agree(config: TrainConfig, world: World, mine: str) -> None:
+def _agree(config: TrainConfig, world: DistContext, mine: str) -> None:
     """All processes must have found the same checkpoint, data and base."""
     if len(set(world.gather([mine]))) > 1:
         raise ValueError(
@@ -237,7 +237,7 @@ def _is_changed(config: TrainConfig, identity: dict[str, Any], state: dict[str, 
     return bool(state["identity"][DATA] != identity[DATA])
 
 
-def _global_batch(config: TrainConfig, world: World, size: int) -> int:
+def _global_batch(config: TrainConfig, world: DistContext, size: int) -> int:
     """A resumed run keeps its global batch, whatever the number of processes."""
     at_once = config.batch_size * world.size
     if size % at_once:

@@ -41,7 +41,7 @@ from sdxl.metadata import base_name
 from shards.plan import Plan
 from train.checkpoint import CHECKPOINTS, STATE, numbered
 from train.config import TrainConfig
-from train.distributed import World
+from train.distributed import DistContext
 from train.learner import Learner
 from train.option_values import CacheUse
 from train.unet import trainable
@@ -262,7 +262,7 @@ def write_own_json(path: Path, fields: dict[str, Any]) -> None:
 
 
 @contextmanager
-def lock_folder(config: TrainConfig, world: World) -> Iterator[None]:
+def lock_folder(config: TrainConfig, world: DistContext) -> Iterator[None]:
     """Hold this from before the folder is looked at: a second run there is refused.
 
     The look is repeated under the lock, because another run may have ended in between; and what a
@@ -279,7 +279,7 @@ def lock_folder(config: TrainConfig, world: World) -> Iterator[None]:
 
 
 @contextmanager
-def begin_run(config: TrainConfig, world: World, settings: dict[str, Any]) -> Iterator[None]:
+def begin_run(config: TrainConfig, world: DistContext, settings: dict[str, Any]) -> Iterator[None]:
     """While entered, the run may write into its folder.
 
     The last thing before the first step: whatever can refuse the run has been asked, and only now

@@ -21,7 +21,7 @@ from runtime.devices import Precision
 from sdxl.load import load_unet
 from sdxl.lora.apply import load_lora, read_lora
 from train.config import TrainConfig
-from train.distributed import World
+from train.distributed import DistContext
 
 _LINEARS = re.compile(r".*\.(transformer_blocks\..*|proj_in|proj_out)")
 
@@ -156,7 +156,7 @@ def add_adapter(unet: Any, config: TrainConfig, checkpoint: Path | None = None) 
         read_lora(unet, source)  # again in fp32: it was read in the base's precision
 
 
-def spare_casts(unet: Any) -> None:
+def skip_redundant_casts(unet: Any) -> None:
     """For runs under autocast, which takes a LoRA's input to its own dtype: peft would take it to
     fp32 before, and autograd would keep a copy for each LoRA. The numbers are the same.
 
@@ -181,7 +181,7 @@ BLOCKS = (BasicTransformerBlock, ResnetBlock2D)  # what FSDP gathers at a time
 
 
 def build_unet(
-    config: TrainConfig, precision: Precision, world: World, checkpoint: Path | None = None
+    config: TrainConfig, precision: Precision, world: DistContext, checkpoint: Path | None = None
 ) -> Any:
     """The base's UNet on this rank's device: adapters on it, or all of it trained. ``checkpoint``
     is what the run resumes from.
@@ -198,7 +198,7 @@ def build_unet(
         add_adapter(unet, config, checkpoint)
     if precision.autocast:
         _keep_norms_in_half(unet)
-        spare_casts(unet)
+        skip_redundant_casts(unet)
     if config.channels_last:
         unet.to(memory_format=torch.channels_last)
     if uses_checkpointing(config, world.device):
@@ -243,7 +243,7 @@ def _norm_without_autocast(norm: Any, hidden: torch.Tensor) -> torch.Tensor:
         return normed
 
 
-def _shard(unet: Any, precision: Precision, world: World) -> None:
+def _shard(unet: Any, precision: Precision, world: DistContext) -> None:
     # The inputs keep their dtype: crop coordinates above 256 are no bf16 numbers.
     policy = MixedPrecisionPolicy(
         param_dtype=precision.dtype if precision.autocast else None,

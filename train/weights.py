@@ -35,19 +35,19 @@ from sdxl.base import find_weights
 from sdxl.lora.names import KOHYA, LORA
 from sdxl.lora.write import PREFIX, lora_bytes
 from sdxl.metadata import (
-    Card,
+    ModelMetadata,
     Schedule,
     base_license,
     base_name,
     write_long_captions,
     write_schedule,
 )
-from sdxl.tensor_files import digest_metadata, settle
+from sdxl.tensor_files import digest_metadata, sort_metadata
 from shards.buckets import Size
 from shards.reader import Cache, groups_of
 from train.config import TrainConfig
-from train.distributed import World
-from train.ema import Ema, local
+from train.distributed import DistContext
+from train.ema import Ema, to_local
 from train.unet import trainable
 
 UNET = "unet"
@@ -57,12 +57,12 @@ SMALL_FILES_BYTES = 1_000_000  # headers, configs and states beside tensors
 LORA_FILES = (LORA, KOHYA)  # a LoRA is written as each of these
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """All of a tensor, whatever part of it this rank has. Every rank must ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+def distribute_like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """A whole ``value`` laid out as ``parameter`` is: this rank's part, where it is sharded."""
     value = value.to(parameter.device)
     if isinstance(parameter, DTensor) and value.shape == parameter.shape:
@@ -75,10 +75,10 @@ def write_tensors(
     folder: Path,
     stem: str,
     tensors: dict[str, torch.Tensor],
-    world: World,
+    world: DistContext,
     *,
     variant: str | None = None,
-    card: Card | None = None,
+    card: ModelMetadata | None = None,
     convert: Callable[[str, torch.Tensor], torch.Tensor] = lambda name, tensor: tensor,
 ) -> None:
     """Write safetensors files as diffusers names them; the main rank does, all must take part.
@@ -93,13 +93,13 @@ def write_tensors(
         counted = f"-{number:05d}-of-{len(parts):05d}" if len(parts) > 1 else ""
         state = {}
         for name in names:
-            tensor = whole(tensors[name].detach())
+            tensor = full_tensor(tensors[name].detach())
             if world.is_main:
                 state[name] = convert(name, tensor.cpu()).contiguous().clone()
         if world.is_main:
             path = folder / f"{stem}{dot}{counted}.safetensors"
             safetensors.torch.save_file(state, path, metadata=digest_metadata(state, metadata))
-            settle(path)
+            sort_metadata(path)
             files |= dict.fromkeys(names, path.name)
     if world.is_main and len(parts) > 1:
         total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
@@ -123,10 +123,10 @@ def _split(tensors: dict[str, torch.Tensor]) -> list[list[str]]:
 
 
 @dataclass(frozen=True)
-class Kind:
+class WeightsFormat:
     """What the weights are of: a LoRA or the whole UNet of ``base``, trained on ``schedule`` and
     on the ``caches`` of these digests, with these ``buckets`` and ``long_captions`` (see
-    ``Card``); ``license`` is the base's."""
+    ``ModelMetadata``); ``license`` is the base's."""
 
     full: bool
     base: str
@@ -137,7 +137,9 @@ class Kind:
     long_captions: int = 1
 
     @classmethod
-    def of(cls, config: TrainConfig, schedule: Schedule, caches: Sequence[Cache]) -> "Kind":
+    def of(
+        cls, config: TrainConfig, schedule: Schedule, caches: Sequence[Cache]
+    ) -> "WeightsFormat":
         counts: Counter[Size] = Counter()
         for group in groups_of(caches):
             counts[group.bucket] += group.count * group.repeats
@@ -151,9 +153,9 @@ class Kind:
             long_captions=caches[0].manifest["recipe"].get("long_captions", 1),
         )
 
-    def card(self, steps: int, name: str | None) -> Card:
+    def card(self, steps: int, name: str | None) -> ModelMetadata:
         """What the weights say of themselves after so many steps."""
-        return Card(
+        return ModelMetadata(
             name=name,
             base=base_name(self.base),
             license=self.license,
@@ -167,9 +169,9 @@ class Kind:
 
 def write_weights(
     unet: Any,
-    kind: Kind,
+    kind: WeightsFormat,
     folder: Path,
-    world: World,
+    world: DistContext,
     ema: Ema | None,
     *,
     steps: int,
@@ -213,8 +215,8 @@ def read_weights(unet: Any, full: bool, folder: Path, ema: Ema | None) -> None:
             for path in find_weights(folder / UNET).files:
                 with safe_open(path, framework="pt") as file:
                     for name in file.keys():  # noqa: SIM118
-                        value = local(like(parameters[name], file.get_tensor(name)))
-                        into = local(parameters[name]) if ema is None else ema.values[name]
+                        value = to_local(distribute_like(parameters[name], file.get_tensor(name)))
+                        into = to_local(parameters[name]) if ema is None else ema.values[name]
                         into.copy_(value)
         return
     averaged = {} if ema is None else ema.parameters
@@ -231,7 +233,7 @@ def read_weights(unet: Any, full: bool, folder: Path, ema: Ema | None) -> None:
                 parameter.copy_(kept[name])
 
 
-def weights_bytes(unet: Any, kind: Kind) -> int:
+def weights_bytes(unet: Any, kind: WeightsFormat) -> int:
     """What ``write_weights`` will take on the disk, but for headers and configs."""
     if kind.full:
         return tensors_bytes(dict(unet.named_parameters()))
@@ -257,7 +259,9 @@ def check_space(path: Path, num_bytes: int) -> None:
         )
 
 
-def publish(unet: Any, kind: Kind, run: Path, world: World, ema: Ema | None, *, steps: int) -> Path:
+def publish(
+    unet: Any, kind: WeightsFormat, run: Path, world: DistContext, ema: Ema | None, *, steps: int
+) -> Path:
     """The run's result: its averaged weights, where it keeps an average. A UNet comes as files of
     the dtype it was trained in and as fp16 files."""
     name = run.resolve().name
@@ -278,7 +282,13 @@ def publish(unet: Any, kind: Kind, run: Path, world: World, ema: Ema | None, *, 
 
 
 def _publish_unet(
-    unet: Any, kind: Kind, partial: Path, world: World, ema: Ema | None, steps: int, name: str
+    unet: Any,
+    kind: WeightsFormat,
+    partial: Path,
+    world: DistContext,
+    ema: Ema | None,
+    steps: int,
+    name: str,
 ) -> None:
     if world.is_main:
         partial.mkdir()

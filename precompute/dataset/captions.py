@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from precompute.dataset.records import Record, Rejected
+from precompute.dataset.records import Rejected, SourceImage
 from precompute.settings import EncodeSettings
 from shards.plan import derive_key
 
@@ -64,9 +64,9 @@ def unify_lines(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
-def settle(
-    record: Record, settings: EncodeSettings, why: str = "its caption is empty"
-) -> Record | Rejected:
+def normalize_captions(
+    record: SourceImage, settings: EncodeSettings, why: str = "its caption is empty"
+) -> SourceImage | Rejected:
     """The record with its captions as they are encoded; ``why`` is said of one without any."""
     captions = tuple(map(unify_lines, record.captions)) or ("",)
     if any(captions) and not all(captions) and not settings.empty_captions:

@@ -11,7 +11,7 @@ from precompute.dataset.captions import (
     MOST_TEXT_BYTES,
     decode_text,
     is_text,
-    settle,
+    normalize_captions,
     texts_of,
 )
 from precompute.dataset.names import (
@@ -29,9 +29,9 @@ from precompute.dataset.records import (
     NO_ROW,
     Blob,
     Memory,
-    Record,
+    MetadataEntry,
     Rejected,
-    Row,
+    SourceImage,
 )
 from precompute.dataset.tars import HEAD_BYTES, Pack, too_large
 from precompute.settings import EncodeSettings
@@ -198,7 +198,7 @@ class Tree:
             raise ValueError(f"has {too_large(size, MOST_TEXT_BYTES)}")
         return str(self.memory.recall(self.prefix + path, size, mtime_ns, read))
 
-    def row(self, path: str) -> Row:
+    def row(self, path: str) -> MetadataEntry:
         """Of tars only: a JSON file in a folder may be any tool's."""
         return NO_ROW
 
@@ -266,7 +266,7 @@ def _is_folder(tree: Tree, inside: str, entry: os.DirEntry[str]) -> bool:
     return is_folder
 
 
-def read_pictures(place: Tree | Pack, settings: EncodeSettings) -> Iterator[Record | Rejected]:
+def read_pictures(place: Tree | Pack, settings: EncodeSettings) -> Iterator[SourceImage | Rejected]:
     """Every image with the text and the mask beside it, or why it is refused."""
     masks = find_masks(place.files)
     place.used.update(masks.all)
@@ -287,7 +287,7 @@ def read_pictures(place: Tree | Pack, settings: EncodeSettings) -> Iterator[Reco
 
 def _read_picture(
     place: Tree | Pack, path: str, masks: Masks, settings: EncodeSettings
-) -> Record | Rejected:
+) -> SourceImage | Rejected:
     place.used.add(path)
     if not is_text(path):
         return Rejected(place.label(path), "its name is not UTF-8 text")
@@ -300,7 +300,7 @@ def _read_picture(
             record = replace(record, mask=place.blob(mask))
     except ValueError as error:
         return Rejected(place.label(path), str(error))
-    return settle(record, settings, why)
+    return normalize_captions(record, settings, why)
 
 
 def _begins_like_picture(place: Tree | Pack, path: str) -> bool:
@@ -314,7 +314,9 @@ def _begins_like_picture(place: Tree | Pack, path: str) -> bool:
     return head.startswith(_HEADS) or is_webp or is_heif
 
 
-def _with_caption(place: Tree | Pack, path: str, settings: EncodeSettings) -> tuple[Record, str]:
+def _with_caption(
+    place: Tree | Pack, path: str, settings: EncodeSettings
+) -> tuple[SourceImage, str]:
     """The image with the captions beside it; why there are none.
 
     Raises:
@@ -336,7 +338,7 @@ def _with_caption(place: Tree | Pack, path: str, settings: EncodeSettings) -> tu
     row = place.row(rows[0]) if rows else NO_ROW
     if not any(captions):
         captions = row.captions or captions
-    record = Record(
+    record = SourceImage(
         place.label(path),
         place.blob(path),
         captions,

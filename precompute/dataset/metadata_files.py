@@ -11,14 +11,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from precompute.dataset.captions import is_text, settle, text_encoding
+from precompute.dataset.captions import is_text, normalize_captions, text_encoding
 from precompute.dataset.folder import Tree
 from precompute.dataset.names import TEXTS, is_picture
 from precompute.dataset.records import (
     TEXT_FIELDS,
     Blob,
-    Record,
     Rejected,
+    SourceImage,
     first_field,
     load_row,
     read_row,
@@ -53,7 +53,7 @@ def find_list(tree: Tree) -> str | None:
     return lists[0] if lists else None
 
 
-def read_list(tree: Tree, name: str, settings: EncodeSettings) -> Iterator[Record | Rejected]:
+def read_list(tree: Tree, name: str, settings: EncodeSettings) -> Iterator[SourceImage | Rejected]:
     """What each line of the list ``name`` comes to.
 
     Raises:
@@ -160,7 +160,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str | ValueError]]:
 
 def _read(
     tree: Tree, where: str, row: dict[str, Any], settings: EncodeSettings
-) -> Record | Rejected:
+) -> SourceImage | Rejected:
     name = first_field(row, FILE_FIELDS)
     if not isinstance(name, str) or not name:
         return Rejected(where, f"names no image: none of {', '.join(FILE_FIELDS)} is text")
@@ -175,8 +175,10 @@ def _read(
         mask = None if row.get("mask") is None else _find_mask(tree, row["mask"])
     except ValueError as error:
         return Rejected(path, f"{where}: {error}")
-    record = Record(path, picture, told.captions, told.weight, told.repeats, mask, split=told.split)
-    return settle(
+    record = SourceImage(
+        path, picture, told.captions, told.weight, told.repeats, mask, split=told.split
+    )
+    return normalize_captions(
         record, settings, f"{where}: no caption: none of {', '.join(TEXT_FIELDS)} is text"
     )
 
@@ -233,7 +235,9 @@ def _find_detour(tree: Tree, path: str) -> tuple[str, Blob]:
         raise ValueError(OUTSIDE) from None
 
 
-def unnamed(tree: Tree, found: Iterable[Record | Rejected], listing: str) -> Iterator[Rejected]:
+def unnamed(
+    tree: Tree, found: Iterable[SourceImage | Rejected], listing: str
+) -> Iterator[Rejected]:
     """Images that the list does not name."""
     named = {item.path for item in found}
     for path in tree.files:

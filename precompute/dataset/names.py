@@ -14,8 +14,8 @@ from collections import Counter
 from functools import lru_cache
 from pathlib import Path
 
-from precompute.dataset.records import Record, Rejected, Source
-from runtime.text import counted
+from precompute.dataset.records import Rejected, Source, SourceImage
+from runtime.text import pluralize
 
 PICTURES = (  # of formats that encode opens; the content decides which one it is
     ".jpg",
@@ -270,13 +270,13 @@ def divide(root: Path, source: Source, may_validate: bool = True) -> dict[str, S
     """
     parts: dict[str, Source] = {name: Source([], []) for name in (TRAIN, VAL, TEST)}
     folders: dict[str, Counter[str]] = {VAL: Counter(), TEST: Counter()}
-    items: list[Record | Rejected] = [*source.records, *source.rejected]
+    items: list[SourceImage | Rejected] = [*source.records, *source.rejected]
     for item in items:
         split, folder = _split_of(item)
         split = TEST if split == VAL and not may_validate else split or TRAIN
         if split != TRAIN:
             folders[split][folder] += 1
-        if isinstance(item, Record):
+        if isinstance(item, SourceImage):
             parts[split].records.append(item)
         else:
             parts[split].rejected.append(item)
@@ -293,9 +293,9 @@ def divide(root: Path, source: Source, may_validate: bool = True) -> dict[str, S
     return {"": parts[TRAIN]}
 
 
-def _split_of(item: Record | Rejected) -> tuple[str, str]:
+def _split_of(item: SourceImage | Rejected) -> tuple[str, str]:
     """By its own list's word, else by its path; and what says so."""
-    if isinstance(item, Record) and item.split:
+    if isinstance(item, SourceImage) and item.split:
         split = _SPLIT_OF.get("".join(_words(item.split)), "")
         if split:
             return split, f'"split": "{item.split[:40]}"'
@@ -309,7 +309,7 @@ def _warn(root: Path, source: Source, folders: dict[str, Counter[str]]) -> None:
     ):
         if folders[split]:
             warnings.warn(
-                f"{root}: {counted(folders[split].total(), 'image')} {use}, by the name of "
+                f"{root}: {pluralize(folders[split].total(), 'image')} {use}, by the name of "
                 f"{_listed(sorted(folders[split]))}; rename what is not meant so",
                 stacklevel=3,
             )

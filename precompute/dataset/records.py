@@ -15,7 +15,7 @@ from runtime.text import shortened
 from shards.format import sample_key
 
 MOST_PICTURE_BYTES = 2 * 10**9  # 180 million pixels of 16 bits and four channels take 1.4 GB
-SETTLED_NS = 2_000_000_000  # a file changed within it may change again and keep its mtime
+MTIME_GRACE_NS = 2_000_000_000  # a file changed within it may change again and keep its mtime
 
 
 # Errors of one file, not of its disk.
@@ -74,7 +74,7 @@ class Blob:
 
 
 @dataclass(frozen=True)
-class Record:
+class SourceImage:
     """An image with its captions. ``path`` is relative, posix; the key comes from it alone.
 
     Of a tar's member it is ``pack.tar/member.jpg``. ``weight`` is of the loss; ``repeats`` how
@@ -128,7 +128,7 @@ class Source:
     was rejected), among ``rejected``, or among the two lists of paths.
     """
 
-    records: list[Record]
+    records: list[SourceImage]
     rejected: list[Rejected]
     hidden: list[str] = field(default_factory=list)  # the system's; a whole folder ends with "/"
     unused: list[str] = field(default_factory=list)  # neither an image nor a sidecar of one
@@ -161,7 +161,7 @@ class Memory:
 
     def keep(self, path: str, size: int, mtime_ns: int, held: Any) -> Any:
         """Remember what the file holds, unless it may change unnoticed; returns it."""
-        if mtime_ns < self._now - SETTLED_NS:
+        if mtime_ns < self._now - MTIME_GRACE_NS:
             self.seen[path] = [size, mtime_ns, held]
         return held
 
@@ -174,7 +174,7 @@ MOST_REPEATS = 10**6  # an epoch's entries are counted, shuffled and stored
 
 
 @dataclass(frozen=True)
-class Row:
+class MetadataEntry:
     """``captions`` is empty where the object has none."""
 
     captions: tuple[str, ...] = ()
@@ -183,7 +183,7 @@ class Row:
     split: str = ""
 
 
-NO_ROW = Row()
+NO_ROW = MetadataEntry()
 
 
 def load_row(line: str | bytes) -> dict[str, Any]:
@@ -200,7 +200,7 @@ def load_row(line: str | bytes) -> dict[str, Any]:
     return row
 
 
-def read_row(row: dict[str, Any]) -> Row:
+def read_row(row: dict[str, Any]) -> MetadataEntry:
     """
     Raises:
         ValueError: a field that cannot be meant so.
@@ -217,7 +217,7 @@ def read_row(row: dict[str, Any]) -> Row:
         )
     split = row.get("split")
     captions = _captions(first_field(row, TEXT_FIELDS))
-    return Row(captions, float(weight), repeats, split if isinstance(split, str) else "")
+    return MetadataEntry(captions, float(weight), repeats, split if isinstance(split, str) else "")
 
 
 def first_field(row: dict[str, Any], names: tuple[str, ...]) -> Any:

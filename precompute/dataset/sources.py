@@ -34,13 +34,13 @@ from precompute.dataset.names import (
     stem_of,
     unread_image,
 )
-from precompute.dataset.records import MOST_REPEATS, Memory, Record, Rejected, Source
+from precompute.dataset.records import MOST_REPEATS, Memory, Rejected, Source, SourceImage
 from precompute.dataset.tars import COMPRESSED, Pack, open_pack, too_large
 from precompute.settings import EncodeSettings
-from runtime.text import counted
+from runtime.text import pluralize
 from shards.manifest import UNCONDITIONAL
 
-Item = Record | Rejected
+Item = SourceImage | Rejected
 REPEATS = re.compile(r"\d{1,4}_.+")
 MOST_NAMED = 20
 
@@ -150,7 +150,7 @@ def read_source(folder: Path, settings: EncodeSettings, memory: Memory, prefix: 
 
 
 def _sorted(items: list[Item], hidden: list[str], unused: list[str]) -> Source:
-    records = [item for item in items if isinstance(item, Record)]
+    records = [item for item in items if isinstance(item, SourceImage)]
     rejected = [item for item in items if isinstance(item, Rejected)]
     return Source(
         sorted(records, key=lambda r: r.key),
@@ -181,7 +181,7 @@ def _with_masks(tree: Tree, listed_items: Iterable[Item]) -> list[Item]:
     masks = find_masks(tree.files)
     items = []
     for item in listed_items:
-        if isinstance(item, Record) and item.mask is None:
+        if isinstance(item, SourceImage) and item.mask is None:
             try:
                 mask = masks.beside(item.path)
                 item = item if mask is None else replace(item, mask=tree.blob(mask))
@@ -191,7 +191,7 @@ def _with_masks(tree: Tree, listed_items: Iterable[Item]) -> list[Item]:
     tree.used.update(masks.all)
     return [
         Rejected(item.path, "is the mask of another image: no image to train on")
-        if isinstance(item, Record) and item.path in masks.all
+        if isinstance(item, SourceImage) and item.path in masks.all
         else item
         for item in items
     ]
@@ -259,7 +259,7 @@ def _warn(folder: Path, source: Source) -> None:
     if blank:
         number = sum(record.num_blank for record in blank)
         warnings.warn(
-            f"{folder}: {counted(number, 'blank caption')} dropped beside others, e.g. of "
+            f"{folder}: {pluralize(number, 'blank caption')} dropped beside others, e.g. of "
             f"{blank[0].path}",
             stacklevel=3,
         )
@@ -279,9 +279,9 @@ def repeat_folders(found: Iterable[Item], wanted: bool) -> Iterator[Item]:
     for item in found:
         parts = [part for part in item.path.split("/")[:-1] if not part.lower().endswith(".tar")]
         name = next((part for part in reversed(parts) if REPEATS.fullmatch(part)), "")
-        if name and (wanted or isinstance(item, Record)):
+        if name and (wanted or isinstance(item, SourceImage)):
             folders[name] = int(name.partition("_")[0])
-        if name and isinstance(item, Record):
+        if name and isinstance(item, SourceImage):
             if wanted and not folders[name]:
                 item = Rejected(item.path, f"its folder {name} takes it 0 times an epoch")
             elif wanted and item.repeats * folders[name] > MOST_REPEATS:

@@ -21,8 +21,8 @@ from precompute.dataset.records import (
     NO_ROW,
     Blob,
     Memory,
+    MetadataEntry,
     Rejected,
-    Row,
     load_row,
     read_row,
 )
@@ -112,7 +112,7 @@ class Pack:
             raise ValueError(self.unread[path])
         return str(self.texts[path])
 
-    def row(self, path: str) -> Row:
+    def row(self, path: str) -> MetadataEntry:
         """What an image's .json tells; img2dataset writes "caption" there.
 
         Raises:

@@ -264,6 +264,6 @@ def _heif_plugin() -> bool:
     return True
 
 
-def room_for(size: Size) -> AbstractContextManager[object]:
+def limit_large_images(size: Size) -> AbstractContextManager[object]:
     """Hold this while an image is opened and rendered: of large ones, one is in memory."""
     return _large if size[0] * size[1] > LARGE_PIXELS else nullcontext()

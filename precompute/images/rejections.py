@@ -12,7 +12,7 @@ FILES = (  # how a file begins, and what it is then; a dot is any byte
     (rb"....jP  |\xff\x4f\xff\x51", "JPEG 2000"),
     (rb"BM", "BMP"),
 )
-STRANGERS = (
+NON_IMAGES = (
     (rb"\xef?\xbb?\xbf?\s*<(!doctype html|html)", "a web page"),
     (rb"\s*(<\?xml.{0,999})?<svg", "an SVG drawing"),
     (rb"%!PS", "a PostScript drawing"),
@@ -60,7 +60,7 @@ def unidentified(data: bytes) -> PictureError:
             return PictureError(
                 f"damaged or truncated: it begins like {name}, but cannot be opened"
             )
-    for pattern, name in STRANGERS:
+    for pattern, name in NON_IMAGES:
         if re.match(pattern, data, re.DOTALL | re.IGNORECASE):
             return PictureError(f"not an image that Pillow can read: {name}")
     return PictureError("not an image that Pillow can read")

@@ -10,23 +10,23 @@ from typing import Any
 from precompute.dataset.records import Memory, Rejected, Source
 from precompute.dataset.sources import read_data_set
 from precompute.encoders import Encoders
-from precompute.plan.placement import Place, Planned, place
-from precompute.plan.plan_file import ShardWork, read_about, read_places, write_work
+from precompute.plan.placement import Placement, PlannedSample, place
+from precompute.plan.plan_file import ShardTask, read_about, read_places, write_work
 from precompute.plan.reuse import (
     SETTING_CAUSES,
     Changes,
     Comparison,
-    Held,
+    ExistingShard,
     compare,
-    finish_moves,
     read_held,
+    recover_retirement,
     remove_replaced,
     remove_shard,
-    set_aside,
+    retire,
     shard_names,
 )
 from precompute.plan.scan import Notes, add_digests, plan_pictures, remember_encoded
-from precompute.prompts import settle_prompts
+from precompute.prompts import sync_prompts
 from precompute.recipe import read_recipe
 from precompute.report import Report
 from precompute.settings import EncodeSettings
@@ -53,9 +53,9 @@ class CachePlan:
 
     folder: Path
     recipe: dict[str, Any]
-    planned: list[Planned]  # all that it is to hold
+    planned: list[PlannedSample]  # all that it is to hold
     names: list[str]  # of all shards it will have
-    works: list[ShardWork]  # those to be written
+    works: list[ShardTask]  # those to be written
     outdated: list[str]  # whole shards to be set aside
     broken: list[str]  # what is left of shards that are not whole
     changes: Changes
@@ -116,7 +116,7 @@ def plan_caches(
         if lock is not None:
             lock(folder)
             check_out(folder, settings.dataset / name)  # it may have changed before it was locked
-            finish_moves(folder)
+            recover_retirement(folder)
         drafts.append(_Draft.of(folder, source, settings, memory))
     _add_digests(drafts, settings, memory)
     comparisons = [draft.place(settings) for draft in drafts]
@@ -132,10 +132,10 @@ class _Draft:
     """One cache of a run, while its plan is made."""
 
     folder: Path
-    planned: list[Planned]
+    planned: list[PlannedSample]
     rejected: list[Rejected]
-    here: dict[str, Held]
-    aside: dict[str, Held]
+    here: dict[str, ExistingShard]
+    aside: dict[str, ExistingShard]
 
     @classmethod
     def of(cls, folder: Path, source: Source, settings: EncodeSettings, memory: Memory) -> "_Draft":
@@ -162,7 +162,7 @@ class _Draft:
         self,
         comparison: Comparison,
         recipe: dict[str, Any],
-        works: list[ShardWork],
+        works: list[ShardTask],
         changes: Changes,
     ) -> CachePlan:
         names = [shard.name for shard in comparison.shards]
@@ -193,7 +193,7 @@ def _add_digests(drafts: list[_Draft], settings: EncodeSettings, memory: Memory)
     any_leaves = any(held - planned for held, planned in zip(keys, wanted, strict=True))
     for draft, held in zip(drafts, keys, strict=True):
 
-        def is_compared(planned: Planned, held: set[str] = held) -> bool:
+        def is_compared(planned: PlannedSample, held: set[str] = held) -> bool:
             return any_leaves or planned.record.key in held
 
         draft.planned, unreadable = add_digests(
@@ -202,25 +202,25 @@ def _add_digests(drafts: list[_Draft], settings: EncodeSettings, memory: Memory)
         draft.rejected += unreadable
 
 
-def _made_with(here: list[Held]) -> dict[str, Any]:
+def _made_with(here: list[ExistingShard]) -> dict[str, Any]:
     all_settings = [
         run_settings for held in here for run_settings in held.index.header["made_with"]
     ]
     return dict(all_settings[-1]) if all_settings else {}
 
 
-def _places(folder: Path, here: dict[str, Held]) -> dict[str, Place]:
+def _places(folder: Path, here: dict[str, ExistingShard]) -> dict[str, Placement]:
     """Where each sample is, or was to go when a run was interrupted."""
     places = read_places(folder)
     moved = {key for planned_place in places.values() for key in planned_place.keys}
     for name, held in here.items():
         if name not in places:
             kept = tuple(key for key in held.place.keys if key not in moved)
-            places[name] = Place(*held.place.group, kept)
+            places[name] = Placement(*held.place.group, kept)
     return places
 
 
-def warn_of_surprises(plan: CachePlan) -> None:
+def warn_about_reencoding(plan: CachePlan) -> None:
     """What a finished cache loses to a setting or to damage is said before it starts."""
     if plan.broken and (plan.folder / MANIFEST).exists():
         warnings.warn(
@@ -258,10 +258,10 @@ def prepare(plan: CachePlan, encoders: Encoders, prompts: list[Prompt] | None) -
         remove_path(path)
     for name in plan.broken:
         remove_shard(folder, name)
-    set_aside(folder, plan.outdated)
+    retire(folder, plan.outdated)
     if not text_is_whole:
         write_unconditional(folder, encoders.text, encoders.batch_size, recipe)
-    return settle_prompts(folder, prompts, encoders, recipe)
+    return sync_prompts(folder, prompts, encoders, recipe)
 
 
 def finish(plan: CachePlan, report: Report, encoders: Encoders, memory: Memory) -> None:

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from precompute.plan.placement import Planned
-from precompute.plan.plan_file import ShardWork
+from precompute.plan.placement import PlannedSample
+from precompute.plan.plan_file import ShardTask
 from precompute.settings import EncodeSettings
 from runtime.files import format_bytes, free_bytes
 from sdxl.base import model_config, vae_config
@@ -43,7 +43,7 @@ class Sizer:
             text_config_2["projection_dim"],
         )
 
-    def bytes_of(self, planned: Planned) -> int:
+    def bytes_of(self, planned: PlannedSample) -> int:
         """What one sample takes, to about a hundredth."""
         width, height = planned.bucket
         layout = Layout(
@@ -64,7 +64,7 @@ class Sizer:
         return len(planned.variants) * variant + len(captions) * caption + texts + OVERHEAD
 
 
-def check_room(out: Path, works: Mapping[Path, Sequence[ShardWork]], sizer: Sizer) -> None:
+def check_disk_space(out: Path, works: Mapping[Path, Sequence[ShardTask]], sizer: Sizer) -> None:
     """Refuse to begin what cannot be finished; ``works`` are the shards to be written, by folder.
 
     Shards that are written anew take their room twice, but one after the other.

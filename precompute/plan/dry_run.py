@@ -6,15 +6,15 @@ from typing import Any
 
 from precompute.dataset.records import Rejected
 from precompute.plan.cache_plan import CachePlan, plan_caches
-from precompute.plan.disk_space import Sizer, check_room
+from precompute.plan.disk_space import Sizer, check_disk_space
 from precompute.plan.losses import refuse_losses
-from precompute.plan.placement import Planned
+from precompute.plan.placement import PlannedSample
 from precompute.plan.scan import Notes
 from precompute.report import summarize
 from precompute.settings import EncodeSettings
 from runtime.devices import pick_device
 from runtime.files import format_bytes, free_bytes
-from sdxl.conditioning import room
+from sdxl.conditioning import max_text_tokens
 from sdxl.load import load_tokenizers
 from sdxl.prompts import read_prompts
 from shards.buckets import bucket_name
@@ -46,7 +46,7 @@ def dry_run(settings: EncodeSettings) -> Iterator[str]:
         yield from _tell_rejected(plan.rejected)
     yield f"{format_bytes(free_bytes(settings.out))} are free on the disk of {settings.out}"
     refuse_losses(plans, settings, notes)
-    check_room(settings.out, {plan.folder: plan.works for plan in plans}, sizer)
+    check_disk_space(settings.out, {plan.folder: plan.works for plan in plans}, sizer)
     yield "nothing was encoded or written (--dry-run)"
 
 
@@ -71,7 +71,7 @@ def _tell(plan: CachePlan) -> Iterator[str]:
             yield f"  {number:,} {label}"
 
 
-def _tell_cuts(planned: Sequence[Planned]) -> Iterator[str]:
+def _tell_cuts(planned: Sequence[PlannedSample]) -> Iterator[str]:
     """What is lost by cropping, and what is enlarged."""
     cuts = [(sample.variants[0].cut_share, sample.record.path) for sample in planned]
     if cuts:
@@ -88,13 +88,15 @@ def _tell_cuts(planned: Sequence[Planned]) -> Iterator[str]:
         yield f"  upscaled: {len(grown):,} smaller than their bucket" + _most(worst)
 
 
-def _tell_captions(planned: Sequence[Planned], tokenizer: Any, num_chunks: int) -> Iterator[str]:
+def _tell_captions(
+    planned: Sequence[PlannedSample], tokenizer: Any, num_chunks: int
+) -> Iterator[str]:
     captions = [(text, sample.record.path) for sample in planned for text in sample.record.captions]
     lengths: list[int] = []
     for start in range(0, len(captions), BATCH):
         texts = [text for text, _ in captions[start : start + BATCH]]
         lengths += map(len, tokenizer(texts, add_special_tokens=False).input_ids)
-    most = room(tokenizer) * num_chunks
+    most = max_text_tokens(tokenizer) * num_chunks
     held = f"{num_chunks} chunks of 77 tokens" if num_chunks > 1 else "77 tokens"
     long = [
         (length, path) for length, (_, path) in zip(lengths, captions, strict=True) if length > most
@@ -106,7 +108,7 @@ def _tell_captions(planned: Sequence[Planned], tokenizer: Any, num_chunks: int) 
         yield f"  cut: {len(long):,} captions longer than {held} ({most} of the text's)" + _most(
             worst
         )
-        needed = -(-max(lengths) // room(tokenizer))
+        needed = -(-max(lengths) // max_text_tokens(tokenizer))
         yield f"  --long-captions {needed} would hold them all"
 
 

@@ -11,7 +11,7 @@ from functools import lru_cache
 from itertools import count
 from typing import Any
 
-from precompute.dataset.records import Record
+from precompute.dataset.records import SourceImage
 from shards.buckets import Geometry, Size
 from shards.writer import shard_name
 
@@ -21,14 +21,14 @@ CHANGING = ["", "", "", "", 0.0]  # marks that fit no image: it is tried again t
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Planned:
+class PlannedSample:
     """An image with its place: what it was when its header was read, and what it becomes.
 
     ``picture`` and ``mask`` are marks of their bytes; that of an image is empty while its bytes
     were not asked for: then it is hashed when it is encoded.
     """
 
-    record: Record
+    record: SourceImage
     picture: str
     variants: tuple[Geometry, ...]  # all of one bucket
     mask: str = ""
@@ -65,15 +65,15 @@ def geometry_mark(variants: tuple[Geometry, ...]) -> str:
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class PlannedShard:
+class ShardPlan:
     name: str
     bucket: Size
     repeats: int
-    members: tuple[Planned, ...]  # in key order
+    members: tuple[PlannedSample, ...]  # in key order
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Placement:
     """A shard of an earlier placement: what it holds, or was to hold, holes included."""
 
     bucket: Size
@@ -86,8 +86,8 @@ class Place:
 
 
 def place(
-    planned: list[Planned], before: Mapping[str, Place], shard_size: int
-) -> list[PlannedShard]:
+    planned: list[PlannedSample], before: Mapping[str, Placement], shard_size: int
+) -> list[ShardPlan]:
     """The shards of one bucket and one number of repeats each; by name.
 
     Who was in a shard of its group stays there. The others, in key order, first fill the last shard
@@ -95,7 +95,7 @@ def place(
     are free. With nothing before, it is what a fresh encode makes.
     """
     by_key = {member.record.key: member for member in planned}
-    kept: dict[str, list[Planned]] = {}
+    kept: dict[str, list[PlannedSample]] = {}
     last: dict[tuple[Size, int], str] = {}  # of each group that keeps any shard
     for name, was in sorted(before.items()):
         here = [by_key.get(key) for key in was.keys]
@@ -105,7 +105,7 @@ def place(
         if stay:
             kept[name] = stay
             last[was.group] = name
-    groups: dict[tuple[Size, int], list[Planned]] = defaultdict(list)
+    groups: dict[tuple[Size, int], list[PlannedSample]] = defaultdict(list)
     for key in sorted(by_key):
         groups[_group(by_key[key])].append(by_key[key])
     numbers: dict[Size, Iterator[int]] = defaultdict(count)
@@ -119,12 +119,12 @@ def place(
         for start in range(0, len(members), shard_size):
             name = next(name for name in free if name not in before)
             part = tuple(members[start : start + shard_size])
-            shards.append(PlannedShard(name, bucket, repeats, part))
+            shards.append(ShardPlan(name, bucket, repeats, part))
     for name, stay in kept.items():
         in_order = tuple(sorted(stay, key=lambda member: member.record.key))
-        shards.append(PlannedShard(name, *before[name].group, in_order))
+        shards.append(ShardPlan(name, *before[name].group, in_order))
     return sorted(shards, key=lambda shard: shard.name)
 
 
-def _group(planned: Planned) -> tuple[Size, int]:
+def _group(planned: PlannedSample) -> tuple[Size, int]:
     return planned.bucket, planned.record.repeats

@@ -13,8 +13,8 @@ from typing import Any
 
 import xxhash
 
-from precompute.dataset.records import Blob, Record
-from precompute.plan.placement import Place, Planned
+from precompute.dataset.records import Blob, SourceImage
+from precompute.plan.placement import Placement, PlannedSample
 from runtime import schema
 from runtime.files import durable_file
 from shards.buckets import Geometry, Size
@@ -22,7 +22,7 @@ from shards.manifest import PLAN
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class CopySource:
     """Where a half of a sample lies that is still right: a row of a shard that was set aside.
 
     ``key`` is the sample's key there. ``cache`` is the folder of the other cache of a run (train or
@@ -38,12 +38,12 @@ class Found:
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Task:
+class SampleTask:
     """One member of a shard: each half is copied from where it is found, or encoded."""
 
-    planned: Planned
-    latents: Found | None = None
-    text: Found | None = None
+    planned: PlannedSample
+    latents: CopySource | None = None
+    text: CopySource | None = None
     reason: str | None = None  # why it has no sample, if it failed before and is as it was
 
     @property
@@ -54,13 +54,13 @@ class Task:
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class ShardWork:
+class ShardTask:
     """A shard to be written."""
 
     name: str
     bucket: Size
     repeats: int
-    tasks: tuple[Task, ...]  # in key order
+    tasks: tuple[SampleTask, ...]  # in key order
     frees: tuple[str, ...] = ()  # shards set aside that only this one copies from
 
     @property
@@ -69,7 +69,7 @@ class ShardWork:
         return sum(task.is_encoded for task in self.tasks)
 
 
-def write_work(folder: Path, about: dict[str, Any], works: list[ShardWork]) -> None:
+def write_work(folder: Path, about: dict[str, Any], works: list[ShardTask]) -> None:
     """Write the plan file, durably: from now on this is where the samples go."""
     with durable_file(folder / PLAN) as file:
         for line in (about, *map(_shard_to_json, works)):
@@ -77,7 +77,7 @@ def write_work(folder: Path, about: dict[str, Any], works: list[ShardWork]) -> N
             file.write(xxhash.xxh3_64_hexdigest(text).encode() + b" " + text + b"\n")
 
 
-class WorkFile:
+class PlanFile:
     """The plan file, read line by line; ``about`` is what all its shards have in common.
 
     Raises:
@@ -95,14 +95,14 @@ class WorkFile:
     def __len__(self) -> int:
         return len(self._starts) - 2
 
-    def shard(self, number: int) -> ShardWork:
+    def shard(self, number: int) -> ShardTask:
         """The ``number``-th shard to be written."""
         line = self._line(1 + number)
         if wrong := schema.misfit(line, _SHARD):
             raise ValueError(f"{self._path}: {wrong}; run the same encode again")
         return _shard_from_json(line)
 
-    def places(self) -> dict[str, Place]:
+    def places(self) -> dict[str, Placement]:
         """Where samples were to go, by the shards' names."""
         places = {}
         for number in range(len(self)):
@@ -110,7 +110,7 @@ class WorkFile:
             keys = tuple(task.planned.record.key for task in work.tasks)
             if len(set(keys)) < len(keys):
                 raise ValueError(f"{self._path}: names a sample twice; run the same encode again")
-            places[work.name] = Place(work.bucket, work.repeats, keys)
+            places[work.name] = Placement(work.bucket, work.repeats, keys)
         return places
 
     def _line(self, number: int) -> Any:
@@ -125,16 +125,16 @@ class WorkFile:
 def read_about(folder: Path) -> dict[str, Any]:
     """What an interrupted run's shards have in common; of none, nothing."""
     try:
-        header = WorkFile(folder).about
+        header = PlanFile(folder).about
     except (FileNotFoundError, ValueError):
         return {}
     return {} if schema.misfit(header, _ABOUT) else header
 
 
-def read_places(folder: Path) -> dict[str, Place]:
+def read_places(folder: Path) -> dict[str, Placement]:
     """Where an interrupted run put its samples; of none, nothing."""
     try:
-        return WorkFile(folder).places()
+        return PlanFile(folder).places()
     except (FileNotFoundError, ValueError):
         return {}
 
@@ -171,7 +171,7 @@ _SHARD = {
 }
 
 
-def _shard_to_json(work: ShardWork) -> dict[str, Any]:
+def _shard_to_json(work: ShardTask) -> dict[str, Any]:
     return {
         "name": work.name,
         "bucket": work.bucket,
@@ -181,13 +181,13 @@ def _shard_to_json(work: ShardWork) -> dict[str, Any]:
     }
 
 
-def _shard_from_json(line: dict[str, Any]) -> ShardWork:
+def _shard_from_json(line: dict[str, Any]) -> ShardTask:
     width, height = line["bucket"]
     tasks = tuple(_task_from_json(task, line["repeats"]) for task in line["tasks"])
-    return ShardWork(line["name"], (width, height), line["repeats"], tasks, tuple(line["frees"]))
+    return ShardTask(line["name"], (width, height), line["repeats"], tasks, tuple(line["frees"]))
 
 
-def _task_to_json(task: Task) -> dict[str, Any]:
+def _task_to_json(task: SampleTask) -> dict[str, Any]:
     planned, record = task.planned, task.planned.record
     return {
         "path": record.path,
@@ -203,8 +203,8 @@ def _task_to_json(task: Task) -> dict[str, Any]:
     }
 
 
-def _task_from_json(line: dict[str, Any], repeats: int) -> Task:
-    record = Record(
+def _task_from_json(line: dict[str, Any], repeats: int) -> SampleTask:
+    record = SourceImage(
         line["path"],
         _blob_from_json(line["picture"]),
         tuple(line["captions"]),
@@ -214,8 +214,8 @@ def _task_from_json(line: dict[str, Any], repeats: int) -> Task:
     )
     picture, mask = line["digests"]
     variants = tuple(_geometry_from_json(row) for row in line["variants"])
-    latents, text = (line[half] and Found(*line[half]) for half in ("latents", "text"))
-    return Task(Planned(record, picture, variants, mask), latents, text, line["reason"])
+    latents, text = (line[half] and CopySource(*line[half]) for half in ("latents", "text"))
+    return SampleTask(PlannedSample(record, picture, variants, mask), latents, text, line["reason"])
 
 
 def _geometry_from_json(row: list[Any]) -> Geometry:

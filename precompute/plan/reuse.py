@@ -17,8 +17,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from precompute.plan.placement import CHANGING, MARKS, Place, Planned, PlannedShard, geometry_mark
-from precompute.plan.plan_file import Found, ShardWork, Task
+from precompute.plan.placement import (
+    CHANGING,
+    MARKS,
+    Placement,
+    PlannedSample,
+    ShardPlan,
+    geometry_mark,
+)
+from precompute.plan.plan_file import CopySource, SampleTask, ShardTask
 from runtime.files import fsync_folder
 from shards.format import CacheError, OtherFormat, sample_key
 from shards.index import Index
@@ -29,7 +36,7 @@ ENDS = (".index", ".tar")  # the mark goes first: a tar without an index is noth
 
 
 @dataclass(frozen=True, eq=False)
-class Held:
+class ExistingShard:
     """A whole shard as it lies in ``folder``: the cache's, or its ``replaced/``."""
 
     folder: Path
@@ -59,12 +66,12 @@ class Held:
         return {key: row for row, key in enumerate(keys)}
 
     @property
-    def place(self) -> Place:
+    def place(self) -> Placement:
         width, height = self.index.header["bucket"]
-        return Place((width, height), self.index.header["repeats"], tuple(self.marks))
+        return Placement((width, height), self.index.header["repeats"], tuple(self.marks))
 
 
-def read_held(folder: Path) -> dict[str, Held]:
+def read_held(folder: Path) -> dict[str, ExistingShard]:
     """The whole shards in a folder, by name.
 
     Raises:
@@ -82,7 +89,7 @@ def read_held(folder: Path) -> dict[str, Held]:
         members = index.header.get("members")
         known = isinstance(members, list) and all(len(row) == 1 + len(MARKS) for row in members)
         if known and size == index.header["tar_bytes"]:
-            shards[name] = Held(folder, index)
+            shards[name] = ExistingShard(folder, index)
     return shards
 
 
@@ -94,7 +101,7 @@ def shard_names(folder: Path) -> list[str]:
     return sorted(stem for stem in stems if SHARD_NAME.fullmatch(stem))
 
 
-def set_aside(folder: Path, names: list[str]) -> None:
+def retire(folder: Path, names: list[str]) -> None:
     """Move whole shards to ``replaced/``, durably."""
     aside = folder / REPLACED
     if not names:
@@ -108,8 +115,8 @@ def set_aside(folder: Path, names: list[str]) -> None:
         fsync_folder(directory)
 
 
-def finish_moves(folder: Path) -> None:
-    """Go on where ``set_aside`` was interrupted: half a shard there, and half still here."""
+def recover_retirement(folder: Path) -> None:
+    """Go on where ``retire`` was interrupted: half a shard there, and half still here."""
     aside = folder / REPLACED
     for name in shard_names(aside):
         moved = [end for end in ENDS if (aside / (name + end)).exists()]
@@ -189,19 +196,19 @@ class Comparison:
     ``aside`` those of an interrupted run."""
 
     folder: Path
-    shards: list[PlannedShard]
-    here: dict[str, Held]
-    aside: dict[str, Held]
+    shards: list[ShardPlan]
+    here: dict[str, ExistingShard]
+    aside: dict[str, ExistingShard]
 
     def __post_init__(self) -> None:
         self.keys = {planned.record.key for shard in self.shards for planned in shard.members}
 
     @property
-    def held(self) -> Iterator[Held]:
+    def held(self) -> Iterator[ExistingShard]:
         yield from self.aside.values()
         yield from self.here.values()
 
-    def orphans(self) -> Iterator[tuple[Held, str]]:
+    def orphans(self) -> Iterator[tuple[ExistingShard, str]]:
         """The samples there that are not to be any more, by their keys; of one that lies there
         twice, both."""
         for held in self.held:
@@ -210,7 +217,7 @@ class Comparison:
 
 def compare(
     comparisons: list[Comparison], recipe: dict[str, Any]
-) -> list[tuple[list[ShardWork], Changes]]:
+) -> list[tuple[list[ShardTask], Changes]]:
     """Of each cache the shards that must be written, with what is found of their samples, and what
     changed."""
     stale = [
@@ -249,7 +256,7 @@ def compare(
 
 
 def _origins(
-    comparison: Comparison, stale: list[PlannedShard], recipe: dict[str, Any]
+    comparison: Comparison, stale: list[ShardPlan], recipe: dict[str, Any]
 ) -> list["_Origin"]:
     """All samples that can be copied from when the shards of this cache are written.
 
@@ -267,10 +274,10 @@ def _origins(
 
 def _compare(
     comparison: Comparison,
-    stale: list[PlannedShard],
+    stale: list[ShardPlan],
     origins: list["_Origin"],
     by_picture: dict[str, list["_Origin"]],
-) -> tuple[list[ShardWork], Changes, list["_Origin"]]:
+) -> tuple[list[ShardTask], Changes, list["_Origin"]]:
     changes = Changes()
     by_key: dict[str, list[_Origin]] = defaultdict(list)
     for origin in origins:
@@ -294,12 +301,12 @@ def _compare(
                 tasks.append(task)
             else:
                 changes.num_new += 1
-                tasks.append(Task(planned))
-        works.append(ShardWork(shard.name, shard.bucket, shard.repeats, tuple(tasks)))
+                tasks.append(SampleTask(planned))
+        works.append(ShardTask(shard.name, shard.bucket, shard.repeats, tuple(tasks)))
     return works, changes, claimed
 
 
-def _stays(shard: PlannedShard, held: Held | None, recipe: dict[str, Any]) -> bool:
+def _stays(shard: ShardPlan, held: ExistingShard | None, recipe: dict[str, Any]) -> bool:
     """Whether the shard is as it would be written."""
     if held is None or held.recipe != recipe:
         return False
@@ -312,7 +319,7 @@ def _stays(shard: PlannedShard, held: Held | None, recipe: dict[str, Any]) -> bo
 class _Source:
     """A shard of ``cache`` to copy from, and which causes its recipe gives against that."""
 
-    def __init__(self, held: Held, recipe: dict[str, Any], cache: str) -> None:
+    def __init__(self, held: ExistingShard, recipe: dict[str, Any], cache: str) -> None:
         self.held, self.cache = held, cache
         self.causes = set(_recipe_causes(held.recipe, recipe))
         self.latents = latent_recipe(held.recipe) == latent_recipe(recipe)
@@ -325,11 +332,11 @@ class _Origin(NamedTuple):
     source: _Source
     key: str
 
-    def find(self, planned: Planned, cache: str) -> tuple[Task, set[str]]:
+    def find(self, planned: PlannedSample, cache: str) -> tuple[SampleTask, set[str]]:
         """What there is of ``planned``, a sample of ``cache``, and why it is not all."""
         source, held, key = self.source, self.source.held, self.key
         if held.marks[key] == CHANGING:
-            return Task(planned), {"picture"}
+            return SampleTask(planned), {"picture"}
         old_marks = dict(zip(MARKS, held.marks[key], strict=True))
         new_marks = dict(zip(MARKS, planned.marks, strict=True))
         changed = {name for name in MARKS if old_marks[name] != new_marks[name]}
@@ -339,17 +346,19 @@ class _Origin(NamedTuple):
             causes |= {"repeats"}
         if key in held.reasons:
             as_it_was = source.latents and source.text and not changed
-            return Task(planned, reason=held.reasons[key] if as_it_was else None), causes
+            return SampleTask(planned, reason=held.reasons[key] if as_it_was else None), causes
         other = "" if source.cache == cache else source.cache
-        stored = Found(held.name, held.rows[key], key, other)
+        stored = CopySource(held.name, held.rows[key], key, other)
         latents = stored if source.latents and not changed & LATENT_MARKS else None
         if source.latents and changed & LATENT_MARKS == {"geometry"}:
             latents = _first_variants(planned, stored, held, old_marks["geometry"])
         text = stored if source.text and not changed & TEXT_MARKS else None
-        return Task(planned, latents, text), causes
+        return SampleTask(planned, latents, text), causes
 
 
-def _first_variants(planned: Planned, stored: Found, held: Held, mark: str) -> Found | None:
+def _first_variants(
+    planned: PlannedSample, stored: CopySource, held: ExistingShard, mark: str
+) -> CopySource | None:
     """The sample there, if what it has are the first variants of the planned: then ``--flip`` or
     more ``--crops`` joined, and only the others are to be encoded."""
     num = int(held.index.records["num_variants"][stored.row])
@@ -357,7 +366,7 @@ def _first_variants(planned: Planned, stored: Found, held: Held, mark: str) -> F
     return replace(stored, num_variants=num) if is_part else None
 
 
-def _same_key(planned: Planned, origins: list[_Origin], changes: Changes) -> Task:
+def _same_key(planned: PlannedSample, origins: list[_Origin], changes: Changes) -> SampleTask:
     """What there is of a sample under its own key; of several places that which has most."""
     options = [origin.find(planned, origin.source.cache) for origin in origins]
     task, causes = min(options, key=lambda option: len(option[1]))
@@ -367,8 +376,8 @@ def _same_key(planned: Planned, origins: list[_Origin], changes: Changes) -> Tas
 
 
 def _same_picture(
-    planned: Planned, origins: list[_Origin], changes: Changes, cache: str
-) -> tuple[Task, _Origin]:
+    planned: PlannedSample, origins: list[_Origin], changes: Changes, cache: str
+) -> tuple[SampleTask, _Origin]:
     """What there is of a sample whose image lay there under another key."""
     options = [(*origin.find(planned, cache), origin) for origin in origins]
     task, causes, origin = min(options, key=lambda option: len(option[1]))
@@ -393,8 +402,8 @@ def _recipe_causes(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
 
 
 def _with_frees(
-    caches: list[list[ShardWork]], comparisons: Iterable[Comparison]
-) -> list[list[ShardWork]]:
+    caches: list[list[ShardTask]], comparisons: Iterable[Comparison]
+) -> list[list[ShardTask]]:
     """Name for each shard the old ones that no other copies from."""
     names = [comparison.folder.name for comparison in comparisons]
     users: dict[tuple[str, str], set[tuple[str, str]]] = defaultdict(set)

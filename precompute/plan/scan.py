@@ -15,12 +15,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from precompute.dataset.records import Blob, Memory, Record, Rejected
+from precompute.dataset.records import Blob, Memory, Rejected, SourceImage
 from precompute.images.crops import plan_variants
 from precompute.images.decode import open_picture, picture_size
 from precompute.images.masks import check_mask_size
 from precompute.images.rejections import PictureError, explain
-from precompute.plan.placement import Planned, picture_mark
+from precompute.plan.placement import PlannedSample, picture_mark
 from precompute.settings import EncodeSettings
 from runtime.devices import num_cores
 from runtime.files import open_regular, read_checked, user_cache, write_checked
@@ -78,12 +78,12 @@ class Notes:
 
 
 def plan_pictures(
-    records: list[Record], settings: EncodeSettings, memory: Memory | None = None
-) -> tuple[list[Planned], list[Rejected]]:
+    records: list[SourceImage], settings: EncodeSettings, memory: Memory | None = None
+) -> tuple[list[PlannedSample], list[Rejected]]:
     """What each image becomes, from its header; of one that is remembered nothing is read."""
     memory = memory or Memory()
     shape, stamp = _shaper(settings), _stamper(settings.dataset)
-    planned: list[Planned] = []
+    planned: list[PlannedSample] = []
     rejected: list[Rejected] = []
     for record, header in zip(records, _headers(records, memory, stamp), strict=True):
         try:
@@ -95,19 +95,19 @@ def plan_pictures(
                 _check_size(width, height, settings.min_size)
                 variants = plan_variants(shape((width, height)), settings, record.key)
                 mask = _mask_mark(record, (width, height), memory, stamp)
-                planned.append(Planned(record, mark, variants, mask))
+                planned.append(PlannedSample(record, mark, variants, mask))
         except ValueError as error:
             rejected.append(Rejected(record.path, str(error)))
     return planned, rejected
 
 
 def add_digests(
-    planned: list[Planned],
-    wanted: Callable[[Planned], bool],
+    planned: list[PlannedSample],
+    wanted: Callable[[PlannedSample], bool],
     before: Mapping[str, Sequence[Any]],
     settings: EncodeSettings,
     memory: Memory,
-) -> tuple[list[Planned], list[Rejected]]:
+) -> tuple[list[PlannedSample], list[Rejected]]:
     """The same with the marks of those that are ``wanted``, which are read whole for it.
 
     ``before`` has by key the marks (image, mask, ...) of the samples in the cache. Where a file of
@@ -115,7 +115,7 @@ def add_digests(
     """
     stamp = _stamper(settings.dataset)
 
-    def is_read(sample: Planned) -> bool:
+    def is_read(sample: PlannedSample) -> bool:
         return wanted(sample) if not sample.picture else _has_changed(sample, before)
 
     missing = [sample for sample in planned if is_read(sample)]
@@ -137,7 +137,7 @@ def add_digests(
     ], rejected
 
 
-def _has_changed(sample: Planned, before: Mapping[str, Sequence[Any]]) -> bool:
+def _has_changed(sample: PlannedSample, before: Mapping[str, Sequence[Any]]) -> bool:
     """Whether the image or the mask of a sample in the cache is another one now."""
     marks = before.get(sample.record.key)
     return marks is not None and (
@@ -146,7 +146,7 @@ def _has_changed(sample: Planned, before: Mapping[str, Sequence[Any]]) -> bool:
 
 
 def remember_encoded(
-    planned: Iterable[Planned], marks: dict[str, str], dataset: Path, memory: Memory
+    planned: Iterable[PlannedSample], marks: dict[str, str], dataset: Path, memory: Memory
 ) -> None:
     """Note the marks of images that were hashed when they were encoded; ``marks`` is by key."""
     stamp = _stamper(dataset)
@@ -162,7 +162,7 @@ def remember_digest(memory: Memory, stamp: tuple[str, int, int], mark: str) -> N
 
 
 def _headers(
-    records: list[Record], memory: Memory, stamp: Callable[[Blob], tuple[str, int, int]]
+    records: list[SourceImage], memory: Memory, stamp: Callable[[Blob], tuple[str, int, int]]
 ) -> list[Header | Rejected]:
     """Of each record the header; those not remembered are read by threads."""
     headers: list[Any] = [memory.find(*stamp(record.picture)) for record in records]
@@ -185,7 +185,7 @@ def _check_size(width: int, height: int, smallest: int) -> None:
 
 
 def _mask_mark(
-    record: Record,
+    record: SourceImage,
     original: Size,
     memory: Memory,
     stamp: Callable[[Blob, str], tuple[str, int, int]],
@@ -225,7 +225,7 @@ def _stamper(dataset: Path) -> Callable[..., tuple[str, int, int]]:
     return stamp
 
 
-def _digest(sample: Planned, before: Mapping[str, Sequence[Any]]) -> str | Rejected:
+def _digest(sample: PlannedSample, before: Mapping[str, Sequence[Any]]) -> str | Rejected:
     record = sample.record
     data = _read(record)
     if isinstance(data, Rejected):
@@ -244,7 +244,7 @@ def _digest(sample: Planned, before: Mapping[str, Sequence[Any]]) -> str | Rejec
     return mark
 
 
-def _read(record: Record, head: bool = False) -> Any:
+def _read(record: SourceImage, head: bool = False) -> Any:
     """A file that cannot be read now is no property of the image, and not remembered."""
     try:
         return _head(record.picture) if head else record.picture.read()
@@ -254,7 +254,7 @@ def _read(record: Record, head: bool = False) -> Any:
         return Rejected(record.path, str(error))
 
 
-def _read_header(record: Record) -> Header | Rejected:
+def _read_header(record: SourceImage) -> Header | Rejected:
     head = _read(record, head=True)
     if isinstance(head, bytes):
         try:

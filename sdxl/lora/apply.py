@@ -14,10 +14,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from sdxl.lora.names import LORA as LORA
 from sdxl.lora.names import OURS, PREFIXES, UNET, key_table
-from sdxl.lora.read import LoraFile, find_lora, is_extra, lora_card, open_lora, read_lora_file
-from sdxl.lora.weights import Adapted, Delta
+from sdxl.lora.read import LoraFile, find_lora, is_extra, lora_metadata, open_lora, read_lora_file
+from sdxl.lora.weights import Delta, LoraWeights
 from sdxl.lora.write import peft_config
-from sdxl.metadata import Card, Schedule, check_long_captions
+from sdxl.metadata import ModelMetadata, Schedule, check_long_captions
 
 _OTHER_ARCHITECTURES = {  # by names that only they have
     r"(double|single)_blocks_|single_transformer_blocks_": "Flux",
@@ -48,7 +48,7 @@ def adaptable(model: Any) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def fit(file: LoraFile, part: str, model: Any) -> dict[str, Adapted]:
+def match_to_model(file: LoraFile, part: str, model: Any) -> dict[str, LoraWeights]:
     """A part of a LoRA file by the names of the modules of ``model``; of that the shapes are
     enough (the meta device).
 
@@ -58,14 +58,14 @@ def fit(file: LoraFile, part: str, model: Any) -> dict[str, Adapted]:
     """
     file.check_adapter(part)
     shapes = adaptable(model)
-    adapters: dict[str, Adapted] = {}
+    adapters: dict[str, LoraWeights] = {}
     for name, written, adapter in _by_name(file, part, shapes, model.config):
-        assert isinstance(adapter, Adapted)
+        assert isinstance(adapter, LoraWeights)
         adapters[name] = _adapter_of(file, written, adapter, shapes[name])
     return adapters
 
 
-def fit_merged(file: LoraFile, part: str, model: Any) -> dict[str, Adapted | Delta]:
+def fit_merged(file: LoraFile, part: str, model: Any) -> dict[str, LoraWeights | Delta]:
     """The same of a file that is merged into ``model``: norms, embeddings and biases may change as
     well.
 
@@ -79,9 +79,9 @@ def fit_merged(file: LoraFile, part: str, model: Any) -> dict[str, Adapted | Del
             shapes[name] = tuple(module.weight.shape)
         bias = getattr(module, "bias", None)
         biases[name] = tuple(bias.shape) if isinstance(bias, torch.Tensor) else None
-    adapters: dict[str, Adapted | Delta] = {}
+    adapters: dict[str, LoraWeights | Delta] = {}
     for name, written, adapter in _by_name(file, part, shapes, model.config):
-        if isinstance(adapter, Adapted):
+        if isinstance(adapter, LoraWeights):
             adapters[name] = _adapter_of(file, written, adapter, shapes[name])
             continue
         if adapter.has_weight and (reason := adapter.mismatch(shapes[name])):
@@ -96,7 +96,7 @@ def fit_merged(file: LoraFile, part: str, model: Any) -> dict[str, Adapted | Del
 
 def _by_name(
     file: LoraFile, part: str, shapes: Mapping[str, Any], config: Any
-) -> Iterator[tuple[str, str, Adapted | Delta]]:
+) -> Iterator[tuple[str, str, LoraWeights | Delta]]:
     """(module of the model, as the file writes it, what is learned of it)."""
     is_unet = part == UNET
     table = key_table(shapes, config) if is_unet else {_text_key(name): name for name in shapes}
@@ -112,7 +112,9 @@ def _by_name(
         yield name, written, adapter
 
 
-def _adapter_of(file: LoraFile, written: str, adapter: Adapted, shape: tuple[int, ...]) -> Adapted:
+def _adapter_of(
+    file: LoraFile, written: str, adapter: LoraWeights, shape: tuple[int, ...]
+) -> LoraWeights:
     """An adapter in the shape of the module it is for."""
     down, up = _shaped(adapter.down, len(shape)), _shaped(adapter.up, len(shape))
     if down.ndim != len(shape) or down.shape[1:] != shape[1:] or len(up) != shape[0]:
@@ -148,7 +150,7 @@ def _architecture(file: LoraFile) -> str:
         if any(re.search(pattern, name) for name in unet):
             return other
     for name, adapter in unet.items():
-        width = adapter.down.shape[1] if isinstance(adapter, Adapted) else adapter.num_inputs
+        width = adapter.down.shape[1] if isinstance(adapter, LoraWeights) else adapter.num_inputs
         if re.search(r"attn2_to_[kv]$", name) and width in _CONTEXT_WIDTHS:
             return _CONTEXT_WIDTHS[width]
     if any(re.search(_SD_MODULES, name) for name in unet):
@@ -171,7 +173,7 @@ def merged_weights(
     Raises:
         ValueError: a file does not fit the model, or what it makes is not finite.
     """
-    changes: dict[str, list[tuple[Path, Adapted | Delta, float]]] = defaultdict(list)
+    changes: dict[str, list[tuple[Path, LoraWeights | Delta, float]]] = defaultdict(list)
     for file, strength in files:
         for module, adapter in fit_merged(file, part, model).items():
             if strength:
@@ -196,7 +198,7 @@ def merged_weights(
 
 
 def _change_weight(
-    adapter: Adapted | Delta, weight: torch.Tensor, strength: float
+    adapter: LoraWeights | Delta, weight: torch.Tensor, strength: float
 ) -> torch.Tensor | None:
     if isinstance(adapter, Delta) and not adapter.has_weight:
         return None
@@ -204,7 +206,7 @@ def _change_weight(
 
 
 def _change_bias(
-    adapter: Adapted | Delta, bias: torch.Tensor, strength: float
+    adapter: LoraWeights | Delta, bias: torch.Tensor, strength: float
 ) -> torch.Tensor | None:
     difference = adapter.bias if isinstance(adapter, Delta) else None
     return None if difference is None else bias + strength * difference.float()
@@ -253,12 +255,12 @@ def read_num_chunks(path: Path) -> int:
         raise ValueError(f"{path}: {OURS}{error}") from None
 
 
-def _card(path: Path) -> Card:
+def _card(path: Path) -> ModelMetadata:
     try:
         with open_lora(find_lora(path)) as file:
-            return lora_card(dict(file.metadata() or {}))
+            return lora_metadata(dict(file.metadata() or {}))
     except ValueError:
-        return Card()  # what it is, load_lora says
+        return ModelMetadata()  # what it is, load_lora says
 
 
 def apply_loras(unet: Any, loras: Sequence[tuple[Path, float]]) -> None:
@@ -296,7 +298,7 @@ def _apply(model: Any, part: str, files: Sequence[tuple[LoraFile, float]]) -> No
     merge_loras(model, part, merged)
     adapters = [(file, weight) for file, weight in files if part not in file.merged_parts]
     for number, (file, _) in enumerate(adapters):
-        _add(model, fit(file, part, model), f"lora_{number}")
+        _add(model, match_to_model(file, part, model), f"lora_{number}")
     _set_lora_weights(model, [weight for _, weight in adapters])
 
 
@@ -308,7 +310,7 @@ def load_lora(unet: Any, path: Path) -> None:
         ValueError: no LoRA file, or one of another architecture.
     """
     file = read_lora_file(path)
-    adapters = fit(file, UNET, unet)
+    adapters = match_to_model(file, UNET, unet)
     if file.num_text:
         warnings.warn(
             f"{path}: what it has for {file.num_text} modules of the text encoders is not used",
@@ -322,10 +324,10 @@ def load_lora(unet: Any, path: Path) -> None:
 def read_lora(unet: Any, path: Path) -> None:
     """Copy the weights of a LoRA file into its adapter on ``unet``, as ``load_lora`` put it there,
     in the dtype that the adapter has now."""
-    _fill(unet, fit(read_lora_file(path), UNET, unet), next(iter(unet.peft_config)))
+    _fill(unet, match_to_model(read_lora_file(path), UNET, unet), next(iter(unet.peft_config)))
 
 
-def _add(model: Any, adapters: dict[str, Adapted], name: str) -> None:
+def _add(model: Any, adapters: dict[str, LoraWeights], name: str) -> None:
     """One more adapter on a model, by peft."""
     if not adapters:
         return
@@ -336,7 +338,7 @@ def _add(model: Any, adapters: dict[str, Adapted], name: str) -> None:
     _fill(model, adapters, name)
 
 
-def _fill(model: Any, adapters: dict[str, Adapted], name: str) -> None:
+def _fill(model: Any, adapters: dict[str, LoraWeights], name: str) -> None:
     """Copy weights into adapter ``name``, in the dtype that it has."""
     modules = dict(model.named_modules())
     with torch.no_grad():

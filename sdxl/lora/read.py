@@ -2,8 +2,8 @@
 
 Known are the names of diffusers (of peft's layers and the older ones, with the adapter's settings
 or without), of peft's own folders, of kohya's scripts and LyCORIS and of what follows them
-(OneTrainer, SimpleTuner, ComfyUI). A module is an adapter that peft can hold (``Adapted``), or a
-``Delta`` that can only be merged into the weights. What cannot be read is refused by its name.
+(OneTrainer, SimpleTuner, ComfyUI). A module is an adapter that peft can hold (``LoraWeights``), or
+a ``Delta`` that can only be merged into the weights. What cannot be read is refused by its name.
 """
 
 import json
@@ -34,8 +34,8 @@ from sdxl.lora.names import (
     UNET,
     UNSUPPORTED,
 )
-from sdxl.lora.weights import NAMES, Adapted, Algorithm, Delta, find_algorithm
-from sdxl.metadata import Card, read_card
+from sdxl.lora.weights import NAMES, Algorithm, Delta, LoraWeights, find_algorithm
+from sdxl.metadata import ModelMetadata, read_model_metadata
 from sdxl.tensor_files import check_digest
 
 MOST_LETTERS = 300  # of a tensor's name
@@ -53,7 +53,7 @@ class LoraFile:
 
     path: Path
     kind: str  # kohya, peft or diffusers
-    parts: dict[str, dict[str, Adapted | Delta]]
+    parts: dict[str, dict[str, LoraWeights | Delta]]
     metadata: dict[str, str]
 
     @property
@@ -62,9 +62,9 @@ class LoraFile:
         return sum(len(part) for name, part in self.parts.items() if name != UNET)
 
     @property
-    def card(self) -> Card:
+    def card(self) -> ModelMetadata:
         """What its maker, if it was this project, says of it."""
-        return lora_card(self.metadata)
+        return lora_metadata(self.metadata)
 
     @property
     def merged_parts(self) -> frozenset[str]:
@@ -85,20 +85,20 @@ class LoraFile:
             )
 
 
-def _why_merged(part: Mapping[str, Adapted | Delta]) -> set[str]:
+def _why_merged(part: Mapping[str, LoraWeights | Delta]) -> set[str]:
     """What in a part is more than peft's adapters; empty where nothing is."""
     kinds = {adapter.title for adapter in part.values() if isinstance(adapter, Delta)}
-    adapters = [adapter for adapter in part.values() if isinstance(adapter, Adapted)]
+    adapters = [adapter for adapter in part.values() if isinstance(adapter, LoraWeights)]
     if len({adapter.magnitude is None for adapter in adapters}) > 1:
         kinds.add("DoRA on some modules only")
     return kinds
 
 
-def lora_card(metadata: dict[str, str]) -> Card:
+def lora_metadata(metadata: dict[str, str]) -> ModelMetadata:
     """What the metadata of a LoRA file says of it, if this project wrote it."""
     settings = _settings(metadata)
     ours = {n.removeprefix(OURS): v for n, v in settings.items() if n.startswith(OURS)}
-    return Card.of(ours) if ours else read_card(metadata)
+    return ModelMetadata.of(ours) if ours else read_model_metadata(metadata)
 
 
 def find_lora(path: Path) -> Path:
@@ -157,10 +157,12 @@ def is_extra(name: str) -> bool:
 
 def lora_parts(
     path: Path, tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]
-) -> dict[str, dict[str, Adapted]]:
+) -> dict[str, dict[str, LoraWeights]]:
     """The tensors of an adapter by part and module. ``settings`` are peft's, by ``part.name``."""
     return {
-        part: {name: adapter for name, adapter in modules.items() if isinstance(adapter, Adapted)}
+        part: {
+            name: adapter for name, adapter in modules.items() if isinstance(adapter, LoraWeights)
+        }
         for part, modules in _parts(path, tensors, settings).items()
     }
 
@@ -191,7 +193,7 @@ def _warn_of_extras(path: Path, extras: Iterable[str]) -> None:
 
 def _parts(
     path: Path, tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]
-) -> dict[str, dict[str, Adapted | Delta]]:
+) -> dict[str, dict[str, LoraWeights | Delta]]:
     grouped: dict[str, dict[str, dict[str, torch.Tensor]]] = defaultdict(lambda: defaultdict(dict))
     for name, tensor in tensors.items():
         part, module, role = _parse(path, name, tensors)
@@ -278,7 +280,7 @@ def _peft_settings(path: Path) -> dict[str, Any]:
 
 def _module(
     path: Path, module: str, tensors: dict[str, torch.Tensor], settings: Mapping[str, Any]
-) -> Adapted | Delta:
+) -> LoraWeights | Delta:
     if len(halves := {"down", "up"} & tensors.keys()) == 1:
         missing = "up" if "down" in halves else "down"
         raise ValueError(f"{path}: damaged or no LoRA: {module} has no {missing} weight")
@@ -312,7 +314,7 @@ def _lora(
     tensors: dict[str, torch.Tensor],
     numbers: Mapping[str, float],
     settings: Mapping[str, Any],
-) -> Adapted | Delta:
+) -> LoraWeights | Delta:
     """A LoRA as peft holds it, or, with a bias or as a DoRA normed over its input, to be merged."""
     down, up, magnitude = tensors["down"], tensors["up"], tensors.get("dora_scale")
     if down.ndim != up.ndim or down.ndim not in (2, 4) or up.shape[1] != len(down):
@@ -324,7 +326,7 @@ def _lora(
     alpha = numbers.get("alpha")
     if alpha is None:
         alpha = _stated_alpha(path, module, len(down), settings)
-    adapter = Adapted(down, up, alpha, bool(settings.get("use_rslora")))
+    adapter = LoraWeights(down, up, alpha, bool(settings.get("use_rslora")))
     if "diff_b" not in tensors:
         if magnitude is None:
             return adapter

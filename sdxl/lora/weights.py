@@ -19,7 +19,7 @@ import torch
 
 
 @dataclass(frozen=True, eq=False)
-class Adapted:
+class LoraWeights:
     """What is learned of one linear or convolution W: W + scale B A.
 
     ``down`` A [r, in] or [r, in, k, k], ``up`` B [out, r] or [out, r, 1, 1], ``magnitude`` (DoRA)
@@ -45,7 +45,7 @@ class Adapted:
         """alpha, where the strength is alpha / rank."""
         return self.alpha * math.sqrt(self.rank) if self.rslora else self.alpha
 
-    def to(self, dtype: torch.dtype) -> "Adapted":
+    def to(self, dtype: torch.dtype) -> "LoraWeights":
         """The same in ``dtype``."""
         magnitude = None if self.magnitude is None else self.magnitude.to(dtype)
         down, up = self.down.to(dtype), self.up.to(dtype)

@@ -20,11 +20,11 @@ from peft import LoraConfig, get_peft_model_state_dict
 
 from sdxl.lora.names import KOHYA, LORA, METADATA_KEY, OURS, UNET, kohya_keys, long_name, text_keys
 from sdxl.lora.read import lora_parts
-from sdxl.lora.weights import Adapted
-from sdxl.metadata import ARCHITECTURE, Card
-from sdxl.tensor_files import digest_metadata, settled_bytes
+from sdxl.lora.weights import LoraWeights
+from sdxl.metadata import ARCHITECTURE, ModelMetadata
+from sdxl.tensor_files import digest_metadata, sorted_metadata_bytes
 
-Parts = Mapping[str, Mapping[str, Adapted]]  # by unet, text_encoder, text_encoder_2; by module
+Parts = Mapping[str, Mapping[str, LoraWeights]]  # by unet, text_encoder, text_encoder_2; by module
 PREFIX = f"{UNET}."
 _SETTINGS = (
     "r",
@@ -47,7 +47,7 @@ def lora_state(unet: Any, values: dict[str, torch.Tensor] | None = None) -> dict
 
 
 def lora_bytes(
-    unet: Any, values: dict[str, torch.Tensor] | None = None, card: Card | None = None
+    unet: Any, values: dict[str, torch.Tensor] | None = None, card: ModelMetadata | None = None
 ) -> dict[str, bytes]:
     """The adapter on a UNet as files, by their names: one that ``load_lora_weights`` takes at its
     right strength, and kohya's, for the UIs.
@@ -58,21 +58,21 @@ def lora_bytes(
     config = next(iter(unet.peft_config.values())).to_dict()
     settings, state = _settings(UNET, config), lora_state(unet, values)
     parts = lora_parts(Path("the adapter"), state, settings)
-    card = replace(card or Card(), rank=config["r"], alpha=float(config["lora_alpha"]))
+    card = replace(card or ModelMetadata(), rank=config["r"], alpha=float(config["lora_alpha"]))
     files = {LORA: _diffusers_bytes(state, settings, card)}
     if not config["use_dora"]:
         files[KOHYA] = kohya_bytes(parts, unet.config, card)
     return files
 
 
-def kohya_bytes(parts: Parts, config: Mapping[str, Any], card: Card) -> bytes:
+def kohya_bytes(parts: Parts, config: Mapping[str, Any], card: ModelMetadata) -> bytes:
     """kohya's file of a LoRA; ``config`` is the UNet's."""
     state, resolution = kohya_state(parts, config), 8 * int(config["sample_size"])
     metadata = kohya_metadata(parts.get(UNET, {}), card, resolution)
-    return settled_bytes(state, digest_metadata(state, metadata))
+    return sorted_metadata_bytes(state, digest_metadata(state, metadata))
 
 
-def diffusers_bytes(parts: Parts, card: Card) -> bytes:
+def diffusers_bytes(parts: Parts, card: ModelMetadata) -> bytes:
     """A file that ``load_lora_weights`` takes, of a LoRA's parts."""
     state: dict[str, torch.Tensor] = {}
     settings: dict[str, Any] = {}
@@ -90,14 +90,16 @@ def diffusers_bytes(parts: Parts, card: Card) -> bytes:
     return _diffusers_bytes(state, settings, card)
 
 
-def _diffusers_bytes(state: dict[str, torch.Tensor], settings: dict[str, Any], card: Card) -> bytes:
+def _diffusers_bytes(
+    state: dict[str, torch.Tensor], settings: dict[str, Any], card: ModelMetadata
+) -> bytes:
     """The settings are in one key, which is diffusers' own."""
     ours = {OURS + name: value for name, value in card.to_dict().items()}
     metadata = {METADATA_KEY: json.dumps(settings | ours, sort_keys=True)}
-    return settled_bytes(state, digest_metadata(state, metadata))
+    return sorted_metadata_bytes(state, digest_metadata(state, metadata))
 
 
-def peft_config(adapters: Mapping[str, Adapted]) -> LoraConfig:
+def peft_config(adapters: Mapping[str, LoraWeights]) -> LoraConfig:
     """peft's settings of an adapter: its commonest rank and alpha, and the exceptions."""
     first = next(iter(adapters.values()))
     (rank, alpha), _ = Counter(
@@ -131,7 +133,7 @@ def _settings(part: str, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def kohya_state(
-    parts: Mapping[str, Mapping[str, Adapted]], config: Mapping[str, Any]
+    parts: Mapping[str, Mapping[str, LoraWeights]], config: Mapping[str, Any]
 ) -> dict[str, torch.Tensor]:
     """The parts of a LoRA under kohya's keys, alpha in fp32. ``config`` is the UNet's.
 
@@ -156,7 +158,9 @@ def kohya_state(
     return state
 
 
-def kohya_metadata(adapters: Mapping[str, Adapted], card: Card, resolution: int) -> dict[str, str]:
+def kohya_metadata(
+    adapters: Mapping[str, LoraWeights], card: ModelMetadata, resolution: int
+) -> dict[str, str]:
     """What UIs read of a LoRA on SDXL, and the card. ``resolution``: the base's pixels a side."""
     ranks = sorted({adapter.rank for adapter in adapters.values()})
     alphas = sorted({adapter.kohya_alpha for adapter in adapters.values()})
