@@ -9,8 +9,8 @@ from typing import Any
 import safetensors.torch
 from safetensors import SafetensorError
 
+from precompute.encode_samples import EncodedPart, Failed, encode_latents, encode_texts, joined
 from precompute.encoders import Encoders
-from precompute.halves import EncodedPart, Failed, encode_latents, encode_texts, joined
 from precompute.images.masks import shows_anything
 from precompute.plan.placement import CHANGING, PlannedSample, picture_mark
 from precompute.plan.plan_file import CopySource, SampleTask, ShardTask

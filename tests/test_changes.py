@@ -20,8 +20,8 @@ from encodes import (
 )
 from PIL import Image
 
+import precompute.encode_samples
 import precompute.encoders
-import precompute.halves
 from precompute.dataset.records import Blob
 from precompute.plan.reuse import PREPROCESSING
 from precompute.report import summarize
@@ -227,14 +227,14 @@ def test_a_picture_of_other_bytes_but_the_same_time_is_told_how_to_be_read(
     data[-1] ^= 1
     picture.write_bytes(data)
     os.utime(picture, (LONG_AGO, LONG_AGO))
-    ahead, real = [], precompute.halves.read_ahead
+    ahead, real = [], precompute.encode_samples.read_ahead
 
     def read_ahead(function: Any, items: Any, threads: int, most: int) -> Any:
         ahead.append(most)
         return real(function, items, threads, most)
 
-    monkeypatch.setattr(precompute.halves, "read_ahead", read_ahead)
-    monkeypatch.setattr(precompute.halves, "num_cores", lambda: 16)
+    monkeypatch.setattr(precompute.encode_samples, "read_ahead", read_ahead)
+    monkeypatch.setattr(precompute.encode_samples, "num_cores", lambda: 16)
     (rejected,) = again(work, base, flip=True, resolution=80).rejected
     assert (rejected.path, "encode again with --rehash" in rejected.reason) == ("000.png", True)
     assert set(ahead) == {(2 * 4 + 16) // 2}  # batches of 4, 16 threads, 2 variants

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-import precompute.halves
+import precompute.encode_samples
 import precompute.images.crops
 import precompute.latents
 from precompute.images.crops import render
@@ -47,7 +47,7 @@ def plant(patch: pytest.MonkeyPatch, fault: str) -> None:
         patch.setattr(precompute.latents, "scale_mean", lambda *args: 2 * real(*args))
         return
     change, render_variants = PIXEL_FAULTS[fault], precompute.images.crops.render_variants
-    for module in (precompute.images.crops, precompute.halves):
+    for module in (precompute.images.crops, precompute.encode_samples):
         patch.setattr(module, "render_variants", lambda *args: change(render_variants(*args)))
 
 

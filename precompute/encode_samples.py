@@ -1,4 +1,4 @@
-"""The two halves of samples, encoded: images to latents, captions to embeddings.
+"""The two outputs of a sample, encoded: images to latents, captions to embeddings.
 
 Batches are always filled to one fixed size: the last bits of an encoder's output depend on the
 batch size, but not on who else is in the batch. So they may run across samples.
