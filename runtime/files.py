@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -166,6 +166,34 @@ def set_aside(path: Path, name: Path | None = None) -> None:
     """Rename what is about to be replaced (to ``aside_of(path)``); nothing where there is none."""
     with suppress(FileNotFoundError):
         os.replace(path, name or aside_of(path))
+
+
+def move_into(folder: Path, paths: Iterable[Path]) -> None:
+    """Rename each of ``paths`` into ``folder``, in this order, so that it survives a power cut.
+
+    Stopped in between, some are there and the others are still where they were.
+    """
+    left = set()
+    for path in paths:
+        os.replace(path, folder / path.name)
+        left.add(path.parent)
+    for changed in (folder, *sorted(left)):
+        fsync_folder(changed)
+
+
+def rename_folder(folder: Path, new: Path) -> None:
+    """Give a folder another name beside its own, so that it survives a power cut."""
+    os.replace(folder, new)
+    fsync_folder(new.parent)
+
+
+def discard_folder(folder: Path, doomed: Path) -> None:
+    """Delete a folder by way of the name ``doomed``: a kill in between leaves no half of it under
+    its own name. What an earlier call left at ``doomed`` goes too."""
+    remove_path(doomed)
+    if folder.exists():
+        os.replace(folder, doomed)
+    remove_path(doomed)
 
 
 def remove_path(path: Path) -> None:

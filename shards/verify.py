@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 import xxhash
 
-from runtime.files import PARTIAL, file_sha256, fsync_folder, remove_path, writing
+from runtime.files import PARTIAL, file_sha256, fsync_folder, move_into, remove_path, writing
 from runtime.schema import read_json
 from runtime.text import pluralize
 from shards.format import CacheError, OtherFormat, sample_key
@@ -338,8 +338,7 @@ def _repair_shard(folder: Path, shard: dict[str, Any]) -> str:
                 _drop(folder, name + end)
             return f"{path}: dropped, with its {pluralize(shard['count'], 'sample')}"
         if saved.is_as_before:  # only the tar was damaged, outside the samples
-            os.replace(work / f"{name}.tar", folder / f"{name}.tar")
-            fsync_folder(folder)
+            move_into(folder, [work / f"{name}.tar"])
             return f"{path}: repaired, no sample was lost"
         _drop(folder, MANIFEST)
         _swap(folder, name, work)
@@ -361,13 +360,9 @@ def _swap(folder: Path, name: str, work: Path) -> None:
     aside.mkdir(exist_ok=True)
     for end in ENDS:
         (aside / (name + end)).unlink(missing_ok=True)
-    for end in ENDS:
-        os.replace(folder / (name + end), aside / (name + end))
-    for directory in (aside, folder):
-        fsync_folder(directory)
+    move_into(aside, [folder / (name + end) for end in ENDS])
     for end in reversed(ENDS):
-        os.replace(work / (name + end), folder / (name + end))
-        fsync_folder(folder)
+        move_into(folder, [work / (name + end)])
     for end in ENDS:
         (aside / (name + end)).unlink()
     if not any(aside.iterdir()):

@@ -6,8 +6,6 @@ holds their digests. A folder of that name is whole, or damaged and named.
 
 import json
 import math
-import os
-import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from runtime import schema
 from runtime.documents import MAX_JSON_BYTES, read_bounded
 from runtime.files import (
     PARTIAL,
+    discard_folder,
     fsync_folder,
     remove_path,
     removed_on_error,
@@ -155,9 +154,7 @@ def rotate(run: Path, keep: int, newest: int) -> None:
     best = min(known, key=lambda step: known[step]) if known else None
     for step in sorted(turning)[:-keep]:
         if step != best:
-            doomed = paths[step].with_name(paths[step].name + PARTIAL)
-            os.replace(paths[step], doomed)  # a kill in between leaves no half of it
-            shutil.rmtree(doomed)
+            discard_folder(paths[step], paths[step].with_name(paths[step].name + PARTIAL))
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

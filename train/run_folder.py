@@ -27,8 +27,11 @@ from runtime.files import (
     DIGEST,
     PARTIAL,
     canonical_json,
+    discard_folder,
     fsync_folder,
+    move_into,
     remove_path,
+    rename_folder,
     seal,
     unseal,
     write_durable,
@@ -150,20 +153,13 @@ def _set_aside(out: Path) -> None:
         return
     (out / _MOVING).mkdir()
     fsync_folder(out)
-    for path in entries:
-        os.replace(path, out / _MOVING / path.name)
-    fsync_folder(out / _MOVING)
-    fsync_folder(out)
-    os.replace(out / _MOVING, out / REPLACED_RUN)
-    fsync_folder(out)
+    move_into(out / _MOVING, entries)
+    rename_folder(out / _MOVING, out / REPLACED_RUN)
 
 
 def discard_replaced_run(out: Path) -> None:
     """Delete the old run, if there is one: the new one has a checkpoint on disk."""
-    if (out / REPLACED_RUN).exists():
-        remove_path(out / _DISCARDED)
-        os.replace(out / REPLACED_RUN, out / _DISCARDED)  # no half of it can come back
-    remove_path(out / _DISCARDED)
+    discard_folder(out / REPLACED_RUN, out / _DISCARDED)
 
 
 def recover(out: Path) -> bool:
@@ -171,13 +167,10 @@ def recover(out: Path) -> bool:
     if (out / REPLACED_RUN).exists() and not has_checkpoint(out):
         for path in run_entries(out):  # of the new run, which cannot be resumed
             remove_path(path)
-        os.replace(out / REPLACED_RUN, out / _MOVING)
-        fsync_folder(out)
+        rename_folder(out / REPLACED_RUN, out / _MOVING)
     is_back = (out / _MOVING).exists()
     if is_back:
-        for path in sorted((out / _MOVING).iterdir()):
-            os.replace(path, out / path.name)
-        fsync_folder(out)
+        move_into(out, sorted((out / _MOVING).iterdir()))
         (out / _MOVING).rmdir()
     discard_replaced_run(out)
     return is_back

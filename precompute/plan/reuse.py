@@ -8,7 +8,6 @@ A sample has two halves: latents (with mask and sizes) and text. Each is made fr
 bytes of its image: so one that was renamed, or moved between train and val, is found again.
 """
 
-import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
@@ -26,7 +25,7 @@ from precompute.plan.placement import (
     geometry_mark,
 )
 from precompute.plan.plan_file import CopySource, SampleTask, ShardTask
-from runtime.files import fsync_folder
+from runtime.files import move_into
 from shards.format import CacheError, OtherFormat, sample_key
 from shards.index import Index
 from shards.manifest import REPLACED
@@ -109,10 +108,7 @@ def retire(folder: Path, names: list[str]) -> None:
     aside.mkdir(exist_ok=True)
     for name in names:
         remove_shard(aside, name)
-        for end in ENDS:
-            os.replace(folder / (name + end), aside / (name + end))
-    for directory in (aside, folder):
-        fsync_folder(directory)
+    move_into(aside, [folder / (name + end) for name in names for end in ENDS])
 
 
 def recover_retirement(folder: Path) -> None:
@@ -122,7 +118,7 @@ def recover_retirement(folder: Path) -> None:
         moved = [end for end in ENDS if (aside / (name + end)).exists()]
         here = [end for end in ENDS if (folder / (name + end)).exists()]
         if len(moved) == len(here) == 1 and moved != here:
-            os.replace(folder / (name + here[0]), aside / (name + here[0]))
+            move_into(aside, [folder / (name + here[0])])
 
 
 def remove_shard(folder: Path, name: str) -> None:
