@@ -1,4 +1,4 @@
-"""What the command line does to finished caches: verify, repair, inspect."""
+"""The bodies of ``verify`` (with ``--repair``) and ``inspect``."""
 
 from pathlib import Path
 

@@ -21,8 +21,8 @@ from infer.generate import generate
 from infer.settings import GenerateSettings
 from precompute.encode import encode
 from precompute.settings import EncodeSettings
-from sdxl.conditioning import TextEncoders
 from sdxl.load import load_vae
+from sdxl.text_encoders import TextEncoders
 from shards.plan import Plan
 from shards.reader import Cache
 from tools.draw_pictures import draw_pictures

@@ -1,4 +1,4 @@
-"""Where an export is written: what may be replaced there, and by one export at a time."""
+"""The output path of an export: what may be overwritten there, and the lock on it."""
 
 import os
 from collections.abc import Iterator

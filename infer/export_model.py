@@ -28,9 +28,9 @@ from sdxl.metadata import (
     write_long_captions,
     write_schedule,
 )
-from sdxl.original_file import Component, write_original
 from sdxl.single_file import read_header
 from sdxl.tensor_files import check_written, digest_metadata, sort_metadata
+from sdxl.write_original import Component, write_original
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TEXT = ("text_encoder", "text_encoder_2")

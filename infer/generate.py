@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from infer.outputs import About, PictureFolder, save_picture
 from infer.pipeline import Pipeline
-from infer.plan import ImageRequest, plan_requests
+from infer.requests import ImageRequest, plan_requests
 from infer.settings import GenerateSettings
 from infer.weights import Weights
 from runtime.devices import pick_device, pick_precision

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from infer.plan import ImageRequest
+from infer.requests import ImageRequest
 from runtime.documents import open_regular, parse_json, read_bounded
 from runtime.files import (
     PARTIAL,

@@ -1,4 +1,4 @@
-"""The models at work: in windows, all text first, then the UNet, then the VAE.
+"""Runs text encoders, then the UNet, then the VAE over the requests, a window at a time.
 
 On a small card each model is alone there in its turn; on a big one all stay, and each batch is
 decoded as soon as it is sampled.
@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 
-from infer.plan import Batch, ImageRequest, make_batches, make_windows
+from infer.requests import Batch, ImageRequest, make_batches, make_windows
 from infer.settings import GenerateSettings
 from infer.weights import Weights, enable_loras, has_loras
 from runtime.devices import exact_fp32
 from runtime.workers import WorkQueue
-from sdxl.conditioning import Conditioning, TextEncoders
 from sdxl.lora.apply import apply_text_loras
 from sdxl.sampling import decode_latents, sample_latents, starting_noise, time_ids_of
+from sdxl.text_encoders import Conditioning, TextEncoders
 
 TEXT, UNET, VAE = "text encoders", "unet", "vae"
 PLAIN_TEXT, PLAIN_UNET = "text encoders without", "unet without"  # of --compare

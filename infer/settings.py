@@ -149,7 +149,7 @@ class GenerateSettings:
     )
     negative: str | None = option(
         None,
-        "Negative prompt. Default: the unconditional of the base.",
+        "Negative prompt. Default: zeros or the encoded empty prompt, as the base's config says.",
         metavar="TEXT",
         aliases="--negative-prompt",
     )
@@ -167,7 +167,8 @@ class GenerateSettings:
     )
     window: int = option(
         512,
-        "Number of images between two changes of model on a card that cannot hold them all.",
+        "Number of images between two changes of model on a card that cannot hold them all. A "
+        "larger window means fewer changes, and more CPU memory.",
     )
     low_memory: bool | None = option(
         None,
@@ -266,7 +267,8 @@ class ExportSettings:
     )
     base: str | None = option(
         None,
-        f"{BASE_HELP} Needed for a UNet and for --merge. Default for a LoRA: SDXL.",
+        f"{BASE_HELP} Needed for a UNet and for --merge. A LoRA needs "
+        "none: SDXL's own module names are assumed.",
         metavar="BASE",
     )
     format: Literal["auto", "kohya", "diffusers"] = option(

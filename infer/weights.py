@@ -1,4 +1,4 @@
-"""The weights that draw: the base's, and a fine-tune's on them."""
+"""Loads the weights to generate with: the base's, and a LoRA or fine-tuned UNet on top."""
 
 from functools import cached_property
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The stage: what is there, what is missing, encode that, mark it.
+"""The encode stage: finds what is cached, encodes what is missing, writes the manifest last.
 
 A run that has work writes down first where each sample goes (``precompute.plan.plan_file``), then
 removes the manifest, sets aside the shards that it writes anew, and writes them; the manifest comes
@@ -25,8 +25,8 @@ from precompute.plan.cache_plan import (
     warn_about_reencoding,
 )
 from precompute.plan.disk_space import Sizer, check_disk_space
-from precompute.plan.losses import refuse_losses
 from precompute.plan.plan_file import PlanFile
+from precompute.plan.removals import refuse_losses
 from precompute.plan.scan import Notes
 from precompute.report import Progress, Report
 from precompute.settings import EncodeSettings

@@ -16,10 +16,10 @@ from typing import Any, TypeVar
 import torch
 
 from precompute.encoders import Encoders
-from precompute.images.crops import render_variants
 from precompute.images.decode import limit_large_images, open_picture
 from precompute.images.masks import Gray, open_alpha, open_mask, render_mask, shows_anything
 from precompute.images.rejections import explain
+from precompute.images.variants import render_variants
 from precompute.plan.placement import PlannedSample, picture_mark
 from precompute.settings import EncodeSettings
 from runtime.devices import DTYPES, num_cores

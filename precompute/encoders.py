@@ -11,7 +11,7 @@ from precompute.settings import EncodeSettings
 from precompute.text import load_text
 from runtime.devices import DTYPES, pick_device
 from sdxl.base import vae_config
-from sdxl.conditioning import TextEncoders
+from sdxl.text_encoders import TextEncoders
 
 
 class Encoders:

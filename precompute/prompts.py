@@ -12,8 +12,8 @@ from runtime.devices import DTYPES, exact_fp32, pick_device
 from runtime.files import write_durable
 from runtime.locks import locked
 from sdxl.base import zeros_for_empty_prompt
-from sdxl.conditioning import Conditioning, TextEncoders
 from sdxl.prompts import Prompt, read_prompts
+from sdxl.text_encoders import Conditioning, TextEncoders
 from shards.manifest import LOCK, MANIFEST, PROMPTS, read_manifest, renew_side_file
 from shards.previews import PreviewFile
 

@@ -1,4 +1,4 @@
-"""All that decides the tensors besides images and captions, by cause."""
+"""Every setting and model that changes the encoded tensors, by the cause that a rerun names."""
 
 from pathlib import Path
 from typing import Any

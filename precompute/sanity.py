@@ -1,4 +1,4 @@
-"""Whether the latents are what the VAE gives: measured beside the stage, by another way.
+"""Checks the stage's latents against the bare VAE, by a second, independent code path.
 
 A cache once went round whose latents were encoded without the images' normalization: losses
 looked as ever. So built-in drawings go through the whole stage, and beside it, from their 8-bit
@@ -18,8 +18,8 @@ import numpy.typing as npt
 import torch
 from PIL import Image, ImageDraw
 
-from precompute.images.crops import render
 from precompute.images.decode import ORIENTATION, open_picture
+from precompute.images.variants import render
 from precompute.latents import LatentEncoder, Posterior
 from shards.buckets import Geometry, cover
 

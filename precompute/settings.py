@@ -65,7 +65,7 @@ class EncodeSettings:
     )
     empty_captions: bool = option(
         False,
-        "Keep images whose caption is empty; they train the unconditional.",
+        "Keep images whose caption is empty; they train the model without a prompt.",
     )
     missing_caption: str = option(
         "reject",
@@ -135,7 +135,8 @@ class EncodeSettings:
     )
     mean_only: bool = option(
         False,
-        "Store only the mean of the VAE's posterior, without its standard deviation.",
+        "Store only the mean of the VAE's posterior: a smaller cache, and the same latent in every "
+        "epoch.",
     )
     preview_prompts: Path | None = option(
         None,
@@ -172,12 +173,12 @@ class EncodeSettings:
     )
     repack: bool = option(
         False,
-        "Move the samples to where a fresh encode would put them, copying what is still valid.",
+        "Rewrite the shards in the order of a fresh encode; nothing that is valid is encoded again.",
     )
     max_rejected: float = option(
         0.5,
-        "Maximum share of images that may be rejected. What is known before encoding is "
-        "judged before anything is written; the rest at the end, with exit code 1.",
+        "Maximum share of images that may be rejected. Checked before anything is written, and "
+        "again at the end for images that failed while they were encoded (then exit code 1).",
     )
     max_removed: float | None = option(
         None,

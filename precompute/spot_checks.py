@@ -1,4 +1,4 @@
-"""Spot checks of a finished cache: what it holds of its first images by key.
+"""Compares what a finished cache stores of a few images with what the VAE gives of their files.
 
 Which images those are, and what is measured, follows from what the cache holds alone: not from
 who encoded it, nor in how many runs.

@@ -1,4 +1,4 @@
-"""The text half of a cache: who encodes it, and its empty prompt."""
+"""The text encoders of an encode, what their output depends on, and the cached empty prompt."""
 
 import hashlib
 from pathlib import Path
@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 
 from runtime.devices import DTYPES
 from runtime.files import content_digest, write_durable
-from sdxl.conditioning import TextEncoders
+from sdxl.text_encoders import TextEncoders
 from shards.manifest import UNCONDITIONAL
 from shards.previews import KEY
 

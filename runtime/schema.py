@@ -1,4 +1,4 @@
-"""What JSON must look like before it is believed.
+"""Validates JSON that is read back, before its values are used.
 
 A digest tells that a file is as it was written, not that shardtune wrote it: whoever forges one
 makes the digest too. So what is read back is checked for types and ranges, and refused as damaged.

@@ -1,4 +1,4 @@
-"""Several processes of one command: started by ``--gpus`` or torchrun, sharing out the work.
+"""Starts the processes of one command (``--gpus``), and shares out the work among them.
 
 Imports no torch until processes are counted, started or joined: the command line looks here first.
 """

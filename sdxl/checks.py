@@ -1,4 +1,4 @@
-"""Whether weights and configs are SDXL's, checked before a library believes them. No torch.
+"""Refuses weights and configs that are not SDXL's, before a library loads them. No torch.
 
 First the weights: the tensor names by which other models, and other forms of SDXL, are known, so
 that a refusal can name what the user has. Then the configs: the libraries check hardly anything in

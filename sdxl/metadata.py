@@ -1,4 +1,4 @@
-"""What weights say of themselves: noise schedule, length of captions, base, license, buckets.
+"""Metadata beside or inside weights: noise schedule, caption length, base, license, buckets.
 
 A LoRA file has all of it in its metadata. A UNet folder has its schedule in a ``scheduler/``
 beside it, and the rest in a file of its own. Imports no torch.

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from sdxl.conditioning import Conditioning
 from sdxl.load import load_scheduler
 from sdxl.metadata import Schedule
+from sdxl.text_encoders import Conditioning
 
 # Latents go beyond [-1, 1], where DDIM and DDPM would clip them unless told; and Stable Diffusion's
 # schedules end at their own first step, not at alpha 1.

@@ -1,4 +1,4 @@
-"""A base, or a UNet or VAE alone, in one ``.safetensors`` file: what it holds, by its header.
+"""What one ``.safetensors`` file with a base, a UNet or a VAE holds, read from its header.
 Imports no torch, and reads no tensor.
 """
 

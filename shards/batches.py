@@ -1,4 +1,4 @@
-"""Batches by plan: one rank's samples of a global batch, with everything random about them.
+"""Reads the samples that the epoch plan names, and makes one rank's batch of tensors of them.
 
 Legend: B samples, C latent channels, h w latent size, T tokens (77 a chunk), D width of the prompt
 embeddings, P width of the pooled ones.

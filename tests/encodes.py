@@ -15,7 +15,7 @@ import precompute.encoders
 from precompute.latents import LatentEncoder
 from precompute.report import Report
 from precompute.settings import EncodeSettings
-from sdxl.conditioning import TextEncoders
+from sdxl.text_encoders import TextEncoders
 from shards.index import Index
 from shards.manifest import SCAN, read_manifest
 from shards.reader import Shard

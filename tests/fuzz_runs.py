@@ -24,7 +24,7 @@ from infer.outputs import (
     row_of_record,
     stale_because,
 )
-from infer.plan import ImageRequest
+from infer.requests import ImageRequest
 from precompute.dataset.records import Blob, SourceImage
 from precompute.plan.placement import PlannedSample, place
 from precompute.plan.plan_file import (

@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 
 from sdxl.base import find_weights, read_config
-from sdxl.original_file import Component, write_original
+from sdxl.write_original import Component, write_original
 
 MODELS = ("unet", "vae", "text_encoder", "text_encoder_2")
 Tensors = dict[str, torch.Tensor]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from precompute.dataset.names import PICTURES, TEXTS, UNREAD, masked_stems, stem_of
+from precompute.dataset.file_roles import PICTURES, TEXTS, UNREAD, masked_stems, stem_of
 from precompute.dataset.records import Source
 from precompute.dataset.sources import read_data_set
 from precompute.settings import EncodeSettings

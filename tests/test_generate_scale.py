@@ -28,13 +28,13 @@ import infer.pipeline
 from infer.generate import generate
 from infer.outputs import stale_because
 from infer.pipeline import TEXT, UNET, VAE, ModelSlots
-from infer.plan import make_batches, plan_requests
+from infer.requests import make_batches, plan_requests
 from infer.settings import GenerateSettings
 from runtime.locks import locked
-from sdxl.conditioning import TextEncoders
 from sdxl.load import load_vae
 from sdxl.prompts import Prompt
 from sdxl.sampling import decode_latents
+from sdxl.text_encoders import TextEncoders
 
 LINES = [
     *PROMPTS,

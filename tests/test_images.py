@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from precompute.dataset.records import Blob, SourceImage
-from precompute.images.crops import render
 from precompute.images.decode import open_picture, picture_size, to_srgb
+from precompute.images.variants import render
 from precompute.plan.scan import plan_pictures
 from precompute.settings import EncodeSettings
 from shards.buckets import Geometry, Size, bucket_sizes, cover, nearest_bucket, stretch

@@ -16,9 +16,9 @@ from PIL import Image
 from infer.generate import generate
 from infer.settings import GenerateSettings, LoraUse
 from precompute.prompts import change_prompts
-from sdxl.conditioning import TextEncoders
 from sdxl.lora.apply import read_num_chunks
 from sdxl.metadata import read_long_captions
+from sdxl.text_encoders import TextEncoders
 from shards.reader import Cache
 from tests.conftest import Encode
 from tests.made import config_of

@@ -16,9 +16,9 @@ from sdxl.base import model_config
 from sdxl.fingerprint import config_digest, weights_digest
 from sdxl.load import load_text_encoders, load_unet, load_vae
 from sdxl.metadata import Schedule
-from sdxl.original_file import Component, configs_metadata, original_shapes, write_original
 from sdxl.original_names import PREFIXES, OriginalNames
 from sdxl.single_file import read_header, sdxl_config
+from sdxl.write_original import Component, configs_metadata, original_shapes, write_original
 from tests.singles import MODELS, parts_of, write_single
 
 # Of the lines "name [shape]" of all tensors of sd_xl_base_1.0.safetensors, sorted.

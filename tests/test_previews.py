@@ -22,8 +22,8 @@ from PIL import Image
 from torch.distributed.fsdp import fully_shard
 
 import cli
-from precompute.images.crops import render
 from precompute.images.decode import open_picture
+from precompute.images.variants import render
 from precompute.prompts import change_prompts
 from sdxl.latent_rgb import LatentSums, latents_to_rgb
 from sdxl.load import load_scheduler, load_unet, load_vae
@@ -305,7 +305,7 @@ def test_a_base_of_other_text_encoders_is_refused(
 def test_embeddings_that_overflow_the_caches_dtype_are_refused(
     split_cache: Path, base: Path, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sdxl.conditioning import Conditioning, TextEncoders
+    from sdxl.text_encoders import Conditioning, TextEncoders
 
     copy = Path(shutil.copytree(split_cache, tmp_path / "cache"))
     encode = TextEncoders.encode

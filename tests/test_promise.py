@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 from cli import commands
 from shards.reader import Cache
 from tests.singles import write_single
-from train.data import check_encoders
+from train.caches import check_encoders
 
 ROOT = Path(__file__).parent.parent
 TOKENIZERS = ("tokenizer", "tokenizer_2")

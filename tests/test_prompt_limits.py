@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import sdxl.prompts
-from infer.plan import plan_requests
+from infer.requests import plan_requests
 from infer.settings import GenerateSettings
 from sdxl.prompts import MAX_TEXT, Prompt, parse_prompt, read_prompts
 

@@ -8,7 +8,7 @@ import pytest
 from made import CPU, config_of, made_sample, write_cache
 
 from shards.reader import Cache
-from train.data import open_data
+from train.caches import open_data
 from train.distributed import DistContext
 from train.learner import build_learner
 from train.option_values import CacheUse, Every
@@ -143,7 +143,7 @@ def made_encoders(monkeypatch: pytest.MonkeyPatch) -> None:
     """The base holds the encoders that ``write_cache`` says it was made with."""
     names = ("vae", "text_encoder", "text_encoder_2")
     digests = dict.fromkeys(names, "made")
-    monkeypatch.setattr("train.data.encoder_digests_elsewhere", lambda base: digests)
+    monkeypatch.setattr("train.caches.encoder_digests_elsewhere", lambda base: digests)
 
 
 def open_two(base: Path, *uses: CacheUse, **settings: Any) -> list[Cache]:

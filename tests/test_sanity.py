@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 
 import precompute.encode_samples
-import precompute.images.crops
+import precompute.images.variants
 import precompute.latents
-from precompute.images.crops import render
 from precompute.images.decode import open_picture
+from precompute.images.variants import render
 from precompute.latents import LatentEncoder
 from precompute.sanity import (
     SIDE,
@@ -46,8 +46,8 @@ def plant(patch: pytest.MonkeyPatch, fault: str) -> None:
         real: Any = precompute.latents.scale_mean
         patch.setattr(precompute.latents, "scale_mean", lambda *args: 2 * real(*args))
         return
-    change, render_variants = PIXEL_FAULTS[fault], precompute.images.crops.render_variants
-    for module in (precompute.images.crops, precompute.encode_samples):
+    change, render_variants = PIXEL_FAULTS[fault], precompute.images.variants.render_variants
+    for module in (precompute.images.variants, precompute.encode_samples):
         patch.setattr(module, "render_variants", lambda *args: change(render_variants(*args)))
 
 

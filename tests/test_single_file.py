@@ -29,7 +29,7 @@ from shards.reader import Cache
 from tests.runs import LORA, UNET, losses, run, same_weights
 from tests.singles import parts_of, rewrite, write_single
 from tests.test_promise import TOKENIZERS
-from train.data import check_encoders
+from train.caches import check_encoders
 
 Encode = Callable[..., Path]
 TEXTS = ("a red heart", "hi! so much!! ok", "zebra æøå 漢字 🙂", "")
@@ -227,7 +227,7 @@ def test_another_vae_draws_other_pictures(single: Path, base: Path, tmp_path: Pa
     part = parts_of(base)["vae"]
     part.tensors["decoder.conv_out.bias"][:] += 0.5
     other = tmp_path / "vae.safetensors"
-    sdxl.original_file.write_original(other, {"vae": part})
+    sdxl.write_original.write_original(other, {"vae": part})
     plain = draw(single, tmp_path / "plain", tokenizers=base)
     assert draw(single, tmp_path / "same", tokenizers=base, vae=str(base / "vae")) == plain
     assert draw(base, tmp_path / "other", vae=str(other)) != plain

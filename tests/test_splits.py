@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from precompute.dataset.names import mentions_split, split_of_name
+from precompute.dataset.file_roles import mentions_split, split_of_name
 from tests.folders import captions, put, put_list, read_set
 
 HELD_OUT = "named as if held out|by the name of|not read"

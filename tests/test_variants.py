@@ -11,9 +11,9 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from precompute.images.crops import plan_variants, random_crops, render, render_variants
 from precompute.images.decode import open_picture
 from precompute.images.masks import open_alpha, open_mask, render_mask
+from precompute.images.variants import plan_variants, random_crops, render, render_variants
 from precompute.report import warn_of_rejected
 from precompute.settings import EncodeSettings
 from shards.buckets import Geometry, cover, stretch

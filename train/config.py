@@ -119,12 +119,12 @@ class TrainConfig:
     )
     steps: int | None = option(
         None,
-        "Length of the run in optimizer steps.",
+        "Length of the run in optimizer steps. Give this or --epochs.",
         aliases="--max-train-steps",
     )
     epochs: float | None = option(
         None,
-        "Length of the run in epochs.",
+        "Length of the run in epochs. Give this or --steps.",
         aliases="--num-train-epochs --max-train-epochs",
     )
     batch_size: int = option(
@@ -134,7 +134,7 @@ class TrainConfig:
     )
     accumulate: int = option(
         1,
-        "Forward passes per optimizer step.",
+        "Gradient accumulation: forward and backward passes per optimizer step.",
         aliases="--gradient-accumulation-steps",
     )
     max_grad_norm: float = option(
@@ -285,7 +285,7 @@ class TrainConfig:
     )
     checkpoint_every: Every = option(
         Every(),
-        "Save a checkpoint every N steps (500) or epochs (2ep).",
+        "Save a checkpoint every N steps (500) or epochs (2ep); 0: only at the end.",
         aliases="--checkpointing-steps --save-every-n-steps",
     )
     checkpoint_at: tuple[int, ...] = option(

@@ -1,4 +1,4 @@
-"""The processes of a run: one, or those that torchrun started."""
+"""How the processes of a training run talk to each other: one process, or torchrun's."""
 
 from dataclasses import dataclass
 from datetime import timedelta

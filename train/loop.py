@@ -25,9 +25,9 @@ from runtime.signals import Stopped, StopSignals
 from shards.batches import Reader, Reading
 from shards.plan import Plan
 from shards.reader import Cache
+from train.caches import open_data
 from train.checkpoint import rotate, warn_of_space, write_checkpoint
 from train.config import TrainConfig
-from train.data import open_data
 from train.distributed import LOST_SECONDS, StopVote, is_lost, start_world, stop_world
 from train.learner import (
     Learner,

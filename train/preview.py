@@ -16,12 +16,12 @@ from PIL import Image
 
 from runtime.files import durable_file, writing
 from sdxl.base import find_weights, vae_config
-from sdxl.conditioning import Conditioning
 from sdxl.contact_sheet import MOST, contact_sheet
 from sdxl.latent_rgb import latents_to_rgb
 from sdxl.load import load_scheduler, load_vae
 from sdxl.prompts import Prompt
 from sdxl.sampling import decode_latents, sample_latents, starting_noise, time_ids_of
+from sdxl.text_encoders import Conditioning
 from shards.buckets import Size
 from shards.format import CacheError
 from shards.manifest import PROMPTS, read_side_file

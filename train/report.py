@@ -1,4 +1,4 @@
-"""What a run will be (``--dry-run``), and what it made."""
+"""What is printed before a run (``--dry-run``), and at its end."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,9 +12,9 @@ from sdxl.lora.names import KOHYA
 from shards.buckets import bucket_name
 from shards.plan import Plan
 from shards.reader import groups_of
+from train.caches import open_data
 from train.checkpoint import newest_checkpoint
 from train.config import TrainConfig, check_processes
-from train.data import open_data
 from train.distributed import DistContext
 from train.learner import largest_bucket
 from train.memory import Estimate, Estimator, size_text

@@ -1,4 +1,4 @@
-"""What is done to captions between the file and the text encoders: decoded, then settled."""
+"""Caption text made ready for the text encoders: bytes decoded, text normalized."""
 
 import codecs
 import math

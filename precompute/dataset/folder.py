@@ -14,7 +14,7 @@ from precompute.dataset.captions import (
     normalize_captions,
     texts_of,
 )
-from precompute.dataset.names import (
+from precompute.dataset.file_roles import (
     TEXTS,
     has_ending,
     is_hidden,

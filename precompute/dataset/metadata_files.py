@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from precompute.dataset.captions import is_text, normalize_captions, text_encoding
+from precompute.dataset.file_roles import TEXTS, is_picture
 from precompute.dataset.folder import Tree
-from precompute.dataset.names import TEXTS, is_picture
 from precompute.dataset.records import (
     TEXT_FIELDS,
     Blob,

@@ -1,4 +1,4 @@
-"""What the dataset is once it is read: bytes on demand, records, what lists state of an image."""
+"""An image of the dataset as a record: its bytes on demand, and what a list says of it."""
 
 import errno
 import json

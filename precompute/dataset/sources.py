@@ -1,4 +1,4 @@
-"""What the user has, as stable records: a path, its bytes, captions. No image is opened.
+"""Reads a dataset and accounts for every file of it: record, sidecar, rejected or named.
 
 Everything in the folder is accounted for: it is the image of a record, a sidecar of one, rejected
 with its reason, or named in a warning as hidden or unused.
@@ -13,16 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from precompute.dataset.captions import is_text
-from precompute.dataset.folder import Tree, find_masks, read_pictures, walk
-from precompute.dataset.metadata_files import (
-    LISTS,
-    MOST_LIST_BYTES,
-    TABLES,
-    find_list,
-    read_list,
-    unnamed,
-)
-from precompute.dataset.names import (
+from precompute.dataset.file_roles import (
     PICTURES,
     TEXTS,
     TRAIN,
@@ -33,6 +24,15 @@ from precompute.dataset.names import (
     is_picture,
     stem_of,
     unread_image,
+)
+from precompute.dataset.folder import Tree, find_masks, read_pictures, walk
+from precompute.dataset.metadata_files import (
+    LISTS,
+    MOST_LIST_BYTES,
+    TABLES,
+    find_list,
+    read_list,
+    unnamed,
 )
 from precompute.dataset.records import MOST_REPEATS, Memory, Rejected, Source, SourceImage
 from precompute.dataset.tars import COMPRESSED, Pack, open_pack, too_large

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from precompute.dataset.captions import MOST_TEXT_BYTES, decode_text
-from precompute.dataset.names import hidden_part, is_picture, stem_of
+from precompute.dataset.file_roles import hidden_part, is_picture, stem_of
 from precompute.dataset.records import (
     MOST_PICTURE_BYTES,
     NO_ROW,

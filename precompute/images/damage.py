@@ -1,4 +1,4 @@
-"""Damage that Pillow's decoders make do with: in TIFF, BMP, JPEG and PNG.
+"""Finds damaged TIFF, BMP, JPEG and PNG files that Pillow would decode without an error.
 
 libtiff and Pillow fill up what is missing, and go on after a code that there is none of; so what a
 format lets one find is looked for here.

@@ -19,5 +19,5 @@ The life of a shard:
 A kill at any point leaves a state from which the same command ends with the same bytes: what is
 planned is read from plan.jsonl, what is whole is skipped, what is retired is still copied from.
 Writing a shard twice is harmless, because the bytes are equal. Nothing is retired before the plan
-is written, and no plan is written that would remove more than it may (``losses.py``).
+is written, and no plan is written that would remove more than it may (``removals.py``).
 """

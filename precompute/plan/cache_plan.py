@@ -1,4 +1,4 @@
-"""One cache of a run: what is there, what is to be written, and how it is finished."""
+"""The plan of one output cache (train or val): made, prepared, and at last finished."""
 
 import json
 import warnings

@@ -7,16 +7,16 @@ from typing import Any
 from precompute.dataset.records import Rejected
 from precompute.plan.cache_plan import CachePlan, plan_caches
 from precompute.plan.disk_space import Sizer, check_disk_space
-from precompute.plan.losses import refuse_losses
 from precompute.plan.placement import PlannedSample
+from precompute.plan.removals import refuse_losses
 from precompute.plan.scan import Notes
 from precompute.report import summarize
 from precompute.settings import EncodeSettings
 from runtime.devices import pick_device
 from runtime.files import format_bytes, free_bytes
-from sdxl.conditioning import max_text_tokens
 from sdxl.load import load_tokenizers
 from sdxl.prompts import read_prompts
+from sdxl.text_encoders import max_text_tokens
 from shards.buckets import bucket_name
 
 WORST = 3  # how many are named of each kind

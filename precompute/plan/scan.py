@@ -16,10 +16,10 @@ from typing import Any
 from tqdm import tqdm
 
 from precompute.dataset.records import Blob, Memory, Rejected, SourceImage
-from precompute.images.crops import plan_variants
 from precompute.images.decode import open_picture, picture_size
 from precompute.images.masks import check_mask_size
 from precompute.images.rejections import PictureError, explain
+from precompute.images.variants import plan_variants
 from precompute.plan.placement import PlannedSample, picture_mark
 from precompute.settings import EncodeSettings
 from runtime.devices import num_cores

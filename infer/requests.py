@@ -1,4 +1,4 @@
-"""What to draw: each image with all that it takes but the weights; in batches and windows."""
+"""The images to generate: prompt, seed, size and sampler of each, in batches and windows."""
 
 from collections import Counter
 from collections.abc import Iterable
