@@ -173,7 +173,7 @@ class EncodeSettings:
     )
     repack: bool = option(
         False,
-        "Rewrite the shards in the order of a fresh encode; nothing that is valid is encoded again.",
+        "Rewrite the shards in the order of a fresh encode, copying what is still valid.",
     )
     max_rejected: float = option(
         0.5,

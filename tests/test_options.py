@@ -74,7 +74,7 @@ def test_a_switch_of_a_recipe_can_be_taken_back(tmp_path: Path) -> None:
 def test_defaults_are_shown_also_when_they_are_zero() -> None:
     output = CliRunner().invoke(cli.commands, ["train", "--help"]).output
     words = " ".join(output.split())
-    assert "N steps (500) or epochs (2ep). [default: 0]" in words
+    assert "0: only at the end. [default: 0]" in words
     assert "[default: 0.0]" in words and "CACHES..." in words and "[CACHES" not in words
 
 

@@ -271,13 +271,13 @@ class TrainConfig:
 
     eval_every: Every = option(
         Every(),
-        "Evaluate every N steps (500) or epochs (2ep); always before the first and after the "
-        "last step.",
+        "Evaluate every N steps (500) or epochs (2ep), and in any case before the first and after "
+        "the last step.",
     )
     preview_every: Every = option(
         Every(),
         "Generate previews of the cache's preview prompts every N steps (500) or epochs "
-        "(2ep), and before the first step.",
+        "(2ep), and before the first step; 0: never.",
     )
     preview_vae: bool = option(
         False,
