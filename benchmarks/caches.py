@@ -123,7 +123,7 @@ def _write_hole(folder: Path, name: str, kind: Kind, count: int, seed: int) -> N
         records["tensors"][:, TENSORS.index(tensor)] = at
         at += kind.layout.slice_bytes(tensor)
     form = make_form((1, 1), records["tensors"][0].tolist(), kind.layout)
-    parts = [JSON_BYTES, HEADER_BYTES, *(one.stop - one.start for one in form.stretches())]
+    parts = [JSON_BYTES, HEADER_BYTES, *(one.stop - one.start for one in form.spans())]
     per_sample = [xxhash.xxh3_64_intdigest(bytes(size)) for size in parts]
     records["first_digest"] = np.arange(count, dtype=np.uint64) * np.uint64(len(per_sample))
     with open(folder / f"{name}.tar", "wb") as file:

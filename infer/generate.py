@@ -30,13 +30,13 @@ NUM_WRITERS = 2  # threads: PNGs are packed while the next batch is drawn
 class Report:
     num_drawn: int
     num_kept: int
-    seconds: float  # of drawing, with loading
+    seconds: float  # of generating, with loading
     sheet: Path
 
 
-def generate(settings: GenerateSettings, studio: Pipeline | None = None) -> Report | None:
+def generate(settings: GenerateSettings, pipeline: Pipeline | None = None) -> Report | None:
     """Draw what is missing or was drawn with other settings. The main process plans and reports,
-    and all draw; the others get None. ``studio`` is one of these settings that is there already.
+    and all draw; the others get None. ``pipeline`` is one of these settings that is loaded already.
 
     Raises:
         ValueError: the prompts, the base, the weights or the folder cannot be used.
@@ -45,22 +45,22 @@ def generate(settings: GenerateSettings, studio: Pipeline | None = None) -> Repo
     queue = WorkQueue()
     if not queue.is_main:
         plan = json.loads(queue.wait_for("plan"))
-        drawings = [ImageRequest(**fields) for fields in plan["drawings"]]
-        _draw(settings, make_pipeline(settings), drawings, plan["about"], queue)
+        requests = [ImageRequest(**fields) for fields in plan["requests"]]
+        _draw(settings, make_pipeline(settings), requests, plan["about"], queue)
         return None
-    drawings = _plan(settings)
-    studio = studio or make_pipeline(settings)
+    requests = _plan(settings)
+    pipeline = pipeline or make_pipeline(settings)
     folder = PictureFolder(settings.out, settings.format)
     with folder.open():
-        provenance = _about(studio, drawings)
-        wanted = folder.missing(drawings, provenance)
-        told = {"drawings": [asdict(drawing) for drawing in wanted], "about": provenance}
+        provenance = _about(pipeline, requests)
+        wanted = folder.missing(requests, provenance)
+        told = {"requests": [asdict(request) for request in wanted], "about": provenance}
         queue.publish("plan", json.dumps(told))
         start = time.perf_counter()
-        _draw(settings, studio, wanted, provenance, queue)
+        _draw(settings, pipeline, wanted, provenance, queue)
         seconds = time.perf_counter() - start
-        sheet = folder.finish(drawings)
-    return Report(len(wanted), len(drawings) - len(wanted), seconds, sheet)
+        sheet = folder.finish(requests)
+    return Report(len(wanted), len(requests) - len(wanted), seconds, sheet)
 
 
 def _plan(settings: GenerateSettings) -> list[ImageRequest]:
@@ -81,32 +81,32 @@ def make_pipeline(settings: GenerateSettings, stays: bool = False) -> Pipeline:
     return Pipeline(settings, Weights(settings), dtype, device, stays)
 
 
-def _about(studio: Pipeline, drawings: list[ImageRequest]) -> About:
+def _about(pipeline: Pipeline, requests: list[ImageRequest]) -> About:
     samplers: dict[str, Any] = {}
-    for name in {drawing.sampler for drawing in drawings}:
-        sampler = studio.weights.sampler(name)
+    for name in {request.sampler for request in requests}:
+        sampler = pipeline.weights.sampler(name)
         config = config_digest(dict(sampler.config))
         samplers[name or ""] = {"name": type(sampler).__name__, "config": config}
-        if studio.settings.compare:
-            plain = studio.weights.sampler(name, plain=True)
+        if pipeline.settings.compare:
+            plain = pipeline.weights.sampler(name, plain=True)
             samplers[name or ""]["config_without"] = config_digest(dict(plain.config))
-    return {"weights": studio.weights.digests(studio.dtype), "samplers": samplers}
+    return {"weights": pipeline.weights.digests(pipeline.dtype), "samplers": samplers}
 
 
 def _draw(
     settings: GenerateSettings,
-    studio: Pipeline,
-    drawings: list[ImageRequest],
+    pipeline: Pipeline,
+    requests: list[ImageRequest],
     provenance: About,
     queue: WorkQueue,
 ) -> None:
     """This process's part, to the end of all; the main one shows how far all are."""
     folder = PictureFolder(settings.out, settings.format)
-    loras = studio.weights.lora_names
+    loras = pipeline.weights.lora_names
     pending: deque[Future[None]] = deque()
-    quiet = not (queue.is_main and drawings)
+    quiet = not (queue.is_main and requests)
     with (
-        tqdm(total=len(drawings), unit="img", desc="draw", bar_format=BAR, disable=quiet) as bar,
+        tqdm(total=len(requests), unit="img", desc="draw", bar_format=BAR, disable=quiet) as bar,
         ThreadPoolExecutor(NUM_WRITERS) as pool,
     ):
 
@@ -115,20 +115,20 @@ def _draw(
             pending.popleft().result()
             bar.update(queue.add("drawn", 1) - bar.n)
 
-        def save(drawing: ImageRequest, sides: list[torch.Tensor]) -> None:
-            folder.before_replacing(drawing)
-            save_picture(folder.path(drawing), sides, drawing, provenance, loras)
+        def save(request: ImageRequest, sides: list[torch.Tensor]) -> None:
+            folder.before_replacing(request)
+            save_picture(folder.path(request), sides, request, provenance, loras)
 
-        def keep(drawing: ImageRequest, sides: list[torch.Tensor]) -> None:
-            pending.append(pool.submit(save, drawing, sides))
+        def keep(request: ImageRequest, sides: list[torch.Tensor]) -> None:
+            pending.append(pool.submit(save, request, sides))
             while pending and (pending[0].done() or len(pending) > 2 * settings.batch_size):
                 count()
 
-        if drawings:
-            studio.draw(drawings, queue, keep)
+        if requests:
+            pipeline.draw(requests, queue, keep)
         while pending:
             count()
-        while queue.is_main and bar.n < len(drawings):
+        while queue.is_main and bar.n < len(requests):
             time.sleep(POLL_SECONDS)
             bar.update(queue.add("drawn", 0) - bar.n)
     queue.gather("done", "")

@@ -113,10 +113,10 @@ STILL_GOOD = "The images that are there are whole; the same command continues wi
 About = dict[str, Any]  # "weights": their digests; "samplers": each one's class and config
 
 
-def record_of(drawing: ImageRequest, provenance: About) -> dict[str, Any]:
+def record_of(request: ImageRequest, provenance: About) -> dict[str, Any]:
     """All that decides the image, as plain JSON."""
-    sampler = provenance["samplers"][drawing.sampler or ""]
-    return {**asdict(drawing), "sampler": sampler, "weights": provenance["weights"]}
+    sampler = provenance["samplers"][request.sampler or ""]
+    return {**asdict(request), "sampler": sampler, "weights": provenance["weights"]}
 
 
 def read_record(path: Path, to_the_end: bool = True) -> tuple[dict[str, Any] | None, bool]:
@@ -174,10 +174,10 @@ def row_of_record(path: Path, record: dict[str, Any] | None) -> CaptionRow | Non
     """What an image's own record says of it for the listing; None where it has none."""
     try:
         values = {field.name: (record or {})[field.name] for field in fields(ImageRequest)}
-        drawing = ImageRequest(**values | {"sampler": None})
-        prompt = str(drawing.prompt)
+        request = ImageRequest(**values | {"sampler": None})
+        prompt = str(request.prompt)
         prompt.encode()  # JSON may hold half a character, which no file of captions can
-        size = picture_size(drawing)
+        size = picture_size(request)
     except (KeyError, TypeError, UnicodeEncodeError):
         return None
     return CaptionRow(path.name, prompt, *size) if all(type(n) is int for n in size) else None
@@ -211,31 +211,31 @@ def _without_comparison(record: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def picture_size(drawing: ImageRequest) -> tuple[int, int]:
+def picture_size(request: ImageRequest) -> tuple[int, int]:
     """(width, height) of the file's image."""
-    if drawing.compare:
-        label, gap = _margins(drawing)
-        return 2 * drawing.width + gap, drawing.height + label
-    return drawing.width, drawing.height
+    if request.compare:
+        label, gap = _margins(request)
+        return 2 * request.width + gap, request.height + label
+    return request.width, request.height
 
 
-def _margins(drawing: ImageRequest) -> tuple[int, int]:
+def _margins(request: ImageRequest) -> tuple[int, int]:
     """Pixels above two images, for what they are, and between them: to be read on a sheet too."""
-    return max(20, drawing.height // 16), max(4, drawing.width // 128)
+    return max(20, request.height // 16), max(4, request.width // 128)
 
 
 def save_picture(
-    path: Path, sides: list[torch.Tensor], drawing: ImageRequest, provenance: About, loras: str
+    path: Path, sides: list[torch.Tensor], request: ImageRequest, provenance: About, loras: str
 ) -> None:
     """Write the image [3, H, W] in 0..1; or two of them, the one without the fine-tune first.
 
     ``loras`` is for the line that web UIs show: names and weights, or empty.
     """
     images = [_to_image(side) for side in sides]
-    image = images[0] if len(images) == 1 else _side_by_side(images, drawing)
+    image = images[0] if len(images) == 1 else _side_by_side(images, request)
     info = PngImagePlugin.PngInfo()
-    record = record_of(drawing, provenance)
-    info.add_text("parameters", _parameters(drawing, record["sampler"]["name"], loras))
+    record = record_of(request, provenance)
+    info.add_text("parameters", _parameters(request, record["sampler"]["name"], loras))
     info.add_text(SETTINGS_KEY, json.dumps(record))
     with writing(path, STILL_GOOD), durable_file(path) as file:
         image.save(file, format="PNG", pnginfo=info)
@@ -246,25 +246,25 @@ def _to_image(picture: torch.Tensor) -> Image.Image:
     return Image.fromarray(levels.permute(1, 2, 0).numpy())
 
 
-def _side_by_side(images: list[Image.Image], drawing: ImageRequest) -> Image.Image:
-    both = Image.new("RGB", picture_size(drawing), "white")
-    label, gap = _margins(drawing)
+def _side_by_side(images: list[Image.Image], request: ImageRequest) -> Image.Image:
+    both = Image.new("RGB", picture_size(request), "white")
+    label, gap = _margins(request)
     pen, font = ImageDraw.Draw(both), ImageFont.load_default(0.6 * label)
     for side, image in enumerate(images):
-        left = side * (drawing.width + gap)
+        left = side * (request.width + gap)
         pen.text((left + gap, label / 2), SIDES[side], fill="black", font=font, anchor="lm")
         both.paste(image, (left, label))
     return both
 
 
-def _parameters(drawing: ImageRequest, sampler: str, loras: str) -> str:
+def _parameters(request: ImageRequest, sampler: str, loras: str) -> str:
     """The line that web UIs show and read."""
-    negative = f"\nNegative prompt: {drawing.negative}" if drawing.negative else ""
+    negative = f"\nNegative prompt: {request.negative}" if request.negative else ""
     used = f", Lora weights: {json.dumps(loras)}" if loras else ""
     return (
-        f"{drawing.prompt}{negative}\nSteps: {drawing.num_steps}, Sampler: {sampler}, "
-        f"CFG scale: {drawing.guidance_scale}, Seed: {drawing.seed}, "
-        f"Size: {drawing.width}x{drawing.height}{used}"
+        f"{request.prompt}{negative}\nSteps: {request.num_steps}, Sampler: {sampler}, "
+        f"CFG scale: {request.guidance_scale}, Seed: {request.seed}, "
+        f"Size: {request.width}x{request.height}{used}"
     )
 
 
@@ -286,11 +286,11 @@ class PictureFolder:
         self.out, self.is_coco = out, layout == "coco"
         self.pictures = out / COCO_FOLDER if self.is_coco else out
 
-    def name(self, drawing: ImageRequest) -> str:
-        return f"{drawing.number + 1:012d}.png" if self.is_coco else f"{drawing.number:06d}.png"
+    def name(self, request: ImageRequest) -> str:
+        return f"{request.number + 1:012d}.png" if self.is_coco else f"{request.number:06d}.png"
 
-    def path(self, drawing: ImageRequest) -> Path:
-        return self.pictures / self.name(drawing)
+    def path(self, request: ImageRequest) -> Path:
+        return self.pictures / self.name(request)
 
     @property
     def listing(self) -> Path:
@@ -302,7 +302,7 @@ class PictureFolder:
         """Make the folder, and keep other runs out of it; what a killed one left half is removed.
 
         Raises:
-            ValueError: it is no folder, or another run is drawing into it.
+            ValueError: it is no folder, or another run is generating into it.
         """
         for part in (self.pictures, *self.pictures.parents):
             if part.exists() and not part.is_dir():
@@ -349,21 +349,21 @@ class PictureFolder:
         """The images that are there, by their names."""
         return sorted(path for path in self.pictures.glob("*.png") if NAME.fullmatch(path.name))
 
-    def missing(self, drawings: list[ImageRequest], provenance: About) -> list[ImageRequest]:
-        """The drawings that are not there as asked; warns of those that are there otherwise."""
+    def missing(self, requests: list[ImageRequest], provenance: About) -> list[ImageRequest]:
+        """The images that are not there as requested; warns of those that are there otherwise."""
         stale = {
-            drawing: stale_because(self.path(drawing), record_of(drawing, provenance))
-            for drawing in drawings
+            request: stale_because(self.path(request), record_of(request, provenance))
+            for request in requests
         }
         for reason in sorted({why for why in stale.values() if why}):
-            paths = [self.path(drawing) for drawing, why in stale.items() if why == reason]
+            paths = [self.path(request) for request, why in stale.items() if why == reason]
             warnings.warn(f"{_first_of(paths)}: to be generated again: {reason}", stacklevel=2)
-        asked = {self.path(drawing) for drawing in drawings}
+        asked = {self.path(request) for request in requests}
         if others := [path for path in self._existing_images() if path not in asked]:
             warnings.warn(
                 f"{_first_of(others)}: not asked for this time; left as it is", stacklevel=2
             )
-        wanted = [drawing for drawing, why in stale.items() if why is not None]
+        wanted = [request for request, why in stale.items() if why is not None]
         num_pixels = [width * height for width, height in map(picture_size, wanted)]
         needed, free = int(BYTES_A_PIXEL * sum(num_pixels)), free_bytes(self.out)
         if needed > free:
@@ -374,28 +374,28 @@ class PictureFolder:
             )
         return wanted
 
-    def before_replacing(self, drawing: ImageRequest) -> None:
+    def before_replacing(self, request: ImageRequest) -> None:
         """To be called before an image is written: the captions of what is replaced are set aside,
         and no sooner, since whatever fails before that leaves the folder as it was. A damaged file
         that does not say whose it was is kept under another name."""
-        path = self.path(drawing)
+        path = self.path(request)
         if path.exists():
             set_aside(self.listing)
             if read_record(path, to_the_end=False)[0] is None:
                 set_aside(path, path.with_name(path.name + DAMAGED))
 
-    def finish(self, drawings: list[ImageRequest]) -> Path:
+    def finish(self, requests: list[ImageRequest]) -> Path:
         """Write the captions and the contact sheet, when all images are there; returns the
         sheet."""
-        sizes = map(picture_size, drawings)
+        sizes = map(picture_size, requests)
         self._write_listing(
             [
-                CaptionRow(self.name(drawing), drawing.prompt, *size)
-                for drawing, size in zip(drawings, sizes, strict=True)
+                CaptionRow(self.name(request), request.prompt, *size)
+                for request, size in zip(requests, sizes, strict=True)
             ]
         )
-        tile = WIDE_TILE if drawings[0].compare else TILE
-        sheet = contact_sheet([(self.path(drawing), drawing.prompt) for drawing in drawings], tile)
+        tile = WIDE_TILE if requests[0].compare else TILE
+        sheet = contact_sheet([(self.path(request), request.prompt) for request in requests], tile)
         path, info = self.out / SHEET, PngImagePlugin.PngInfo()
         info.add_text(SETTINGS_KEY, "{}")
         with writing(path, STILL_GOOD), durable_file(path) as file:

@@ -157,8 +157,8 @@ class TextEmbeddings:
 
 
 def _texts(batches: Iterable[Batch]) -> set[Any]:
-    every = [drawing for batch in batches for drawing in batch]
-    texts = [text for drawing in every for text in (drawing.prompt, drawing.negative)]
+    every = [request for batch in batches for request in batch]
+    texts = [text for request in every for text in (request.prompt, request.negative)]
     return {text for text in texts if text is not None}
 
 
@@ -201,16 +201,16 @@ class Pipeline:
             self.sides.insert(0, Side(other, False, True))
         self._samplers: dict[tuple[str | None, bool], Any] = {}
 
-    def draw(self, drawings: list[ImageRequest], queue: WorkQueue, keep: Keep) -> None:
-        """Draw what this process gets of ``drawings``, the same in all; ``keep`` takes each image
-        (with ``--compare`` two: without and with), [3, H, W] in 0..1, on the CPU.
+    def draw(self, requests: list[ImageRequest], queue: WorkQueue, keep: Keep) -> None:
+        """Generate what this process gets of ``requests``, the same in all; ``keep`` takes each
+        image (with ``--compare`` two: without and with), [3, H, W] in 0..1, on the CPU.
 
         Raises:
             FloatingPointError: an image is not finite.
         """
-        batches = make_batches(drawings, self.settings.batch_size)
+        batches = make_batches(requests, self.settings.batch_size)
         windows = make_windows(batches, self.settings.window)
-        models = self._models or self._new_models(drawings)
+        models = self._models or self._new_models(requests)
         self._models = models if self.stays else None
         plain = PLAIN_TEXT if PLAIN_TEXT in models.loaders else None
         texts = TextEmbeddings(self.settings.batch_size, self.settings.compare, plain)
@@ -234,7 +234,7 @@ class Pipeline:
             for batch, latents in waiting:
                 self._decode(models, batch, latents, keep)
 
-    def _new_models(self, drawings: list[ImageRequest]) -> ModelSlots:
+    def _new_models(self, requests: list[ImageRequest]) -> ModelSlots:
         loaders: dict[str, Callable[[], Any]] = {
             TEXT: self._load_text,
             UNET: lambda: self.weights.load_unet(self.dtype),
@@ -244,8 +244,8 @@ class Pipeline:
             loaders[PLAIN_UNET] = lambda: self.weights.load_plain_unet(self.dtype)
         if self.settings.compare and self.weights.merged_parts - {"unet"}:
             loaders[PLAIN_TEXT] = self._load_plain_text
-        most = max(drawing.width * drawing.height for drawing in drawings)
-        rows = 2 * min(self.settings.batch_size, len(drawings))
+        most = max(request.width * request.height for request in requests)
+        rows = 2 * min(self.settings.batch_size, len(requests))
         unet = UNET_BYTES * most * rows * self.dtype.itemsize // 2
         vae = VAE_BYTES * max(most, ONE_PICTURE)
         return ModelSlots(self.device, loaders, max(unet, vae), self.settings.low_memory)
@@ -270,19 +270,19 @@ class Pipeline:
     def _sample(
         self, models: ModelSlots, side: Side, batch: Batch, texts: TextEmbeddings
     ) -> torch.Tensor:
-        """Latents [N, C, h, w] of drawings of one kind, on the device."""
+        """Latents [N, C, h, w] of requests of one kind, on the device."""
         unet, first = models.at_work(side.model), batch[0]
         if self.settings.compare:
             enable_loras(unet, side.with_loras)
-        generators = [torch.Generator().manual_seed(drawing.seed) for drawing in batch]
+        generators = [torch.Generator().manual_seed(request.seed) for request in batch]
         shape = (unet.config.in_channels, first.height // 8, first.width // 8)
         return sample_latents(
             unet,
             self._sampler(first.sampler, side.plain),
-            Conditioning.cat(texts.of(drawing.prompt, side.with_loras) for drawing in batch),
-            Conditioning.cat(texts.of(drawing.negative, side.with_loras) for drawing in batch),
+            Conditioning.cat(texts.of(request.prompt, side.with_loras) for request in batch),
+            Conditioning.cat(texts.of(request.negative, side.with_loras) for request in batch),
             noise=starting_noise(generators, shape),
-            time_ids=torch.cat([_time_ids(drawing) for drawing in batch]),
+            time_ids=torch.cat([_time_ids(request) for request in batch]),
             num_steps=first.num_steps,
             guidance_scale=first.guidance_scale,
             guidance_rescale=first.guidance_rescale,
@@ -295,19 +295,19 @@ class Pipeline:
         vae = models.at_work(VAE)
         vae.use_tiling = batch[0].tiled
         sides = [_pictures(vae, side_latents) for side_latents in latents]
-        for drawing, *pictures in zip(batch, *sides, strict=True):
+        for request, *pictures in zip(batch, *sides, strict=True):
             if not all(picture.isfinite().all() for picture in pictures):
                 raise FloatingPointError(
-                    f"image {drawing.number} ({drawing.prompt[:60]!r}) is not finite: are the "
+                    f"image {request.number} ({request.prompt[:60]!r}) is not finite: are the "
                     "weights whole? --precision fp32 tells"
                 )
-            keep(drawing, pictures)
+            keep(request, pictures)
 
 
-def _time_ids(drawing: ImageRequest) -> torch.Tensor:
-    original = (drawing.original_width, drawing.original_height)
+def _time_ids(request: ImageRequest) -> torch.Tensor:
+    original = (request.original_width, request.original_height)
     return time_ids_of(
-        (drawing.width, drawing.height), original, (drawing.crop_left, drawing.crop_top)
+        (request.width, request.height), original, (request.crop_left, request.crop_top)
     )
 
 

@@ -55,16 +55,16 @@ def plan_requests(
         repeat(which, prompts[which].num_images or 1) for which in cycle(range(len(prompts)))
     )
     turns: Counter[int] = Counter()
-    drawings = []
+    requests = []
     for number, which in enumerate(islice(rotation, num)):
         own = prompts[which].seed
         seed = settings.seed + number if own is None else own + turns[which]
         turns[which] += 1
-        drawings.append(_drawing(settings, prompts[which], default_side, number, seed % 2**64))
-    return drawings
+        requests.append(_request(settings, prompts[which], default_side, number, seed % 2**64))
+    return requests
 
 
-def _drawing(
+def _request(
     settings: GenerateSettings, prompt: Prompt, default_side: int, number: int, seed: int
 ) -> ImageRequest:
     width, height = settings.pixels or (default_side, default_side)
@@ -92,16 +92,16 @@ def _drawing(
     )
 
 
-def make_batches(drawings: Iterable[ImageRequest], size: int) -> list[Batch]:
+def make_batches(requests: Iterable[ImageRequest], size: int) -> list[Batch]:
     """Batches of one kind each. Images of the same prompt come together, so that few windows
     need it; else they are in the order of their numbers."""
-    ordered = sorted(drawings, key=lambda drawing: drawing.number)
+    ordered = sorted(requests, key=lambda request: request.number)
     first: dict[tuple[str, str | None], int] = {}
-    for drawing in ordered:
-        first.setdefault((drawing.prompt, drawing.negative), drawing.number)
-    ordered.sort(key=lambda drawing: (drawing.kind, first[drawing.prompt, drawing.negative]))
+    for request in ordered:
+        first.setdefault((request.prompt, request.negative), request.number)
+    ordered.sort(key=lambda request: (request.kind, first[request.prompt, request.negative]))
     batches = []
-    for _, group in groupby(ordered, key=lambda drawing: drawing.kind):
+    for _, group in groupby(ordered, key=lambda request: request.kind):
         members = list(group)
         batches += [members[start : start + size] for start in range(0, len(members), size)]
     return batches

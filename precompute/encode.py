@@ -137,9 +137,7 @@ def _write_shards(queue: WorkQueue, encoders: Encoders, job: EncodeJob) -> None:
     todo = [(Path(folder), number) for folder, num in job.caches for number in range(num)]
     if not todo:
         return
-    files: dict[
-        Path, PlanFile
-    ] = {}  # one is there as long as a shard of it is claimed and not done
+    files: dict[Path, PlanFile] = {}  # those of which a shard is claimed and not written yet
     with Progress(queue, job.num_encodes) as progress:
         for claimed in queue.claim("shards", len(todo)):
             folder, number = todo[claimed]

@@ -32,15 +32,15 @@ class Copies:
         self._cache = folder
         self._open = functools.lru_cache(maxsize=MAX_OPEN_SHARDS)(self._open_shard)
 
-    def latents(self, found: CopySource) -> EncodedPart | None:
-        half = self._half(found, VARIANT_TENSORS, "latents", ("picture", "mask"))
+    def latents(self, stored: CopySource) -> EncodedPart | None:
+        half = self._half(stored, VARIANT_TENSORS, "latents", ("picture", "mask"))
         masks = half.tensors.get("mask", ()) if half else ()
         if not all(shows_anything(mask, mask.dtype) for mask in masks):
             return None  # of an earlier version, which did not drop such variants
         return half
 
-    def text(self, found: CopySource) -> EncodedPart | None:
-        return self._half(found, CAPTION_TENSORS, "text", ("captions",))
+    def text(self, stored: CopySource) -> EncodedPart | None:
+        return self._half(stored, CAPTION_TENSORS, "text", ("captions",))
 
     def _half(
         self, stored: CopySource, names: tuple[str, ...], half: str, digested: tuple[str, ...]

@@ -93,20 +93,20 @@ def measure_picture(
     return measures
 
 
-def alarms_of_drawings(found: dict[str, Any]) -> list[str]:
+def alarms_of_drawings(measures: dict[str, Any]) -> list[str]:
     """What ``measure_drawings`` shows to be wrong, a line each; empty if all is as it should be."""
     lines = []
-    if found["error"] > MOST_ERROR:
+    if measures["error"] > MOST_ERROR:
         lines.append(
-            f"built-in drawings become latents that are {found['error']:.0%} off those of the VAE "
-            f"alone ({found['scale']:g} times as large): the encode stage is at fault"
+            f"built-in drawings become latents that are {measures['error']:.0%} off those of the "
+            f"VAE alone ({measures['scale']:g} times as large): the encode stage is at fault"
         )
-    if not 1 / MOST_FACTOR <= found["std_scale"] <= MOST_FACTOR:
+    if not 1 / MOST_FACTOR <= measures["std_scale"] <= MOST_FACTOR:
         lines.append(
-            f"the posterior's std of built-in drawings is {found['std_scale']:g} times that of "
+            f"the posterior's std of built-in drawings is {measures['std_scale']:g} times that of "
             "the VAE alone: the encode stage is at fault"
         )
-    spread = float(np.sqrt(np.mean(np.square(found["std"]))))
+    spread = float(np.sqrt(np.mean(np.square(measures["std"]))))
     if not SPREAD[0] <= spread <= SPREAD[1]:
         lines.append(
             f"built-in drawings become latents of standard deviation {spread:.2g}, where a UNet "
@@ -115,18 +115,18 @@ def alarms_of_drawings(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-def alarms_of_picture(found: dict[str, Any]) -> list[str]:
+def alarms_of_picture(measures: dict[str, Any]) -> list[str]:
     """The same of what ``measure_picture`` gave."""
     lines = []
-    if found["error"] > MOST_ERROR:
+    if measures["error"] > MOST_ERROR:
         lines.append(
-            f"{found['path']}: its latents are {found['error']:.0%} off those that the VAE gives "
-            f"of the file opened by another way ({found['scale']:g} times as large)"
+            f"{measures['path']}: its latents are {measures['error']:.0%} off those that the VAE "
+            f"gives of the file opened by another way ({measures['scale']:g} times as large)"
         )
-    if found.get("bare_psnr", found["psnr"]) - found["psnr"] > MOST_LOSS:
+    if measures.get("bare_psnr", measures["psnr"]) - measures["psnr"] > MOST_LOSS:
         lines.append(
-            f"{found['path']}: its latents decode to {found['psnr']:g} dB of the image, where "
-            f"those of the VAE alone come to {found['bare_psnr']:g} dB"
+            f"{measures['path']}: its latents decode to {measures['psnr']:g} dB of the image, "
+            f"where those of the VAE alone come to {measures['bare_psnr']:g} dB"
         )
     return lines
 

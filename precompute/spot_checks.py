@@ -80,8 +80,8 @@ def check_cache(
     return before
 
 
-def warn_of_drawings(found: dict[str, Any]) -> None:
-    _warn(alarms_of_drawings(found))
+def warn_of_drawings(measures: dict[str, Any]) -> None:
+    _warn(alarms_of_drawings(measures))
 
 
 def _warn(lines: Iterable[str]) -> None:

@@ -107,8 +107,8 @@ def replace_together(pairs: list[tuple[Path, Path]]) -> None:
             remove_path(aside_of(path))
             if os.path.lexists(path):
                 os.replace(path, aside_of(path))
-    for one, path in pairs:  # of a single file this alone is atomic
-        os.replace(one, path)
+    for new, path in pairs:  # of a single file this alone is atomic
+        os.replace(new, path)
     fsync_folder(mark.parent)
     for _, path in pairs:
         remove_path(aside_of(path))

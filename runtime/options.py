@@ -187,8 +187,8 @@ class StageCommand(click.Command):
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         if not self._options:
             hints = typing.get_type_hints(self.settings)
-            for one in fields(self.settings):
-                self._options[one.name] = _parameter(one, hints[one.name])
+            for spec in fields(self.settings):
+                self._options[spec.name] = _parameter(spec, hints[spec.name])
         return [*self._options.values(), *super().get_params(ctx)]
 
     def make_settings(self, ctx: click.Context, values: dict[str, Any], recipe: Path | None) -> Any:
@@ -202,40 +202,40 @@ class StageCommand(click.Command):
             for name, value in read_recipe(recipe, self._options).items():
                 if _RIVALS.get(name) not in given:
                     given.setdefault(name, _from_toml(self._options[name], value, recipe, ctx))
-        for one in fields(self.settings):
-            if one.default is MISSING and one.name not in given:
-                raise click.MissingParameter(ctx=ctx, param=self._options[one.name])
+        for spec in fields(self.settings):
+            if spec.default is MISSING and spec.name not in given:
+                raise click.MissingParameter(ctx=ctx, param=self._options[spec.name])
         return self.settings(**given)
 
 
 _RIVALS = {"steps": "epochs", "epochs": "steps"}  # a flag replaces the recipe's other one too
 
 
-def _parameter(one: Field[Any], hint: Any) -> click.Parameter:
+def _parameter(spec: Field[Any], hint: Any) -> click.Parameter:
     """The click option of a settings field; a field without help is an argument."""
-    kind = PathText() if one.name in _PATHS_AS_TEXT else _click_type(hint)
+    kind = PathText() if spec.name in _PATHS_AS_TEXT else _click_type(hint)
     is_tuple = typing.get_origin(hint) is tuple
-    if "help" not in one.metadata:
+    if "help" not in spec.metadata:
         # Required, but a recipe may have it: make_settings sees to that.
-        name = one.name.upper() + ("..." if is_tuple else "")
+        name = spec.name.upper() + ("..." if is_tuple else "")
         return click.Argument(
-            [one.name], type=kind, required=False, nargs=-1 if is_tuple else 1, metavar=name
+            [spec.name], type=kind, required=False, nargs=-1 if is_tuple else 1, metavar=name
         )
-    flag = "--" + one.name.replace("_", "-")
+    flag = "--" + spec.name.replace("_", "-")
     off = "--no-" + flag[2:]
-    is_required = one.default is MISSING
-    is_switch = kind is click.BOOL and one.default is False
-    no_default = is_required or one.default in ((), None, "") or is_switch
+    is_required = spec.default is MISSING
+    is_switch = kind is click.BOOL and spec.default is False
+    no_default = is_required or spec.default in ((), None, "") or is_switch
     return Option(
-        [f"{flag}/{off}" if kind is click.BOOL and not is_switch else flag, one.name],
+        [f"{flag}/{off}" if kind is click.BOOL and not is_switch else flag, spec.name],
         type=kind,
         is_flag=True if is_switch else None,
         multiple=is_tuple and not isinstance(kind, Numbers),
-        default=None if is_required else one.default,
+        default=None if is_required else spec.default,
         show_default=not no_default,
-        help=one.metadata["help"] + ("  [required]" if is_required else ""),
-        metavar=one.metadata.get("metavar"),
-        aliases=one.metadata.get("aliases", []),
+        help=spec.metadata["help"] + ("  [required]" if is_required else ""),
+        metavar=spec.metadata.get("metavar"),
+        aliases=spec.metadata.get("aliases", []),
         off=[off] if is_switch else [],
     )
 

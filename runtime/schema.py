@@ -67,7 +67,7 @@ def row(*checks: Check) -> Check:
     return lambda value: (
         isinstance(value, list)
         and len(value) == len(checks)
-        and all(check(one) for check, one in zip(checks, value, strict=True))
+        and all(check(item) for check, item in zip(checks, value, strict=True))
     )
 
 

@@ -49,7 +49,8 @@ def _snapshot(repo: str, **options: Any) -> Path:
 
 
 def cached_component(base: str, component: str) -> Path | None:
-    """Its folder in the local hub cache, if it is there; nothing is downloaded."""
+    """Its folder in the local hub cache, if it is there; nothing is downloaded. From then on the
+    repository is of that commit for this process, as with ``fetch_component``."""
     try:
         patterns = _patterns(component)
         folder = _snapshot(base, local_files_only=True, allow_patterns=patterns)

@@ -39,13 +39,13 @@ class BatchBuffer:
             for name, tensor in self.tensors.items()
         }
 
-    def fill(self, number: int, stretches: Iterable[tuple[SampleSpan, memoryview]]) -> None:
+    def fill(self, number: int, spans: Iterable[tuple[SampleSpan, memoryview]]) -> None:
         """Row ``number`` from the bytes of a sample's stretches; slices of other tensors than these
         are left out."""
         theirs, into = self._dtypes[number], self._bytes
         same = theirs == self._dtype
-        for stretch, source in stretches:
-            for name, start, stop in stretch.slices:
+        for span, source in spans:
+            for name, start, stop in span.slices:
                 if name not in into:
                     continue
                 if same or name == "sizes":
@@ -148,7 +148,7 @@ class Reader:
         real = bool(entries)
         entries = entries or batch.entries[:1]
         places = [self._locate(entry) for entry in entries]
-        into = _BatchBuffers(self.reading, [shard.index.layout for _, shard, _ in places])
+        into = _BatchBuilder(self.reading, [shard.index.layout for _, shard, _ in places])
         draws = Draws()
         keys = [
             self._read_sample(batch.epoch, number, entry, place, draws, into)
@@ -187,7 +187,7 @@ class Reader:
         entry: Entry,
         place: Place,
         draws: Draws,
-        into: "_BatchBuffers",
+        into: "_BatchBuilder",
     ) -> str:
         """Fill row ``number`` of each tensor; returns the sample's key."""
         reading, cache_number = self.reading, self.plan.groups[entry.group].cache
@@ -212,7 +212,7 @@ class Reader:
         return key
 
 
-class _BatchBuffers:
+class _BatchBuilder:
     """Where the samples of one micro-batch go."""
 
     def __init__(self, reading: Reading, layouts: Sequence[Layout]) -> None:

@@ -75,7 +75,7 @@ assert _RECORD.size == RECORD_DTYPE.itemsize
 class HashedSpan(NamedTuple):
     """A stretch of the tar with a digest of its own."""
 
-    what: str
+    label: str
     offset: int
     size: int
 
@@ -112,7 +112,7 @@ class SampleSpan(NamedTuple):
     """Neighbouring slices of one variant or caption, which share a digest; where they lie in the
     safetensors member."""
 
-    what: str
+    label: str
     start: int
     stop: int
     slices: tuple[TensorSlice, ...]
@@ -128,7 +128,7 @@ class SampleLayout(NamedTuple):
     digests: struct.Struct  # of all its parts
     tensors: frozenset[str]  # those that the sample has
 
-    def stretches(self) -> Iterator[SampleSpan]:
+    def spans(self) -> Iterator[SampleSpan]:
         """All, in the order of their digests."""
         for group in (*self.variants, *self.masks, *self.captions):
             yield from group
@@ -164,10 +164,10 @@ def describe_payload(payload: bytes, layout: Layout, digests: list[int]) -> dict
     view = memoryview(payload)
     digests.append(xxhash.xxh3_64_intdigest(view[:start]))
     form = make_form(counts, offsets, layout)
-    covered = start + sum(stretch.stop - stretch.start for stretch in form.stretches())
+    covered = start + sum(span.stop - span.start for span in form.spans())
     if covered != len(payload):
         raise ValueError(f"the tensors of a sample are not as its shard's layout: {layout}")
-    digests += [xxhash.xxh3_64_intdigest(view[s.start : s.stop]) for s in form.stretches()]
+    digests += [xxhash.xxh3_64_intdigest(view[s.start : s.stop]) for s in form.spans()]
     return {
         "num_variants": counts[0],
         "num_captions": counts[1],
@@ -294,12 +294,8 @@ class Index:
             HashedSpan("json", record.json_offset, record.json_size),
             HashedSpan("header", record.offset, record.header_size),
         ]
-        for stretch in form.stretches():
-            parts.append(
-                HashedSpan(
-                    stretch.what, record.offset + stretch.start, stretch.stop - stretch.start
-                )
-            )
+        for span in form.spans():
+            parts.append(HashedSpan(span.label, record.offset + span.start, span.stop - span.start))
         yield from zip(parts, self.digests(record, form), strict=True)
 
 
@@ -317,7 +313,7 @@ def make_form(counts: Sequence[int], offsets: Sequence[int], layout: Layout) -> 
                 start = offset + position * size
                 places.append((name, start, start + size))
             runs = _neighbours(places)
-            yield tuple(_stretch(f"{label} {position}", run, next(digests)) for run in runs)
+            yield tuple(_span(f"{label} {position}", run, next(digests)) for run in runs)
 
     variants = tuple(of_each("variant", counts[0], LATENT_TENSORS))
     masks = tuple(of_each("variant", counts[0], MASK_TENSORS))
@@ -339,7 +335,7 @@ def _neighbours(places: Sequence[Place]) -> list[list[Place]]:
     return runs
 
 
-def _stretch(label: str, run: Sequence[Place], digest: int) -> SampleSpan:
+def _span(label: str, run: Sequence[Place], digest: int) -> SampleSpan:
     description = f"{label} ({', '.join(name for name, _, _ in run)})"
     first, last = run[0][1], run[-1][2]
     slices = tuple(TensorSlice(name, start - first, stop - first) for name, start, stop in run)

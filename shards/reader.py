@@ -57,7 +57,7 @@ class Shard:
             )
 
     def checked(
-        self, record: IndexRecord, form: SampleLayout, stretches: Iterable[SampleSpan]
+        self, record: IndexRecord, form: SampleLayout, spans: Iterable[SampleSpan]
     ) -> Iterator[tuple[SampleSpan, memoryview]]:
         """The bytes of some stretches of a sample, as views of the mapped tar.
 
@@ -65,21 +65,19 @@ class Shard:
         """
         data, offset = self._data, record.offset
         digests = self.index.digests(record, form)
-        for stretch in stretches:
-            view = data[offset + stretch.start : offset + stretch.stop]
-            if xxh3_64_intdigest(view) != digests[stretch.digest]:
-                self._refuse(record, stretch.what)
-            yield stretch, view
+        for span in spans:
+            view = data[offset + span.start : offset + span.stop]
+            if xxh3_64_intdigest(view) != digests[span.digest]:
+                self._refuse(record, span.label)
+            yield span, view
 
     def read_into(self, target: torch.Tensor, row: int, name: str, number: int = 0) -> None:
         """Copy one checked slice into ``target`` (contiguous; of any dtype that holds it)."""
         record = self.index.record(row)
         form = self.index.form(record)
         halves = {**dict.fromkeys(CAPTION_TENSORS, form.captions), "mask": form.masks}
-        stretches = halves.get(name, form.variants)[number]
-        ((wanted, place),) = (
-            (s, piece) for s in stretches for piece in s.slices if piece.name == name
-        )
+        spans = halves.get(name, form.variants)[number]
+        ((wanted, place),) = ((s, piece) for s in spans for piece in s.slices if piece.name == name)
         ((_, source),) = self.checked(record, form, [wanted])
         values = bytearray(source[place.start : place.stop])
         dtype = self.index.layout.torch_dtype(name)
@@ -114,7 +112,7 @@ class Shard:
     def _part(self, row: int, part: HashedSpan, digest: int) -> memoryview:
         view = self._data[part.offset : part.offset + part.size]
         if xxh3_64_intdigest(view) != digest:
-            self._refuse(self.index.record(row), part.what)
+            self._refuse(self.index.record(row), part.label)
         return view
 
     def _refuse(self, record: IndexRecord, part: str) -> NoReturn:

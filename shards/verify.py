@@ -118,8 +118,8 @@ def _damaged_samples(tar: Path, index: Index) -> Iterator[Fault]:
             for part, digest in index.parts(row):
                 data = read_part(file, part.offset, part.size)
                 if xxhash.xxh3_64_intdigest(data) != digest:
-                    bad.append(part.what)
-                elif part.what == "json":
+                    bad.append(part.label)
+                elif part.label == "json":
                     path = f" ({path_of(data)})"
             if bad:
                 key = index.key(row)
@@ -272,7 +272,7 @@ def _is_whole(members: Members, index: Index, row: int) -> bool:
         return False
     for part, digest in index.parts(row):
         data, start = members["safetensors"], part.offset - record.offset
-        if part.what == "json":
+        if part.label == "json":
             data, start = members["json"], 0
         if xxhash.xxh3_64_intdigest(memoryview(data)[start : start + part.size]) != digest:
             return False

@@ -216,7 +216,7 @@ def test_a_damaged_mask_stops_those_who_read_masks(tmp_path: Path, variants: int
     with open(shard.path, "r+b") as file:
         for row in range(len(samples)):
             for part, _ in shard.index.parts(row):
-                if "mask" in part.what:
+                if "mask" in part.label:
                     file.seek(part.offset)
                     file.write(b"\xff")
     (batch,) = epoch_of(reader_of([Cache(folder)], 6))

@@ -14,7 +14,7 @@ from runs import losses
 
 from precompute.prompts import change_prompts
 from sdxl.load import load_scheduler, load_unet, load_vae
-from sdxl.lora.apply import LORA
+from sdxl.lora.names import LORA
 from shards.reader import Cache
 from train.config import TrainConfig
 from train.log import RunLog

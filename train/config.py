@@ -356,7 +356,7 @@ class TrainConfig:
 
     def resolved(self) -> dict[str, Any]:
         """The settings by name, with their defaults where those depend on others."""
-        settings = {one.name: getattr(self, one.name) for one in fields(self)}
+        settings = {spec.name: getattr(self, spec.name) for spec in fields(self)}
         settings["lr"] = self.peak_lr
         if not self.full and self.init_lora is None:
             settings["rank"], settings["alpha"] = self.lora_rank, self.lora_alpha

@@ -51,8 +51,8 @@ class CacheUse:
     def parse(cls, text: str) -> "CacheUse":
         """Raises ValueError for anything else than that form."""
         folder, settings = text, {}
-        while found := re.fullmatch(r"(.+),(weight|repeats)=([^,]*)", folder):
-            folder, name, value = found.groups()
+        while match := re.fullmatch(r"(.+),(weight|repeats)=([^,]*)", folder):
+            folder, name, value = match.groups()
             if name in settings:
                 raise ValueError(f"{text}: says {name} twice")
             try:
@@ -81,10 +81,10 @@ class Every:
     @classmethod
     def parse(cls, text: str) -> "Every":
         """Raises ValueError for anything else than those forms."""
-        found = re.fullmatch(r"(\d+)|(\d+\.?\d*|\.\d+) ?ep", str(text).strip())
-        if not found:
+        match = re.fullmatch(r"(\d+)|(\d+\.?\d*|\.\d+) ?ep", str(text).strip())
+        if not match:
             raise ValueError(f"{text!r} is no interval: give steps (500) or epochs (2ep)")
-        every = cls(float(found[2]), True) if found[2] else cls(int(found[1]))
+        every = cls(float(match[2]), True) if match[2] else cls(int(match[1]))
         most, least = (MAX_EPOCHS, 1 / MAX_EPOCHS) if every.of_epochs else (MAX_COUNT, 1)
         if every and not least <= every.amount <= most:
             raise ValueError(f"{str(text)[:50]!r} is out of range for an interval")

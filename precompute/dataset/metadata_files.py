@@ -236,10 +236,10 @@ def _find_detour(tree: Tree, path: str) -> tuple[str, Blob]:
 
 
 def unnamed(
-    tree: Tree, found: Iterable[SourceImage | Rejected], listing: str
+    tree: Tree, items: Iterable[SourceImage | Rejected], listing: str
 ) -> Iterator[Rejected]:
     """Images that the list does not name."""
-    named = {item.path for item in found}
+    named = {item.path for item in items}
     for path in tree.files:
         if is_picture(path) and path not in named and path not in tree.used:
             tree.used.add(path)

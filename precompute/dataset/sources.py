@@ -273,10 +273,10 @@ def _named(paths: list[str]) -> str:
     return f"{most}; e.g. {', '.join(paths[:MOST_NAMED])}"
 
 
-def repeat_folders(found: Iterable[Item], wanted: bool) -> Iterator[Item]:
+def repeat_folders(items: Iterable[Item], wanted: bool) -> Iterator[Item]:
     """Repeats from folders named ``N_name``, or a word on those that are not taken so."""
     folders: dict[str, int] = {}
-    for item in found:
+    for item in items:
         parts = [part for part in item.path.split("/")[:-1] if not part.lower().endswith(".tar")]
         name = next((part for part in reversed(parts) if REPEATS.fullmatch(part)), "")
         if name and (wanted or isinstance(item, SourceImage)):

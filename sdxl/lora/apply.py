@@ -12,7 +12,6 @@ import torch
 from peft import inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from sdxl.lora.names import LORA as LORA
 from sdxl.lora.names import OURS, PREFIXES, UNET, key_table
 from sdxl.lora.read import LoraFile, find_lora, is_extra, lora_metadata, open_lora, read_lora_file
 from sdxl.lora.weights import Delta, LoraWeights
