@@ -44,10 +44,10 @@ from tools.draw_pictures import draw_pictures
 BATCH_SIZE = 4
 
 
-def settings_of(data_set: Path, base: str, out: Path, resolution: int) -> EncodeSettings:
+def settings_of(dataset: Path, base: str, out: Path, resolution: int) -> EncodeSettings:
     step = max(8, resolution // 4)
     return EncodeSettings(
-        dataset=data_set,
+        dataset=dataset,
         base=base,
         out=out,
         resolution=resolution,
@@ -107,18 +107,18 @@ def quiet(work: Callable[[], object]) -> None:
 
 
 def measure_cost(
-    folder: Path, base: str, pictures: int, resolution: int, rounds: int
+    folder: Path, base: str, images: int, resolution: int, rounds: int
 ) -> list[dict[str, Any]]:
-    data_set, numbers = folder / "pictures", count()
-    draw_pictures(data_set, count=pictures, size=resolution * 3 // 2)
-    settings = settings_of(data_set, base, folder, resolution)
+    dataset, numbers = folder / "pictures", count()
+    draw_pictures(dataset, count=images, size=resolution * 3 // 2)
+    settings = settings_of(dataset, base, folder, resolution)
 
     def ours() -> None:
         out = folder / f"cache-of-round-{next(numbers)}"
         quiet(lambda: encode(replace(settings, out=out)))
 
     works = {"ours": ours, "bare": BareWork(settings).run}
-    (row,) = rates(take_turns(works, rounds, PROCESSOR), pictures, "images", target=1.05)
+    (row,) = rates(take_turns(works, rounds, PROCESSOR), images, "images", target=1.05)
     return [{**row, "ratio": 1 / row["ratio"]}]  # of seconds
 
 
@@ -131,24 +131,24 @@ def peak_bytes(settings: EncodeSettings) -> int:
     return measured([str(part) for part in command]).peak_bytes
 
 
-def measure_growth(folder: Path, base: str, pictures: int) -> dict[str, Any]:
+def measure_growth(folder: Path, base: str, images: int) -> dict[str, Any]:
     """Of small images: memory of a fresh encode, and the speed of one that has nothing to do.
 
     Its files are images and captions; the speed is that of one core that is not shared.
     """
-    data_set = folder / f"many-{pictures}"
-    draw_pictures(data_set, count=pictures, size=32)
-    settings = settings_of(data_set, base, folder / f"cache-{pictures}", 32)
+    dataset = folder / f"many-{images}"
+    draw_pictures(dataset, count=images, size=32)
+    settings = settings_of(dataset, base, folder / f"cache-{images}", 32)
     peak = peak_bytes(settings)
     reports: list[Report] = []
     again = {"rescan": lambda: quiet(lambda: reports.extend(encode(settings)))}
     taken = take_turns(again, 3, clocks(torch.device("cpu")))
     report = reports[-1]
-    if not report.changes.are_none or report.num_samples != pictures:
+    if not report.changes.are_none or report.num_samples != images:
         raise RuntimeError(f"not all of it was as it was: {report}")
-    num_files = sum(1 for _ in data_set.iterdir())
+    num_files = sum(1 for _ in dataset.iterdir())
     speeds = {f"files/s, {c}": num_files / min(taken[c]["rescan"]) for c in taken}
-    return {"pictures": pictures, "peak MB": peak / 1e6, "files": num_files, **speeds}
+    return {"pictures": images, "peak MB": peak / 1e6, "files": num_files, **speeds}
 
 
 @click.command()
@@ -158,14 +158,14 @@ def measure_growth(folder: Path, base: str, pictures: int) -> dict[str, Any]:
 @click.option("--rounds", default=2, show_default=True, help="Of each, in turns.")
 @click.option("--memory", default="1000,10000", show_default=True, help="Numbers of images.")
 @click.option("--out", default=Path("benchmark-output"), type=click.Path(path_type=Path))
-def main(base: str, pictures: int, resolution: int, rounds: int, memory: str, out: Path) -> None:
+def main(base: str, images: int, resolution: int, rounds: int, memory: str, out: Path) -> None:
     """Processor seconds against the bare work, peak memory and rescan speed."""
     torch.set_num_threads(1)
     with TemporaryDirectory() as folder:
         growth = [measure_growth(Path(folder), base, int(n)) for n in memory.split(",") if n]
         show("a fresh encode of small images; a rescan with nothing to do (target 20,000)", growth)
-        cost = measure_cost(Path(folder), base, pictures, resolution, rounds) if rounds else []
-        show(f"{pictures} images of {resolution} px against the bare work", cost)
+        cost = measure_cost(Path(folder), base, images, resolution, rounds) if rounds else []
+        show(f"{images} images of {resolution} px against the bare work", cost)
     keep(out / "encode.json", {"machine": machine(), "growth": growth, "cost": cost})
 
 

@@ -103,12 +103,12 @@ def encode_bare(place: Place, pixels: int, batch_size: int, num: int = 10) -> Fi
     vae: Any = load_vae(place.encoders, torch.float32).to(place.device)
     dtype = torch.float16 if place.on_cuda else torch.float32
     encoders = TextEncoders(place.encoders, dtype, place.device)
-    pictures = torch.rand(batch_size, 3, side, side, device=place.device) * 2 - 1
+    images = torch.rand(batch_size, 3, side, side, device=place.device) * 2 - 1
 
     @torch.inference_mode()
     def work() -> None:
         for _ in range(num):
-            vae.encode(pictures).latent_dist.mean.cpu()
+            vae.encode(images).latent_dist.mean.cpu()
             encoders.encode(["a red circle on a white ground"] * batch_size, batch_size)
 
     timed(work, place.device)

@@ -41,14 +41,14 @@ class Pictures(Dataset[dict[str, Any]]):
     def __getitem__(self, number: int) -> dict[str, Any]:
         path = self.paths[number]
         with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file).convert("RGB")
-        scale = self.side / min(picture.size)
-        width, height = (round(length * scale) for length in picture.size)
+            image = ImageOps.exif_transpose(file).convert("RGB")
+        scale = self.side / min(image.size)
+        width, height = (round(length * scale) for length in image.size)
         left, top = (width - self.side) // 2, (height - self.side) // 2
-        resized = picture.resize((width, height), Image.Resampling.LANCZOS)
+        resized = image.resize((width, height), Image.Resampling.LANCZOS)
         square = resized.crop((left, top, left + self.side, top + self.side))
         pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 127.5 - 1
-        sizes = (picture.height, picture.width, top, left, self.side, self.side)
+        sizes = (image.height, image.width, top, left, self.side, self.side)
         return {
             "pixels": pixels,
             "caption": path.with_suffix(".txt").read_text().strip(),
@@ -158,8 +158,8 @@ def main(
     torch.manual_seed(0)
     place = torch.device(device)
     online = Online(str(base_path(base)), place, DTYPES[precision], DTYPES[vae_dtype], rank)
-    pictures = Pictures(dataset, resolution)
-    loader = DataLoader(pictures, batch_size=batch_size, shuffle=True)
+    images = Pictures(dataset, resolution)
+    loader = DataLoader(images, batch_size=batch_size, shuffle=True)
     start = time.perf_counter()
     for _ in range(epochs):
         for batch in loader:
@@ -169,7 +169,7 @@ def main(
         peak = torch.cuda.max_memory_allocated()
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    rate = epochs * len(pictures) / (time.perf_counter() - start)
+    rate = epochs * len(images) / (time.perf_counter() - start)
     click.echo(json.dumps({"images_per_second": rate, "peak_bytes": peak}))
 
 

@@ -105,20 +105,20 @@ def _add_break_even(rows: list[dict[str, Any]], epochs: tuple[int, ...]) -> None
 @click.option("--resolution", default=128, show_default=True)
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--out", default=Path("benchmark-output"), type=click.Path(path_type=Path))
-def main(quick: bool, base: str, pictures: int, resolution: int, device: str, out: Path) -> None:
+def main(quick: bool, base: str, images: int, resolution: int, device: str, out: Path) -> None:
     """Cached against online encoding."""
     epochs = (1, 3) if quick else EPOCHS
     if quick:
-        pictures, resolution = min(pictures, 16), min(resolution, 64)
+        images, resolution = min(images, 16), min(resolution, 64)
     with tempfile.TemporaryDirectory() as folder:
         peers = Peers(Path(folder), base, resolution, device)
-        draw_pictures(peers.data, pictures, size=resolution)
+        draw_pictures(peers.data, images, size=resolution)
         rows = compare(peers, epochs)
     names = ("way", "images/s", "peak GB", "encode s", *(f"{n} ep s" for n in epochs))
     more = ("s an epoch / ours", "pays from epoch")
     shown = [{name: row.get(name) for name in (*names, *more)} for row in rows]
     show(
-        f"LoRA of {base}, {pictures} images of {resolution} px, batch 4, {peers.precision}; "
+        f"LoRA of {base}, {images} images of {resolution} px, batch 4, {peers.precision}; "
         "processor seconds of whole commands",
         shown,
     )

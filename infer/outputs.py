@@ -241,8 +241,8 @@ def save_picture(
         image.save(file, format="PNG", pnginfo=info)
 
 
-def _to_image(picture: torch.Tensor) -> Image.Image:
-    levels = (picture * 255).round().to(torch.uint8)
+def _to_image(image: torch.Tensor) -> Image.Image:
+    levels = (image * 255).round().to(torch.uint8)
     return Image.fromarray(levels.permute(1, 2, 0).numpy())
 
 

@@ -295,13 +295,13 @@ class Pipeline:
         vae = models.at_work(VAE)
         vae.use_tiling = batch[0].tiled
         sides = [_pictures(vae, side_latents) for side_latents in latents]
-        for request, *pictures in zip(batch, *sides, strict=True):
-            if not all(picture.isfinite().all() for picture in pictures):
+        for request, *images in zip(batch, *sides, strict=True):
+            if not all(image.isfinite().all() for image in images):
                 raise FloatingPointError(
                     f"image {request.number} ({request.prompt[:60]!r}) is not finite: are the "
                     "weights whole? --precision fp32 tells"
                 )
-            keep(request, pictures)
+            keep(request, images)
 
 
 def _time_ids(request: ImageRequest) -> torch.Tensor:
@@ -313,9 +313,9 @@ def _time_ids(request: ImageRequest) -> torch.Tensor:
 
 def _pictures(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     """[N, 3, H, W] in 0..1, on the CPU; in fp32 where the VAE's own dtype overflows."""
-    pictures = decode_latents(vae, latents)
-    if vae.dtype == torch.float32 or pictures.isfinite().all():
-        return pictures
+    images = decode_latents(vae, latents)
+    if vae.dtype == torch.float32 or images.isfinite().all():
+        return images
     dtype = vae.dtype
     again = decode_latents(vae.to(torch.float32), latents)
     vae.to(dtype)

@@ -95,9 +95,9 @@ def encode_latents(
             yield image.rows
 
     def encode(rows: list[Pixels]) -> list[tuple[torch.Tensor, ...]]:
-        pictures, masks, sizes = zip(*rows, strict=True)
-        posterior = encoders.latents.encode(torch.stack(pictures))
-        return [*zip(posterior.mean, posterior.std, pictures, masks, sizes, strict=True)]
+        images, masks, sizes = zip(*rows, strict=True)
+        posterior = encoders.latents.encode(torch.stack(images))
+        return [*zip(posterior.mean, posterior.std, images, masks, sizes, strict=True)]
 
     for planned, encoded in zip(members, in_batches(rows(), encode, size), strict=True):
         made_from = digests.popleft()
@@ -105,13 +105,13 @@ def encode_latents(
             yield replace(encoded, digests=made_from)
             continue
         parts = [torch.stack(part) for part in zip(*encoded, strict=True)]
-        mean, std, pictures, mask, sizes = parts
+        mean, std, images, mask, sizes = parts
         tensors = {"latents.mean": mean, "latents.std": std}
         if mask.numel():
             tensors["mask"] = mask
         if encoders.settings.mean_only:
             del tensors["latents.std"]
-        sums = [*map(_sums_of, mean, pictures)]
+        sums = [*map(_sums_of, mean, images)]
         notes = _notes(sums, len(planned.variants) - len(encoded))
         half = _stored(tensors, notes, encoders, made_from)
         if isinstance(half, EncodedPart):
@@ -120,9 +120,9 @@ def encode_latents(
         yield half
 
 
-def _sums_of(mean: torch.Tensor, picture: torch.Tensor) -> LatentSums:
+def _sums_of(mean: torch.Tensor, image: torch.Tensor) -> LatentSums:
     sums = LatentSums.empty(len(mean))
-    sums.add(mean.unsqueeze(0), picture.unsqueeze(0))
+    sums.add(mean.unsqueeze(0), image.unsqueeze(0))
     return sums
 
 
@@ -250,7 +250,7 @@ def _open_variants(
     """A variant of which the mask shows nothing is dropped: its loss would be zero."""
     try:
         with limit_large_images(planned.variants[0].original):
-            pictures = render_variants(open_picture(data), planned.variants)
+            images = render_variants(open_picture(data), planned.variants)
     except Exception as error:  # Pillow raises anything of a bad file
         return Failed(explain(error))
     try:
@@ -258,7 +258,7 @@ def _open_variants(
     except Exception as error:
         return Failed(f"its mask: {explain(error)}")
     sizes = [torch.tensor(variant.sizes, dtype=torch.int32) for variant in planned.variants]
-    variants = [*zip(pictures, masks, sizes, strict=True)]
+    variants = [*zip(images, masks, sizes, strict=True)]
     if masks.numel():
         variants = [
             variant for variant in variants if shows_anything(variant[1], DTYPES[settings.dtype])

@@ -46,26 +46,26 @@ class LatentEncoder:
             self._upcast = load_vae(self._source, torch.float32).to(self._vae.device)
         return self._upcast
 
-    def encode(self, pictures: torch.Tensor) -> Posterior:
+    def encode(self, images: torch.Tensor) -> Posterior:
         """Up to ``batch_size`` images [N, 3, H, W] in -1..1.
 
         The batch is always filled up: a VAE's last bits change with the batch size, but not with
         what else is in the batch. What is not finite is encoded again in fp32.
         """
-        posterior = self._encode(self._vae, pictures)
+        posterior = self._encode(self._vae, images)
         if self._vae.dtype == torch.float32 or bool(posterior.finite.all()):
             return posterior
-        again, finite = self._encode(self.exact, pictures), posterior.finite.view(-1, 1, 1, 1)
+        again, finite = self._encode(self.exact, images), posterior.finite.view(-1, 1, 1, 1)
         return Posterior(
             torch.where(finite, posterior.mean, again.mean),
             torch.where(finite, posterior.std, again.std),
         )
 
     @torch.inference_mode()
-    def _encode(self, vae: Any, pictures: torch.Tensor) -> Posterior:
-        count = len(pictures)
-        filled = pictures.new_zeros((self.batch_size, *pictures.shape[1:]))
-        filled[:count] = pictures
+    def _encode(self, vae: Any, images: torch.Tensor) -> Posterior:
+        count = len(images)
+        filled = images.new_zeros((self.batch_size, *images.shape[1:]))
+        filled[:count] = images
         posterior = vae.encode(filled.to(vae.device, vae.dtype)).latent_dist
         mean, std = posterior.mean[:count].float().cpu(), posterior.std[:count].float().cpu()
         return Posterior(scale_mean(vae.config, mean), scale_std(vae.config, std))

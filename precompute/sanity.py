@@ -187,9 +187,7 @@ def _constants(vae: Any) -> tuple[torch.Tensor, torch.Tensor]:
 def _bare_encode(vae: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Scaled mean and std [N, C, h, w] fp32 on the CPU, of the VAE alone, one image at a time."""
     shift, scale = _constants(vae)
-    posteriors = [
-        vae.encode(picture[None].to(vae.device, vae.dtype)).latent_dist for picture in pixels
-    ]
+    posteriors = [vae.encode(image[None].to(vae.device, vae.dtype)).latent_dist for image in pixels]
     mean = torch.cat([posterior.mean.float().cpu() for posterior in posteriors])
     std = torch.cat([posterior.std.float().cpu() for posterior in posteriors])
     return (mean - shift) * scale, std * scale
@@ -212,7 +210,7 @@ def _scale(mine: torch.Tensor, bare: torch.Tensor) -> float:
     return scale if math.isfinite(scale) else 0.0
 
 
-def _psnr(pictures: torch.Tensor, wanted: torch.Tensor) -> float:
+def _psnr(images: torch.Tensor, wanted: torch.Tensor) -> float:
     """In dB of 8-bit white; 0 at worst, and of what is not finite."""
-    error = float(((pictures.clamp(-1, 1) - wanted) / 2).square().mean())
+    error = float(((images.clamp(-1, 1) - wanted) / 2).square().mean())
     return round(-10 * float(np.log10(max(error, 1e-10))), 2) if math.isfinite(error) else 0.0

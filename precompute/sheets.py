@@ -82,8 +82,8 @@ def frame(colors: torch.Tensor, sizes: list[int], is_squashed: bool = False) -> 
     box_x, box_y = (start + offset for start, offset in zip((x, y), scaled(left, top), strict=True))
     box_width, box_height = (max(1, length) for length in scaled(width, height))
     pixels = (colors.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
-    picture = Image.fromarray(np.ascontiguousarray(pixels))
-    picture = picture.resize((box_width, box_height), Image.Resampling.BICUBIC)
-    canvas.paste(picture, (box_x, box_y))
+    image = Image.fromarray(np.ascontiguousarray(pixels))
+    image = image.resize((box_width, box_height), Image.Resampling.BICUBIC)
+    canvas.paste(image, (box_x, box_y))
     pen.rectangle((box_x, box_y, box_x + box_width, box_y + box_height), outline=BOX)
     return canvas

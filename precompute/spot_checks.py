@@ -73,10 +73,10 @@ def check_cache(
     )
     if before.get("of") != digest:
         measured = (_check_picture(folder, candidate, encoders) for candidate in candidates)
-        pictures = [*islice((picture for picture in measured if picture is not None), NUM_PICTURES)]
-        before = {"of": digest, "drawings": encoders.drawings, "pictures": pictures}
+        images = [*islice((image for image in measured if image is not None), NUM_PICTURES)]
+        before = {"of": digest, "drawings": encoders.drawings, "pictures": images}
     warn_of_drawings(before["drawings"])
-    _warn(line for picture in before["pictures"] for line in alarms_of_picture(picture))
+    _warn(line for image in before["pictures"] for line in alarms_of_picture(image))
     return before
 
 

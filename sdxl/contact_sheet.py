@@ -13,14 +13,14 @@ MOST = 100  # images on one sheet
 
 
 def contact_sheet(
-    pictures: Sequence[tuple[Path | Image.Image, str]], tile: int = TILE
+    images: Sequence[tuple[Path | Image.Image, str]], tile: int = TILE
 ) -> Image.Image:
     """The first images (at least one), each fitted in a tile, with the start of its prompt below.
 
     ``tile`` is a tile's side in pixels; tiles are lower where all images are. A file is opened
     when its turn comes.
     """
-    shown = [(_fit(picture, tile), prompt) for picture, prompt in pictures[:MOST]]
+    shown = [(_fit(image, tile), prompt) for image, prompt in images[:MOST]]
     columns = math.ceil(math.sqrt(len(shown)))
     rows = math.ceil(len(shown) / columns)
     high = max(fitted.height for fitted, _ in shown)
@@ -34,13 +34,13 @@ def contact_sheet(
     return sheet
 
 
-def _fit(picture: Path | Image.Image, tile: int) -> Image.Image:
-    if isinstance(picture, Path):
-        with Image.open(picture) as opened:
+def _fit(image: Path | Image.Image, tile: int) -> Image.Image:
+    if isinstance(image, Path):
+        with Image.open(image) as opened:
             return _fit(opened, tile)
-    scale = tile / max(picture.size)
-    width, height = (max(1, round(side * scale)) for side in picture.size)
-    return picture.convert("RGB").resize((width, height))
+    scale = tile / max(image.size)
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    return image.convert("RGB").resize((width, height))
 
 
 def _cut(

@@ -30,9 +30,9 @@ class LatentSums:
     def empty(cls, channels: int) -> "LatentSums":
         return cls(np.zeros((channels + 1, channels + 1)), np.zeros((channels + 1, 3)))
 
-    def add(self, latents: torch.Tensor, pictures: torch.Tensor) -> None:
+    def add(self, latents: torch.Tensor, images: torch.Tensor) -> None:
         """Latents [N, C, h, w] (scaled) and their images [N, 3, 8h, 8w] in -1..1."""
-        colors = F.adaptive_avg_pool2d(pictures.float(), (latents.shape[-2], latents.shape[-1]))
+        colors = F.adaptive_avg_pool2d(images.float(), (latents.shape[-2], latents.shape[-1]))
         flat = latents.double().permute(0, 2, 3, 1).reshape(-1, latents.shape[1]).cpu().numpy()
         seen = colors.double().permute(0, 2, 3, 1).reshape(-1, 3).cpu().numpy()
         rows = np.concatenate([flat, np.ones((len(flat), 1))], axis=1)

@@ -145,9 +145,9 @@ def decode_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
         vae.decode(some, return_dict=False)[0].float().cpu()
         for some in torch.split(latents, at_once)
     ]
-    pictures = torch.cat(decoded) / 2 + 0.5
+    images = torch.cat(decoded) / 2 + 0.5
     # An overflow is no white: what is not finite stays so, to be seen by the caller.
-    return torch.where(pictures.isfinite(), pictures.clamp(0, 1), torch.nan)
+    return torch.where(images.isfinite(), images.clamp(0, 1), torch.nan)
 
 
 def _normalization(config: Any, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

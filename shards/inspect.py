@@ -150,11 +150,11 @@ def _describe_latents(manifest: dict[str, Any]) -> Iterator[str]:
         if name in latents:
             yield f"latents, {name} of each channel: {_numbers(latents[name])}"
     if drawings := manifest.get("sanity", {}).get("drawings"):
-        pictures = manifest["sanity"]["pictures"]
+        images = manifest["sanity"]["pictures"]
         line = f"decoded back: built-in drawings {drawings['psnr']:.1f} dB"
-        if pictures:
-            mean = sum(picture["psnr"] for picture in pictures) / len(pictures)
-            line += f", {len(pictures)} of the images {mean:.1f} dB"
+        if images:
+            mean = sum(image["psnr"] for image in images) / len(images)
+            line += f", {len(images)} of the images {mean:.1f} dB"
         yield line
 
 

@@ -19,9 +19,9 @@ def draw_pictures(folder: Path, count: int = 24, size: int = 96, seed: int = 0) 
         width, height = (round(size * side / 3) for side in ASPECTS[index % len(ASPECTS)])
         colour, ground = choices.sample(COLOURS, 2)
         shape = choices.choice(("circle", "square", "triangle"))
-        picture = Image.new("RGB", (width, height), ground)
-        _draw_shape(picture, shape, colour, _random_box(width, height, choices))
-        picture.save(folder / f"{index:03}.png")
+        image = Image.new("RGB", (width, height), ground)
+        _draw_shape(image, shape, colour, _random_box(width, height, choices))
+        image.save(folder / f"{index:03}.png")
         caption = f"a {colour} {shape} on a {ground} ground\n"
         (folder / f"{index:03}.txt").write_text(caption, encoding="utf-8")
 
@@ -33,8 +33,8 @@ def _random_box(width: int, height: int, choices: random.Random) -> Box:
     return left, top, left + side, top + side
 
 
-def _draw_shape(picture: Image.Image, shape: str, colour: str, box: Box) -> None:
-    draw = ImageDraw.Draw(picture)
+def _draw_shape(image: Image.Image, shape: str, colour: str, box: Box) -> None:
+    draw = ImageDraw.Draw(image)
     if shape == "circle":
         draw.ellipse(box, fill=colour)
     elif shape == "square":

@@ -78,12 +78,12 @@ def _calibrate(vae: Any, tiles: "torch.Tensor") -> None:
     """
     import torch
 
-    pictures = torch.nn.functional.interpolate(tiles, scale_factor=16, mode="bilinear") * 2 - 1
+    images = torch.nn.functional.interpolate(tiles, scale_factor=16, mode="bilinear") * 2 - 1
     quant = vae.quant_conv
     quant.weight[4:] = 0  # the last four channels are the log-variance
     quant.bias[4:] = -8.0
-    _rescale(quant, vae.encode(pictures).latent_dist.mean, std=1 / SCALING_FACTOR)
-    latents = vae.encode(pictures).latent_dist.mean
+    _rescale(quant, vae.encode(images).latent_dist.mean, std=1 / SCALING_FACTOR)
+    latents = vae.encode(images).latent_dist.mean
     _rescale(vae.decoder.conv_out, vae.decode(latents).sample, std=0.5)
 
 

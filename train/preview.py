@@ -109,10 +109,10 @@ def draw_previews(
             latents = _sample(unet, scheduler, previews, row, autocast, num_steps, guidance_scale)
             with torch.autocast(latents.device.type, enabled=False):
                 if vae is None:
-                    picture = latents_to_rgb(latents, previews.weight, previews.bias)
+                    image = latents_to_rgb(latents, previews.weight, previews.bias)
                 else:
-                    picture = decode_latents(vae, latents)
-            tiles.append((_to_image(picture[0]), prompt.text))
+                    image = decode_latents(vae, latents)
+            tiles.append((_to_image(image[0]), prompt.text))
     return contact_sheet(tiles, TILE)
 
 
@@ -228,7 +228,7 @@ def _eval_mode(unet: Any) -> Iterator[None]:
                 module.training = training
 
 
-def _to_image(picture: torch.Tensor) -> Image.Image:
+def _to_image(image: torch.Tensor) -> Image.Image:
     """[3, H, W] in 0..1; what is not finite, of a run that went astray, is black."""
-    levels = (picture.float().cpu().nan_to_num(0) * 255).round().to(torch.uint8)
+    levels = (image.float().cpu().nan_to_num(0) * 255).round().to(torch.uint8)
     return Image.fromarray(levels.permute(1, 2, 0).numpy())

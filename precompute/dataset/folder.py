@@ -71,17 +71,17 @@ def find_masks(paths: Iterable[str]) -> Masks:
     ``gas mask.png`` with ``gas mask.txt`` is an image with a title, whatever else is there.
     """
     paths = list(paths)
-    pictures = [path for path in paths if is_picture(path)]
+    images = [path for path in paths if is_picture(path)]
     titled = {stem_of(path) for path in paths if path.lower().endswith(TEXTS) and is_title(path)}
     candidates = {
         path: stems
-        for path in pictures
+        for path in images
         if "mask" in path.lower() and stem_of(path) not in titled and (stems := masked_stems(path))
     }
     masks = Masks()
     if not candidates:
         return masks
-    exact = {stem_of(path) for path in pictures}
+    exact = {stem_of(path) for path in images}
     lower: dict[str, list[str]] = {}
     for stem in exact:
         lower.setdefault(stem.lower(), []).append(stem)

@@ -170,13 +170,13 @@ def _read(
         return Rejected(where, f"names no image: {shortened(name)} is no file's name")
     path = name
     try:
-        path, picture = _find(tree, name)
+        path, image = _find(tree, name)
         told = read_row(row)
         mask = None if row.get("mask") is None else _find_mask(tree, row["mask"])
     except ValueError as error:
         return Rejected(path, f"{where}: {error}")
     record = SourceImage(
-        path, picture, told.captions, told.weight, told.repeats, mask, split=told.split
+        path, image, told.captions, told.weight, told.repeats, mask, split=told.split
     )
     return normalize_captions(
         record, settings, f"{where}: no caption: none of {', '.join(TEXT_FIELDS)} is text"

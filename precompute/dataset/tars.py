@@ -124,14 +124,14 @@ class Pack:
         row = self.texts.get(path)
         return read_row(row) if row else NO_ROW
 
-    def rejected(self, pictures: set[str]) -> Iterator[Rejected]:
+    def rejected(self, images: set[str]) -> Iterator[Rejected]:
         """What is no image and should be one; ``pictures`` are paths without ending."""
         for path, why in self.refused.items():
             yield Rejected(self.label(path), why)
         for path, row in self.texts.items():
             status = row.get("status", "success") if isinstance(row, dict) else "success"
             stem = path.rpartition(".")[0]
-            if status != "success" and stem not in pictures:
+            if status != "success" and stem not in images:
                 self.used.add(path)
                 message = f"{status}: {row.get('error_message')}"
                 yield Rejected(self.label(stem), message[:MOST_MESSAGE])

@@ -71,13 +71,13 @@ class CachePlan:
         return bool(self.works or self.outdated or self.broken)
 
 
-def check_out(folder: Path, data_set: Path) -> None:
+def check_out(folder: Path, dataset: Path) -> None:
     """Refuse to mix a cache with anything else.
 
     Raises:
         ValueError: the folder holds something else, or is none.
     """
-    if folder.resolve() == data_set.resolve():
+    if folder.resolve() == dataset.resolve():
         raise ValueError(f"{folder}: is the dataset; give another --out")
     if any(part.exists() and not part.is_dir() for part in (folder, *folder.parents)):
         raise ValueError(f"{folder}: not a folder")
@@ -279,8 +279,8 @@ def finish(plan: CachePlan, report: Report, encoders: Encoders, memory: Memory) 
         marks |= {key: row for key, *row in index.header["members"] if key in wanted}
         sums = LatentSums.from_json(index.header["sums"])
         total = sums if total is None else total + sums
-    pictures = {key: row[0] for key, row in marks.items()}
-    remember_encoded(plan.planned, pictures, encoders.settings.dataset, memory)
+    images = {key: row[0] for key, row in marks.items()}
+    remember_encoded(plan.planned, images, encoders.settings.dataset, memory)
     if total is not None and report.num_samples:
         fields["latents"] = {"channels": len(total.gram) - 1, **total.statistics()}
         fields["latent_rgb"] = total.fit()

@@ -212,10 +212,10 @@ def _task_from_json(line: dict[str, Any], repeats: int) -> SampleTask:
         repeats,
         line["mask"] and _blob_from_json(line["mask"]),
     )
-    picture, mask = line["digests"]
+    image, mask = line["digests"]
     variants = tuple(_geometry_from_json(row) for row in line["variants"])
     latents, text = (line[half] and CopySource(*line[half]) for half in ("latents", "text"))
-    return SampleTask(PlannedSample(record, picture, variants, mask), latents, text, line["reason"])
+    return SampleTask(PlannedSample(record, image, variants, mask), latents, text, line["reason"])
 
 
 def _geometry_from_json(row: list[Any]) -> Geometry:

@@ -27,9 +27,9 @@ def refuse_losses(plans: list[CachePlan], settings: EncodeSettings, notes: Notes
         ValueError: too many images are rejected, or samples removed, or the cache was made from
             another dataset; says how many, and the option that allows it.
     """
-    pictures = {planned.picture for plan in plans for planned in plan.planned if planned.picture}
+    images = {planned.picture for plan in plans for planned in plan.planned if planned.picture}
     for plan in plans:
-        lost = _lost(plan, pictures)
+        lost = _lost(plan, images)
         if not settings.allow_other_dataset:
             _refuse_other_dataset(plan, lost, settings, notes)
             _refuse_removal(plan, lost, settings)
@@ -67,13 +67,13 @@ def num_held(plan: CachePlan) -> int:
     return len({key for held in plan.comparison.held for key in held.rows})
 
 
-def _lost(plan: CachePlan, pictures: set[str]) -> dict[str, tuple[str, int, bool]]:
+def _lost(plan: CachePlan, images: set[str]) -> dict[str, tuple[str, int, bool]]:
     """By key: the shard and row of each sample that would be lost, and whether it is set aside."""
     aside = plan.comparison.aside
     return {
         key: (held.name, held.rows[key], held is aside.get(held.name))
         for held, key in plan.comparison.orphans()
-        if key in held.rows and held.marks[key][0] not in pictures
+        if key in held.rows and held.marks[key][0] not in images
     }
 
 
@@ -121,13 +121,13 @@ def _refuse_other_dataset(
     num = num_held(plan)
     if notes.is_known or not num:
         return
-    pictures = {planned.picture for planned in plan.planned if planned.picture}
+    images = {planned.picture for planned in plan.planned if planned.picture}
     names = {rejection.key for rejection in plan.rejected}
     common = {
         key
         for held in plan.comparison.held
         for key in held.rows
-        if key in names or held.marks[key][0] in pictures
+        if key in names or held.marks[key][0] in images
     }
     if common and (notes.other_dataset is None or len(common) >= num / 2):
         return

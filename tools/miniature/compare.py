@@ -29,8 +29,8 @@ def before_and_after(
         lines = textwrap.wrap(prompt, width=21)[:MOST_LINES]
         pen.multiline_text((x, head - GAP), "\n".join(lines), INK, font, anchor="ld", spacing=2)
         for row, paths in enumerate((before, after)):
-            with Image.open(paths[column]) as picture:
-                tile = _fitted(picture.convert("RGB"))
+            with Image.open(paths[column]) as image:
+                tile = _fitted(image.convert("RGB"))
             sheet.paste(tile, (x, head + row * (TILE + GAP)))
     for row, word in enumerate(("before", "after")):
         pen.text((GAP, head + row * (TILE + GAP) + TILE / 2), word, INK, font, anchor="lm")
@@ -38,13 +38,13 @@ def before_and_after(
     return sheet
 
 
-def _fitted(picture: Image.Image) -> Image.Image:
+def _fitted(image: Image.Image) -> Image.Image:
     """Enlarged to a tile, its pixels left visible, on paper where it is not square."""
-    scale = TILE / max(picture.size)
-    size = round(picture.width * scale), round(picture.height * scale)
+    scale = TILE / max(image.size)
+    size = round(image.width * scale), round(image.height * scale)
     tile = Image.new("RGB", (TILE, TILE), PAPER)
     tile.paste(
-        picture.resize(size, Image.Resampling.BICUBIC),
+        image.resize(size, Image.Resampling.BICUBIC),
         ((TILE - size[0]) // 2, (TILE - size[1]) // 2),
     )
     return tile

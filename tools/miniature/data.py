@@ -97,13 +97,13 @@ def _write_scenes(
     _write(folder, pictures(), num)
 
 
-def _write(folder: Path, pictures: Iterator[tuple[Image.Image, str]], num: int) -> None:
+def _write(folder: Path, images: Iterator[tuple[Image.Image, str]], num: int) -> None:
     """The list comes last: a folder that has it is whole."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
-    for number, (picture, caption) in enumerate(tqdm(pictures, desc="draw", total=num, unit="img")):
+    for number, (image, caption) in enumerate(tqdm(images, desc="draw", total=num, unit="img")):
         name = f"{number:05d}.png"
-        picture.save(folder / name)
+        image.save(folder / name)
         rows.append({"file_name": name, "text": caption})
     lines = [json.dumps(row) + "\n" for row in rows]
     (folder / LIST).write_text("".join(lines), encoding="utf-8")

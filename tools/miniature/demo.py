@@ -92,15 +92,15 @@ def _finish(out: Path, scenes: Scenes, seconds: float) -> Path:
             lines.append(f"{kind} shapes {when:>6}: {found}")
     shown = [*range(NUM_SHOWN), *range(NUM_PROMPTS, NUM_PROMPTS + NUM_SHOWN)]
     prompts = (out / "prompts.txt").read_text("utf-8").splitlines()
-    picture = out / "before-after.png"
+    image = out / "before-after.png"
     before_and_after(
         [prompts[n] for n in shown],
         [out / "before" / f"{n:06d}.png" for n in shown],
         [out / "after" / f"{n:06d}.png" for n in shown],
         footer="\n".join(lines),
-    ).save(picture)
+    ).save(image)
     click.secho("\nShares of the images that show what their prompt says", bold=True)
     click.echo("\n".join(lines))
-    click.echo(f"\nDone in {seconds:.0f} s. Look at {picture}; the rest lies beside it:")
+    click.echo(f"\nDone in {seconds:.0f} s. Look at {image}; the rest lies beside it:")
     click.echo("  new/ old/ (datasets), cache-new/ cache-old/, run/ (the LoRA), before/ after/")
-    return picture
+    return image

@@ -86,22 +86,22 @@ def draw_scene(
     scene: Scene, choices: random.Random, width: int = 64, height: int = 64
 ) -> Image.Image:
     """A picture of the scene; what the scene leaves open, chance decides."""
-    picture = Image.new("RGB", (width * SHARPER, height * SHARPER), _shade(scene.ground, choices))
+    image = Image.new("RGB", (width * SHARPER, height * SHARPER), _shade(scene.ground, choices))
     short = min(width, height)
     side = short * choices.uniform(*SIZES[scene.size])
     across, down = POSITIONS.get(scene.position) or (choices.random(), choices.random())
     left = MARGIN + across * max(0.0, width - 2 * MARGIN - side)
     top = MARGIN + down * max(0.0, height - 2 * MARGIN - side)
     box = tuple(SHARPER * length for length in (left, top, left + side, top + side))
-    mask = Image.new("L", picture.size, 0)
+    mask = Image.new("L", image.size, 0)
     draw_shape(mask, scene.shape, (box[0], box[1], box[2], box[3]))
-    picture.paste(_shade(scene.colour, choices), mask=mask)
-    return picture.resize((width, height), Image.Resampling.BOX)
+    image.paste(_shade(scene.colour, choices), mask=mask)
+    return image.resize((width, height), Image.Resampling.BOX)
 
 
-def shrink(picture: Image.Image, side: int) -> Image.Image:
+def shrink(image: Image.Image, side: int) -> Image.Image:
     """As a square original of so few pixels: what is enlarged from it is blurred."""
-    return picture.resize((side, side), Image.Resampling.BOX)
+    return image.resize((side, side), Image.Resampling.BOX)
 
 
 def _shade(name: str, choices: random.Random) -> Colour:
@@ -201,11 +201,11 @@ def draw_doodle(choices: random.Random, width: int = 64, height: int = 64) -> Im
     def colour() -> Colour:
         return choices.randrange(256), choices.randrange(256), choices.randrange(256)
 
-    picture = Image.new("RGB", (width * SHARPER, height * SHARPER), colour())
-    pen = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (width * SHARPER, height * SHARPER), colour())
+    pen = ImageDraw.Draw(image)
     for _ in range(choices.randint(1, 4)):
-        radius = choices.uniform(0.12, 0.45) * min(picture.size)
-        x, y = choices.uniform(0, picture.width), choices.uniform(0, picture.height)
+        radius = choices.uniform(0.12, 0.45) * min(image.size)
+        x, y = choices.uniform(0, image.width), choices.uniform(0, image.height)
         kind = choices.randrange(3)
         if kind == 0:
             turns = sorted(choices.uniform(0, math.tau) for _ in range(choices.randint(3, 7)))
@@ -217,4 +217,4 @@ def draw_doodle(choices: random.Random, width: int = 64, height: int = 64) -> Im
             start = choices.uniform(0, 360)
             length = 360 if kind == 1 else choices.uniform(60, 300)
             pen.pieslice(box, start, start + length, fill=colour())
-    return picture.resize((width, height), Image.Resampling.BOX)
+    return image.resize((width, height), Image.Resampling.BOX)

@@ -34,10 +34,10 @@ def respond(pipeline: Any, setting: str, num: int, seed: int, num_steps: int) ->
 
     Returns the mean sharpness, and the shares that are cut off at the sides and at top or bottom.
     """
-    pictures = _draw(pipeline, SETTINGS[setting], num, seed, num_steps)
-    edges = [cut_edges(picture) for picture in pictures]
+    images = _draw(pipeline, SETTINGS[setting], num, seed, num_steps)
+    edges = [cut_edges(image) for image in images]
     return {
-        "sharpness": float(np.mean([sharpness(picture) for picture in pictures])),
+        "sharpness": float(np.mean([sharpness(image) for image in images])),
         "cut_sides": float(np.mean([sides for sides, _ in edges])),
         "cut_ends": float(np.mean([ends for _, ends in edges])),
     }
@@ -47,10 +47,10 @@ def _draw(
     pipeline: Any, setting: dict[str, Any], num: int, seed: int, num_steps: int
 ) -> list[Image.Image]:
     _, captions = fresh_prompts(num, OLD_SHAPES, seed)
-    pictures: list[Image.Image] = []
+    images: list[Image.Image] = []
     for start in range(0, num, BATCH_SIZE):
         batch = captions[start : start + BATCH_SIZE]
-        pictures += pipeline(
+        images += pipeline(
             batch,
             generator=[torch.Generator().manual_seed(start + row) for row in range(len(batch))],
             num_inference_steps=num_steps,
@@ -60,28 +60,26 @@ def _draw(
             target_size=(64, 64),
             **setting,
         ).images
-    return pictures
+    return images
 
 
 def decoded_sharpness(vae: Any, side: int, num: int = 64) -> float:
     """Of true pictures of ``side`` pixels, enlarged, encoded and decoded: the most to hope for."""
     choices = random.Random(5)
     drawn = [draw_scene(random_scene(choices), choices) for _ in range(num)]
-    enlarged = [
-        shrink(picture, side).resize((64, 64), Image.Resampling.LANCZOS) for picture in drawn
-    ]
-    return float(np.mean([sharpness(picture) for picture in decoded_pictures(vae, enlarged)]))
+    enlarged = [shrink(image, side).resize((64, 64), Image.Resampling.LANCZOS) for image in drawn]
+    return float(np.mean([sharpness(image) for image in decoded_pictures(vae, enlarged)]))
 
 
-def sharpness(picture: Image.Image) -> float:
+def sharpness(image: Image.Image) -> float:
     """The steepest steps between neighbouring pixels, as a share of the picture's contrast."""
-    grey = np.asarray(picture.convert("L"), dtype=np.float64)
+    grey = np.asarray(image.convert("L"), dtype=np.float64)
     steps = np.abs(np.diff(grey, axis=1))
     return float(np.percentile(steps, 99) / max(1.0, float(grey.max() - grey.min())))
 
 
-def cut_edges(picture: Image.Image) -> tuple[bool, bool]:
+def cut_edges(image: Image.Image) -> tuple[bool, bool]:
     """Whether what is not ground reaches the left or right edge; and the top or bottom one."""
-    mask = look_at(picture).mask
+    mask = look_at(image).mask
     sides, ends = (mask[:, 0], mask[:, -1]), (mask[0], mask[-1])
     return any(edge.mean() > 0.1 for edge in sides), any(edge.mean() > 0.1 for edge in ends)

@@ -51,11 +51,11 @@ class Score:
         )
 
 
-def score(scenes: Sequence[Scene], pictures: Sequence[Image.Image]) -> Score:
+def score(scenes: Sequence[Scene], images: Sequence[Image.Image]) -> Score:
     """Compare pictures with the scenes that were asked for."""
     rows = []
-    for scene, picture in zip(scenes, pictures, strict=True):
-        seen = look_at(picture)
+    for scene, image in zip(scenes, images, strict=True):
+        seen = look_at(image)
         shape = seen.shape == scene.shape
         colours = (seen.colour, seen.ground) == (scene.colour, scene.ground)
         rows.append((shape, colours, shape and colours, seen.overlaps[scene.shape]))
@@ -71,16 +71,16 @@ def score(scenes: Sequence[Scene], pictures: Sequence[Image.Image]) -> Score:
 
 def drawn_pictures(folder: Path, num: int) -> list[Image.Image]:
     """The first ``num`` pictures that ``cli.py generate`` wrote, in the order of their prompts."""
-    pictures = []
+    images = []
     for number in range(num):
-        with Image.open(folder / f"{number:06d}.png") as picture:
-            pictures.append(picture.convert("RGB"))
-    return pictures
+        with Image.open(folder / f"{number:06d}.png") as image:
+            images.append(image.convert("RGB"))
+    return images
 
 
-def look_at(picture: Image.Image) -> Seen:
+def look_at(image: Image.Image) -> Seen:
     """The ground's colour is the edge's; what differs from it is the shape."""
-    pixels = np.asarray(picture, dtype=np.float64)
+    pixels = np.asarray(image, dtype=np.float64)
     edge = np.ones(pixels.shape[:2], dtype=bool)
     edge[BORDER:-BORDER, BORDER:-BORDER] = False
     ground = np.median(pixels[edge], axis=0)

@@ -44,31 +44,31 @@ def draw_pictures(num: int, seed: int) -> torch.Tensor:
     A quarter of both is blurred: a decoder that only met sharp edges can draw no others.
     """
     choices = random.Random(seed)
-    pictures = []
+    images = []
     for number in tqdm(range(num), unit="img", desc="draw for the VAE"):
         if number % 2:
-            picture = draw_doodle(choices)
+            image = draw_doodle(choices)
         else:
-            picture = draw_scene(random_scene(choices, BASIC_SHAPES), choices)
+            image = draw_scene(random_scene(choices, BASIC_SHAPES), choices)
         if number % 8 < 2:
-            small = shrink(picture, choices.randint(*TINY))
-            picture = small.resize(picture.size, Image.Resampling.LANCZOS)
-        pictures.append(picture)
-    return torch.stack([_pixels(picture) for picture in pictures])
+            small = shrink(image, choices.randint(*TINY))
+            image = small.resize(image.size, Image.Resampling.LANCZOS)
+        images.append(image)
+    return torch.stack([_pixels(image) for image in images])
 
 
-def _pixels(picture: Image.Image) -> torch.Tensor:
-    data = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-    return data.view(picture.height, picture.width, 3).permute(2, 0, 1)
+def _pixels(image: Image.Image) -> torch.Tensor:
+    data = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return data.view(image.height, image.width, 3).permute(2, 0, 1)
 
 
-def vae_loss(vae: Any, pictures: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def vae_loss(vae: Any, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Of pictures [B, 3, H, W] in -1..1: L1 + MSE + edges, and KL to N(0, 1), a scalar."""
-    posterior = vae.encode(pictures).latent_dist
+    posterior = vae.encode(images).latent_dist
     decoded = vae.decode(posterior.sample(generator)).sample
-    loss = l1_loss(decoded, pictures) + mse_loss(decoded, pictures)
+    loss = l1_loss(decoded, images) + mse_loss(decoded, images)
     for axis in (2, 3):  # differences between neighbours: without them all edges are soft
-        loss = loss + 0.25 * l1_loss(decoded.diff(dim=axis), pictures.diff(dim=axis))
+        loss = loss + 0.25 * l1_loss(decoded.diff(dim=axis), images.diff(dim=axis))
     kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
     total: torch.Tensor = loss + KL_WEIGHT * kl
     return total
@@ -83,10 +83,10 @@ def train_vae(checkpoint: Path) -> Any:
     start = _restore(checkpoint, vae, optimizer)
     if start == num_steps:
         return vae.eval()
-    pictures = draw_pictures(NUM_PICTURES, seed=1)
+    images = draw_pictures(NUM_PICTURES, seed=1)
     bar = tqdm(total=num_steps, initial=start, unit="step", desc="train the VAE", mininterval=5)
     for step in range(start, num_steps):
-        batch, generator = _batch(pictures, step)
+        batch, generator = _batch(images, step)
         optimizer.param_groups[0]["lr"] = _learning_rate(step)
         for part in (vae.encoder, vae.quant_conv):  # the optimizer passes over what has no gradient
             part.requires_grad_(step < NUM_STEPS)
@@ -114,11 +114,11 @@ def _half_cosine(progress: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def _batch(pictures: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Generator]:
+def _batch(images: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Generator]:
     """The batch of a step, [B, 3, H, W] in -1..1, and the step's own chance."""
     generator = torch.Generator().manual_seed(step)
-    rows = torch.randint(len(pictures), (BATCH_SIZE,), generator=generator)
-    batch = pictures[rows].float() / 127.5 - 1
+    rows = torch.randint(len(images), (BATCH_SIZE,), generator=generator)
+    batch = images[rows].float() / 127.5 - 1
     if step < NUM_CROP_STEPS:
         top, left = torch.randint(33, (2,), generator=generator).tolist()
         batch = batch[:, :, top : top + 32, left : left + 32]
@@ -168,9 +168,9 @@ def held_out_psnr(vae: Any) -> float:
 @torch.inference_mode()
 def picture_psnr(vae: Any, drawn: list[Image.Image]) -> float:
     """Mean dB of pictures encoded and decoded again."""
-    pictures = _batch_of(drawn)
-    decoded = _decoded(vae, pictures)
-    errors = ((decoded - pictures) / 2).square().flatten(1).mean(dim=1)
+    images = _batch_of(drawn)
+    decoded = _decoded(vae, images)
+    errors = ((decoded - images) / 2).square().flatten(1).mean(dim=1)
     return float((-10 * errors.log10()).mean())
 
 
@@ -181,8 +181,8 @@ def decoded_pictures(vae: Any, drawn: list[Image.Image]) -> list[Image.Image]:
     return [Image.fromarray(one.numpy()) for one in levels.permute(0, 2, 3, 1)]
 
 
-def _decoded(vae: Any, pictures: torch.Tensor) -> torch.Tensor:
-    decoded: torch.Tensor = vae.decode(vae.encode(pictures).latent_dist.mean).sample
+def _decoded(vae: Any, images: torch.Tensor) -> torch.Tensor:
+    decoded: torch.Tensor = vae.decode(vae.encode(images).latent_dist.mean).sample
     return decoded.clamp(-1, 1)
 
 
@@ -190,11 +190,11 @@ def _decoded(vae: Any, pictures: torch.Tensor) -> torch.Tensor:
 def give_unit_variance(vae: Any, num: int = 256) -> None:
     """Set ``scaling_factor`` so that scaled latents of scenes, as sampled, have variance 1."""
     choices = random.Random(3)
-    pictures = _batch_of([draw_scene(random_scene(choices), choices) for _ in range(num)])
-    latents = vae.encode(pictures).latent_dist.sample(torch.Generator().manual_seed(0))
+    images = _batch_of([draw_scene(random_scene(choices), choices) for _ in range(num)])
+    latents = vae.encode(images).latent_dist.sample(torch.Generator().manual_seed(0))
     vae.register_to_config(scaling_factor=round(1 / float(latents.std()), 5))
 
 
 def _batch_of(drawn: list[Image.Image]) -> torch.Tensor:
     """[B, 3, H, W] in -1..1."""
-    return torch.stack([_pixels(picture) for picture in drawn]).float() / 127.5 - 1
+    return torch.stack([_pixels(image) for image in drawn]).float() / 127.5 - 1
