@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from sdxl import BaseError
+from sdxl.base import open_base
 from sdxl.hub import pick_files
 from sdxl.load import load_unet
 from tests.hub import REPO, Hub, serve
@@ -96,7 +97,7 @@ def test_what_is_whole_is_kept(hub: Hub, base: Path, tmp_path: Path) -> None:
     assert not set(hub.asked) & {"vae/config.json", "model_index.json"}
     assert files(out) == files(base)
     assert not list(out.rglob("*.incomplete"))
-    load_unet(str(out), torch.float32)
+    load_unet(open_base(out).unet, torch.float32)
 
 
 def test_the_halves_where_they_are_asked_for(hub: Hub, tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from safetensors import safe_open
 
 from infer.export import export
 from infer.settings import ExportSettings
-from sdxl.load import load_unet, load_unet_folder
+from sdxl.base import ModelSource, open_base
+from sdxl.load import load_unet
 from sdxl.lora.apply import apply_loras, load_lora
 from sdxl.lora.names import KOHYA, LORA
 from sdxl.lora.read import read_lora_file
@@ -107,7 +108,7 @@ def test_a_flipped_lora_is_refused_wherever_it_is_read(
     base: Path, tmp_path: Path, name: str
 ) -> None:
     made_lora(base, tmp_path)
-    path, unet = tmp_path / name, load_unet(str(base), torch.float32)
+    path, unet = tmp_path / name, load_unet(open_base(base).unet, torch.float32)
     read_lora_file(path)
     tensors = {n: t.clone() for n, t in safetensors.torch.load_file(path).items()}  # not mapped
     flip(path)
@@ -143,13 +144,13 @@ def test_a_flipped_unet_is_refused_in_any_of_its_files(
     )
     files = sorted(folder.glob("*.safetensors"))
     assert len(files) > 1
-    load_unet_folder(folder, torch.float32)
+    load_unet(ModelSource("unet", folder), torch.float32)
     for path in files:
         flip(path)
         with pytest.raises(ValueError, match=f"{path.name}: damaged: its digest"):
-            load_unet_folder(folder, torch.float32)
+            load_unet(ModelSource("unet", folder), torch.float32)
         flip(path)
-    load_unet_folder(folder, torch.float32)
+    load_unet(ModelSource("unet", folder), torch.float32)
 
 
 def test_a_flipped_export_is_refused(base: Path, tmp_path: Path) -> None:
@@ -170,9 +171,9 @@ def test_a_flipped_export_is_refused(base: Path, tmp_path: Path) -> None:
         flip(path, 0.9)
         with pytest.raises(ValueError, match="damaged: its digest"):
             if flipped:
-                load_unet_folder(path.parent, torch.float16)
+                load_unet(ModelSource("unet", path.parent), torch.float16)
             else:
-                load_unet(str(path), torch.float16)
+                load_unet(open_base(path).unet, torch.float16)
 
 
 def test_bytes_are_the_same_in_every_file(base: Path, tmp_path: Path) -> None:

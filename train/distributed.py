@@ -40,6 +40,10 @@ class DistContext:
         dist.all_gather_object(gathered, names)
         return [name for names in gathered for name in names]
 
+    def share(self, name: str) -> str:
+        """The main rank's ``name``, for all; every rank must ask."""
+        return self.gather([name])[0]
+
     def wait(self) -> None:
         """Until every rank is here."""
         if self.size > 1:

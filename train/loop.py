@@ -22,13 +22,14 @@ from typing import Any
 import torch
 
 from runtime.signals import Stopped, StopSignals
+from sdxl.base import Base, open_base
 from shards.batches import Reader, Reading
 from shards.plan import Plan
 from shards.reader import Cache
 from train.caches import open_data
 from train.checkpoint import rotate, warn_of_space, write_checkpoint
 from train.config import TrainConfig
-from train.distributed import LOST_SECONDS, StopVote, is_lost, start_world, stop_world
+from train.distributed import LOST_SECONDS, DistContext, StopVote, is_lost, start_world, stop_world
 from train.learner import (
     Learner,
     Step,
@@ -91,16 +92,17 @@ def train(config: TrainConfig) -> Path:
             held.enter_context(lock_folder(config, world))
             if world.is_main:
                 check_wandb(config)
-            caches, val = open_data(config, world)
+            base = _open_base(config, world)
+            caches, val = open_data(config, base, world)
             tokens = caches[0].manifest["text"]["tokens"]
-            start, plan, share, identity = find_start(config, caches, world)
+            start, plan, share, identity = find_start(config, base, caches, world)
             config = start.config
-            learner = build_learner(config, world, start.path)
+            learner = build_learner(config, base, world, start.path)
             restore(start, learner, config)
-            kind = WeightsFormat.of(config, learner.schedule, caches)
-            previewer = Previewer.of(config, caches, learner)
+            kind = WeightsFormat.of(config, base, learner.schedule, caches)
+            previewer = Previewer.of(config, base, caches, learner)
             num_steps = _num_steps(config, plan, start)
-            settings = describe(config, plan, learner, num_steps)
+            settings = describe(config, base, plan, learner, num_steps)
             warm_up(learner, config, plan, tokens)
             if world.is_main and start.step < num_steps:
                 state_bytes = STATE_BYTES.get(config.optimizer, 0)
@@ -124,7 +126,7 @@ def train(config: TrainConfig) -> Path:
         stop_world(world)
         return path
     except torch.OutOfMemoryError as error:
-        said = advice(config, largest_bucket(plan), tokens, world.size, error)
+        said = advice(config, base, largest_bucket(plan), tokens, world.size, error)
         raise _with_notes(MemoryError(said), error) from error
     except RuntimeError as error:
         if not is_lost(error, world):
@@ -132,6 +134,13 @@ def train(config: TrainConfig) -> Path:
         time.sleep(LOST_SECONDS)
         gone = ConnectionError("another process of this run is gone")
         raise _with_notes(gone, error) from error
+
+
+def _open_base(config: TrainConfig, world: DistContext) -> Base:
+    """The base, on all ranks the same: a hub id's commit is the one that the main rank finds."""
+    mine = open_base(config.base) if world.is_main else None
+    pinned = world.share(mine.pinned if mine else "")
+    return mine or open_base(pinned)
 
 
 def _with_notes(error: Exception, cause: BaseException) -> Exception:

@@ -31,14 +31,12 @@ from runtime.files import (
     replace_path,
     writing,
 )
-from sdxl.base import find_weights
+from sdxl.base import Base, find_weights
 from sdxl.lora.names import KOHYA, LORA
 from sdxl.lora.write import PREFIX, lora_bytes
 from sdxl.metadata import (
     ModelMetadata,
     Schedule,
-    base_license,
-    base_name,
     write_long_captions,
     write_schedule,
 )
@@ -129,7 +127,7 @@ class WeightsFormat:
     ``ModelMetadata``); ``license`` is the base's."""
 
     full: bool
-    base: str
+    base: Base
     schedule: Schedule
     caches: tuple[str, ...] = ()
     buckets: tuple[tuple[int, int, int], ...] = ()
@@ -138,18 +136,18 @@ class WeightsFormat:
 
     @classmethod
     def of(
-        cls, config: TrainConfig, schedule: Schedule, caches: Sequence[Cache]
+        cls, config: TrainConfig, base: Base, schedule: Schedule, caches: Sequence[Cache]
     ) -> "WeightsFormat":
         counts: Counter[Size] = Counter()
         for group in groups_of(caches):
             counts[group.bucket] += group.count * group.repeats
         return cls(
             full=config.full,
-            base=config.base,
+            base=base,
+            license=base.license,  # now: of a hub id it may ask the hub
             schedule=schedule,
             caches=tuple(cache.data_digest for cache in caches),
             buckets=tuple((*bucket, count) for bucket, count in sorted(counts.items())),
-            license=base_license(config.base),  # once: of a hub id it may ask the hub
             long_captions=caches[0].manifest["recipe"].get("long_captions", 1),
         )
 
@@ -157,7 +155,7 @@ class WeightsFormat:
         """What the weights say of themselves after so many steps."""
         return ModelMetadata(
             name=name,
-            base=base_name(self.base),
+            base=self.base.name,
             license=self.license,
             caches=self.caches,
             buckets=self.buckets,
