@@ -70,7 +70,9 @@ class Snapshot:
     def _download(self, patterns: list[str], **options: Any) -> Path:
         from huggingface_hub import snapshot_download
 
-        with _as_base_error(f"{self.given}: no such folder, and could not be downloaded from the hub"):
+        with _as_base_error(
+            f"{self.given}: no such folder, and could not be downloaded from the hub"
+        ):
             return Path(
                 snapshot_download(
                     self.repo, revision=self._revision, allow_patterns=patterns, **options

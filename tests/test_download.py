@@ -14,7 +14,7 @@ from sdxl import BaseError
 from sdxl.base import open_base
 from sdxl.hub import pick_files
 from sdxl.load import load_unet
-from tests.hub import REPO, Hub, serve
+from tests.hub import NEXT_REVISION, REPO, REVISION, Hub, serve
 
 ROOT = Path(__file__).parent.parent
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -74,6 +74,13 @@ def test_it_takes_what_a_base_needs(hub: Hub, base: Path, tmp_path: Path) -> Non
     hub.asked.clear()
     assert download(hub, tmp_path / "out").returncode == 0
     assert hub.asked == []
+
+
+def test_a_revision_is_taken_where_one_is_named(hub: Hub, base: Path, tmp_path: Path) -> None:
+    hub.next_folder, hub.branch = tmp_path / "nothing", NEXT_REVISION
+    run = download(hub, tmp_path / "out", repo=f"{REPO}@{REVISION}")
+    assert run.returncode == 0, run.stderr
+    assert files(tmp_path / "out") == files(base)
 
 
 def test_a_broken_connection_is_tried_again(hub: Hub, base: Path, tmp_path: Path) -> None:
