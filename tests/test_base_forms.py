@@ -177,7 +177,7 @@ def test_an_inpainting_folder(base: Path, tmp_path: Path) -> None:
     path = tmp_path / "base" / "unet" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"in_channels": 9}))
     with pytest.raises(BaseError, match="an inpainting UNet"):
-        open_base(tmp_path / "base").model("unet")
+        load_unet(open_base(tmp_path / "base").unet, torch.float32)
 
 
 def test_a_folder_without_a_schedule_takes_sdxls(base: Path, tmp_path: Path) -> None:

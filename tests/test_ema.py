@@ -42,7 +42,7 @@ def test_the_average_is_a_plain_loops(decay: float, dtype: torch.dtype, on_cpu: 
                 parameter.add_(torch.randn(parameter.shape).to(dtype))
             history[name].append(parameter.detach().clone())
         ema.update(step)
-    for name, value in ema.tensors().items():
+    for name, value in ((name, ema.tensor(name)) for name in parameters):
         assert value.dtype == torch.float32
         expected = unrolled(decay, history[name]).float()
         assert torch.allclose(value, expected, atol=1e-5, rtol=1e-5), name

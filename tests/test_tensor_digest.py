@@ -2,6 +2,7 @@
 
 import json
 import struct
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from sdxl.lora.read import read_lora_file
 from sdxl.single_file import read_header
 from sdxl.tensor_files import DTYPES, KEY, METADATA_KEY, check_digest, digest_metadata
 from train.distributed import DistContext
-from train.weights import write_tensors
+from train.weights import sizes_of, tensor_files
 
 CPU = torch.device("cpu")
 
@@ -139,9 +140,15 @@ def test_a_flipped_unet_is_refused_in_any_of_its_files(
     folder.mkdir()
     (folder / "config.json").write_text(learner.unet.to_json_string())
     tensors = dict(learner.unet.named_parameters())
-    write_tensors(
-        folder, "diffusion_pytorch_model", tensors, DistContext(CPU), card=ModelMetadata(name="x")
-    )
+    for write in tensor_files(
+        "diffusion_pytorch_model",
+        sizes_of(tensors),
+        tensors.__getitem__,
+        DistContext(CPU),
+        cycle([0]),
+        card=ModelMetadata(name="x"),
+    ):
+        write(folder)
     files = sorted(folder.glob("*.safetensors"))
     assert len(files) > 1
     load_unet(ModelSource("unet", folder), torch.float32)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from runtime.devices import pick_device
 from runtime.workers import end_with_launcher, rank_info
 
+LONGEST_WAIT_HOURS = 2  # for a rank that writes a checkpoint, or reads a base
 LOST_SECONDS = 3  # in which the launcher, which knows what became of the lost one, ends us
 
 
@@ -32,17 +33,23 @@ class DistContext:
             dist.all_reduce(values)
         return values
 
-    def gather(self, names: list[str]) -> list[str]:
-        """The names of all ranks; every rank must ask."""
+    def gather(self, names: list[str], group: Any = None) -> list[str]:
+        """The names of all ranks; every rank must ask, in the same ``group`` if one is given."""
         if self.size == 1:
             return names
         gathered: list[list[str]] = [[] for _ in range(self.size)]
-        dist.all_gather_object(gathered, names)
+        dist.all_gather_object(gathered, names, group=group)
         return [name for names in gathered for name in names]
 
     def share(self, name: str) -> str:
         """The main rank's ``name``, for all; every rank must ask."""
         return self.gather([name])[0]
+
+    def new_group(self) -> Any:
+        """All ranks once more, for exchanges on the CPU beside those of the steps; None alone."""
+        if self.size == 1:
+            return None
+        return dist.new_group(backend="gloo", timeout=timedelta(hours=LONGEST_WAIT_HOURS))
 
     def wait(self) -> None:
         """Until every rank is here."""
@@ -94,7 +101,7 @@ def start_world(device: str) -> DistContext:
         torch.cuda.set_device(picked)
     # While one rank writes a checkpoint of 30 GB the others wait.
     backend = "nccl" if picked.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(hours=2))
+    dist.init_process_group(backend, timeout=timedelta(hours=LONGEST_WAIT_HOURS))
     return DistContext(picked, rank, size)
 
 

@@ -27,7 +27,7 @@ from shards.batches import Reader, Reading
 from shards.plan import Plan
 from shards.reader import Cache
 from train.caches import open_data
-from train.checkpoint import rotate, warn_of_space, write_checkpoint
+from train.checkpoint import CheckpointWriter, rotate, warn_of_space
 from train.config import TrainConfig
 from train.distributed import LOST_SECONDS, DistContext, StopVote, is_lost, start_world, stop_world
 from train.learner import (
@@ -63,7 +63,7 @@ class Run:
     identity: dict[str, Any]  # what a resumed run must find again, by name
     start: Start
     num_steps: int
-    good: Path | None  # the newest whole checkpoint
+    writer: CheckpointWriter
     skipped_in_a_row: int = 0
     eval_loss: float | None = None  # of the newest step, if it was evaluated
 
@@ -119,7 +119,7 @@ def train(config: TrainConfig) -> Path:
                 identity=identity,
                 start=start,
                 num_steps=num_steps,
-                good=start.path,
+                writer=_checkpoint_writer(config, learner, kind, start),
                 skipped_in_a_row=start.skipped_in_a_row,
             )
             path = _run(run)
@@ -134,6 +134,18 @@ def train(config: TrainConfig) -> Path:
         time.sleep(LOST_SECONDS)
         gone = ConnectionError("another process of this run is gone")
         raise _with_notes(gone, error) from error
+
+
+def _checkpoint_writer(
+    config: TrainConfig, learner: Learner, kind: WeightsFormat, start: Start
+) -> CheckpointWriter:
+    def after(step: int) -> None:
+        if config.overwrite:
+            discard_replaced_run(config.out)
+        if config.keep:
+            rotate(config.out, config.keep, step)
+
+    return CheckpointWriter(config.out, learner, kind, start.path, after)
 
 
 def _open_base(config: TrainConfig, world: DistContext) -> Base:
@@ -174,6 +186,7 @@ def _run(run: Run) -> Path:
         failed = False
         raise
     except BaseException as error:
+        run.writer.close()
         if run.learner.world.is_main:
             error.add_note(_resume_hint(run))
         raise
@@ -183,9 +196,9 @@ def _run(run: Run) -> Path:
 
 def _resume_hint(run: Run) -> str:
     """Whatever ended the run, the user is told from where it can be resumed."""
-    if run.good is None:
+    if run.writer.good is None:
         return "The run has no checkpoint yet."
-    return f"The newest whole checkpoint is {run.good}; --resume goes on from it."
+    return f"The newest whole checkpoint is {run.writer.good}; --resume goes on from it."
 
 
 def _reading(config: TrainConfig) -> Reading:
@@ -335,12 +348,7 @@ def _write_checkpoint(run: Run, step: int, kind: str) -> None:
         "skipped_in_a_row": run.skipped_in_a_row,
         "scaler": run.learner.scaler.state_dict(),
     }
-    run.good = write_checkpoint(config.out, step, run.learner, run.kind, state)
-    if run.learner.world.is_main:
-        if config.overwrite:
-            discard_replaced_run(config.out)
-        if config.keep:
-            rotate(config.out, config.keep, step)
+    run.writer.begin(step, state, wait=kind in ("last", "stop"))
     run.log.resume_clock()
 
 
