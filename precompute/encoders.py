@@ -9,7 +9,7 @@ from precompute.latents import LatentEncoder
 from precompute.sanity import measure_drawings
 from precompute.settings import EncodeSettings
 from precompute.text import load_text
-from runtime.devices import DTYPES, pick_device
+from runtime.devices import DTYPES, check_bf16, pick_device
 from sdxl.base import vae_config
 from sdxl.text_encoders import TextEncoders
 
@@ -41,6 +41,8 @@ class Encoders:
     def latents(self) -> LatentEncoder:
         if self._latents is None:
             settings = self.settings
+            if settings.vae_dtype == "bf16":
+                check_bf16("--vae-dtype bf16", self.device)
             self._latents = LatentEncoder(
                 settings.vae or settings.base,
                 DTYPES[settings.vae_dtype],

@@ -16,7 +16,12 @@ from train.option_values import CacheUse
 
 def steps(cache: Path, base: Path, device: str, num: int, settings: dict[str, Any]) -> list[float]:
     config = TrainConfig(
-        caches=(CacheUse(cache),), base=str(base), out=Path("unused"), steps=1, device=device, **settings
+        caches=(CacheUse(cache),),
+        base=str(base),
+        out=Path("unused"),
+        steps=1,
+        device=device,
+        **settings,
     )
     learner = build_learner(config, DistContext(torch.device(device)))
     batches = batches_of(cache)
@@ -25,6 +30,26 @@ def steps(cache: Path, base: Path, device: str, num: int, settings: dict[str, An
     return found
 
 
-@pytest.mark.parametrize("settings", [{}, {"full": True}, {"precision":"fp16"}, {"precision":"fp32"}, {"optimizer":"adafactor"},{"full":True,"pure_bf16":True,"fused_backward":True}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"full": True},
+        {"precision": "fp16"},
+        {"precision": "fp32"},
+        {"optimizer": "adafactor"},
+        {"full": True, "pure_bf16": True, "fused_backward": True},
+    ],
+)
 def test_a_step(cache: Path, base: Path, cuda: PretendedCuda, settings: dict[str, Any]) -> None:
-    print(cuda(steps, cache, base, "cuda", 3, settings), steps(cache, base, "cpu", 3, settings| {"allow_cpu_bf16": True, "precision": {"precision":"bf16", **settings}["precision"]}))
+    print(
+        cuda(steps, cache, base, "cuda", 3, settings),
+        steps(
+            cache,
+            base,
+            "cpu",
+            3,
+            settings
+            | {"allow_cpu_bf16": True, "precision": {"precision": "bf16", **settings}["precision"]},
+        ),
+    )

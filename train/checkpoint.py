@@ -20,6 +20,7 @@ from runtime.files import (
     PARTIAL,
     discard_folder,
     fsync_folder,
+    fsync_tree,
     remove_path,
     removed_on_error,
     replace_path,
@@ -28,13 +29,14 @@ from runtime.files import (
     writing,
 )
 from sdxl.base import find_weights
+from train.config import TrainConfig
 from train.learner import Learner
+from train.memory import state_bytes
 from train.weights import (
     WeightsFormat,
     check_space,
     distribute_like,
     read_weights,
-    sync_files,
     tensors_bytes,
     weights_bytes,
     write_tensors,
@@ -61,17 +63,12 @@ _FIELDS = {  # of the JSON: a digest tells that it is as it was written, and not
 }
 
 
-def warn_of_space(
-    run: Path, step: int, learner: Learner, kind: WeightsFormat, state_bytes: float
-) -> None:
-    """Before the first step, warn where the disk has no room for even one checkpoint.
-
-    ``state_bytes`` are of the optimizer for each parameter, whose state does not exist yet.
-    """
-    trained = sum(parameter.numel() for parameter in learner.optimizer.parameters.values())
-    size = _weights_bytes(learner, kind) + int(state_bytes * trained)
+def warn_of_space(config: TrainConfig, step: int, learner: Learner, kind: WeightsFormat) -> None:
+    """Before the first step, warn where the disk has no room for even one checkpoint."""
+    shapes = (parameter.shape for parameter in learner.optimizer.parameters.values())
+    size = _weights_bytes(learner, kind) + state_bytes(config.optimizer, shapes)
     try:
-        check_space(run / CHECKPOINTS / f"checkpoint-{step}", size)
+        check_space(config.out / CHECKPOINTS / f"checkpoint-{step}", size)
     except OSError as error:
         warnings.warn(f"{error}; make room for it", stacklevel=2)
 
@@ -102,7 +99,7 @@ def write_checkpoint(
         if world.is_main:
             record = seal({"step": step, **state, "optimizer": numbers, "files": _digests(partial)})
             (partial / STATE).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
-            sync_files(partial)
+            fsync_tree(partial)
             replace_path(partial, final)  # there is one if the run was resumed from before it
             fsync_folder(run)  # the first time the folder of checkpoints is new as well
     world.wait()  # a rank that ends before the checkpoint is written would end them all

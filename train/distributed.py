@@ -10,6 +10,7 @@ import torch.distributed as dist
 from runtime.devices import pick_device
 from runtime.workers import end_with_launcher, rank_info
 
+TIMEOUT = timedelta(hours=2)  # of any exchange: the others wait while one writes a checkpoint
 LOST_SECONDS = 3  # in which the launcher, which knows what became of the lost one, ends us
 
 
@@ -55,7 +56,7 @@ class StopVote:
 
     def __init__(self, world: DistContext) -> None:
         self._alone = world.size == 1
-        self._group: Any = None if self._alone else dist.new_group(backend="gloo")
+        self._group: Any = None if self._alone else dist.new_group(timeout=TIMEOUT, backend="gloo")
         self._asked: tuple[Any, torch.Tensor] | None = None
 
     def any(self, flag: bool) -> bool:
@@ -88,9 +89,8 @@ def start_world(device: str) -> DistContext:
     picked = pick_device(device)
     if picked.type == "cuda":
         torch.cuda.set_device(picked)
-    # While one rank writes a checkpoint of 30 GB the others wait.
     backend = "nccl" if picked.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(hours=2))
+    dist.init_process_group(backend, timeout=TIMEOUT)
     return DistContext(picked, rank, size)
 
 

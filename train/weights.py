@@ -5,7 +5,6 @@ size: no process ever holds a second UNet.
 """
 
 import json
-import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +24,7 @@ from runtime.files import (
     durable_file,
     format_bytes,
     free_bytes,
-    fsync_folder,
+    fsync_tree,
     remove_path,
     removed_on_error,
     replace_path,
@@ -311,17 +310,7 @@ def _publish_unet(
                 "file",
                 stacklevel=2,
             )
-        sync_files(partial)
+        fsync_tree(partial)
         replace_path(partial / "scheduler", partial.with_name("scheduler"))
         replace_path(partial / UNET, partial.with_name(UNET))
         partial.rmdir()
-
-
-def sync_files(folder: Path) -> None:
-    """All files below ``folder``, on disk for good."""
-    for path in [*folder.rglob("*"), folder]:
-        if path.is_dir():
-            fsync_folder(path)
-        else:
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
