@@ -11,6 +11,7 @@ imported the product waits, and forks for each function.
 
 import ctypes
 import hashlib
+import importlib
 import os
 import pickle
 import shutil
@@ -86,6 +87,7 @@ class PretendedCuda:
         Raises:
             AssertionError: the function failed; with its traceback.
         """
+        self._calls.send(function.__module__)
         self._calls.send_bytes(pickle.dumps((function, args, card)))
         result, failure = self._calls.recv()
         assert not failure, f"on pretended CUDA:\n{failure}"
@@ -104,6 +106,7 @@ def serve(library: Path, calls: Connection) -> None:
     load(library)
     while True:
         try:
+            importlib.import_module(calls.recv())  # once, and not in each child
             call = calls.recv_bytes()
         except EOFError:
             return
