@@ -12,7 +12,7 @@ import click
 
 from runtime.errors import echo, handle_errors, silence_libraries
 from runtime.options import Commands, FilePath, PathText, StageCommand
-from runtime.workers import is_main_process, launch, num_processes
+from runtime.workers import is_main_process, launch, let_segments_grow, num_processes
 
 
 def stage(name: str, settings: str) -> Callable[[Callable[..., None]], click.Command]:
@@ -69,6 +69,7 @@ def _print_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
 def commands() -> None:
     """Fine-tune SDXL from precomputed shards: encode once, train, generate."""
     silence_libraries()
+    let_segments_grow()
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_MININTERVAL", "10")  # a log is no screen
 

@@ -9,7 +9,7 @@ from precompute.latents import LatentEncoder
 from precompute.sanity import measure_drawings
 from precompute.settings import EncodeSettings
 from precompute.text import load_text
-from runtime.devices import DTYPES, pick_device
+from runtime.devices import DTYPES, check_bf16, pick_device
 from sdxl.base import Base
 from sdxl.text_encoders import TextEncoders
 
@@ -40,6 +40,8 @@ class Encoders:
     def latents(self) -> LatentEncoder:
         if self._latents is None:
             dtype = DTYPES[self.settings.vae_dtype]
+            if dtype == torch.bfloat16:
+                check_bf16("--vae-dtype bf16", self.device)
             self._latents = LatentEncoder(self.base.vae, dtype, self.device, self.batch_size)
         return self._latents
 

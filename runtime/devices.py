@@ -41,7 +41,45 @@ def pick_device(name: str) -> torch.device:
         if known[2]:
             raise ValueError(f"--device {name} is one GPU for several processes; give cuda")
         name = f"cuda:{this.local_rank}"
+    # Off by default, and not to be switched on by a library: the algorithms that it tries on each
+    # new size can double the peak of memory.
+    torch.backends.cudnn.benchmark = False
     return torch.device(name)
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor there; the host does not wait where that is safe: on CUDA, from pinned memory.
+
+    From other memory a copy that is not waited for reads what may be freed and used again by then:
+    on MPS batches would be wrong in silence. No other line of the product says ``non_blocking``.
+    """
+    is_safe = device.type == "cuda" and tensor.is_pinned()
+    return tensor.to(device, non_blocking=is_safe)
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether ``device`` computes in bf16 by itself; a GPU does from compute capability 8.0 on.
+
+    ``torch.cuda.is_bf16_supported`` counts emulation: there are no bf16 convolutions below 8.0.
+    """
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def check_bf16(option: str, device: torch.device) -> None:
+    """Refuse bf16 where the GPU has none.
+
+    Raises:
+        ValueError: names ``option`` and what to give instead.
+    """
+    if not has_bf16(device):
+        name, (major, minor) = (
+            torch.cuda.get_device_name(device),
+            torch.cuda.get_device_capability(device),
+        )
+        raise ValueError(
+            f"{option}: {name} has no bf16 (compute capability {major}.{minor}; it takes 8.0); "
+            "use fp16 or fp32"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +94,18 @@ class Precision:
 def pick_precision(
     name: str, device: torch.device, allow_cpu: bool = False, quiet: bool = False
 ) -> Precision:
-    """``auto`` is bf16 on CUDA, else fp32. A CPU computes in fp32 unless ``allow_cpu``."""
-    if name == "auto":
-        name = "bf16" if device.type == "cuda" else "fp32"
+    """``auto`` is bf16 on CUDA (fp16 on a GPU without bf16), else fp32. A CPU computes in fp32
+    unless ``allow_cpu``.
+
+    Raises:
+        ValueError: bf16 on a GPU that has none.
+    """
+    if name == "auto" and device.type == "cuda":
+        name = "bf16" if has_bf16(device) else "fp16"
+    elif name == "auto":
+        name = "fp32"
+    elif name == "bf16":
+        check_bf16("--precision bf16", device)
     if device.type == "cpu" and name != "fp32" and not allow_cpu:
         if not quiet:
             warnings.warn(f"--precision {name} on a CPU: computing in fp32 instead", stacklevel=2)

@@ -158,7 +158,8 @@ def fsync_tree(path: Path) -> None:
             fsync_tree(part)
         fsync_folder(path)
         return
-    with open(path, "rb") as file:
+    # Windows syncs only what is open for writing; elsewhere a file may be read-only.
+    with open(path, "r+b" if os.name == "nt" else "rb") as file:
         os.fsync(file.fileno())
 
 

@@ -25,6 +25,21 @@ POLL_SECONDS = 0.1  # Python's signal handlers do not run inside a blocking wait
 MIN_ON_CPU = 4  # processes that any machine may try
 
 
+# Memory on a GPU.
+
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second: before torch 2.9
+
+
+def let_segments_grow() -> None:
+    """Have torch's CUDA allocator extend its segments in place, unless the user has set it up.
+
+    Batches come in many sizes, by bucket; what was reserved for one and fits no other is lost
+    otherwise. Before CUDA starts; processes that this one starts inherit it. Linux alone has it.
+    """
+    if sys.platform == "linux" and not any(name in os.environ for name in ALLOCATOR):
+        os.environ.update(dict.fromkeys(ALLOCATOR, "expandable_segments:True"))
+
+
 # Which process this is.
 
 
@@ -131,7 +146,7 @@ def launch(num: int) -> None:
         code = failure.exitcode
         if code < 0:
             name = signal.Signals(-code).name
-            remark = " (most likely out of memory)" if -code == signal.SIGKILL else ""
+            remark = " (most likely out of memory)" if name == "SIGKILL" else ""
             print(f"Error: process {rank} was killed by {name}{remark}", file=sys.stderr)
         elif code not in (130, 143):
             reason = f"process {rank} failed with exit code {code}; its message stands above"
@@ -161,7 +176,7 @@ def _watch(launcher: int) -> None:
             print("Error: the launcher was killed, so its processes stop", file=sys.stderr)
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(SHUTDOWN_SECONDS)
-    os.kill(os.getpid(), signal.SIGKILL)
+    os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))  # Windows has but one
 
 
 # Sharing out the work.

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from runtime.devices import DTYPES
+from runtime.devices import DTYPES, to_device
 from shards.format import CAPTION_TENSORS, TENSORS, Layout
 from shards.index import SampleSpan
 from shards.manifest import UNCONDITIONAL
@@ -90,7 +90,7 @@ class Batch:
         return replace(self, **tensors)
 
     def to(self, device: torch.device) -> "Batch":
-        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+        return self.map(lambda tensor: to_device(tensor, device))
 
 
 @dataclass(frozen=True, kw_only=True)

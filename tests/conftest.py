@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ silence_libraries()  # before they are imported
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import encodes
+import pretended_cuda
 
 from precompute.encode import encode
 from precompute.settings import EncodeSettings
@@ -125,3 +126,15 @@ def work(finished: Path, tmp_path: Path) -> Path:
     """A copy of both, as it is after a rerun: all is remembered."""
     shutil.copytree(finished, tmp_path / "work")
     return tmp_path / "work"
+
+
+@pytest.fixture(scope="session")
+def cuda() -> Iterator[pretended_cuda.PretendedCuda]:
+    """``cuda(function, *args)``: the function's result where a CUDA device is pretended."""
+    try:
+        library = pretended_cuda.build(pretended_cuda.ROOT / "build")
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    pretended = pretended_cuda.PretendedCuda(library)
+    yield pretended
+    pretended.close()

@@ -1,6 +1,7 @@
 """The benchmarks run: all ways to read read, and every GPU cell runs on a CPU, tiny."""
 
 import json
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from pretended_cuda import PretendedCuda
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import benchmarks.gpu as gpu
@@ -157,6 +159,44 @@ def test_a_cell_runs_tiny_on_a_cpu(tmp_path: Path, cell: Cell) -> None:
     figures = [value for value in found.values() if not isinstance(value, dict)]
     assert figures and all(value > 0 for value in figures)
     assert not list(tmp_path.iterdir())  # nothing is left
+
+
+def measured_on_cuda(cell: Cell, work: Path) -> dict[str, Any]:
+    # Code for a card needs a compiler for cards.
+    gpu_cells.COMPILE = {**gpu_cells.COMPILE, "backend": "aot_eager"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return measure(cell, work, "cuda", tiny=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", [*one_of_each()])
+def test_a_cell_is_rehearsed_on_pretended_cuda(
+    cuda: PretendedCuda, tmp_path: Path, cell: Cell
+) -> None:
+    """So that its first run on a card does not die of a name."""
+    found = cuda(measured_on_cuda, cell, tmp_path)
+    assert found.pop("machine")["gpu"] == "pretended"
+    assert found and all(value > 0 for value in found.values())
+    if cell.kind != "ceiling":
+        assert found["peak_allocated_gb"] > 0 and found["peak_reserved_gb"] > 0
+
+
+def the_command(folder: Path, only: str) -> str:
+    gpu.run_cell = lambda cell, options: measured_on_cuda(cell, folder)
+    options = ["--work", str(folder), "--out", str(folder), "--tiny", "--only", only]
+    run = CliRunner().invoke(gpu.main, [*options, "--budget-seconds", "1500"])
+    assert run.exit_code == 0, run.output
+    return run.output
+
+
+def test_the_command_is_rehearsed_on_pretended_cuda(cuda: PretendedCuda, tmp_path: Path) -> None:
+    said = cuda(the_command, tmp_path, "matrix product")
+    assert "matrix product bf16  -         " in said and ": not measured" not in said
+    kept = json.loads((tmp_path / "gpu.json").read_text())
+    assert (
+        kept["machine"]["gpu"] == "pretended" and kept["cells"]["matrix product bf16"]["tflops"] > 0
+    )
 
 
 @pytest.mark.slow

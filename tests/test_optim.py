@@ -5,7 +5,7 @@ import json
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import safetensors.torch
@@ -21,11 +21,13 @@ from made import (
     same,
 )
 
+from train.config import TrainConfig
 from train.learner import train_step
+from train.memory import state_bytes
 from train.optim import FusedBackward, Optimizer, learning_rate, stochastic_round_
 
 FINITE = torch.tensor(True)
-KINDS = ("adamw", "adamw8bit", "adafactor", "prodigy")
+KINDS = get_args(get_type_hints(TrainConfig)["optimizer"])
 
 
 def give_gradients(parameters: Parameters, step: int) -> None:
@@ -40,6 +42,18 @@ def run(optimizer: Optimizer, steps: range, lr: float = 1e-2) -> None:
         give_gradients(optimizer.parameters, step)
         optimizer.step(step, lr, FINITE)
         optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_state_takes_what_is_said_before_it_is_there(kind: str) -> None:
+    """What the warm-up, the estimate and the look at the disk count with."""
+    parameters = parameters_of(0) | {"deep": torch.nn.Parameter(torch.ones(3, 5, 700))}
+    optimizer = Optimizer(parameters, config_of(optimizer=kind, full=True), CPU)
+    run(optimizer, range(1))
+    tensors, _ = optimizer.state()
+    shared = ("step", "qmap1", "qmap2")  # a number, and bitsandbytes' one table for all
+    found = sum(t.nbytes for name, t in tensors.items() if name.rsplit("|", 1)[1] not in shared)
+    assert found == state_bytes(kind, (p.shape for p in parameters.values()))
 
 
 # The learning rate.

@@ -35,7 +35,9 @@ from runtime.files import (
     writing,
 )
 from sdxl.base import find_weights
+from train.config import TrainConfig
 from train.learner import Learner
+from train.memory import state_bytes
 from train.weights import (
     MAX_FILE_BYTES,
     WeightsFormat,
@@ -72,17 +74,12 @@ _FIELDS = {  # of the JSON: a digest tells that it is as it was written, and not
 }
 
 
-def warn_of_space(
-    run: Path, step: int, learner: Learner, kind: WeightsFormat, state_bytes: float
-) -> None:
-    """Before the first step, warn where the disk has no room for even one checkpoint.
-
-    ``state_bytes`` are of the optimizer for each parameter, whose state does not exist yet.
-    """
-    trained = sum(parameter.numel() for parameter in learner.optimizer.parameters.values())
-    size = _weights_bytes(learner, kind) + int(state_bytes * trained)
+def warn_of_space(config: TrainConfig, step: int, learner: Learner, kind: WeightsFormat) -> None:
+    """Before the first step, warn where the disk has no room for even one checkpoint."""
+    shapes = (parameter.shape for parameter in learner.optimizer.parameters.values())
+    size = _weights_bytes(learner, kind) + state_bytes(config.optimizer, shapes)
     try:
-        check_space(run / CHECKPOINTS / f"checkpoint-{step}", size)
+        check_space(config.out / CHECKPOINTS / f"checkpoint-{step}", size)
     except OSError as error:
         warnings.warn(f"{error}; make room for it", stacklevel=2)
 

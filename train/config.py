@@ -227,7 +227,8 @@ class TrainConfig:
     )
     precision: Literal["auto", "bf16", "fp16", "fp32"] = option(
         "auto",
-        "Precision of the forward pass. auto is bf16 on CUDA, else fp32.",
+        "Precision of the forward pass. auto is bf16 on CUDA (fp16 on a GPU without bf16), else "
+        "fp32.",
         aliases="--mixed-precision",
     )
     allow_cpu_bf16: bool = option(

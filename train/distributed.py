@@ -10,7 +10,7 @@ import torch.distributed as dist
 from runtime.devices import pick_device
 from runtime.workers import end_with_launcher, rank_info
 
-LONGEST_WAIT_HOURS = 2  # for a rank that writes a checkpoint, or reads a base
+TIMEOUT = timedelta(hours=2)  # of any exchange: the others wait while one writes a checkpoint
 LOST_SECONDS = 3  # in which the launcher, which knows what became of the lost one, ends us
 
 
@@ -49,7 +49,7 @@ class DistContext:
         """All ranks once more, for exchanges on the CPU beside those of the steps; None alone."""
         if self.size == 1:
             return None
-        return dist.new_group(backend="gloo", timeout=timedelta(hours=LONGEST_WAIT_HOURS))
+        return dist.new_group(backend="gloo", timeout=TIMEOUT)
 
     def wait(self) -> None:
         """Until every rank is here."""
@@ -66,7 +66,7 @@ class StopVote:
 
     def __init__(self, world: DistContext) -> None:
         self._alone = world.size == 1
-        self._group: Any = None if self._alone else dist.new_group(backend="gloo")
+        self._group: Any = None if self._alone else dist.new_group(timeout=TIMEOUT, backend="gloo")
         self._asked: tuple[Any, torch.Tensor] | None = None
 
     def any(self, flag: bool) -> bool:
@@ -99,9 +99,8 @@ def start_world(device: str) -> DistContext:
     picked = pick_device(device)
     if picked.type == "cuda":
         torch.cuda.set_device(picked)
-    # While one rank writes a checkpoint of 30 GB the others wait.
     backend = "nccl" if picked.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(hours=LONGEST_WAIT_HOURS))
+    dist.init_process_group(backend, timeout=TIMEOUT)
     return DistContext(picked, rank, size)
 
 

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from runtime.devices import Precision, exact_fp32, pick_precision
+from runtime.devices import Precision, check_bf16, exact_fp32, pick_precision
 from sdxl.base import Base
 from sdxl.metadata import Schedule
 from shards.batches import Batch, Reader
@@ -22,7 +22,7 @@ from shards.reader import Cache, read_ahead
 from train.config import TrainConfig, check_processes
 from train.distributed import DistContext
 from train.ema import Ema
-from train.memory import STATE_BYTES
+from train.memory import state_bytes
 from train.objective import Objective, objective_of
 from train.optim import FusedBackward, Optimizer
 from train.unet import build_unet, reshard, trainable
@@ -118,7 +118,13 @@ def build_learner(
     """
     precision = pick_precision(config.precision, world.device, config.allow_cpu_bf16)
     if config.pure_bf16 and precision.dtype != torch.bfloat16:
+        check_bf16("--pure-bf16", world.device)
         raise ValueError("--pure-bf16 on a CPU: give --allow-cpu-bf16 and --precision bf16 too")
+    if config.fused_backward and precision.scaler:  # auto, on a GPU without bf16
+        raise ValueError(
+            "--fused-backward steps before fp16's scale is known, and this GPU has no bf16; "
+            "give --precision fp32, or leave it out"
+        )
     check_processes(config, world.size)
     if precision.dtype == torch.float32:
         exact_fp32()
@@ -281,10 +287,11 @@ def warm_up(learner: Learner, config: TrainConfig, plan: Plan, tokens: int) -> N
         learner.scaler.scale(losses.mean()).backward()  # type: ignore[no-untyped-call]
     if device.type == "cuda" and not learner.optimizer.state()[0]:
         # The optimizer makes its state in the first step, while the gradients are there.
-        trained = sum(p.numel() for p in learner.optimizer.parameters.values())
-        room = trained / (learner.world.size if config.full else 1) * STATE_BYTES[config.optimizer]
+        shapes = (parameter.shape for parameter in learner.optimizer.parameters.values())
+        room = state_bytes(config.optimizer, shapes)
+        room //= learner.world.size if config.full else 1
         del losses
-        torch.empty(int(room), dtype=torch.uint8, device=device)
+        torch.empty(room, dtype=torch.uint8, device=device)
     learner.optimizer.zero_grad()
 
 

@@ -6,7 +6,6 @@ Losses stay on the device until ``flush``: between two flushes the host never wa
 import json
 import math
 import re
-import resource
 import sys
 import time
 import warnings
@@ -24,6 +23,11 @@ from train.config import TrainConfig
 from train.distributed import DistContext
 from train.learner import NUM_QUARTERS, Step, losses_by_quarter
 from train.run_folder import METRICS, WANDB_ID, read_own_json, write_own_json
+
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None  # type: ignore[assignment]
 
 
 def cut_metrics(run: Path, last_step: int) -> None:
@@ -206,9 +210,12 @@ def _row(number: int, step: Step, loss: float, norm: float, finite: float) -> di
 
 
 def _memory_bytes(device: torch.device) -> int:
-    """The most that was in use at once: of the GPU, or of this process on a CPU."""
+    """The most that was in use at once: of the GPU, or of this process on a CPU; 0 on Windows,
+    which does not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if resource is None:
+        return 0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -40,7 +40,7 @@ from train.learner import (
     warm_up,
 )
 from train.log import RunLog, check_wandb
-from train.memory import STATE_BYTES, advice
+from train.memory import advice
 from train.optim import learning_rate
 from train.option_values import Every
 from train.preview import Previewer
@@ -105,8 +105,7 @@ def train(config: TrainConfig) -> Path:
             settings = describe(config, base, plan, learner, num_steps)
             warm_up(learner, config, plan, tokens)
             if world.is_main and start.step < num_steps:
-                state_bytes = STATE_BYTES.get(config.optimizer, 0)
-                warn_of_space(config.out, num_steps, learner, kind, state_bytes)
+                warn_of_space(config, num_steps, learner, kind)
             held.enter_context(begin_run(config, world, settings))
             run = Run(
                 config=config,

@@ -5,7 +5,7 @@ of the real UNet over fake tensors, which have shapes and no data: attention's a
 kernel. What kernels use for themselves is a guess, so a peak is an estimate.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,7 +23,6 @@ from shards.buckets import Size
 from train.config import TrainConfig, check_processes
 from train.unet import BLOCKS, add_adapter, is_quantized, skip_redundant_casts, trainable
 
-STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2.1, "prodigy": 16.0}  # a parameter
 QUANT_BYTES = {"int8": 1.01, "nf4": 0.57}  # a weight, with its scales
 WORKING_TENSORS = 4  # of the largest size there is, in flight beside what is saved
 
@@ -100,7 +99,10 @@ class Estimator:
         lora = 0 if config.full else 4 * trained
         # Autocast keeps a half-precision copy of what is trained in fp32 for the forward pass.
         casts = 0 if config.pure_bf16 or dtype == torch.float32 else dtype.itemsize * trained
-        state = self._state_bytes(config) * trained
+        shapes = [parameter.shape for parameter in trainable(unet).values()]
+        state = state_bytes(config.optimizer, shapes)
+        if config.init_lora is not None:  # the shapes are of another LoRA than that of the file
+            state = state * trained // sum(shape.numel() for shape in shapes)
         largest = max(p.numel() for p in unet.parameters())
         per_grad = 2 if config.pure_bf16 else 4
         saved = self.activations(config, bucket)
@@ -111,19 +113,11 @@ class Estimator:
         return Estimate(
             weights=round((base + lora + casts) / shares),
             gradients=per_grad * (3 * largest if config.fused_backward else trained) // shares,
-            optimizer=round(state / shares),
+            optimizer=state // shares,
             average=0 if config.ema_on_cpu or not config.ema else 4 * trained // shares,
             activations=samples,
             working=WORKING_TENSORS * config.batch_size * saved.largest,
         )
-
-    def _state_bytes(self, config: TrainConfig) -> float:
-        """Of the optimizer, a parameter."""
-        if config.optimizer != "adafactor":
-            return STATE_BYTES[config.optimizer]
-        parameters = trainable(self._unet(config)).values()
-        total = sum(p.numel() for p in parameters)
-        return sum(_adafactor_bytes(p.shape) for p in parameters) / total
 
     def activations(self, config: TrainConfig, bucket: Size) -> Activations:
         """Of one sample of ``bucket``, by a pass over fake tensors."""
@@ -200,11 +194,35 @@ _MEMORY_SAVERS: tuple[tuple[str, dict[str, Any]], ...] = (
 )
 
 
+# What optimizers keep of a parameter: bytes by its shape. In fp32, but for the 8-bit one.
+
+_BLOCK_8BIT = 256  # values with one fp32 scale
+_SMALL_8BIT = 4096  # below so many values bitsandbytes keeps fp32
+
+
 def _adafactor_bytes(shape: torch.Size) -> int:
     """torch's keeps a mean over each of the last two dimensions: of a 3x3 convolution two thirds of
     its size."""
     numel = shape.numel()
     return 4 * (numel // shape[-1] + numel // shape[-2] if len(shape) > 1 else numel)
+
+
+def _adamw8bit_bytes(shape: torch.Size) -> int:
+    numel = shape.numel()
+    return 8 * numel if numel < _SMALL_8BIT else 2 * (numel + 4 * -(-numel // _BLOCK_8BIT))
+
+
+_STATE_BYTES: dict[str, Callable[[torch.Size], int]] = {
+    "adamw": lambda shape: 8 * shape.numel(),
+    "adamw8bit": _adamw8bit_bytes,
+    "adafactor": _adafactor_bytes,
+    "prodigy": lambda shape: 16 * shape.numel(),
+}
+
+
+def state_bytes(optimizer: str, shapes: Iterable[torch.Size]) -> int:
+    """Of the state that ``--optimizer`` keeps of parameters of these shapes, after a step."""
+    return sum(map(_STATE_BYTES[optimizer], shapes))
 
 
 class CudaNorms(TorchFunctionMode):

@@ -1,0 +1,308 @@
+"""The stages on a CUDA device, which is pretended (``pretended_cuda.py``), against a CPU.
+
+Functions of this file that take no fixtures run in a process of their own, where CUDA is.
+"""
+
+import shutil
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import numpy as np
+import pytest
+import torch
+from drawing import PROMPTS, draw, pictures_in, settings_of
+from made import config_of
+from pretended_cuda import PretendedCuda
+from runs import assert_same_run, at_step, evals, rows, run, stop_by
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from infer.generate import generate, make_pipeline
+from infer.settings import GenerateSettings
+from precompute.encode import encode
+from precompute.prompts import change_prompts
+from precompute.settings import EncodeSettings
+from runtime.signals import Stopped
+from sdxl.base import open_base
+from shards.batches import Batch, Reader
+from shards.plan import Plan, RankShare
+from shards.reader import Cache
+from tests.made import learner_for
+from train.config import TrainConfig
+from train.distributed import DistContext
+from train.learner import train_step, warm_up
+from train.loop import train
+from train.memory import Estimator
+from train.option_values import Every
+
+Settings = dict[str, Any]
+GPU = torch.device("cuda:0")
+OPTIMIZERS = get_args(get_type_hints(TrainConfig)["optimizer"])
+FUSED = {"full": True, "pure_bf16": True, "fused_backward": True, "optimizer": "adafactor"}
+SMALL = {"batch_size": 2, "gradient_checkpointing": False}  # settings that are quick here
+
+
+def slow(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def batches_of(cache: Path, size: int, *, pin: bool) -> tuple[Plan, Any]:
+    opened = Cache(cache)
+    plan = Plan(opened.groups(), 0, size)
+    share = RankShare(batch_size=size, world=1, rank=0)
+    return plan, Reader([opened], plan, share).epochs(pin=pin)
+
+
+# Steps.
+
+
+class Traffic(TorchDispatchMode):
+    """Notes what goes over the bus: copies to the GPU as (pinned, not waited for), and reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.copies: set[tuple[bool, bool]] = set()
+        self.reads: list[str] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten._to_copy.default and args[0].device != result.device:
+            if args[0].is_cuda:
+                self.reads.append(str(function))
+            elif args[0].dim():
+                self.copies.add((args[0].is_pinned(), bool((kwargs or {}).get("non_blocking"))))
+        elif function is torch.ops.aten._local_scalar_dense.default and args[0].is_cuda:
+            self.reads.append(str(function))
+        return result
+
+
+def steps_on(device: str, cache: Path, base: Path, settings: Settings) -> Settings:
+    """What two steps come to."""
+    torch.manual_seed(0)
+    config = config_of(base, cache, device=device, **{**SMALL, **settings})
+    learner = learner_for(config, DistContext(torch.device(device)))
+    on_gpu = learner.world.device.type == "cuda"
+    _, batches = batches_of(cache, 2, pin=on_gpu)
+    with Traffic() as traffic:
+        steps = [train_step(learner, batches, number, 1e-3) for number in range(2)]
+    batches.close()
+    tensors, _ = learner.optimizer.state()
+    return {
+        "losses": [float(step.loss) for step in steps],
+        "norms": [float(step.grad_norm) for step in steps],
+        "devices": {p.device.type for p in learner.unet.parameters()},
+        "dtype": str(learner.precision.dtype),
+        "scale": learner.scaler.get_scale() if learner.scaler.is_enabled() else 0,
+        "trained": {str(p.dtype) for p in learner.optimizer.parameters.values()},
+        "state": {t.device.type for name, t in tensors.items() if not name.endswith("|step")},
+        "copies": traffic.copies,
+        "reads": traffic.reads,
+    }
+
+
+@pytest.mark.parametrize(
+    ("settings", "major", "expected"),
+    [
+        ({}, 8, {"dtype": "torch.bfloat16", "scale": 0}),
+        ({}, 7, {"dtype": "torch.float16", "scale": 2.0**16}),
+        slow({"gradient_checkpointing": True, "precision": "fp16"}, 8, {"scale": 2.0**16}),
+        slow({"full": True}, 8, {"dtype": "torch.bfloat16"}),
+        ({"full": True, "precision": "fp16"}, 7, {"scale": 2.0**16}),
+        slow({"full": True, "precision": "fp32"}, 7, {"dtype": "torch.float32"}),
+        (FUSED, 9, {"dtype": "torch.bfloat16", "trained": {"torch.bfloat16"}}),
+    ],
+    ids=["lora", "lora before 8.0", "lora fp16", "full", "full fp16", "full fp32", "fused"],
+)
+def test_steps_on_cuda_are_those_of_a_cpu(
+    cuda: PretendedCuda,
+    cache: Path,
+    base: Path,
+    settings: Settings,
+    major: int,
+    expected: Settings,
+) -> None:
+    found = cuda(steps_on, "cuda", cache, base, settings, major=major)
+    assert {name: found[name] for name in expected} == expected
+    assert found["devices"] == found["state"] == {"cuda"}
+    assert found["copies"] == {(True, True)}, "each copy is from pinned memory and not waited for"
+    if settings.get("optimizer", "adamw") == "adamw":
+        assert found["reads"] == [], "no step waits for the device"
+    reference: Settings = {"precision": "fp32"}
+    if settings.get("pure_bf16"):
+        reference = {"precision": "bf16", "allow_cpu_bf16": True}
+    on_cpu = steps_on("cpu", cache, base, {**settings, **reference})
+    exact = settings.get("precision") == "fp32"
+    for name in ("losses", "norms"):
+        assert found[name] == pytest.approx(on_cpu[name], rel=1e-5 if exact else 0.05), name
+
+
+# The warm-up and the memory it tries.
+
+
+def warm_up_on_cuda(cache: Path, base: Path, settings: Settings) -> int:
+    """The most bytes that the optimizer's state was tried with."""
+    config = config_of(base, cache, device="cuda", batch_size=1, **settings)
+    learner = learner_for(config, DistContext(GPU))
+    plan, batches = batches_of(cache, 1, pin=True)
+    batches.close()
+    tried: list[int] = []
+    empty = torch.empty
+    torch.empty = lambda *size, **how: (tried.append(size[0]), empty(*size, **how))[1]
+    warm_up(learner, config, plan, 77)
+    torch.empty = empty
+    assert all(parameter.grad is None for parameter in learner.unet.parameters())
+    return max(size for size in tried if isinstance(size, int))
+
+
+@pytest.mark.parametrize(
+    "optimizer", ["adafactor", *(slow(o) for o in OPTIMIZERS if o != "adafactor")]
+)
+def test_the_warm_up_tries_the_state_of_every_optimizer(
+    cuda: PretendedCuda, cache: Path, base: Path, optimizer: str
+) -> None:
+    tried = cuda(warm_up_on_cuda, cache, base, {"optimizer": optimizer})
+    config = config_of(base, cache, device="cuda", batch_size=1, optimizer=optimizer)
+    assert tried == Estimator(open_base(base), 77).estimate(config, (64, 64)).optimizer
+
+
+def too_large(cache: Path, base: Path, out: Path) -> str:
+    with pytest.raises(MemoryError) as caught:
+        train(config_of(base, cache, device="cuda", batch_size=2, full=True, out=out))
+    return str(caught.value)
+
+
+def test_a_run_that_does_not_fit_says_so_before_its_folder_is_made(
+    cuda: PretendedCuda, cache: Path, base: Path, tmp_path: Path
+) -> None:
+    config = config_of(base, cache, device="cuda", batch_size=2, full=True)
+    weights = Estimator(open_base(base), 77).estimate(config, (64, 64)).weights
+    said = cuda(too_large, cache, base, tmp_path / "run", total_memory=2 * weights)
+    assert said.startswith("out of memory; the largest bucket is 64x64, at batch size 2")
+    assert "--pure-bf16 (about" in said and "CUDA out of memory" in said
+    assert not (tmp_path / "run").exists()
+
+
+# A whole run.
+
+
+def a_run_and_a_resumed_one(cache: Path, base: Path, out: Path) -> dict[str, Any]:
+    """With all that a run does between its steps."""
+    settings: Settings = {
+        "device": "cuda",
+        "steps": 4,
+        "log_every": 1,
+        "ema": 0.9,
+        "precision": "fp16",
+    }
+    settings |= {"eval_every": Every(2), "preview_every": Every(2), "preview_vae": True}
+    settings["val"] = cache.with_name("val")
+    straight = run(cache, base, out / "straight", **settings)
+    with at_step(2, stop_by(signal.SIGTERM)), pytest.raises(Stopped):
+        run(cache, base, out / "stopped", **settings)
+    run(cache, base, out / "stopped", resume=True, **settings)
+    assert_same_run(out / "straight", out / "stopped")
+    return {"path": straight, "peak": torch.cuda.max_memory_allocated()}
+
+
+@pytest.mark.slow
+def test_a_run_on_cuda_is_itself_after_a_resume(
+    cuda: PretendedCuda, split_cache: Path, base: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(split_cache, tmp_path / "split")
+    cache = tmp_path / "split" / "train"
+    (tmp_path / "prompts.txt").write_text("a red circle --s 2")
+    change_prompts(cache, tmp_path / "prompts.txt", str(base), "cpu")
+    found = cuda(a_run_and_a_resumed_one, cache, base, tmp_path)
+    assert found["path"].exists() and len(evals(tmp_path / "straight")) == 3
+    assert len([*(tmp_path / "straight" / "previews").iterdir()]) == 3
+    name = "train/peak_memory_bytes"
+    told = [row[name] for row in rows(tmp_path / "straight") if name in row]
+    assert told == sorted(told) and 0 < told[-1] <= found["peak"]
+
+
+# Encoding and generating.
+
+
+def encode_on_cuda(pictures: Path, base: Path, out: Path) -> set[str]:
+    from precompute import text
+
+    loaded: set[str] = set()
+    load = text.TextEncoders
+
+    def spy(source: Any, dtype: torch.dtype, device: torch.device, *rest: Any) -> Any:
+        loaded.add(f"{dtype} {device}")
+        return load(source, dtype, device, *rest)
+
+    text.TextEncoders = spy  # type: ignore[assignment,misc]
+    encode(
+        EncodeSettings(
+            dataset=pictures,
+            out=out,
+            base=str(base),
+            resolution=64,
+            bucket_step=16,
+            batch_size=4,
+            device="cuda",
+            dtype="fp32",
+        )
+    )
+    return loaded
+
+
+def test_a_cache_encoded_on_cuda_is_that_of_a_cpu(
+    cuda: PretendedCuda, pictures: Path, cache: Path, base: Path, tmp_path: Path
+) -> None:
+    assert cuda(encode_on_cuda, pictures, base, tmp_path / "cache") == {"torch.float16 cuda"}
+    here, there = (epoch_tensors(folder) for folder in (cache, tmp_path / "cache"))
+    assert here.keys() == there.keys() and len(here) == 14
+    for key, tensors in here.items():
+        for name, tensor in tensors.items():
+            tolerance = 1e-5 if name == "latents" else 2e-2  # text encoders are fp16 on CUDA
+            torch.testing.assert_close(there[key][name], tensor, rtol=tolerance, atol=tolerance)
+
+
+def epoch_tensors(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """What a cache holds of each sample."""
+    opened = Cache(folder)
+    plan = Plan(opened.groups(), 0, 1)
+    reader = Reader([opened], plan, RankShare(batch_size=1, world=1, rank=0))
+    batches: list[Batch] = [reader.read(plan.batch(0, n), 0) for n in range(plan.num_batches)]
+    names = ("latents", "prompt", "pooled", "time_ids")
+    return {b.keys[0]: {name: getattr(b, name) for name in names} for b in batches}
+
+
+def draw_on_cuda(settings: GenerateSettings) -> tuple[str, bool]:
+    """In which dtype, and whether the models took turns on the card."""
+    pipeline = make_pipeline(settings, stays=True)
+    generate(settings, pipeline)
+    assert pipeline._models is not None
+    return str(pipeline.dtype), pipeline._models.small
+
+
+@pytest.mark.parametrize(
+    ("precision", "gib", "expected"),
+    [
+        slow("fp32", 24, ("torch.float32", False)),
+        ("fp32", 2, ("torch.float32", True)),
+        ("auto", 24, ("torch.float16", False)),
+    ],
+)
+def test_images_drawn_on_cuda_are_those_of_a_cpu(
+    cuda: PretendedCuda,
+    base: Path,
+    tmp_path: Path,
+    precision: str,
+    gib: int,
+    expected: tuple[str, bool],
+) -> None:
+    here = draw(base, tmp_path / "cpu", PROMPTS)
+    settings = settings_of(base, tmp_path / "cuda", PROMPTS, precision=precision)
+    settings = replace(settings, device="cuda")
+    assert cuda(draw_on_cuda, settings, total_memory=gib << 30) == expected
+    there = pictures_in(tmp_path / "cuda")
+    assert len(there) == len(here) == len(PROMPTS)
+    for one, other in zip(here, there, strict=True):
+        assert np.abs(one - other).mean() <= (0.01 if precision == "fp32" else 3.0)

@@ -1,0 +1,151 @@
+"""What is decided by the device: where no such device is needed to decide it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from made import config_of
+
+from precompute.encoders import Encoders
+from precompute.settings import EncodeSettings
+from runtime.devices import has_bf16, pick_precision, to_device
+from runtime.workers import ALLOCATOR
+from sdxl.base import open_base
+from tests.made import learner_for
+from train.distributed import DistContext
+
+CUDA = torch.device("cuda")
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def capability(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``capability(7, 5)``: from here on the GPU's."""
+
+    def of(major: int, minor: int) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)  # it is emulated
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Old Card")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (major, minor))
+
+    return of
+
+
+@pytest.mark.parametrize(
+    ("major", "minor", "dtype"),
+    [
+        (7, 0, "float16"),
+        (7, 5, "float16"),
+        (8, 0, "bfloat16"),
+        (8, 9, "bfloat16"),
+        (10, 0, "bfloat16"),
+    ],
+)
+def test_auto_is_bf16_where_the_gpu_has_it(
+    capability: Any, major: int, minor: int, dtype: str
+) -> None:
+    capability(major, minor)
+    found = pick_precision("auto", CUDA)
+    assert (found.dtype, found.autocast) == (getattr(torch, dtype), True)
+    assert found.scaler == (dtype == "float16")
+    assert has_bf16(CUDA) == (dtype == "bfloat16")
+
+
+def test_bf16_is_refused_where_the_gpu_has_none(capability: Any, base: Path) -> None:
+    capability(7, 5)
+    said = r": Old Card has no bf16 \(compute capability 7.5; it takes 8.0\); use fp16 or fp32"
+    with pytest.raises(ValueError, match="--precision bf16" + said):
+        pick_precision("bf16", CUDA)
+    pure = config_of(base, full=True, pure_bf16=True)
+    with pytest.raises(ValueError, match="--pure-bf16" + said):
+        learner_for(pure, DistContext(CUDA))
+    fused = config_of(base, full=True, fused_backward=True)
+    with pytest.raises(ValueError, match=r"--fused-backward .* this GPU has no bf16"):
+        learner_for(fused, DistContext(CUDA))
+    settings = EncodeSettings(
+        dataset=base, out=base, base=str(base), vae_dtype="bf16", device="cuda"
+    )
+    with pytest.raises(ValueError, match="--vae-dtype bf16" + said):
+        _ = Encoders(settings, open_base(base), 1).latents
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+@pytest.mark.parametrize("kind", ["cpu", "cuda", "mps"])
+def test_the_host_does_not_wait_for_cuda_and_pinned_memory_alone(kind: str, pinned: bool) -> None:
+    class Tensor:
+        def is_pinned(self) -> bool:
+            return pinned
+
+        def to(self, device: torch.device, *, non_blocking: bool) -> tuple[str, bool]:
+            return device.type, non_blocking
+
+    moved: Any = to_device(Tensor(), torch.device(kind))  # type: ignore[arg-type]
+    assert moved == (kind, kind == "cuda" and pinned)
+
+
+# The allocator.
+
+
+@pytest.mark.parametrize("command", ["encode", "train", "generate"])
+def test_a_command_lets_the_allocator_grow_before_torch_is_there(
+    command: str, tmp_path: Path
+) -> None:
+    code = (
+        "import os, sys, cli, runtime.options\n"
+        f"cli.commands.commands[{command!r}].callback = lambda *_, **__: print(\n"
+        "    'torch' in sys.modules, *(os.environ.get(name) for name in cli_names))\n"
+    )
+    code = code.replace("cli_names", repr(ALLOCATOR))
+    arguments = {
+        "encode": [str(tmp_path), "--base", "b", "--out", "o"],
+        "train": [str(tmp_path), "--base", "b", "--out", "o", "--steps", "1"],
+        "generate": ["--base", "b", "--out", "o", "--prompt", "p"],
+    }
+    code += f"cli.commands({[command, *arguments[command]]!r})"
+    plain = {name: value for name, value in os.environ.items() if name not in ALLOCATOR}
+    for given, expected in (
+        ({}, "False expandable_segments:True expandable_segments:True"),
+        ({ALLOCATOR[0]: "backend:native"}, "False backend:native None"),
+        ({ALLOCATOR[1]: ""}, "False None "),
+    ):
+        run = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            env=plain | given,
+            capture_output=True,
+            text=True,
+        )
+        assert run.stdout.rstrip("\n") == expected, run.stderr
+
+
+# Systems without what Linux has.
+
+WITHOUT = """
+import importlib, os, pathlib, signal, sys
+rooms = ("precompute", "train", "infer", "shards", "sdxl", "runtime")
+paths = [path for room in rooms for path in pathlib.Path(room).rglob("*.py")]
+assert len(paths) > 80
+names = [".".join(path.with_suffix("").parts) for path in paths] + ["cli", "cli_caches"]
+for name in names:  # with all that libraries, whose own affair it is, take from the system
+    importlib.import_module(name)
+for name in [*sys.modules]:
+    if name.split(".")[0] in (*rooms, "cli", "cli_caches"):
+        del sys.modules[name]
+for name in ("resource", "fcntl", "pwd", "grp", "termios"):
+    sys.modules[name] = None
+for name in "fork O_DIRECTORY O_NONBLOCK getuid geteuid sched_getaffinity pread".split():
+    delattr(os, name)
+for name in "HUP KILL USR1 USR2 CHLD ALRM QUIT PIPE".split():
+    delattr(signal, "SIG" + name)
+for name in names:
+    importlib.import_module(name)
+"""
+
+
+def test_every_module_can_be_imported_without_unix() -> None:
+    run = subprocess.run([sys.executable, "-c", WITHOUT], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
