@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch.distributed.tensor import DTensor
+
+from train.distributed import is_dtensor
 
 BLOCK = 64  # parameters at once: few launches, and few copies where they are not fp32
 WARMUP = 10  # early on, the average follows quickly: decay is at most (1 + n) / (WARMUP + n)
@@ -56,7 +57,9 @@ class Ema:
         averages: dict[str, torch.Tensor] = {}
         for name, parameter in self.parameters.items():
             value = self.values[name]
-            if isinstance(parameter, DTensor):
+            if is_dtensor(parameter):
+                from torch.distributed.tensor import DTensor
+
                 averages[name] = DTensor.from_local(
                     value.to(parameter.device),
                     parameter.device_mesh,
@@ -71,4 +74,4 @@ class Ema:
 
 def to_local(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part of a tensor that is sharded over ranks; any other as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_dtensor(tensor) else tensor
