@@ -360,7 +360,6 @@ class TrainConfig:
         """What ``skip_unused_imports`` is to leave to this run."""
         uses = {
             "bitsandbytes": self.optimizer == "adamw8bit" or self.base_quant == "nf4",
-            "torchao": self.base_quant == "int8",
             "torch._dynamo": self.compile,
         }
         return frozenset(name for name, used in uses.items() if used)

@@ -21,7 +21,8 @@ from sdxl.base import Base
 from sdxl.lora.apply import num_lora_parameters
 from shards.buckets import Size
 from train.config import TrainConfig, check_processes
-from train.unet import BLOCKS, add_adapter, is_quantized, skip_redundant_casts, trainable
+from train.quantize import is_quantized
+from train.unet import BLOCKS, add_adapter, skip_redundant_casts, trainable
 
 QUANT_BYTES = {"int8": 1.01, "nf4": 0.57}  # a weight, with its scales
 WORKING_TENSORS = 4  # of the largest size there is, in flight beside what is saved

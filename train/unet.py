@@ -1,7 +1,6 @@
 """The UNet of a run, made ready to train: adapters, quantization, checkpointing, sharding."""
 
 import math
-import re
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,46 +20,7 @@ from sdxl.load import load_unet
 from sdxl.lora.apply import load_lora, read_lora
 from train.config import TrainConfig
 from train.distributed import DistContext, is_fsdp
-
-_LINEARS = re.compile(r".*\.(transformer_blocks\..*|proj_in|proj_out)")
-
-
-def is_quantized(name: str, module: torch.nn.Module) -> bool:
-    return isinstance(module, torch.nn.Linear) and bool(_LINEARS.fullmatch(name))
-
-
-def quantize(unet: Any, kind: str, dtype: torch.dtype, device: torch.device) -> None:
-    """Replace weights in place: ``int8`` per output channel (torchao), or ``nf4`` in blocks of 64
-    (bitsandbytes). ``dtype`` is the forward's. What is packed as nf4 is moved to ``device``.
-
-    Raises:
-        ValueError: the package that does it is not installed.
-    """
-    try:
-        if kind == "int8":
-            from torchao.quantization import Int8WeightOnlyConfig, quantize_
-
-            quantize_(unet, Int8WeightOnlyConfig(), filter_fn=lambda m, name: is_quantized(name, m))
-            return
-        from bitsandbytes.nn import Linear4bit, Params4bit
-    except ImportError as error:
-        raise ValueError(
-            f"--base-quant {kind} needs a package more: pip install '.[{kind}]' ({error})"
-        ) from error
-    for name, module in list(unet.named_modules()):
-        if is_quantized(name, module):
-            packed = Linear4bit(
-                module.in_features,
-                module.out_features,
-                bias=module.bias is not None,
-                compute_dtype=dtype,
-                quant_type="nf4",
-                device="meta",
-            )
-            packed.weight = Params4bit(module.weight.data, requires_grad=False, quant_type="nf4")
-            packed.bias = module.bias
-            unet.set_submodule(name, packed.to(device))  # the move packs it
-
+from train.quantize import quantize
 
 # Adapters: LoRA and its relatives on the UNet, through peft.
 
