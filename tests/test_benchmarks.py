@@ -169,11 +169,12 @@ def measured_on_cuda(cell: Cell, work: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cell", [*one_of_each()])
+@pytest.mark.parametrize("cell", [param for param in one_of_each() if "nf4" not in str(param.id)])
 def test_a_cell_is_rehearsed_on_pretended_cuda(
     cuda: PretendedCuda, tmp_path: Path, cell: Cell
 ) -> None:
-    """So that its first run on a card does not die of a name."""
+    """So that its first run on a card does not die of a name. Not nf4, as instead of bitsandbytes'
+    CUDA kernels its plain Python would run, for minutes."""
     found = cuda(measured_on_cuda, cell, tmp_path)
     assert found.pop("machine")["gpu"] == "pretended"
     assert found and all(value > 0 for value in found.values())
