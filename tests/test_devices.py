@@ -54,6 +54,18 @@ def test_auto_is_bf16_where_the_gpu_has_it(
     assert has_bf16(CUDA) == (dtype == "bfloat16")
 
 
+@pytest.mark.parametrize("major", [7, 8])
+def test_what_is_asked_for_is_taken(capability: Any, major: int) -> None:
+    capability(major, 0)
+    for asked, dtype, autocast, scaler in (
+        ("fp16", torch.float16, True, True),
+        ("fp32", torch.float32, False, False),
+        *([("bf16", torch.bfloat16, True, False)] if major >= 8 else []),
+    ):
+        found = pick_precision(asked, CUDA)
+        assert (found.dtype, found.autocast, found.scaler) == (dtype, autocast, scaler)
+
+
 def test_bf16_is_refused_where_the_gpu_has_none(capability: Any, base: Path) -> None:
     capability(7, 5)
     said = r": Old Card has no bf16 \(compute capability 7.5; it takes 8.0\); use fp16 or fp32"
