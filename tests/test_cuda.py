@@ -18,6 +18,7 @@ from pretended_cuda import PretendedCuda
 from runs import assert_same_run, at_step, evals, rows, run, stop_by
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import train.learner
 from infer.generate import generate, make_pipeline
 from infer.settings import GenerateSettings
 from precompute.encode import encode
@@ -30,7 +31,7 @@ from shards.reader import Cache
 from train.config import TrainConfig
 from train.distributed import DistContext
 from train.learner import build_learner, train_step, warm_up
-from train.loop import train
+from train.loop import train as train_run
 from train.memory import Estimator
 from train.option_values import Every
 
@@ -137,6 +138,18 @@ def test_steps_on_cuda_are_those_of_a_cpu(
         assert found[name] == pytest.approx(on_cpu[name], rel=1e-5 if exact else 0.05), name
 
 
+def wrapped_by_ddp(cache: Path, base: Path) -> Settings:
+    """With what DDP is called for one of two ranks."""
+    made: list[Settings] = []
+    train.learner.DistributedDataParallel = lambda unet, **how: made.append(how)  # type: ignore
+    build_learner(config_of(base, cache, device="cuda"), DistContext(GPU, 0, 2))
+    return made[0]
+
+
+def test_ddp_is_told_of_the_ranks_gpu(cuda: PretendedCuda, cache: Path, base: Path) -> None:
+    assert cuda(wrapped_by_ddp, cache, base)["device_ids"] == [0]
+
+
 # The warm-up and the memory it tries.
 
 
@@ -168,7 +181,7 @@ def test_the_warm_up_tries_the_state_of_every_optimizer(
 
 def too_large(cache: Path, base: Path, out: Path) -> str:
     with pytest.raises(MemoryError) as caught:
-        train(config_of(base, cache, device="cuda", batch_size=2, full=True, out=out))
+        train_run(config_of(base, cache, device="cuda", batch_size=2, full=True, out=out))
     return str(caught.value)
 
 

@@ -3,18 +3,20 @@
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from made import config_of
 
 from precompute.encoders import Encoders
 from precompute.settings import EncodeSettings
 from runtime.devices import has_bf16, pick_precision, to_device
 from runtime.workers import ALLOCATOR
-from train.distributed import DistContext
+from train.distributed import DistContext, StopVote, start_world
 from train.learner import build_learner
 
 CUDA = torch.device("cuda")
@@ -98,6 +100,27 @@ def test_the_host_does_not_wait_for_cuda_and_pinned_memory_alone(kind: str, pinn
     assert moved == (kind, kind == "cuda" and pinned)
 
 
+def test_a_rank_takes_a_gpu_of_its_own_and_waits_two_hours_at_most(
+    capability: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capability(8, 0)
+    called: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "set_device", called.append)
+    monkeypatch.setattr(
+        dist, "init_process_group", lambda *args, **how: called.append((*args, how))
+    )
+    monkeypatch.setattr(dist, "new_group", lambda **how: called.append(how))
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    for name, value in {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8"}.items():
+        monkeypatch.setenv(name, value)
+    world = start_world("cuda")
+    StopVote(world)
+    gpu, limit = torch.device("cuda:1"), timedelta(hours=2)
+    assert (world.device, world.rank, world.size) == (gpu, 5, 8)
+    vote = {"backend": "gloo", "timeout": limit}
+    assert called == [gpu, ("nccl", {"timeout": limit}), vote]
+
+
 # The allocator.
 
 
@@ -157,6 +180,7 @@ for name in names:
 """
 
 
+@pytest.mark.slow
 def test_every_module_can_be_imported_without_unix() -> None:
     run = subprocess.run([sys.executable, "-c", WITHOUT], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
