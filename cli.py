@@ -232,8 +232,8 @@ def export(ctx: click.Context, debug: bool, **values: Any) -> None:
 def download(hub_id: str, out: Path, fp16: bool, file: str | None, debug: bool) -> None:
     """Download an SDXL base from the Hugging Face Hub into a folder.
 
-    ID is OWNER/NAME. Configs, tokenizers and safetensors files are downloaded, nothing else. The
-    same command continues an interrupted download.
+    ID is OWNER/NAME, or OWNER/NAME@REVISION. Configs, tokenizers and safetensors files are
+    downloaded, nothing else. The same command continues an interrupted download.
     """
     with handle_errors(debug):
         from sdxl.hub import download_base

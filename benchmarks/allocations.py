@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.estimates import FULL, LORA, config_of
 from benchmarks.report import keep, machine, show
 from runtime.devices import pick_precision
-from sdxl.base import scheduler_config
+from sdxl.base import ModelSource, open_base
 from shards.batches import Batch
 from train.config import TrainConfig
 from train.distributed import DistContext
@@ -76,15 +76,14 @@ class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def unet_without_data(config: TrainConfig) -> Any:
     """The run's UNet, on the meta device."""
 
-    def empty(base: str, dtype: torch.dtype) -> Any:
-        unet: Any = UNet2DConditionModel.from_config(
-            UNet2DConditionModel.load_config(f"{base}/unet")
-        )
+    def empty(source: ModelSource, dtype: torch.dtype) -> Any:
+        unet: Any = UNet2DConditionModel.from_config(source.config)
         return unet.to(dtype)
 
     meta = torch.device("meta")
     with mock.patch("train.unet.load_unet", empty), meta:
-        return build_unet(config, pick_precision("bf16", CPU, allow_cpu=True), DistContext(meta))
+        precision = pick_precision("bf16", CPU, allow_cpu=True)
+        return build_unet(config, open_base(config.base), precision, DistContext(meta))
 
 
 def fill(unet: Any) -> Any:
@@ -118,7 +117,8 @@ def batch_of(pixels: int) -> Batch:
 
 def peaks(config: TrainConfig, pixels: int) -> dict[str, float]:
     """Bytes before the second step, when all state is there, and at its peak."""
-    objective = objective_of(config, scheduler_config(config.base))  # of real numbers
+    base = open_base(config.base)
+    objective = objective_of(config, base.scheduler_config)  # of real numbers
     unet = unet_without_data(config)
     with (
         mock.patch("train.learner.objective_of", lambda *_: objective),
@@ -126,7 +126,7 @@ def peaks(config: TrainConfig, pixels: int) -> dict[str, float]:
         FakeTensorMode(allow_non_fake_inputs=True),
         Allocations() as allocations,
     ):
-        learner = build_learner(config, DistContext(CPU))
+        learner = build_learner(config, base, DistContext(CPU))
         train_step(learner, iter([batch_of(pixels)]), 0, 1e-4)
         before = allocations.peak = allocations.live
         train_step(learner, iter([batch_of(pixels)]), 1, 1e-4)

@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 import xxhash
 
-from sdxl.base import model_config
+from sdxl.base import open_base
 from shards.format import TENSORS, Layout, Sample, sample_key
 from shards.index import RECORD_DTYPE, Index, make_form, write_index
 from shards.manifest import UNCONDITIONAL, write_manifest
@@ -55,7 +55,7 @@ KINDS = {
 
 def kind_for(base: str, pixels: int) -> Kind:
     """Samples as the UNet of a base takes them."""
-    _, unet = model_config(base, "unet")
+    unet = open_base(base).unet.config
     added = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
     return Kind(pixels=pixels, width=unet["cross_attention_dim"], pooled=added)
 

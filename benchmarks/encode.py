@@ -37,6 +37,7 @@ from precompute.encode import encode
 from precompute.plan.scan import plan_pictures
 from precompute.report import Report
 from precompute.settings import EncodeSettings
+from sdxl.base import open_base
 from sdxl.load import load_text_encoders, load_tokenizers, load_vae
 from shards.buckets import Geometry
 from tools.draw_pictures import draw_pictures
@@ -62,7 +63,7 @@ class BareWork:
     """The same images in the same batches, with the libraries alone. ``plan`` is not timed."""
 
     def __init__(self, settings: EncodeSettings) -> None:
-        self.base = settings.base
+        self.base = open_base(settings.base)
         planned, _ = plan_pictures(read_data_set(settings)[""].records, settings)
         planned.sort(key=lambda one: (one.bucket, one.record.key))
         self.jobs: dict[Any, list[tuple[Path, Geometry, str]]] = {}
@@ -72,7 +73,7 @@ class BareWork:
 
     @torch.inference_mode()
     def run(self) -> None:
-        vae: Any = load_vae(self.base, torch.float32)
+        vae: Any = load_vae(self.base.vae, torch.float32)
         encoders, tokenizers = (
             load_text_encoders(self.base, torch.float32),
             load_tokenizers(self.base),

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.full_base import CONFIGS
 from benchmarks.report import keep, machine, show
+from sdxl.base import open_base
 from train.config import TrainConfig
 from train.memory import Estimator
 from train.option_values import CacheUse
@@ -61,7 +62,7 @@ def config_of(**settings: Any) -> TrainConfig:
 
 def memory() -> list[dict[str, Any]]:
     """Estimated peaks by part, in GB, at batch 1."""
-    estimator, rows = Estimator(str(CONFIGS), TOKENS), []
+    estimator, rows = Estimator(open_base(CONFIGS), TOKENS), []
     for name, settings, pixels, target in PEAKS:
         config, bucket = config_of(**settings), (pixels, pixels)
         found = estimator.estimate(config, bucket)
@@ -83,7 +84,7 @@ def memory() -> list[dict[str, Any]]:
 
 def saved(pixels: int) -> list[dict[str, Any]]:
     """What autograd keeps of one image, in GB: in all, with checkpointing, its largest tensor."""
-    estimator, rows = Estimator(str(CONFIGS), TOKENS), []
+    estimator, rows = Estimator(open_base(CONFIGS), TOKENS), []
     for name, settings in (("LoRA 4", LORA), ("full", FULL)):
         found = estimator.activations(config_of(**settings), (pixels, pixels))
         rows.append(

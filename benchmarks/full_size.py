@@ -32,9 +32,11 @@ def train_beside_encoders(arguments: list[str], encoders: str) -> None:
     import torch
 
     from cli import commands
+    from sdxl.base import open_base
     from sdxl.load import load_text_encoders, load_vae
 
-    held = load_vae(encoders, torch.float32), *load_text_encoders(encoders, torch.bfloat16)
+    base = open_base(encoders)
+    held = load_vae(base.vae, torch.float32), *load_text_encoders(base, torch.bfloat16)
     commands.main(["train", *arguments], standalone_mode=False)
     assert len(held) == 3
 

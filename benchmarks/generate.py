@@ -58,7 +58,7 @@ def settings_of(options: dict[str, Any], out: Path) -> GenerateSettings:
 
 def ours(options: dict[str, Any], folder: Path, stays: bool) -> Callable[[int], None]:
     """The product: plan, digests, windows, PNGs with their settings, captions, contact sheet."""
-    studio: Pipeline = make_pipeline(settings_of(options, folder / "ours"), stays)
+    studio: Pipeline = make_pipeline(settings_of(options, folder / "ours"), stays=stays)
     return lambda number: _check(
         generate(settings_of(options, folder / f"ours-{number}"), studio), options
     )

@@ -21,6 +21,7 @@ from infer.generate import generate
 from infer.settings import GenerateSettings
 from precompute.encode import encode
 from precompute.settings import EncodeSettings
+from sdxl.base import open_base
 from sdxl.load import load_vae
 from sdxl.text_encoders import TextEncoders
 from shards.plan import Plan
@@ -100,9 +101,10 @@ def encode_rate(place: Place, pixels: int, batch_size: int, few: int = 16) -> Fi
 def encode_bare(place: Place, pixels: int, batch_size: int, num: int = 10) -> Figures:
     """Images a second of the VAE (fp32) and the text encoders alone, on tensors at hand."""
     side = place.pixels(pixels)
-    vae: Any = load_vae(place.encoders, torch.float32).to(place.device)
+    base = open_base(place.encoders)
+    vae: Any = load_vae(base.vae, torch.float32).to(place.device)
     dtype = torch.float16 if place.on_cuda else torch.float32
-    encoders = TextEncoders(place.encoders, dtype, place.device)
+    encoders = TextEncoders(base, dtype, place.device)
     images = torch.rand(batch_size, 3, side, side, device=place.device) * 2 - 1
 
     @torch.inference_mode()
@@ -164,7 +166,7 @@ class Training:
             device=str(place.device),
             **settings,
         )
-        self.learner = build_learner(self.config, DistContext(place.device))
+        self.learner = build_learner(self.config, open_base(place.base), DistContext(place.device))
         self.opened = Cache(cache)
         self._start(batch_size)
         with FlopCounterMode(display=False) as counter:  # it cannot look into what is compiled

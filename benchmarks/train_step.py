@@ -18,6 +18,7 @@ import torch
 from benchmarks.caches import kind_for, random_samples, write_random
 from benchmarks.report import clocks, keep, machine, rates, show, take_turns
 from runtime.devices import pick_device
+from sdxl.base import open_base
 from shards.batches import Batch, Reader
 from shards.plan import Plan, RankShare
 from shards.reader import Cache
@@ -68,8 +69,9 @@ def compare(
     """Seconds of each round of both, by wall clock and by processor (of all threads)."""
     opened = Cache(config.caches[0].folder)
     plan = Plan(opened.groups(), 0, config.batch_size)
-    ours = Ours(config, build_learner(config, DistContext(device)), opened, plan)
-    bare = build_learner(config, DistContext(device))
+    base = open_base(config.base)
+    ours = Ours(config, build_learner(config, base, DistContext(device)), opened, plan)
+    bare = build_learner(config, base, DistContext(device))
     reader = Reader([opened], plan, RankShare(batch_size=config.batch_size, world=1, rank=0))
     stream = reader.epochs()
     resident = [batch.to(device) for batch in islice(stream, plan.num_batches)]

@@ -15,7 +15,7 @@ from infer.export_model import export_model
 from infer.settings import ExportSettings
 from runtime.devices import DTYPES
 from runtime.files import write_durable
-from sdxl.base import model_config
+from sdxl.base import Base, open_base
 from sdxl.load import bare_model
 from sdxl.lora.apply import match_to_model
 from sdxl.lora.names import UNET
@@ -69,8 +69,9 @@ def _export_lora(settings: ExportSettings) -> str:
     kind = settings.format
     if kind == "auto":
         kind = "diffusers" if file.kind == "kohya" else "kohya"
-    models = {part: _model(settings.base, part) for part in file.parts}
-    parts = _in_dtype(_fit(file, models, settings.base), settings.dtype, file.path)
+    base = None if settings.base is None else open_base(settings.base)
+    models = {part: _model(base, part) for part in file.parts}
+    parts = _in_dtype(_fit(file, models, base), settings.dtype, file.path)
     card = _card(settings, file, parts)
     if kind == "kohya":
         if any(adapter.magnitude is not None for adapter in parts.get(UNET, {}).values()):
@@ -86,7 +87,7 @@ def _export_lora(settings: ExportSettings) -> str:
     with new_file(settings, len(data)) as partial:
         write_durable(partial, data)
         check_written(partial, settings.out)
-        _compare(_fit(read_lora_file(partial), models, settings.base), parts, settings.out)
+        _compare(_fit(read_lora_file(partial), models, base), parts, settings.out)
     every = [adapter for adapters in parts.values() for adapter in adapters.values()]
     alphas = {adapter.kohya_alpha if kind == "kohya" else adapter.alpha for adapter in every}
     ranks = {adapter.rank for adapter in every}
@@ -101,13 +102,13 @@ def _range_of(values: set[Any]) -> str:
     return " to ".join(f"{value:g}" for value in ends)
 
 
-def _model(base: str | None, part: str) -> Any:
+def _model(base: Base | None, part: str) -> Any:
     """The part of the base that a LoRA's part is of, its names and shapes."""
-    return bare_model(part, sdxl_config(part) if base is None else model_config(base, part)[1])
+    return bare_model(part, sdxl_config(part) if base is None else base.model(part).config)
 
 
 def _fit(
-    file: LoraFile, models: dict[str, Any], base: str | None
+    file: LoraFile, models: dict[str, Any], base: Base | None
 ) -> dict[str, dict[str, LoraWeights]]:
     try:
         return {part: match_to_model(file, part, model) for part, model in models.items()}

@@ -12,16 +12,14 @@ import torch
 
 from infer.export_files import new_file, new_folder
 from infer.settings import ExportSettings
-from sdxl.base import find_weights, model_config, read_config, scheduler_config, vae_config
-from sdxl.load import load_text_encoders, load_unet, load_unet_folder, load_vae
+from sdxl.base import Base, ModelSource, find_weights, open_base
+from sdxl.load import load_text_encoders, load_unet, load_vae
 from sdxl.lora.apply import merged_weights
 from sdxl.lora.read import read_lora_file
 from sdxl.metadata import (
     ARCHITECTURE,
     ModelMetadata,
     Schedule,
-    base_license,
-    base_name,
     read_long_captions,
     read_model_metadata,
     schedule_beside,
@@ -54,38 +52,40 @@ def export_model(settings: ExportSettings, unet: Path | None, dtype: torch.dtype
     """
     if settings.base is None:
         raise ValueError("a UNet needs --base: whose VAE and text encoders go with it")
+    base = open_base(settings.base, vae=settings.vae)
     model = (
-        _merged(settings, settings.base, dtype)
+        _merged(settings, base, dtype)
         if unet is None
-        else _fine_tuned(settings, settings.base, unet, dtype)
+        else _fine_tuned(settings, base, ModelSource("unet", unet), dtype)
     )
     _check_finite(model.parts, dtype)
     if settings.is_file:
         _write_file(settings, model, dtype)
     else:
-        _write_folder(settings, settings.base, model, dtype)
+        _write_folder(settings, base, model, dtype)
     kind = "original-layout model" if settings.is_file else "UNet folder"
     num = sum(tensor.numel() for part in model.parts.values() for tensor in part.tensors.values())
     return f"{kind} of {num:,} parameters in {str(dtype).removeprefix('torch.')}"
 
 
-def _fine_tuned(settings: ExportSettings, base: str, unet: Path, dtype: torch.dtype) -> Model:
-    tensors = load_unet_folder(unet, dtype).state_dict()
-    parts = {"unet": Component(_config(read_config(unet)), tensors)}
-    for component, module in _encoders(settings, base, dtype).items():
-        parts[component] = Component(_config_of(settings, base, component), module.state_dict())
-    schedule = _schedule(base, schedule_beside(unet))
-    card = read_model_metadata(read_header(find_weights(unet).files[0])[1])
-    if (num_chunks := read_long_captions(unet)) > 1:
+def _fine_tuned(
+    settings: ExportSettings, base: Base, unet: ModelSource, dtype: torch.dtype
+) -> Model:
+    parts = {"unet": Component(_config(unet), load_unet(unet, dtype).state_dict())}
+    for component, module in _encoders(base, dtype).items():
+        parts[component] = Component(_config(base.model(component)), module.state_dict())
+    schedule = _schedule(base, schedule_beside(unet.path))
+    card = read_model_metadata(read_header(find_weights(unet.path).files[0])[1])
+    if (num_chunks := read_long_captions(unet.path)) > 1:
         card = replace(card, long_captions=num_chunks)
     return Model(parts, schedule, _card(settings, base, card, schedule))
 
 
-def _merged(settings: ExportSettings, base: str, dtype: torch.dtype) -> Model:
+def _merged(settings: ExportSettings, base: Base, dtype: torch.dtype) -> Model:
     file = read_lora_file(settings.weights)
-    modules: dict[str, Any] = {"unet": load_unet(base, _stored_dtype(base))}
+    modules: dict[str, Any] = {"unet": load_unet(base.unet, _stored_dtype(base.unet))}
     if settings.is_file:  # in fp32: they may be stored in another dtype than the UNet
-        modules |= _encoders(settings, base, torch.float32)
+        modules |= _encoders(base, torch.float32)
     parts = {}
     for component, module in modules.items():
         state = module.state_dict()
@@ -93,7 +93,7 @@ def _merged(settings: ExportSettings, base: str, dtype: torch.dtype) -> Model:
             changed = merged_weights(module, component, [(file, settings.weight)])
             state |= {key: tensor.to(dtype) for key, tensor in changed}
         cast = {name: tensor.to(dtype) for name, tensor in state.items()}
-        parts[component] = Component(_config_of(settings, base, component), cast)
+        parts[component] = Component(_config(base.model(component)), cast)
     if left := [part for part in file.parts if part not in modules]:
         warnings.warn(
             f"{file.path}: what it has for {file.num_text} modules of the text encoders "
@@ -104,26 +104,19 @@ def _merged(settings: ExportSettings, base: str, dtype: torch.dtype) -> Model:
     return Model(parts, schedule, _card(settings, base, file.card, schedule))
 
 
-def _encoders(settings: ExportSettings, base: str, dtype: torch.dtype) -> dict[str, Any]:
+def _encoders(base: Base, dtype: torch.dtype) -> dict[str, Any]:
     encoders = dict(zip(TEXT, load_text_encoders(base, dtype), strict=True))
-    return {"vae": load_vae(settings.vae or base, dtype), **encoders}
+    return {"vae": load_vae(base.vae, dtype), **encoders}
 
 
-def _config_of(settings: ExportSettings, base: str, component: str) -> dict[str, Any]:
-    if component == "vae":
-        return _config(vae_config(settings.vae or base)[1])
-    return _config(model_config(base, component)[1])
-
-
-def _config(config: dict[str, Any]) -> dict[str, Any]:
+def _config(source: ModelSource) -> dict[str, Any]:
     """Without where it once lay."""
-    return {name: value for name, value in config.items() if name != "_name_or_path"}
+    return {name: value for name, value in source.config.items() if name != "_name_or_path"}
 
 
-def _stored_dtype(base: str) -> torch.dtype:
-    """What holds a base's UNet without loss."""
-    path, _ = model_config(base, "unet")
-    files = find_weights(path).files if path.is_dir() else (path,)
+def _stored_dtype(unet: ModelSource) -> torch.dtype:
+    """What holds a UNet without loss."""
+    files = find_weights(unet.path).files if unet.file is None else (unet.path,)
     kinds = {
         tensor.dtype
         for file in files
@@ -134,9 +127,9 @@ def _stored_dtype(base: str) -> torch.dtype:
     return narrow.get(kinds.pop(), torch.float32) if len(kinds) == 1 else torch.float32
 
 
-def _schedule(base: str, own: Schedule) -> Schedule:
+def _schedule(base: Base, own: Schedule) -> Schedule:
     """What a fine-tune says of itself, and of what it does not its base: as it is sampled."""
-    said = Schedule.of_config(scheduler_config(base))
+    said = Schedule.of_config(base.scheduler_config)
     if own.prediction_type is None:
         return said
     zero_snr = said.zero_snr if own.zero_snr is None else own.zero_snr
@@ -144,13 +137,13 @@ def _schedule(base: str, own: Schedule) -> Schedule:
 
 
 def _card(
-    settings: ExportSettings, base: str, card: ModelMetadata, schedule: Schedule
+    settings: ExportSettings, base: Base, card: ModelMetadata, schedule: Schedule
 ) -> ModelMetadata:
     return replace(
         card,
         name=settings.title,
-        base=base_name(base),
-        license=base_license(base) or card.license,
+        base=base.name,
+        license=base.license or card.license,
         prediction_type=schedule.prediction_type,
         rescale_betas_zero_snr=schedule.zero_snr,
     )
@@ -184,12 +177,11 @@ def _write_file(settings: ExportSettings, model: Model, dtype: torch.dtype) -> N
             partial, model.parts, schedule=model.schedule, dtype=dtype, metadata=metadata
         )
         check_written(partial, out)
-        base = str(partial)
-        for component, load in (("unet", load_unet), ("vae", load_vae)):
-            _compare(load(base, dtype), model.parts[component], out)
-        for component, encoder in zip(TEXT, load_text_encoders(base, dtype), strict=True):
+        written = open_base(partial)
+        _compare(load_unet(written.unet, dtype), model.parts["unet"], out)
+        for component, encoder in _encoders(written, dtype).items():
             _compare(encoder, model.parts[component], out)
-        if Schedule.of_config(scheduler_config(base)) != _plain(model.schedule):
+        if Schedule.of_config(written.scheduler_config) != _plain(model.schedule):
             raise OSError(f"{out}: its schedule was not read back; nothing is kept")
 
 
@@ -199,7 +191,7 @@ def _plain(schedule: Schedule) -> Schedule:
     return Schedule(kind, True if schedule.zero_snr else None)
 
 
-def _write_folder(settings: ExportSettings, base: str, model: Model, dtype: torch.dtype) -> None:
+def _write_folder(settings: ExportSettings, base: Base, model: Model, dtype: torch.dtype) -> None:
     """``OUT/unet`` and ``OUT/scheduler``, as a full fine-tune leaves them."""
     part = model.parts["unet"]
     with new_folder(settings, _num_bytes({"unet": part}, dtype)) as partial:
@@ -213,7 +205,8 @@ def _write_folder(settings: ExportSettings, base: str, model: Model, dtype: torc
         (partial / "unet" / "config.json").write_text(text + "\n")
         write_long_captions(partial / "unet", model.card.long_captions or 1)
         write_schedule(base, model.schedule, partial)
-        _compare(load_unet_folder(partial / "unet", dtype), part, settings.out)
+        written = ModelSource("unet", partial / "unet")
+        _compare(load_unet(written, dtype), part, settings.out)
 
 
 def _compare(module: Any, part: Component, path: Path) -> None:

@@ -18,9 +18,9 @@ from infer.settings import GenerateSettings
 from infer.weights import Weights
 from runtime.devices import pick_device, pick_precision
 from runtime.workers import POLL_SECONDS, WorkQueue
-from sdxl.base import model_config
+from sdxl.base import open_base
 from sdxl.fingerprint import config_digest
-from sdxl.prompts import parse_prompt, read_prompts
+from sdxl.prompts import Prompt, parse_prompt, read_prompts
 
 BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
 NUM_WRITERS = 2  # threads: PNGs are packed while the next batch is drawn
@@ -46,15 +46,22 @@ def generate(settings: GenerateSettings, pipeline: Pipeline | None = None) -> Re
     if not queue.is_main:
         plan = json.loads(queue.wait_for("plan"))
         requests = [ImageRequest(**fields) for fields in plan["requests"]]
-        _draw(settings, make_pipeline(settings), requests, plan["about"], queue)
+        pipeline = make_pipeline(settings, plan["base"])
+        _draw(settings, pipeline, requests, plan["about"], queue)
         return None
-    requests = _plan(settings)
+    prompts = _read_prompts(settings)
     pipeline = pipeline or make_pipeline(settings)
+    base = pipeline.weights.base
+    requests = plan_requests(settings, prompts, base.unet.config["sample_size"] * 8)
     folder = PictureFolder(settings.out, settings.format)
     with folder.open():
         provenance = _about(pipeline, requests)
         wanted = folder.missing(requests, provenance)
-        told = {"requests": [asdict(request) for request in wanted], "about": provenance}
+        told = {
+            "base": base.pinned,  # of a hub id the same commit
+            "requests": [asdict(request) for request in wanted],
+            "about": provenance,
+        }
         queue.publish("plan", json.dumps(told))
         start = time.perf_counter()
         _draw(settings, pipeline, wanted, provenance, queue)
@@ -63,22 +70,23 @@ def generate(settings: GenerateSettings, pipeline: Pipeline | None = None) -> Re
     return Report(len(wanted), len(requests) - len(wanted), seconds, sheet)
 
 
-def _plan(settings: GenerateSettings) -> list[ImageRequest]:
+def _read_prompts(settings: GenerateSettings) -> list[Prompt]:
     if settings.prompt is not None:
-        prompts = [parse_prompt(settings.prompt)]
-    else:
-        assert settings.prompts is not None
-        prompts = read_prompts(settings.prompts)
-    _, unet_config = model_config(settings.base, "unet")
-    return plan_requests(settings, prompts, unet_config["sample_size"] * 8)
+        return [parse_prompt(settings.prompt)]
+    assert settings.prompts is not None
+    return read_prompts(settings.prompts)
 
 
-def make_pipeline(settings: GenerateSettings, stays: bool = False) -> Pipeline:
-    """What draws; nothing is loaded yet. ``stays``: its models are kept when all is drawn."""
+def make_pipeline(
+    settings: GenerateSettings, base: str | None = None, *, stays: bool = False
+) -> Pipeline:
+    """What draws with ``base``, or the settings'; nothing is loaded yet. ``stays``: its models are
+    kept when all is drawn."""
     device = pick_device(settings.device)
     name = "fp16" if settings.precision == "auto" and device.type == "cuda" else settings.precision
     dtype = pick_precision(name, device).dtype
-    return Pipeline(settings, Weights(settings), dtype, device, stays)
+    opened = open_base(base or settings.base, vae=settings.vae, tokenizers=settings.tokenizers)
+    return Pipeline(settings, Weights(settings, opened), dtype, device, stays)
 
 
 def _about(pipeline: Pipeline, requests: list[ImageRequest]) -> About:

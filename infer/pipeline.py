@@ -251,8 +251,7 @@ class Pipeline:
         return ModelSlots(self.device, loaders, max(unet, vae), self.settings.low_memory)
 
     def _load_plain_text(self) -> TextEncoders:
-        base, tokenizers = self.settings.base, self.settings.tokenizers
-        return TextEncoders(base, self.dtype, CPU, tokenizers, self.weights.num_chunks)
+        return TextEncoders(self.weights.base, self.dtype, CPU, self.weights.num_chunks)
 
     def _load_text(self) -> TextEncoders:
         encoders = self._load_plain_text()

@@ -8,22 +8,14 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from infer.settings import GenerateSettings
-from sdxl.base import (
-    base_path,
-    config_at,
-    is_file,
-    model_config,
-    vae_config,
-    zeros_for_empty_prompt,
-)
+from sdxl.base import ENCODERS, Base, ModelSource
 from sdxl.fingerprint import config_digest, file_digest, tokenizer_digest, weights_digest
-from sdxl.load import load_unet, load_unet_folder, load_vae
+from sdxl.load import load_unet, load_vae
 from sdxl.lora.apply import apply_loras, merged_parts, read_num_chunks, read_schedule
 from sdxl.lora.names import LORA
 from sdxl.lora.read import find_lora
 from sdxl.metadata import Schedule, read_long_captions, schedule_beside
 from sdxl.sampling import load_sampler
-from sdxl.tokenizers import find_tokenizer
 
 EMA = "ema"  # in a checkpoint: the averaged weights, in a folder like the checkpoint itself
 
@@ -35,12 +27,12 @@ class Weights:
         ValueError: a LoRA or a UNet is not there.
     """
 
-    def __init__(self, settings: GenerateSettings) -> None:
-        self.settings = settings
+    def __init__(self, settings: GenerateSettings, base: Base) -> None:
+        self.settings, self.base = settings, base
         self.loras = [(_lora_file(use.path, settings.ema), use.weight) for use in settings.lora]
-        self.unet = None if settings.unet is None else _unet_folder(settings.unet, settings.ema)
+        self.unet = None if settings.unet is None else _open_unet(settings.unet, settings.ema)
         self.schedule = _schedule(self.loras, self.unet)
-        self.num_chunks = _num_chunks(settings.base, self.loras, self.unet)
+        self.num_chunks = _num_chunks(base, self.loras, self.unet)
 
     @property
     def plain_schedule(self) -> Schedule:
@@ -62,49 +54,40 @@ class Weights:
 
     def load_plain_unet(self, dtype: torch.dtype) -> Any:
         """What ``--compare`` compares with: the UNet without LoRAs, or the base's own."""
-        return self._own_unet(dtype) if self.loras else load_unet(self.settings.base, dtype)
+        return self._own_unet(dtype) if self.loras else load_unet(self.base.unet, dtype)
 
     def _own_unet(self, dtype: torch.dtype) -> Any:
-        if self.unet is not None:
-            return load_unet_folder(self.unet, dtype)
-        return load_unet(self.settings.base, dtype)
+        return load_unet(self.unet or self.base.unet, dtype)
 
     def load_vae(self, dtype: torch.dtype) -> Any:
         """On the CPU: in fp32, but where the UNet is in fp16 and the VAE is safe in it."""
-        return load_vae(self._vae, self.vae_dtype(dtype))
+        return load_vae(self.base.vae, self.vae_dtype(dtype))
 
     def vae_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        safe = vae_config(self._vae)[1].get("force_upcast") is False
+        safe = self.base.vae.config.get("force_upcast") is False
         return dtype if safe and dtype == torch.float16 else torch.float32
-
-    @property
-    def _vae(self) -> str:
-        return self.settings.vae or self.settings.base
 
     def digests(self, dtype: torch.dtype) -> dict[str, Any]:
         """Of all weights that make the images, for the images' own record."""
-        base = self.settings.base
-        configs = {name: model_config(base, name) for name in ("text_encoder", "text_encoder_2")}
-        configs["vae"] = vae_config(self._vae)
-        unet = self.unet or model_config(base, "unet")[0]
+        base, unet = self.base, self.unet or self.base.unet
         digests: dict[str, Any] = {
-            "unet": weights_digest(unet, "unet"),
-            "unet_config": config_digest(config_at(unet, "unet")),
+            "unet": weights_digest(unet),
+            "unet_config": config_digest(unet.config),
             "dtype": _name(dtype),
             "num_chunks": self.num_chunks,
             "vae_dtype": _name(self.vae_dtype(dtype)),
-            "zeros_for_empty_prompt": zeros_for_empty_prompt(base),
+            "zeros_for_empty_prompt": base.zeros_for_empty_prompt,
         }
-        for part, (path, config) in configs.items():
-            digests[part] = weights_digest(path, part)
-            digests[f"{part}_config"] = config_digest(config)
+        for part in ENCODERS:
+            source = base.model(part)
+            digests[part] = weights_digest(source)
+            digests[f"{part}_config"] = config_digest(source.config)
         for name in ("tokenizer", "tokenizer_2"):
-            tokenizer = find_tokenizer(base, name, self.settings.tokenizers)
-            digests[name] = tokenizer_digest(tokenizer)
+            digests[name] = tokenizer_digest(base.tokenizer(name))
         if self.loras:
             digests["loras"] = [[*_file_digests(file), weight] for file, weight in self.loras]
         if self.settings.compare and not self.loras:
-            digests["unet_without"] = weights_digest(model_config(base, "unet")[0], "unet")
+            digests["unet_without"] = weights_digest(base.unet)
         return digests
 
     @property
@@ -116,7 +99,7 @@ class Weights:
     def sampler(self, name: str | None, plain: bool = False) -> Any:
         """The sampler for what the weights predict; ``plain``: what those compared with do."""
         schedule = self.plain_schedule if plain else self.schedule
-        return load_sampler(self.settings.base, name, schedule)
+        return load_sampler(self.base, name, schedule)
 
 
 def enable_loras(model: Any, enabled: bool) -> None:
@@ -140,7 +123,7 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _schedule(loras: list[tuple[Path, float]], unet: Path | None) -> Schedule:
+def _schedule(loras: list[tuple[Path, float]], unet: ModelSource | None) -> Schedule:
     """What the fine-tune predicts and on which schedule, where it says so; a LoRA, which was
     trained last, before a UNet."""
     told = {file: read_schedule(file) for file, _ in loras}
@@ -157,16 +140,16 @@ def _schedule(loras: list[tuple[Path, float]], unet: Path | None) -> Schedule:
         )
     if told:
         return next(iter(told.values()))
-    return Schedule() if unet is None else schedule_beside(unet)
+    return Schedule() if unet is None else schedule_beside(unet.path)
 
 
-def _num_chunks(base: str, loras: list[tuple[Path, float]], unet: Path | None) -> int:
+def _num_chunks(base: Base, loras: list[tuple[Path, float]], unet: ModelSource | None) -> int:
     """Of 77 tokens each, that a prompt has: as many as any of the weights learned captions in."""
     counts = [read_num_chunks(file) for file, _ in loras]
     if unet is not None:
-        counts.append(read_long_captions(unet))
-    elif is_file(base):  # it may be an export of what was fine-tuned
-        counts.append(read_num_chunks(base_path(base)))
+        counts.append(read_long_captions(unet.path))
+    elif base.file is not None:  # it may be an export of what was fine-tuned
+        counts.append(read_num_chunks(base.file.path))
     return max([*counts, 1])
 
 
@@ -177,13 +160,13 @@ def _lora_file(path: Path, ema: bool) -> Path:
     return find_lora(folder)
 
 
-def _unet_folder(path: Path, ema: bool) -> Path:
+def _open_unet(path: Path, ema: bool) -> ModelSource:
     folder = _averaged(path) if ema else path
     if (folder / "unet" / "config.json").is_file():
-        return folder / "unet"
+        return ModelSource("unet", folder / "unet")
     if (folder / LORA).is_file():
         raise ValueError(f"{path}: holds a LoRA and no whole UNet; give it as --lora")
-    return folder
+    return ModelSource("unet", folder)
 
 
 def _averaged(path: Path) -> Path:

@@ -33,6 +33,7 @@ from precompute.settings import EncodeSettings
 from runtime.devices import exact_fp32, num_cores, num_threads
 from runtime.locks import locked
 from runtime.workers import WorkQueue
+from sdxl.base import Base, open_base
 from sdxl.prompts import Prompt, read_prompts
 from shards.manifest import LOCK
 
@@ -43,6 +44,7 @@ BATCH_SIZE = 2
 class EncodeJob:
     """What the main process tells the others; the rest is in the plan files of the caches."""
 
+    base: str  # as the main process has it: of a hub id the same commit
     batch_size: int
     threads: int
     caches: list[tuple[str, int]]  # folder, and how many shards are to be written
@@ -65,23 +67,29 @@ def encode(settings: EncodeSettings) -> list[Report]:
         if not queue.is_main:
             job = EncodeJob(**json.loads(queue.wait_for("job")))
             stack.enter_context(num_threads(job.threads))
-            _write_shards(queue, Encoders(settings, job.batch_size), job)
+            base = _open_base(settings, job.base)
+            _write_shards(queue, Encoders(settings, base, job.batch_size), job)
             queue.gather("end", "")
             return []
         texts = settings.preview_prompts
         prompts = None if texts is None else read_prompts(texts)
+        base = _open_base(settings, settings.base)
         with _no_collection():
             notes = Notes(settings.out, settings.dataset, settings.rehash)
             plans += plan_caches(
-                settings, notes, lambda folder: stack.enter_context(locked(folder / LOCK))
+                settings, base, notes, lambda folder: stack.enter_context(locked(folder / LOCK))
             )
             refuse_losses(plans, settings, notes)
             notes.write()
         works = {plan.folder: plan.works for plan in plans}
-        check_disk_space(settings.out, works, Sizer.of(settings))
-        job = _job(settings, plans)
+        check_disk_space(settings.out, works, Sizer.of(settings, base))
+        job = _job(settings, base, plans)
         stack.enter_context(num_threads(job.threads))
-        return _lead(queue, Encoders(settings, job.batch_size), job, plans, prompts, notes)
+        return _lead(queue, Encoders(settings, base, job.batch_size), job, plans, prompts, notes)
+
+
+def _open_base(settings: EncodeSettings, given: str) -> Base:
+    return open_base(given, vae=settings.vae, tokenizers=settings.tokenizers)
 
 
 def _lead(
@@ -109,7 +117,7 @@ def _lead(
     return reports
 
 
-def _job(settings: EncodeSettings, plans: list[CachePlan]) -> EncodeJob:
+def _job(settings: EncodeSettings, base: Base, plans: list[CachePlan]) -> EncodeJob:
     """Batch size and threads decide the last bits: those of before, unless others are asked for.
 
     The default does not depend on how many processes there are, nor on their environment.
@@ -126,6 +134,7 @@ def _job(settings: EncodeSettings, plans: list[CachePlan]) -> EncodeJob:
                 stacklevel=2,
             )
     return EncodeJob(
+        base=base.pinned,
         **chosen,
         caches=[(str(plan.folder), len(plan.works)) for plan in plans],
         num_encodes=sum(work.num_encodes for plan in plans for work in plan.works),

@@ -10,15 +10,15 @@ from precompute.sanity import measure_drawings
 from precompute.settings import EncodeSettings
 from precompute.text import load_text
 from runtime.devices import DTYPES, check_bf16, pick_device
-from sdxl.base import vae_config
+from sdxl.base import Base
 from sdxl.text_encoders import TextEncoders
 
 
 class Encoders:
     """Both, on one device. ``batch_size`` images or captions at a time, always."""
 
-    def __init__(self, settings: EncodeSettings, batch_size: int) -> None:
-        self.settings, self.batch_size = settings, batch_size
+    def __init__(self, settings: EncodeSettings, base: Base, batch_size: int) -> None:
+        self.settings, self.base, self.batch_size = settings, base, batch_size
         self.device = pick_device(settings.device)
         self._latents: LatentEncoder | None = None
         self._text: TextEncoders | None = None
@@ -34,21 +34,15 @@ class Encoders:
     @property
     def channels(self) -> int:
         """Of the latents; the VAE need not be loaded for it."""
-        _, config = vae_config(self.settings.vae or self.settings.base)
-        return int(config.get("latent_channels", 4))
+        return int(self.base.vae.config.get("latent_channels", 4))
 
     @property
     def latents(self) -> LatentEncoder:
         if self._latents is None:
-            settings = self.settings
-            if settings.vae_dtype == "bf16":
+            dtype = DTYPES[self.settings.vae_dtype]
+            if dtype == torch.bfloat16:
                 check_bf16("--vae-dtype bf16", self.device)
-            self._latents = LatentEncoder(
-                settings.vae or settings.base,
-                DTYPES[settings.vae_dtype],
-                self.device,
-                self.batch_size,
-            )
+            self._latents = LatentEncoder(self.base.vae, dtype, self.device, self.batch_size)
         return self._latents
 
     @cached_property
@@ -59,8 +53,5 @@ class Encoders:
     @property
     def text(self) -> TextEncoders:
         if self._text is None:
-            settings = self.settings
-            self._text = load_text(
-                settings.base, self.device, settings.tokenizers, settings.long_captions
-            )
+            self._text = load_text(self.base, self.device, self.settings.long_captions)
         return self._text

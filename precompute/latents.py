@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from sdxl.base import ModelSource
 from sdxl.load import load_vae
 from sdxl.sampling import scale_mean, scale_std
 
@@ -26,7 +27,9 @@ class Posterior:
 class LatentEncoder:
     """The VAE's half of the stage, at one fixed batch size."""
 
-    def __init__(self, vae: str, dtype: torch.dtype, device: torch.device, batch_size: int) -> None:
+    def __init__(
+        self, vae: ModelSource, dtype: torch.dtype, device: torch.device, batch_size: int
+    ) -> None:
         self._vae: Any = load_vae(vae, dtype).to(device)
         self._source = vae
         self._upcast: Any = None

@@ -11,7 +11,7 @@ from precompute.text import load_text, text_causes
 from runtime.devices import DTYPES, exact_fp32, pick_device
 from runtime.files import write_durable
 from runtime.locks import locked
-from sdxl.base import zeros_for_empty_prompt
+from sdxl.base import Base, open_base
 from sdxl.prompts import Prompt, read_prompts
 from sdxl.text_encoders import Conditioning, TextEncoders
 from shards.manifest import LOCK, MANIFEST, PROMPTS, read_manifest, renew_side_file
@@ -37,11 +37,12 @@ def change_prompts(
     read_manifest(folder)  # or it is no cache, and not to be locked
     with locked(folder / LOCK):
         recipe = read_manifest(folder)["recipe"]
-        _check_encoders(folder, recipe, base, tokenizers)
+        opened = open_base(base, tokenizers=tokenizers)
+        _check_encoders(folder, recipe, opened)
         exact_fp32()
         num_chunks = recipe.get("long_captions", 1)
-        encoders = load_text(base, pick_device(device), tokenizers, num_chunks)
-        write_prompts(folder, prompts, encoders, _made_with(recipe, base))
+        encoders = load_text(opened, pick_device(device), num_chunks)
+        write_prompts(folder, prompts, encoders, _made_with(recipe, opened))
         renew_side_file(folder, PROMPTS)
     return folder / PROMPTS, len(prompts)
 
@@ -54,7 +55,7 @@ def sync_prompts(
     Nothing is encoded that is there already, and nothing stays that these text encoders did not
     make. Returns the number of prompts the cache has.
     """
-    wanted = _made_with(recipe, encoders.settings.base)
+    wanted = _made_with(recipe, encoders.base)
     held = _read_held(folder / PROMPTS)
     if prompts is not None:
         same = held and (held.prompts, held.made_with) == ([*map(asdict, prompts)], wanted)
@@ -115,12 +116,12 @@ def write_prompts(
     write_durable(folder / PROMPTS, held.to_bytes())
 
 
-def _made_with(recipe: dict[str, Any], base: str) -> dict[str, Any]:
+def _made_with(recipe: dict[str, Any], base: Base) -> dict[str, Any]:
     """What decides the embeddings besides the prompts."""
     return {
         "text": text_causes(recipe),
         "dtype": recipe["storage"]["dtype"],
-        "unconditional": "zeros" if zeros_for_empty_prompt(base) else "empty",
+        "unconditional": "zeros" if base.zeros_for_empty_prompt else "empty",
     }
 
 
@@ -132,11 +133,9 @@ def _read_held(path: Path) -> PreviewFile | None:
         return None
 
 
-def _check_encoders(
-    folder: Path, recipe: dict[str, Any], base: str, tokenizers: Path | None
-) -> None:
+def _check_encoders(folder: Path, recipe: dict[str, Any], base: Base) -> None:
     """Embeddings of another model would look like prompts and mean nothing."""
-    for name, theirs in read_text_recipe(base, tokenizers).items():
+    for name, theirs in read_text_recipe(base).items():
         held = recipe[name]
         if changed := [part for part in theirs if held.get(part) != theirs[part]]:
             changed_name = (

@@ -1,19 +1,17 @@
 """Every setting and model that changes the encoded tensors, by the cause that a rerun names."""
 
-from pathlib import Path
 from typing import Any
 
 from precompute.settings import EncodeSettings
-from sdxl.base import model_config, vae_config
+from sdxl.base import Base
 from sdxl.fingerprint import config_digest, tokenizer_digest, weights_digest
-from sdxl.tokenizers import find_tokenizer
 
 VAE_CONFIG = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 
 
-def read_recipe(settings: EncodeSettings) -> dict[str, Any]:
+def read_recipe(settings: EncodeSettings, base: Base) -> dict[str, Any]:
     """All that decides the tensors besides images and captions, by cause."""
-    vae, config = vae_config(settings.vae or settings.base)
+    vae_config = base.vae.config
     mode = "square" if settings.square else "squash" if settings.squash else "buckets"
     preprocessing: dict[str, Any] = {
         "mode": mode,
@@ -28,28 +26,28 @@ def read_recipe(settings: EncodeSettings) -> dict[str, Any]:
     recipe: dict[str, Any] = {
         "preprocessing": preprocessing,
         "vae": {
-            "digest": weights_digest(vae, "vae"),
-            "config": config_digest(config),
+            "digest": weights_digest(base.vae),
+            "config": config_digest(vae_config),
             "of_base": settings.vae is None,
             "dtype": settings.vae_dtype,
-            **{name: config.get(name) for name in VAE_CONFIG},
+            **{name: vae_config.get(name) for name in VAE_CONFIG},
         },
         "storage": {"dtype": settings.dtype, "mean_only": settings.mean_only},
     }
     if settings.long_captions > 1:
         recipe["long_captions"] = settings.long_captions
-    return recipe | read_text_recipe(settings.base, settings.tokenizers)
+    return recipe | read_text_recipe(base)
 
 
-def read_text_recipe(base: str, tokenizers: Path | None) -> dict[str, dict[str, str]]:
+def read_text_recipe(base: Base) -> dict[str, dict[str, str]]:
     """The part of the recipe that decides embeddings: each text encoder with its tokenizer."""
     recipe = {}
     for name in ("text_encoder", "text_encoder_2"):
-        path, config = model_config(base, name)
-        tokenizer = find_tokenizer(base, name.replace("text_encoder", "tokenizer"), tokenizers)
+        encoder = base.model(name)
+        tokenizer = base.tokenizer(name.replace("text_encoder", "tokenizer"))
         recipe[name] = {
-            "digest": weights_digest(path, name),
-            "config": config_digest(config),
+            "digest": weights_digest(encoder),
+            "config": config_digest(encoder.config),
             "tokenizer": tokenizer_digest(tokenizer),
         }
     return recipe

@@ -10,17 +10,16 @@ from safetensors import SafetensorError
 
 from runtime.devices import DTYPES
 from runtime.files import content_digest, write_durable
+from sdxl.base import Base
 from sdxl.text_encoders import TextEncoders
 from shards.manifest import UNCONDITIONAL
 from shards.previews import KEY
 
 
-def load_text(
-    base: str, device: torch.device, tokenizers: Path | None, num_chunks: int
-) -> TextEncoders:
+def load_text(base: Base, device: torch.device, num_chunks: int) -> TextEncoders:
     """The base's text encoders, in the precision that captions are encoded in."""
     dtype = torch.float16 if device.type == "cuda" else torch.float32
-    return TextEncoders(base, dtype, device, tokenizers, num_chunks)
+    return TextEncoders(base, dtype, device, num_chunks)
 
 
 def text_causes(recipe: dict[str, Any]) -> str:

@@ -1,25 +1,31 @@
-"""Where the parts of a base model lie, and whether they are SDXL's. Imports no torch."""
+"""Open a base model once: where its parts lie, and whether they are SDXL's. Imports no torch."""
 
 import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from runtime.documents import read_json_object
+from runtime.documents import read_bounded, read_json_object
 from sdxl import BaseError
 from sdxl.checks import check_channels, check_config
-from sdxl.hub import fetch_component
+from sdxl.hub import Snapshot
 from sdxl.single_file import CLASSES, PICKLES, SingleFile, sdxl_config
+from sdxl.tokenizers import SharedTokenizers, TokenizerFiles, given_tokenizer
 
 MINIATURE = "miniature"  # names the base that comes with the checkout
 MINIATURE_FOLDER = Path(__file__).parents[1] / "assets" / "miniature-sdxl"
-BASE_HELP = "SDXL base: a diffusers folder, one .safetensors file, a hub id, or miniature."
+BASE_HELP = (
+    "SDXL base: a diffusers folder, one .safetensors file, a hub id (OWNER/NAME, or "
+    "OWNER/NAME@REVISION), or miniature."
+)
 TOKENIZERS_HELP = (
     "Folder with tokenizer/ and tokenizer_2/, or with one CLIP tokenizer; default: the base's, and "
     "for a single file SDXL's from the hub's local cache, or the hub."
 )
 ENCODERS = ("vae", "text_encoder", "text_encoder_2")
+MAX_README_BYTES = 1_000_000
 _REQUIRED_KEYS = (
     "addition_embed_type",
     "addition_time_embed_dim",
@@ -37,44 +43,245 @@ _PIECE = re.compile(r"[^/\\\0]+\.safetensors")
 _CONFIGS = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
 
 
-def base_path(base: str) -> Path:
+def base_path(given: str) -> Path:
     """Where a base would lie on this machine; of a hub id there is nothing at this path."""
-    return MINIATURE_FOLDER if base == MINIATURE else Path(base)
+    return MINIATURE_FOLDER if given == MINIATURE else Path(given)
 
 
-def component_path(base: str, component: str) -> Path:
-    """The folder of one component of a diffusers folder, of a hub id, or of ``miniature``; of a
-    single file the file itself.
+def open_base(
+    given: str | Path, *, vae: str | None = None, tokenizers: Path | None = None
+) -> "Base":
+    """Open a base: a diffusers folder, one file, a hub id, or ``miniature``.
 
-    Of a hub id only this component is downloaded, as safetensors and configs, or taken from the
-    local hub cache.
+    ``vae`` takes the place of the base's VAE: a VAE's folder or file, or a base that has one.
+    ``tokenizers`` takes the place of its tokenizers. Of a hub id the commit is fixed here, and a
+    component is downloaded when it is first asked for.
 
     Raises:
-        BaseError: no such base, or it has no such component.
+        BaseError: there is no such base, its file cannot be read, or it is of something else.
     """
-    if not base:
+    given = str(given)
+    if not given:
         raise BaseError("--base: empty; give a diffusers folder, a file, a hub id, or miniature")
-    folder = base_path(base)
-    if is_file(base):
-        SingleFile(folder).config(component)  # or it has none
+    path = base_path(given)
+    options: dict[str, Any] = {"other_vae": vae, "given_tokenizers": tokenizers}
+    if path.is_file() or (_is_file_name(path) and not path.is_dir()):
+        return Base(given, file=SingleFile(path), **options)
+    if path.exists():
+        return Base(given, folder=path, **options)
+    return Base(given, snapshot=Snapshot(given), **options)
+
+
+def _is_file_name(path: Path) -> bool:
+    return path.suffix.lower() in (".safetensors", *PICKLES)
+
+
+@dataclass(eq=False)
+class ModelSource:
+    """Where one of SDXL's models lies: a base's, or one alone, such as the UNet that
+    ``train --full`` saved."""
+
+    component: str  # such as "unet"
+    path: Path  # its folder, or the single file that holds it
+    file: SingleFile | None = None  # where ``path`` is one
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """What the model is made by.
+
+        Raises:
+            BaseError: there is none, or it is not of SDXL's architecture; says what was found.
+        """
+        if self.file is not None:
+            config = self.file.config(self.component)
+        else:
+            config = read_config(self.path, self.component)
+            stated = config.get("_class_name") or config.get("architectures") or "nothing"
+            class_name = ", ".join(map(str, stated)) if isinstance(stated, list) else str(stated)
+            expected = CLASSES[self.component]
+            if class_name != expected:  # a file says it by its tensors' names
+                raise BaseError(f"{self.path}: no SDXL: a {class_name}, where SDXL has {expected}")
+        if self.component == "unet":
+            _check_unet(self.path, config)
+        return config
+
+
+@dataclass(eq=False)
+class Base:
+    """A base model, opened by ``open_base``. It lies in one of three: ``folder``, ``file`` or
+    ``snapshot``. A component that it lacks is an error when it is asked for, and not before."""
+
+    given: str  # the user's name for it; messages begin with it
+    folder: Path | None = None
+    file: SingleFile | None = None
+    snapshot: Snapshot | None = None
+    other_vae: str | None = None
+    given_tokenizers: Path | None = None
+    _models: dict[str, ModelSource] = field(default_factory=dict, init=False, repr=False)
+
+    def __str__(self) -> str:
+        return self.given
+
+    @property
+    def name(self) -> str:
+        """What to call it: its folder's or file's name, or its hub id; never where it lies."""
+        if self.snapshot is not None:
+            return self.snapshot.repo
+        path = base_path(self.given).resolve()
+        return path.name if self.file is None else path.stem
+
+    @property
+    def pinned(self) -> str:
+        """What another process opens to have the same: of a hub id with its commit."""
+        return self.given if self.snapshot is None else self.snapshot.pinned
+
+    @property
+    def unet(self) -> ModelSource:
+        return self.model("unet")
+
+    @property
+    def vae(self) -> ModelSource:
+        """Its VAE, or the one that was given in its place."""
+        return self.model("vae")
+
+    @property
+    def text_encoder(self) -> ModelSource:
+        return self.model("text_encoder")
+
+    @property
+    def text_encoder_2(self) -> ModelSource:
+        return self.model("text_encoder_2")
+
+    def model(self, component: str) -> ModelSource:
+        """One of its models by name.
+
+        Raises:
+            BaseError: it has none; says what was found.
+        """
+        if component not in self._models:
+            if component == "vae" and self.other_vae is not None:
+                source = open_vae(self.other_vae)
+            elif self.file is not None:
+                self.file.config(component)  # or it has none
+                source = ModelSource(component, self.file.path, self.file)
+            else:
+                source = ModelSource(component, self._component_folder(component))
+            self._models[component] = source
+        return self._models[component]
+
+    def _component_folder(self, component: str) -> Path:
+        if self.snapshot is not None:
+            folder = self.snapshot.fetch(component)
+        else:
+            assert self.folder is not None
+            folder = self.folder / component
+        if not folder.is_dir():
+            parent = folder.parent
+            names = sorted(path.name for path in parent.iterdir())[:12] if parent.is_dir() else []
+            raise BaseError(
+                f"{self}: no SDXL base: it has no {component}/ (found: {_listing(names)})"
+            )
         return folder
-    if not folder.exists():
-        folder = fetch_component(base, component)
-    if not (folder / component).is_dir():
-        names = sorted(path.name for path in folder.iterdir())[:12] if folder.is_dir() else []
-        raise BaseError(f"{base}: no SDXL base: it has no {component}/ (found: {_listing(names)})")
-    return folder / component
+
+    def tokenizer(self, name: str) -> TokenizerFiles:
+        """The files of ``tokenizer`` or ``tokenizer_2``: those given in their place, or its own; a
+        single file has none, and takes SDXL's.
+
+        Raises:
+            BaseError: they are nowhere.
+        """
+        if self.given_tokenizers is not None:
+            return given_tokenizer(base_path(str(self.given_tokenizers)), name)
+        if self.file is not None:
+            return self._shared_tokenizers.find(name)
+        return TokenizerFiles(self._component_folder(name))
+
+    @cached_property
+    def _shared_tokenizers(self) -> SharedTokenizers:
+        return SharedTokenizers(self.given)
+
+    @cached_property
+    def scheduler_config(self) -> dict[str, Any]:
+        """Its noise schedule, and what its UNet predicts; SDXL's own where a folder has none."""
+        if self.file is not None:
+            return self.file.scheduler_config()
+        if self.snapshot is not None:
+            folder = self.snapshot.fetch("scheduler")
+            is_missing = not folder.exists()
+        else:
+            assert self.folder is not None
+            folder = self.folder / "scheduler"
+            is_missing = not folder.exists() and (self.folder / "unet").is_dir()
+        if is_missing:
+            warnings.warn(
+                f"{self}: has no scheduler/: SDXL's own is used, which predicts epsilon",
+                stacklevel=2,
+            )
+            return sdxl_config("scheduler")
+        return read_config(self._component_folder("scheduler"), "scheduler")
+
+    @cached_property
+    def zeros_for_empty_prompt(self) -> bool:
+        """``force_zeros_for_empty_prompt`` of its pipeline; SDXL's is true.
+
+        Raises:
+            BaseError: its ``model_index.json`` cannot be read.
+        """
+        index = None
+        if self.file is None:
+            index = self._component_folder("text_encoder").parent / "model_index.json"
+        if index is None or not index.is_file():
+            return True
+        try:
+            return bool(read_json_object(index).get("force_zeros_for_empty_prompt", True))
+        except ValueError as error:
+            raise BaseError(f"{error}; it should be a pipeline's") from None
+
+    @cached_property
+    def license(self) -> str | None:
+        """The license that it states: in its model card, or in a file's metadata."""
+        if self.file is not None:
+            return self.file.metadata.get("modelspec.license") or None
+        if self.snapshot is not None:
+            card = self.snapshot.find_file("README.md")
+        else:
+            assert self.folder is not None
+            card = self.folder / "README.md"
+        try:
+            text = "" if card is None else read_bounded(card, MAX_README_BYTES).decode()
+        except (ValueError, OSError):  # no license is stated
+            return None
+        front = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
+        fields = r"^(license(?:_name)?):[ \t]*(\S.*?)\s*$"
+        stated = dict(re.findall(fields, front[1] if front else "", re.MULTILINE))
+        own_name = stated.get("license_name") if stated.get("license") == "other" else None
+        return own_name or stated.get("license")
 
 
-def is_file(base: str) -> bool:
-    """Whether a base is one file, there or not."""
-    path = base_path(base)
-    looks = path.suffix.lower() in (".safetensors", *PICKLES)
-    return path.is_file() or (looks and not path.is_dir())
+def open_vae(given: str) -> ModelSource:
+    """A VAE: in a folder or file of its own, or that of a base.
+
+    Raises:
+        BaseError: there is no VAE of SDXL's kind.
+    """
+    path = base_path(given)
+    is_alone = (path / "config.json").is_file()
+    return ModelSource("vae", path) if is_alone else open_base(given).vae
 
 
-def _listing(names: list[str]) -> str:
-    return ", ".join(names) or "nothing"
+def _check_unet(path: Path, config: dict[str, Any]) -> None:
+    """Refuse a UNet that takes something else than SDXL's does."""
+    if missing := [key for key in _REQUIRED_KEYS if key not in config]:
+        raise BaseError(f"{path}: no SDXL: its config has no {', '.join(missing)}")
+    addition, channels = config.get("addition_embed_type"), config.get("in_channels")
+    if addition != "text_time":
+        raise BaseError(
+            f"{path}: no SDXL: its addition_embed_type is {addition} (SDXL: text_time) and "
+            f"its cross_attention_dim {config.get('cross_attention_dim')} (SDXL: 2048)"
+        )
+    check_channels(path, channels)
+    if channels != config.get("out_channels"):
+        raise BaseError(f"{path}: takes {channels} channels and gives another number")
 
 
 def read_config(folder: Path, component: str | None = None) -> dict[str, Any]:
@@ -96,86 +303,8 @@ def read_config(folder: Path, component: str | None = None) -> dict[str, Any]:
     return config
 
 
-def model_config(base: str, component: str) -> tuple[Path, dict[str, Any]]:
-    """Where a model lies (its folder, or the single file) and its config, refused where it is not
-    of SDXL's architecture.
-
-    Raises:
-        BaseError: says what was found.
-    """
-    path = component_path(base, component)
-    config = config_at(path, component)
-    stated = config.get("_class_name") or config.get("architectures") or "nothing"
-    class_name = ", ".join(map(str, stated)) if isinstance(stated, list) else str(stated)
-    if path.is_dir() and class_name != CLASSES[component]:  # a file says it by its tensors' names
-        raise BaseError(f"{path}: no SDXL: a {class_name}, where SDXL has {CLASSES[component]}")
-    if component == "unet":
-        if missing := [key for key in _REQUIRED_KEYS if key not in config]:
-            raise BaseError(f"{path}: no SDXL: its config has no {', '.join(missing)}")
-        addition, channels = config.get("addition_embed_type"), config.get("in_channels")
-        if addition != "text_time":
-            raise BaseError(
-                f"{path}: no SDXL: its addition_embed_type is {addition} (SDXL: text_time) and "
-                f"its cross_attention_dim {config.get('cross_attention_dim')} (SDXL: 2048)"
-            )
-        check_channels(path, channels)
-        if channels != config.get("out_channels"):
-            raise BaseError(f"{path}: takes {channels} channels and gives another number")
-    return path, config
-
-
-def config_at(path: Path, component: str) -> dict[str, Any]:
-    """The config of a model in its folder, or in a single file."""
-    return read_config(path, component) if path.is_dir() else SingleFile(path).config(component)
-
-
-def vae_config(source: str) -> tuple[Path, dict[str, Any]]:
-    """As ``model_config``, of the VAE of a base, or of a VAE alone: its folder, or its file.
-
-    Raises:
-        BaseError: there is no VAE of SDXL's kind.
-    """
-    path = base_path(source)
-    if not (path / "config.json").is_file():
-        return model_config(source, "vae")
-    config = read_config(path, "vae")
-    if config.get("_class_name") != CLASSES["vae"]:
-        raise BaseError(f"{path}: no SDXL VAE: a {config.get('_class_name')}")
-    return path, config
-
-
-def scheduler_config(base: str) -> dict[str, Any]:
-    """The base's noise schedule, and what its UNet predicts; SDXL's own where a folder has none."""
-    path = base_path(base)
-    if is_file(base):
-        return SingleFile(path).scheduler_config()
-    is_local = path.exists()
-    folder = path if is_local else fetch_component(base, "scheduler")
-    is_base = (folder / "unet").is_dir() or not is_local  # of a hub id only this part is fetched
-    if is_base and not (folder / "scheduler").exists():
-        warnings.warn(
-            f"{base}: has no scheduler/: SDXL's own is used, which predicts epsilon",
-            stacklevel=2,
-        )
-        return sdxl_config("scheduler")
-    return read_config(component_path(base, "scheduler"), "scheduler")
-
-
-def zeros_for_empty_prompt(base: str) -> bool:
-    """``force_zeros_for_empty_prompt`` of the base's pipeline; SDXL's is true.
-
-    Raises:
-        BaseError: its ``model_index.json`` cannot be read.
-    """
-    if is_file(base):
-        return True
-    index = component_path(base, "text_encoder").parent / "model_index.json"
-    if not index.is_file():
-        return True
-    try:
-        return bool(read_json_object(index).get("force_zeros_for_empty_prompt", True))
-    except ValueError as error:
-        raise BaseError(f"{error}; it should be a pipeline's") from None
+def _listing(names: list[str]) -> str:
+    return ", ".join(names) or "nothing"
 
 
 @dataclass(frozen=True)

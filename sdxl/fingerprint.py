@@ -19,9 +19,9 @@ import numpy as np
 
 from runtime.files import canonical_json, file_sha256, seal, unseal, user_cache, write_durable
 from sdxl import BaseError
-from sdxl.base import ENCODERS, base_path, component_path, find_weights
+from sdxl.base import ENCODERS, Base, ModelSource, base_path, find_weights, open_base
 from sdxl.original_names import modern_name
-from sdxl.single_file import SingleFile, Tensor, read_header
+from sdxl.single_file import Tensor, read_header
 from sdxl.tokenizers import TokenizerFiles
 
 BUFFERS = (".position_ids",)  # saved by some versions of transformers and not by others
@@ -42,17 +42,16 @@ _DEFAULTS = {
 }
 
 
-def tensors_digest(path: Path, component: str) -> str:
+def tensors_digest(source: ModelSource) -> str:
     """sha256 over (name, dtype, shape, bytes) of all tensors of a model, by today's names.
 
-    ``path`` is its folder, or a single file. The order of the bytes is that of diffusers' tensors,
-    so that both agree.
+    The order of the bytes is that of diffusers' tensors, so that a folder and a single file agree.
 
     Raises:
         BaseError: a file that is no whole safetensors file.
     """
     tensors: dict[str, tuple[str, Any]] = {}
-    for name, dtype, array in _tensors(path, component):
+    for name, dtype, array in _tensors(source):
         if not name.endswith(BUFFERS):
             tensors[name] = f"{name} {dtype} {list(array.shape)}\n", array
     digest = hashlib.sha256()
@@ -63,9 +62,10 @@ def tensors_digest(path: Path, component: str) -> str:
     return digest.hexdigest()
 
 
-def _tensors(path: Path, component: str) -> Iterator[tuple[str, str, Any]]:
+def _tensors(source: ModelSource) -> Iterator[tuple[str, str, Any]]:
     """(name, dtype, memory-mapped array of words) of each tensor of a model."""
-    if path.is_dir():
+    path, component, single_file = source.path, source.component, source.file
+    if single_file is None:
         for file in find_weights(path).files:
             held, _ = read_header(file)
             data = _mapped(file)
@@ -76,7 +76,6 @@ def _tensors(path: Path, component: str) -> Iterator[tuple[str, str, Any]]:
                     raise BaseError(f"{file}: damaged: {key}: {error}") from None
                 yield modern_name(component, key), tensor.dtype, array
         return
-    single_file = SingleFile(path)
     data = _mapped(path)
     for key, piece in single_file.pieces(component).items():
         tensor = single_file.tensors[key]
@@ -103,19 +102,19 @@ def _words(data: memoryview, tensor: Tensor) -> Any:
     return np.frombuffer(data[tensor.begin : tensor.end], dtype=f"V{size}").reshape(tensor.shape)
 
 
-def weights_digest(path: Path, component: str) -> str:
+def weights_digest(source: ModelSource) -> str:
     """``tensors_digest``, remembered by the files' paths, sizes and mtimes."""
-    files = find_weights(path).files if path.is_dir() else (path,)
+    files = find_weights(source.path).files if source.file is None else (source.path,)
     stats = [(str(file.resolve()), file.stat()) for file in files]
     marks = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-    key = hashlib.sha256(json.dumps([component, marks]).encode()).hexdigest()
+    key = hashlib.sha256(json.dumps([source.component, marks]).encode()).hexdigest()
     store = _store()
     try:
         known = unseal(store.read_bytes())
     except (OSError, ValueError):  # none, damaged, or of an earlier version: computed again
         known = {}
     if key not in known:
-        known[key] = tensors_digest(path, component)
+        known[key] = tensors_digest(source)
         _remember(store, known)
     return str(known[key])
 
@@ -145,27 +144,23 @@ def tokenizer_digest(tokenizer: TokenizerFiles) -> str:
     return hashlib.sha256(json.dumps(tokenizer.parts(), sort_keys=True).encode()).hexdigest()
 
 
-def encoder_digests_elsewhere(base: str) -> dict[str, str | None]:
+def encoder_digests_elsewhere(base: Base) -> dict[str, str | None]:
     """Digests of the base's VAE and text encoders, None where it has none, by another process.
 
     Of a hub id only what lies in the local hub cache counts: nothing is downloaded to be compared.
     """
     root = Path(__file__).resolve().parent.parent
+    folder_or_id = str(base_path(base.given).resolve()) if base.snapshot is None else base.pinned
     run = subprocess.run(
-        [sys.executable, "-m", "sdxl.fingerprint", str(_absolute(base))],
+        [sys.executable, "-m", "sdxl.fingerprint", folder_or_id],
         cwd=root,
         capture_output=True,
         text=True,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
     if run.returncode:
-        raise BaseError(run.stderr.strip().splitlines()[-1] if run.stderr.strip() else base)
+        raise BaseError(run.stderr.strip().splitlines()[-1] if run.stderr.strip() else str(base))
     return dict(json.loads(run.stdout))
-
-
-def _absolute(base: str) -> str:
-    path = base_path(base)
-    return str(path.resolve()) if path.exists() else base
 
 
 def _store() -> Path:
@@ -180,15 +175,16 @@ def _remember(store: Path, known: dict[str, str]) -> None:
         return
 
 
-def _main(base: str) -> None:
+def _main(given: str) -> None:
+    base = open_base(given)
     digests: dict[str, str | None] = {}
     for component in ENCODERS:
         try:
-            path = component_path(base, component)
+            source = base.model(component)
         except BaseError:
             digests[component] = None
         else:
-            digests[component] = weights_digest(path, component)
+            digests[component] = weights_digest(source)
     sys.stdout.write(json.dumps(digests))
 
 

@@ -1,6 +1,5 @@
 """Bases on the Hugging Face hub: the one place that uses a network. Imports no torch."""
 
-import functools
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,54 +12,88 @@ MODELS = ("unet", "vae", "text_encoder", "text_encoder_2")
 OTHERS = ("scheduler", "tokenizer", "tokenizer_2")
 HALVES = ["*.fp16.*"]
 _WEIGHT_SUFFIXES = (".bin", ".ckpt", ".pt", ".msgpack", ".h5", ".onnx", ".safetensors")
-_HUB_ID = re.compile(r"[\w][\w.-]*/[\w.-]+")
-# The commit of each repository that this process has opened. A branch may move while a command
-# runs; the UNet of one commit with the VAE of the next would be another model, and no error.
-_revisions: dict[str, str] = {}
+_HUB_ID = re.compile(r"(?P<repo>[\w][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 
 
-@functools.cache
-def fetch_component(base: str, component: str) -> Path:
-    """The hub's local snapshot of a base with at least this component, downloaded where it is not
-    there: safetensors and configs; the fp16 files only where there are no others.
+class Snapshot:
+    """One commit of a repository on the hub, in the client's local cache: that of the revision in
+    ``OWNER/NAME@REVISION``, or of the main branch as it stands now.
 
-    The hub is asked once for each component, and all of a process are of one commit.
+    A branch may move while a command runs; the UNet of one commit with the VAE of the next would
+    be another model, and no error. The commit is asked for once, here; each component is
+    downloaded once, when it is first asked for. Without a connection the cache is used.
 
     Raises:
         BaseError: no hub id, or it cannot be had.
     """
-    if not _HUB_ID.fullmatch(base):
-        raise BaseError(f"{base}: no such folder")
-    patterns = ["model_index.json", *_patterns(component)]
-    with _as_base_error(f"{base}: no such folder, and could not be downloaded from the hub"):
-        folder = _snapshot(base, allow_patterns=patterns, ignore_patterns=HALVES)
-        if component in MODELS and not any((folder / component).glob("*.safetensors")):
-            folder = _snapshot(base, allow_patterns=patterns)
-        return folder
+
+    def __init__(self, given: str) -> None:
+        match = _HUB_ID.fullmatch(given)
+        if match is None:
+            raise BaseError(f"{given}: no such folder")
+        self.given, self.repo = given, match["repo"]
+        self._revision: str | None = match["revision"]
+        self._fetched: set[str] = set()
+        self.folder = self._download(["model_index.json"])
+        self._revision = self.folder.name  # the client names a snapshot's folder by its commit
+
+    @property
+    def pinned(self) -> str:
+        """OWNER/NAME@COMMIT."""
+        return f"{self.repo}@{self._revision}"
+
+    def fetch(self, component: str) -> Path:
+        """The folder of a component: safetensors and configs, the fp16 files only where there are
+        no others. It does not exist where the repository has no such component.
+
+        Raises:
+            BaseError: it cannot be had.
+        """
+        if component not in self._fetched:
+            patterns = _patterns(component)
+            self._download(patterns, ignore_patterns=HALVES)
+            has_weights = any((self.folder / component).glob("*.safetensors"))
+            if component in MODELS and not has_weights:
+                self._download(patterns)
+            self._fetched.add(component)
+        return self.folder / component
+
+    def find_file(self, name: str) -> Path | None:
+        """A single file of it; None where it has none, or it cannot be had now."""
+        from huggingface_hub import hf_hub_download
+
+        try:
+            return Path(hf_hub_download(self.repo, name, revision=self._revision))
+        except (OSError, ValueError):
+            return None
+
+    def _download(self, patterns: list[str], **options: Any) -> Path:
+        from huggingface_hub import snapshot_download
+
+        with _as_base_error(
+            f"{self.given}: no such folder, and could not be downloaded from the hub"
+        ):
+            return Path(
+                snapshot_download(
+                    self.repo, revision=self._revision, allow_patterns=patterns, **options
+                )
+            )
 
 
-def _snapshot(repo: str, **options: Any) -> Path:
-    """Files of a repository at the commit that this process first had of it."""
+def cached_component(repo: str, component: str) -> Path | None:
+    """Its folder in the local hub cache, if it is there; nothing is downloaded."""
     from huggingface_hub import snapshot_download
 
-    folder = Path(snapshot_download(repo, revision=_revisions.get(repo), **options))
-    _revisions.setdefault(repo, folder.name)  # the client names a snapshot's folder by its commit
-    return folder
-
-
-def cached_component(base: str, component: str) -> Path | None:
-    """Its folder in the local hub cache, if it is there; nothing is downloaded. From then on the
-    repository is of that commit for this process, as with ``fetch_component``."""
+    patterns = _patterns(component)
     try:
-        patterns = _patterns(component)
-        folder = _snapshot(base, local_files_only=True, allow_patterns=patterns)
+        folder = snapshot_download(repo, local_files_only=True, allow_patterns=patterns)
     except (OSError, ValueError):  # not there, or not all of it
         return None
-    path = folder / component
+    path = Path(folder) / component
     return path if path.is_dir() else None
 
 
-def download_base(repo: str, out: Path, *, fp16: bool = False, file: str | None = None) -> Path:
+def download_base(given: str, out: Path, *, fp16: bool = False, file: str | None = None) -> Path:
     """A base of the hub into ``out``: configs, tokenizers and safetensors alone, of each model one
     set of weights (fp16 ones where asked for, or where there are no others); or the single file
     ``file``, or the only one there is. The files that an earlier call brought are kept; where a
@@ -71,14 +104,16 @@ def download_base(repo: str, out: Path, *, fp16: bool = False, file: str | None 
     Raises:
         BaseError: no such repository, nothing in it that can be used, or a download that failed.
     """
-    if not _HUB_ID.fullmatch(repo):
-        raise BaseError(f"{repo}: no hub id; one is OWNER/NAME")
+    match = _HUB_ID.fullmatch(given)
+    if match is None:
+        raise BaseError(f"{given}: no hub id; one is OWNER/NAME, or OWNER/NAME@REVISION")
+    repo, revision = match["repo"], match["revision"]
     if out.exists() and not out.is_dir():
         raise BaseError(f"{out}: not a folder")
     from huggingface_hub import HfApi, snapshot_download
 
     with _as_base_error(f"{repo}: could not be downloaded from the hub"):
-        info = HfApi().model_info(repo, files_metadata=True)
+        info = HfApi().model_info(repo, revision=revision, files_metadata=True)
         sizes = {sibling.rfilename: sibling.size for sibling in info.siblings or ()}
     names = pick_files(repo, sorted(sizes), fp16, file)
     with _as_base_error(f"{repo}: not whole in {out}, run again to go on"):

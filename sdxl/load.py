@@ -12,60 +12,48 @@ from safetensors import SafetensorError, safe_open
 
 from runtime.text import first_line
 from sdxl import BaseError
-from sdxl.base import config_at, find_weights, model_config, scheduler_config, vae_config
+from sdxl.base import Base, ModelSource, find_weights
 from sdxl.original_names import modern_name
 from sdxl.single_file import SingleFile
 from sdxl.tensor_files import check_digest
-from sdxl.tokenizers import VOCAB_SIZE, find_tokenizer
+from sdxl.tokenizers import VOCAB_SIZE
 
 
-def load_unet(base: str, dtype: torch.dtype) -> UNet2DConditionModel:
-    """The UNet of a base, on the CPU, in ``dtype``, in eval mode.
+def load_unet(source: ModelSource, dtype: torch.dtype) -> UNet2DConditionModel:
+    """A UNet, on the CPU, in ``dtype``, in eval mode.
 
     Raises:
         BaseError: missing, damaged, or no SDXL.
     """
-    path, _ = model_config(base, "unet")
-    return _load(UNet2DConditionModel, path, "unet", dtype)
+    return _load(UNet2DConditionModel, source, dtype)
 
 
-def load_unet_folder(folder: Path, dtype: torch.dtype) -> UNet2DConditionModel:
-    """A UNet saved by ``train --full``: the folder with its config and weights."""
-    if not (folder / "config.json").is_file():
-        raise BaseError(f"{folder}: no UNet folder (it has no config.json)")
-    return _load(UNet2DConditionModel, folder, "unet", dtype)
+def load_vae(source: ModelSource, dtype: torch.dtype) -> AutoencoderKL:
+    """A VAE, as ``load_unet``."""
+    return _load(AutoencoderKL, source, dtype)
 
 
-def load_vae(source: str, dtype: torch.dtype) -> AutoencoderKL:
-    """The VAE of a base, or a VAE alone: its folder, or its file."""
-    path, _ = vae_config(source)
-    return _load(AutoencoderKL, path, "vae", dtype)
-
-
-def load_text_encoders(base: str, dtype: torch.dtype) -> tuple[Any, Any]:
-    """(CLIPTextModel, CLIPTextModelWithProjection) of a base."""
+def load_text_encoders(base: Base, dtype: torch.dtype) -> tuple[Any, Any]:
+    """(CLIPTextModel, CLIPTextModelWithProjection) of a base, as ``load_unet``."""
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    first, _ = model_config(base, "text_encoder")
-    second, _ = model_config(base, "text_encoder_2")
     return (
-        _load(CLIPTextModel, first, "text_encoder", dtype),
-        _load(CLIPTextModelWithProjection, second, "text_encoder_2", dtype),
+        _load(CLIPTextModel, base.text_encoder, dtype),
+        _load(CLIPTextModelWithProjection, base.text_encoder_2, dtype),
     )
 
 
-def load_tokenizers(base: str, given: Path | None = None) -> tuple[Any, Any]:
-    """Both tokenizers, of the base or in the folder ``given``, refused where their vocabulary is
-    not their encoder's.
+def load_tokenizers(base: Base) -> tuple[Any, Any]:
+    """Both tokenizers, refused where their vocabulary is not their encoder's.
 
     (transformers loads a tokenizer folder without a vocabulary silently, as two tokens.)
     """
     from transformers import CLIPTokenizer
 
     def load(name: str) -> Any:
-        files = find_tokenizer(base, name, given)
+        files = base.tokenizer(name)
         folder, pad = files.folder, files.pad_token
         parts = files.parts()  # or it says what is damaged, as the library does not
         try:
@@ -75,7 +63,7 @@ def load_tokenizers(base: str, given: Path | None = None) -> tuple[Any, Any]:
             reason = first_line(error)
             raise BaseError(f"{folder}: no tokenizer can be read from it: {reason}") from error
         encoder = name.replace("tokenizer", "text_encoder")
-        expected = model_config(base, encoder)[1].get("vocab_size", VOCAB_SIZE)
+        expected = base.model(encoder).config.get("vocab_size", VOCAB_SIZE)
         if len(tokenizer) != expected:
             raise BaseError(
                 f"{folder}: {len(tokenizer)} tokens, where {encoder} has {expected}: is its "
@@ -88,7 +76,7 @@ def load_tokenizers(base: str, given: Path | None = None) -> tuple[Any, Any]:
 
 
 def load_scheduler(
-    base: str, prediction_type: str | None = None, zero_snr: bool | None = None
+    base: Base, prediction_type: str | None = None, zero_snr: bool | None = None
 ) -> Any:
     """The sampling scheduler that the base names, as diffusers' pipeline would take it; or told
     what a fine-tune of it predicts, and on which schedule (None: the base's word).
@@ -101,7 +89,7 @@ def load_scheduler(
     """
     import diffusers
 
-    config = scheduler_config(base)
+    config = base.scheduler_config
     name = str(config.get("_class_name"))
     kind: Any = getattr(diffusers, name, None)
     known = isinstance(kind, type) and issubclass(kind, SchedulerMixin)
@@ -129,12 +117,13 @@ def load_scheduler(
         raise BaseError(f"{base}: {reason}") from error
 
 
-def _load(kind: Any, path: Path, component: str, dtype: torch.dtype) -> Any:
+def _load(kind: Any, source: ModelSource, dtype: torch.dtype) -> Any:
     """A model from its folder, or from a single file."""
-    if path.is_file():
-        model = _load_from_file(kind, path, component, dtype)
+    _ = source.config  # refused here where it is not SDXL's; the libraries say less
+    if source.file is not None:
+        model = _load_from_file(kind, source, source.file, dtype)
     else:
-        model = _load_from_folder(kind, path, dtype)
+        model = _load_from_folder(kind, source.path, dtype)
         # The library's tensors lie in the mapped file as it happens to be laid out, and kernels
         # round otherwise at another alignment: the same weights are to give the same bits.
         for tensor in (*model.parameters(), *model.buffers()):
@@ -177,13 +166,16 @@ def _weights_error(path: Path, fault: str, names: list[str]) -> BaseError:
     )
 
 
-def _load_from_file(kind: Any, path: Path, component: str, dtype: torch.dtype) -> Any:
+def _load_from_file(
+    kind: Any, source: ModelSource, single_file: SingleFile, dtype: torch.dtype
+) -> Any:
     """A model by its config, with its tensors of a single file; no other tensor is read."""
+    component, path = source.component, source.path
     check_digest(path)
-    model = _without_weights(kind, config_at(path, component), path)
+    model = _without_weights(kind, source.config, path)
     shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     wanted = {modern_name(component, name): name for name in shapes}
-    pieces = SingleFile(path).pieces(component)
+    pieces = single_file.pieces(component)
     given = {name for piece in pieces.values() for name in piece.names or ()}
     surplus = [key for key, piece in pieces.items() if piece.names is None]
     for fault, names in (

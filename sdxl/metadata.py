@@ -5,16 +5,14 @@ beside it, and the rest in a file of its own. Imports no torch.
 """
 
 import json
-import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from runtime.documents import parse_json, read_bounded, read_json_object
-from sdxl.base import base_path, component_path, read_config, scheduler_config
-from sdxl.single_file import read_header
+from runtime.documents import parse_json, read_json_object
+from sdxl.base import Base, read_config
 
 CONFIG = "scheduler_config.json"
 
@@ -41,10 +39,10 @@ class Schedule:
         }
 
 
-def write_schedule(base: str, schedule: Schedule, folder: Path) -> None:
+def write_schedule(base: Base, schedule: Schedule, folder: Path) -> None:
     """The base's scheduler, told ``schedule``, as ``folder/scheduler/``: with ``unet/`` beside it
     a diffusers folder says what it is."""
-    config = {**scheduler_config(base), **schedule.to_config()}
+    config = {**base.scheduler_config, **schedule.to_config()}
     if schedule.zero_snr:
         config["timestep_spacing"] = "trailing"
     (folder / "scheduler").mkdir(exist_ok=True)
@@ -99,7 +97,6 @@ def check_long_captions(value: object) -> int:
 # The card: everything that a file of weights says of itself in its metadata.
 
 KEY = "shardtune"  # of the metadata; its value is JSON
-MAX_README_BYTES = 1_000_000
 ARCHITECTURE = "stable-diffusion-xl-v1-base"  # of the ModelSpec standard
 PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}  # its words
 
@@ -176,27 +173,3 @@ def read_model_metadata(metadata: Mapping[str, str]) -> ModelMetadata:
         return ModelMetadata.of(dict(parse_json(metadata.get(KEY, "{}"))))
     except (ValueError, TypeError):
         return ModelMetadata()
-
-
-def base_name(base: str) -> str:
-    """What to call a base: its folder's or file's name, or its hub id."""
-    path = base_path(base)
-    if not path.exists():
-        return base
-    return path.resolve().stem if path.is_file() else path.resolve().name
-
-
-def base_license(base: str) -> str | None:
-    """The license that a base states: the model card in its folder, or a file's metadata."""
-    try:
-        path = component_path(base, "unet")
-        if path.is_file():
-            return read_header(path)[1].get("modelspec.license") or None
-        text = read_bounded(path.parent / "README.md", MAX_README_BYTES).decode()
-    except (ValueError, OSError):  # no license is stated
-        return None
-    front = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
-    fields_of = r"^(license(?:_name)?):[ \t]*(\S.*?)\s*$"
-    stated = dict(re.findall(fields_of, front[1] if front else "", re.MULTILINE))
-    own_name = stated.get("license_name") if stated.get("license") == "other" else None
-    return own_name or stated.get("license")

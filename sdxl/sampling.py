@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from sdxl.base import Base
 from sdxl.load import load_scheduler
 from sdxl.metadata import Schedule
 from sdxl.text_encoders import Conditioning
@@ -28,7 +29,7 @@ _SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def load_sampler(base: str, name: str | None, schedule: Schedule) -> Any:
+def load_sampler(base: Base, name: str | None, schedule: Schedule) -> Any:
     """The sampler ``name`` (of ``sdxl.prompts.SAMPLERS``), or None: the one that the base names.
 
     It takes noise schedule, timestep spacing and all else that it knows from the base's config;

@@ -2,12 +2,11 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from sdxl.base import zeros_for_empty_prompt
+from sdxl.base import Base
 from sdxl.load import load_text_encoders, load_tokenizers
 
 
@@ -39,8 +38,7 @@ class Conditioning:
 
 
 class TextEncoders:
-    """Both text encoders of a base, and its tokenizers or those in the folder ``tokenizers``, on
-    one device.
+    """Both text encoders of a base, on one device, and its tokenizers.
 
     A prompt is ``num_chunks`` chunks of 77 tokens (BOS, 75 of the text's, EOS), each encoded alone:
     1 is what SDXL's own pipeline does. T is 77 x ``num_chunks``.
@@ -48,14 +46,13 @@ class TextEncoders:
 
     def __init__(
         self,
-        base: str,
+        base: Base,
         dtype: torch.dtype,
         device: torch.device,
-        tokenizers: Path | None = None,
         num_chunks: int = 1,
     ) -> None:
-        self.zeros_for_empty = zeros_for_empty_prompt(base)
-        self.tokenizers = load_tokenizers(base, tokenizers)
+        self.zeros_for_empty = base.zeros_for_empty_prompt
+        self.tokenizers = load_tokenizers(base)
         self.device, self.num_chunks = device, num_chunks
         self.models = [encoder.to(device) for encoder in load_text_encoders(base, dtype)]
 

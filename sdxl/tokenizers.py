@@ -8,8 +8,7 @@ from typing import Any
 from runtime.documents import MAX_JSON_BYTES, read_bounded, read_json_object
 from runtime.text import first_line
 from sdxl import BaseError
-from sdxl.base import base_path, component_path, is_file
-from sdxl.hub import cached_component, fetch_component
+from sdxl.hub import Snapshot, cached_component
 
 HUB_ID = "stabilityai/stable-diffusion-xl-base-1.0"  # whose tokenizers every SDXL has
 PADS = {"tokenizer": "<|endoftext|>", "tokenizer_2": "!"}  # the one thing they differ in
@@ -100,33 +99,45 @@ def has_vocabulary(folder: Path) -> bool:
     return (folder / "tokenizer.json").is_file() or all(path.is_file() for path in pair)
 
 
-def find_tokenizer(base: str, name: str, given: Path | None) -> TokenizerFiles:
-    """``tokenizer`` or ``tokenizer_2`` of a base: in the folder ``given`` if there is one, else in
-    the base. A single file has none: SDXL's, from the local hub cache, or else from the hub.
+def given_tokenizer(folder: Path, name: str) -> TokenizerFiles:
+    """``tokenizer`` or ``tokenizer_2`` in the folder of ``--tokenizers``.
 
     Raises:
-        BaseError: it is nowhere.
+        BaseError: it holds none.
     """
-    if given is not None:
-        folder = base_path(str(given))
-        if (folder / name).is_dir():
-            return TokenizerFiles(folder / name)
-        if has_vocabulary(folder):
-            return TokenizerFiles(folder, PADS[name])
-        raise BaseError(
-            f"--tokenizers {given}: holds neither {name}/ nor a CLIP tokenizer (vocab.json and "
-            "merges.txt, or tokenizer.json)"
-        )
-    if not is_file(base):
-        return TokenizerFiles(component_path(base, name))
-    cached = cached_component(HUB_ID, name)
-    if cached is not None and has_vocabulary(cached):
-        return TokenizerFiles(cached)
-    warnings.warn(f"{base} has no tokenizers: fetching {name} of {HUB_ID}", stacklevel=2)
-    try:
-        return TokenizerFiles(fetch_component(HUB_ID, name) / name)
-    except BaseError as error:
-        raise BaseError(
-            f"{base}: a single file has no tokenizers, and those of {HUB_ID} are not at hand; give "
-            f"--tokenizers DIR ({error})"
-        ) from error
+    if (folder / name).is_dir():
+        return TokenizerFiles(folder / name)
+    if has_vocabulary(folder):
+        return TokenizerFiles(folder, PADS[name])
+    raise BaseError(
+        f"--tokenizers {folder}: holds neither {name}/ nor a CLIP tokenizer (vocab.json and "
+        "merges.txt, or tokenizer.json)"
+    )
+
+
+class SharedTokenizers:
+    """SDXL's own tokenizers, for the single file ``given``, which has none: in the hub's local
+    cache, or else on the hub."""
+
+    def __init__(self, given: str) -> None:
+        self._given = given
+        self._snapshot: Snapshot | None = None
+
+    def find(self, name: str) -> TokenizerFiles:
+        """``tokenizer`` or ``tokenizer_2``.
+
+        Raises:
+            BaseError: it cannot be had.
+        """
+        cached = cached_component(HUB_ID, name)
+        if cached is not None and has_vocabulary(cached):
+            return TokenizerFiles(cached)
+        warnings.warn(f"{self._given} has no tokenizers: fetching {name} of {HUB_ID}", stacklevel=2)
+        try:
+            self._snapshot = self._snapshot or Snapshot(HUB_ID)
+            return TokenizerFiles(self._snapshot.fetch(name))
+        except BaseError as error:
+            raise BaseError(
+                f"{self._given}: a single file has no tokenizers, and those of {HUB_ID} are not at "
+                f"hand; give --tokenizers DIR ({error})"
+            ) from error

@@ -6,11 +6,13 @@ import shutil
 import struct
 from pathlib import Path
 
-from sdxl.base import find_weights, model_config, scheduler_config, zeros_for_empty_prompt
+from sdxl.base import (
+    find_weights,
+    open_base,
+)
 from sdxl.original_names import PREFIXES
 from sdxl.prompts import read_prompts
 from sdxl.single_file import SingleFile
-from sdxl.tokenizers import find_tokenizer
 from tests.mutations import Try, damage, damaged_json, ending, forge, json_text
 from tests.singles import write_single
 
@@ -82,12 +84,12 @@ def fuzz_base_folder(work: Path, base: Path) -> Try:
     whole = {path: path.read_bytes() for path in paths}
 
     def read() -> None:
+        opened = open_base(folder)
         for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
-            model_config(str(folder), part)
-        scheduler_config(str(folder))
-        zeros_for_empty_prompt(str(folder))
+            opened.model(part)
+        assert opened.scheduler_config and opened.zeros_for_empty_prompt in (True, False)
         for name in ("tokenizer", "tokenizer_2"):
-            json.dumps(find_tokenizer(str(folder), name, None).parts(), sort_keys=True)
+            json.dumps(opened.tokenizer(name).parts(), sort_keys=True)
         find_weights(folder / "unet")
 
     def try_one(rng: random.Random) -> str:

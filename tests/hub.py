@@ -49,7 +49,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         asked = next((r for r in (REVISION, NEXT_REVISION) if r in self.path), self.server.branch)
         files = self.server.files(asked)
-        if self.path.startswith("/api/"):
+        if self.path.startswith("/api/models/"):
             self.server.listings.append(self.path)
         if self.path.startswith(f"/api/models/{REPO}/tree/"):
             rows = [{"type": "file", "path": n, "size": s, "oid": "0"} for n, s in files.items()]

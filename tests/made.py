@@ -8,6 +8,7 @@ import safetensors.torch
 import torch
 
 from runtime.devices import DTYPES
+from sdxl.base import open_base
 from shards.batches import UNCONDITIONAL, Batch, Reader, Reading
 from shards.format import Layout, Sample, sample_key
 from shards.index import Index
@@ -169,7 +170,7 @@ def config_of(
 def learner_of(base: Path, **settings: Any) -> Learner:
     """On the CPU; a LoRA's second half is random, so that its first has gradients too."""
     torch.manual_seed(0)
-    learner = build_learner(config_of(base, **settings), DistContext(CPU))
+    learner = learner_for(config_of(base, **settings), DistContext(CPU))
     for name, parameter in learner.optimizer.parameters.items():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
@@ -188,3 +189,8 @@ def parameters_of(seed: int, dtype: torch.dtype = torch.float32) -> Parameters:
 
 def same(one: Parameters, other: Parameters) -> bool:
     return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def learner_for(config: TrainConfig, world: DistContext) -> Learner:
+    """As ``train`` builds it: with the base of the settings."""
+    return build_learner(config, open_base(config.base), world)

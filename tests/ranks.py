@@ -10,6 +10,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 
 import train.loop
@@ -64,6 +65,14 @@ def _rank(rank: int, world: int, port: int, config: TrainConfig, max_file_bytes:
     os.environ.update({name: str(value) for name, value in environment.items()})
     if max_file_bytes:
         train.weights.MAX_FILE_BYTES = max_file_bytes
+    save_file = safetensors.torch.save_file
+
+    def note_file(tensors: Any, path: Path, **more: Any) -> None:
+        save_file(tensors, path, **more)
+        with open(_written(config.out, rank), "a") as names:
+            names.write(f"{path}\n")
+
+    safetensors.torch.save_file = note_file
     real = train.loop.train_step
     with open(_seen(config.out, rank), "a") as file:
 
@@ -75,6 +84,16 @@ def _rank(rank: int, world: int, port: int, config: TrainConfig, max_file_bytes:
             learner, map(note, batches), *more
         )
         train.loop.train(config)
+
+
+def _written(out: Path, rank: int) -> Path:
+    return out.with_name(f"{out.name}.written-{rank}")
+
+
+def written(out: Path, rank: int) -> list[str]:
+    """The files of tensors that one rank of the run in ``out`` wrote."""
+    path = _written(out, rank)
+    return path.read_text().splitlines() if path.exists() else []
 
 
 def _seen(out: Path, rank: int) -> Path:

@@ -11,12 +11,14 @@ import safetensors.torch
 import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 
+from sdxl.base import ModelSource, open_base
 from sdxl.load import load_unet
 from sdxl.lora.names import KOHYA, LORA
 from shards.reader import Cache
+from tests.made import learner_for
 from train.config import TrainConfig
 from train.distributed import DistContext
-from train.learner import Learner, build_learner, evaluate
+from train.learner import Learner, evaluate
 from train.loop import train
 from train.option_values import CacheUse
 from train.unet import add_adapter, trainable
@@ -117,7 +119,7 @@ def eval_loss(unet: Any, config: TrainConfig, cache: Path) -> float:
     bare = TrainConfig(
         caches=config.caches, base=config.base, out=config.out, steps=1, device="cpu", batch_size=4
     )
-    learner: Learner = build_learner(bare, DistContext(CPU))
+    learner: Learner = learner_for(bare, DistContext(CPU))
     learner.unet = unet
     return evaluate(learner, Cache(cache), bare)
 
@@ -147,10 +149,10 @@ def test_each_kind_learns_and_diffusers_reads_it_at_equal_strength(
     overfit: Train, cache: Path, base: Path, settings: dict[str, Any]
 ) -> None:
     run, config = overfit(**settings)
-    before = eval_loss(load_unet(str(base), torch.float32), config, cache)
+    before = eval_loss(load_unet(open_base(base).unet, torch.float32), config, cache)
     after = eval_loss(reloaded(base, run), config, cache)
     assert after < before - 0.01, (before, after)
-    learner = build_learner(config, DistContext(CPU))
+    learner = learner_for(config, DistContext(CPU))
     from train.weights import read_weights
 
     read_weights(learner.unet, False, run, None)
@@ -172,9 +174,9 @@ def test_a_lora_on_a_quantised_base_learns_and_fits_the_plain_one(
     overfit: Train, cache: Path, base: Path, quant: str, adapter: str
 ) -> None:
     run, config = overfit(base_quant=quant, targets="all", adapter=adapter)
-    learner = build_learner(config, DistContext(CPU))
+    learner = learner_for(config, DistContext(CPU))
     packed = sum(num_bytes(p) for p in learner.unet.parameters() if not p.requires_grad)
-    plain = load_unet(str(base), torch.float32)
+    plain = load_unet(open_base(base).unet, torch.float32)
     assert packed < 0.8 * sum(p.numel() * 4 for p in plain.parameters())
     before = eval_loss(plain, config, cache)
     after = eval_loss(reloaded(base, run), config, cache)
@@ -227,7 +229,7 @@ def test_a_lora_file_is_taken_in_fp32_on_a_half_precision_base(
     """To its last bit, where the base's precision would round it."""
     first, config = overfit("first", rank=8, steps=2)
     half = replace(config, rank=None, init_lora=first / LORA, precision="bf16", allow_cpu_bf16=True)
-    learner = build_learner(half, DistContext(CPU))
+    learner = learner_for(half, DistContext(CPU))
     state = safetensors.torch.load_file(first / LORA)
     for name, parameter in learner.optimizer.parameters.items():
         module, _, part = name.partition(".lora_")
@@ -238,7 +240,6 @@ def test_a_lora_file_is_taken_in_fp32_on_a_half_precision_base(
 @pytest.mark.slow
 def test_full_fine_tunes_in_little_memory_learn(overfit: Train, cache: Path, base: Path) -> None:
     """The average of a run is what it publishes."""
-    from sdxl.load import load_unet_folder
 
     plain = None
     for number, settings in enumerate(
@@ -251,6 +252,8 @@ def test_full_fine_tunes_in_little_memory_learn(overfit: Train, cache: Path, bas
         if settings.get("pure_bf16"):
             settings |= {"precision": "bf16", "allow_cpu_bf16": True}
         run, config = overfit(str(number), full=True, **settings)
-        plain = plain or eval_loss(load_unet(str(base), torch.float32), config, cache)
-        after = eval_loss(load_unet_folder(run / "unet", torch.float32), config, cache)
+        plain = plain or eval_loss(load_unet(open_base(base).unet, torch.float32), config, cache)
+        after = eval_loss(
+            load_unet(ModelSource("unet", run / "unet"), torch.float32), config, cache
+        )
         assert after < plain - 0.05, (settings, plain, after)

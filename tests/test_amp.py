@@ -16,9 +16,10 @@ from runtime.devices import DTYPES
 from shards.batches import Reader
 from shards.plan import Plan, RankShare
 from shards.reader import Cache
+from tests.made import learner_for
 from train.config import TrainConfig
 from train.distributed import DistContext
-from train.learner import Learner, build_learner, train_step
+from train.learner import Learner, train_step
 from train.memory import CudaNorms
 from train.option_values import CacheUse
 
@@ -34,7 +35,7 @@ def learner_of(cache: Path, base: Path, **settings: Any) -> Learner:
         device="cpu",
         **settings,
     )
-    return build_learner(config, DistContext(CPU))
+    return learner_for(config, DistContext(CPU))
 
 
 def whole_of(learner: Learner) -> torch.optim.Optimizer:
@@ -264,7 +265,7 @@ def test_a_step_on_cuda(cache: Path, base: Path) -> None:
     config = TrainConfig(
         caches=(CacheUse(cache),), base=str(base), out=Path("unused"), steps=1, device="cuda"
     )
-    learner = build_learner(config, DistContext(torch.device("cuda")))
+    learner = learner_for(config, DistContext(torch.device("cuda")))
     batches = batches_of(cache)
     step = train_step(learner, batches, 0, 1e-3)
     loss, norm = step.loss, step.grad_norm

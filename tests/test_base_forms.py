@@ -11,7 +11,11 @@ import safetensors.torch
 import torch
 
 from sdxl import BaseError
-from sdxl.base import component_path, find_weights, model_config, scheduler_config
+from sdxl.base import (
+    ModelSource,
+    find_weights,
+    open_base,
+)
 from sdxl.fingerprint import tensors_digest, weights_digest
 from sdxl.load import load_text_encoders, load_unet
 from sdxl.original_names import PREFIXES
@@ -42,7 +46,7 @@ def original_unet(single: Path, prefix: str) -> Tensors:
 
 def refused(path: Path, what: str) -> None:
     with pytest.raises(BaseError, match=what) as caught:
-        load_unet(str(path), torch.float32)
+        load_unet(open_base(path).unet, torch.float32)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -70,17 +74,19 @@ def test_a_unet_alone(
         {prefix + n: t for n, t in own.items()} if diffusers else original_unet(single, prefix)
     )
     safetensors.torch.save_file(tensors, path, metadata=metadata)
-    found = load_unet(str(path), torch.float32).state_dict()
+    found = load_unet(open_base(path).unet, torch.float32).state_dict()
     assert found.keys() == own.keys() and all(torch.equal(found[n], own[n]) for n in own)
-    assert tensors_digest(path, "unet") == tensors_digest(base / "unet", "unet")
+    assert tensors_digest(open_base(path).model("unet")) == tensors_digest(
+        ModelSource("unet", base / "unet")
+    )
     with pytest.raises(BaseError, match=r"holds no VAE: it is a UNet alone, which train takes"):
-        component_path(str(path), "vae")
+        open_base(path).model("vae")
 
 
 def test_a_unet_alone_beside_its_config(base: Path, tmp_path: Path) -> None:
     shutil.copytree(base / "unet", tmp_path / "unet")
     (path,) = (tmp_path / "unet").glob("*.safetensors")
-    assert load_unet(str(path), torch.float32).config.sample_size == 8
+    assert load_unet(open_base(path).unet, torch.float32).config.sample_size == 8
 
 
 def test_position_ids_say_nothing(single: Path, tmp_path: Path) -> None:
@@ -91,12 +97,14 @@ def test_position_ids_say_nothing(single: Path, tmp_path: Path) -> None:
         "conditioner.embedders.1.model.transformer.text_model.embeddings.position_ids",
     )
     rewrite(single, {name: torch.arange(77)[None] for name in names}, path)
-    ours, plain = (load_text_encoders(str(one), torch.float32) for one in (path, single))
+    ours, plain = (load_text_encoders(open_base(one), torch.float32) for one in (path, single))
     for mine, theirs in zip(ours, plain, strict=True):
         expected = theirs.state_dict()
         assert all(torch.equal(t, expected[n]) for n, t in mine.state_dict().items())
     for part in ("text_encoder", "text_encoder_2"):
-        assert tensors_digest(path, part) == tensors_digest(single, part)
+        assert tensors_digest(open_base(path).model(part)) == tensors_digest(
+            open_base(single).model(part)
+        )
 
 
 def test_scaled_fp8_is_multiplied(single: Path, metadata: dict[str, str], tmp_path: Path) -> None:
@@ -110,14 +118,14 @@ def test_scaled_fp8_is_multiplied(single: Path, metadata: dict[str, str], tmp_pa
     tensors[name.replace("weight", "scale_input")] = torch.ones(1)
     tensors[f"{prefix}scaled_fp8"] = torch.ones(2).to(torch.float8_e4m3fn)
     safetensors.torch.save_file(tensors, path, metadata=metadata)
-    plain = load_unet(str(single), torch.float32).state_dict()
-    found = load_unet(str(path), torch.float32).state_dict()
+    plain = load_unet(open_base(single).unet, torch.float32).state_dict()
+    found = load_unet(open_base(path).unet, torch.float32).state_dict()
     (other,) = [n for n in plain if not torch.equal(found[n], plain[n])]
     assert torch.equal(found[other], tensors[name].float() * factor)
-    digest = tensors_digest(path, "unet")
+    digest = tensors_digest(open_base(path).model("unet"))
     tensors[name.replace("weight", scale_name)] = factor * 2
     safetensors.torch.save_file(tensors, path, metadata=metadata)
-    assert tensors_digest(path, "unet") != digest
+    assert tensors_digest(open_base(path).model("unet")) != digest
     tensors[name.replace("weight", scale_name)] = torch.ones(3, 5)
     safetensors.torch.save_file(tensors, path, metadata=metadata)
     refused(path, "in a form that cannot be read; use the fp16 file")
@@ -169,13 +177,13 @@ def test_an_inpainting_folder(base: Path, tmp_path: Path) -> None:
     path = tmp_path / "base" / "unet" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"in_channels": 9}))
     with pytest.raises(BaseError, match="an inpainting UNet"):
-        model_config(str(tmp_path / "base"), "unet")
+        load_unet(open_base(tmp_path / "base").unet, torch.float32)
 
 
 def test_a_folder_without_a_schedule_takes_sdxls(base: Path, tmp_path: Path) -> None:
     shutil.copytree(base, tmp_path / "base", ignore=shutil.ignore_patterns("scheduler"))
     with pytest.warns(UserWarning, match=r"has no scheduler/: SDXL's own is used"):
-        config = scheduler_config(str(tmp_path / "base"))
+        config = open_base(tmp_path / "base").scheduler_config
     assert (config["prediction_type"], config["beta_end"]) == ("epsilon", 0.012)
 
 
@@ -186,8 +194,8 @@ def test_the_only_variant_is_used(base: Path, tmp_path: Path, variant: str) -> N
         (path,) = (tmp_path / "base" / name).glob("*.safetensors")
         path.rename(path.with_name(f"{path.stem}.{variant}.safetensors"))
         assert find_weights(path.parent).variant == variant
-    found = load_unet(str(tmp_path / "base"), torch.float32).state_dict()
-    expected = load_unet(str(base), torch.float32).state_dict()
+    found = load_unet(open_base(tmp_path / "base").unet, torch.float32).state_dict()
+    expected = load_unet(open_base(base).unet, torch.float32).state_dict()
     assert all(torch.equal(found[n], expected[n]) for n in expected)
 
 
@@ -262,9 +270,9 @@ def test_a_config_of_wrong_types_is_one_line_with_its_name(
         warnings.simplefilter("ignore")  # of the library, before it fails
         try:
             if part == "scheduler":
-                load_scheduler(str(tmp_path))
+                load_scheduler(open_base(tmp_path))
             else:
-                bare_model(part, model_config(str(tmp_path), part)[1])
+                bare_model(part, open_base(tmp_path).model(part).config)
         except BaseError as error:
             assert "\n" not in str(error)
 
@@ -274,10 +282,10 @@ def test_a_remembered_digest_that_was_changed_is_computed_again(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     store = tmp_path / "shardtune" / "fingerprints.json"
-    digest = weights_digest(base / "vae", "vae")
+    digest = weights_digest(ModelSource("vae", base / "vae"))
     whole = store.read_text()
     assert digest in whole
     for content in (whole.replace(digest, "0" * 64), '{"a": "b"}', "[" * 10_000, ""):
         store.write_text(content)
-        assert weights_digest(base / "vae", "vae") == digest
+        assert weights_digest(ModelSource("vae", base / "vae")) == digest
         assert store.read_text() == whole

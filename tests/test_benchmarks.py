@@ -23,6 +23,7 @@ from benchmarks.full_base import CONFIGS
 from benchmarks.gpu import Cell, fill_in, grid, measure, rows_of, run_cell
 from benchmarks.gpu_cells import largest
 from benchmarks.report import ratio, take_turns
+from sdxl.base import open_base
 from shards.batches import Reader
 from shards.plan import Plan, RankShare
 from shards.reader import Cache
@@ -107,7 +108,7 @@ def test_what_a_step_allocates_is_near_the_estimate(run: Any) -> None:
     _, settings, pixels, target = run
     config = config_of(allow_cpu_bf16=True, **settings)
     found = peaks(config, pixels)
-    expected = Estimator(str(CONFIGS), 77).estimate(config, (pixels, pixels))
+    expected = Estimator(open_base(CONFIGS), 77).estimate(config, (pixels, pixels))
     state = expected.weights + expected.optimizer
     assert found["kept"] == pytest.approx(state, rel=0.02)
     assert found["peak"] == pytest.approx(expected.peak, rel=0.05)

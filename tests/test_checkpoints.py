@@ -13,7 +13,7 @@ from runs import Died, at_step, die, losses, run
 import train.loop
 from runtime.locks import locked
 from runtime.signals import Stopped
-from train.checkpoint import newest_checkpoint, numbered
+from train.checkpoint import CheckpointWriter, newest_checkpoint, numbered
 from train.option_values import CacheUse, Every
 
 
@@ -60,17 +60,16 @@ def test_without_evals_the_newest_stay_and_a_stop_is_one_of_them(
 def test_nothing_goes_unless_the_new_checkpoint_is_whole(
     cache: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    real = train.loop.write_checkpoint
+    real = CheckpointWriter._seal
 
-    def write_badly(out: Path, step: int, *more: Any) -> Path:
-        path = real(out, step, *more)
-        if step == 3:
-            flip(path / name)
-        return path
+    def seal_badly(writer: CheckpointWriter, final: Path, *more: Any) -> None:
+        real(writer, final, *more)
+        if final.name == "checkpoint-3":
+            flip(final / name)
 
     settings: dict[str, Any] = {"checkpoint_every": Every(1), "keep": 1}
     with monkeypatch.context() as patch:
-        patch.setattr(train.loop, "write_checkpoint", write_badly)
+        patch.setattr(CheckpointWriter, "_seal", seal_badly)
         with pytest.raises(ValueError, match=f"checkpoint-3/{name}.*damaged"):
             run(cache, base, tmp_path, steps=5, **settings)
     assert list(numbered(tmp_path)) == [2, 3]

@@ -5,6 +5,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from itertools import count
@@ -17,7 +18,7 @@ from ranks import output_of, start
 from runs import assert_same_run, config_of, run
 
 import train.loop
-from train.checkpoint import newest_checkpoint, numbered, read_state
+from train.checkpoint import THREAD, newest_checkpoint, numbered, read_state
 from train.option_values import Every
 
 ROOT = Path(__file__).parent.parent
@@ -39,6 +40,7 @@ def run_and_crash(cache: Path, base: Path, where: Path, **settings: Any) -> dict
         return state_of(*args)
 
     def end_child(*args: Any) -> Any:
+        join_writer()
         if os.getpid() != parent:
             os._exit(0)
         states.update({step: read_state(path) for step, path in numbered(RUN).items()})
@@ -88,6 +90,13 @@ def test_a_run_that_dies_in_any_file_operation_goes_on_from_a_whole_checkpoint(
             run(cache, base, folder / RUN, **settings, resume=True)
             assert_same_run(RUN, folder / RUN)
     assert {state["step"] for state in states.values()} == {1, 2, 3}
+
+
+def join_writer() -> None:
+    """Wait for the thread that writes a checkpoint."""
+    for thread in threading.enumerate():
+        if thread.name == THREAD:
+            thread.join()
 
 
 def what_is_left(folder: Path) -> frozenset[tuple[str, bytes]]:

@@ -25,12 +25,14 @@ from precompute.encode import encode
 from precompute.prompts import change_prompts
 from precompute.settings import EncodeSettings
 from runtime.signals import Stopped
+from sdxl.base import open_base
 from shards.batches import Batch, Reader
 from shards.plan import Plan, RankShare
 from shards.reader import Cache
+from tests.made import learner_for
 from train.config import TrainConfig
 from train.distributed import DistContext
-from train.learner import build_learner, train_step, warm_up
+from train.learner import train_step, warm_up
 from train.loop import train as train_run
 from train.memory import Estimator
 from train.option_values import Every
@@ -82,7 +84,7 @@ def steps_on(device: str, cache: Path, base: Path, settings: Settings) -> Settin
     """What two steps come to."""
     torch.manual_seed(0)
     config = config_of(base, cache, device=device, **{**SMALL, **settings})
-    learner = build_learner(config, DistContext(torch.device(device)))
+    learner = learner_for(config, DistContext(torch.device(device)))
     on_gpu = learner.world.device.type == "cuda"
     _, batches = batches_of(cache, 2, pin=on_gpu)
     with Traffic() as traffic:
@@ -142,7 +144,7 @@ def wrapped_by_ddp(cache: Path, base: Path) -> Settings:
     """With what DDP is called for one of two ranks."""
     made: list[Settings] = []
     train.learner.DistributedDataParallel = lambda unet, **how: made.append(how)  # type: ignore
-    build_learner(config_of(base, cache, device="cuda"), DistContext(GPU, 0, 2))
+    learner_for(config_of(base, cache, device="cuda"), DistContext(GPU, 0, 2))
     return made[0]
 
 
@@ -156,7 +158,7 @@ def test_ddp_is_told_of_the_ranks_gpu(cuda: PretendedCuda, cache: Path, base: Pa
 def warm_up_on_cuda(cache: Path, base: Path, settings: Settings) -> int:
     """The most bytes that the optimizer's state was tried with."""
     config = config_of(base, cache, device="cuda", batch_size=1, **settings)
-    learner = build_learner(config, DistContext(GPU))
+    learner = learner_for(config, DistContext(GPU))
     plan, batches = batches_of(cache, 1, pin=True)
     batches.close()
     tried: list[int] = []
@@ -176,7 +178,7 @@ def test_the_warm_up_tries_the_state_of_every_optimizer(
 ) -> None:
     tried = cuda(warm_up_on_cuda, cache, base, {"optimizer": optimizer})
     config = config_of(base, cache, device="cuda", batch_size=1, optimizer=optimizer)
-    assert tried == Estimator(str(base), 77).estimate(config, (64, 64)).optimizer
+    assert tried == Estimator(open_base(base), 77).estimate(config, (64, 64)).optimizer
 
 
 def too_large(cache: Path, base: Path, out: Path) -> str:
@@ -189,7 +191,7 @@ def test_a_run_that_does_not_fit_says_so_before_its_folder_is_made(
     cuda: PretendedCuda, cache: Path, base: Path, tmp_path: Path
 ) -> None:
     config = config_of(base, cache, device="cuda", batch_size=2, full=True)
-    weights = Estimator(str(base), 77).estimate(config, (64, 64)).weights
+    weights = Estimator(open_base(base), 77).estimate(config, (64, 64)).weights
     said = cuda(too_large, cache, base, tmp_path / "run", total_memory=2 * weights)
     assert said.startswith("out of memory; the largest bucket is 64x64, at batch size 2")
     assert "--pure-bf16 (about" in said and "CUDA out of memory" in said

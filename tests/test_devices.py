@@ -16,8 +16,9 @@ from precompute.encoders import Encoders
 from precompute.settings import EncodeSettings
 from runtime.devices import has_bf16, pick_precision, to_device
 from runtime.workers import ALLOCATOR
+from sdxl.base import open_base
+from tests.made import learner_for
 from train.distributed import DistContext, StopVote, start_world
-from train.learner import build_learner
 
 CUDA = torch.device("cuda")
 ROOT = Path(__file__).parent.parent
@@ -75,15 +76,15 @@ def test_bf16_is_refused_where_the_gpu_has_none(capability: Any, base: Path) -> 
         pick_precision("bf16", CUDA)
     pure = config_of(base, full=True, pure_bf16=True)
     with pytest.raises(ValueError, match="--pure-bf16" + said):
-        build_learner(pure, DistContext(CUDA))
+        learner_for(pure, DistContext(CUDA))
     fused = config_of(base, full=True, fused_backward=True)
     with pytest.raises(ValueError, match=r"--fused-backward .* this GPU has no bf16"):
-        build_learner(fused, DistContext(CUDA))
+        learner_for(fused, DistContext(CUDA))
     settings = EncodeSettings(
         dataset=base, out=base, base=str(base), vae_dtype="bf16", device="cuda"
     )
     with pytest.raises(ValueError, match="--vae-dtype bf16" + said):
-        _ = Encoders(settings, 1).latents
+        _ = Encoders(settings, open_base(base), 1).latents
 
 
 @pytest.mark.parametrize("pinned", [False, True])

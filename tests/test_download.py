@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from sdxl import BaseError
+from sdxl.base import open_base
 from sdxl.hub import pick_files
 from sdxl.load import load_unet
-from tests.hub import REPO, Hub, serve
+from tests.hub import NEXT_REVISION, REPO, REVISION, Hub, serve
 
 ROOT = Path(__file__).parent.parent
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -75,6 +76,13 @@ def test_it_takes_what_a_base_needs(hub: Hub, base: Path, tmp_path: Path) -> Non
     assert hub.asked == []
 
 
+def test_a_revision_is_taken_where_one_is_named(hub: Hub, base: Path, tmp_path: Path) -> None:
+    hub.next_folder, hub.branch = tmp_path / "nothing", NEXT_REVISION
+    run = download(hub, tmp_path / "out", repo=f"{REPO}@{REVISION}")
+    assert run.returncode == 0, run.stderr
+    assert files(tmp_path / "out") == files(base)
+
+
 def test_a_broken_connection_is_tried_again(hub: Hub, base: Path, tmp_path: Path) -> None:
     hub.cut[UNET] = 100_000
     run = download(hub, tmp_path / "out")
@@ -96,7 +104,7 @@ def test_what_is_whole_is_kept(hub: Hub, base: Path, tmp_path: Path) -> None:
     assert not set(hub.asked) & {"vae/config.json", "model_index.json"}
     assert files(out) == files(base)
     assert not list(out.rglob("*.incomplete"))
-    load_unet(str(out), torch.float32)
+    load_unet(open_base(out).unet, torch.float32)
 
 
 def test_the_halves_where_they_are_asked_for(hub: Hub, tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ import infer.export
 import infer.export_model
 from infer.export import export
 from infer.settings import ExportSettings
-from sdxl.base import scheduler_config
-from sdxl.load import load_text_encoders, load_unet, load_unet_folder, load_vae
+from sdxl.base import ModelSource, open_base
+from sdxl.load import load_text_encoders, load_unet, load_vae
 from sdxl.lora.apply import load_lora
 from sdxl.lora.names import KOHYA, LORA, UNET
 from sdxl.lora.read import read_lora_file
@@ -148,17 +148,17 @@ def test_a_fine_tuned_unet_becomes_one_file(
     train(cache, base, tmp_path / "run", steps=2, full=True, lr=1e-2, **v)
     out = do(tmp_path / "run", tmp_path / "out.safetensors", base=str(base), dtype=dtype)
     kind = DTYPES[dtype]
-    one, two = load_text_encoders(str(base), kind)
+    one, two = load_text_encoders(open_base(base), kind)
     sources = {
-        "unet": load_unet_folder(tmp_path / "run" / "unet", kind),
-        "vae": load_vae(str(base), kind),
+        "unet": load_unet(ModelSource("unet", tmp_path / "run" / "unet"), kind),
+        "vae": load_vae(open_base(base).vae, kind),
         "text_encoder": one,
         "text_encoder_2": two,
     }
-    first, second = load_text_encoders(str(out), kind)
+    first, second = load_text_encoders(open_base(out), kind)
     found = {
-        "unet": load_unet(str(out), kind),
-        "vae": load_vae(str(out), kind),
+        "unet": load_unet(open_base(out).unet, kind),
+        "vae": load_vae(open_base(out).vae, kind),
         "text_encoder": first,
         "text_encoder_2": second,
     }
@@ -167,7 +167,7 @@ def test_a_fine_tuned_unet_becomes_one_file(
         assert expected.keys() == state.keys()
         assert all(torch.equal(state[n], tensor) for n, tensor in expected.items())
     assert num_changed(found["unet"].float().state_dict(), base) > 30
-    config = scheduler_config(str(out))
+    config = open_base(out).scheduler_config
     assert config["prediction_type"] == "v_prediction" and config["rescale_betas_zero_snr"] is True
     tensors = safetensors.torch.load_file(out)
     assert {"v_pred", "ztsnr"} <= tensors.keys()
@@ -198,16 +198,24 @@ def test_a_merged_lora_is_what_the_adapter_draws(
     scale = strength * (3 / 8**0.5 if settings["adapter"] == "rslora" else 16 / 4)
     expected = fused(base, unet, scale)
     out = do(tmp_path, tmp_path / "merged.safetensors", **common)
-    assert_close(load_unet(str(out), torch.float32).state_dict(), expected)
+    assert_close(load_unet(open_base(out).unet, torch.float32).state_dict(), expected)
     folder = do(tmp_path / KOHYA, tmp_path / "merged", **common)
     assert sorted(path.name for path in folder.iterdir()) == ["scheduler", "unet"]
     theirs = UNet2DConditionModel.from_pretrained(folder / "unet").state_dict()
     assert_close(theirs, expected)
     assert num_changed(theirs, base) == len(halves(unet)) > 40
     half = load_unet(
-        str(
-            do(tmp_path, tmp_path / "half.safetensors", base=str(base), merge=True, weight=strength)
-        ),
+        open_base(
+            str(
+                do(
+                    tmp_path,
+                    tmp_path / "half.safetensors",
+                    base=str(base),
+                    merge=True,
+                    weight=strength,
+                )
+            )
+        ).unet,
         torch.float16,
     )
     assert all(
@@ -222,12 +230,12 @@ def test_a_merge_has_the_text_encoders_parts_and_another_vae(base: Path, tmp_pat
     make_random_base(tmp_path / "other", seed=1)
     common: dict[str, Any] = {"base": str(base), "merge": True, "dtype": "fp32"}
     out = do(path, tmp_path / "out.safetensors", vae=str(tmp_path / "other" / "vae"), **common)
-    other = load_vae(str(tmp_path / "other"), torch.float32).state_dict()
-    written = load_vae(str(out), torch.float32).state_dict()
+    other = load_vae(open_base(tmp_path / "other").vae, torch.float32).state_dict()
+    written = load_vae(open_base(out).vae, torch.float32).state_dict()
     assert all(torch.equal(written[name], tensor) for name, tensor in other.items())
-    plain = load_text_encoders(str(base), torch.float32)
+    plain = load_text_encoders(open_base(base), torch.float32)
     for number, (one, merged) in enumerate(
-        zip(plain, load_text_encoders(str(out), torch.float32), strict=True), 1
+        zip(plain, load_text_encoders(open_base(out), torch.float32), strict=True), 1
     ):
         for name, tensor in merged.state_dict().items():
             key = f"lora_te{number}_" + f"text_model.{name.removeprefix('text_model.')}".replace(
@@ -334,7 +342,7 @@ def test_the_command(base: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert f"{out}: kohya LoRA of " in result.output and "rank 4, alpha 16, " in result.output
     assert metadata_of(out)["ss_output_name"] == "for-ui"
-    unet = load_unet(str(base), torch.float32)
+    unet = load_unet(open_base(base).unet, torch.float32)
     load_lora(unet, out)
     again = CliRunner().invoke(cli.commands, arguments)
     assert again.exit_code == 2 and "is there already" in again.output

@@ -12,7 +12,7 @@ from loras import made_lora
 from infer.export import export
 from infer.settings import ExportSettings, GenerateSettings, LoraUse
 from infer.weights import Weights
-from sdxl.base import scheduler_config
+from sdxl.base import open_base
 from sdxl.load import load_vae
 from sdxl.lora.names import KOHYA, LORA
 from sdxl.lora.write import lora_bytes
@@ -32,7 +32,8 @@ def lora_with(base: Path, folder: Path, **card: Any) -> Path:
 
 
 def chunks_of(out: Path, base: Path, **use: Any) -> int:
-    return Weights(GenerateSettings(base=str(base), out=out, prompt="a", **use)).num_chunks
+    settings = GenerateSettings(base=str(base), out=out, prompt="a", **use)
+    return Weights(settings, open_base(base)).num_chunks
 
 
 def test_long_captions(base: Path, tmp_path: Path) -> None:
@@ -55,7 +56,8 @@ def test_of_what_a_lora_does_not_say_the_base_decides(base: Path, tmp_path: Path
     told = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
     path.write_text(json.dumps(json.loads(path.read_bytes()) | told))
     lora = lora_with(tmp_path / "base", tmp_path, prediction_type="v_prediction")
-    found = scheduler_config(str(merged(tmp_path / "base", lora, tmp_path / "out.safetensors")))
+    out = merged(tmp_path / "base", lora, tmp_path / "out.safetensors")
+    found = open_base(out).scheduler_config
     assert {name: found[name] for name in told} == told
 
 
@@ -66,8 +68,8 @@ def test_a_vae_in_another_dtype_than_the_unet_keeps_its_bits(base: Path, tmp_pat
     safetensors.torch.save_file({n: t.half() for n, t in state.items()}, path, {"format": "pt"})
     made_lora(tmp_path / "base", tmp_path)
     out = merged(tmp_path / "base", tmp_path / LORA, tmp_path / "out.safetensors", "fp32")
-    expected = load_vae(str(tmp_path / "base"), torch.float32).state_dict()
-    found = load_vae(str(out), torch.float32).state_dict()
+    expected = load_vae(open_base(tmp_path / "base").vae, torch.float32).state_dict()
+    found = load_vae(open_base(out).vae, torch.float32).state_dict()
     assert any(not torch.equal(t, t.half().float()) for t in expected.values())
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 

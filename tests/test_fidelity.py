@@ -19,9 +19,10 @@ from shards.buckets import cover
 from shards.format import Sample
 from shards.plan import Plan, RankShare
 from shards.reader import Cache
+from tests.made import learner_for
 from train.config import TrainConfig
 from train.distributed import DistContext
-from train.learner import build_learner, train_step
+from train.learner import train_step
 from train.objective import (
     add_noise,
     alphas_cumprod,
@@ -220,7 +221,7 @@ def test_loss_and_gradients_are_the_plain_loops(
     torch.manual_seed(0)
     targets = None if full else "all"
     config = make_config(cache, base, full=full, prediction_type=kind, targets=targets)
-    learner = build_learner(config, DistContext(torch.device("cpu")))
+    learner = learner_for(config, DistContext(torch.device("cpu")))
     for parameter in learner.unet.parameters():  # LoRA starts at zero: half its gradients too
         if parameter.requires_grad and not full:
             torch.nn.init.normal_(parameter, std=0.05)
@@ -242,7 +243,7 @@ def test_accumulated_micro_batches_are_one_batch(cache: Path, base: Path) -> Non
     """Also where a batch is short: 5 samples as 2 + 2 + 1 weigh the same as 5 at once."""
     results = []
     for batch_size in (5, 2):
-        learner = build_learner(
+        learner = learner_for(
             make_config(cache, base, targets="all"), DistContext(torch.device("cpu"))
         )
         learner.max_grad_norm = 0.0
@@ -260,8 +261,8 @@ def test_twenty_steps_from_the_cache_are_twenty_steps_encoding_online(
     """The same noise, times and order; the reference opens images and runs VAE and encoders."""
     config = make_config(cache, base, targets="all")
     paths = {sample.key: sample for sample in samples_of(cache).values()}
-    ours = build_learner(config, DistContext(torch.device("cpu")))
-    theirs = build_learner(config, DistContext(torch.device("cpu")))
+    ours = learner_for(config, DistContext(torch.device("cpu")))
+    theirs = learner_for(config, DistContext(torch.device("cpu")))
     schedule = schedule_of(base)
     trained = [p for p in theirs.unet.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=1e-2)

@@ -24,11 +24,13 @@ from PIL import Image
 from runs import run
 
 from infer.export import export
-from infer.generate import _about, _plan, make_pipeline
+from infer.generate import _about, make_pipeline
+from infer.requests import plan_requests
 from infer.settings import ExportSettings, GenerateSettings, LoraUse
 from sdxl.lora.names import KOHYA, LORA
 from sdxl.lora.write import lora_bytes
 from sdxl.metadata import ModelMetadata
+from sdxl.prompts import parse_prompt
 from train.option_values import Every
 
 
@@ -231,7 +233,8 @@ def test_all_that_decides_a_picture_is_in_its_record(base: Path, tmp_path: Path)
     )
 
     def about() -> Any:
-        return _about(make_pipeline(settings), _plan(settings))
+        requests = plan_requests(settings, [parse_prompt("a")], 64)
+        return _about(make_pipeline(settings), requests)
 
     first = about()
     assert about() == first

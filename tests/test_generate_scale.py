@@ -31,6 +31,7 @@ from infer.pipeline import TEXT, UNET, VAE, ModelSlots
 from infer.requests import make_batches, plan_requests
 from infer.settings import GenerateSettings
 from runtime.locks import locked
+from sdxl.base import open_base
 from sdxl.load import load_vae
 from sdxl.prompts import Prompt
 from sdxl.sampling import decode_latents
@@ -156,7 +157,7 @@ def test_large_pictures_are_decoded_in_tiles(base: Path, tmp_path: Path) -> None
 
 
 def test_a_vae_that_overflows_in_half_decodes_in_fp32(base: Path) -> None:
-    vae: Any = load_vae(str(base), torch.float16)
+    vae: Any = load_vae(open_base(base).vae, torch.float16)
     with torch.no_grad():
         vae.decoder.conv_in.weight.mul_(3e4)
     latents = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -167,7 +168,7 @@ def test_a_vae_that_overflows_in_half_decodes_in_fp32(base: Path) -> None:
 
 
 def test_an_infinite_pixel_is_no_white_one(base: Path) -> None:
-    vae: Any = load_vae(str(base), torch.float16)
+    vae: Any = load_vae(open_base(base).vae, torch.float16)
     with torch.no_grad():
         vae.decoder.conv_out.bias.fill_(6e4)
         vae.decoder.conv_out.weight.mul_(1e4)  # the last layer: nothing after it makes NaN of inf

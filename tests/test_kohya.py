@@ -21,6 +21,7 @@ from loras import (
 )
 from safetensors import safe_open
 
+from sdxl.base import open_base
 from sdxl.load import bare_model, load_unet
 from sdxl.lora.apply import adaptable, load_lora
 from sdxl.lora.names import KOHYA, UNET, kohya_keys
@@ -99,7 +100,7 @@ def test_what_is_read_again_adds_the_same(
     base: Path, tmp_path: Path, settings: dict[str, Any], scale: float
 ) -> None:
     unet = made_lora(base, tmp_path, targets="all", **settings)
-    again = load_unet(str(base), torch.float32)
+    again = load_unet(open_base(base).unet, torch.float32)
     load_lora(again, tmp_path / KOHYA)
     found = state_after(again)
     assert_close(found, fused(base, unet, scale))

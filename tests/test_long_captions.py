@@ -16,6 +16,7 @@ from PIL import Image
 from infer.generate import generate
 from infer.settings import GenerateSettings, LoraUse
 from precompute.prompts import change_prompts
+from sdxl.base import open_base
 from sdxl.lora.apply import read_num_chunks
 from sdxl.metadata import read_long_captions
 from sdxl.text_encoders import TextEncoders
@@ -63,7 +64,7 @@ def test_chunks_are_what_the_pipeline_makes_of_each_piece(
     draw = random.Random(num_chunks)
     lengths = [0, 1, 74, 75, 76, 149, 150, 151, 300]
     texts = [" ".join(draw.choices(words, k=length)) for length in lengths]
-    encoders = TextEncoders(str(base), torch.float32, CPU, None, num_chunks)
+    encoders = TextEncoders(open_base(base), torch.float32, CPU, num_chunks)
     found = encoders.encode(texts, BATCH)
     assert found.prompt.shape[:2] == (len(texts), 77 * num_chunks)
     for row, (text, length) in enumerate(zip(texts, lengths, strict=True)):
@@ -76,7 +77,7 @@ def test_chunks_are_what_the_pipeline_makes_of_each_piece(
 def test_one_chunk_is_the_pipelines_own(base: Path, pipeline: Any) -> None:
     """Also of text that is no words."""
     texts = ["caf\u00e9 \U0001f642!", "a, b; (c:1.2)\n\td", "x" * 500, "  ", "<|endoftext|> a"]
-    found = TextEncoders(str(base), torch.float32, CPU).encode(texts, len(texts))
+    found = TextEncoders(open_base(base), torch.float32, CPU).encode(texts, len(texts))
     prompt, _, pooled, _ = pipeline.encode_prompt(texts, do_classifier_free_guidance=False)
     assert torch.equal(found.prompt, prompt)
     assert torch.equal(found.pooled, pooled)

@@ -18,6 +18,7 @@ from lycoris.modules.loha import LohaModule
 from lycoris.modules.lokr import LokrModule
 from lycoris.modules.norms import NormModule
 
+from sdxl.base import open_base
 from sdxl.load import load_unet
 from sdxl.lora.apply import merge_loras, merged_weights
 from sdxl.lora.names import UNET
@@ -99,7 +100,7 @@ def inputs_of(layer: Any) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def plain(base: Path) -> Any:
-    return load_unet(str(base), torch.float32)
+    return load_unet(open_base(base).unet, torch.float32)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -26,7 +26,7 @@ from loras import (
 )
 from made import made_batch
 
-from sdxl.base import read_config
+from sdxl.base import open_base, read_config
 from sdxl.load import bare_model, load_text_encoders, load_unet
 from sdxl.lora.apply import (
     apply_loras,
@@ -161,7 +161,7 @@ def test_each_form_adds_its_strength_times_its_product(
     unet, folder = adapted
     path, scale, kind = forms(unet, folder, tmp_path)[form]
     assert read_lora_file(path).kind == kind
-    again = load_unet(str(base), torch.float32)
+    again = load_unet(open_base(base).unet, torch.float32)
     load_lora(again, path)
     expected = fused(base, unet, scale)
     found = state_after(again)
@@ -192,8 +192,8 @@ def test_several_at_their_weights_draw_as_in_diffusers(base: Path, tmp_path: Pat
         for name in ("one", "two"):
             pipeline.load_lora_weights(str(tmp_path / name), adapter_name=name)
     pipeline.set_adapters(["one", "two"], [0.8, -0.5])
-    unet = load_unet(str(base), torch.float32)
-    plain = load_unet(str(base), torch.float32)
+    unet = load_unet(open_base(base).unet, torch.float32)
+    plain = load_unet(open_base(base).unet, torch.float32)
     apply_loras(unet, [(tmp_path / "one" / KOHYA, 0.8), (tmp_path / "two", -0.5)])
     assert not any(parameter.requires_grad for parameter in unet.parameters())
     results = []
@@ -213,8 +213,8 @@ def test_text_encoders_take_their_parts_as_in_diffusers(
     both = safetensors.torch.load_file(tmp_path / KOHYA) | text_lora(4, 8.0, (32, 48))
     path = write(tmp_path / "both.safetensors", both)
     pipeline = StableDiffusionXLPipeline.from_pretrained(str(base))
-    plain = load_text_encoders(str(base), torch.float32)
-    encoders = load_text_encoders(str(base), torch.float32)
+    plain = load_text_encoders(open_base(base), torch.float32)
+    encoders = load_text_encoders(open_base(base), torch.float32)
     pipeline.load_lora_weights(str(path))
     pipeline.set_adapters(pipeline.get_active_adapters(), 0.7)
     if naming == "ComfyUI":
@@ -229,7 +229,7 @@ def test_text_encoders_take_their_parts_as_in_diffusers(
             hidden = [one(tokens).last_hidden_state for one in (ours, reference, bare)]
         assert torch.allclose(hidden[0], hidden[1], atol=1e-5)
         assert (hidden[0] - hidden[2]).abs().max() > 0.05
-    again = load_unet(str(base), torch.float32)
+    again = load_unet(open_base(base).unet, torch.float32)
     with pytest.warns(UserWarning, match=r"both.safetensors: .* 4 modules of the text encoders"):
         load_lora(again, path)
     assert_close(state_after(again), fused(base, unet, 16 / 4))
@@ -399,7 +399,7 @@ def test_the_module_that_differs_keeps_its_rank_and_alpha(base: Path, tmp_path: 
     )
     kohya[f"{other}.lora_up.weight"] = torch.randn(len(kohya[f"{other}.lora_up.weight"]), 2)
     path = write(tmp_path / "mixed.safetensors", kohya)
-    again = load_unet(str(base), torch.float32)
+    again = load_unet(open_base(base).unet, torch.float32)
     load_lora(again, path)
     scales = {"to_k": 1.5 / 4, "to_v": 16 / 2}
     expected = fused(base, again, 16 / 4)
@@ -412,7 +412,7 @@ def test_the_module_that_differs_keeps_its_rank_and_alpha(base: Path, tmp_path: 
     written = tmp_path / "written.safetensors"
     written.write_bytes(diffusers_bytes({UNET: found}, ModelMetadata()))
     assert_close(fused_by_diffusers(base, written), expected)
-    third = load_unet(str(base), torch.float32)
+    third = load_unet(open_base(base).unet, torch.float32)
     load_lora(third, written)
     assert_close(state_after(third), expected)
 
@@ -426,7 +426,7 @@ def test_what_is_bundled_with_a_lora_is_named_and_not_used(base: Path, tmp_path:
         "_aux.step": torch.ones(1),
     }
     path = write(tmp_path / "bundle.safetensors", tensors)
-    again = load_unet(str(base), torch.float32)
+    again = load_unet(open_base(base).unet, torch.float32)
     with pytest.warns(UserWarning) as told:
         load_lora(again, path)
     messages = [str(one.message) for one in told]

@@ -11,12 +11,14 @@ from click.testing import CliRunner
 
 import train.unet
 from cli import commands
+from sdxl.base import open_base
 from shards.batches import Reader
 from shards.plan import Plan, RankShare
 from shards.reader import Cache
+from tests.made import learner_for
 from train.config import TrainConfig
 from train.distributed import DistContext
-from train.learner import Learner, build_learner, train_step, warm_up
+from train.learner import Learner, train_step, warm_up
 from train.loop import train as run_train
 from train.memory import Estimator, advice
 from train.option_values import CacheUse
@@ -63,7 +65,7 @@ def test_the_warm_up_leaves_everything_bit_unchanged(
     """Weights, average, optimizer, scaler and generators; and the steps after it are the same."""
     config = config_of(cache, base, warm_up=True, **settings)
     _, plan = plan_of(cache)
-    learner = build_learner(config, DistContext(CPU))
+    learner = learner_for(config, DistContext(CPU))
     before, generator = weights_of(learner), torch.get_rng_state()
     scaler = learner.scaler.state_dict()
     seen: list[torch.Size] = []
@@ -78,7 +80,7 @@ def test_the_warm_up_leaves_everything_bit_unchanged(
     assert learner.scaler.state_dict() == scaler
     assert torch.equal(torch.get_rng_state(), generator)
     assert all(p.grad is None for p in learner.unet.parameters())
-    cold = build_learner(config, DistContext(CPU))
+    cold = learner_for(config, DistContext(CPU))
     assert steps_of(learner, cache, 3) == steps_of(cold, cache, 3)
     one, two = weights_of(learner), weights_of(cold)
     assert all(torch.equal(one[name], two[name]) for name in one)
@@ -109,7 +111,7 @@ def test_a_run_that_does_not_fit_says_so_before_its_folder_is_made(
 def test_estimates_of_the_real_sdxl(sdxl_configs: Path) -> None:
     """Saved activations were measured elsewhere: LoRA 1.42 and 5.61 GB an image, with
     checkpointing 0.15-0.18 and 0.61-0.74."""
-    estimator = Estimator(str(sdxl_configs), 77)
+    estimator = Estimator(open_base(sdxl_configs), 77)
     lora = config_of(Path("x"), sdxl_configs, device="cuda", rank=4, batch_size=1)
     assert estimator.num_trained(lora) == 5_806_080
     for bucket, plain, checkpointed in (
@@ -134,17 +136,24 @@ def test_adafactors_state_is_estimated_as_it_is(
     cache: Path, base: Path, settings: Settings
 ) -> None:
     config = config_of(cache, base, optimizer="adafactor", **settings)
-    learner = build_learner(config, DistContext(CPU))
+    learner = learner_for(config, DistContext(CPU))
     steps_of(learner, cache, 1)
     tensors, _ = learner.optimizer.state()
     state = sum(t.nbytes for name, t in tensors.items() if not name.endswith("|step"))
-    found = Estimator(str(base), 77, device="cpu").estimate(config, (64, 64))
+    found = Estimator(open_base(base), 77, device="cpu").estimate(config, (64, 64))
     assert found.optimizer == state
 
 
 def test_advice_is_a_line_with_the_reason(cache: Path, base: Path) -> None:
     config = config_of(cache, base, gradient_checkpointing=False, batch_size=8)
-    line = advice(config, (64, 64), 77, 1, RuntimeError("CUDA out of memory. Tried 2 GiB.\nMore."))
+    line = advice(
+        config,
+        open_base(base),
+        (64, 64),
+        77,
+        1,
+        RuntimeError("CUDA out of memory. Tried 2 GiB.\nMore."),
+    )
     assert line.startswith(
         "out of memory; the largest bucket is 64x64, at batch size 8; what would save"
     )
@@ -169,7 +178,7 @@ def test_compiled_blocks_train_the_same(cache: Path, base: Path, traced: None) -
     found = []
     for compiled in (False, True):
         config = config_of(cache, base, compile=compiled, targets="attention-out")
-        learner = build_learner(config, DistContext(CPU))
+        learner = learner_for(config, DistContext(CPU))
         torch._dynamo.utils.counters.clear()
         found.append(steps_of(learner, cache, 6))
         graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
@@ -191,14 +200,14 @@ def test_what_cannot_be_compiled_is_an_error(
         return plain(self, *args, **kwargs)
 
     monkeypatch.setattr(BasicTransformerBlock, "forward", breaks)
-    learner = build_learner(config_of(cache, base, compile=True), DistContext(CPU))
+    learner = learner_for(config_of(cache, base, compile=True), DistContext(CPU))
     with pytest.raises(torch._dynamo.exc.Unsupported):
         steps_of(learner, cache, 1)
 
 
 def test_channels_last_trains_the_same(cache: Path, base: Path) -> None:
-    plain = build_learner(config_of(cache, base), DistContext(CPU))
-    last = build_learner(config_of(cache, base, channels_last=True), DistContext(CPU))
+    plain = learner_for(config_of(cache, base), DistContext(CPU))
+    last = learner_for(config_of(cache, base, channels_last=True), DistContext(CPU))
     weight = last.unet.conv_in.weight
     assert weight.is_contiguous(memory_format=torch.channels_last)
     assert steps_of(plain, cache, 3) == pytest.approx(steps_of(last, cache, 3), abs=1e-5)
@@ -212,7 +221,7 @@ def test_a_dry_run_says_what_would_be(cache: Path, base: Path, tmp_path: Path) -
     assert run.exit_code == 0, run.output
     assert not (tmp_path / "run").exists()
     lines = run.output.splitlines()
-    learner = build_learner(config_of(cache, base, rank=4), DistContext(CPU))
+    learner = learner_for(config_of(cache, base, rank=4), DistContext(CPU))
     trained = sum(p.numel() for p in learner.optimizer.parameters.values())
     assert lines[0].startswith(f"trained parameters: {trained:,} (lora, rank 4, alpha 16")
     assert "samples an epoch: 42, from 2 caches" in lines[1]

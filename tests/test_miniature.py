@@ -12,7 +12,7 @@ from PIL import Image, ImageChops
 
 import infer.generate
 from infer.settings import GenerateSettings
-from sdxl.base import MINIATURE_FOLDER, component_path
+from sdxl.base import MINIATURE_FOLDER, open_base
 from sdxl.load import load_tokenizers, load_vae
 from sdxl.sampling import scale_mean, scale_std
 from shards.buckets import cover
@@ -61,7 +61,7 @@ def test_it_is_small_and_readable_by_all() -> None:
 def test_its_name_works_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "miniature").mkdir()  # a folder of that name is ./miniature
-    assert component_path("miniature", "unet") == MINIATURE_FOLDER / "unet"
+    assert open_base("miniature").unet.path == MINIATURE_FOLDER / "unet"
 
 
 def test_it_is_an_sdxl() -> None:
@@ -82,7 +82,7 @@ def test_it_is_an_sdxl() -> None:
 
 
 def test_its_tokenizers_take_any_text_and_pad_as_sdxls_do() -> None:
-    first, second = load_tokenizers("miniature")
+    first, second = load_tokenizers(open_base("miniature"))
     for tokenizer in (first, second):
         assert tokenizer.model_max_length == 77
         for text in ("a small red heart", "zebra æøå 漢字 🙂"):
@@ -95,7 +95,7 @@ def test_its_tokenizers_take_any_text_and_pad_as_sdxls_do() -> None:
 
 
 def test_its_scaled_latents_have_variance_1() -> None:
-    vae = load_vae("miniature", torch.float32)
+    vae = load_vae(open_base("miniature").vae, torch.float32)
     with torch.inference_mode():
         posterior = vae.encode(in_units(drawn(OLD_SHAPES, 64))).latent_dist
     std = scale_std(vae.config, posterior.std)
@@ -107,7 +107,7 @@ def test_its_scaled_latents_have_variance_1() -> None:
 
 
 def test_its_vae_shows_shapes_that_it_was_not_trained_on() -> None:
-    vae = load_vae("miniature", torch.float32)
+    vae = load_vae(open_base("miniature").vae, torch.float32)
     scenes, _ = fresh_prompts(48, NEW_SHAPES, seed=3)
     pictures = [draw_scene(scene, random.Random(number)) for number, scene in enumerate(scenes)]
     with torch.inference_mode():

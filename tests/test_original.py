@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionM
 from safetensors import safe_open
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from sdxl.base import model_config
+from sdxl.base import ModelSource, open_base
 from sdxl.fingerprint import config_digest, weights_digest
 from sdxl.load import load_text_encoders, load_unet, load_vae
 from sdxl.metadata import Schedule
@@ -95,16 +95,17 @@ def test_diffusers_own_reader_finds_the_same_weights(single: Path, base: Path) -
             assert torch.equal(found[key], tensor), (name, key)
 
 
+def load_all(path: Path, dtype: torch.dtype) -> list[Any]:
+    base = open_base(path)
+    encoders = load_text_encoders(base, dtype)
+    return [load_unet(base.unet, dtype), load_vae(base.vae, dtype), *encoders]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_model_of_the_file_is_that_of_the_folder(
     single: Path, base: Path, dtype: torch.dtype
 ) -> None:
-    for load in (
-        load_unet,
-        load_vae,
-        *(lambda b, d, n=n: load_text_encoders(b, d)[n] for n in (0, 1)),
-    ):
-        ours, theirs = load(str(single), dtype), load(str(base), dtype)
+    for ours, theirs in zip(load_all(single, dtype), load_all(base, dtype), strict=True):
         first, second = ours.state_dict(), theirs.state_dict()
         assert list(first) == list(second)
         for name in first:
@@ -118,8 +119,10 @@ def test_a_model_of_the_file_is_that_of_the_folder(
 
 @pytest.mark.parametrize("component", MODELS)
 def test_digests_of_file_and_folder_agree(single: Path, base: Path, component: str) -> None:
-    assert weights_digest(single, component) == weights_digest(base / component, component)
-    first, second = (config_digest(model_config(str(b), component)[1]) for b in (single, base))
+    assert weights_digest(open_base(single).model(component)) == weights_digest(
+        ModelSource(component, base / component)
+    )
+    first, second = (config_digest(open_base(b).model(component).config) for b in (single, base))
     assert first == second
 
 
@@ -127,7 +130,7 @@ def test_the_digest_is_over_name_dtype_shape_and_bytes_in_order(base: Path, sing
     digest = hashlib.sha256()
     for name, tensor in sorted(parts_of(base)["text_encoder_2"].tensors.items()):
         digest.update(f"{name} F32 {list(tensor.shape)}\n".encode() + tensor.numpy().tobytes())
-    assert weights_digest(single, "text_encoder_2") == digest.hexdigest()
+    assert weights_digest(open_base(single).model("text_encoder_2")) == digest.hexdigest()
 
 
 def test_a_changed_number_changes_the_digest_of_its_model_alone(
@@ -140,7 +143,8 @@ def test_a_changed_number_changes_the_digest_of_its_model_alone(
     changed = [
         name
         for name in MODELS
-        if weights_digest(single, name) != weights_digest(tmp_path / "other.safetensors", name)
+        if weights_digest(open_base(single).model(name))
+        != weights_digest(open_base(tmp_path / "other.safetensors").model(name))
     ]
     assert changed == ["text_encoder_2"]
 
@@ -161,7 +165,9 @@ def test_older_names_in_a_folder_have_the_same_digest(base: Path, tmp_path: Path
         tensors = {rename(name): tensor for name, tensor in part.tensors.items()}
         assert tensors.keys() != part.tensors.keys()
         safetensors.torch.save_file(tensors, folder / "model.safetensors")
-        assert weights_digest(folder, component) == weights_digest(base / component, component)
+        assert weights_digest(ModelSource(component, folder)) == weights_digest(
+            ModelSource(component, base / component)
+        )
 
 
 def test_the_file_is_one_that_the_library_reads_and_the_same_each_time(
@@ -191,7 +197,7 @@ def test_mixed_dtypes_are_kept(base: Path, tmp_path: Path) -> None:
     dtypes = {name: one.dtype for name, one in read_header(path)[0].items()}
     assert {d for n, d in dtypes.items() if n.startswith(PREFIXES["unet"])} == {"BF16"}
     assert {d for n, d in dtypes.items() if n.startswith(PREFIXES["vae"])} == {"F32"}
-    unet = load_unet(str(path), torch.bfloat16)
+    unet = load_unet(open_base(path).unet, torch.bfloat16)
     assert all(torch.equal(tensor, halves[name]) for name, tensor in unet.state_dict().items())
 
 

@@ -25,6 +25,7 @@ import cli
 from precompute.images.decode import open_picture
 from precompute.images.variants import render
 from precompute.prompts import change_prompts
+from sdxl.base import open_base
 from sdxl.latent_rgb import LatentSums, latents_to_rgb
 from sdxl.load import load_scheduler, load_unet, load_vae
 from sdxl.sampling import decode_latents
@@ -78,7 +79,7 @@ def previews(prompted: Path) -> PreviewPrompts:
 
 @pytest.fixture
 def unet(base: Path) -> Any:
-    return load_unet(str(base), torch.float32)
+    return load_unet(open_base(base).unet, torch.float32)
 
 
 def run(*arguments: Any) -> tuple[int, str]:
@@ -441,9 +442,14 @@ def test_a_sheet_shows_what_the_pipeline_draws(
     base: Path, unet: Any, previews: PreviewPrompts
 ) -> None:
     """In true color, the same seeds, sizes and settings give diffusers' own images."""
-    vae = load_vae(str(base), torch.float32)
+    vae = load_vae(open_base(base).vae, torch.float32)
     sheet = draw_previews(
-        unet, load_scheduler(str(base)), previews, vae=vae, num_steps=4, guidance_scale=3.0
+        unet,
+        load_scheduler(open_base(base)),
+        previews,
+        vae=vae,
+        num_steps=4,
+        guidance_scale=3.0,
     )
     pipeline = StableDiffusionXLPipeline.from_pretrained(str(base))
     pipeline.set_progress_bar_config(disable=True)
@@ -483,7 +489,7 @@ def test_without_a_vae_the_colours_are_of_the_map(
         return kept[-1]
 
     monkeypatch.setattr("train.preview.latents_to_rgb", keep)
-    sheet = draw_previews(unet, load_scheduler(str(base)), previews, num_steps=2)
+    sheet = draw_previews(unet, load_scheduler(open_base(base)), previews, num_steps=2)
     first, second = tiles_of(sheet)
     assert [rgb.shape for rgb in kept] == [(1, 3, 8, 8), (1, 3, 6, 10)]
     inner = first.reshape(8, 64, 8, 64, 3)[:, 24:40, :, 24:40].mean(axis=(1, 3))
@@ -498,7 +504,7 @@ def test_drawing_leaves_no_trace(base: Path, unet: Any, previews: PreviewPrompts
     unet.enable_gradient_checkpointing()
     unet.conv_in.requires_grad_(True)
     torch.manual_seed(5)
-    scheduler = load_scheduler(str(base))
+    scheduler = load_scheduler(open_base(base))
     modes = [module.training for module in unet.modules()]
     weights = {name: value.clone() for name, value in unet.state_dict().items()}
     before, settings = torch.get_rng_state(), dict(scheduler.config)
@@ -528,7 +534,7 @@ def test_under_autocast_training_keeps_its_gradients(
 ) -> None:
     """Drawn inside the caller's autocast, no weight cast without gradients may be left behind."""
     unet.requires_grad_(True)
-    scheduler = load_scheduler(str(base))
+    scheduler = load_scheduler(open_base(base))
     exact = draw_previews(unet, scheduler, previews, num_steps=2)
     with torch.autocast("cpu", torch.bfloat16):
         rough = draw_previews(unet, scheduler, previews, autocast=torch.bfloat16, num_steps=2)
@@ -546,7 +552,7 @@ def test_a_sharded_unet_is_drawn_and_still_trains(
     base: Path, unet: Any, previews: PreviewPrompts
 ) -> None:
     """FSDP gathers weights into buffers made by its first forward: they must take gradients."""
-    scheduler = load_scheduler(str(base))
+    scheduler = load_scheduler(open_base(base))
     expected = draw_previews(unet, scheduler, previews, num_steps=2)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
@@ -563,8 +569,8 @@ def test_a_lora_in_half_precision_is_drawn(base: Path, previews: PreviewPrompts)
     """A frozen base in bf16 with fp32 adapters, as a LoRA run has it."""
     from peft import LoraConfig
 
-    unet = load_unet(str(base), torch.bfloat16)
-    scheduler = load_scheduler(str(base))
+    unet = load_unet(open_base(base).unet, torch.bfloat16)
+    scheduler = load_scheduler(open_base(base))
     plain = draw_previews(unet, scheduler, previews, num_steps=2)
     unet.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_k", "to_v"]))
     for name, parameter in unet.named_parameters():
@@ -579,21 +585,23 @@ def test_a_run_that_went_astray_still_has_a_sheet(
     base: Path, unet: Any, previews: PreviewPrompts
 ) -> None:
     unet.conv_out.bias.data.fill_(float("nan"))
-    (first, _) = tiles_of(draw_previews(unet, load_scheduler(str(base)), previews, num_steps=2))
+    (first, _) = tiles_of(
+        draw_previews(unet, load_scheduler(open_base(base)), previews, num_steps=2)
+    )
     assert not first.any()
 
 
 def test_the_sampler_is_told_what_the_run_trains(base: Path) -> None:
-    plain = load_scheduler(str(base))
+    plain = load_scheduler(open_base(base))
     assert plain.config.prediction_type == "epsilon"
     assert not plain.config.rescale_betas_zero_snr
-    told = load_scheduler(str(base), "v_prediction", True)
+    told = load_scheduler(open_base(base), "v_prediction", True)
     assert type(told) is type(plain)
     assert told.config.prediction_type == "v_prediction"
     told.set_timesteps(10)
     assert told.timesteps[0] == 999  # where the noise is pure
     assert told.alphas_cumprod[-1] < 1e-6 < plain.alphas_cumprod[-1]
-    again = load_scheduler(str(base), None, False)
+    again = load_scheduler(open_base(base), None, False)
     assert dict(again.config) == dict(plain.config)
 
 
@@ -601,7 +609,9 @@ def test_the_prediction_type_changes_the_sheet(
     base: Path, unet: Any, previews: PreviewPrompts
 ) -> None:
     sheets = [
-        np.asarray(draw_previews(unet, load_scheduler(str(base), *told), previews, num_steps=3))
+        np.asarray(
+            draw_previews(unet, load_scheduler(open_base(base), *told), previews, num_steps=3)
+        )
         for told in ((), ("epsilon", False), ("v_prediction", False), ("v_prediction", True))
     ]
     assert np.array_equal(sheets[0], sheets[1])
@@ -615,7 +625,7 @@ def test_a_sampler_without_zero_snr_is_warned_of(base: Path, tmp_path: Path) -> 
     settings = json.loads(config.read_text()) | {"_class_name": "PNDMScheduler"}
     config.write_text(json.dumps(settings))
     with pytest.warns(UserWarning, match=r"without rescale_betas_zero_snr: .* PNDMScheduler"):
-        assert load_scheduler(str(other), "v_prediction", True).config.skip_prk_steps is False
+        assert load_scheduler(open_base(other), "v_prediction", True).config.skip_prk_steps is False
 
 
 def test_a_cache_without_pictures_is_refused(prompted: Path) -> None:

@@ -15,6 +15,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from cli import commands
+from sdxl.base import open_base
 from shards.reader import Cache
 from tests.singles import write_single
 from train.caches import check_encoders
@@ -209,7 +210,7 @@ def test_an_unknown_hub_id_gets_one_line(watched: dict[str, dict[str, Any]]) -> 
 def test_with_known_fingerprints_nobody_reads_the_encoders(
     own_base: Path, cache: Path, run_train: Train
 ) -> None:
-    check_encoders(Cache(cache), str(own_base))  # fills the store
+    check_encoders(Cache(cache), open_base(own_base))  # fills the store
     for name in ENCODERS:
         path = weights_of(own_base, name)
         stat = path.stat()
@@ -246,10 +247,10 @@ def test_a_cache_made_with_a_vae_of_its_own_is_taken(
 ) -> None:
     flip_last_byte(weights_of(own_base, "vae"))
     made = encode_to(pictures, tmp_path / "other-vae", vae=str(own_base / "vae"))
-    check_encoders(Cache(made), str(base))
+    check_encoders(Cache(made), open_base(base))
     plain = encode_to(pictures, tmp_path / "own-vae", base=str(own_base))
     with pytest.raises(ValueError, match="made with another vae than"):
-        check_encoders(Cache(plain), str(base))
+        check_encoders(Cache(plain), open_base(base))
 
 
 def test_a_unet_of_another_width_is_refused(own_base: Path, cache: Path, run_train: Train) -> None:

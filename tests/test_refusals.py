@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from made import CPU, config_of, made_sample, write_cache
 
+from sdxl.base import Base, open_base
 from shards.reader import Cache
 from train.caches import open_data
 from train.distributed import DistContext
@@ -120,7 +121,7 @@ def test_what_the_processes_cannot_do_is_refused_before_anything_is_loaded(
     settings: dict[str, Any], size: int, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message) as caught:
-        build_learner(config_of("no such base", **settings), DistContext(CPU, 0, size))
+        build_learner(config_of(**settings), Base("no such base"), DistContext(CPU, 0, size))
     assert "\n" not in str(caught.value)
 
 
@@ -147,7 +148,8 @@ def made_encoders(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def open_two(base: Path, *uses: CacheUse, **settings: Any) -> list[Cache]:
-    return open_data(config_of(base, caches=uses, **settings), DistContext(CPU))[0]
+    config = config_of(base, caches=uses, **settings)
+    return open_data(config, open_base(base), DistContext(CPU))[0]
 
 
 @pytest.mark.usefixtures("made_encoders")

@@ -408,14 +408,14 @@ def test_a_disk_that_fills_is_named_with_what_is_still_good(
     """In the second checkpoint, in the middle of a file; before it, by its size; and at the end."""
     settings: dict[str, Any] = {"steps": 2, "checkpoint_every": Every(1), "full": full}
     result = tmp_path / (UNET if full else LORA)
-    real = train.checkpoint.write_tensors
+    real = safetensors.torch.save_file
 
     def no_space(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    def write_half(folder: Path, *given: Any, **more: Any) -> None:
-        real(folder, *given, **more)
-        if "checkpoint-2" in str(folder):
+    def write_half(tensors: Any, path: Path, **more: Any) -> None:
+        real(tensors, path, **more)
+        if "checkpoint-2" in str(path):
             raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     def ends(match: str, good: int, **more: Any) -> None:
@@ -429,7 +429,7 @@ def test_a_disk_that_fills_is_named_with_what_is_still_good(
         assert found and found[1]["step"] == good
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.checkpoint, "write_tensors", write_half)
+        patch.setattr(safetensors.torch, "save_file", write_half)
         ends("checkpoint-2: cannot be written: the disk is full", 1)
     with monkeypatch.context() as patch:
         patch.setattr(train.weights, "free_bytes", lambda folder: 10_000)

@@ -13,6 +13,7 @@ from PIL import Image
 from runs import losses
 
 from precompute.prompts import change_prompts
+from sdxl.base import open_base
 from sdxl.load import load_scheduler, load_unet, load_vae
 from sdxl.lora.names import LORA
 from shards.reader import Cache
@@ -67,8 +68,8 @@ def test_previews_change_nothing_but_what_is_seen(
     assert sheets == [f"step-{step:06d}.png" for step in (0, 2, 4)]
     previews = read_preview_prompts(Cache(prompted))
     assert previews is not None
-    unet = load_unet(str(base), torch.float32)
-    first = pixels(draw_previews(unet, load_scheduler(str(base)), previews))
+    unet = load_unet(open_base(base).unet, torch.float32)
+    first = pixels(draw_previews(unet, load_scheduler(open_base(base)), previews))
     assert np.abs(pixels(drawn / "previews" / sheets[0]) - first).max() <= 1
     assert not np.array_equal(pixels(drawn / "previews" / sheets[2]), first), "it has learned"
 
@@ -77,8 +78,11 @@ def test_true_colours_are_the_vaes(prompted: Path, base: Path, tmp_path: Path) -
     out = run(prompted, base, tmp_path / "run", preview_every=Every(9), preview_vae=True)
     previews = read_preview_prompts(Cache(prompted))
     assert previews is not None
-    unet, vae = load_unet(str(base), torch.float32), load_vae(str(base), torch.float32)
-    expected = draw_previews(unet, load_scheduler(str(base)), previews, vae=vae)
+    unet, vae = (
+        load_unet(open_base(base).unet, torch.float32),
+        load_vae(open_base(base).vae, torch.float32),
+    )
+    expected = draw_previews(unet, load_scheduler(open_base(base)), previews, vae=vae)
     found = pixels(out / "previews" / "step-000000.png")
     assert np.abs(found - pixels(expected)).max() <= 1
 

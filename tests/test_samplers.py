@@ -12,6 +12,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from drawing import PROMPTS, check_same, differ, draw, drawn_by, reference
 
+from sdxl.base import open_base
 from sdxl.metadata import Schedule
 from sdxl.prompts import SAMPLERS
 from sdxl.sampling import load_sampler
@@ -86,7 +87,7 @@ def test_noise_on_the_way_is_each_pictures_own(base: Path, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("name", [None, *SAMPLERS])
 def test_a_fine_tunes_schedule_wins_over_the_bases(base: Path, name: str | None) -> None:
-    sampler = load_sampler(str(base), name, Schedule("v_prediction", True))
+    sampler = load_sampler(open_base(base), name, Schedule("v_prediction", True))
     config = sampler.config
     assert config.prediction_type == "v_prediction" and config.timestep_spacing == "trailing"
     assert config.rescale_betas_zero_snr and config.beta_end == 0.012

@@ -26,6 +26,7 @@ from precompute.sanity import (
     measure_drawings,
     measure_picture,
 )
+from sdxl.base import open_base, open_vae
 from sdxl.load import load_vae
 from shards.buckets import cover
 from shards.manifest import MANIFEST
@@ -142,7 +143,7 @@ def test_a_wrong_scaling_factor_of_a_vae_is_seen(base: Path, tmp_path: Path) -> 
     config = json.loads((folder / "config.json").read_text())
     for factor, num in ((0.25, 0), (3.0, 1), (0.01, 1)):
         (folder / "config.json").write_text(json.dumps(config | {"scaling_factor": factor}))
-        found = measure_drawings(LatentEncoder(str(folder), torch.float32, CPU, 2))
+        found = measure_drawings(LatentEncoder(open_vae(str(folder)), torch.float32, CPU, 2))
         lines = alarms_of_drawings(found)
         assert len(lines) == num
         assert all("scaling_factor" in line for line in lines)
@@ -151,14 +152,16 @@ def test_a_wrong_scaling_factor_of_a_vae_is_seen(base: Path, tmp_path: Path) -> 
 def test_a_posterior_twice_as_wide_is_seen(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real: Any = precompute.latents.scale_std
     monkeypatch.setattr(precompute.latents, "scale_std", lambda *args: 2 * real(*args))
-    (line,) = alarms_of_drawings(measure_drawings(LatentEncoder(str(base), torch.float32, CPU, 2)))
+    (line,) = alarms_of_drawings(
+        measure_drawings(LatentEncoder(open_base(base).vae, torch.float32, CPU, 2))
+    )
     assert "the posterior's std of built-in drawings is 2 times" in line
 
 
 def test_the_figures_are_those_of_diffusers(base: Path) -> None:
     """PSNR, mean and std of the drawings, by the plain formulas."""
-    vae: Any = load_vae(str(base), torch.float32)
-    found = measure_drawings(LatentEncoder(str(base), torch.float32, CPU, 2))
+    vae: Any = load_vae(open_base(base).vae, torch.float32)
+    found = measure_drawings(LatentEncoder(open_base(base).vae, torch.float32, CPU, 2))
     pixels = np.stack(draw()).astype(np.float32)
     assert pixels.shape == (2, SIDE, SIDE, 3)
     tensor = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
@@ -174,7 +177,7 @@ def test_the_figures_are_those_of_diffusers(base: Path) -> None:
 
 
 def test_only_what_can_be_opened_by_another_way_is_compared(base: Path) -> None:
-    encoder = LatentEncoder(str(base), torch.float32, CPU, 1)
+    encoder = LatentEncoder(open_base(base).vae, torch.float32, CPU, 1)
     geometry = cover((96, 64), (64, 48))
     image = scene()
     stored = encoder.encode(render(image, geometry)[None]).mean[0]
@@ -201,7 +204,7 @@ def test_only_what_can_be_opened_by_another_way_is_compared(base: Path) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
 def test_latents_that_are_no_numbers_are_all_wrong(base: Path, value: float) -> None:
-    encoder = LatentEncoder(str(base), torch.float32, CPU, 1)
+    encoder = LatentEncoder(open_base(base).vae, torch.float32, CPU, 1)
     stored = torch.full((4, 6, 8), value)
     found = measure_picture(encoder, "a", saved(scene(), "PNG"), cover((96, 64), (64, 48)), stored)
     assert found is not None

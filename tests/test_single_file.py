@@ -18,12 +18,11 @@ import sdxl.load
 from infer.settings import GenerateSettings
 from precompute.prompts import change_prompts
 from sdxl import BaseError
-from sdxl.base import scheduler_config, vae_config
+from sdxl.base import open_base, open_vae
 from sdxl.fingerprint import tokenizer_digest, weights_digest
 from sdxl.load import load_scheduler, load_tokenizers, load_vae
 from sdxl.metadata import Schedule
 from sdxl.original_names import PREFIXES
-from sdxl.tokenizers import find_tokenizer
 from shards.manifest import SCAN, read_manifest
 from shards.reader import Cache
 from tests.runs import LORA, UNET, losses, run, same_weights
@@ -142,7 +141,7 @@ def test_prompts_and_checks_take_file_and_folder_for_the_same(
     single: Path, base: Path, cache: Path, tmp_path: Path
 ) -> None:
     own = shutil.copytree(cache, tmp_path / "cache")
-    check_encoders(Cache(own), str(single))
+    check_encoders(Cache(own), open_base(single))
     (tmp_path / "prompts.txt").write_text("a cat\n")
     change_prompts(own, tmp_path / "prompts.txt", str(single), "cpu", base)
     mine = (own / "prompts.safetensors").read_bytes()
@@ -176,9 +175,9 @@ def test_what_it_predicts_is_read(
 ) -> None:
     path = tmp_path / "one.safetensors"
     write_single(base, path, schedule=Schedule(kind, zero_snr))
-    config = scheduler_config(str(path))
+    config = open_base(path).scheduler_config
     assert config["prediction_type"] == kind
-    scheduler = load_scheduler(str(path))
+    scheduler = load_scheduler(open_base(path))
     assert scheduler.config.prediction_type == kind
     assert bool(scheduler.config.rescale_betas_zero_snr) is bool(zero_snr)
     assert (scheduler.config.timestep_spacing == "trailing") is bool(zero_snr)
@@ -195,7 +194,7 @@ def test_the_metadata_of_other_trainers_says_what_it_predicts(single: Path, tmp_
     for stated, kind in (("v", "v_prediction"), ("epsilon", "epsilon")):
         about = {"modelspec.prediction_type": stated}
         safetensors.torch.save_file(tensors, path, metadata=about)
-        assert scheduler_config(str(path))["prediction_type"] == kind
+        assert open_base(path).scheduler_config["prediction_type"] == kind
 
 
 def test_a_vae_of_its_own(single: Path, base: Path, tmp_path: Path) -> None:
@@ -213,12 +212,12 @@ def test_a_vae_of_its_own(single: Path, base: Path, tmp_path: Path) -> None:
     theirs = tmp_path / "theirs" / "vae.safetensors"
     shutil.copytree(base / "vae", theirs.parent)
     next(theirs.parent.glob("*.safetensors")).rename(theirs)
-    expected = load_vae(str(base), torch.float32).state_dict()
+    expected = load_vae(open_base(base).vae, torch.float32).state_dict()
     for source in (single, alone, theirs, base / "vae"):
-        found = load_vae(str(source), torch.float32)
+        found = load_vae(open_vae(str(source)), torch.float32)
         assert found.config.scaling_factor == 0.25
         assert all(torch.equal(t, expected[n]) for n, t in found.state_dict().items())
-        digests = {weights_digest(vae_config(str(one))[0], "vae") for one in (source, base)}
+        digests = {weights_digest(open_vae(str(one))) for one in (source, base)}
         assert len(digests) == 1
 
 
@@ -239,16 +238,19 @@ def test_one_clip_tokenizer_does_for_both(base: Path, single: Path, tmp_path: Pa
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(base / "tokenizer" / name, folder)
     for mine, theirs, name in zip(
-        load_tokenizers(str(single), folder), load_tokenizers(str(base)), TOKENIZERS, strict=True
+        load_tokenizers(open_base(single, tokenizers=folder)),
+        load_tokenizers(open_base(base)),
+        TOKENIZERS,
+        strict=True,
     ):
         for text in TEXTS:
             ids = [t(text, padding="max_length", truncation=True).input_ids for t in (mine, theirs)]
             assert ids[0] == ids[1]
-        ours, own = (find_tokenizer(str(single), name, given) for given in (folder, base))
+        ours, own = (
+            open_base(single, tokenizers=given).tokenizer(name) for given in (folder, base)
+        )
         assert tokenizer_digest(ours) == tokenizer_digest(own)
-    assert (
-        len({tokenizer_digest(find_tokenizer(str(base), name, None)) for name in TOKENIZERS}) == 2
-    )
+    assert len({tokenizer_digest(open_base(base).tokenizer(name)) for name in TOKENIZERS}) == 2
 
 
 def test_tokenizers_of_the_local_hub_cache(
@@ -260,7 +262,9 @@ def test_tokenizers_of_the_local_hub_cache(
     (snapshots / "refs").mkdir()
     (snapshots / "refs" / "main").write_text("0" * 40)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    for mine, theirs in zip(load_tokenizers(str(single)), load_tokenizers(str(base)), strict=True):
+    for mine, theirs in zip(
+        load_tokenizers(open_base(single)), load_tokenizers(open_base(base)), strict=True
+    ):
         assert mine("a cat!").input_ids == theirs("a cat!").input_ids
 
 
@@ -269,4 +273,4 @@ def test_tokenizers_that_are_nowhere(single: Path) -> None:
         pytest.warns(UserWarning, match="has no tokenizers: fetching tokenizer of stabilityai/"),
         pytest.raises(BaseError, match=r"single file has no tokenizers, .*; give --tokenizers DIR"),
     ):
-        load_tokenizers(str(single))
+        load_tokenizers(open_base(single))

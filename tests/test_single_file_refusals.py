@@ -12,6 +12,7 @@ from click.testing import CliRunner
 
 import cli
 from sdxl import BaseError
+from sdxl.base import open_base
 from sdxl.load import load_text_encoders, load_tokenizers, load_unet, load_vae
 from sdxl.original_names import PREFIXES
 from tests.singles import MODELS, parts_of, rewrite, write_single
@@ -123,16 +124,22 @@ def test_tokenizers_without_a_vocabulary(door: Door, base: Path, single: Path) -
     (folder / "tokenizer" / "vocab.json").write_text('{"<|startoftext|>": 0, "<|endoftext|>": 1}')
     (folder / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
     with pytest.raises(BaseError, match="2 tokens, where text_encoder has 519"):
-        load_tokenizers(str(single), folder)
+        load_tokenizers(open_base(single, tokenizers=folder))
     (folder / "tokenizer" / "vocab.json").write_text("{")
     assert f"{folder / 'tokenizer'}: no tokenizer can be read from it" in door.encode(
         single, folder
     )
 
 
-def refused(path: Path, load: Any = load_unet) -> str:
+def refused(path: Path, component: str = "unet") -> str:
     with pytest.raises(BaseError) as refusal:
-        load(str(path), torch.float32)
+        base = open_base(path)
+        if component == "unet":
+            load_unet(base.unet, torch.float32)
+        elif component == "vae":
+            load_vae(base.vae, torch.float32)
+        else:
+            load_text_encoders(base, torch.float32)
     text = str(refusal.value)
     assert str(path) in text and "\n" not in text
     return text
@@ -147,19 +154,18 @@ def test_tensors_that_do_not_belong_there(door: Door, single: Path, tmp_path: Pa
     rewrite(single, {PREFIXES["unet"] + "input_blocks.0.0.weight": torch.ones(16, 5, 3, 3)}, path)
     assert "mismatched, e.g. conv_in.weight is [16, 5, 3, 3], and not [16, 4, 3" in refused(path)
     rewrite(single, {LAYER + "attn.in_proj_bias": torch.ones(100)}, path)
-    assert "100 rows are not q, k and v" in refused(path, load_text_encoders)
+    assert "100 rows are not q, k and v" in refused(path, "text_encoder")
     assert "100 rows are not q, k and v" in door.encode(path)
     rewrite(single, {LAYER + "attn.in_proj_bias": None}, path)
-    line = refused(path, load_text_encoders)
+    line = refused(path, "text_encoder")
     assert "3 tensors missing, e.g. text_model.encoder.layers.0.self_attn.k_proj.bias" in line
 
 
 @pytest.mark.parametrize("component", MODELS)
 def test_a_missing_model(base: Path, tmp_path: Path, component: str) -> None:
     path = write_single(base, tmp_path / "one.safetensors", component)
-    load = {"unet": load_unet, "vae": load_vae}.get(component, load_text_encoders)
     what = {"unet": "UNet", "vae": "VAE", "text_encoder": "text encoder 1"}
-    assert f"holds no {what.get(component, 'text encoder 2')}" in refused(path, load)
+    assert f"holds no {what.get(component, 'text encoder 2')}" in refused(path, component)
 
 
 @pytest.mark.parametrize(
@@ -195,21 +201,21 @@ def test_a_small_model_without_its_configs(single: Path, tmp_path: Path) -> None
 def test_a_config_beside_a_vae_alone(base: Path, tmp_path: Path) -> None:
     path = tmp_path / "vae.safetensors"
     safetensors.torch.save_file(parts_of(base)["vae"].tensors, path)
-    assert "weights of another model" in refused(path, load_vae)  # of SDXL's sizes, it would be
+    assert "weights of another model" in refused(path, "vae")  # of SDXL's sizes, it would be
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "Other"}))
-    assert "weights of another model" in refused(path, load_vae)
+    assert "weights of another model" in refused(path, "vae")
     shutil.copy(base / "vae" / "config.json", tmp_path)
-    assert load_vae(str(path), torch.float32).config.scaling_factor == 0.25
+    assert load_vae(open_base(path).vae, torch.float32).config.scaling_factor == 0.25
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(BaseError, match=r"config\.json: not valid JSON"):
-        load_vae(str(path), torch.float32)
+        load_vae(open_base(path).vae, torch.float32)
 
 
 def test_a_header_that_contradicts_itself(door: Door, single: Path, tmp_path: Path) -> None:
     path = tmp_path / "one.safetensors"
     for old, new in ((b'"shape":[48]', b'"shape":[49]'), (b'"F32"', b'"F64"')):
         path.write_bytes(single.read_bytes().replace(old, new))
-        assert f"{path}: damaged: " in refused(path, load_text_encoders)
+        assert f"{path}: damaged: " in refused(path, "text_encoder")
     path.write_bytes(single.read_bytes().replace(b'"shape":[48]', b'"shape":[49]'))
     assert f"{path}: damaged: " in door.encode(path)
 

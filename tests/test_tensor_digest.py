@@ -2,6 +2,7 @@
 
 import json
 import struct
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,15 @@ from safetensors import safe_open
 
 from infer.export import export
 from infer.settings import ExportSettings
-from sdxl.load import load_unet, load_unet_folder
+from sdxl.base import ModelSource, open_base
+from sdxl.load import load_unet
 from sdxl.lora.apply import apply_loras, load_lora
 from sdxl.lora.names import KOHYA, LORA
 from sdxl.lora.read import read_lora_file
 from sdxl.single_file import read_header
 from sdxl.tensor_files import DTYPES, KEY, METADATA_KEY, check_digest, digest_metadata
 from train.distributed import DistContext
-from train.weights import write_tensors
+from train.weights import sizes_of, tensor_files
 
 CPU = torch.device("cpu")
 
@@ -107,7 +109,7 @@ def test_a_flipped_lora_is_refused_wherever_it_is_read(
     base: Path, tmp_path: Path, name: str
 ) -> None:
     made_lora(base, tmp_path)
-    path, unet = tmp_path / name, load_unet(str(base), torch.float32)
+    path, unet = tmp_path / name, load_unet(open_base(base).unet, torch.float32)
     read_lora_file(path)
     tensors = {n: t.clone() for n, t in safetensors.torch.load_file(path).items()}  # not mapped
     flip(path)
@@ -138,18 +140,24 @@ def test_a_flipped_unet_is_refused_in_any_of_its_files(
     folder.mkdir()
     (folder / "config.json").write_text(learner.unet.to_json_string())
     tensors = dict(learner.unet.named_parameters())
-    write_tensors(
-        folder, "diffusion_pytorch_model", tensors, DistContext(CPU), card=ModelMetadata(name="x")
-    )
+    for write in tensor_files(
+        "diffusion_pytorch_model",
+        sizes_of(tensors),
+        tensors.__getitem__,
+        DistContext(CPU),
+        cycle([0]),
+        card=ModelMetadata(name="x"),
+    ):
+        write(folder)
     files = sorted(folder.glob("*.safetensors"))
     assert len(files) > 1
-    load_unet_folder(folder, torch.float32)
+    load_unet(ModelSource("unet", folder), torch.float32)
     for path in files:
         flip(path)
         with pytest.raises(ValueError, match=f"{path.name}: damaged: its digest"):
-            load_unet_folder(folder, torch.float32)
+            load_unet(ModelSource("unet", folder), torch.float32)
         flip(path)
-    load_unet_folder(folder, torch.float32)
+    load_unet(ModelSource("unet", folder), torch.float32)
 
 
 def test_a_flipped_export_is_refused(base: Path, tmp_path: Path) -> None:
@@ -170,9 +178,9 @@ def test_a_flipped_export_is_refused(base: Path, tmp_path: Path) -> None:
         flip(path, 0.9)
         with pytest.raises(ValueError, match="damaged: its digest"):
             if flipped:
-                load_unet_folder(path.parent, torch.float16)
+                load_unet(ModelSource("unet", path.parent), torch.float16)
             else:
-                load_unet(str(path), torch.float16)
+                load_unet(open_base(path).unet, torch.float16)
 
 
 def test_bytes_are_the_same_in_every_file(base: Path, tmp_path: Path) -> None:

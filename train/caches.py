@@ -2,7 +2,7 @@
 
 import warnings
 
-from sdxl.base import ENCODERS, model_config
+from sdxl.base import ENCODERS, Base
 from sdxl.fingerprint import encoder_digests_elsewhere
 from shards.reader import Cache
 from train.config import TrainConfig
@@ -10,7 +10,9 @@ from train.distributed import DistContext
 from train.option_values import CacheUse
 
 
-def open_data(config: TrainConfig, world: DistContext) -> tuple[list[Cache], Cache | None]:
+def open_data(
+    config: TrainConfig, base: Base, world: DistContext
+) -> tuple[list[Cache], Cache | None]:
     """The training caches, and the validation cache if there is one.
 
     Raises:
@@ -19,11 +21,11 @@ def open_data(config: TrainConfig, world: DistContext) -> tuple[list[Cache], Cac
     caches = [open_cache(use, "train") for use in config.caches]
     val = open_val(config, caches[0])
     for cache in caches if val is None else [*caches, val]:
-        check_cache(cache, config.base)
+        check_cache(cache, base)
         _check_alike(caches[0], cache)
     if world.is_main:
         for cache in caches:
-            check_encoders(cache, config.base)
+            check_encoders(cache, base)
     if config.masked_loss and not any(has_masks(cache) for cache in caches):
         raise ValueError("--masked-loss: no sample of the cache has a mask")
     return caches, val
@@ -79,13 +81,13 @@ def _check_alike(first: Cache, other: Cache) -> None:
         )
 
 
-def check_cache(cache: Cache, base: str) -> None:
+def check_cache(cache: Cache, base: Base) -> None:
     """Refuse a cache of another shape than the base's UNet takes.
 
     Raises:
         ValueError: names the cache, what it holds, and what the UNet takes.
     """
-    folder, unet = model_config(base, "unet")
+    folder, unet = base.unet.path, base.unet.config
     text, latents = cache.manifest["text"], cache.manifest.get("latents", {})
     added = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
     for quantity, held, taken in (
@@ -100,7 +102,7 @@ def check_cache(cache: Cache, base: str) -> None:
             )
 
 
-def check_encoders(cache: Cache, base: str) -> None:
+def check_encoders(cache: Cache, base: Base) -> None:
     """Refuse a cache made with other encoders than the base holds; say what cannot be compared.
 
     The base's files are hashed in a process of their own (and remembered): no file of an encoder

@@ -4,12 +4,19 @@
 holds their digests. A folder of that name is whole, or damaged and named.
 """
 
+import functools
 import json
 import math
+import os
+import threading
 import warnings
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import suppress
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import xxhash
 from safetensors import safe_open
@@ -22,7 +29,6 @@ from runtime.files import (
     fsync_folder,
     fsync_tree,
     remove_path,
-    removed_on_error,
     replace_path,
     seal,
     unseal,
@@ -33,14 +39,16 @@ from train.config import TrainConfig
 from train.learner import Learner
 from train.memory import state_bytes
 from train.weights import (
+    MAX_FILE_BYTES,
     WeightsFormat,
+    Write,
     check_space,
     distribute_like,
     read_weights,
-    tensors_bytes,
+    sizes_of,
+    tensor_files,
     weights_bytes,
-    write_tensors,
-    write_weights,
+    weights_files,
 )
 
 CHECKPOINTS = "checkpoints"
@@ -49,6 +57,9 @@ OPTIMIZER = "optimizer"
 EMA = "ema"
 STATE = "state.json"
 BLOCK_BYTES = 1 << 24
+THREAD = "checkpoint"  # the name of the one that writes
+MEMORY_SHARE = 0.8  # of what is free in main memory, for what is still to be written
+CLOSE_SECONDS = 60  # for the last checkpoint of a run that has failed
 _FIELDS = {  # of the JSON: a digest tells that it is as it was written, and not who wrote it
     "step": schema.whole(),
     "epoch": schema.whole(),
@@ -77,33 +88,174 @@ def _weights_bytes(learner: Learner, kind: WeightsFormat) -> int:
     return weights_bytes(learner.unet, kind) * (1 if learner.ema is None else 2)
 
 
-def write_checkpoint(
-    run: Path, step: int, learner: Learner, kind: WeightsFormat, state: dict[str, Any]
-) -> Path:
-    """Write checkpoint-STEP; ``state`` is plain JSON. The main rank does, all must take part."""
-    world = learner.world
-    final = run / CHECKPOINTS / f"checkpoint-{step}"
-    partial = final.with_name(final.name + PARTIAL)
-    tensors, numbers = learner.optimizer.state()
-    if world.is_main:
-        for left in final.parent.glob("*" + PARTIAL):  # by a run that was killed
-            remove_path(left)
-        check_space(final, _weights_bytes(learner, kind) + tensors_bytes(tensors))
-    with writing(final), removed_on_error(partial):
-        if world.is_main:
-            (partial / OPTIMIZER).mkdir(parents=True)
-        write_weights(learner.unet, kind, partial, world, None, steps=step)
+class CheckpointWriter:
+    """Writes a run's checkpoints while its steps go on, one at a time.
+
+    ``begin`` copies all that is to be written to the CPU's memory. A thread then writes the files,
+    waits until those of all ranks are whole, and renames the folder; so a crash in between leaves
+    the checkpoint before it. Where memory has no room for the copy, ``begin`` itself writes file
+    after file, and the steps wait.
+
+    A checkpoint that the disk has no room for is told in a line, and the run goes on to the next;
+    a second one in a row ends it. ``good`` is the newest whole one, ``after`` is called with the
+    step of each, on the main rank.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        learner: Learner,
+        kind: WeightsFormat,
+        good: Path | None,
+        after: Callable[[int], None],
+    ) -> None:
+        self.run, self.learner, self.kind, self.good, self.after = run, learner, kind, good, after
+        self.world = learner.world
+        self._group = self.world.new_group()  # of its own: the thread talks while the steps do
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+        self._failures = 0  # in a row
+        self._must = False  # be whole: the run ends with it
+
+    def begin(self, step: int, state: dict[str, Any], *, wait: bool = False) -> None:
+        """Start to write checkpoint-STEP, when the one before is written; ``state`` is plain JSON.
+        All ranks must take part. ``wait``: until it is whole, or an error.
+
+        Raises:
+            OSError: it could not be written, and neither could the one before.
+        """
+        self.finish()
+        self._must = wait
+        final = self.run / CHECKPOINTS / f"checkpoint-{step}"
+        partial = final.with_name(final.name + PARTIAL)
+        tensors, numbers = self.learner.optimizer.state()
+        record = json.loads(json.dumps({"step": step, **state, "optimizer": numbers}))
+        size = _weights_bytes(self.learner, self.kind) + sum(sizes_of(tensors).values())
+        if not self._make_room(final, partial, size):
+            self.finish()
+            return
+        files = self._files(step, tensors)
+        if _fits_in_memory(size if not self.kind.full else size // self.world.size):
+            files = iter(list(files))
+        write = functools.partial(self._write, final, partial, files, record)
+        if isinstance(files, Generator):
+            write()
+        else:
+            self._thread = threading.Thread(target=write, name=THREAD, daemon=True)
+            self._thread.start()
+        if wait:
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written. All ranks must.
+
+        Raises:
+            OSError: it could not be written, and it is the run's last, or the second in a row.
+            ValueError: what was written is damaged.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None and not self._may_go_on(error):
+            raise error
+
+    def close(self) -> None:
+        """When the run has failed: let what is being written become whole, unless another process
+        is awaited that may be gone."""
+        if self._thread is not None:
+            self._thread.join(None if self.world.size == 1 else CLOSE_SECONDS)
+
+    def _make_room(self, final: Path, partial: Path, size: int) -> bool:
+        """The main rank's part, before anything is copied: whether there is room on the disk."""
+        error = ""
+        if self.world.is_main:
+            try:
+                for left in final.parent.glob("*" + PARTIAL):  # by a run that was killed
+                    remove_path(left)
+                check_space(final, size)
+                with writing(final):
+                    partial.mkdir(parents=True)
+            except OSError as caught:
+                error = str(caught)
+        if error := self.world.share(error):
+            self._fail(OSError(error))
+        return not error
+
+    def _files(self, step: int, tensors: dict[str, torch.Tensor]) -> Iterator[Write]:
+        learner, kind, world = self.learner, self.kind, self.world
+        owners = cycle(range(world.size))
+        yield from weights_files(learner.unet, kind, world, None, owners, steps=step)
         if learner.ema is not None:
-            write_weights(learner.unet, kind, partial / EMA, world, learner.ema, steps=step)
-        write_tensors(partial / OPTIMIZER, "model", tensors, world)
-        if world.is_main:
-            record = seal({"step": step, **state, "optimizer": numbers, "files": _digests(partial)})
-            (partial / STATE).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
-            fsync_tree(partial)
-            replace_path(partial, final)  # there is one if the run was resumed from before it
-            fsync_folder(run)  # the first time the folder of checkpoints is new as well
-    world.wait()  # a rank that ends before the checkpoint is written would end them all
-    return final
+            average = weights_files(learner.unet, kind, world, learner.ema, owners, steps=step)
+            yield from (_below(EMA, write) for write in average)
+        sizes, get = sizes_of(tensors), tensors.__getitem__
+        yield from tensor_files(f"{OPTIMIZER}/model", sizes, get, world, owners)
+
+    def _write(
+        self, final: Path, partial: Path, files: Iterable[Write], record: dict[str, Any]
+    ) -> None:
+        """Write this rank's files; the main rank then makes a checkpoint of all."""
+        error: Exception | None = None
+        for write in files:  # to their end in any case: ranks gather tensors on the way
+            if error is None:
+                error = _caught(final, functools.partial(write, partial))
+        error = self._agreed(error)
+        if error is None and self.world.is_main:
+            error = _caught(final, functools.partial(self._seal, final, partial, record))
+        if error is not None and self.world.is_main:
+            with suppress(OSError):  # what is half written must not fill the disk any longer
+                remove_path(partial)
+        error = self._agreed(error)
+        if error is None:
+            self.good, self._failures = final, 0
+            if self.world.is_main:
+                error = _caught(final, functools.partial(self.after, record["step"]))
+        if error is not None:
+            self._fail(error)
+
+    def _seal(self, final: Path, partial: Path, record: dict[str, Any]) -> None:
+        sealed = seal({**record, "files": _digests(partial)})
+        (partial / STATE).write_text(json.dumps(sealed, indent=2, sort_keys=True) + "\n")
+        fsync_tree(partial)
+        replace_path(partial, final)  # there is one if the run was resumed from before it
+        fsync_folder(self.run)  # the first time the folder of checkpoints is new as well
+
+    def _agreed(self, error: Exception | None) -> Exception | None:
+        """The error of this rank, or of another one; None where all went well."""
+        words = "" if error is None else str(error)
+        told = [text for text in self.world.gather([words], self._group) if text]
+        return error or (OSError(told[0]) if told else None)
+
+    def _fail(self, error: Exception) -> None:
+        self._error = error
+        self._failures += 1
+        if self._may_go_on(error) and self.world.is_main:
+            warnings.warn(f"{error}; the run goes on to its next checkpoint", stacklevel=2)
+
+    def _may_go_on(self, error: Exception) -> bool:
+        return isinstance(error, OSError) and self._failures < 2 and not self._must
+
+
+def _caught(final: Path, action: Callable[[], None]) -> Exception | None:
+    try:
+        with writing(final):
+            action()
+    except Exception as error:
+        return error
+    return None
+
+
+def _below(name: str, write: Write) -> Write:
+    return lambda folder: write(folder / name)
+
+
+def _fits_in_memory(size: int) -> bool:
+    """Whether there is room for a copy of so many bytes for each process of this machine, and for
+    the file that is being written."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    needed = size + min(size, MAX_FILE_BYTES)
+    return bool(needed * processes < MEMORY_SHARE * psutil.virtual_memory().available)
 
 
 def _digests(folder: Path) -> dict[str, str]:

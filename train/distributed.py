@@ -33,13 +33,23 @@ class DistContext:
             dist.all_reduce(values)
         return values
 
-    def gather(self, names: list[str]) -> list[str]:
-        """The names of all ranks; every rank must ask."""
+    def gather(self, names: list[str], group: Any = None) -> list[str]:
+        """The names of all ranks; every rank must ask, in the same ``group`` if one is given."""
         if self.size == 1:
             return names
         gathered: list[list[str]] = [[] for _ in range(self.size)]
-        dist.all_gather_object(gathered, names)
+        dist.all_gather_object(gathered, names, group=group)
         return [name for names in gathered for name in names]
+
+    def share(self, name: str) -> str:
+        """The main rank's ``name``, for all; every rank must ask."""
+        return self.gather([name])[0]
+
+    def new_group(self) -> Any:
+        """All ranks once more, for exchanges on the CPU beside those of the steps; None alone."""
+        if self.size == 1:
+            return None
+        return dist.new_group(backend="gloo", timeout=TIMEOUT)
 
     def wait(self) -> None:
         """Until every rank is here."""

@@ -51,22 +51,23 @@ class Ema:
                 for name, parameter in self.parameters.items():
                     to_local(parameter.detach()).copy_(kept[name])
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """The average by name, laid out over the ranks as the parameters are."""
-        averages: dict[str, torch.Tensor] = {}
-        for name, parameter in self.parameters.items():
-            value = self.values[name]
-            if isinstance(parameter, DTensor):
-                averages[name] = DTensor.from_local(
-                    value.to(parameter.device),
-                    parameter.device_mesh,
-                    parameter.placements,
-                    shape=parameter.shape,
-                    stride=parameter.stride(),
-                )
-            else:
-                averages[name] = value
-        return averages
+    def sizes(self) -> dict[str, int]:
+        """The bytes of each whole tensor."""
+        return {name: 4 * parameter.numel() for name, parameter in self.parameters.items()}
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The average of one parameter, laid out over the ranks as that is, on its device; the
+        average itself stays where it is kept."""
+        parameter, value = self.parameters[name], self.values[name]
+        if not isinstance(parameter, DTensor):
+            return value
+        return DTensor.from_local(
+            value.to(parameter.device),
+            parameter.device_mesh,
+            parameter.placements,
+            shape=parameter.shape,
+            stride=parameter.stride(),
+        )
 
 
 def to_local(tensor: torch.Tensor) -> torch.Tensor:

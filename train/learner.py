@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from runtime.devices import Precision, check_bf16, exact_fp32, pick_precision
-from sdxl.base import scheduler_config
+from sdxl.base import Base
 from sdxl.metadata import Schedule
 from shards.batches import Batch, Reader
 from shards.buckets import Size
@@ -108,7 +108,7 @@ class Step:
 
 
 def build_learner(
-    config: TrainConfig, world: DistContext, checkpoint: Path | None = None
+    config: TrainConfig, base: Base, world: DistContext, checkpoint: Path | None = None
 ) -> Learner:
     """UNet, adapters and optimizer, on this rank's device; ``checkpoint`` is what the run resumes
     from.
@@ -128,9 +128,9 @@ def build_learner(
     check_processes(config, world.size)
     if precision.dtype == torch.float32:
         exact_fp32()
-    objective = objective_of(config, scheduler_config(config.base))
+    objective = objective_of(config, base.scheduler_config)
     objective = replace(objective, alphas_cumprod=objective.alphas_cumprod.to(world.device))
-    unet = build_unet(config, precision, world, checkpoint)
+    unet = build_unet(config, base, precision, world, checkpoint)
     forward = unet
     if world.size > 1 and not config.full:
         ids = [world.device.index] if world.device.type == "cuda" else None

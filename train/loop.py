@@ -22,13 +22,14 @@ from typing import Any
 import torch
 
 from runtime.signals import Stopped, StopSignals
+from sdxl.base import Base, open_base
 from shards.batches import Reader, Reading
 from shards.plan import Plan
 from shards.reader import Cache
 from train.caches import open_data
-from train.checkpoint import rotate, warn_of_space, write_checkpoint
+from train.checkpoint import CheckpointWriter, rotate, warn_of_space
 from train.config import TrainConfig
-from train.distributed import LOST_SECONDS, StopVote, is_lost, start_world, stop_world
+from train.distributed import LOST_SECONDS, DistContext, StopVote, is_lost, start_world, stop_world
 from train.learner import (
     Learner,
     Step,
@@ -62,7 +63,7 @@ class Run:
     identity: dict[str, Any]  # what a resumed run must find again, by name
     start: Start
     num_steps: int
-    good: Path | None  # the newest whole checkpoint
+    writer: CheckpointWriter
     skipped_in_a_row: int = 0
     eval_loss: float | None = None  # of the newest step, if it was evaluated
 
@@ -91,16 +92,17 @@ def train(config: TrainConfig) -> Path:
             held.enter_context(lock_folder(config, world))
             if world.is_main:
                 check_wandb(config)
-            caches, val = open_data(config, world)
+            base = _open_base(config, world)
+            caches, val = open_data(config, base, world)
             tokens = caches[0].manifest["text"]["tokens"]
-            start, plan, share, identity = find_start(config, caches, world)
+            start, plan, share, identity = find_start(config, base, caches, world)
             config = start.config
-            learner = build_learner(config, world, start.path)
+            learner = build_learner(config, base, world, start.path)
             restore(start, learner, config)
-            kind = WeightsFormat.of(config, learner.schedule, caches)
-            previewer = Previewer.of(config, caches, learner)
+            kind = WeightsFormat.of(config, base, learner.schedule, caches)
+            previewer = Previewer.of(config, base, caches, learner)
             num_steps = _num_steps(config, plan, start)
-            settings = describe(config, plan, learner, num_steps)
+            settings = describe(config, base, plan, learner, num_steps)
             warm_up(learner, config, plan, tokens)
             if world.is_main and start.step < num_steps:
                 warn_of_space(config, num_steps, learner, kind)
@@ -116,14 +118,14 @@ def train(config: TrainConfig) -> Path:
                 identity=identity,
                 start=start,
                 num_steps=num_steps,
-                good=start.path,
+                writer=_checkpoint_writer(config, learner, kind, start),
                 skipped_in_a_row=start.skipped_in_a_row,
             )
             path = _run(run)
         stop_world(world)
         return path
     except torch.OutOfMemoryError as error:
-        said = advice(config, largest_bucket(plan), tokens, world.size, error)
+        said = advice(config, base, largest_bucket(plan), tokens, world.size, error)
         raise _with_notes(MemoryError(said), error) from error
     except RuntimeError as error:
         if not is_lost(error, world):
@@ -131,6 +133,25 @@ def train(config: TrainConfig) -> Path:
         time.sleep(LOST_SECONDS)
         gone = ConnectionError("another process of this run is gone")
         raise _with_notes(gone, error) from error
+
+
+def _checkpoint_writer(
+    config: TrainConfig, learner: Learner, kind: WeightsFormat, start: Start
+) -> CheckpointWriter:
+    def after(step: int) -> None:
+        if config.overwrite:
+            discard_replaced_run(config.out)
+        if config.keep:
+            rotate(config.out, config.keep, step)
+
+    return CheckpointWriter(config.out, learner, kind, start.path, after)
+
+
+def _open_base(config: TrainConfig, world: DistContext) -> Base:
+    """The base, on all ranks the same: a hub id's commit is the one that the main rank finds."""
+    mine = open_base(config.base) if world.is_main else None
+    pinned = world.share(mine.pinned if mine else "")
+    return mine or open_base(pinned)
 
 
 def _with_notes(error: Exception, cause: BaseException) -> Exception:
@@ -164,6 +185,7 @@ def _run(run: Run) -> Path:
         failed = False
         raise
     except BaseException as error:
+        run.writer.close()
         if run.learner.world.is_main:
             error.add_note(_resume_hint(run))
         raise
@@ -173,9 +195,9 @@ def _run(run: Run) -> Path:
 
 def _resume_hint(run: Run) -> str:
     """Whatever ended the run, the user is told from where it can be resumed."""
-    if run.good is None:
+    if run.writer.good is None:
         return "The run has no checkpoint yet."
-    return f"The newest whole checkpoint is {run.good}; --resume goes on from it."
+    return f"The newest whole checkpoint is {run.writer.good}; --resume goes on from it."
 
 
 def _reading(config: TrainConfig) -> Reading:
@@ -325,12 +347,7 @@ def _write_checkpoint(run: Run, step: int, kind: str) -> None:
         "skipped_in_a_row": run.skipped_in_a_row,
         "scaler": run.learner.scaler.state_dict(),
     }
-    run.good = write_checkpoint(config.out, step, run.learner, run.kind, state)
-    if run.learner.world.is_main:
-        if config.overwrite:
-            discard_replaced_run(config.out)
-        if config.keep:
-            rotate(config.out, config.keep, step)
+    run.writer.begin(step, state, wait=kind in ("last", "stop"))
     run.log.resume_clock()
 
 

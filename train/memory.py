@@ -17,7 +17,7 @@ from torch.nn.functional import group_norm, layer_norm
 from torch.overrides import TorchFunctionMode
 
 from runtime.devices import DTYPES
-from sdxl.base import model_config
+from sdxl.base import Base
 from sdxl.lora.apply import num_lora_parameters
 from shards.buckets import Size
 from train.config import TrainConfig, check_processes
@@ -69,9 +69,9 @@ class Estimate:
 class Estimator:
     """Estimates for one base on a CUDA card (or ``device``), under differing settings."""
 
-    def __init__(self, base: str, tokens: int, device: str = "cuda", num: int = 1) -> None:
+    def __init__(self, base: Base, tokens: int, device: str = "cuda", num: int = 1) -> None:
         self.num = num  # processes, over which a full fine-tune is sharded
-        self.unet_config = model_config(base, "unet")[1]
+        self.unet_config = base.unet.config
         self.tokens, self.on_cuda = tokens, device.startswith("cuda")
         self._known: dict[Any, Any] = {}
 
@@ -322,14 +322,16 @@ def _saved(unet: Any, parameters: set[int]) -> Iterator[_Seen]:
             handle.remove()
 
 
-def advice(config: TrainConfig, bucket: Size, tokens: int, num: int, error: Exception) -> str:
+def advice(
+    config: TrainConfig, base: Base, bucket: Size, tokens: int, num: int, error: Exception
+) -> str:
     """One line for an out-of-memory error of ``num`` processes: which flag saves how much."""
     reason = " ".join(str(error).split()).split(". ")[0]
     line = (
         f"out of memory; the largest bucket is {bucket[0]}x{bucket[1]}, at batch size "
         f"{config.batch_size}"
     )
-    flags = Estimator(config.base, tokens, num=num).advice(config, bucket)
+    flags = Estimator(base, tokens, num=num).advice(config, bucket)
     if flags:
         offers = [f"{text} (about {size_text(size)})" for text, size in flags]
         line += f"; what would save memory: {', '.join(offers)}"

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from runtime.files import durable_file, writing
-from sdxl.base import find_weights, vae_config
+from sdxl.base import Base, find_weights
 from sdxl.contact_sheet import MOST, contact_sheet
 from sdxl.latent_rgb import latents_to_rgb
 from sdxl.load import load_scheduler, load_vae
@@ -160,13 +160,14 @@ class Previewer:
     """Draws a run's previews into its folder."""
 
     config: TrainConfig
+    base: Base
     previews: PreviewPrompts
     scheduler: Any
     learner: Learner
 
     @classmethod
     def of(
-        cls, config: TrainConfig, caches: Sequence[Cache], learner: Learner
+        cls, config: TrainConfig, base: Base, caches: Sequence[Cache], learner: Learner
     ) -> "Previewer | None":
         """With the prompts of the first cache that has some; None where none are asked for.
 
@@ -176,17 +177,23 @@ class Previewer:
         if not config.preview_every:
             return None
         if config.preview_vae:
-            path, _ = vae_config(config.base)  # refused now, and not at the first preview
-            if path.is_dir():
-                find_weights(path)
+            vae = base.vae  # refused now, and not at the first preview
+            if vae.config and vae.file is None:
+                find_weights(vae.path)
         for cache in caches:
             previews = read_preview_prompts(cache)
             if previews is not None:
-                scheduler = load_scheduler(config.base, *astuple(learner.schedule))
-                return cls(config=config, previews=previews, scheduler=scheduler, learner=learner)
+                scheduler = load_scheduler(base, *astuple(learner.schedule))
+                return cls(
+                    config=config,
+                    base=base,
+                    previews=previews,
+                    scheduler=scheduler,
+                    learner=learner,
+                )
         raise ValueError(
             f"--preview-every: {caches[0].folder} has no preview prompts; add some with "
-            f"`python cli.py prompts {caches[0].folder} FILE --base {config.base}`"
+            f"`python cli.py prompts {caches[0].folder} FILE --base {base}`"
         )
 
     def draw(self, step: int) -> Path:
@@ -194,7 +201,7 @@ class Previewer:
         ranks all must draw; the main one writes."""
         learner, precision, vae = self.learner, self.learner.precision, None
         if self.config.preview_vae and learner.world.is_main:
-            vae = load_vae(self.config.base, torch.float32).to(learner.world.device)
+            vae = load_vae(self.base.vae, torch.float32).to(learner.world.device)
         with learner.eval_mode() as unet:
             sheet = draw_previews(
                 unet,

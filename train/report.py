@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from runtime.workers import num_processes
-from sdxl.base import scheduler_config
+from sdxl.base import open_base
 from sdxl.lora.names import KOHYA
 from shards.buckets import bucket_name
 from shards.plan import Plan
@@ -42,8 +42,9 @@ def dry_run(config: TrainConfig) -> Iterator[str]:
         ValueError: what a run with these settings would be refused for.
     """
     device = "cuda" if config.device == "auto" else config.device
-    caches, _ = open_data(config, DistContext(torch.device("cpu")))
-    objective_of(config, scheduler_config(config.base))
+    base = open_base(config.base)
+    caches, _ = open_data(config, base, DistContext(torch.device("cpu")))
+    objective_of(config, base.scheduler_config)
     num = num_processes(config.gpus, config.device)
     check_processes(config, num)
     check_folder(config)
@@ -51,7 +52,7 @@ def dry_run(config: TrainConfig) -> Iterator[str]:
         config, _ = with_init_lora(config, *checkpoint)
     size = config.batch_size * config.accumulate * num
     plan = Plan(groups_of(caches), config.seed, size)
-    estimator = Estimator(config.base, caches[0].manifest["text"]["tokens"], device, num)
+    estimator = Estimator(base, caches[0].manifest["text"]["tokens"], device, num)
     rows = list(_rows(config, plan, estimator))
     steps = config.num_steps(plan.num_batches)
     size = sum(shard["bytes"] for cache in caches for shard in cache.manifest["shards"])

@@ -8,7 +8,7 @@ from typing import Any
 
 from runtime.devices import pick_precision
 from runtime.files import content_digest
-from sdxl.base import component_path, scheduler_config
+from sdxl.base import Base
 from sdxl.fingerprint import file_digest, weights_digest
 from sdxl.lora.names import LORA
 from sdxl.lora.read import find_lora
@@ -75,7 +75,7 @@ class Start:
 
 
 def find_start(
-    config: TrainConfig, caches: Sequence[Cache], world: DistContext
+    config: TrainConfig, base: Base, caches: Sequence[Cache], world: DistContext
 ) -> tuple[Start, Plan, RankShare, dict[str, Any]]:
     """Start, plan, this rank's share of it, and the run's identity.
 
@@ -86,7 +86,7 @@ def find_start(
     checkpoint = newest_checkpoint(config.out) if config.resume else None
     share = RankShare(batch_size=config.batch_size, world=world.size, rank=world.rank)
     if checkpoint is None:
-        identity = identity_of(config, caches, world)
+        identity = identity_of(config, base, caches, world)
         _agree(config, world, f"0 {content_digest(identity)}")
         if config.resume:
             _refuse_weights(config.out)
@@ -100,7 +100,7 @@ def find_start(
         return Start(config=config), plan, share, identity
     path, state = checkpoint
     config, lora = with_init_lora(config, path, state)
-    identity = identity_of(config, caches, world) | {INIT_LORA: lora}
+    identity = identity_of(config, base, caches, world) | {INIT_LORA: lora}
     _agree(config, world, f"{state['step']} {content_digest(identity)}")
     size = _global_batch(config, world, state["global_batch"])
     plan = Plan(groups_of(caches), config.seed, size)
@@ -179,14 +179,16 @@ def state_of(
     }
 
 
-def identity_of(config: TrainConfig, caches: Sequence[Cache], world: DistContext) -> dict[str, Any]:
+def identity_of(
+    config: TrainConfig, base: Base, caches: Sequence[Cache], world: DistContext
+) -> dict[str, Any]:
     """What a run is made of, by the name that a refusal uses."""
-    objective = objective_of(config, scheduler_config(config.base))
+    objective = objective_of(config, base.scheduler_config)
     precision = pick_precision(config.precision, world.device, config.allow_cpu_bf16, quiet=True)
     init = config.init_lora
     return {
         DATA: [[cache.data_digest, cache.weight, cache.repeats] for cache in caches],
-        "base UNet": weights_digest(component_path(config.base, "unet"), "unet"),
+        "base UNet": weights_digest(base.unet),
         INIT_LORA: None if init is None else file_digest(find_lora(init)),
         "prediction type": objective.prediction_type,
         "noise schedule": content_digest(objective.alphas_cumprod.tolist()),

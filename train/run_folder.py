@@ -38,9 +38,8 @@ from runtime.files import (
     writing,
 )
 from runtime.locks import locked
-from sdxl.base import base_path
+from sdxl.base import Base, base_path
 from sdxl.lora.names import KOHYA, LORA
-from sdxl.metadata import base_name
 from shards.plan import Plan
 from train.checkpoint import CHECKPOINTS, STATE, numbered
 from train.config import TrainConfig
@@ -287,13 +286,15 @@ def begin_run(config: TrainConfig, world: DistContext, settings: dict[str, Any])
         yield
 
 
-def describe(config: TrainConfig, plan: Plan, learner: Learner, num_steps: int) -> dict[str, Any]:
+def describe(
+    config: TrainConfig, base: Base, plan: Plan, learner: Learner, num_steps: int
+) -> dict[str, Any]:
     """The settings, and what followed from them. Plain JSON, without any path: run folders are
     shared, and where things lay on this machine is private."""
     settings = {name: _plain(value) for name, value in config.resolved().items()}
     return {
         **settings,
-        "base": base_name(config.base),
+        "base": base.name,
         "num_steps": num_steps,
         "global_batch": plan.global_batch,
         "num_samples": plan.num_entries,

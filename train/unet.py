@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from runtime.devices import Precision
+from sdxl.base import Base
 from sdxl.load import load_unet
 from sdxl.lora.apply import load_lora, read_lora
 from train.config import TrainConfig
@@ -181,7 +182,11 @@ BLOCKS = (BasicTransformerBlock, ResnetBlock2D)  # what FSDP gathers at a time
 
 
 def build_unet(
-    config: TrainConfig, precision: Precision, world: DistContext, checkpoint: Path | None = None
+    config: TrainConfig,
+    base: Base,
+    precision: Precision,
+    world: DistContext,
+    checkpoint: Path | None = None,
 ) -> Any:
     """The base's UNet on this rank's device: adapters on it, or all of it trained. ``checkpoint``
     is what the run resumes from.
@@ -189,7 +194,7 @@ def build_unet(
     A frozen base stands in the forward's dtype; what is trained is fp32, or bf16 with
     ``pure_bf16``. A full fine-tune over several ranks is sharded over them (FSDP2).
     """
-    unet: Any = load_unet(config.base, weight_dtype(config, precision))
+    unet: Any = load_unet(base.unet, weight_dtype(config, precision))
     if config.base_quant != "none":
         quantize(unet, config.base_quant, precision.dtype, world.device)
     if config.full:

@@ -1,15 +1,18 @@
 """What a run makes, in its final formats: a LoRA file, or a UNet folder as diffusers saves it.
 
-Tensors are gathered one by one from all ranks to the CPU of the main one, into files of bounded
-size: no process ever holds a second UNet.
+Of several ranks each writes files of its own, of bounded size: tensors are gathered one by one, and
+one rank keeps each. What is to be written comes file by file (``Write``), so that it can be written
+at once, one file in memory at a time, or be kept in memory and written beside the next steps.
 """
 
 import json
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +33,12 @@ from runtime.files import (
     replace_path,
     writing,
 )
-from sdxl.base import find_weights
+from sdxl.base import Base, find_weights
 from sdxl.lora.names import KOHYA, LORA
 from sdxl.lora.write import PREFIX, lora_bytes
 from sdxl.metadata import (
     ModelMetadata,
     Schedule,
-    base_license,
-    base_name,
     write_long_captions,
     write_schedule,
 )
@@ -55,6 +56,8 @@ MAX_FILE_BYTES = 4_000_000_000
 SMALL_FILES_BYTES = 1_000_000  # headers, configs and states beside tensors
 LORA_FILES = (LORA, KOHYA)  # a LoRA is written as each of these
 
+Write = Callable[[Path], None]  # writes a file, or several small ones, into a folder
+
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """All of a tensor, whatever part of it this rank has. Every rank must ask."""
@@ -70,49 +73,66 @@ def distribute_like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tenso
     return value
 
 
-def write_tensors(
-    folder: Path,
+def tensor_files(
     stem: str,
-    tensors: dict[str, torch.Tensor],
+    sizes: Mapping[str, int],
+    get: Callable[[str], torch.Tensor],
     world: DistContext,
+    owners: Iterator[int],
     *,
     variant: str | None = None,
     card: ModelMetadata | None = None,
     convert: Callable[[str, torch.Tensor], torch.Tensor] = lambda name, tensor: tensor,
-) -> None:
-    """Write safetensors files as diffusers names them; the main rank does, all must take part.
+) -> Iterator[Write]:
+    """Safetensors files of bounded size, named ``stem`` as diffusers names them, one after another.
 
-    ``convert`` gets each whole tensor, and gives what is written; ``card`` is in the metadata.
+    ``sizes`` are the tensors' bytes by name; ``get`` gives this rank's part of one. Each file is
+    for the next rank of ``owners``, which alone keeps its tensors, on the CPU; but all ranks must
+    go through all files, as whole tensors are gathered on the way. ``convert`` gets each whole
+    tensor, and gives what is written; ``card`` is in the metadata.
     """
     metadata = {"format": "pt", **(card.to_metadata() if card else {})}
     dot = f".{variant}" if variant else ""
-    parts = _split(tensors)
+    parts = _split(sizes)
     files: dict[str, str] = {}
     for number, names in enumerate(parts, 1):
         counted = f"-{number:05d}-of-{len(parts):05d}" if len(parts) > 1 else ""
+        file_name = f"{stem}{dot}{counted}.safetensors"
+        files |= dict.fromkeys(names, file_name.rpartition("/")[2])
+        is_mine = next(owners) == world.rank
         state = {}
         for name in names:
-            tensor = full_tensor(tensors[name].detach())
-            if world.is_main:
+            tensor = full_tensor(get(name).detach())
+            if is_mine:
                 state[name] = convert(name, tensor.cpu()).contiguous().clone()
-        if world.is_main:
-            path = folder / f"{stem}{dot}{counted}.safetensors"
-            safetensors.torch.save_file(state, path, metadata=digest_metadata(state, metadata))
-            sort_metadata(path)
-            files |= dict.fromkeys(names, path.name)
+        if is_mine:
+            yield partial(_write_tensor_file, file_name, state, metadata)
     if world.is_main and len(parts) > 1:
-        total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        index = {"metadata": {"total_size": total}, "weight_map": files}
-        name = f"{stem}.safetensors.index{dot}.json"
-        (folder / name).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files}
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        yield partial(_write_text_file, f"{stem}.safetensors.index{dot}.json", text)
 
 
-def _split(tensors: dict[str, torch.Tensor]) -> list[list[str]]:
+def _write_tensor_file(
+    name: str, state: dict[str, torch.Tensor], metadata: dict[str, str], folder: Path
+) -> None:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    safetensors.torch.save_file(state, path, metadata=digest_metadata(state, metadata))
+    sort_metadata(path)
+
+
+def _write_text_file(name: str, text: str, folder: Path) -> None:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def _split(sizes: Mapping[str, int]) -> list[list[str]]:
     """Names in order, in parts of at most MAX_FILE_BYTES (or one tensor)."""
     parts: list[list[str]] = [[]]
     room = MAX_FILE_BYTES
-    for name, tensor in tensors.items():
-        size = tensor.numel() * tensor.element_size()
+    for name, size in sizes.items():
         if size > room and parts[-1]:
             parts.append([])
             room = MAX_FILE_BYTES
@@ -128,7 +148,7 @@ class WeightsFormat:
     ``ModelMetadata``); ``license`` is the base's."""
 
     full: bool
-    base: str
+    base: Base
     schedule: Schedule
     caches: tuple[str, ...] = ()
     buckets: tuple[tuple[int, int, int], ...] = ()
@@ -137,18 +157,18 @@ class WeightsFormat:
 
     @classmethod
     def of(
-        cls, config: TrainConfig, schedule: Schedule, caches: Sequence[Cache]
+        cls, config: TrainConfig, base: Base, schedule: Schedule, caches: Sequence[Cache]
     ) -> "WeightsFormat":
         counts: Counter[Size] = Counter()
         for group in groups_of(caches):
             counts[group.bucket] += group.count * group.repeats
         return cls(
             full=config.full,
-            base=config.base,
+            base=base,
+            license=base.license,  # now: of a hub id it may ask the hub
             schedule=schedule,
             caches=tuple(cache.data_digest for cache in caches),
             buckets=tuple((*bucket, count) for bucket, count in sorted(counts.items())),
-            license=base_license(config.base),  # once: of a hub id it may ask the hub
             long_captions=caches[0].manifest["recipe"].get("long_captions", 1),
         )
 
@@ -156,7 +176,7 @@ class WeightsFormat:
         """What the weights say of themselves after so many steps."""
         return ModelMetadata(
             name=name,
-            base=base_name(self.base),
+            base=self.base.name,
             license=self.license,
             caches=self.caches,
             buckets=self.buckets,
@@ -166,43 +186,59 @@ class WeightsFormat:
         )
 
 
-def write_weights(
+def weights_files(
     unet: Any,
     kind: WeightsFormat,
-    folder: Path,
     world: DistContext,
     ema: Ema | None,
+    owners: Iterator[int],
     *,
     steps: int,
     name: str | None = None,
-) -> None:
-    """Write the trained weights, or their average, in the dtype they are kept in: of a LoRA its
-    file for diffusers and that for the UIs. ``steps`` are behind them, ``name`` is theirs."""
-    if world.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-    if kind.full:
+) -> Iterator[Write]:
+    """The files of the trained weights, or of their average, in the dtype they are kept in: of a
+    LoRA its file for diffusers and that for the UIs. ``steps`` are behind them, ``name`` is theirs.
+    As ``tensor_files``: all ranks must go through them.
+    """
+    card = kind.card(steps, name)
+    if not kind.full:
         if world.is_main:
-            write_schedule(kind.base, kind.schedule, folder)
-            _write_config(unet, folder / UNET)
-            write_long_captions(folder / UNET, kind.long_captions)
-        tensors = dict(unet.named_parameters()) if ema is None else ema.tensors()
-        write_tensors(folder / UNET, STEM, tensors, world, card=kind.card(steps, name))
-    elif world.is_main:
-        values = None if ema is None else ema.values
-        files = lora_bytes(unet, values, kind.card(steps, name))
-        with ExitStack() as stack:  # all are written before one has its name, LORA last
-            for file_name, data in files.items():
-                stack.enter_context(durable_file(folder / file_name)).write(data)
-        if KOHYA not in files:  # that of an earlier version, beside newer weights
-            (folder / KOHYA).unlink(missing_ok=True)
+            yield partial(_write_lora, lora_bytes(unet, None if ema is None else ema.values, card))
+        return
+    if world.is_main:
+        yield partial(_write_about, kind, _config_text(unet))
+    parameters = dict(unet.named_parameters())
+    if ema is None:
+        yield from tensor_files(
+            f"{UNET}/{STEM}", sizes_of(parameters), parameters.__getitem__, world, owners, card=card
+        )
+    else:
+        stem = f"{UNET}/{STEM}"
+        yield from tensor_files(stem, ema.sizes(), ema.tensor, world, owners, card=card)
 
 
-def _write_config(unet: Any, folder: Path) -> None:
+def _write_lora(files: dict[str, bytes], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:  # all are written before one has its name, LORA last
+        for file_name, data in files.items():
+            stack.enter_context(durable_file(folder / file_name)).write(data)
+    if KOHYA not in files:  # that of an earlier version, beside newer weights
+        (folder / KOHYA).unlink(missing_ok=True)
+
+
+def _write_about(kind: WeightsFormat, config: str, folder: Path) -> None:
+    """What lies beside the tensors of a UNet."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_schedule(kind.base, kind.schedule, folder)
+    _write_text_file(f"{UNET}/config.json", config, folder)
+    write_long_captions(folder / UNET, kind.long_captions)
+
+
+def _config_text(unet: Any) -> str:
     config = json.loads(unet.to_json_string())
     config["_class_name"] = "UNet2DConditionModel"  # FSDP puts a class of its own in its place
     config.pop("_name_or_path", None)  # where the base lay is nobody's business
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
 
 def read_weights(unet: Any, full: bool, folder: Path, ema: Ema | None) -> None:
@@ -235,13 +271,13 @@ def read_weights(unet: Any, full: bool, folder: Path, ema: Ema | None) -> None:
 def weights_bytes(unet: Any, kind: WeightsFormat) -> int:
     """What ``write_weights`` will take on the disk, but for headers and configs."""
     if kind.full:
-        return tensors_bytes(dict(unet.named_parameters()))
+        return sum(sizes_of(dict(unet.named_parameters())).values())
     return len(LORA_FILES) * sum(4 * parameter.numel() for parameter in trainable(unet).values())
 
 
-def tensors_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
-    """Of whole tensors, however they are sharded."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+def sizes_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """The bytes of each whole tensor, however it is sharded."""
+    return {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
 
 
 def check_space(path: Path, num_bytes: int) -> None:
@@ -263,35 +299,38 @@ def publish(
 ) -> Path:
     """The run's result: its averaged weights, where it keeps an average. A UNet comes as files of
     the dtype it was trained in and as fp16 files."""
-    name = run.resolve().name
+    name, owners = run.resolve().name, cycle(range(world.size))
     size = weights_bytes(unet, kind)
     if not kind.full:
         if world.is_main:
             check_space(run / LORA, size)
         with writing(run / LORA):
-            write_weights(unet, kind, run, world, ema, steps=steps, name=name)
+            for write in weights_files(unet, kind, world, ema, owners, steps=steps, name=name):
+                write(run)
         return run / LORA
-    partial = run / f"{UNET}{PARTIAL}"
+    partial_folder = run / f"{UNET}{PARTIAL}"
     if world.is_main:
-        remove_path(partial)
+        remove_path(partial_folder)
         check_space(run / UNET, size + size // 2)
-    with writing(run / UNET), removed_on_error(partial):
-        _publish_unet(unet, kind, partial, world, ema, steps, name)
+        partial_folder.mkdir()
+    world.wait()  # the others write into it too
+    with writing(run / UNET), removed_on_error(partial_folder):
+        _publish_unet(unet, kind, partial_folder, world, ema, owners, steps, name)
     return run / UNET
 
 
 def _publish_unet(
     unet: Any,
     kind: WeightsFormat,
-    partial: Path,
+    folder: Path,
     world: DistContext,
     ema: Ema | None,
+    owners: Iterator[int],
     steps: int,
     name: str,
 ) -> None:
-    if world.is_main:
-        partial.mkdir()
-    write_weights(unet, kind, partial, world, ema, steps=steps, name=name)
+    for write in weights_files(unet, kind, world, ema, owners, steps=steps, name=name):
+        write(folder)
     beyond: list[str] = []
 
     def halve(key: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -300,9 +339,15 @@ def _publish_unet(
             beyond.append(key)
         return half
 
-    tensors = dict(unet.named_parameters()) if ema is None else ema.tensors()
+    parameters = dict(unet.named_parameters())
+    get = parameters.__getitem__ if ema is None else ema.tensor
+    sizes = {key: 2 * parameter.numel() for key, parameter in parameters.items()}
     card = kind.card(steps, name)
-    write_tensors(partial / UNET, STEM, tensors, world, variant="fp16", card=card, convert=halve)
+    for write in tensor_files(
+        f"{UNET}/{STEM}", sizes, get, world, owners, variant="fp16", card=card, convert=halve
+    ):
+        write(folder)
+    beyond = world.gather(beyond)  # and with it, all have written their files
     if world.is_main:
         if beyond:
             warnings.warn(
@@ -310,7 +355,7 @@ def _publish_unet(
                 "file",
                 stacklevel=2,
             )
-        fsync_tree(partial)
-        replace_path(partial / "scheduler", partial.with_name("scheduler"))
-        replace_path(partial / UNET, partial.with_name(UNET))
-        partial.rmdir()
+        fsync_tree(folder)
+        replace_path(folder / "scheduler", folder.with_name("scheduler"))
+        replace_path(folder / UNET, folder.with_name(UNET))
+        folder.rmdir()

@@ -39,6 +39,7 @@ from precompute.spot_checks import (
 )
 from precompute.text import text_shape, unconditional_is_whole, write_unconditional
 from runtime.files import PARTIAL, fsync_folder, remove_path, write_changed
+from sdxl.base import Base
 from sdxl.latent_rgb import LatentSums
 from sdxl.prompts import Prompt
 from shards.index import Index
@@ -92,7 +93,7 @@ def check_out(folder: Path, dataset: Path) -> None:
 
 
 def plan_caches(
-    settings: EncodeSettings, notes: Notes, lock: Callable[[Path], object] | None
+    settings: EncodeSettings, base: Base, notes: Notes, lock: Callable[[Path], object] | None
 ) -> list[CachePlan]:
     """Read the dataset and compare it with what is there.
 
@@ -109,7 +110,7 @@ def plan_caches(
         check_out(settings.out / name, settings.dataset / name)
     if "" not in sources and (settings.out / MANIFEST).exists():
         raise ValueError(f"{settings.out}: is one cache, not train/ and val/; give another --out")
-    recipe = read_recipe(settings)
+    recipe = read_recipe(settings, base)
     drafts = []
     for name, source in sources.items():
         folder = settings.out / name

@@ -8,7 +8,7 @@ from precompute.plan.placement import PlannedSample
 from precompute.plan.plan_file import ShardTask
 from precompute.settings import EncodeSettings
 from runtime.files import format_bytes, free_bytes
-from sdxl.base import model_config, vae_config
+from sdxl.base import Base
 from shards.format import Layout
 from shards.manifest import REPLACED
 
@@ -25,17 +25,15 @@ class Sizer:
     pooled: int
 
     @classmethod
-    def of(cls, settings: EncodeSettings) -> "Sizer":
+    def of(cls, settings: EncodeSettings, base: Base) -> "Sizer":
         """
         Raises:
             ValueError: no such base.
         """
-        _, text_config = model_config(settings.base, "text_encoder")
-        _, text_config_2 = model_config(settings.base, "text_encoder_2")
-        _, vae = vae_config(settings.vae or settings.base)
+        text_config, text_config_2 = base.text_encoder.config, base.text_encoder_2.config
         return cls(
             settings,
-            int(vae.get("latent_channels", 4)),
+            int(base.vae.config.get("latent_channels", 4)),
             (
                 77 * settings.long_captions,
                 text_config["hidden_size"] + text_config_2["hidden_size"],

@@ -14,6 +14,7 @@ from precompute.report import summarize
 from precompute.settings import EncodeSettings
 from runtime.devices import pick_device
 from runtime.files import format_bytes, free_bytes
+from sdxl.base import open_base
 from sdxl.load import load_tokenizers
 from sdxl.prompts import read_prompts
 from sdxl.text_encoders import max_text_tokens
@@ -35,9 +36,10 @@ def dry_run(settings: EncodeSettings) -> Iterator[str]:
         read_prompts(settings.preview_prompts)
     pick_device(settings.device)
     notes = Notes(settings.out, settings.dataset, settings.rehash)
-    sizer = Sizer.of(settings)
-    tokenizer, _ = load_tokenizers(settings.base, settings.tokenizers)
-    plans = plan_caches(settings, notes, None)
+    base = open_base(settings.base, vae=settings.vae, tokenizers=settings.tokenizers)
+    sizer = Sizer.of(settings, base)
+    tokenizer, _ = load_tokenizers(base)
+    plans = plan_caches(settings, base, notes, None)
     for plan in plans:
         yield from _tell(plan)
         yield from _tell_cuts(plan.planned)
