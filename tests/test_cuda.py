@@ -212,11 +212,20 @@ def a_run_and_a_resumed_one(cache: Path, base: Path, out: Path) -> dict[str, Any
     }
     settings |= {"eval_every": Every(2), "preview_every": Every(2), "preview_vae": True}
     settings["val"] = cache.with_name("val")
+    pinned: list[bool] = []
+    epochs = Reader.epochs
+
+    def spy(self: Reader, start: tuple[int, int], *, threads: int, pin: bool) -> Any:
+        pinned.append(pin)
+        return epochs(self, start, threads=threads, pin=pin)
+
+    Reader.epochs = spy  # type: ignore[method-assign]
     straight = run(cache, base, out / "straight", **settings)
     with at_step(2, stop_by(signal.SIGTERM)), pytest.raises(Stopped):
         run(cache, base, out / "stopped", **settings)
     run(cache, base, out / "stopped", resume=True, **settings)
     assert_same_run(out / "straight", out / "stopped")
+    assert pinned == [True] * 3
     return {"path": straight, "peak": torch.cuda.max_memory_allocated()}
 
 
