@@ -4,15 +4,22 @@
 import os
 import sys
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 import click
 
 from runtime.errors import echo, handle_errors, silence_libraries
+from runtime.imports import skip_unused_imports
 from runtime.options import Commands, FilePath, PathText, StageCommand
-from runtime.workers import is_main_process, launch, let_segments_grow, num_processes
+from runtime.workers import (
+    is_main_process,
+    launch,
+    let_segments_grow,
+    num_processes,
+    rank_info,
+)
 
 
 def stage(name: str, settings: str) -> Callable[[Callable[..., None]], click.Command]:
@@ -29,13 +36,33 @@ def stage(name: str, settings: str) -> Callable[[Callable[..., None]], click.Com
 
 def _settings(ctx: click.Context, values: dict[str, Any], recipe: Path | None = None) -> Any:
     assert isinstance(ctx.command, StageCommand)
-    return ctx.command.make_settings(ctx, values, recipe)
+    settings = ctx.command.make_settings(ctx, values, recipe)
+    _skip_imports(getattr(settings, "special_imports", ()), _is_alone(settings))
+    return settings
+
+
+def _is_alone(settings: Any) -> bool:
+    """Whether the command is a single process."""
+    gpus = getattr(settings, "gpus", None)
+    if gpus == "auto":
+        return rank_info().size == 1 and num_processes(gpus, settings.device) == 1
+    return rank_info().size == 1 and gpus in (None, "1")
+
+
+def _is_own_process() -> bool:
+    """Whether this process is of the command alone, and not of another program that called it."""
+    return sys.argv[1:2] == [click.get_current_context().info_name]
+
+
+def _skip_imports(used: Collection[str] = (), alone: bool = True) -> None:
+    if _is_own_process():
+        skip_unused_imports(used, alone=alone)
 
 
 def _launched(settings: Any) -> bool:
     """Whether this command was run by processes of its own, to the end."""
-    if sys.argv[1:2] != [click.get_current_context().info_name]:
-        return False  # called by another program (demo, a test): its command line is not this one
+    if not _is_own_process():
+        return False  # of a demo or a test, whose command line is not this one
     num = num_processes(settings.gpus, settings.device)
     if num > 1:
         launch(num)
@@ -139,6 +166,7 @@ def prompts(
     FILE has the syntax of generate --prompts. The dataset is not needed.
     """
     with handle_errors(debug):
+        _skip_imports()
         from precompute.prompts import change_prompts
 
         path, count = change_prompts(cache, file, base, device, tokenizers)
@@ -257,6 +285,7 @@ def demo(out: Path, debug: bool) -> None:
     It learns two new shapes; images before and after show it.
     """
     with handle_errors(debug):
+        _skip_imports()
         from tools.miniature.demo import run_demo
 
         run_demo(out, lambda arguments: commands.main(arguments, standalone_mode=False))

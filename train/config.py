@@ -355,6 +355,16 @@ class TrainConfig:
     def lora_alpha(self) -> float:
         return 4.0 * self.lora_rank if self.alpha is None else self.alpha
 
+    @property
+    def special_imports(self) -> frozenset[str]:
+        """What ``skip_unused_imports`` is to leave to this run."""
+        uses = {
+            "bitsandbytes": self.optimizer == "adamw8bit" or self.base_quant == "nf4",
+            "torchao": self.base_quant == "int8",
+            "torch._dynamo": self.compile,
+        }
+        return frozenset(name for name, used in uses.items() if used)
+
     def resolved(self) -> dict[str, Any]:
         """The settings by name, with their defaults where those depend on others."""
         settings = {spec.name: getattr(self, spec.name) for spec in fields(self)}

@@ -1,14 +1,18 @@
 """How the processes of a training run talk to each other: one process, or torchrun's."""
 
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
 
 from runtime.devices import pick_device
 from runtime.workers import end_with_launcher, rank_info
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 TIMEOUT = timedelta(hours=2)  # of any exchange: the others wait while one writes a checkpoint
 LOST_SECONDS = 3  # in which the launcher, which knows what became of the lost one, ends us
@@ -55,6 +59,22 @@ class DistContext:
         """Until every rank is here."""
         if self.size > 1:
             dist.barrier()
+
+
+# torch's modules for sharding take a second to import, and a process alone shards nothing: no
+# object is of a class whose module is not loaded.
+
+
+def is_dtensor(tensor: Any) -> "TypeGuard[DTensor]":
+    """Whether a tensor is sharded over ranks."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def is_fsdp(module: Any) -> bool:
+    """Whether the parameters of a module are sharded over ranks."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
 class StopVote:

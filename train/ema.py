@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch.distributed.tensor import DTensor
+
+from train.distributed import is_dtensor
 
 BLOCK = 64  # parameters at once: few launches, and few copies where they are not fp32
 WARMUP = 10  # early on, the average follows quickly: decay is at most (1 + n) / (WARMUP + n)
@@ -59,8 +60,10 @@ class Ema:
         """The average of one parameter, laid out over the ranks as that is, on its device; the
         average itself stays where it is kept."""
         parameter, value = self.parameters[name], self.values[name]
-        if not isinstance(parameter, DTensor):
+        if not is_dtensor(parameter):
             return value
+        from torch.distributed.tensor import DTensor
+
         return DTensor.from_local(
             value.to(parameter.device),
             parameter.device_mesh,
@@ -72,4 +75,4 @@ class Ema:
 
 def to_local(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part of a tensor that is sharded over ranks; any other as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_dtensor(tensor) else tensor

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from runtime.devices import Precision, check_bf16, exact_fp32, pick_precision
@@ -20,7 +18,7 @@ from shards.buckets import Size
 from shards.plan import Plan, RankShare
 from shards.reader import Cache, read_ahead
 from train.config import TrainConfig, check_processes
-from train.distributed import DistContext
+from train.distributed import DistContext, is_dtensor, is_fsdp
 from train.ema import Ema
 from train.memory import state_bytes
 from train.objective import Objective, objective_of
@@ -78,7 +76,7 @@ class Learner:
 
     def grad_sync(self, last: bool) -> AbstractContextManager[Any]:
         """Ranks exchange gradients in the last micro-batch of a step alone."""
-        if isinstance(self.unet, FSDPModule):
+        if is_fsdp(self.unet):
             self.unet.set_requires_gradient_sync(last)
         if last or not isinstance(self.forward, DistributedDataParallel):
             return nullcontext()
@@ -220,7 +218,7 @@ def _update(learner: Learner, step: Step, number: int) -> None:
             learner.scaler.unscale_(optimizer.whole)
         limit = learner.max_grad_norm or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(optimizer.parameters.values(), limit)
-        step.grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        step.grad_norm = norm.full_tensor() if is_dtensor(norm) else norm
         step.finite = step.loss.isfinite() & step.grad_norm.isfinite()
         optimizer.step(number, step.lr, step.finite)
         learner.scaler.update()

@@ -14,15 +14,13 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from runtime.devices import Precision
 from sdxl.base import Base
 from sdxl.load import load_unet
 from sdxl.lora.apply import load_lora, read_lora
 from train.config import TrainConfig
-from train.distributed import DistContext
+from train.distributed import DistContext, is_fsdp
 
 _LINEARS = re.compile(r".*\.(transformer_blocks\..*|proj_in|proj_out)")
 
@@ -249,6 +247,9 @@ def _norm_without_autocast(norm: Any, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def _shard(unet: Any, precision: Precision, world: DistContext) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     # The inputs keep their dtype: crop coordinates above 256 are no bf16 numbers.
     policy = MixedPrecisionPolicy(
         param_dtype=precision.dtype if precision.autocast else None,
@@ -265,7 +266,7 @@ def _shard(unet: Any, precision: Precision, world: DistContext) -> None:
 def reshard(unet: Any) -> None:
     """Drop what FSDP has gathered, so that it sees weights that were changed in place."""
     for module in unet.modules():
-        if isinstance(module, FSDPModule):
+        if is_fsdp(module):
             module.reshard()
 
 

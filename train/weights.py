@@ -20,7 +20,6 @@ import safetensors.torch
 import torch
 from peft import set_peft_model_state_dict
 from safetensors import safe_open
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from runtime.files import (
     PARTIAL,
@@ -46,7 +45,7 @@ from sdxl.tensor_files import digest_metadata, sort_metadata
 from shards.buckets import Size
 from shards.reader import Cache, groups_of
 from train.config import TrainConfig
-from train.distributed import DistContext
+from train.distributed import DistContext, is_dtensor
 from train.ema import Ema, to_local
 from train.unet import trainable
 
@@ -61,13 +60,15 @@ Write = Callable[[Path], None]  # writes a file, or several small ones, into a f
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """All of a tensor, whatever part of it this rank has. Every rank must ask."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor
 
 
 def distribute_like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """A whole ``value`` laid out as ``parameter`` is: this rank's part, where it is sharded."""
     value = value.to(parameter.device)
-    if isinstance(parameter, DTensor) and value.shape == parameter.shape:
+    if is_dtensor(parameter) and value.shape == parameter.shape:
+        from torch.distributed.tensor import distribute_tensor
+
         mesh, placements = parameter.device_mesh, parameter.placements
         return distribute_tensor(value, mesh, placements, src_data_rank=None)
     return value
