@@ -223,9 +223,11 @@ struct Call {
   }
 };
 
-bool may_mix_devices(const std::string& name) {
-  return name == "aten::copy_" || name.rfind("aten::index", 0) == 0 ||
-         name.rfind("aten::_index_put", 0) == 0;
+// A copy may, and indices on the CPU may index what is on the GPU.
+bool may_mix_devices(const std::string& name, bool is_first_on_gpu) {
+  return name == "aten::copy_" ||
+         (is_first_on_gpu &&
+          (name.rfind("aten::index", 0) == 0 || name.rfind("aten::_index_put", 0) == 0));
 }
 
 void compute(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
@@ -233,6 +235,11 @@ void compute(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   Call call;
   auto num = op.schema().arguments().size();
+  bool is_first_on_gpu = false;
+  if (num > 0) {
+    const auto& first = torch::jit::last(*stack, num)[0];
+    is_first_on_gpu = first.isTensor() && first.toTensor().is_cuda();
+  }
   for (auto& value : torch::jit::last(*stack, num)) {
     auto& argument = const_cast<c10::IValue&>(value);
     if (argument.isTensor()) {
@@ -256,7 +263,8 @@ void compute(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     }
   }
   const auto& name = op.schema().name();
-  TORCH_CHECK(call.pairs.empty() || !call.large_on_cpu || may_mix_devices(name), name,
+  TORCH_CHECK(call.pairs.empty() || !call.large_on_cpu || may_mix_devices(name, is_first_on_gpu),
+              name,
               ": expected all tensors to be on the same device, found cuda:0 and cpu");
   op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), stack);
   for (auto& [generator, on_cpu] : call.generators) generator.set_state(on_cpu.get_state());

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 
-from runtime.devices import DTYPES, pick_precision
+from runtime.devices import DTYPES
 from shards.batches import Reader
 from shards.plan import Plan, RankShare
 from shards.reader import Cache
@@ -257,18 +257,6 @@ def test_an_overflow_skips_the_step_and_halves_the_scale(cache: Path, base: Path
     assert learner.scaler.get_scale() < 2.0**39
     assert not all(torch.equal(one, two) for one, two in zip(before, after, strict=True))
     assert all(bool(p.isfinite().all()) for p in after)
-
-
-def test_cuda_takes_bf16_by_default_and_a_scaler_for_fp16_only() -> None:
-    cuda = torch.device("cuda")
-    for asked, dtype, autocast, scaler in (
-        ("auto", torch.bfloat16, True, False),
-        ("bf16", torch.bfloat16, True, False),
-        ("fp16", torch.float16, True, True),
-        ("fp32", torch.float32, False, False),
-    ):
-        found = pick_precision(asked, cuda)
-        assert (found.dtype, found.autocast, found.scaler) == (dtype, autocast, scaler)
 
 
 @pytest.mark.gpu

@@ -1,6 +1,7 @@
 """The benchmarks run: all ways to read read, and every GPU cell runs on a CPU, tiny."""
 
 import json
+import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -162,19 +163,21 @@ def test_a_cell_runs_tiny_on_a_cpu(tmp_path: Path, cell: Cell) -> None:
 
 
 def measured_on_cuda(cell: Cell, work: Path) -> dict[str, Any]:
-    # Code for a card needs a compiler for cards.
-    gpu_cells.COMPILE = {**gpu_cells.COMPILE, "backend": "aot_eager"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return measure(cell, work, "cuda", tiny=True)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cell", [*one_of_each()])
+@pytest.mark.parametrize(
+    "cell", [p for p in one_of_each() if not re.search("nf4|compile", str(p.id))]
+)
 def test_a_cell_is_rehearsed_on_pretended_cuda(
     cuda: PretendedCuda, tmp_path: Path, cell: Cell
 ) -> None:
-    """So that its first run on a card does not die of a name."""
+    """So that its first run on a card does not die of a name. Neither nf4, as instead of
+    bitsandbytes' kernels its plain Python would run, for minutes, nor what is compiled for a card.
+    """
     found = cuda(measured_on_cuda, cell, tmp_path)
     assert found.pop("machine")["gpu"] == "pretended"
     assert found and all(value > 0 for value in found.values())
@@ -192,7 +195,7 @@ def the_command(folder: Path, only: str) -> str:
 
 def test_the_command_is_rehearsed_on_pretended_cuda(cuda: PretendedCuda, tmp_path: Path) -> None:
     said = cuda(the_command, tmp_path, "matrix product")
-    assert "matrix product bf16  -         " in said
+    assert said.splitlines()[-1].split()[:4] == ["matrix", "product", "bf16", "-"]
     kept = json.loads((tmp_path / "gpu.json").read_text())
     assert (
         kept["machine"]["gpu"] == "pretended" and kept["cells"]["matrix product bf16"]["tflops"] > 0

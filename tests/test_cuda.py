@@ -18,6 +18,7 @@ from pretended_cuda import PretendedCuda
 from runs import assert_same_run, at_step, evals, rows, run, stop_by
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import train.learner
 from infer.generate import generate, make_pipeline
 from infer.settings import GenerateSettings
 from precompute.encode import encode
@@ -32,7 +33,7 @@ from tests.made import learner_for
 from train.config import TrainConfig
 from train.distributed import DistContext
 from train.learner import train_step, warm_up
-from train.loop import train
+from train.loop import train as train_run
 from train.memory import Estimator
 from train.option_values import Every
 
@@ -139,6 +140,18 @@ def test_steps_on_cuda_are_those_of_a_cpu(
         assert found[name] == pytest.approx(on_cpu[name], rel=1e-5 if exact else 0.05), name
 
 
+def wrapped_by_ddp(cache: Path, base: Path) -> Settings:
+    """With what DDP is called for one of two ranks."""
+    made: list[Settings] = []
+    train.learner.DistributedDataParallel = lambda unet, **how: made.append(how)  # type: ignore
+    learner_for(config_of(base, cache, device="cuda"), DistContext(GPU, 0, 2))
+    return made[0]
+
+
+def test_ddp_is_told_of_the_ranks_gpu(cuda: PretendedCuda, cache: Path, base: Path) -> None:
+    assert cuda(wrapped_by_ddp, cache, base)["device_ids"] == [0]
+
+
 # The warm-up and the memory it tries.
 
 
@@ -170,7 +183,7 @@ def test_the_warm_up_tries_the_state_of_every_optimizer(
 
 def too_large(cache: Path, base: Path, out: Path) -> str:
     with pytest.raises(MemoryError) as caught:
-        train(config_of(base, cache, device="cuda", batch_size=2, full=True, out=out))
+        train_run(config_of(base, cache, device="cuda", batch_size=2, full=True, out=out))
     return str(caught.value)
 
 
@@ -199,11 +212,20 @@ def a_run_and_a_resumed_one(cache: Path, base: Path, out: Path) -> dict[str, Any
     }
     settings |= {"eval_every": Every(2), "preview_every": Every(2), "preview_vae": True}
     settings["val"] = cache.with_name("val")
+    pinned: list[bool] = []
+    epochs = Reader.epochs
+
+    def spy(self: Reader, start: tuple[int, int], *, threads: int, pin: bool) -> Any:
+        pinned.append(pin)
+        return epochs(self, start, threads=threads, pin=pin)
+
+    Reader.epochs = spy  # type: ignore[method-assign]
     straight = run(cache, base, out / "straight", **settings)
     with at_step(2, stop_by(signal.SIGTERM)), pytest.raises(Stopped):
         run(cache, base, out / "stopped", **settings)
     run(cache, base, out / "stopped", resume=True, **settings)
     assert_same_run(out / "straight", out / "stopped")
+    assert pinned == [True] * 3
     return {"path": straight, "peak": torch.cuda.max_memory_allocated()}
 
 

@@ -3,11 +3,13 @@
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from made import config_of
 
 from precompute.encoders import Encoders
@@ -16,7 +18,7 @@ from runtime.devices import has_bf16, pick_precision, to_device
 from runtime.workers import ALLOCATOR
 from sdxl.base import open_base
 from tests.made import learner_for
-from train.distributed import DistContext
+from train.distributed import DistContext, StopVote, start_world
 
 CUDA = torch.device("cuda")
 ROOT = Path(__file__).parent.parent
@@ -55,6 +57,18 @@ def test_auto_is_bf16_where_the_gpu_has_it(
     assert has_bf16(CUDA) == (dtype == "bfloat16")
 
 
+@pytest.mark.parametrize("major", [7, 8])
+def test_what_is_asked_for_is_taken(capability: Any, major: int) -> None:
+    capability(major, 0)
+    for asked, dtype, autocast, scaler in (
+        ("fp16", torch.float16, True, True),
+        ("fp32", torch.float32, False, False),
+        *([("bf16", torch.bfloat16, True, False)] if major >= 8 else []),
+    ):
+        found = pick_precision(asked, CUDA)
+        assert (found.dtype, found.autocast, found.scaler) == (dtype, autocast, scaler)
+
+
 def test_bf16_is_refused_where_the_gpu_has_none(capability: Any, base: Path) -> None:
     capability(7, 5)
     said = r": Old Card has no bf16 \(compute capability 7.5; it takes 8.0\); use fp16 or fp32"
@@ -85,6 +99,27 @@ def test_the_host_does_not_wait_for_cuda_and_pinned_memory_alone(kind: str, pinn
 
     moved: Any = to_device(Tensor(), torch.device(kind))  # type: ignore[arg-type]
     assert moved == (kind, kind == "cuda" and pinned)
+
+
+def test_a_rank_takes_a_gpu_of_its_own_and_waits_two_hours_at_most(
+    capability: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capability(8, 0)
+    called: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "set_device", called.append)
+    monkeypatch.setattr(
+        dist, "init_process_group", lambda *args, **how: called.append((*args, how))
+    )
+    monkeypatch.setattr(dist, "new_group", lambda **how: called.append(how))
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    for name, value in {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8"}.items():
+        monkeypatch.setenv(name, value)
+    world = start_world("cuda")
+    StopVote(world)
+    gpu, limit = torch.device("cuda:1"), timedelta(hours=2)
+    assert (world.device, world.rank, world.size) == (gpu, 5, 8)
+    vote = {"backend": "gloo", "timeout": limit}
+    assert called == [gpu, ("nccl", {"timeout": limit}), vote]
 
 
 # The allocator.
@@ -146,6 +181,7 @@ for name in names:
 """
 
 
+@pytest.mark.slow
 def test_every_module_can_be_imported_without_unix() -> None:
     run = subprocess.run([sys.executable, "-c", WITHOUT], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
