@@ -12,6 +12,7 @@ import click
 
 from runtime.errors import echo, handle_errors, silence_libraries
 from runtime.imports import skip_unused_imports
+from runtime.malloc import keep_freed_memory
 from runtime.options import Commands, FilePath, PathText, StageCommand
 from runtime.workers import is_main_process, launch, num_processes, rank_info
 
@@ -31,7 +32,7 @@ def stage(name: str, settings: str) -> Callable[[Callable[..., None]], click.Com
 def _settings(ctx: click.Context, values: dict[str, Any], recipe: Path | None = None) -> Any:
     assert isinstance(ctx.command, StageCommand)
     settings = ctx.command.make_settings(ctx, values, recipe)
-    _skip_imports(getattr(settings, "special_imports", ()), _is_alone(settings))
+    _prepare_process(getattr(settings, "special_imports", ()), _is_alone(settings))
     return settings
 
 
@@ -48,8 +49,11 @@ def _is_own_process() -> bool:
     return sys.argv[1:2] == [click.get_current_context().info_name]
 
 
-def _skip_imports(used: Collection[str] = (), alone: bool = True) -> None:
+def _prepare_process(used: Collection[str] = (), alone: bool = True) -> None:
+    """Before torch is imported. Other programs that call a command keep their process as it is."""
     if _is_own_process():
+        if click.get_current_context().info_name != "train":  # which keeps its tensors: no gain
+            keep_freed_memory()
         skip_unused_imports(used, alone=alone)
 
 
@@ -159,7 +163,7 @@ def prompts(
     FILE has the syntax of generate --prompts. The dataset is not needed.
     """
     with handle_errors(debug):
-        _skip_imports()
+        _prepare_process()
         from precompute.prompts import change_prompts
 
         path, count = change_prompts(cache, file, base, device, tokenizers)
@@ -278,7 +282,7 @@ def demo(out: Path, debug: bool) -> None:
     It learns two new shapes; images before and after show it.
     """
     with handle_errors(debug):
-        _skip_imports()
+        _prepare_process()
         from tools.miniature.demo import run_demo
 
         run_demo(out, lambda arguments: commands.main(arguments, standalone_mode=False))

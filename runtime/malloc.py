@@ -1,0 +1,27 @@
+"""How glibc keeps memory that was freed."""
+
+import ctypes
+import os
+
+# Of mallopt(3). glibc maps what is larger than the one by itself, and unmaps it when it is freed; it
+# gives back the end of the heap when that is free and larger than the other.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+KEPT_BYTES = 1 << 30
+_MOST_BEFORE_2_35 = 32 << 20  # that older versions take as the mapping threshold
+
+
+def keep_freed_memory() -> bool:
+    """Let this process use freed memory again before it asks the kernel for more; whether it will.
+
+    A model on a CPU frees large tensors at every layer and makes as many anew: the kernel would map
+    and zero all their pages each time. Nothing is changed where the environment says how malloc is
+    to behave, where another malloc is preloaded, or where the C library is not glibc.
+    """
+    tuned = any(name.startswith("MALLOC_") for name in os.environ)
+    if tuned or "GLIBC_TUNABLES" in os.environ or "LD_PRELOAD" in os.environ:
+        return False
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "gnu_get_libc_version"):
+        return False
+    kept = any(libc.mallopt(_MMAP_THRESHOLD, size) for size in (KEPT_BYTES, _MOST_BEFORE_2_35))
+    return kept and bool(libc.mallopt(_TRIM_THRESHOLD, KEPT_BYTES))
