@@ -12,8 +12,8 @@ import click
 
 from runtime.errors import echo, handle_errors, silence_libraries
 from runtime.imports import skip_unused_imports
-from runtime.malloc import keep_freed_memory
 from runtime.options import Commands, FilePath, PathText, StageCommand
+from runtime.process import keep_freed_memory, let_threads_sleep
 from runtime.workers import is_main_process, launch, num_processes, rank_info
 
 
@@ -96,6 +96,8 @@ def commands() -> None:
     silence_libraries()
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_MININTERVAL", "10")  # a log is no screen
+    if sys.argv[1:2] == [click.get_current_context().invoked_subcommand]:
+        let_threads_sleep()
 
 
 @stage("encode", "precompute.settings:EncodeSettings")

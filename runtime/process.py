@@ -1,10 +1,10 @@
-"""How glibc keeps memory that was freed."""
+"""How this process waits, and keeps memory that was freed."""
 
 import ctypes
 import os
 
-# Of mallopt(3). glibc maps what is larger than the one by itself, and unmaps it when it is freed; it
-# gives back the end of the heap when that is free and larger than the other.
+# Of mallopt(3). glibc maps what is larger than the one by itself, and unmaps it when it is freed;
+# it gives back the end of the heap when that is free and larger than the other.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 KEPT_BYTES = 1 << 30
 _MOST_BEFORE_2_35 = 32 << 20  # that older versions take as the mapping threshold
@@ -25,3 +25,11 @@ def keep_freed_memory() -> bool:
         return False
     kept = any(libc.mallopt(_MMAP_THRESHOLD, size) for size in (KEPT_BYTES, _MOST_BEFORE_2_35))
     return kept and bool(libc.mallopt(_TRIM_THRESHOLD, KEPT_BYTES))
+
+
+def let_threads_sleep() -> None:
+    """Threads of torch that wait for each other shall sleep: by default those of libgomp, which
+    torch brings on Linux, spin, and beside other work that takes most of the processor's time. The
+    environment has the say. Before torch is imported; no result depends on it."""
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"

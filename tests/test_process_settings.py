@@ -1,4 +1,4 @@
-"""Freed memory is used again, and no setting of the user's is overridden."""
+"""Freed memory is used again, threads sleep, and no setting of the user's is overridden."""
 
 import json
 import os
@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from runtime.process import let_threads_sleep
+
 ROOT = Path(__file__).parent.parent
 
 # What a VAE does on a CPU: large tensors, one after the other.
 FAULTS = """
 import json, resource, sys
-from runtime.malloc import keep_freed_memory
+from runtime.process import keep_freed_memory
 kept = sys.argv[1] == "keep" and keep_freed_memory()
 import numpy as np
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -46,3 +48,18 @@ def test_freed_memory_is_used_again() -> None:
 )
 def test_the_environment_has_the_say(variable: tuple[str, str]) -> None:
     assert child("keep", **dict([variable]))[0] is False
+
+
+def test_threads_sleep_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("GOMP_SPINCOUNT", "100")
+    let_threads_sleep()
+    assert "OMP_WAIT_POLICY" not in os.environ
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    let_threads_sleep()
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    let_threads_sleep()
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
