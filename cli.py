@@ -13,13 +13,8 @@ import click
 from runtime.errors import echo, handle_errors, silence_libraries
 from runtime.imports import skip_unused_imports
 from runtime.options import Commands, FilePath, PathText, StageCommand
-from runtime.workers import (
-    is_main_process,
-    launch,
-    let_segments_grow,
-    num_processes,
-    rank_info,
-)
+from runtime.process import keep_freed_memory, let_segments_grow, let_threads_sleep
+from runtime.workers import is_main_process, launch, num_processes, rank_info
 
 
 def stage(name: str, settings: str) -> Callable[[Callable[..., None]], click.Command]:
@@ -37,7 +32,7 @@ def stage(name: str, settings: str) -> Callable[[Callable[..., None]], click.Com
 def _settings(ctx: click.Context, values: dict[str, Any], recipe: Path | None = None) -> Any:
     assert isinstance(ctx.command, StageCommand)
     settings = ctx.command.make_settings(ctx, values, recipe)
-    _skip_imports(getattr(settings, "special_imports", ()), _is_alone(settings))
+    _prepare_process(getattr(settings, "special_imports", ()), _is_alone(settings))
     return settings
 
 
@@ -54,8 +49,11 @@ def _is_own_process() -> bool:
     return sys.argv[1:2] == [click.get_current_context().info_name]
 
 
-def _skip_imports(used: Collection[str] = (), alone: bool = True) -> None:
+def _prepare_process(used: Collection[str] = (), alone: bool = True) -> None:
+    """Before torch is imported. Other programs that call a command keep their process as it is."""
     if _is_own_process():
+        if click.get_current_context().info_name != "train":  # which keeps its tensors: no gain
+            keep_freed_memory()
         skip_unused_imports(used, alone=alone)
 
 
@@ -99,6 +97,8 @@ def commands() -> None:
     let_segments_grow()
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_MININTERVAL", "10")  # a log is no screen
+    if sys.argv[1:2] == [click.get_current_context().invoked_subcommand]:
+        let_threads_sleep()
 
 
 @stage("encode", "precompute.settings:EncodeSettings")
@@ -166,7 +166,7 @@ def prompts(
     FILE has the syntax of generate --prompts. The dataset is not needed.
     """
     with handle_errors(debug):
-        _skip_imports()
+        _prepare_process()
         from precompute.prompts import change_prompts
 
         path, count = change_prompts(cache, file, base, device, tokenizers)
@@ -285,7 +285,7 @@ def demo(out: Path, debug: bool) -> None:
     It learns two new shapes; images before and after show it.
     """
     with handle_errors(debug):
-        _skip_imports()
+        _prepare_process()
         from tools.miniature.demo import run_demo
 
         run_demo(out, lambda arguments: commands.main(arguments, standalone_mode=False))

@@ -27,18 +27,6 @@ MIN_ON_CPU = 4  # processes that any machine may try
 
 # Memory on a GPU.
 
-ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second: before torch 2.9
-
-
-def let_segments_grow() -> None:
-    """Have torch's CUDA allocator extend its segments in place, unless the user has set it up.
-
-    Batches come in many sizes, by bucket; what was reserved for one and fits no other is lost
-    otherwise. Before CUDA starts; processes that this one starts inherit it. Linux alone has it.
-    """
-    if sys.platform == "linux" and not any(name in os.environ for name in ALLOCATOR):
-        os.environ.update(dict.fromkeys(ALLOCATOR, "expandable_segments:True"))
-
 
 # Which process this is.
 

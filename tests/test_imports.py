@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from runtime.imports import COMPILER, QUANTIZERS
+from train.config import TrainConfig
+from train.option_values import CacheUse
 
 ROOT = Path(__file__).parent.parent
 LOADED = f"{COMPILER}.eval_frame"  # is there when the compiler is, and not its stand-in
@@ -83,6 +85,13 @@ def test_the_compiler_is_there_when_asked_for(ask: str) -> None:
     python(COMPILED.format(ask=ASKS[ask]))
 
 
+def test_a_compiled_run_imports_the_compiler() -> None:
+    config = TrainConfig(
+        caches=(CacheUse(Path("cache")),), base="base", out=Path("run"), steps=1, compile=True
+    )
+    assert config.special_imports == {COMPILER}
+
+
 @pytest.mark.slow
 def test_commands_import_what_they_use(pictures: Path, base: Path, tmp_path: Path) -> None:
     def imported_by(*arguments: object) -> set[str]:
@@ -99,4 +108,3 @@ def test_commands_import_what_they_use(pictures: Path, base: Path, tmp_path: Pat
     assert not UNUSED & imported_by(*train, tmp_path / "int8", "--base-quant", "int8")
     nf4 = imported_by(*train, tmp_path / "nf4", "--base-quant", "nf4", "--optimizer", "adamw8bit")
     assert "bitsandbytes" in nf4 and "torchao" not in nf4
-    assert LOADED in imported_by(*train, tmp_path / "compiled", "--compile")
