@@ -15,7 +15,7 @@ from made import config_of
 from precompute.encoders import Encoders
 from precompute.settings import EncodeSettings
 from runtime.devices import has_bf16, pick_precision, to_device
-from runtime.workers import ALLOCATOR
+from runtime.process import ALLOCATOR
 from sdxl.base import open_base
 from tests.made import learner_for
 from train.distributed import DistContext, StopVote, start_world
