@@ -9,6 +9,8 @@ import torch
 from made import config_of, learner_for
 from torch.nn.functional import mse_loss
 
+from sdxl.base import open_base
+from sdxl.load import load_unet
 from train.distributed import DistContext
 from train.quantize import Int8Linear, quantize
 
@@ -72,16 +74,9 @@ def test_under_autocast_it_computes_in_half(dtype: torch.dtype) -> None:
 
 def test_a_dora_on_it_has_the_norms_of_its_weights(base: Path) -> None:
     """peft asks the layer for its weight, and must not get levels."""
-    config = config_of(Path("unused"), base, Path("unused"), steps=1, adapter="dora")
-    plain, packed = (
-        dict(learner_for(c, DistContext(CPU)).unet.named_parameters())
-        for c in (
-            config,
-            config_of(
-                Path("unused"), base, Path("unused"), steps=1, adapter="dora", base_quant="int8"
-            ),
-        )
-    )
+    configs = [config_of(base, adapter="dora", base_quant=kind) for kind in ("none", "int8")]
+    learners = [learner_for(config, DistContext(CPU)) for config in configs]
+    plain, packed = (dict(learner.unet.named_parameters()) for learner in learners)
     names = [name for name in plain if "magnitude" in name]
     assert names
     for name in names:
@@ -89,12 +84,8 @@ def test_a_dora_on_it_has_the_norms_of_its_weights(base: Path) -> None:
 
 
 def test_the_linears_of_the_transformers_are_replaced(base: Path) -> None:
-    from sdxl.base import open_base
-    from sdxl.load import load_unet
-
     unet: Any = load_unet(open_base(base).unet, torch.float32)
-    replaced = {
-        n for n, m in unet.named_modules() if isinstance(m, torch.nn.Linear) and ".attentions." in n
-    }
+    linears = {name for name, m in unet.named_modules() if isinstance(m, torch.nn.Linear)}
     quantize(unet, "int8", torch.float32, CPU)
-    assert {n for n, m in unet.named_modules() if isinstance(m, Int8Linear)} == replaced
+    replaced = {name for name, module in unet.named_modules() if isinstance(module, Int8Linear)}
+    assert replaced == {name for name in linears if ".attentions." in name}
