@@ -34,7 +34,7 @@ from train.config import TrainConfig
 from train.distributed import DistContext
 from train.learner import train_step, warm_up
 from train.loop import train as train_run
-from train.memory import Estimator
+from train.memory import Estimator, choose_checkpointing, state_bytes
 from train.option_values import Every
 
 Settings = dict[str, Any]
@@ -179,6 +179,43 @@ def test_the_warm_up_tries_the_state_of_every_optimizer(
     tried = cuda(warm_up_on_cuda, cache, base, {"optimizer": optimizer})
     config = config_of(base, cache, device="cuda", batch_size=1, optimizer=optimizer)
     assert tried == Estimator(open_base(base), 77).estimate(config, (64, 64)).optimizer
+
+
+def peak_of_warm_up(cache: Path, base: Path, with_state: bool) -> tuple[int, int]:
+    """The most bytes allocated in it, and those of the optimizer's state."""
+    config = config_of(base, cache, device="cuda", batch_size=1, full=True)
+    learner = learner_for(config, DistContext(GPU))
+    plan, batches = batches_of(cache, 1, pin=True)
+    batches.close()
+    shapes = [parameter.shape for parameter in learner.optimizer.parameters.values()]
+    if not with_state:
+        train.learner.state_bytes = lambda *_: 0  # type: ignore[assignment]
+    torch.cuda.reset_peak_memory_stats()
+    warm_up(learner, config, plan, 77)
+    return torch.cuda.max_memory_allocated(), state_bytes(config.optimizer, shapes)
+
+
+def test_the_warm_up_has_room_for_the_state_beside_the_activations(
+    cuda: PretendedCuda, cache: Path, base: Path
+) -> None:
+    peak, state = cuda(peak_of_warm_up, cache, base, True)
+    without, _ = cuda(peak_of_warm_up, cache, base, False)
+    assert peak - without == pytest.approx(state, rel=0.01)
+
+
+def checkpointing_on(cache: Path, base: Path) -> bool | None:
+    config = config_of(base, cache, device="cuda", batch_size=2)
+    world = DistContext(GPU)
+    return choose_checkpointing(config, open_base(base), (64, 64), 77, world).gradient_checkpointing
+
+
+def test_checkpointing_is_on_where_the_card_has_no_room(
+    cuda: PretendedCuda, cache: Path, base: Path
+) -> None:
+    config = config_of(base, cache, device="cuda", batch_size=2, gradient_checkpointing=False)
+    peak = Estimator(open_base(base), 77).estimate(config, (64, 64)).peak
+    assert cuda(checkpointing_on, cache, base, total_memory=int(1.2 * peak)) is False
+    assert cuda(checkpointing_on, cache, base, total_memory=int(1.05 * peak)) is True
 
 
 def too_large(cache: Path, base: Path, out: Path) -> str:

@@ -1,5 +1,6 @@
 """Ways to save memory and time: each trains the same, and says what it would take."""
 
+import socket
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -7,18 +8,21 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed
 from click.testing import CliRunner
+from runs import in_child
 
 import train.unet
 from cli import commands
+from runtime.devices import Precision
 from sdxl.base import open_base
 from shards.batches import Reader
 from shards.plan import Plan, RankShare
 from shards.reader import Cache
 from tests.made import learner_for
 from train.config import TrainConfig
-from train.distributed import DistContext
-from train.learner import Learner, train_step, warm_up
+from train.distributed import DistContext, is_dtensor
+from train.learner import Learner, _batch_of_zeros, train_step, warm_up
 from train.loop import train as run_train
 from train.memory import Estimator, advice
 from train.option_values import CacheUse
@@ -239,3 +243,36 @@ def test_a_dry_run_takes_the_steps_of_the_run(cache: Path, base: Path, tmp_path:
     flags = ["--base", str(base), "--out", "unused", "--epochs", "1.5", "--batch-size", "2"]
     told = CliRunner().invoke(commands, ["train", str(cache), *flags, "--dry-run"]).output
     assert f"steps: {len(rows)} " in told
+
+
+def test_checkpointing_asks_no_generator_for_its_state(
+    cache: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU the host would wait for it at every block."""
+    learner = learner_for(config_of(cache, base, gradient_checkpointing=True), DistContext(CPU))
+    monkeypatch.setattr(torch, "get_rng_state", lambda: pytest.fail("asked"))
+    batch = _batch_of_zeros(learner.unet, (64, 64), 1, 77)
+    learner.losses(learner.forward, batch).sum().backward()
+    assert learner.unet.is_gradient_checkpointing
+    assert all(p.grad is not None for p in learner.optimizer.parameters.values())
+
+
+def whole_gradients_after_one_micro_batch(base: Path) -> None:
+    """Of a sharded UNet in the middle of a step; one rank is enough to see it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = f"tcp://127.0.0.1:{port}"
+    torch.distributed.init_process_group("gloo", init_method=place, rank=0, world_size=1)
+    learner = learner_for(config_of(Path("unused"), base, full=True), DistContext(CPU))
+    precision = Precision(dtype=torch.float32, autocast=False, scaler=False)
+    train.unet._shard(learner.unet, precision, DistContext(CPU))
+    batch = _batch_of_zeros(learner.unet, (64, 64), 1, 77)
+    with learner.grad_sync(last=False):
+        learner.losses(learner.unet, batch).sum().backward()
+    grads = [p.grad for p in learner.unet.parameters() if p.requires_grad]
+    assert grads and all(is_dtensor(grad) for grad in grads), "kept whole until the last one"
+
+
+def test_a_sharded_run_keeps_no_whole_gradients_between_micro_batches(base: Path) -> None:
+    in_child(lambda: whole_gradients_after_one_micro_batch(base))

@@ -237,7 +237,8 @@ class TrainConfig:
     )
     gradient_checkpointing: bool | None = option(
         None,
-        "Recompute activations in the backward pass to save memory. Default: on with CUDA.",
+        "Recompute activations in the backward pass to save memory. Default: on where the card has "
+        "no room for them all.",
     )
     base_quant: Literal["none", "int8", "nf4"] = option(
         "none",

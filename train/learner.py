@@ -18,7 +18,7 @@ from shards.buckets import Size
 from shards.plan import Plan, RankShare
 from shards.reader import Cache, read_ahead
 from train.config import TrainConfig, check_processes
-from train.distributed import DistContext, is_dtensor, is_fsdp
+from train.distributed import DistContext, is_dtensor
 from train.ema import Ema
 from train.memory import state_bytes
 from train.objective import Objective, objective_of
@@ -75,9 +75,8 @@ class Learner:
             reshard(self.unet)
 
     def grad_sync(self, last: bool) -> AbstractContextManager[Any]:
-        """Ranks exchange gradients in the last micro-batch of a step alone."""
-        if is_fsdp(self.unet):
-            self.unet.set_requires_gradient_sync(last)
+        """Ranks exchange gradients in the last micro-batch of a step alone. (Under FSDP in each:
+        until then every rank would keep the gradients of the whole UNet, in fp32.)"""
         if last or not isinstance(self.forward, DistributedDataParallel):
             return nullcontext()
         return self.forward.no_sync()
@@ -280,17 +279,19 @@ def warm_up(learner: Learner, config: TrainConfig, plan: Plan, tokens: int) -> N
     if not (device.type == "cuda" if config.warm_up is None else config.warm_up):
         return
     batch = _batch_of_zeros(learner.unet, largest_bucket(plan), config.batch_size, tokens)
-    with learner.grad_sync(True):
-        losses = learner.losses(learner.forward, batch.to(device))
-        learner.scaler.scale(losses.mean()).backward()  # type: ignore[no-untyped-call]
+    state = None
     if device.type == "cuda" and not learner.optimizer.state()[0]:
-        # The optimizer makes its state in the first step, while the gradients are there.
+        # The optimizer makes its state at the end of the first step. From the second one on it is
+        # there beside the activations, so its room is taken before the pass.
         shapes = (parameter.shape for parameter in learner.optimizer.parameters.values())
         room = state_bytes(config.optimizer, shapes)
         room //= learner.world.size if config.full else 1
-        del losses
-        torch.empty(room, dtype=torch.uint8, device=device)
+        state = torch.empty(room, dtype=torch.uint8, device=device)
+    with learner.grad_sync(True):
+        losses = learner.losses(learner.forward, batch.to(device))
+        learner.scaler.scale(losses.mean()).backward()  # type: ignore[no-untyped-call]
     learner.optimizer.zero_grad()
+    del state
 
 
 def _batch_of_zeros(unet: Any, bucket: Size, size: int, tokens: int) -> Batch:

@@ -40,7 +40,7 @@ from train.learner import (
     warm_up,
 )
 from train.log import RunLog, check_wandb
-from train.memory import advice
+from train.memory import advice, choose_checkpointing
 from train.optim import learning_rate
 from train.option_values import Every
 from train.preview import Previewer
@@ -96,7 +96,7 @@ def train(config: TrainConfig) -> Path:
             caches, val = open_data(config, base, world)
             tokens = caches[0].manifest["text"]["tokens"]
             start, plan, share, identity = find_start(config, base, caches, world)
-            config = start.config
+            config = choose_checkpointing(start.config, base, largest_bucket(plan), tokens, world)
             learner = build_learner(config, base, world, start.path)
             restore(start, learner, config)
             kind = WeightsFormat.of(config, base, learner.schedule, caches)
@@ -174,8 +174,13 @@ def _run(run: Run) -> Path:
             f"trains {num:,} parameters on {run.plan.num_entries:,} samples an epoch, "
             f"{run.plan.num_batches:,} steps each"
         )
-        _steps(run)
         learner = run.learner
+        if run.start.config.gradient_checkpointing is None and learner.world.device.type == "cuda":
+            decided = "on" if run.config.gradient_checkpointing else "off"
+            run.log.say(
+                f"gradient checkpointing is {decided}, by the memory that the card has free"
+            )
+        _steps(run)
         world, out = learner.world, run.config.out
         path = publish(learner.unet, run.kind, out, world, learner.ema, steps=run.num_steps)
         run.log.artifact(path)

@@ -21,10 +21,12 @@ from sdxl.base import Base
 from sdxl.lora.apply import num_lora_parameters
 from shards.buckets import Size
 from train.config import TrainConfig, check_processes
+from train.distributed import DistContext
 from train.quantize import is_quantized
 from train.unet import BLOCKS, add_adapter, skip_redundant_casts, trainable
 
 QUANT_BYTES = {"int8": 1.01, "nf4": 0.57}  # a weight, with its scales
+FREE_SHARE = 0.9  # of what a card has free, that an estimate may take
 WORKING_TENSORS = 4  # of the largest size there is, in flight beside what is saved
 
 
@@ -180,6 +182,25 @@ class Estimator:
     def _checkpoints(self, config: TrainConfig) -> bool:
         asked = config.gradient_checkpointing
         return self.on_cuda if asked is None else asked
+
+
+def choose_checkpointing(
+    config: TrainConfig, base: Base, bucket: Size, tokens: int, world: DistContext
+) -> TrainConfig:
+    """The settings with ``gradient_checkpointing`` decided, where the user has not: off where a
+    card has room for all that autograd saves of the largest bucket, and elsewhere on; off without
+    a card. All ranks decide alike.
+    """
+    if config.gradient_checkpointing is not None:
+        return config
+    fits = world.device.type != "cuda"
+    if not fits:
+        estimator = Estimator(base, tokens, num=world.size)
+        without = replace(config, gradient_checkpointing=False)
+        free, _ = torch.cuda.mem_get_info(world.device)
+        fits = estimator.estimate(without, bucket).peak < FREE_SHARE * free
+    votes = world.gather(["fits" if fits else "does not fit"])
+    return replace(config, gradient_checkpointing="does not fit" in votes)
 
 
 _MEMORY_SAVERS: tuple[tuple[str, dict[str, Any]], ...] = (

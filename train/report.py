@@ -17,7 +17,7 @@ from train.checkpoint import newest_checkpoint
 from train.config import TrainConfig, check_processes
 from train.distributed import DistContext
 from train.learner import largest_bucket
-from train.memory import Estimate, Estimator, size_text
+from train.memory import Estimate, Estimator, choose_checkpointing, size_text
 from train.objective import objective_of
 from train.resume import with_init_lora
 from train.run_folder import check_folder
@@ -52,7 +52,11 @@ def dry_run(config: TrainConfig) -> Iterator[str]:
         config, _ = with_init_lora(config, *checkpoint)
     size = config.batch_size * config.accumulate * num
     plan = Plan(groups_of(caches), config.seed, size)
-    estimator = Estimator(base, caches[0].manifest["text"]["tokens"], device, num)
+    tokens = caches[0].manifest["text"]["tokens"]
+    if device.startswith("cuda") and torch.cuda.is_available():
+        card = DistContext(torch.device(device))
+        config = choose_checkpointing(config, base, largest_bucket(plan), tokens, card)
+    estimator = Estimator(base, tokens, device, num)
     rows = list(_rows(config, plan, estimator))
     steps = config.num_steps(plan.num_batches)
     size = sum(shard["bytes"] for cache in caches for shard in cache.manifest["shards"])

@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -13,6 +14,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
+from torch.utils.checkpoint import checkpoint
 
 from runtime.devices import Precision
 from sdxl.base import Base
@@ -165,7 +167,7 @@ def build_unet(
     if config.channels_last:
         unet.to(memory_format=torch.channels_last)
     if uses_checkpointing(config, world.device):
-        unet.enable_gradient_checkpointing()
+        unet.enable_gradient_checkpointing(_checkpointed(unet))
     if config.full and world.size > 1:
         _shard(unet, precision, world)
     else:
@@ -185,6 +187,13 @@ def weight_dtype(config: TrainConfig, precision: Precision) -> torch.dtype:
 def uses_checkpointing(config: TrainConfig, device: torch.device) -> bool:
     asked = config.gradient_checkpointing
     return device.type == "cuda" if asked is None else asked
+
+
+def _checkpointed(unet: Any) -> Callable[..., Any]:
+    """What runs a block and keeps its inputs alone. Nothing in SDXL is random, and so the state of
+    the generators, which a GPU would have to be asked for at each block, need not be kept."""
+    is_random = any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in unet.modules())
+    return partial(checkpoint, use_reentrant=False, preserve_rng_state=is_random)
 
 
 def _keep_norms_in_half(unet: Any) -> None:
