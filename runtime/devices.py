@@ -3,7 +3,7 @@
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -51,10 +51,25 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The tensor there; the host does not wait where that is safe: on CUDA, from pinned memory.
 
     From other memory a copy that is not waited for reads what may be freed and used again by then:
-    on MPS batches would be wrong in silence. No other line of the product says ``non_blocking``.
+    on MPS batches would be wrong in silence. No line of the product outside of this file says
+    ``non_blocking``.
     """
     is_safe = device.type == "cuda" and tensor.is_pinned()
     return tensor.to(device, non_blocking=is_safe)
+
+
+def start_copy_to_host(
+    sources: Mapping[str, torch.Tensor], pinned: Mapping[str, torch.Tensor]
+) -> torch.Event:
+    """Copy tensors of a GPU into pinned ones of the same names; the event says when they are there.
+
+    Work that is queued on the device afterwards may change the sources; the copies come first.
+    """
+    for name, source in sources.items():
+        pinned[name].copy_(source, non_blocking=True)
+    arrived = torch.Event(next(iter(sources.values())).device)
+    arrived.record()
+    return arrived
 
 
 def has_bf16(device: torch.device) -> bool:

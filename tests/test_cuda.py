@@ -5,6 +5,7 @@ Functions of this file that take no fixtures run in a process of their own, wher
 
 import shutil
 import signal
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -32,6 +33,7 @@ from shards.reader import Cache
 from tests.made import learner_for
 from train.config import TrainConfig
 from train.distributed import DistContext
+from train.ema import Ema
 from train.learner import train_step, warm_up
 from train.loop import train as train_run
 from train.memory import Estimator, choose_checkpointing, state_bytes
@@ -233,6 +235,49 @@ def test_a_run_that_does_not_fit_says_so_before_its_folder_is_made(
     assert said.startswith("out of memory; the largest bucket is 64x64, at batch size 2")
     assert "--pure-bf16 (about" in said and "CUDA out of memory" in said
     assert not (tmp_path / "run").exists()
+
+
+# The average of weights on a GPU in the CPU's memory.
+
+
+def averages_of(every: int) -> dict[str, Any]:
+    """By a thread beside the steps, and on the GPU, after seven steps."""
+    torch.manual_seed(0)
+    weights = {name: torch.nn.Parameter(torch.randn(9, device=GPU)) for name in "ab"}
+    beside, here = Ema(weights, 0.9, True, every), Ema(weights, 0.9, False, every)
+    real, may_go, went = beside._lerp, threading.Semaphore(0), []
+
+    def lerp(*given: Any) -> None:
+        went.append(may_go.acquire(timeout=60))
+        real(*given)
+
+    beside._lerp = lerp  # type: ignore[method-assign]
+    for step in range(7):
+        for weight in weights.values():
+            weight.data += torch.randn(9, device=GPU)
+        beside.update(step)  # returns, while the thread waits
+        here.update(step)
+        if step % every == every - 1:
+            may_go.release()
+    beside.finish(7)
+    here.finish(7)
+    may_go.release()
+    return {
+        "beside": {name: value.tolist() for name, value in beside.values.items()},
+        "here": {name: value.cpu().tolist() for name, value in here.values.items()},
+        "devices": {value.device.type for value in beside.values.values()},
+        "pinned": all(stage.is_pinned() for stage in beside._stages.values()),
+        "went": went,
+    }
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_an_average_in_main_memory_is_that_of_the_gpu(cuda: PretendedCuda, every: int) -> None:
+    found = cuda(averages_of, every)
+    for name in "ab":
+        assert found["beside"][name] == pytest.approx(found["here"][name], abs=1e-6)
+    assert found["devices"] == {"cpu"} and found["pinned"]
+    assert found["went"] == [True] * (7 if every == 1 else 3)
 
 
 # A whole run.

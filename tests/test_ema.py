@@ -48,6 +48,22 @@ def test_the_average_is_a_plain_loops(decay: float, dtype: torch.dtype, on_cpu: 
         assert torch.allclose(value, expected, atol=1e-5, rtol=1e-5), name
 
 
+@pytest.mark.parametrize("num_steps", [7, 9])
+def test_steps_taken_together_forget_as_much_as_one_by_one(num_steps: int) -> None:
+    """At the last weight of each three, and at the end of what is left."""
+    parameters = {"a": torch.nn.Parameter(torch.randn(5))}
+    ema, mean = Ema(parameters, 0.9, on_cpu=False, every=3), parameters["a"].detach().double()
+    kept = 1.0
+    for step in range(num_steps):
+        parameters["a"].data += torch.randn(5)
+        kept *= min(0.9, (1 + step) / (10 + step))
+        ema.update(step)
+        if step % 3 == 2 or step == num_steps - 1:
+            mean, kept = kept * mean + (1 - kept) * parameters["a"].detach().double(), 1.0
+    ema.finish(num_steps)
+    assert torch.allclose(ema.values["a"], mean.float(), atol=1e-6)
+
+
 @pytest.mark.parametrize("on_cpu", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_come_back_bit_for_bit_after_the_average_stood_in(

@@ -23,7 +23,7 @@ class TrainConfig:
         "Objective": "prediction_type zero_terminal_snr min_snr_gamma noise_offset loss "
         "huber_delta timesteps logit_mean logit_std timestep_range",
         "Optimizer": "optimizer lr_schedule num_cycles warmup_steps accumulate "
-        "weight_decay max_grad_norm max_skipped ema ema_on_cpu seed",
+        "weight_decay max_grad_norm max_skipped ema ema_on_cpu ema_every seed",
         "Memory and speed": "device gpus precision gradient_checkpointing base_quant pure_bf16 "
         "fused_backward compile channels_last warm_up reader_threads "
         "allow_cpu_bf16",
@@ -153,7 +153,12 @@ class TrainConfig:
     )
     ema_on_cpu: bool = option(
         False,
-        "Keep the moving average in CPU memory.",
+        "Keep the moving average in CPU memory; then --ema-every 10 spares the CPU.",
+    )
+    ema_every: int = option(
+        1,
+        "Update the moving average after every Nth step, as if by all N.",
+        metavar="N",
     )
     seed: int = option(
         0,
@@ -401,6 +406,7 @@ def check_choices(config: "TrainConfig") -> None:
         raise ValueError("--compile: DoRA cannot be compiled; leave --compile out")
     for name, needed, is_there in (
         ("ema_on_cpu", "--ema", config.ema > 0),
+        ("ema_every", "--ema", config.ema > 0),
         ("preview_vae", "--preview-every", bool(config.preview_every)),
         ("huber_delta", "--loss huber", config.loss == "huber"),
         ("logit_mean", "--timesteps logit-normal", config.timesteps == "logit-normal"),

@@ -150,9 +150,13 @@ def build_learner(
         objective=objective,
         max_grad_norm=config.max_grad_norm,
         world=world,
-        ema=Ema(parameters, config.ema, config.ema_on_cpu) if config.ema else None,
+        ema=_average(parameters, config),
         fused=fused,
     )
+
+
+def _average(parameters: dict[str, torch.nn.Parameter], config: TrainConfig) -> Ema | None:
+    return Ema(parameters, config.ema, config.ema_on_cpu, config.ema_every) if config.ema else None
 
 
 def train_step(learner: Learner, batches: Iterator[Batch], number: int, lr: float) -> Step:

@@ -182,6 +182,8 @@ def _run(run: Run) -> Path:
             )
         _steps(run)
         world, out = learner.world, run.config.out
+        if learner.ema is not None:
+            learner.ema.finish(run.num_steps)
         path = publish(learner.unet, run.kind, out, world, learner.ema, steps=run.num_steps)
         run.log.artifact(path)
         failed = False

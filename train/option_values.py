@@ -14,6 +14,7 @@ MAX_COUNT = 2**31 - 1  # of steps, samples, threads: far beyond what can be trai
 _LEAST = {
     "rank": 1,
     "num_cycles": 1,
+    "ema_every": 1,
     "warmup_steps": 0,
     "weight_decay": 0,
     "steps": 1,

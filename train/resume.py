@@ -32,6 +32,7 @@ FIXED = (
     "seed",
     "optimizer",
     "ema",
+    "ema_every",
     "base_quant",
     "pure_bf16",
     "fused_backward",
