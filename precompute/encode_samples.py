@@ -24,6 +24,7 @@ from precompute.plan.placement import PlannedSample, picture_mark
 from precompute.settings import EncodeSettings
 from runtime.devices import DTYPES, num_cores
 from runtime.files import content_digest
+from runtime.workers import rank_info
 from sdxl.latent_rgb import LatentSums
 from shards.reader import read_ahead
 
@@ -78,7 +79,7 @@ def encode_latents(
         OSError: a file cannot be read now. That is no property of the image: the run ends, and
             goes on from there the next time.
     """
-    size, threads = encoders.batch_size, num_cores()
+    size, threads = encoders.batch_size, max(1, num_cores() // rank_info().local_size)
     # Each variant is an image in memory.
     most = max((len(member.variants) for member in members), default=1)
     opened = read_ahead(

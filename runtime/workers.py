@@ -32,11 +32,12 @@ MIN_ON_CPU = 4  # processes that any machine may try
 
 
 class RankInfo(NamedTuple):
-    """This process among ``size``; ``local_rank`` is its number on this machine."""
+    """This process among ``size``; on this machine it is ``local_rank`` among ``local_size``."""
 
     rank: int = 0
     local_rank: int = 0
     size: int = 1
+    local_size: int = 1
 
 
 def rank_info() -> RankInfo:
@@ -50,7 +51,9 @@ def rank_info() -> RankInfo:
         return RankInfo()
     if "RANK" not in os.environ:
         raise ValueError("WORLD_SIZE is set and RANK is not: start several processes by torchrun")
-    return RankInfo(int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0")), size)
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    return RankInfo(int(os.environ["RANK"]), local_rank, size, local_size)
 
 
 def is_main_process() -> bool:
@@ -181,7 +184,8 @@ class WorkQueue:
     """
 
     def __init__(self) -> None:
-        self.rank, _, self.size = rank_info()
+        this = rank_info()
+        self.rank, self.size = this.rank, this.size
         self._store: Any = None
         self._sums: Counter[str] = Counter()  # of a process alone
         if self.size > 1:

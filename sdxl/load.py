@@ -2,13 +2,15 @@
 
 import inspect
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, ModelMixin, SchedulerMixin, UNet2DConditionModel
 from safetensors import SafetensorError, safe_open
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from runtime.text import first_line
 from sdxl import BaseError
@@ -226,10 +228,24 @@ def bare_model(component: str, config: dict[str, Any]) -> Any:
     return _without_weights(kinds[component], config)
 
 
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """While entered, parameters of new modules have no data; buffers, which no file holds, do."""
+
+    def move(module: Any, name: str, parameter: torch.nn.Parameter) -> torch.nn.Parameter:
+        return torch.nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+
+    hook = register_module_parameter_registration_hook(move)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def _without_weights(kind: Any, config: dict[str, Any], path: Path | None = None) -> Any:
     """A model whose parameters have shapes and no data yet; its buffers are as they must be."""
     try:
-        with init_empty_weights():
+        with _parameters_on_meta():
             if issubclass(kind, ModelMixin):
                 return kind.from_config(config)
             return kind(kind.config_class(**config))

@@ -7,7 +7,6 @@ holds their digests. A folder of that name is whole, or damaged and named.
 import functools
 import json
 import math
-import os
 import threading
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -34,6 +33,7 @@ from runtime.files import (
     unseal,
     writing,
 )
+from runtime.workers import rank_info
 from sdxl.base import find_weights
 from train.config import TrainConfig
 from train.learner import Learner
@@ -253,9 +253,8 @@ def _below(name: str, write: Write) -> Write:
 def _fits_in_memory(size: int) -> bool:
     """Whether there is room for a copy of so many bytes for each process of this machine, and for
     the file that is being written."""
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     needed = size + min(size, MAX_FILE_BYTES)
-    return bool(needed * processes < MEMORY_SHARE * psutil.virtual_memory().available)
+    return bool(needed * rank_info().local_size < MEMORY_SHARE * psutil.virtual_memory().available)
 
 
 def _digests(folder: Path) -> dict[str, str]:

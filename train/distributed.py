@@ -109,8 +109,8 @@ class StopVote:
 
 def start_world(device: str) -> DistContext:
     """Join the process group that torchrun's environment names, if it does."""
-    rank, _, size = rank_info()
-    if size == 1:
+    this = rank_info()
+    if this.size == 1:
         alone = DistContext(pick_device(device))
         if alone.device.index is not None:
             torch.cuda.set_device(alone.device)
@@ -121,7 +121,7 @@ def start_world(device: str) -> DistContext:
         torch.cuda.set_device(picked)
     backend = "nccl" if picked.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=TIMEOUT)
-    return DistContext(picked, rank, size)
+    return DistContext(picked, this.rank, this.size)
 
 
 def is_lost(error: RuntimeError, world: DistContext) -> bool:
