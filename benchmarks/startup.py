@@ -1,5 +1,5 @@
-"""What the imports of each command take: processor seconds in a process of its own, with and without
-what ``runtime/imports.py`` leaves out. (A whole command imports a little more on its way.)
+"""What the imports of each command take: processor seconds in a process of its own, with and
+without what ``runtime/imports.py`` leaves out. (A whole command imports a little more on its way.)
 
     python -m benchmarks.startup [--rounds 3]
 """

@@ -23,14 +23,21 @@ _context.set_forkserver_preload(["train.loop"])
 
 def start(config: TrainConfig, world: int = 1, max_file_bytes: int = 0) -> list[BaseProcess]:
     """Start the ranks of a run; ``max_file_bytes`` is of the files of weights."""
+    return start_each([config] * world, max_file_bytes)
+
+
+def start_each(configs: list[TrainConfig], max_file_bytes: int = 0) -> list[BaseProcess]:
+    """The same, each rank with settings of its own."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    config.out.mkdir(parents=True, exist_ok=True)
-    arguments = (world, port, config, max_file_bytes)
+    for config in configs:
+        config.out.mkdir(parents=True, exist_ok=True)
     ranks: list[BaseProcess] = [
-        _context.Process(target=_rank, args=(rank, *arguments), daemon=True)
-        for rank in range(world)
+        _context.Process(
+            target=_rank, args=(rank, len(configs), port, config, max_file_bytes), daemon=True
+        )
+        for rank, config in enumerate(configs)
     ]
     for rank in ranks:
         rank.start()

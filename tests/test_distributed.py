@@ -14,7 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 from diffusers import UNet2DConditionModel
-from ranks import seen, train_on
+from ranks import output_of, seen, start_each, train_on
 from runs import LORA, UNET, config_of, evals, losses, run
 
 from sdxl.base import find_weights
@@ -70,6 +70,22 @@ def test_any_number_of_processes_and_any_change_of_it_is_one_run(
     assert close(losses(mixed), losses(one)) and seen(mixed) == plan
     first, second = (safetensors.torch.load_file(out / LORA) for out in (one, mixed))
     assert all(torch.allclose(first[name], second[name], atol=1e-3) for name in first)
+
+
+@pytest.mark.slow
+def test_ranks_that_see_other_folders_are_refused_at_once(
+    cache: Path, base: Path, tmp_path: Path
+) -> None:
+    outs = tmp_path / "one", tmp_path / "two"
+    configs = [config_of(cache, base, out, steps=1, batch_size=1) for out in outs]
+    ranks = start_each(configs)
+    for rank in ranks:
+        rank.join(60)
+    assert [rank.exitcode for rank in ranks] == [1, 1]
+    for out in outs:
+        said = f"{out}: the processes do not see the same folder there; machines need a shared one"
+        assert said in output_of(out)
+        assert not (out / "ranks.nonce").exists() and not (out / "config.json").exists()
 
 
 @pytest.mark.slow

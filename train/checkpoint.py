@@ -184,7 +184,8 @@ class CheckpointWriter:
 
     def _files(self, step: int, tensors: dict[str, torch.Tensor]) -> Iterator[Write]:
         learner, kind, world = self.learner, self.kind, self.world
-        owners = cycle(range(world.size))
+        # All ranks have all of an adapter; its small files are for the main one.
+        owners = cycle(range(world.size if kind.full else 1))
         yield from weights_files(learner.unet, kind, world, None, owners, steps=step)
         if learner.ema is not None:
             average = weights_files(learner.unet, kind, world, learner.ema, owners, steps=step)

@@ -15,6 +15,7 @@ cache, notes, generated images) is never moved or deleted.
 import json
 import os
 import re
+import secrets
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -187,6 +188,7 @@ def recover_with_warning(out: Path) -> None:
 
 # A run's folder: whether it may be used, its lock, and the settings that it keeps.
 
+NONCE = "ranks.nonce"  # while the ranks ask whether they see the same folder
 LOCK = "train.lock"  # while a run is at work in the folder
 
 
@@ -211,7 +213,9 @@ def check_folder(config: TrainConfig) -> None:
 def _is_leftover(path: Path) -> bool:
     """Whether it is what a run leaves that is killed before its first file has its name."""
     name = path.name
-    return name == LOCK or (name.endswith(PARTIAL) and name.removesuffix(PARTIAL) in ENTRIES)
+    return name in (LOCK, NONCE) or (
+        name.endswith(PARTIAL) and name.removesuffix(PARTIAL) in ENTRIES
+    )
 
 
 def _is_run(folder: Path) -> bool:
@@ -266,8 +270,31 @@ def lock_folder(config: TrainConfig, world: DistContext) -> Iterator[None]:
         if world.is_main:
             check_folder(config)
             recover_with_warning(config.out)
-        world.wait()  # all ranks read what the main one has put in order
+        _check_shared(config.out, world)  # and all ranks read what the main one has put in order
         yield
+
+
+def _check_shared(out: Path, world: DistContext) -> None:
+    """Each rank writes and reads files there: refuse where one sees another folder.
+
+    Raises:
+        ValueError: the folder is not shared.
+    """
+    if world.size == 1:
+        return
+    nonce = world.share(secrets.token_hex(16))
+    path = out / NONCE
+    if world.is_main:
+        path.write_text(nonce)
+    world.wait()
+    seen = path.read_text() if path.is_file() else ""
+    all_see_it = set(world.gather([seen])) == {nonce}
+    if world.is_main:
+        path.unlink()
+    if not all_see_it:
+        raise ValueError(
+            f"{out}: the processes do not see the same folder there; machines need a shared one"
+        )
 
 
 @contextmanager
