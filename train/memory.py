@@ -21,6 +21,7 @@ from sdxl.base import Base
 from sdxl.lora.apply import num_lora_parameters
 from shards.buckets import Size
 from train.config import TrainConfig, check_processes
+from train.forwards import use_direct_forwards
 from train.quantize import is_quantized
 from train.unet import BLOCKS, add_adapter, skip_redundant_casts, trainable
 
@@ -168,6 +169,7 @@ class Estimator:
                     unet.requires_grad_(False)
                     add_adapter(unet, replace(config, init_lora=None))
                     skip_redundant_casts(unet)
+                use_direct_forwards(unet)
             self._known[key] = unet.train()
         return self._known[key]
 

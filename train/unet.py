@@ -20,6 +20,7 @@ from sdxl.load import load_unet
 from sdxl.lora.apply import load_lora, read_lora
 from train.config import TrainConfig
 from train.distributed import DistContext, is_fsdp
+from train.forwards import use_direct_forwards
 from train.quantize import quantize
 
 # Adapters: LoRA and its relatives on the UNet, through peft.
@@ -162,6 +163,7 @@ def build_unet(
     if precision.autocast:
         _keep_norms_in_half(unet)
         skip_redundant_casts(unet)
+    use_direct_forwards(unet)
     if config.channels_last:
         unet.to(memory_format=torch.channels_last)
     if uses_checkpointing(config, world.device):
