@@ -23,7 +23,7 @@ from shards.buckets import Size
 from train.config import TrainConfig, check_processes
 from train.forwards import use_direct_forwards
 from train.quantize import is_quantized
-from train.unet import BLOCKS, add_adapter, skip_redundant_casts, trainable
+from train.unet import BLOCKS, add_adapter, trainable
 
 QUANT_BYTES = {"int8": 1.01, "nf4": 0.57}  # a weight, with its scales
 WORKING_TENSORS = 4  # of the largest size there is, in flight beside what is saved
@@ -168,7 +168,6 @@ class Estimator:
                 else:
                     unet.requires_grad_(False)
                     add_adapter(unet, replace(config, init_lora=None))
-                    skip_redundant_casts(unet)
                 use_direct_forwards(unet)
             self._known[key] = unet.train()
         return self._known[key]
