@@ -95,19 +95,19 @@ def fill(unet: Any) -> Any:
     return unet
 
 
-def batch_of(pixels: int) -> Batch:
-    """One image's."""
+def batch_of(pixels: int, num: int = 1) -> Batch:
+    """One of ``num`` images."""
     side = pixels // 8
     return Batch(
-        latents=torch.empty(1, 4, side, side),
-        prompt=torch.empty(1, 77, 2048, dtype=torch.float16),
-        pooled=torch.empty(1, 1280, dtype=torch.float16),
-        time_ids=torch.empty(1, 6),
-        noise=torch.empty(1, 4, side, side),
-        times=torch.empty(1),
-        weights=torch.empty(1),
-        keys=("key",),
-        num_entries=1,
+        latents=torch.empty(num, 4, side, side),
+        prompt=torch.empty(num, 77, 2048, dtype=torch.float16),
+        pooled=torch.empty(num, 1280, dtype=torch.float16),
+        time_ids=torch.empty(num, 6),
+        noise=torch.empty(num, 4, side, side),
+        times=torch.empty(num),
+        weights=torch.empty(num),
+        keys=("key",) * num,
+        num_entries=num,
         epoch=0,
         number=0,
         micro=0,

@@ -1,13 +1,15 @@
 """Steps a second of ``cli.py train`` against the bare loop, on the same UNet and optimizer.
 
-The bare loop has its tensors resident and does nothing but forward, backward, clip and step. Both
+The bare loop has its tensors resident and does nothing but forward, backward, clip and step, by the
+forward passes of peft and diffusers (with ``--same-forwards`` by the product's own). Both
 run in this process on the same batches, in turns (A B, B A, ...), so that a noisy machine disturbs
 both alike; the ratio is the median of the rounds'.
 
-    python -m benchmarks.train_step [--base BASE] [CACHE | --pixels 64] [--full] [--rounds 7]
+    python -m benchmarks.train_step [--base BASE] [CACHE | --pixels 64] [--full] [--same-forwards]
 """
 
 import tempfile
+from contextlib import nullcontext
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import click
 import torch
 
 from benchmarks.caches import kind_for, random_samples, write_random
+from benchmarks.operations import library_forwards
 from benchmarks.report import clocks, keep, machine, rates, show, take_turns
 from runtime.devices import pick_device
 from sdxl.base import open_base
@@ -64,14 +67,15 @@ class Ours:
 
 
 def compare(
-    config: TrainConfig, device: torch.device, rounds: int, steps: int
+    config: TrainConfig, device: torch.device, rounds: int, steps: int, same_forwards: bool
 ) -> dict[str, dict[str, list[float]]]:
     """Seconds of each round of both, by wall clock and by processor (of all threads)."""
     opened = Cache(config.caches[0].folder)
     plan = Plan(opened.groups(), 0, config.batch_size)
     base = open_base(config.base)
     ours = Ours(config, build_learner(config, base, DistContext(device)), opened, plan)
-    bare = build_learner(config, base, DistContext(device))
+    with nullcontext() if same_forwards else library_forwards():
+        bare = build_learner(config, base, DistContext(device))
     reader = Reader([opened], plan, RankShare(batch_size=config.batch_size, world=1, rank=0))
     stream = reader.epochs()
     resident = [batch.to(device) for batch in islice(stream, plan.num_batches)]
@@ -93,6 +97,7 @@ def compare(
 @click.option("--base", default="miniature", show_default=True)
 @click.option("--pixels", default=64, show_default=True, help="Of random samples, without CACHE.")
 @click.option("--full", is_flag=True)
+@click.option("--same-forwards", is_flag=True, help="For both: what shards and logs cost.")
 @click.option("--batch-size", default=8, show_default=True)
 @click.option("--steps", default=20, show_default=True, help="Of a round.")
 @click.option("--rounds", default=7, show_default=True, help="Of each, in turns.")
@@ -103,6 +108,7 @@ def main(
     base: str,
     pixels: int,
     full: bool,
+    same_forwards: bool,
     batch_size: int,
     steps: int,
     rounds: int,
@@ -124,7 +130,7 @@ def main(
             batch_size=batch_size,
             device=device,
         )
-        seconds = compare(config, place, rounds, steps)
+        seconds = compare(config, place, rounds, steps, same_forwards)
     rows = rates(seconds, steps, "steps", target=0.97)
     what = "the whole UNet" if full else "LoRA"
     show(f"{what} of {base}, batch {batch_size}, {rounds} rounds of {steps} steps", rows)

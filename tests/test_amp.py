@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 
+from benchmarks.operations import library_forwards
 from runtime.devices import DTYPES
 from shards.batches import Reader
 from shards.plan import Plan, RankShare
@@ -53,7 +54,7 @@ def seen_dtypes(learner: Learner) -> dict[str, set[torch.dtype]]:
     """Record what one linear and the last convolution give while a step runs."""
     seen: dict[str, set[torch.dtype]] = {"linear": set(), "out": set()}
     unet = learner.unet
-    linear = next(m for n, m in unet.named_modules() if n.endswith("attn1.to_q"))
+    linear = next(m for n, m in unet.named_modules() if n.endswith("attn1.to_out.0"))
     for name, module in (("linear", linear), ("out", unet.conv_out)):
         module.register_forward_hook(lambda m, i, out, name=name: seen[name].add(out.dtype))
     return seen
@@ -172,25 +173,19 @@ def saved_storages() -> Iterator[dict[int, torch.UntypedStorage]]:
 def test_a_loras_input_is_not_cast_in_vain(
     cache: Path, base: Path, precision: str, settings: dict[str, Any]
 ) -> None:
-    """peft's own casts to fp32 and back change no bit, and cost memory."""
+    """peft takes it to fp32, and autograd keeps that for each LoRA."""
     found, sizes = [], []
-    for enabled in (False, True):
-        learner = learner_of(
-            cache, base, precision=precision, allow_cpu_bf16=True, targets="all", **settings
-        )
-        layers = [m for m in learner.unet.modules() if isinstance(m, LoraLayer)]
-        assert len(layers) > 20 and not any(m.cast_input_dtype_enabled for m in layers)
-        for layer in layers:
-            layer.cast_input_dtype_enabled = enabled
+    for forwards in (nullcontext, library_forwards):
+        with forwards():
+            learner = learner_of(
+                cache, base, precision=precision, allow_cpu_bf16=True, targets="all", **settings
+            )
         batches = batches_of(cache)
         with saved_storages() as saved:
-            losses = [float(train_step(learner, batches, n, 1e-3).loss) for n in range(2)]
+            found += [[float(train_step(learner, batches, n, 1e-3).loss) for n in range(2)]]
         batches.close()
         sizes.append(sum(storage.nbytes() for storage in saved.values()))
-        weights = [p.detach().clone() for p in learner.optimizer.parameters.values()]
-        found.append((losses, weights))
-    assert found[0][0] == found[1][0]
-    assert all(torch.equal(*pair) for pair in zip(found[0][1], found[1][1], strict=True))
+    assert found[0] == pytest.approx(found[1], rel=2e-2)
     assert sizes[0] < 0.9 * sizes[1]
 
 

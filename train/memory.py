@@ -22,8 +22,9 @@ from sdxl.lora.apply import num_lora_parameters
 from shards.buckets import Size
 from train.config import TrainConfig, check_processes
 from train.distributed import DistContext
+from train.forwards import use_direct_forwards
 from train.quantize import is_quantized
-from train.unet import BLOCKS, add_adapter, skip_redundant_casts, trainable
+from train.unet import BLOCKS, add_adapter, trainable
 
 QUANT_BYTES = {"int8": 1.01, "nf4": 0.57}  # a weight, with its scales
 FREE_SHARE = 0.9  # of what a card has free, that an estimate may take
@@ -169,7 +170,7 @@ class Estimator:
                 else:
                     unet.requires_grad_(False)
                     add_adapter(unet, replace(config, init_lora=None))
-                    skip_redundant_casts(unet)
+                use_direct_forwards(unet)
             self._known[key] = unet.train()
         return self._known[key]
 

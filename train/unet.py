@@ -13,7 +13,6 @@ import torch
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from peft import LoraConfig
-from peft.tuners.lora import LoraLayer
 from torch.utils.checkpoint import checkpoint
 
 from runtime.devices import Precision
@@ -22,6 +21,7 @@ from sdxl.load import load_unet
 from sdxl.lora.apply import load_lora, read_lora
 from train.config import TrainConfig
 from train.distributed import DistContext, is_fsdp
+from train.forwards import use_direct_forwards
 from train.quantize import quantize
 
 # Adapters: LoRA and its relatives on the UNet, through peft.
@@ -117,17 +117,6 @@ def add_adapter(unet: Any, config: TrainConfig, checkpoint: Path | None = None) 
         read_lora(unet, source)  # again in fp32: it was read in the base's precision
 
 
-def skip_redundant_casts(unet: Any) -> None:
-    """For runs under autocast, which takes a LoRA's input to its own dtype: peft would take it to
-    fp32 before, and autograd would keep a copy for each LoRA. The numbers are the same.
-
-    DoRA computes norms in its input's dtype, and stays as it is.
-    """
-    for module in unet.modules():
-        if isinstance(module, LoraLayer) and not module.lora_variant:
-            module.cast_input_dtype_enabled = False
-
-
 def trainable(unet: Any) -> dict[str, torch.nn.Parameter]:
     """The trained parameters by name."""
     return {name: p for name, p in unet.named_parameters() if p.requires_grad}
@@ -163,7 +152,7 @@ def build_unet(
         add_adapter(unet, config, checkpoint)
     if precision.autocast:
         _keep_norms_in_half(unet)
-        skip_redundant_casts(unet)
+    use_direct_forwards(unet)
     if config.channels_last:
         unet.to(memory_format=torch.channels_last)
     if uses_checkpointing(config, world.device):

@@ -1,0 +1,153 @@
+"""What a LoRA step at full size launches and moves, with our forward passes and with peft's and
+diffusers' own: counted over fake tensors, where nothing is computed.
+
+A launch is an operation that writes memory (views and empty tensors are none). Its bytes are those
+of the tensors that it reads and writes. Operations that are no matrix product, convolution or
+attention are elementwise here, norms among them.
+
+    python -m benchmarks.operations [--pixels 1024] [--out benchmark-output]
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import click
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from benchmarks.allocations import CPU, batch_of, fill, unet_without_data
+from benchmarks.estimates import config_of
+from benchmarks.report import keep, machine, show
+from sdxl.base import open_base
+from train.config import TrainConfig
+from train.distributed import DistContext
+from train.learner import build_learner, train_step
+from train.objective import objective_of
+
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "attention")
+NOT_LAUNCHED = ("empty", "detach", "alias", "_local_scalar_dense", "set_", "lift_fresh")
+SETTINGS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("no checkpointing", {"gradient_checkpointing": False}),
+    ("checkpointing", {"gradient_checkpointing": True}),
+)
+
+
+class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Launches, bytes of elementwise operations, casts and divisions by one."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function is torch.ops.aten._local_scalar_dense.default:  # the optimizer's own numbers
+            return True if args[0].dtype == torch.bool else 1
+        result = function(*args, **(kwargs or {}))
+        name = function.overloadpacket.__name__
+        given = _tensors((args, kwargs))
+        made = _tensors(result)
+        known = {tensor.untyped_storage()._cdata for tensor in given}
+        views = not function._schema.is_mutable and all(
+            tensor.untyped_storage()._cdata in known for tensor in made
+        )
+        if views or any(part in name for part in NOT_LAUNCHED):
+            return result
+        self.counts["launches"] += 1
+        if not any(part in name for part in PRODUCTS):
+            self.counts["elementwise bytes"] += sum(map(_bytes, (*given, *made)))
+        if name == "_to_copy" and args[0].dtype != result.dtype:
+            self.counts["casts"] += 1
+        if name == "div" and args[1] == 1:
+            self.counts["divisions by 1"] += 1
+        return result
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    """What is read or written: an expanded tensor is as large as what it is expanded from."""
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    numel = 1
+    for size, stride in sizes:
+        numel *= size if stride else 1
+    return numel * tensor.element_size()
+
+
+@contextmanager
+def library_forwards() -> Iterator[None]:
+    """While entered, UNets are built with the forward passes of peft and diffusers."""
+    with mock.patch("train.unet.use_direct_forwards", lambda unet: None):
+        yield
+
+
+def step_of(config: TrainConfig, pixels: int, num: int) -> Counter[str]:
+    """Counts of a step, when there is an optimizer state, and the bytes that its forward saves."""
+    base = open_base(config.base)
+    objective = objective_of(config, base.scheduler_config)  # of real numbers
+    unet = unet_without_data(config)
+    with (
+        mock.patch("train.learner.objective_of", lambda *_: objective),
+        mock.patch("train.learner.build_unet", lambda *_: fill(unet)),
+        FakeTensorMode(allow_non_fake_inputs=True),
+    ):
+        batch = batch_of(pixels, num)
+        learner = build_learner(config, base, DistContext(CPU))
+        train_step(learner, iter([batch]), 0, 1e-4)
+        parameters = {p.untyped_storage()._cdata for p in learner.unet.parameters()}
+        saved: dict[int, torch.UntypedStorage] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in parameters:
+                saved[storage._cdata] = storage
+            return tensor
+
+        with Operations() as operations:
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                loss = learner.losses(learner.unet, batch).mean()
+            loss.backward()  # type: ignore[no-untyped-call]
+    counts: Counter[str] = operations.counts
+    counts["saved bytes"] = sum(storage.nbytes() for storage in saved.values())
+    return counts
+
+
+@click.command()
+@click.option("--pixels", default=1024, show_default=True)
+@click.option("--batch-size", default=4, show_default=True)
+@click.option("--rank", default=16, show_default=True)
+@click.option("--out", default=Path("benchmark-output"), type=click.Path(path_type=Path))
+def main(pixels: int, batch_size: int, rank: int, out: Path) -> None:
+    """A table of the forward and backward pass of a LoRA step, under bf16 autocast."""
+    rows = []
+    for name, settings in SETTINGS:
+        config = config_of(allow_cpu_bf16=True, rank=rank, **settings)
+        with library_forwards():
+            theirs = step_of(config, pixels, batch_size)
+        for whose, counts in (("theirs", theirs), ("ours", step_of(config, pixels, batch_size))):
+            rows.append({"run": name, "forwards": whose, **_row(counts)})
+    show(f"LoRA {rank}, {pixels} px, batch {batch_size}, bf16: a forward and backward pass", rows)
+    keep(out / "operations.json", {"machine": machine(), "rows": rows})
+
+
+def _row(counts: Counter[str]) -> dict[str, Any]:
+    return {
+        "launches": counts["launches"],
+        "elementwise GB": counts["elementwise bytes"] / 1e9,
+        "casts": counts["casts"],
+        "divisions by 1": counts["divisions by 1"],
+        "saved GB": counts["saved bytes"] / 1e9,
+    }
+
+
+if __name__ == "__main__":
+    main()
