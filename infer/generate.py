@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from infer.outputs import About, PictureFolder, save_picture
+from infer.outputs import About, ImageFolder, save_image
 from infer.pipeline import Pipeline
 from infer.requests import ImageRequest, plan_requests
 from infer.settings import GenerateSettings
@@ -53,7 +53,7 @@ def generate(settings: GenerateSettings, pipeline: Pipeline | None = None) -> Re
     pipeline = pipeline or make_pipeline(settings)
     base = pipeline.weights.base
     requests = plan_requests(settings, prompts, base.unet.config["sample_size"] * 8)
-    folder = PictureFolder(settings.out, settings.format)
+    folder = ImageFolder(settings.out, settings.format)
     with folder.open():
         provenance = _about(pipeline, requests)
         wanted = folder.missing(requests, provenance)
@@ -109,7 +109,7 @@ def _draw(
     queue: WorkQueue,
 ) -> None:
     """This process's part, to the end of all; the main one shows how far all are."""
-    folder = PictureFolder(settings.out, settings.format)
+    folder = ImageFolder(settings.out, settings.format)
     loras = pipeline.weights.lora_names
     pending: deque[Future[None]] = deque()
     quiet = not (queue.is_main and requests)
@@ -125,7 +125,7 @@ def _draw(
 
         def save(request: ImageRequest, sides: list[torch.Tensor]) -> None:
             folder.before_replacing(request)
-            save_picture(folder.path(request), sides, request, provenance, loras)
+            save_image(folder.path(request), sides, request, provenance, loras)
 
         def keep(request: ImageRequest, sides: list[torch.Tensor]) -> None:
             pending.append(pool.submit(save, request, sides))

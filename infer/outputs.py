@@ -177,7 +177,7 @@ def row_of_record(path: Path, record: dict[str, Any] | None) -> CaptionRow | Non
         request = ImageRequest(**values | {"sampler": None})
         prompt = str(request.prompt)
         prompt.encode()  # JSON may hold half a character, which no file of captions can
-        size = picture_size(request)
+        size = output_size(request)
     except (KeyError, TypeError, UnicodeEncodeError):
         return None
     return CaptionRow(path.name, prompt, *size) if all(type(n) is int for n in size) else None
@@ -211,7 +211,7 @@ def _without_comparison(record: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def picture_size(request: ImageRequest) -> tuple[int, int]:
+def output_size(request: ImageRequest) -> tuple[int, int]:
     """(width, height) of the file's image."""
     if request.compare:
         label, gap = _margins(request)
@@ -224,7 +224,7 @@ def _margins(request: ImageRequest) -> tuple[int, int]:
     return max(20, request.height // 16), max(4, request.width // 128)
 
 
-def save_picture(
+def save_image(
     path: Path, sides: list[torch.Tensor], request: ImageRequest, provenance: About, loras: str
 ) -> None:
     """Write the image [3, H, W] in 0..1; or two of them, the one without the fine-tune first.
@@ -247,7 +247,7 @@ def _to_image(image: torch.Tensor) -> Image.Image:
 
 
 def _side_by_side(images: list[Image.Image], request: ImageRequest) -> Image.Image:
-    both = Image.new("RGB", picture_size(request), "white")
+    both = Image.new("RGB", output_size(request), "white")
     label, gap = _margins(request)
     pen, font = ImageDraw.Draw(both), ImageFont.load_default(0.6 * label)
     for side, image in enumerate(images):
@@ -278,19 +278,19 @@ DAMAGED = ".damaged"
 BYTES_A_PIXEL = 1.5  # of a PNG; of photographs it is 1.3 to 2
 
 
-class PictureFolder:
+class ImageFolder:
     """``out``: images 000000.png on and ``captions.jsonl``; or, as COCO has it, images
     images/000000000001.png on and ``annotations.json``; and a contact sheet of the first."""
 
     def __init__(self, out: Path, layout: str) -> None:
         self.out, self.is_coco = out, layout == "coco"
-        self.pictures = out / COCO_FOLDER if self.is_coco else out
+        self.image_folder = out / COCO_FOLDER if self.is_coco else out
 
     def name(self, request: ImageRequest) -> str:
         return f"{request.number + 1:012d}.png" if self.is_coco else f"{request.number:06d}.png"
 
     def path(self, request: ImageRequest) -> Path:
-        return self.pictures / self.name(request)
+        return self.image_folder / self.name(request)
 
     @property
     def listing(self) -> Path:
@@ -304,12 +304,12 @@ class PictureFolder:
         Raises:
             ValueError: it is no folder, or another run is generating into it.
         """
-        for part in (self.pictures, *self.pictures.parents):
+        for part in (self.image_folder, *self.image_folder.parents):
             if part.exists() and not part.is_dir():
                 raise ValueError(f"{part}: not a folder")
-        self.pictures.mkdir(parents=True, exist_ok=True)
+        self.image_folder.mkdir(parents=True, exist_ok=True)
         with locked(self.out / LOCK):
-            for folder in {self.out, self.pictures}:
+            for folder in {self.out, self.image_folder}:
                 for left in folder.glob(f"*.png{PARTIAL}"):
                     if NAME.fullmatch(name := left.name.removesuffix(PARTIAL)) or name == SHEET:
                         left.unlink()
@@ -326,7 +326,7 @@ class PictureFolder:
         if not self.listing.exists():
             return
         for name, text in read_listing(self.listing, self.is_coco).items():
-            if not (path := self.pictures / name).exists():
+            if not (path := self.image_folder / name).exists():
                 continue
             record, _ = read_record(path, to_the_end=False)
             if record is not None and record.get("prompt", text) != text:
@@ -347,7 +347,7 @@ class PictureFolder:
 
     def _existing_images(self) -> list[Path]:
         """The images that are there, by their names."""
-        return sorted(path for path in self.pictures.glob("*.png") if NAME.fullmatch(path.name))
+        return sorted(path for path in self.image_folder.glob("*.png") if NAME.fullmatch(path.name))
 
     def missing(self, requests: list[ImageRequest], provenance: About) -> list[ImageRequest]:
         """The images that are not there as requested; warns of those that are there otherwise."""
@@ -364,7 +364,7 @@ class PictureFolder:
                 f"{_first_of(others)}: not asked for this time; left as it is", stacklevel=2
             )
         wanted = [request for request, why in stale.items() if why is not None]
-        num_pixels = [width * height for width, height in map(picture_size, wanted)]
+        num_pixels = [width * height for width, height in map(output_size, wanted)]
         needed, free = int(BYTES_A_PIXEL * sum(num_pixels)), free_bytes(self.out)
         if needed > free:
             warnings.warn(
@@ -387,7 +387,7 @@ class PictureFolder:
     def finish(self, requests: list[ImageRequest]) -> Path:
         """Write the captions and the contact sheet, when all images are there; returns the
         sheet."""
-        sizes = map(picture_size, requests)
+        sizes = map(output_size, requests)
         self._write_listing(
             [
                 CaptionRow(self.name(request), request.prompt, *size)

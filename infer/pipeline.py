@@ -166,7 +166,7 @@ def _texts(batches: Iterable[Batch]) -> set[Any]:
 
 UNET_BYTES = 500  # of activations for each pixel of each row of a batch in fp16; estimated
 VAE_BYTES = 3100  # for each pixel in fp32
-ONE_PICTURE = 1024 * 1024  # pixels that the VAE decodes at once, at least
+MIN_DECODED_PIXELS = 1024 * 1024  # pixels that the VAE decodes at once, at least
 Keep = Callable[[ImageRequest, list[torch.Tensor]], None]
 
 
@@ -247,7 +247,7 @@ class Pipeline:
         most = max(request.width * request.height for request in requests)
         rows = 2 * min(self.settings.batch_size, len(requests))
         unet = UNET_BYTES * most * rows * self.dtype.itemsize // 2
-        vae = VAE_BYTES * max(most, ONE_PICTURE)
+        vae = VAE_BYTES * max(most, MIN_DECODED_PIXELS)
         return ModelSlots(self.device, loaders, max(unet, vae), self.settings.low_memory)
 
     def _load_plain_text(self) -> TextEncoders:
@@ -293,7 +293,7 @@ class Pipeline:
     ) -> None:
         vae = models.at_work(VAE)
         vae.use_tiling = batch[0].tiled
-        sides = [_pictures(vae, side_latents) for side_latents in latents]
+        sides = [_decode_images(vae, side_latents) for side_latents in latents]
         for request, *images in zip(batch, *sides, strict=True):
             if not all(image.isfinite().all() for image in images):
                 raise FloatingPointError(
@@ -310,7 +310,7 @@ def _time_ids(request: ImageRequest) -> torch.Tensor:
     )
 
 
-def _pictures(vae: Any, latents: torch.Tensor) -> torch.Tensor:
+def _decode_images(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     """[N, 3, H, W] in 0..1, on the CPU; in fp32 where the VAE's own dtype overflows."""
     images = decode_latents(vae, latents)
     if vae.dtype == torch.float32 or images.isfinite().all():

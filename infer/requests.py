@@ -9,7 +9,7 @@ from infer.settings import GenerateSettings
 from sdxl.prompts import Prompt
 
 MOST_UNTILED = 1536 * 1536  # pixels: the VAE takes 3 kB for each in fp32
-MAX_PICTURES = 10_000_000  # of one run
+MAX_IMAGES = 10_000_000  # of one run
 Batch = list["ImageRequest"]
 
 
@@ -49,8 +49,8 @@ def plan_requests(
     Image i has seed + i. A line's own seed grows by one each time the line comes round.
     """
     num = settings.num_images or sum(prompt.num_images or 1 for prompt in prompts)
-    if num > MAX_PICTURES:
-        raise ValueError(f"{num:,} images are asked for; at most {MAX_PICTURES:,} at a time")
+    if num > MAX_IMAGES:
+        raise ValueError(f"{num:,} images are asked for; at most {MAX_IMAGES:,} at a time")
     rotation = chain.from_iterable(
         repeat(which, prompts[which].num_images or 1) for which in cycle(range(len(prompts)))
     )

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image, ImageDraw
 
-from precompute.images.decode import ORIENTATION, open_picture
+from precompute.images.decode import ORIENTATION, open_image
 from precompute.images.variants import render
 from precompute.latents import LatentEncoder, Posterior
 from shards.buckets import Geometry, cover
@@ -40,9 +40,9 @@ def measure_drawings(encoder: LatentEncoder) -> dict[str, Any]:
     ``scale`` and ``std_scale`` how many times as large they and the posterior's std are; ``mean``
     and ``std`` [C] of each latent channel; ``psnr`` of the drawings decoded back, in dB.
     """
-    drawings = draw()
+    drawings = make_drawings()
     pixels = torch.stack(
-        [render(open_picture(_png(drawing)), _whole(drawing)) for drawing in drawings]
+        [render(open_image(_png(drawing)), _whole(drawing)) for drawing in drawings]
     )
     parts = [encoder.encode(part) for part in torch.split(pixels, encoder.batch_size)]
     posterior = Posterior(torch.cat([p.mean for p in parts]), torch.cat([p.std for p in parts]))
@@ -61,12 +61,12 @@ def measure_drawings(encoder: LatentEncoder) -> dict[str, Any]:
     }
 
 
-def measure_picture(
+def measure_image(
     encoder: LatentEncoder, path: str, data: bytes, geometry: Geometry, stored: torch.Tensor
 ) -> dict[str, Any] | None:
-    """What became of one image; None: take another one.
+    """Compare one image's stored latents with the VAE's; None if the image cannot be compared.
 
-    ``data`` is the file, ``stored`` [C, h, w] what the cache holds for ``geometry``. Only plain
+    ``data`` is the file, ``stored`` [C, h, w] the cache's latents for ``geometry``. Only plain
     images can be opened by another way: 8 bits, RGB or gray, upright, opaque, without a profile.
     ``psnr`` is of the middle of the image, decoded from ``stored``; ``bare_psnr`` from the
     latents that the VAE alone gives, where those differ.
@@ -77,16 +77,16 @@ def measure_picture(
     resized = np.asarray(opened.resize(geometry.resized, Image.Resampling.LANCZOS))
     _, _, top, left, height, width = geometry.sizes
     wanted = _tensor(resized[top : top + height, left : left + width])
-    mine, (bare, _) = stored[None].float(), _bare_encode(encoder.exact, wanted)
-    h, w = mine.shape[-2:]
+    latents, (bare, _) = stored[None].float(), _bare_encode(encoder.exact, wanted)
+    h, w = latents.shape[-2:]
     y, x = max(0, (h - WINDOW) // 2), max(0, (w - WINDOW) // 2)
     window = (..., slice(y, y + WINDOW), slice(x, x + WINDOW))
     part = (..., slice(8 * y, 8 * (y + WINDOW)), slice(8 * x, 8 * (x + WINDOW)))
     measures: dict[str, Any] = {
         "path": path,
-        "error": round(_error(mine, bare), 4),
-        "scale": round(_scale(mine, bare), 3),
-        "psnr": _psnr(_bare_decode(encoder.exact, mine[window]), wanted[part]),
+        "error": round(_error(latents, bare), 4),
+        "scale": round(_scale(latents, bare), 3),
+        "psnr": _psnr(_bare_decode(encoder.exact, latents[window]), wanted[part]),
     }
     if measures["error"] > ALIKE:
         measures["bare_psnr"] = _psnr(_bare_decode(encoder.exact, bare[window]), wanted[part])
@@ -115,8 +115,8 @@ def alarms_of_drawings(measures: dict[str, Any]) -> list[str]:
     return lines
 
 
-def alarms_of_picture(measures: dict[str, Any]) -> list[str]:
-    """The same of what ``measure_picture`` gave."""
+def alarms_of_image(measures: dict[str, Any]) -> list[str]:
+    """What ``measure_image`` shows to be wrong, a line each."""
     lines = []
     if measures["error"] > MOST_ERROR:
         lines.append(
@@ -131,7 +131,7 @@ def alarms_of_picture(measures: dict[str, Any]) -> list[str]:
     return lines
 
 
-def draw() -> list[Pixels]:
+def make_drawings() -> list[Pixels]:
     """Two drawings [SIDE, SIDE, 3]: shapes on a slope of colors, and stripes. No two channels
     are alike, and neither is symmetric."""
     y, x = np.mgrid[0:SIDE, 0:SIDE] / (SIDE - 1)
@@ -200,13 +200,13 @@ def _bare_decode(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     return torch.cat([vae.decode(latent[None]).sample.float().cpu() for latent in plain])
 
 
-def _error(mine: torch.Tensor, bare: torch.Tensor) -> float:
-    error = float((mine - bare).norm() / bare.norm().clamp_min(1e-12))
+def _error(latents: torch.Tensor, bare: torch.Tensor) -> float:
+    error = float((latents - bare).norm() / bare.norm().clamp_min(1e-12))
     return error if math.isfinite(error) else 1.0
 
 
-def _scale(mine: torch.Tensor, bare: torch.Tensor) -> float:
-    scale = float((mine * bare).sum() / bare.square().sum().clamp_min(1e-12))
+def _scale(latents: torch.Tensor, bare: torch.Tensor) -> float:
+    scale = float((latents * bare).sum() / bare.square().sum().clamp_min(1e-12))
     return scale if math.isfinite(scale) else 0.0
 
 

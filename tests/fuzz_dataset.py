@@ -107,7 +107,7 @@ def fuzz_tar(work: Path, base: Path) -> Try:
 
         def read() -> None:
             for record in read_all(work).records:
-                assert len(record.picture.read()) == record.picture.size
+                assert len(record.image.read()) == record.image.size
 
         return ending(read, work)  # refused is a whole tar without images
 

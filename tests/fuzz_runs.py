@@ -16,7 +16,7 @@ import cli
 from infer.outputs import (
     SETTINGS_KEY,
     CaptionRow,
-    PictureFolder,
+    ImageFolder,
     coco,
     lines,
     read_record,
@@ -166,7 +166,7 @@ def fuzz_plan(work: Path, base: Path) -> Try:
     members = [task.planned for task in example_work().tasks]
     notes = Notes(work / "out", work)
     for one in members:
-        notes.memory.keep(f"image {one.record.path}:0", 9, 1, [one.picture, 64, 64])
+        notes.memory.keep(f"image {one.record.path}:0", 9, 1, [one.image_digest, 64, 64])
     notes.write()
     held = notes._path.read_bytes()
 
@@ -239,9 +239,9 @@ def fuzz_generated(work: Path, base: Path) -> Try:
 
     def try_one(rng: random.Random) -> str:
         remove_path(work / "out")
-        folder = PictureFolder(work / "out", rng.choice([*layouts]))
-        folder.pictures.mkdir(parents=True)
-        path, listing = folder.pictures / "000000.png", folder.listing
+        folder = ImageFolder(work / "out", rng.choice([*layouts]))
+        folder.image_folder.mkdir(parents=True)
+        path, listing = folder.image_folder / "000000.png", folder.listing
         data = image_with(json_text(forge(rng, asked) if rng.random() < 0.5 else asked))
         path.write_bytes(damage(rng, data) if rng.random() < 0.3 else data)
         text = layouts["coco" if folder.is_coco else "folder"]

@@ -162,7 +162,7 @@ def test_a_vae_that_overflows_in_half_decodes_in_fp32(base: Path) -> None:
         vae.decoder.conv_in.weight.mul_(3e4)
     latents = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     assert not decode_latents(vae, latents).isfinite().all()
-    found = infer.pipeline._pictures(vae, latents)
+    found = infer.pipeline._decode_images(vae, latents)
     assert vae.dtype == torch.float16
     assert torch.equal(found, decode_latents(vae.to(torch.float32), latents))
 
@@ -176,7 +176,7 @@ def test_an_infinite_pixel_is_no_white_one(base: Path) -> None:
     with torch.no_grad():
         assert (vae.decode(latents.half()).sample == torch.inf).any()
     assert not decode_latents(vae, latents).isfinite().all()
-    assert infer.pipeline._pictures(vae, latents).isfinite().all()
+    assert infer.pipeline._decode_images(vae, latents).isfinite().all()
 
 
 def test_a_picture_that_is_not_finite_is_no_picture(

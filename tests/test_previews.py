@@ -22,7 +22,7 @@ from PIL import Image
 from torch.distributed.fsdp import fully_shard
 
 import cli
-from precompute.images.decode import open_picture
+from precompute.images.decode import open_image
 from precompute.images.variants import render
 from precompute.prompts import change_prompts
 from sdxl.base import open_base
@@ -395,7 +395,7 @@ class ColourVae:
 
 def rendered(path: Path) -> torch.Tensor:
     """A drawn image in its bucket, [1, 3, H, W] in -1..1."""
-    image = open_picture(path.read_bytes())
+    image = open_image(path.read_bytes())
     return render(image, cover(image.size, BUCKETS[image.size]))[None]
 
 

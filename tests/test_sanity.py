@@ -15,16 +15,16 @@ from PIL import Image
 import precompute.encode_samples
 import precompute.images.variants
 import precompute.latents
-from precompute.images.decode import open_picture
+from precompute.images.decode import open_image
 from precompute.images.variants import render
 from precompute.latents import LatentEncoder
 from precompute.sanity import (
     SIDE,
     alarms_of_drawings,
-    alarms_of_picture,
+    alarms_of_image,
     draw,
     measure_drawings,
-    measure_picture,
+    measure_image,
 )
 from sdxl.base import open_base, open_vae
 from sdxl.load import load_vae
@@ -190,15 +190,15 @@ def test_only_what_can_be_opened_by_another_way_is_compared(base: Path) -> None:
         saved(image, "PNG", icc_profile=linear_profile()),
         saved(image, "PNG", exif=exif),
     ):
-        assert measure_picture(encoder, "a", data, geometry, stored) is None
+        assert measure_image(encoder, "a", data, geometry, stored) is None
     for form in ("PNG", "BMP"):
-        found = measure_picture(encoder, "a", saved(image, form), geometry, stored)
+        found = measure_image(encoder, "a", saved(image, form), geometry, stored)
         assert found is not None
         assert found["error"] < 1e-4
-        assert alarms_of_picture(found) == []
+        assert alarms_of_image(found) == []
     grey = image.convert("L")
-    stored = encoder.encode(render(open_picture(saved(grey, "PNG")), geometry)[None]).mean[0]
-    found = measure_picture(encoder, "a", saved(grey, "PNG"), geometry, stored)
+    stored = encoder.encode(render(open_image(saved(grey, "PNG")), geometry)[None]).mean[0]
+    found = measure_image(encoder, "a", saved(grey, "PNG"), geometry, stored)
     assert found is not None and found["error"] < 1e-4
 
 
@@ -206,8 +206,8 @@ def test_only_what_can_be_opened_by_another_way_is_compared(base: Path) -> None:
 def test_latents_that_are_no_numbers_are_all_wrong(base: Path, value: float) -> None:
     encoder = LatentEncoder(open_base(base).vae, torch.float32, CPU, 1)
     stored = torch.full((4, 6, 8), value)
-    found = measure_picture(encoder, "a", saved(scene(), "PNG"), cover((96, 64), (64, 48)), stored)
+    found = measure_image(encoder, "a", saved(scene(), "PNG"), cover((96, 64), (64, 48)), stored)
     assert found is not None
     assert found["error"] == 1
-    assert len(alarms_of_picture(found)) >= 1
+    assert len(alarms_of_image(found)) >= 1
     json.dumps(found, allow_nan=False)

@@ -31,13 +31,13 @@ class Door:
     """The three commands, with a base that they refuse, and tokenizers that are good."""
 
     def __init__(self, folder: Path, pictures: Path, cache: Path, tokenizers: Path) -> None:
-        self.folder, self.pictures, self.cache = folder, pictures, cache
+        self.folder, self.image_folder, self.cache = folder, pictures, cache
         self.tokenizers = tokenizers
 
     def encode(self, base: Path, tokenizers: Path | None = None) -> str:
         given = ["--tokenizers", tokenizers or self.tokenizers]
         sizes = ["--resolution", 64, "--bucket-step", 16]
-        return self._refused("encode", self.pictures, "--base", base, *given, *sizes)
+        return self._refused("encode", self.image_folder, "--base", base, *given, *sizes)
 
     def train(self, base: Path) -> str:
         return self._refused("train", self.cache, "--base", base, "--steps", 1)

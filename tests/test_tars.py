@@ -57,7 +57,7 @@ def test_a_tar_as_it_is_downloaded(tmp_path: Path) -> None:
         "00000.tar/000000003": "failed_to_download: HTTP Error 404: Not Found",
     }
     for record in source.records:
-        assert record.picture.read() == members[record.path.partition("/")[2]]
+        assert record.image.read() == members[record.path.partition("/")[2]]
 
 
 @pytest.mark.parametrize("kind", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
@@ -77,7 +77,7 @@ def test_a_tar_is_read_as_its_files_would_be(tmp_path: Path, kind: int) -> None:
 
     def plain(record: SourceImage) -> tuple[Any, ...]:
         mask = record.mask and record.mask.read()
-        return record.picture.read(), record.captions, record.repeats, mask
+        return record.image.read(), record.captions, record.repeats, mask
 
     assert {f"p.tar/{record.path}": plain(record) for record in loose.records} == {
         record.path: plain(record) for record in packed.records
@@ -123,7 +123,7 @@ def test_links_and_twins_in_a_tar(tmp_path: Path) -> None:
     subprocess.run(["tar", "cf", "../set/y.tar", *names[:5]], cwd=tmp_path / "in", check=True)
     source = read_one(tmp_path / "set")
     assert set(captions(source)) == {"x.tar/a.png", "x.tar/b.png", "y.tar/a.png", "y.tar/b.png"}
-    assert all(record.picture.read() == b"unread" for record in source.records)
+    assert all(record.image.read() == b"unread" for record in source.records)
     why = reasons(source)
     assert why["x.tar/a.png"] == "in its tar a second time"
     assert "not a plain file" in why["x.tar/c.png"] and "not a plain file" in why["y.tar/c.png"]

@@ -17,7 +17,7 @@ from pathlib import Path
 from precompute.dataset.records import Rejected, Source, SourceImage
 from runtime.text import pluralize
 
-PICTURES = (  # of formats that encode opens; the content decides which one it is
+IMAGE_ENDINGS = (  # of formats that encode opens; the content decides which one it is
     ".jpg",
     ".jpeg",
     ".jpe",
@@ -111,9 +111,9 @@ _TITLE = re.compile(r"[^-_.]+ +masks?|masks? +[^-_.]+", _ANY)
 IMAGE_FOLDERS = ("images", "image", "imgs", "img", "pictures", "photos")
 
 
-def is_picture(name: str) -> bool:
+def is_image(name: str) -> bool:
     # A hidden name such as ".png" has no suffix for pathlib, but it is a name like any other.
-    return name.lower().endswith(PICTURES)
+    return name.lower().endswith(IMAGE_ENDINGS)
 
 
 def unread_image(name: str) -> str:

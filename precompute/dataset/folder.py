@@ -18,14 +18,14 @@ from precompute.dataset.file_roles import (
     TEXTS,
     has_ending,
     is_hidden,
-    is_picture,
+    is_image,
     is_title,
     masked_stems,
     stem_of,
     unread_image,
 )
 from precompute.dataset.records import (
-    MOST_PICTURE_BYTES,
+    MAX_IMAGE_BYTES,
     NO_ROW,
     Blob,
     Memory,
@@ -71,7 +71,7 @@ def find_masks(paths: Iterable[str]) -> Masks:
     ``gas mask.png`` with ``gas mask.txt`` is an image with a title, whatever else is there.
     """
     paths = list(paths)
-    images = [path for path in paths if is_picture(path)]
+    images = [path for path in paths if is_image(path)]
     titled = {stem_of(path) for path in paths if path.lower().endswith(TEXTS) and is_title(path)}
     candidates = {
         path: stems
@@ -147,7 +147,7 @@ class Tree:
     @cached_property
     def stems(self) -> set[str]:
         """Of the images, their paths without ending."""
-        return {stem_of(path) for path in self.files if is_picture(path)}
+        return {stem_of(path) for path in self.files if is_image(path)}
 
     def label(self, path: str) -> str:
         return path
@@ -160,8 +160,8 @@ class Tree:
         """
         size, mtime_ns = self.files[path]
         self.used.add(path)
-        if size > MOST_PICTURE_BYTES:
-            raise ValueError(too_large(size, MOST_PICTURE_BYTES))
+        if size > MAX_IMAGE_BYTES:
+            raise ValueError(too_large(size, MAX_IMAGE_BYTES))
         return Blob(self.root / path, size, mtime_ns)
 
     def head(self, path: str) -> bytes:
@@ -266,7 +266,7 @@ def _is_folder(tree: Tree, inside: str, entry: os.DirEntry[str]) -> bool:
     return is_folder
 
 
-def read_pictures(place: Tree | Pack, settings: EncodeSettings) -> Iterator[SourceImage | Rejected]:
+def read_images(place: Tree | Pack, settings: EncodeSettings) -> Iterator[SourceImage | Rejected]:
     """Every image with the text and the mask beside it, or why it is refused."""
     masks = find_masks(place.files)
     place.used.update(masks.all)
@@ -281,11 +281,11 @@ def read_pictures(place: Tree | Pack, settings: EncodeSettings) -> Iterator[Sour
                 place.label(path),
                 f"{unread_format} that encode does not read: save it as PNG or JPEG",
             )
-        elif is_picture(path) or (not has_ending(path) and _begins_like_picture(place, path)):
-            yield _read_picture(place, path, masks, settings)
+        elif is_image(path) or (not has_ending(path) and _begins_like_image(place, path)):
+            yield _read_image(place, path, masks, settings)
 
 
-def _read_picture(
+def _read_image(
     place: Tree | Pack, path: str, masks: Masks, settings: EncodeSettings
 ) -> SourceImage | Rejected:
     place.used.add(path)
@@ -303,7 +303,7 @@ def _read_picture(
     return normalize_captions(record, settings, why)
 
 
-def _begins_like_picture(place: Tree | Pack, path: str) -> bool:
+def _begins_like_image(place: Tree | Pack, path: str) -> bool:
     """Whether a file is an image by its first bytes."""
     try:
         head = place.head(path)

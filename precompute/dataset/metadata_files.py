@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from precompute.dataset.captions import is_text, normalize_captions, text_encoding
-from precompute.dataset.file_roles import TEXTS, is_picture
+from precompute.dataset.file_roles import TEXTS, is_image
 from precompute.dataset.folder import Tree
 from precompute.dataset.records import (
     TEXT_FIELDS,
@@ -241,6 +241,6 @@ def unnamed(
     """Images that the list does not name."""
     named = {item.path for item in items}
     for path in tree.files:
-        if is_picture(path) and path not in named and path not in tree.used:
+        if is_image(path) and path not in named and path not in tree.used:
             tree.used.add(path)
             yield Rejected(path, f"not named in {listing}, so it has no caption")

@@ -14,7 +14,7 @@ from runtime.files import open_regular
 from runtime.text import shortened
 from shards.format import sample_key
 
-MOST_PICTURE_BYTES = 2 * 10**9  # 180 million pixels of 16 bits and four channels take 1.4 GB
+MAX_IMAGE_BYTES = 2 * 10**9  # 180 million pixels of 16 bits and four channels take 1.4 GB
 MTIME_GRACE_NS = 2_000_000_000  # a file changed within it may change again and keep its mtime
 
 
@@ -83,7 +83,7 @@ class SourceImage:
     """
 
     path: str
-    picture: Blob
+    image: Blob
     captions: tuple[str, ...]
     weight: float = 1.0
     repeats: int = 1

@@ -14,18 +14,18 @@ from pathlib import Path
 
 from precompute.dataset.captions import is_text
 from precompute.dataset.file_roles import (
-    PICTURES,
+    IMAGE_ENDINGS,
     TEXTS,
     TRAIN,
     VAL,
     divide,
     find_layout,
     is_hidden,
-    is_picture,
+    is_image,
     stem_of,
     unread_image,
 )
-from precompute.dataset.folder import Tree, find_masks, read_pictures, walk
+from precompute.dataset.folder import Tree, find_masks, read_images, walk
 from precompute.dataset.metadata_files import (
     LISTS,
     MOST_LIST_BYTES,
@@ -99,7 +99,7 @@ def _has_list(folder: Path) -> bool:
 
 
 def _is_loose(path: Path) -> bool:
-    ours = path.name.lower().endswith((*PICTURES, ".tar")) and not is_hidden(path.name)
+    ours = path.name.lower().endswith((*IMAGE_ENDINGS, ".tar")) and not is_hidden(path.name)
     return ours and path.is_file()
 
 
@@ -145,7 +145,7 @@ def read_source(folder: Path, settings: EncodeSettings, memory: Memory, prefix: 
     source = _sorted(items, hidden, unused)
     _warn(folder, source)
     if not items:
-        raise ValueError(f"{folder}: no images in it ({' '.join(sorted(PICTURES))} .tar)")
+        raise ValueError(f"{folder}: no images in it ({' '.join(sorted(IMAGE_ENDINGS))} .tar)")
     return source
 
 
@@ -169,7 +169,7 @@ def _listed(tree: Tree, settings: EncodeSettings) -> Iterator[Item]:
         yield Rejected(name, too_large(size, MOST_LIST_BYTES))
         name = None
     if not name:
-        yield from read_pictures(tree, settings)
+        yield from read_images(tree, settings)
         return
     items = [*_with_masks(tree, read_list(tree, name, settings))]
     yield from items
@@ -221,16 +221,16 @@ def _open_tar(tree: Tree, path: str) -> Pack | Rejected | None:
 
 def _packed(tree: Tree, pack: Pack, settings: EncodeSettings) -> Iterator[Item]:
     """What the members of a tar come to."""
-    items = [*read_pictures(pack, settings)]
+    items = [*read_images(pack, settings)]
     yield from items
     if not items and not pack.damage:
         warnings.warn(f"{tree.root / pack.path}: no images in this tar", stacklevel=2)
-    yield from pack.rejected({stem_of(name) for name in pack.files if is_picture(name)})
+    yield from pack.rejected({stem_of(name) for name in pack.files if is_image(name)})
 
 
 def _is_asked_for(path: str) -> bool:
     """Whether a file would be read if it were a regular file."""
-    ours = (*PICTURES, *TEXTS, ".tar", *LISTS, *TABLES)
+    ours = (*IMAGE_ENDINGS, *TEXTS, ".tar", *LISTS, *TABLES)
     return path.lower().endswith(ours) or bool(unread_image(path))
 
 

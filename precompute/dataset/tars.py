@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from precompute.dataset.captions import MOST_TEXT_BYTES, decode_text
-from precompute.dataset.file_roles import hidden_part, is_picture, stem_of
+from precompute.dataset.file_roles import hidden_part, is_image, stem_of
 from precompute.dataset.records import (
-    MOST_PICTURE_BYTES,
+    MAX_IMAGE_BYTES,
     NO_ROW,
     Blob,
     Memory,
@@ -77,7 +77,7 @@ class Pack:
     @cached_property
     def stems(self) -> set[str]:
         """Of the images, their paths without ending."""
-        return {stem_of(path) for path in self.files if is_picture(path)}
+        return {stem_of(path) for path in self.files if is_image(path)}
 
     def label(self, path: str) -> str:
         return f"{self.path}/{path}"
@@ -89,8 +89,8 @@ class Pack:
         """
         offset, size = self.files[path]
         self.used.add(path)
-        if size > MOST_PICTURE_BYTES:
-            raise ValueError(too_large(size, MOST_PICTURE_BYTES))
+        if size > MAX_IMAGE_BYTES:
+            raise ValueError(too_large(size, MAX_IMAGE_BYTES))
         return Blob(self.file, size, self.mtime_ns, offset)
 
     def head(self, path: str) -> bytes:

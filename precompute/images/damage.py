@@ -18,7 +18,7 @@ from typing import Any
 from PIL import Image, ImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
-from precompute.images.rejections import PictureError
+from precompute.images.rejections import ImageError
 
 COMPRESSION, BITS, ROWS_A_STRIP, SAMPLES, PLANES = 259, 258, 278, 277, 284  # TIFF tags
 STRIPS, TILES = (273, 279), (324, 325)  # offsets, numbers of bytes
@@ -38,10 +38,10 @@ def watched(image: Image.Image, data: bytes) -> Iterator[None]:
     """Load the opened ``image`` of ``data`` inside: what is damaged is refused before or after.
 
     Raises:
-        PictureError: a part is missing, or cannot be decoded.
+        ImageError: a part is missing, or cannot be decoded.
     """
     if image.format == "BMP" and not _runs_fit(data, *image.size):
-        raise PictureError(BROKEN)
+        raise ImageError(BROKEN)
     if not isinstance(image, TiffImageFile):
         yield
         return
@@ -53,7 +53,7 @@ def watched(image: Image.Image, data: bytes) -> Iterator[None]:
     with _complaints() as complaints:
         yield
     if complaints:
-        raise PictureError(BROKEN)
+        raise ImageError(BROKEN)
 
 
 def _check_strips(image: TiffImageFile, data: bytes, compression: int) -> None:
@@ -64,25 +64,25 @@ def _check_strips(image: TiffImageFile, data: bytes, compression: int) -> None:
         rows = min(tags.get(ROWS_A_STRIP, image.height), image.height) or image.height
         num_planes = tags.get(SAMPLES, 1) if tags.get(PLANES, 1) == 2 else 1
         if len(_numbers(tags, offsets)) < -(-image.height // rows) * num_planes:
-            raise PictureError(MISSING)
+            raise ImageError(MISSING)
     for offset, count in places:
         if offset + count > len(data):
-            raise PictureError(CUT)
+            raise ImageError(CUT)
         part = memoryview(data)[offset : offset + count]
         if not count:
-            raise PictureError(MISSING)
+            raise ImageError(MISSING)
         if compression in DEFLATE and not _inflates(part):
-            raise PictureError(BROKEN)
+            raise ImageError(BROKEN)
         if compression in FAX and _has_hole(bytes(part), compression):
-            raise PictureError(BROKEN)
+            raise ImageError(BROKEN)
         if compression == JPEG and not bytes(part[-16:]).rstrip(b"\0").endswith(b"\xff\xd9"):
-            raise PictureError(BROKEN)
+            raise ImageError(BROKEN)
     if compression == PACKBITS and offsets == STRIPS[0] and tags.get(PLANES, 1) == 1:
         row_bytes = -(-image.width * sum(_numbers(tags, BITS) or (1,)) // 8)
         for number, (offset, count) in enumerate(places):
             here = min(rows, image.height - number * rows)
             if _unpacked_bytes(data[offset : offset + count]) != here * row_bytes:
-                raise PictureError(BROKEN)
+                raise ImageError(BROKEN)
 
 
 def _numbers(tags: Any, tag: int) -> tuple[int, ...]:
@@ -216,7 +216,7 @@ def load_jpeg(image: ImageFile.ImageFile, data: bytes) -> None:
     Not seen: that a few bytes are missing, at most eight and what codes the last block.
 
     Raises:
-        PictureError: a part is missing, though it has an end mark.
+        ImageError: a part is missing, though it has an end mark.
         OSError: it ends before the image does, or cannot be decoded.
     """
     layout = _read_layout(data)
@@ -224,7 +224,7 @@ def load_jpeg(image: ImageFile.ImageFile, data: bytes) -> None:
         image.load()
         return
     if layout.lacks_scans:
-        raise PictureError(PART_MISSING)
+        raise ImageError(PART_MISSING)
     image.load_prepare()
     codec, extents, _, arguments = image.tile[0]
     decoder = Image._getdecoder(image.mode, codec, arguments, image.decoderconfig)
@@ -255,11 +255,11 @@ def _decode(decoder: Any, data: bytes, layout: _Layout) -> int:
         rest = rest[done:] + more
         done, error = decoder.decode(rest)
         if 0 <= done < len(rest):
-            raise PictureError(PART_MISSING)
+            raise ImageError(PART_MISSING)
     if done >= 0:
         done, error = decoder.decode(data[layout.end : layout.end + 2])
     if done >= 0:
-        raise PictureError(PART_MISSING)
+        raise ImageError(PART_MISSING)
     return int(error)
 
 

@@ -12,7 +12,7 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
 from precompute.images.damage import lacks_rows, load_jpeg, watched, without_notes
-from precompute.images.rejections import PictureError, unidentified
+from precompute.images.rejections import ImageError, unidentified
 from shards.buckets import Size
 
 Transform = ImageCms.ImageCmsTransform
@@ -91,13 +91,13 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     """Integers above 255 are 16 bits; floats up to 1 are shares of white.
 
     Raises:
-        PictureError: a float is not finite.
+        ImageError: a float is not finite.
     """
     if image.mode not in ("I", "F") and not image.mode.startswith("I;"):
         return image
     values = np.asarray(image).astype(np.float64)
     if not np.isfinite(values).all():  # to 8 bits they would be black, without a word
-        raise PictureError("it has values that are no numbers (NaN or infinity)")
+        raise ImageError("it has values that are no numbers (NaN or infinity)")
     clear = image.info.get("transparency")  # one gray value, in the image's own depth
     alpha = None if clear is None else Image.fromarray(values != clear).convert("L")
     if image.mode == "F":
@@ -135,11 +135,11 @@ Image.MAX_IMAGE_PIXELS = None  # MOST_PIXELS is the limit, with the image's size
 _large = threading.Lock()
 
 
-def picture_size(data: bytes) -> Size:
+def image_size(data: bytes) -> Size:
     """(width, height) after EXIF orientation, from the header alone.
 
     Raises:
-        PictureError: it is too large, or too long for its width.
+        ImageError: it is too large, or too long for its width.
         Exception: whatever Pillow raises of a file it cannot read.
     """
     with opened(data) as image:
@@ -174,11 +174,11 @@ def upright(image: Image.Image) -> Image.Image:
     return image.transpose(TURNS[turned]) if turned in TURNS else image
 
 
-def open_picture(data: bytes) -> Image.Image:
+def open_image(data: bytes) -> Image.Image:
     """The whole image (of several, the first), upright, in sRGB; transparency becomes white.
 
     Raises:
-        PictureError: it is too large, too long for its width, or not all there.
+        ImageError: it is too large, too long for its width, or not all there.
         Exception: whatever Pillow raises of a file it cannot read.
     """
     with opened(data) as image:
@@ -188,7 +188,7 @@ def open_picture(data: bytes) -> Image.Image:
         with watched(image, data):
             image.load()
         if image.format == "PNG" and _is_last_row_empty(image) and lacks_rows(data):
-            raise PictureError("truncated: its data end before its last row")
+            raise ImageError("truncated: its data end before its last row")
         return to_srgb(upright(image))
 
 
@@ -201,7 +201,7 @@ def _is_last_row_empty(image: Image.Image) -> bool:
 def _check_whole(data: bytes, image: Image.Image) -> None:
     """Of formats whose decoders make do with zeros, what can be seen before decoding."""
     if image.format in ("WEBP", "AVIF") and data.endswith(ZEROS):
-        raise PictureError("truncated: its end is all zeros, as of an unfinished download")
+        raise ImageError("truncated: its end is all zeros, as of an unfinished download")
     if image.format == "PNG":
         with Image.open(io.BytesIO(without_notes(data)[0]), formats=("PNG",)) as again:
             again.verify()  # the checksums of its chunks
@@ -212,17 +212,17 @@ def opened(data: bytes) -> Iterator[Image.Image]:
     """An image whose header is read, and its size found to be in bounds.
 
     Raises:
-        PictureError: it is too large, too long for its width, or no image.
+        ImageError: it is too large, too long for its width, or no image.
         Exception: whatever Pillow raises of a file it cannot read.
     """
     is_heif = data[4:8] == b"ftyp" and data[8:12] in HEIF_BRANDS and not _reads_avif(data)
     if is_heif and not _heif_plugin():
-        raise PictureError(
+        raise ImageError(
             "a HEIC image, which Pillow cannot read alone: `pip install pillow-heif`, or "
             "save it as JPEG or PNG"
         )
     if data[:4] == b"RIFF" and int.from_bytes(data[4:8], "little") + 8 > len(data):
-        raise PictureError("truncated: the file is shorter than it says")
+        raise ImageError("truncated: the file is shorter than it says")
     formats = (*FORMATS, "HEIF") if is_heif else FORMATS
     kept, profile = without_notes(data)
     try:
@@ -238,11 +238,11 @@ def opened(data: bytes) -> Iterator[Image.Image]:
 
 def _check_size(width: int, height: int) -> None:
     if width * height > MOST_PIXELS:
-        raise PictureError(
+        raise ImageError(
             f"{width} x {height} pixels are more than {MOST_PIXELS // 10**6} million: scale it down"
         )
     if max(width, height) > MOST_ASPECT * min(width, height):
-        raise PictureError(
+        raise ImageError(
             f"{width} x {height} pixels are longer than {MOST_ASPECT}:1, and most of it would be "
             "cut away: crop it"
         )

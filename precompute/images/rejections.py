@@ -23,7 +23,7 @@ NON_IMAGES = (
 )
 
 
-class PictureError(ValueError):
+class ImageError(ValueError):
     """An image that is not taken. Its message is the reason, a part of a sentence."""
 
 
@@ -36,7 +36,7 @@ def explain(error: Exception) -> str:
     if isinstance(error, MemoryError):
         raise error
     text = " ".join(re.sub(r"<[^<>]* at 0x[0-9a-f]+>", "the file", str(error)).split())
-    if isinstance(error, PictureError):
+    if isinstance(error, ImageError):
         return text
     if isinstance(error, FileNotFoundError):
         return "no such file"
@@ -51,16 +51,14 @@ def explain(error: Exception) -> str:
     return f"damaged: {text}"
 
 
-def unidentified(data: bytes) -> PictureError:
+def unidentified(data: bytes) -> ImageError:
     """Of a file in which Pillow finds no image."""
     if not data.strip(b"\0"):
-        return PictureError("the file holds only zeros" if data else "the file is empty")
+        return ImageError("the file holds only zeros" if data else "the file is empty")
     for pattern, name in FILES:
         if re.match(pattern, data, re.DOTALL):
-            return PictureError(
-                f"damaged or truncated: it begins like {name}, but cannot be opened"
-            )
+            return ImageError(f"damaged or truncated: it begins like {name}, but cannot be opened")
     for pattern, name in NON_IMAGES:
         if re.match(pattern, data, re.DOTALL | re.IGNORECASE):
-            return PictureError(f"not an image that Pillow can read: {name}")
-    return PictureError("not an image that Pillow can read")
+            return ImageError(f"not an image that Pillow can read: {name}")
+    return ImageError("not an image that Pillow can read")

@@ -23,11 +23,11 @@ from shards.manifest import PLAN
 
 @dataclass(frozen=True, slots=True)
 class CopySource:
-    """Where a half of a sample lies that is still right: a row of a shard that was set aside.
+    """Where the valid latents or text of a sample are copied from: a row of a retired shard.
 
-    ``key`` is the sample's key there. ``cache`` is the folder of the other cache of a run (train or
-    val) where it is not one's own. Of latents, ``num_variants`` is how many of the first variants
-    lie there; 0 is all.
+    ``key`` is the sample's key in that shard. ``cache`` is empty, or the folder of the run's other
+    cache (train or val). For latents, ``num_variants`` is the number of first variants that the
+    row has; 0 means all.
     """
 
     shard: str
@@ -39,7 +39,7 @@ class CopySource:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class SampleTask:
-    """One member of a shard: each half is copied from where it is found, or encoded."""
+    """One member of a shard: latents and text are each copied or encoded."""
 
     planned: PlannedSample
     latents: CopySource | None = None
@@ -48,7 +48,7 @@ class SampleTask:
 
     @property
     def is_encoded(self) -> bool:
-        """Whether something of it is not there yet."""
+        """Whether any of it must be encoded."""
         is_copied = self.latents and not self.latents.num_variants and self.text
         return self.reason is None and not is_copied
 
@@ -61,7 +61,7 @@ class ShardTask:
     bucket: Size
     repeats: int
     tasks: tuple[SampleTask, ...]  # in key order
-    frees: tuple[str, ...] = ()  # shards set aside that only this one copies from
+    releases: tuple[str, ...] = ()  # retired shards that only this one copies from
 
     @property
     def num_encodes(self) -> int:
@@ -149,7 +149,7 @@ _COUNT = schema.whole()
 _TIME = schema.whole(-(2**63), 2**63)  # in ns
 _BLOB = schema.row(_is_path, _COUNT, _TIME, _COUNT)
 _GEOMETRY = schema.row(*[schema.each(_COUNT, 2)] * 4, schema.flag)
-_FOUND = schema.row(schema.SHARD, _COUNT, schema.text, schema.text, _COUNT)
+_COPY_SOURCE = schema.row(schema.SHARD, _COUNT, schema.text, schema.text, _COUNT)
 _TASK = {
     "path": schema.text,
     "picture": _BLOB,
@@ -158,8 +158,8 @@ _TASK = {
     "weight": schema.number,
     "digests": schema.each(schema.text, 2),
     "variants": schema.each(_GEOMETRY),
-    "latents": schema.maybe(_FOUND),
-    "text": schema.maybe(_FOUND),
+    "latents": schema.maybe(_COPY_SOURCE),
+    "text": schema.maybe(_COPY_SOURCE),
     "reason": schema.maybe(schema.text),
 }
 _SHARD = {
@@ -176,7 +176,7 @@ def _shard_to_json(work: ShardTask) -> dict[str, Any]:
         "name": work.name,
         "bucket": work.bucket,
         "repeats": work.repeats,
-        "frees": work.frees,
+        "frees": work.releases,
         "tasks": [_task_to_json(task) for task in work.tasks],
     }
 
@@ -191,11 +191,11 @@ def _task_to_json(task: SampleTask) -> dict[str, Any]:
     planned, record = task.planned, task.planned.record
     return {
         "path": record.path,
-        "picture": _blob_to_json(record.picture),
+        "picture": _blob_to_json(record.image),
         "mask": record.mask and _blob_to_json(record.mask),
         "captions": record.captions,
         "weight": record.weight,
-        "digests": [planned.picture, planned.mask],
+        "digests": [planned.image_digest, planned.mask_digest],
         "variants": [astuple(geometry) for geometry in planned.variants],
         "latents": task.latents and astuple(task.latents),
         "text": task.text and astuple(task.text),
@@ -214,7 +214,7 @@ def _task_from_json(line: dict[str, Any], repeats: int) -> SampleTask:
     )
     image, mask = line["digests"]
     variants = tuple(_geometry_from_json(row) for row in line["variants"])
-    latents, text = (line[half] and CopySource(*line[half]) for half in ("latents", "text"))
+    latents, text = (line[part] and CopySource(*line[part]) for part in ("latents", "text"))
     return SampleTask(PlannedSample(record, image, variants, mask), latents, text, line["reason"])
 
 
