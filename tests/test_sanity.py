@@ -22,7 +22,7 @@ from precompute.sanity import (
     SIDE,
     alarms_of_drawings,
     alarms_of_image,
-    draw,
+    make_drawings,
     measure_drawings,
     measure_image,
 )
@@ -162,7 +162,7 @@ def test_the_figures_are_those_of_diffusers(base: Path) -> None:
     """PSNR, mean and std of the drawings, by the plain formulas."""
     vae: Any = load_vae(open_base(base).vae, torch.float32)
     found = measure_drawings(LatentEncoder(open_base(base).vae, torch.float32, CPU, 2))
-    pixels = np.stack(draw()).astype(np.float32)
+    pixels = np.stack(make_drawings()).astype(np.float32)
     assert pixels.shape == (2, SIDE, SIDE, 3)
     tensor = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
     with torch.no_grad():
