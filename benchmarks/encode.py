@@ -32,7 +32,7 @@ from benchmarks.report import (
     show,
     take_turns,
 )
-from precompute.dataset.sources import read_data_set
+from precompute.dataset.sources import read_dataset
 from precompute.encode import encode
 from precompute.plan.scan import plan_images
 from precompute.report import Report
@@ -64,7 +64,7 @@ class BareWork:
 
     def __init__(self, settings: EncodeSettings) -> None:
         self.base = open_base(settings.base)
-        planned, _ = plan_images(read_data_set(settings)[""].records, settings)
+        planned, _ = plan_images(read_dataset(settings)[""].records, settings)
         planned.sort(key=lambda one: (one.bucket, one.record.key))
         self.jobs: dict[Any, list[tuple[Path, Geometry, str]]] = {}
         for one in planned:

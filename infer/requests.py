@@ -8,7 +8,7 @@ from itertools import chain, cycle, groupby, islice, repeat
 from infer.settings import GenerateSettings
 from sdxl.prompts import Prompt
 
-MOST_UNTILED = 1536 * 1536  # pixels: the VAE takes 3 kB for each in fp32
+MAX_UNTILED = 1536 * 1536  # pixels: the VAE takes 3 kB for each in fp32
 MAX_IMAGES = 10_000_000  # of one run
 Batch = list["ImageRequest"]
 
@@ -87,7 +87,7 @@ def _request(
         original_height=prompt.original_height or original[1],
         crop_left=crop[0] if prompt.crop_left is None else prompt.crop_left,
         crop_top=crop[1] if prompt.crop_top is None else prompt.crop_top,
-        tiled=width * height > MOST_UNTILED if tiled is None else tiled,
+        tiled=width * height > MAX_UNTILED if tiled is None else tiled,
         compare=settings.compare,
     )
 

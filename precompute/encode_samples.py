@@ -28,7 +28,7 @@ from sdxl.latent_rgb import LatentSums
 from shards.reader import read_ahead
 
 # Errors of one file. Others (of a disk, of a network) end the run, and the next one resumes.
-FILE_ERRORS = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP}
+FILE_ERRNOS = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP}
 R = TypeVar("R")
 S = TypeVar("S")
 # A variant: its image [3, H, W] in -1..1, its mask [1, h, w] in 0..1 (empty if it has none), and
@@ -223,7 +223,7 @@ def _open_member(planned: PlannedSample, settings: EncodeSettings) -> _Opened:
     except ValueError as error:  # it changed
         return _Opened(Failed(str(error), is_permanent=False), {})
     except OSError as error:
-        if error.errno not in FILE_ERRORS:
+        if error.errno not in FILE_ERRNOS:
             raise
         failed = Failed(f"while the dataset was encoded: {explain(error)}", is_permanent=False)
         return _Opened(failed, {})

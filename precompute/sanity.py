@@ -26,10 +26,10 @@ from shards.buckets import Geometry, cover
 Pixels = npt.NDArray[np.uint8]
 SIDE = 64  # of a drawing, pixels
 WINDOW = 16  # latent pixels: the middle of an image, which is decoded back
-MOST_ERROR = 0.1  # of the latents' norm; storing in bf16 costs 0.002, a VAE in bf16 about 0.01
-MOST_FACTOR = 1.25  # of the posterior's std, which in half precision is known less well
+MAX_ERROR = 0.1  # of the latents' norm; storing in bf16 costs 0.002, a VAE in bf16 about 0.01
+MAX_FACTOR = 1.25  # of the posterior's std, which in half precision is known less well
 ALIKE = 0.01  # an error that decodes to the same
-MOST_LOSS = 1.0  # dB
+MAX_LOSS = 1.0  # dB
 SPREAD = (0.2, 5.0)  # standard deviation of scaled latents: the UNet expects about 1
 
 
@@ -96,12 +96,12 @@ def measure_image(
 def alarms_of_drawings(measures: dict[str, Any]) -> list[str]:
     """What ``measure_drawings`` shows to be wrong, a line each; empty if all is as it should be."""
     lines = []
-    if measures["error"] > MOST_ERROR:
+    if measures["error"] > MAX_ERROR:
         lines.append(
             f"built-in drawings become latents that are {measures['error']:.0%} off those of the "
             f"VAE alone ({measures['scale']:g} times as large): the encode stage is at fault"
         )
-    if not 1 / MOST_FACTOR <= measures["std_scale"] <= MOST_FACTOR:
+    if not 1 / MAX_FACTOR <= measures["std_scale"] <= MAX_FACTOR:
         lines.append(
             f"the posterior's std of built-in drawings is {measures['std_scale']:g} times that of "
             "the VAE alone: the encode stage is at fault"
@@ -118,12 +118,12 @@ def alarms_of_drawings(measures: dict[str, Any]) -> list[str]:
 def alarms_of_image(measures: dict[str, Any]) -> list[str]:
     """What ``measure_image`` shows to be wrong, a line each."""
     lines = []
-    if measures["error"] > MOST_ERROR:
+    if measures["error"] > MAX_ERROR:
         lines.append(
             f"{measures['path']}: its latents are {measures['error']:.0%} off those that the VAE "
             f"gives of the file opened by another way ({measures['scale']:g} times as large)"
         )
-    if measures.get("bare_psnr", measures["psnr"]) - measures["psnr"] > MOST_LOSS:
+    if measures.get("bare_psnr", measures["psnr"]) - measures["psnr"] > MAX_LOSS:
         lines.append(
             f"{measures['path']}: its latents decode to {measures['psnr']:g} dB of the image, "
             f"where those of the VAE alone come to {measures['bare_psnr']:g} dB"

@@ -90,9 +90,9 @@ def _is_context(name: str, shape: tuple[int, ...]) -> bool:
 # Configs
 # -------
 
-MOST = 1_000_000  # no number in any of these configs is larger
-MOST_LAYERS = 256
-MOST_DEPTH = 6  # lists in lists: a UNet has at most two of them
+MAX_NUMBER = 1_000_000  # no number in any of these configs is larger
+MAX_LAYERS = 256
+MAX_DEPTH = 6  # lists in lists: a UNet has at most two of them
 _LAYER_FIELDS = (
     "layers_per_block",
     "num_hidden_layers",
@@ -136,7 +136,7 @@ def check_config(where: str | Path, component: str, config: dict[str, Any]) -> N
         BaseError: names ``where`` and the field.
     """
     for name, value in config.items():
-        if not _is_plain(value, MOST_LAYERS if name in _LAYER_FIELDS else MOST):
+        if not _is_plain(value, MAX_LAYERS if name in _LAYER_FIELDS else MAX_NUMBER):
             raise BaseError(f"{where}: its {name[:60]} holds numbers or lists that no SDXL has")
     for name, kind in _FIELD_KINDS[component].items():
         value = config.get(name)
@@ -144,7 +144,7 @@ def check_config(where: str | Path, component: str, config: dict[str, Any]) -> N
             raise BaseError(f"{where}: its {name} must be {kind}, not {_shown(value)}")
 
 
-def _is_plain(value: Any, most: int, depth: int = MOST_DEPTH) -> bool:
+def _is_plain(value: Any, most: int, depth: int = MAX_DEPTH) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float | list | dict):
         return True
     if isinstance(value, int | float):

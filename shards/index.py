@@ -344,7 +344,7 @@ def _span(label: str, run: Sequence[Place], digest: int) -> SampleSpan:
 
 # What an index must hold to be read from, whoever wrote it: see ``runtime.schema``.
 
-MOST_SLICE_BYTES = 2**40
+MAX_SLICE_BYTES = 2**40
 REQUIRED_TENSORS = ("latents.mean", "sizes", *CAPTION_TENSORS)
 HEADER = {
     "shard": SHARD,
@@ -434,7 +434,7 @@ def _misfit_of_tensors(records: npt.NDArray[np.void], layout: Layout) -> str | N
         if name in REQUIRED_TENSORS and not is_present.all():
             return f"a sample has no {name}"
         slice_bytes = layout.slice_bytes(name)
-        if slice_bytes > MOST_SLICE_BYTES:
+        if slice_bytes > MAX_SLICE_BYTES:
             return f"its {name} is larger than any"
         counter = "num_variants" if name in VARIANT_TENSORS + MASK_TENSORS else "num_captions"
         total = records[counter].astype(np.uint64) * np.uint64(slice_bytes)

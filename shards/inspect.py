@@ -19,7 +19,7 @@ from shards.reader import Cache, Shard
 
 REJECTED = "rejected.jsonl"
 REJECTED_FIELDS = {"path": schema.text, "reason": schema.text}
-MOST_SHOWN = 5  # of the most frequent
+MAX_SHOWN = 5  # of the most frequent
 BAR = 30  # characters of the fullest bucket's bar
 Counts = Counter[Any]
 
@@ -124,7 +124,7 @@ def _describe_captions(contents: Contents) -> Iterator[str]:
         f"different; {lengths[0]} to {lengths[-1]} characters, median "
         f"{statistics.median_low(lengths)}"
     )
-    for text, count in contents.captions.most_common(MOST_SHOWN):
+    for text, count in contents.captions.most_common(MAX_SHOWN):
         yield f"  {count:7d}  {_short(text) or '(empty)'}"
 
 
@@ -160,9 +160,9 @@ def _describe_latents(manifest: dict[str, Any]) -> Iterator[str]:
 
 def _top(title: str, counts: Counts) -> Iterator[str]:
     yield f"{title}: {counts.total() or 'none'}"
-    for text, count in counts.most_common(MOST_SHOWN):
+    for text, count in counts.most_common(MAX_SHOWN):
         yield f"  {count:7d}  {_short(text)}"
-    if (rest := len(counts) - MOST_SHOWN) > 0:
+    if (rest := len(counts) - MAX_SHOWN) > 0:
         yield f"           and {rest} more"
 
 

@@ -27,7 +27,7 @@ from shards.manifest import MANIFEST, OWN, PROMPTS, REPLACED, SIDE_FILES, UNCOND
 from shards.reader import read_ahead
 from shards.writer import Members, write_members
 
-MOST_THREADS = 16  # hashing lets go of Python's lock, so each keeps a core or the disk busy
+MAX_THREADS = 16  # hashing lets go of Python's lock, so each keeps a core or the disk busy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ def verify(folder: Path, manifest: dict[str, Any]) -> Iterator[list[Fault]]:
     ``manifest`` is what ``read_manifest`` gave, so its own bytes are already checked. Yields
     ``len(manifest["shards"]) + 1`` lists; all empty means that every byte is as it was written.
     """
-    threads = min(MOST_THREADS, (os.cpu_count() or 1) + 1)
+    threads = min(MAX_THREADS, (os.cpu_count() or 1) + 1)
     shards = manifest["shards"]
     yield from read_ahead(lambda shard: _check_shard(folder, shard), shards, threads, 2 * threads)
     yield [*_check_side_files(folder, manifest)]

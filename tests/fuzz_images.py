@@ -63,7 +63,7 @@ def fuzz_image(work: Path, base: Path) -> Try:
 
     def try_one(rng: random.Random) -> str:
         data = mutate(rng.choice(files)[1], rng.choice(files)[1], rng)
-        with patch.object(precompute.images.decode, "MOST_PIXELS", PIXELS):
+        with patch.object(precompute.images.decode, "MAX_PIXELS", PIXELS):
             return use(data)
 
     return try_one

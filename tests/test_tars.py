@@ -13,7 +13,7 @@ import pytest
 import webdataset
 
 from precompute.dataset.records import Memory, SourceImage
-from precompute.dataset.sources import read_data_set
+from precompute.dataset.sources import read_dataset
 from precompute.settings import EncodeSettings
 from shards.reader import Cache
 from tests.conftest import Encode
@@ -196,7 +196,7 @@ def test_shards_of_a_cache_are_none_of_the_users(tmp_path: Path) -> None:
     (tmp_path / "old" / "unconditional.safetensors").write_bytes(b"")
     settings = EncodeSettings(dataset=tmp_path, base="", out=tmp_path / "out")
     with pytest.warns(UserWarning, match=r"not used, .* \(1\): old/$"):
-        (source,) = read_data_set(settings).values()
+        (source,) = read_dataset(settings).values()
     assert set(captions(source)) == {"a.png"}
     assert set(reasons(source)) == {"old/sheet.png"}
 
@@ -206,12 +206,12 @@ def test_a_tar_is_not_opened_again(tmp_path: Path) -> None:
     os.utime(path, ns=(1, 1))
     settings = EncodeSettings(dataset=tmp_path, base="", out=tmp_path / "out")
     first = Memory()
-    expected = read_data_set(settings, first)
+    expected = read_dataset(settings, first)
     path.write_bytes(b"x" * path.stat().st_size)
     os.utime(path, ns=(1, 1))
-    assert read_data_set(settings, Memory(json.loads(json.dumps(first.seen)))) == expected
+    assert read_dataset(settings, Memory(json.loads(json.dumps(first.seen)))) == expected
     os.utime(path, ns=(2, 2))
-    (changed,) = read_data_set(settings, Memory(first.seen)).values()
+    (changed,) = read_dataset(settings, Memory(first.seen)).values()
     assert changed.records == [] and set(reasons(changed)) == {"x.tar"}
 
 

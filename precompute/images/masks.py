@@ -6,11 +6,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from precompute.images.decode import open_image, opened, upright
+from precompute.images.decode import apply_orientation, open_checked, open_image
 from precompute.images.rejections import ImageError
 from shards.buckets import Geometry, Size
 
-FACTOR = 8  # pixels of a latent's side
+FACTOR = 8  # image pixels per latent pixel, along a side
 BAND = 512  # rows at a time: as floats a large mask would take eight times the memory
 Gray = npt.NDArray[np.uint8]  # [H, W], 255 where the loss counts in full
 Floats = npt.NDArray[np.float64]
@@ -48,11 +48,11 @@ def open_alpha(data: bytes) -> Gray | None:
         ImageError: the image is transparent all over.
         Exception: whatever Pillow raises of a file it cannot read.
     """
-    with opened(data) as image:
+    with open_checked(data) as image:
         image.load()
         if not image.has_transparency_data:
             return None
-        turned = upright(image)
+        turned = apply_orientation(image)
     if turned.mode in ("I", "I;16", "F"):  # one gray value is clear
         clear = np.asarray(turned) != turned.info["transparency"]
         return _checked(np.where(clear, np.uint8(255), np.uint8(0)))
@@ -68,7 +68,7 @@ def _checked(mask: Gray) -> Gray:
 def render_mask(mask: Gray, variants: Sequence[Geometry]) -> torch.Tensor:
     """The mean of the mask over the area of each latent pixel: [V, 1, h, w] fp32 in 0..1.
 
-    The area is that which the variant shows there, to fractions of the mask's pixels.
+    The area is the one that the variant shows, exact to fractions of the mask's pixels.
     """
     masks = []
     for variant in variants:

@@ -1,4 +1,4 @@
-"""Why an image is not taken, as plain words that are the same in every run."""
+"""Why an image is rejected, in plain words that are the same in every run."""
 
 import re
 
@@ -24,14 +24,14 @@ NON_IMAGES = (
 
 
 class ImageError(ValueError):
-    """An image that is not taken. Its message is the reason, a part of a sentence."""
+    """An image is rejected. The message is the reason, as a part of a sentence."""
 
 
 def explain(error: Exception) -> str:
-    """The reason in one line.
+    """Why an image is rejected, in one line, from the error that opening it raised.
 
     Raises:
-        MemoryError: ``error`` is one. That is no property of the image.
+        MemoryError: ``error`` is one, which says nothing of the image.
     """
     if isinstance(error, MemoryError):
         raise error
@@ -52,7 +52,7 @@ def explain(error: Exception) -> str:
 
 
 def unidentified(data: bytes) -> ImageError:
-    """Of a file in which Pillow finds no image."""
+    """The error for a file in which Pillow finds no image, by how the file begins."""
     if not data.strip(b"\0"):
         return ImageError("the file holds only zeros" if data else "the file is empty")
     for pattern, name in FILES:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from precompute.dataset.records import Memory, Rejected, Source
-from precompute.dataset.sources import read_data_set
+from precompute.dataset.sources import read_dataset
 from precompute.encoders import Encoders
 from precompute.plan.placement import Placement, PlannedSample, place
 from precompute.plan.plan_file import ShardTask, read_about, read_places, write_work
@@ -105,7 +105,7 @@ def plan_caches(
         ValueError: the dataset, the base or the settings cannot be used.
     """
     memory = notes.memory
-    sources = read_data_set(settings, memory)
+    sources = read_dataset(settings, memory)
     for name in sources:
         check_out(settings.out / name, settings.dataset / name)
     if "" not in sources and (settings.out / MANIFEST).exists():

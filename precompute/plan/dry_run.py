@@ -21,7 +21,7 @@ from sdxl.text_encoders import max_text_tokens
 from shards.buckets import bucket_name
 
 WORST = 3  # how many are named of each kind
-MOST_REJECTED = 20
+MAX_REJECTED = 20
 BATCH = 1000  # captions
 
 
@@ -115,10 +115,10 @@ def _tell_captions(
 
 
 def _tell_rejected(rejected: Sequence[Rejected]) -> Iterator[str]:
-    for rejection in sorted(rejected, key=lambda rejection: rejection.path)[:MOST_REJECTED]:
+    for rejection in sorted(rejected, key=lambda rejection: rejection.path)[:MAX_REJECTED]:
         yield f"  rejected: {rejection.path}: {rejection.reason}"
-    if len(rejected) > MOST_REJECTED:
-        yield f"  rejected: {len(rejected) - MOST_REJECTED:,} more"
+    if len(rejected) > MAX_REJECTED:
+        yield f"  rejected: {len(rejected) - MAX_REJECTED:,} more"
 
 
 def _worst(pairs: Iterable[tuple[float, str]]) -> list[tuple[float, str]]:

@@ -16,9 +16,9 @@ from shards.format import CacheError
 from shards.index import Index
 from shards.reader import Shard
 
-MOST_REMOVED = 0.1
-MOST_REMOVED_OF_FEW, FEW = 0.5, 100  # of fewer samples, one or two are more than a tenth
-MOST_NAMED = 8
+MAX_REMOVED = 0.1
+MAX_REMOVED_OF_FEW, FEW = 0.5, 100  # of fewer samples, one or two are more than a tenth
+MAX_NAMED = 8
 
 
 def refuse_losses(plans: list[CachePlan], settings: EncodeSettings, notes: Notes) -> None:
@@ -58,9 +58,9 @@ def warn_of_reasons(rejected: list[Rejected]) -> None:
             else rejection.reason
         )
         by_reason[reason].append(rejection.path)
-    for reason, paths in sorted(by_reason.items(), key=lambda item: -len(item[1]))[:MOST_NAMED]:
-        more = f" and {len(paths) - MOST_NAMED:,} more" if len(paths) > MOST_NAMED else ""
-        names = ", ".join(paths[:MOST_NAMED])
+    for reason, paths in sorted(by_reason.items(), key=lambda item: -len(item[1]))[:MAX_NAMED]:
+        more = f" and {len(paths) - MAX_NAMED:,} more" if len(paths) > MAX_NAMED else ""
+        names = ", ".join(paths[:MAX_NAMED])
         warnings.warn(f"{len(paths):,} rejected: {reason}: {names}{more}", stacklevel=2)
 
 
@@ -85,7 +85,7 @@ def _refuse_removal(
     num = num_existing(plan)
     most = settings.max_removed
     if most is None:
-        most = MOST_REMOVED if num >= FEW else MOST_REMOVED_OF_FEW
+        most = MAX_REMOVED if num >= FEW else MAX_REMOVED_OF_FEW
     if len(lost) <= most * num + 1e-6:  # 0.29 * 100 is less than 29
         return
     rejected = [rejection for rejection in plan.rejected if rejection.key in lost]

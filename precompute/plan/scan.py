@@ -29,7 +29,7 @@ from shards.reader import read_ahead
 
 VERSION = 3  # of what is remembered, and of how a header is read
 HEAD_BYTES = 1 << 16
-MOST_CHUNKS = 100_000  # of a PNG, before it is read whole instead
+MAX_CHUNKS = 100_000  # of a PNG, before it is read whole instead
 PNG_START = b"\x89PNG\r\n\x1a\n"
 
 # [digest, width, height] of an image file; the digest is empty until all its bytes are read. Of a
@@ -292,7 +292,7 @@ def _head(blob: Blob) -> bytes | None:
         if not head.startswith(PNG_START):
             return None
         kinds = set[bytes]()
-        for _ in range(MOST_CHUNKS):
+        for _ in range(MAX_CHUNKS):
             if place + 8 > blob.size:
                 return head if kinds <= {b"IDAT", b"IEND"} else None
             file.seek(blob.offset + place)

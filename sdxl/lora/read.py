@@ -38,7 +38,7 @@ from sdxl.lora.weights import NAMES, Algorithm, Delta, LoraWeights, find_algorit
 from sdxl.metadata import ModelMetadata, read_model_metadata
 from sdxl.tensor_files import check_digest
 
-MOST_LETTERS = 300  # of a tensor's name
+MAX_LETTERS = 300  # of a tensor's name
 PATTERN_SECONDS = 1.0
 # Of GLoRA: layers, with ``.weight`` behind.
 _GLORA_FACTORS = frozenset({"a1", "a2", "b1", "b2", "bm"})
@@ -172,7 +172,7 @@ def _tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     with open_lora(path) as file:
         metadata, names = dict(file.metadata() or {}), list(file.keys())
         for name in names:
-            if not name.isprintable() or len(name) > MOST_LETTERS:
+            if not name.isprintable() or len(name) > MAX_LETTERS:
                 raise ValueError(f"{path}: damaged: it has a tensor named {name[:100]!r}")
         try:
             return {name: file.get_tensor(name) for name in names}, metadata

@@ -22,7 +22,7 @@ from runtime.files import replace_path
 
 ROOT = Path(__file__).parents[2]
 ASSET = ROOT / "assets" / "miniature-sdxl"
-MOST_BYTES = 6_000_000
+MAX_BYTES = 6_000_000
 TRAINING = (
     "--full --steps 6000 --batch-size 32 --lr 1.5e-3 --lr-schedule cosine --warmup-steps 100 "
     "--weight-decay 1e-3 --min-snr-gamma 5 --ema 0.998 --caption-dropout 0.1 --unconditional zeros "
@@ -54,7 +54,7 @@ def build(work: Path, out: Path) -> None:
     _step("score it", lambda: click.echo(str(write_card(out, work / "drawn", _cli))))
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     click.echo(f"{out}: {size:,} bytes")
-    assert size <= MOST_BYTES, f"over {MOST_BYTES:,} bytes"
+    assert size <= MAX_BYTES, f"over {MAX_BYTES:,} bytes"
 
 
 def draw_training_pictures(folder: Path) -> None:
