@@ -43,8 +43,8 @@ class ImageRequest:
 def plan_requests(
     settings: GenerateSettings, prompts: list[Prompt], default_side: int
 ) -> list[ImageRequest]:
-    """``num_images`` images, prompts in rotation, each as often in turn as its line says; what a
-    line says wins over the settings.
+    """The requests of ``num_images`` images: prompts in rotation, each as often in turn as its line
+    says. Settings in a line take precedence.
 
     Image i has seed + i. A line's own seed grows by one each time the line comes round.
     """
@@ -52,15 +52,17 @@ def plan_requests(
     if num > MAX_IMAGES:
         raise ValueError(f"{num:,} images are asked for; at most {MAX_IMAGES:,} at a time")
     rotation = chain.from_iterable(
-        repeat(which, prompts[which].num_images or 1) for which in cycle(range(len(prompts)))
+        repeat(prompt_index, prompts[prompt_index].num_images or 1)
+        for prompt_index in cycle(range(len(prompts)))
     )
     turns: Counter[int] = Counter()
     requests = []
-    for number, which in enumerate(islice(rotation, num)):
-        own = prompts[which].seed
-        seed = settings.seed + number if own is None else own + turns[which]
-        turns[which] += 1
-        requests.append(_request(settings, prompts[which], default_side, number, seed % 2**64))
+    for number, prompt_index in enumerate(islice(rotation, num)):
+        prompt = prompts[prompt_index]
+        own = prompt.seed
+        seed = settings.seed + number if own is None else own + turns[prompt_index]
+        turns[prompt_index] += 1
+        requests.append(_request(settings, prompt, default_side, number, seed % 2**64))
     return requests
 
 
@@ -110,11 +112,11 @@ def make_batches(requests: Iterable[ImageRequest], size: int) -> list[Batch]:
 def make_windows(batches: list[Batch], size: int) -> list[list[Batch]]:
     """Consecutive batches of up to ``size`` images in all; a larger batch is one by itself."""
     windows: list[list[Batch]] = []
-    room = 0
+    num_free = 0
     for batch in batches:
-        if len(batch) > room:
+        if len(batch) > num_free:
             windows.append([])
-            room = size
+            num_free = size
         windows[-1].append(batch)
-        room -= len(batch)
+        num_free -= len(batch)
     return windows

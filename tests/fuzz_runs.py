@@ -17,12 +17,12 @@ from infer.outputs import (
     SETTINGS_KEY,
     CaptionRow,
     ImageFolder,
-    coco,
-    lines,
+    caption_row,
+    coco_listing,
+    jsonl_listing,
+    make_record,
     read_record,
-    record_of,
-    row_of_record,
-    stale_because,
+    why_stale,
 )
 from infer.requests import ImageRequest
 from precompute.dataset.records import Blob, SourceImage
@@ -233,9 +233,9 @@ DRAWING = ImageRequest(
 def fuzz_generated(work: Path, base: Path) -> Try:
     """Images that generate wrote, with their records, and the captions beside them."""
     about = {"samplers": {"": {"name": "euler", "config": {}}}, "weights": {"unet": "0" * 64}}
-    asked = record_of(DRAWING, about)
+    asked = make_record(DRAWING, about)
     row = CaptionRow("000000.png", "a cat", 16, 8)
-    layouts = {"folder": lines([row]), "coco": coco([row])}
+    layouts = {"folder": jsonl_listing([row]), "coco": coco_listing([row])}
 
     def try_one(rng: random.Random) -> str:
         remove_path(work / "out")
@@ -252,8 +252,8 @@ def fuzz_generated(work: Path, base: Path) -> Try:
 
         def read() -> None:
             record, _ = read_record(path)
-            row_of_record(path, record)
-            stale_because(path, asked)
+            caption_row(path, record)
+            why_stale(path, asked)
             with folder.open():
                 pass
 

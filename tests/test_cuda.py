@@ -298,10 +298,10 @@ def epoch_tensors(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
 
 def draw_on_cuda(settings: GenerateSettings) -> tuple[str, bool]:
     """In which dtype, and whether the models took turns on the card."""
-    pipeline = make_pipeline(settings, stays=True)
+    pipeline = make_pipeline(settings, keep_loaded=True)
     generate(settings, pipeline)
     assert pipeline._models is not None
-    return str(pipeline.dtype), pipeline._models.small
+    return str(pipeline.dtype), pipeline._models.takes_turns
 
 
 @pytest.mark.parametrize(

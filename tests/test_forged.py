@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import xxhash
 
-from infer.outputs import row_of_record
+from infer.outputs import caption_row
 from precompute.plan.plan_file import read_places, write_work
 from runtime.files import canonical_json, seal
 from shards.format import CacheError
@@ -114,5 +114,5 @@ def test_a_forged_checkpoint_is_refused_by_name(tmp_path: Path, name: str, value
 
 @pytest.mark.parametrize("forged", [{"prompt": "\ud800"}, {"width": "\ud800"}])
 def test_a_forged_record_of_an_image_has_no_caption(forged: dict[str, Any]) -> None:
-    assert row_of_record(Path("000000.png"), asdict(DRAWING))
-    assert row_of_record(Path("000000.png"), asdict(DRAWING) | forged) is None
+    assert caption_row(Path("000000.png"), asdict(DRAWING))
+    assert caption_row(Path("000000.png"), asdict(DRAWING) | forged) is None

@@ -24,7 +24,7 @@ from PIL import Image
 from runs import run
 
 from infer.export import export
-from infer.generate import _about, make_pipeline
+from infer.generate import _provenance, make_pipeline
 from infer.requests import plan_requests
 from infer.settings import ExportSettings, GenerateSettings, LoraUse
 from sdxl.lora.names import KOHYA, LORA
@@ -234,7 +234,7 @@ def test_all_that_decides_a_picture_is_in_its_record(base: Path, tmp_path: Path)
 
     def about() -> Any:
         requests = plan_requests(settings, [parse_prompt("a")], 64)
-        return _about(make_pipeline(settings), requests)
+        return _provenance(make_pipeline(settings), requests)
 
     first = about()
     assert about() == first
