@@ -16,7 +16,7 @@ from infer.settings import ExportSettings
 from runtime.devices import DTYPES
 from runtime.files import write_durable
 from sdxl.base import Base, open_base
-from sdxl.load import bare_model
+from sdxl.load import model_without_weights
 from sdxl.lora.apply import match_to_model
 from sdxl.lora.names import UNET
 from sdxl.lora.read import LoraFile, read_lora_file
@@ -104,7 +104,9 @@ def _range_of(values: set[Any]) -> str:
 
 def _model(base: Base | None, part: str) -> Any:
     """The model that a part of a LoRA changes, without weights: module names and shapes."""
-    return bare_model(part, sdxl_config(part) if base is None else base.model(part).config)
+    return model_without_weights(
+        part, sdxl_config(part) if base is None else base.model(part).config
+    )
 
 
 def _match_parts(

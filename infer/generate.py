@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from infer.outputs import ImageFolder, Provenance, save_image
 from infer.pipeline import Pipeline
-from infer.requests import ImageRequest, plan_requests
+from infer.requests import ImageRequest, make_requests
 from infer.settings import GenerateSettings
 from infer.weights import Weights
 from runtime.devices import pick_device, pick_precision
@@ -46,25 +46,25 @@ def generate(settings: GenerateSettings, pipeline: Pipeline | None = None) -> Re
     """
     queue = WorkQueue()
     if not queue.is_main:
-        plan = json.loads(queue.wait_for("plan"))
-        requests = [ImageRequest(**fields) for fields in plan["requests"]]
-        pipeline = make_pipeline(settings, plan["base"])
-        _run_pipeline(settings, pipeline, requests, plan["about"], queue)
+        job = json.loads(queue.wait_for("job"))
+        requests = [ImageRequest(**fields) for fields in job["requests"]]
+        pipeline = make_pipeline(settings, job["base"])
+        _run_pipeline(settings, pipeline, requests, job["about"], queue)
         return None
     prompts = _read_prompts(settings)
     pipeline = pipeline or make_pipeline(settings)
     base = pipeline.weights.base
-    requests = plan_requests(settings, prompts, base.unet.config["sample_size"] * 8)
+    requests = make_requests(settings, prompts, base.unet.config["sample_size"] * 8)
     folder = ImageFolder(settings.out, settings.format)
     with folder.open():
         provenance = _provenance(pipeline, requests)
         wanted = folder.missing(requests, provenance)
-        run_plan = {
+        job = {
             "base": base.pinned,  # of a hub id the same commit
             "requests": [asdict(request) for request in wanted],
             "about": provenance,
         }
-        queue.publish("plan", json.dumps(run_plan))
+        queue.publish("job", json.dumps(job))
         start = time.perf_counter()
         _run_pipeline(settings, pipeline, wanted, provenance, queue)
         seconds = time.perf_counter() - start

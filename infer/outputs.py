@@ -15,7 +15,6 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from infer.requests import ImageRequest
-from runtime.documents import open_regular, parse_json, read_bounded
 from runtime.files import (
     PARTIAL,
     aside_of,
@@ -28,6 +27,7 @@ from runtime.files import (
     writing,
 )
 from runtime.locks import locked
+from runtime.parsing import open_regular, parse_json, read_bounded
 from sdxl.contact_sheet import contact_sheet
 
 MAX_BYTES = 1_000_000_000

@@ -40,7 +40,7 @@ class ImageRequest:
         return self.width, self.height, self.num_steps, self.guidance_scale, self.sampler or ""
 
 
-def plan_requests(
+def make_requests(
     settings: GenerateSettings, prompts: list[Prompt], default_side: int
 ) -> list[ImageRequest]:
     """The requests of ``num_images`` images: prompts in rotation, each as often in turn as its line

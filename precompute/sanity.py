@@ -1,7 +1,7 @@
 """Checks the stage's latents against the bare VAE, by a second, independent code path.
 
-A cache once went round whose latents were encoded without the images' normalization: losses
-looked as ever. So built-in drawings go through the whole stage, and beside it, from their 8-bit
+Latents that are encoded without the images' normalization train with losses that look as usual.
+So built-in drawings go through the whole stage, and beside it, from their 8-bit
 pixels, through diffusers' VAE alone with a scaling of its own; and what is stored of some images
 is compared with what the VAE alone gives of their files. The stage is measured by the VAE, not by
 an ideal: a VAE of random weights raises no alarm.
@@ -27,14 +27,14 @@ Pixels = npt.NDArray[np.uint8]
 SIDE = 64  # of a drawing, pixels
 WINDOW = 16  # latent pixels: the middle of an image, which is decoded back
 MAX_ERROR = 0.1  # of the latents' norm; storing in bf16 costs 0.002, a VAE in bf16 about 0.01
-MAX_FACTOR = 1.25  # of the posterior's std, which in half precision is known less well
-ALIKE = 0.01  # an error that decodes to the same
-MAX_LOSS = 1.0  # dB
+MAX_STD_FACTOR = 1.25  # of the posterior's std, which in half precision is known less well
+NEGLIGIBLE_ERROR = 0.01  # latents this close decode to the same image
+MAX_PSNR_LOSS = 1.0  # dB
 SPREAD = (0.2, 5.0)  # standard deviation of scaled latents: the UNet expects about 1
 
 
 def measure_drawings(encoder: LatentEncoder) -> dict[str, Any]:
-    """What the stage makes of the built-in drawings.
+    """Encode the built-in drawings and compare the latents with those of the VAE alone.
 
     ``error`` is how far the latents are from those of the VAE alone, as a share of their norm;
     ``scale`` and ``std_scale`` how many times as large they and the posterior's std are; ``mean``
@@ -42,14 +42,14 @@ def measure_drawings(encoder: LatentEncoder) -> dict[str, Any]:
     """
     drawings = make_drawings()
     pixels = torch.stack(
-        [render(open_image(_png(drawing)), _whole(drawing)) for drawing in drawings]
+        [render(open_image(_png(drawing)), _uncropped(drawing)) for drawing in drawings]
     )
     parts = [encoder.encode(part) for part in torch.split(pixels, encoder.batch_size)]
     posterior = Posterior(torch.cat([p.mean for p in parts]), torch.cat([p.std for p in parts]))
-    bare_mean, bare_std = _bare_encode(
-        encoder.exact, torch.cat([_tensor(drawing) for drawing in drawings])
+    bare_mean, bare_std = _encode_independently(
+        encoder.fp32_vae, torch.cat([_tensor(drawing) for drawing in drawings])
     )
-    decoded = _bare_decode(encoder.exact, posterior.mean)
+    decoded = _decode_independently(encoder.fp32_vae, posterior.mean)
     wanted = torch.cat([_tensor(drawing) for drawing in drawings])
     return {
         "error": round(_error(posterior.mean, bare_mean), 4),
@@ -77,7 +77,7 @@ def measure_image(
     resized = np.asarray(opened.resize(geometry.resized, Image.Resampling.LANCZOS))
     _, _, top, left, height, width = geometry.sizes
     wanted = _tensor(resized[top : top + height, left : left + width])
-    latents, (bare, _) = stored[None].float(), _bare_encode(encoder.exact, wanted)
+    latents, (bare, _) = stored[None].float(), _encode_independently(encoder.fp32_vae, wanted)
     h, w = latents.shape[-2:]
     y, x = max(0, (h - WINDOW) // 2), max(0, (w - WINDOW) // 2)
     window = (..., slice(y, y + WINDOW), slice(x, x + WINDOW))
@@ -86,10 +86,12 @@ def measure_image(
         "path": path,
         "error": round(_error(latents, bare), 4),
         "scale": round(_scale(latents, bare), 3),
-        "psnr": _psnr(_bare_decode(encoder.exact, latents[window]), wanted[part]),
+        "psnr": _psnr(_decode_independently(encoder.fp32_vae, latents[window]), wanted[part]),
     }
-    if measures["error"] > ALIKE:
-        measures["bare_psnr"] = _psnr(_bare_decode(encoder.exact, bare[window]), wanted[part])
+    if measures["error"] > NEGLIGIBLE_ERROR:
+        measures["bare_psnr"] = _psnr(
+            _decode_independently(encoder.fp32_vae, bare[window]), wanted[part]
+        )
     return measures
 
 
@@ -101,7 +103,7 @@ def alarms_of_drawings(measures: dict[str, Any]) -> list[str]:
             f"built-in drawings become latents that are {measures['error']:.0%} off those of the "
             f"VAE alone ({measures['scale']:g} times as large): the encode stage is at fault"
         )
-    if not 1 / MAX_FACTOR <= measures["std_scale"] <= MAX_FACTOR:
+    if not 1 / MAX_STD_FACTOR <= measures["std_scale"] <= MAX_STD_FACTOR:
         lines.append(
             f"the posterior's std of built-in drawings is {measures['std_scale']:g} times that of "
             "the VAE alone: the encode stage is at fault"
@@ -123,7 +125,7 @@ def alarms_of_image(measures: dict[str, Any]) -> list[str]:
             f"{measures['path']}: its latents are {measures['error']:.0%} off those that the VAE "
             f"gives of the file opened by another way ({measures['scale']:g} times as large)"
         )
-    if measures.get("bare_psnr", measures["psnr"]) - measures["psnr"] > MAX_LOSS:
+    if measures.get("bare_psnr", measures["psnr"]) - measures["psnr"] > MAX_PSNR_LOSS:
         lines.append(
             f"{measures['path']}: its latents decode to {measures['psnr']:g} dB of the image, "
             f"where those of the VAE alone come to {measures['bare_psnr']:g} dB"
@@ -155,7 +157,7 @@ def _png(pixels: Pixels) -> bytes:
     return file.getvalue()
 
 
-def _whole(pixels: Pixels) -> Geometry:
+def _uncropped(pixels: Pixels) -> Geometry:
     size = (pixels.shape[1], pixels.shape[0])
     return cover(size, size)
 
@@ -184,7 +186,7 @@ def _constants(vae: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @torch.inference_mode()
-def _bare_encode(vae: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _encode_independently(vae: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Scaled mean and std [N, C, h, w] fp32 on the CPU, of the VAE alone, one image at a time."""
     shift, scale = _constants(vae)
     posteriors = [vae.encode(image[None].to(vae.device, vae.dtype)).latent_dist for image in pixels]
@@ -194,7 +196,7 @@ def _bare_encode(vae: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Te
 
 
 @torch.inference_mode()
-def _bare_decode(vae: Any, latents: torch.Tensor) -> torch.Tensor:
+def _decode_independently(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     shift, scale = _constants(vae)
     plain = (latents / scale + shift).to(vae.device, vae.dtype)
     return torch.cat([vae.decode(latent[None]).sample.float().cpu() for latent in plain])
@@ -211,6 +213,6 @@ def _scale(latents: torch.Tensor, bare: torch.Tensor) -> float:
 
 
 def _psnr(images: torch.Tensor, wanted: torch.Tensor) -> float:
-    """In dB of 8-bit white; 0 at worst, and of what is not finite."""
+    """PSNR in dB for images in -1..1; 0 for images that are not finite."""
     error = float(((images.clamp(-1, 1) - wanted) / 2).square().mean())
     return round(-10 * float(np.log10(max(error, 1e-10))), 2) if math.isfinite(error) else 0.0

@@ -1,4 +1,4 @@
-"""Contact sheets of a cache: what was encoded, and what was cut away, seen without the VAE."""
+"""Contact sheets of a cache: what was encoded and what was cropped away, drawn without the VAE."""
 
 from collections.abc import Iterator
 from itertools import islice
@@ -44,7 +44,7 @@ def _tiles(cache: Cache, shards: list[Shard]) -> Iterator[tuple[Image.Image, str
     for shard in shards:
         layout = shard.index.layout
         for row in range(len(shard.index)):
-            fields = shard.about(row)
+            fields = shard.metadata(row)
             for number in range(int(shard.index.records[row]["num_variants"])):
                 latents = torch.empty(layout.latent, dtype=torch.float32)
                 sizes = torch.empty(6, dtype=torch.int32)
@@ -59,7 +59,7 @@ def _tiles(cache: Cache, shards: list[Shard]) -> Iterator[tuple[Image.Image, str
 
 
 def frame(colors: torch.Tensor, sizes: list[int], is_squashed: bool = False) -> Image.Image:
-    """An image in the frame it was cut from, which is gray where it was cut away.
+    """A cached crop within the frame of its whole image, which is gray where it was cropped away.
 
     ``colors`` [3, h, w] in 0..1; ``sizes`` as a sample has them. The crop is boxed. What was
     squashed keeps the shape of its bucket: nothing was cut away.

@@ -42,8 +42,8 @@ _FILE_SIGNATURES = (  # by the first bytes
 )
 
 
-def content_of(head: bytes) -> str:
-    """What a file is that is no safetensors file, by its first bytes; empty where unknown."""
+def describe_foreign_file(head: bytes) -> str:
+    """What a file that is no safetensors file is, by its first bytes; empty if unknown."""
     return next((content for start, content in _FILE_SIGNATURES if head.startswith(start)), "")
 
 
@@ -130,7 +130,7 @@ _FIELD_KINDS: dict[str, dict[str, str]] = {
 
 
 def check_config(where: str | Path, component: str, config: dict[str, Any]) -> None:
-    """Refuse a config with values that no SDXL has. What it does not say is the library's to say.
+    """Refuse a config with values that no SDXL has. Missing fields are left to the library.
 
     Raises:
         BaseError: names ``where`` and the field.

@@ -1,4 +1,4 @@
-"""Images with their prompts, at a glance."""
+"""One image that shows many, with their prompts below."""
 
 import math
 from bisect import bisect_right
@@ -49,7 +49,7 @@ def _cut(
     pen: ImageDraw.ImageDraw,
     font: ImageFont.ImageFont | ImageFont.FreeTypeFont,
 ) -> str:
-    """As much of a prompt's start as ``width`` pixels take, on one line."""
+    """As much of a prompt's start as fits in ``width`` pixels, on one line."""
     # A prompt may be as long as a book; at a pixel a letter this is more than fits.
     line = " ".join(prompt[: 20 * width].split())[:width]
     num = bisect_right(

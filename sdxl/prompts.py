@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runtime.documents import parse_json, parse_toml, read_bounded
-from runtime.text import first_line
+from runtime.messages import first_line
+from runtime.parsing import parse_json, parse_toml, read_bounded
 
 # "--" opens an option only at a line's start or after a space, and only when a name follows at
 # once: "rain -- then sun" and "a --- b" are prose.

@@ -1,4 +1,4 @@
-"""What a cache holds, in numbers: buckets, captions, recipe, statistics, what was rejected."""
+"""A cache in numbers: buckets, captions, recipe, statistics, what was rejected."""
 
 import re
 import statistics
@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from runtime import schema
+from runtime.messages import pluralize
 from runtime.schema import misfit, read_json
-from runtime.text import pluralize
 from shards.buckets import bucket_name
 from shards.format import TENSORS, CacheError
 from shards.manifest import read_side_file
@@ -41,7 +41,7 @@ class Contents:
 
 
 def read_contents(cache: Cache) -> Iterator[Contents]:
-    """Count, shard by shard, so that a bar can go along; it is the same object each time.
+    """Count shard by shard, for a progress bar; yields the same object each time.
 
     Raises:
         CacheError: something in it is damaged.
@@ -87,7 +87,7 @@ def _count(contents: Contents, shard: Shard) -> None:
         counts.update(dict(zip(values.tolist(), numbers.tolist(), strict=True)))
     contents.num_masks += int((records["tensors"][:, TENSORS.index("mask")] > 0).sum())
     for row in range(len(records)):
-        fields = shard.about(row)
+        fields = shard.metadata(row)
         contents.captions.update(fields["captions"])
         folder, slash, _ = fields["path"].partition("/")
         contents.folders[folder + slash if slash else "./"] += 1
@@ -139,8 +139,8 @@ def _describe_samples(contents: Contents) -> Iterator[str]:
 
 def _describe_recipe(recipe: dict[str, Any]) -> Iterator[str]:
     for cause, parts in sorted(recipe.items()):
-        told = parts.items() if isinstance(parts, dict) else [("", parts)]
-        values = (f"{name} {_shown(value)}".strip() for name, value in told if value is not None)
+        items = parts.items() if isinstance(parts, dict) else [("", parts)]
+        values = (f"{name} {_shown(value)}".strip() for name, value in items if value is not None)
         yield f"{cause}: {', '.join(values)}"
 
 

@@ -26,13 +26,13 @@ from infer.outputs import (
 )
 from infer.requests import ImageRequest
 from precompute.dataset.records import Blob, SourceImage
-from precompute.plan.placement import PlannedSample, place
+from precompute.plan.placement import PlannedSample, assign_shards
 from precompute.plan.plan_file import (
     CopySource,
     SampleTask,
     ShardTask,
-    read_about,
     read_places,
+    read_plan_header,
     write_work,
 )
 from precompute.plan.scan import Notes
@@ -179,9 +179,9 @@ def fuzz_plan(work: Path, base: Path) -> Try:
         signed = [xxhash.xxh3_64_hexdigest(text).encode() + b" " + text for text in texts]
         data = b"".join(line + b"\n" for line in signed)
         (work / PLAN).write_bytes(damage(rng, data) if which == len(lines) else data)
-        read_about(work).get("made_with")
+        read_plan_header(work).get("made_with")
         places = read_places(work)
-        placed = [one for shard in place(members, places, 2) for one in shard.members]
+        placed = [one for shard in assign_shards(members, places, 2) for one in shard.members]
         assert {one.record.key for one in placed} == {one.record.key for one in members}
         notes._path.write_bytes(damage(rng, held))
         Notes(work / "out", work).memory.find("image a.png:0", 9, 1)

@@ -249,16 +249,16 @@ def test_a_run_on_cuda_is_itself_after_a_resume(
 
 
 def encode_on_cuda(pictures: Path, base: Path, out: Path) -> set[str]:
-    from precompute import text
+    from precompute import text_encoding
 
     loaded: set[str] = set()
-    load = text.TextEncoders
+    load = text_encoding.TextEncoders
 
     def spy(source: Any, dtype: torch.dtype, device: torch.device, *rest: Any) -> Any:
         loaded.add(f"{dtype} {device}")
         return load(source, dtype, device, *rest)
 
-    text.TextEncoders = spy  # type: ignore[assignment,misc]
+    text_encoding.TextEncoders = spy  # type: ignore[assignment,misc]
     encode(
         EncodeSettings(
             dataset=pictures,

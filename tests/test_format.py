@@ -74,7 +74,7 @@ def test_every_slice_comes_back_bit_for_bit(tmp_path: Path, dtype: str) -> None:
     assert len(index) == 3
     for row, sample in enumerate(samples):
         assert index.key(row) == sample.key
-        assert shard.about(row)["path"] == sample.path
+        assert shard.metadata(row)["path"] == sample.path
         assert index.records[row]["weight"] == 0.5
         for name, tensor in sample.tensors.items():
             for number, expected in enumerate(tensor):

@@ -28,7 +28,7 @@ import infer.pipeline
 from infer.generate import generate
 from infer.outputs import why_stale
 from infer.pipeline import TEXT, UNET, VAE, ModelSlots
-from infer.requests import make_batches, plan_requests
+from infer.requests import make_batches, make_requests
 from infer.settings import GenerateSettings
 from runtime.locks import locked
 from sdxl.base import open_base
@@ -153,7 +153,7 @@ def test_large_pictures_are_decoded_in_tiles(base: Path, tmp_path: Path) -> None
     assert differ(tiled, whole) > 0.01
     settings = settings_of(base, tmp_path / "x", PROMPTS)
     sizes = [Prompt(text="a", width=side, height=1536) for side in (1536, 1544)]
-    assert [one.tiled for one in plan_requests(settings, sizes, 64)] == [False, True]
+    assert [one.tiled for one in make_requests(settings, sizes, 64)] == [False, True]
 
 
 def test_a_vae_that_overflows_in_half_decodes_in_fp32(base: Path) -> None:
@@ -269,10 +269,10 @@ def test_cocos_layout(base: Path, tmp_path: Path) -> None:
 def test_lines_take_turns(tmp_path: Path) -> None:
     prompts = [Prompt(text="a", num_images=2, seed=7), Prompt(text="b")]
     settings = GenerateSettings(base="x", out=tmp_path, prompt="unused", seed=100)
-    drawings = plan_requests(settings, prompts, 64)
+    drawings = make_requests(settings, prompts, 64)
     assert [(one.prompt, one.seed) for one in drawings] == [("a", 7), ("a", 8), ("b", 102)]
     more = GenerateSettings(base="x", out=tmp_path, prompt="unused", seed=100, num_images=5)
-    drawings = plan_requests(more, prompts, 64)
+    drawings = make_requests(more, prompts, 64)
     seeds = [("a", 7), ("a", 8), ("b", 102), ("a", 9), ("a", 10)]
     assert [(one.prompt, one.seed) for one in drawings] == seeds
     batches = make_batches(drawings, 3)

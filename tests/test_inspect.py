@@ -146,7 +146,9 @@ def test_sheets_show_the_pictures_in_their_frames(
     assert run.exit_code == 0, run.output
     (path,) = (tmp_path / "sheets").glob("*.png")
     assert path.name == "64x64.png"
-    captions = [s.about(row)["captions"][0] for s in cache.shards() for row in range(len(s.index))]
+    captions = [
+        s.metadata(row)["captions"][0] for s in cache.shards() for row in range(len(s.index))
+    ]
     tiles = tiles_of(path, len(captions))
     for tile, caption in zip(tiles, captions, strict=True):
         middle = np.asarray(tile)[123:133, 123:133].mean(axis=(0, 1))

@@ -73,7 +73,7 @@ def test_60_are_encoded_and_40_rejected_for_their_true_reasons(
     run = run_encode(mixed, tmp_path / "cache", base)
     assert run.exit_code == 0, run.output
     cache = Cache(tmp_path / "cache")
-    paths = {s.about(row)["path"] for s in cache.shards() for row in range(len(s.index))}
+    paths = {s.metadata(row)["path"] for s in cache.shards() for row in range(len(s.index))}
     assert paths == {name for name, _ in good_files()}
     assert len(paths) == 60
     reasons = {name: reason for name, _, reason in bad_files()}

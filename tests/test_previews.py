@@ -429,7 +429,7 @@ def test_the_cached_map_is_the_best_linear_one(
             shard, at = opened.locate(group, row)
             mean = torch.empty(shard.index.layout.shape("latents.mean"))
             shard.read_into(mean, at, "latents.mean")
-            picture = rendered(pictures / shard.about(at)["path"])[0]
+            picture = rendered(pictures / shard.metadata(at)["path"])[0]
             latents.append(mean.flatten(1).T)
             colours.append(F.avg_pool2d(picture, 8).flatten(1).T)
             drawn.append(latents_to_rgb(mean[None], previews.weight, previews.bias)[0].flatten(1).T)

@@ -63,7 +63,7 @@ def forty(tmp_path_factory: pytest.TempPathFactory) -> tuple[Cache, dict[str, Sa
 
 def dropped(reader: Reader, epoch: int) -> set[str]:
     """The keys whose text is the unconditional one; of the others it must be their own."""
-    kind = reader.reading.unconditional
+    kind = reader.options.unconditional
     found = set()
     for batch in epoch_of(reader, epoch):
         unconditional = reader.caches[0].side_tensors(UNCONDITIONAL)

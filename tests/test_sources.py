@@ -96,7 +96,7 @@ def test_every_name_is_in_the_cache(many_names: Path, tmp_path: Path, encode_to:
     for group in cache.groups():
         for row in range(group.count):
             shard, inside = cache.locate(group, row)
-            ours[shard.index.key(inside)] = shard.about(inside)["path"]
+            ours[shard.index.key(inside)] = shard.metadata(inside)["path"]
     assert ours == {key_of(name): name for name in NAMES}
 
     theirs: dict[str, str] = {}

@@ -224,7 +224,7 @@ def test_webdatasets_own_tars_are_encoded(tmp_path: Path, encode_to: Encode) -> 
             writer.write({"__key__": f"{number:05d}", **sample})
     cache = Cache(encode_to(tmp_path / "set", tmp_path / "cache"))
     (group,) = cache.groups()
-    abouts = [shard.about(row) for shard, row in (cache.locate(group, n) for n in range(3))]
+    abouts = [shard.metadata(row) for shard, row in (cache.locate(group, n) for n in range(3))]
     assert {one["path"]: one["captions"] for one in abouts} == {
         f"a.tar/{number:05d}.png": [f"caption {number}"] for number in range(3)
     }

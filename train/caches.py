@@ -61,7 +61,7 @@ def open_val(config: TrainConfig, train: Cache) -> Cache | None:
 def has_masks(cache: Cache) -> bool:
     """Whether any sample of the cache has a mask."""
     return any(
-        "mask" in shard.index.form(shard.index.record(row)).tensors
+        "mask" in shard.index.sample_layout(shard.index.record(row)).tensors
         for shard in cache.shards()
         for row in range(len(shard.index))
     )

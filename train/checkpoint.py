@@ -22,7 +22,6 @@ import xxhash
 from safetensors import safe_open
 
 from runtime import schema
-from runtime.documents import MAX_JSON_BYTES, read_bounded
 from runtime.files import (
     PARTIAL,
     discard_folder,
@@ -34,6 +33,7 @@ from runtime.files import (
     unseal,
     writing,
 )
+from runtime.parsing import MAX_JSON_BYTES, read_bounded
 from sdxl.base import find_weights
 from train.config import TrainConfig
 from train.learner import Learner

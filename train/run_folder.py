@@ -22,7 +22,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from runtime.documents import MAX_JSON_BYTES, read_bounded
 from runtime.files import (
     DIGEST,
     PARTIAL,
@@ -38,6 +37,7 @@ from runtime.files import (
     writing,
 )
 from runtime.locks import locked
+from runtime.parsing import MAX_JSON_BYTES, read_bounded
 from sdxl.base import Base, base_path
 from sdxl.lora.names import KOHYA, LORA
 from shards.plan import Plan

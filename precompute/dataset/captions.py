@@ -72,7 +72,7 @@ def normalize_captions(
     captions = tuple(map(unify_lines, record.captions)) or ("",)
     if any(captions) and not all(captions) and not settings.empty_captions:
         # One of several that a tool left blank: the others say what the image shows.
-        record = replace(record, num_blank=captions.count(""))
+        record = replace(record, num_blank_captions=captions.count(""))
         captions = tuple(filter(None, captions))
     may_be_empty = bool(record.captions) and settings.empty_captions
     if not may_be_empty and not all(captions):

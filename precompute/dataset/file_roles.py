@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from precompute.dataset.records import Rejected, Source, SourceImage
-from runtime.text import pluralize
+from runtime.messages import pluralize
 
 IMAGE_ENDINGS = (  # of formats that encode opens; the content decides which one it is
     ".jpg",

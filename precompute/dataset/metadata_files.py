@@ -25,7 +25,7 @@ from precompute.dataset.records import (
 )
 from precompute.settings import EncodeSettings
 from runtime.files import open_regular
-from runtime.text import shortened
+from runtime.messages import shortened
 
 LISTS = ("captions.jsonl", "metadata.jsonl")
 TABLES = ("captions.csv", "metadata.csv")

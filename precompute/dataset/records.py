@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.files import open_regular
-from runtime.text import shortened
+from runtime.messages import shortened
 from shards.format import sample_key
 
 MAX_IMAGE_BYTES = 2 * 10**9  # 180 million pixels of 16 bits and four channels take 1.4 GB
@@ -79,7 +79,7 @@ class SourceImage:
 
     The path of a tar's member is ``pack.tar/member.jpg``. ``weight`` is the weight of its loss,
     ``repeats`` how often an epoch takes it, ``split`` the split that its list names (else empty),
-    ``num_blank`` how many blank captions were dropped because there are others.
+    ``num_blank_captions`` how many blank captions were dropped because there are others.
     """
 
     path: str
@@ -89,7 +89,7 @@ class SourceImage:
     repeats: int = 1
     mask: Blob | None = None
     split: str = ""
-    num_blank: int = 0
+    num_blank_captions: int = 0
 
     @cached_property
     def key(self) -> str:

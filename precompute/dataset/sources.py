@@ -37,7 +37,7 @@ from precompute.dataset.metadata_files import (
 from precompute.dataset.records import MAX_REPEATS, Memory, Rejected, Source, SourceImage
 from precompute.dataset.tars import COMPRESSED, TarMembers, open_tar, too_large
 from precompute.settings import EncodeSettings
-from runtime.text import pluralize
+from runtime.messages import pluralize
 from shards.manifest import UNCONDITIONAL
 
 Item = SourceImage | Rejected
@@ -256,9 +256,9 @@ def _warn(folder: Path, source: Source) -> None:
     ):
         if paths:
             warnings.warn(f"{folder}: {reason} ({len(paths):,}): {_named(paths)}", stacklevel=3)
-    blank = [record for record in source.records if record.num_blank]
+    blank = [record for record in source.records if record.num_blank_captions]
     if blank:
-        number = sum(record.num_blank for record in blank)
+        number = sum(record.num_blank_captions for record in blank)
         warnings.warn(
             f"{folder}: {pluralize(number, 'blank caption')} dropped beside others, e.g. of "
             f"{blank[0].path}",

@@ -10,8 +10,8 @@ from typing import Any
 from precompute.dataset.records import Memory, Rejected, Source
 from precompute.dataset.sources import read_dataset
 from precompute.encoders import Encoders
-from precompute.plan.placement import Placement, PlannedSample, place
-from precompute.plan.plan_file import ShardTask, read_about, read_places, write_work
+from precompute.plan.placement import Placement, PlannedSample, assign_shards
+from precompute.plan.plan_file import ShardTask, read_places, read_plan_header, write_work
 from precompute.plan.reuse import (
     SETTING_CAUSES,
     Changes,
@@ -37,13 +37,21 @@ from precompute.spot_checks import (
     earlier_checks,
     warn_of_drawings,
 )
-from precompute.text import text_shape, unconditional_is_whole, write_unconditional
+from precompute.text_encoding import text_shape, unconditional_is_whole, write_unconditional
 from runtime.files import PARTIAL, fsync_folder, remove_path, write_changed
 from sdxl.base import Base
 from sdxl.latent_rgb import LatentSums
 from sdxl.prompts import Prompt
 from shards.index import Index
-from shards.manifest import MANIFEST, OWN, PLAN, REPLACED, SCAN, UNCONDITIONAL, write_manifest
+from shards.manifest import (
+    ENCODE_FILES,
+    MANIFEST,
+    PLAN,
+    REPLACED,
+    SCAN,
+    UNCONDITIONAL,
+    write_manifest,
+)
 
 REJECTED = "rejected.jsonl"
 
@@ -84,7 +92,7 @@ def check_out(folder: Path, dataset: Path) -> None:
         raise ValueError(f"{folder}: not a folder")
     names = [path.name for path in folder.iterdir()] if folder.exists() else []
     ours = (UNCONDITIONAL, MANIFEST, PLAN)
-    known = (*OWN, REPLACED)
+    known = (*ENCODE_FILES, REPLACED)
     foreign = [name for name in names if name not in known and not name.endswith(PARTIAL)]
     if foreign and not any(name in names for name in ours) and not shard_names(folder):
         raise ValueError(
@@ -120,7 +128,7 @@ def plan_caches(
             recover_retirement(folder)
         drafts.append(_Draft.of(folder, source, settings, memory))
     _add_digests(drafts, settings, memory)
-    comparisons = [draft.place(settings) for draft in drafts]
+    comparisons = [draft.assign_shards(settings) for draft in drafts]
     changes = compare(comparisons, recipe)
     return [
         draft.plan(comparison, recipe, *work_and_changes)
@@ -158,9 +166,9 @@ class _Draft:
         shards = (*self.retired.values(), *self.current.values())
         return {key: existing.fingerprints[key] for existing in shards for key in existing.rows}
 
-    def place(self, settings: EncodeSettings) -> Comparison:
+    def assign_shards(self, settings: EncodeSettings) -> Comparison:
         before = {} if settings.repack else _places(self.folder, self.current)
-        shards = place(self.planned, before, settings.shard_size)
+        shards = assign_shards(self.planned, before, settings.shard_size)
         return Comparison(self.folder, shards, self.current, self.retired)
 
     def plan(
@@ -184,7 +192,7 @@ class _Draft:
             rejected=self.rejected,
             comparison=comparison,
             num_upscaled=sum(planned.variants[0].is_upscaled for planned in self.planned),
-            made_with=read_about(self.folder).get("made_with")
+            made_with=read_plan_header(self.folder).get("made_with")
             or _made_with([*self.current.values()]),
             check_candidates=choose_candidates(comparison.shards),
             sanity=earlier_checks(self.folder),
@@ -221,8 +229,8 @@ def _places(folder: Path, current: dict[str, ExistingShard]) -> dict[str, Placem
     moved = {key for planned_place in places.values() for key in planned_place.keys}
     for name, existing in current.items():
         if name not in places:
-            kept = tuple(key for key in existing.place.keys if key not in moved)
-            places[name] = Placement(*existing.place.group, kept)
+            kept = tuple(key for key in existing.placement.keys if key not in moved)
+            places[name] = Placement(*existing.placement.group, kept)
     return places
 
 

@@ -86,7 +86,7 @@ class Placement:
         return self.bucket, self.repeats
 
 
-def place(
+def assign_shards(
     planned: list[PlannedSample], before: Mapping[str, Placement], shard_size: int
 ) -> list[ShardPlan]:
     """Assign all samples to shards of one bucket and one number of repeats each, sorted by name.

@@ -69,16 +69,16 @@ class ShardTask:
         return sum(task.is_encoded for task in self.tasks)
 
 
-def write_work(folder: Path, about: dict[str, Any], works: list[ShardTask]) -> None:
+def write_work(folder: Path, header: dict[str, Any], works: list[ShardTask]) -> None:
     """Write the plan file, durably: from now on this is where the samples go."""
     with durable_file(folder / PLAN) as file:
-        for line in (about, *map(_shard_to_json, works)):
+        for line in (header, *map(_shard_to_json, works)):
             text = json.dumps(line).encode()
             file.write(xxhash.xxh3_64_hexdigest(text).encode() + b" " + text + b"\n")
 
 
 class PlanFile:
-    """The plan file, read line by line; ``about`` is what all its shards have in common.
+    """The plan file, read line by line; ``header`` is what all its shards have in common.
 
     Raises:
         FileNotFoundError: there is none.
@@ -90,7 +90,7 @@ class PlanFile:
         with open(self._path, "rb") as file:
             self._starts = [0]
             self._starts += [file.tell() for _ in iter(file.readline, b"")]
-        self.about: dict[str, Any] = self._line(0)
+        self.header: dict[str, Any] = self._line(0)
 
     def __len__(self) -> int:
         return len(self._starts) - 2
@@ -122,13 +122,13 @@ class PlanFile:
         return schema.read_json(text)
 
 
-def read_about(folder: Path) -> dict[str, Any]:
+def read_plan_header(folder: Path) -> dict[str, Any]:
     """What an interrupted run's shards have in common; of none, nothing."""
     try:
-        header = PlanFile(folder).about
+        header = PlanFile(folder).header
     except (FileNotFoundError, ValueError):
         return {}
-    return {} if schema.misfit(header, _ABOUT) else header
+    return {} if schema.misfit(header, _HEADER) else header
 
 
 def read_places(folder: Path) -> dict[str, Placement]:
@@ -144,7 +144,7 @@ def _is_path(value: Any) -> bool:
 
 
 # What the lines must look like before they are believed.
-_ABOUT = {"recipe": schema.record, "made_with": schema.record}
+_HEADER = {"recipe": schema.record, "made_with": schema.record}
 _COUNT = schema.whole()
 _TIME = schema.whole(-(2**63), 2**63)  # in ns
 _BLOB = schema.row(_is_path, _COUNT, _TIME, _COUNT)

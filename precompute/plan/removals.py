@@ -146,6 +146,6 @@ def _path(plan: CachePlan, name: str, row: int, is_retired: bool) -> str:
     existing = (plan.comparison.retired if is_retired else plan.comparison.current)[name]
     try:
         shard = Shard(existing.folder, name, Index(existing.folder / f"{name}.index").sha256)
-        return str(shard.about(row)["path"])
+        return str(shard.metadata(row)["path"])
     except (CacheError, OSError):
         return f"a sample of {name}"

@@ -32,7 +32,7 @@ from shards.index import Index
 from shards.manifest import REPLACED
 
 SHARD_NAME = re.compile(r"\d+x\d+-\d{6}")
-ENDS = (".index", ".tar")  # the index goes first: a tar without an index is no shard
+SUFFIXES = (".index", ".tar")  # the index goes first: a tar without an index is no shard
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +66,7 @@ class ExistingShard:
         return {key: row for row, key in enumerate(keys)}
 
     @property
-    def place(self) -> Placement:
+    def placement(self) -> Placement:
         width, height = self.index.header["bucket"]
         return Placement((width, height), self.index.header["repeats"], tuple(self.fingerprints))
 
@@ -99,7 +99,7 @@ def shard_names(folder: Path) -> list[str]:
     """The names of all shards of which the folder has an index, a tar or both."""
     if not folder.is_dir():
         return []
-    stems = {path.stem for path in folder.iterdir() if path.suffix in ENDS}
+    stems = {path.stem for path in folder.iterdir() if path.suffix in SUFFIXES}
     return sorted(stem for stem in stems if SHARD_NAME.fullmatch(stem))
 
 
@@ -111,21 +111,21 @@ def retire(folder: Path, names: list[str]) -> None:
     replaced.mkdir(exist_ok=True)
     for name in names:
         remove_shard(replaced, name)
-    move_into(replaced, [folder / (name + end) for name in names for end in ENDS])
+    move_into(replaced, [folder / (name + end) for name in names for end in SUFFIXES])
 
 
 def recover_retirement(folder: Path) -> None:
     """Finish a ``retire`` that was interrupted between a shard's index and its tar."""
     replaced = folder / REPLACED
     for name in shard_names(replaced):
-        moved = [end for end in ENDS if (replaced / (name + end)).exists()]
-        remaining = [end for end in ENDS if (folder / (name + end)).exists()]
+        moved = [end for end in SUFFIXES if (replaced / (name + end)).exists()]
+        remaining = [end for end in SUFFIXES if (folder / (name + end)).exists()]
         if len(moved) == len(remaining) == 1 and moved != remaining:
             move_into(replaced, [folder / (name + remaining[0])])
 
 
 def remove_shard(folder: Path, name: str) -> None:
-    for end in ENDS:
+    for end in SUFFIXES:
         (folder / (name + end)).unlink(missing_ok=True)
 
 
@@ -312,7 +312,7 @@ def _stays(shard: ShardPlan, existing: ExistingShard | None, recipe: dict[str, A
     """Whether the shard is as it would be written."""
     if existing is None or existing.recipe != recipe:
         return False
-    if (existing.place.bucket, existing.place.repeats) != (shard.bucket, shard.repeats):
+    if (existing.placement.bucket, existing.placement.repeats) != (shard.bucket, shard.repeats):
         return False
     members = [[member.record.key, *member.fingerprint] for member in shard.members]
     return bool(existing.index.header["members"] == members)
@@ -348,7 +348,7 @@ class _Origin(NamedTuple):
             changed - {"geometry"} if "picture" in changed else changed
         )  # another image has another size
         causes = source.causes | {SAMPLE_CAUSES[name] for name in named}
-        if existing.place.repeats != planned.record.repeats:
+        if existing.placement.repeats != planned.record.repeats:
             causes |= {"repeats"}
         if key in existing.reasons:
             as_it_was = source.latents and source.text and not changed
