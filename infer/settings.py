@@ -223,12 +223,12 @@ class GenerateSettings:
 
     @property
     def original_pixels(self) -> Size | None:
-        """(width, height) before resizing, as SDXL is told."""
+        """(width, height) before resizing, for SDXL's size conditioning."""
         return _sides("original-size", self.original_size, 1)
 
     @property
     def crop_pixels(self) -> Size:
-        """(left, top), as SDXL is told."""
+        """(left, top), for SDXL's size conditioning."""
         match = re.fullmatch(r"([0-9]{1,9}),([0-9]{1,9})", self.crop)
         if match is None:
             raise ValueError(f"--crop must be LEFT,TOP in pixels, not {self.crop!r}")

@@ -54,8 +54,8 @@ class EncodeJob:
 def encode(settings: EncodeSettings) -> list[Report]:
     """Encode a dataset into ``settings.out``, or its ``train`` and ``val``; a report for each.
 
-    Of several processes the main one plans and reports, and each takes one shard after the other.
-    The others report nothing.
+    With several processes the main one plans and returns the reports, and each process claims one
+    shard after the other. The other processes return an empty list.
 
     Raises:
         ValueError: the dataset, the base, the prompts or the settings cannot be used.

@@ -1,4 +1,4 @@
-"""What the encode stage can be told. Imports no torch: ``--help`` is made from it."""
+"""The settings of the encode stage. Imports no torch: ``--help`` is made from them."""
 
 from dataclasses import MISSING, dataclass
 from pathlib import Path

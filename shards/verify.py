@@ -1,6 +1,6 @@
 """Re-hash a whole cache and name what is damaged; with ``--repair``, drop it, and only it.
 
-Of a damaged shard the intact samples are written into a new shard of the same name. A sample is
+The intact samples of a damaged shard are written into a new shard of the same name. A sample is
 intact if each of its parts has the digest that the index names, whatever happened to the tar around
 it. Any other stays among the shard's members as one that failed for now, so that the next encode
 makes it again, in its old position.

@@ -1,4 +1,4 @@
-"""What a name says of a file or folder: image, caption, mask, split, or no part of the dataset.
+"""The role of a file or folder by its name: image, caption, mask, split, or none.
 
 The names of splits are those that Hugging Face's datasets library knows, and others that people
 give (huggingface/datasets, data_files.py: train, training; validation, valid, dev, val; test,

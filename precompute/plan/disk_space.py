@@ -42,7 +42,7 @@ class Sizer:
         )
 
     def bytes_of(self, planned: PlannedSample) -> int:
-        """What one sample takes, to about a hundredth."""
+        """The bytes that one sample takes, to within about 1 %."""
         width, height = planned.bucket
         layout = Layout(
             dtype=self.settings.dtype,

@@ -1,4 +1,4 @@
-"""What a run has to write: its shards, and of each sample what is copied and what is encoded.
+"""The plan file of a run: the shards to write, and what each sample copies and encodes.
 
 ``plan.jsonl`` in the cache's folder holds it while the run lasts: the first line what all shards
 have in common, then a line a shard; each is JSON behind a digest of its bytes. The processes of a
@@ -103,7 +103,7 @@ class PlanFile:
         return _shard_from_json(line)
 
     def places(self) -> dict[str, Placement]:
-        """Where samples were to go, by the shards' names."""
+        """The samples assigned to each shard, by the shards' names."""
         places = {}
         for number in range(len(self)):
             work = self.shard(number)
@@ -123,7 +123,7 @@ class PlanFile:
 
 
 def read_plan_header(folder: Path) -> dict[str, Any]:
-    """What an interrupted run's shards have in common; of none, nothing."""
+    """The header of an interrupted run's plan file (recipe, made_with); empty if there is none."""
     try:
         header = PlanFile(folder).header
     except (FileNotFoundError, ValueError):
@@ -132,7 +132,7 @@ def read_plan_header(folder: Path) -> dict[str, Any]:
 
 
 def read_places(folder: Path) -> dict[str, Placement]:
-    """Where an interrupted run put its samples; of none, nothing."""
+    """The samples that an interrupted run assigned to each shard; empty if there was none."""
     try:
         return PlanFile(folder).places()
     except (FileNotFoundError, ValueError):

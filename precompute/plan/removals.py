@@ -1,4 +1,4 @@
-"""What a run would lose, known from its plan: refused before anything is touched.
+"""Refuses plans that would lose too many samples, before anything is touched.
 
 A sample is lost where its key is planned no more and its image is nowhere in the dataset: one
 that was renamed, or moved between train and val, is not.

@@ -32,8 +32,8 @@ HEAD_BYTES = 1 << 16
 MAX_CHUNKS = 100_000  # of a PNG, before it is read whole instead
 PNG_START = b"\x89PNG\r\n\x1a\n"
 
-# [digest, width, height] of an image file; the digest is empty until all its bytes are read. Of a
-# file that cannot be used, [digest, reason].
+# [digest, width, height] of an image file; the digest is empty until all its bytes are read. For
+# a file that cannot be used it is [digest, reason].
 Header = list[Any]
 
 

@@ -40,11 +40,11 @@ def build(work: Path, out: Path) -> None:
     from tools.miniature.card import write_card
 
     base = work / "base"
-    _step("draw the training pictures", lambda: draw_training_pictures(work / "pictures"))
+    _step("draw the training images", lambda: draw_training_images(work / "images"))
     if not (base / "model_index.json").exists():
         _step("tokenizers, text encoders, VAE", lambda: make_base(base, work / "vae.safetensors"))
     for name, shape in CACHES.items():
-        encode = f"encode {work}/pictures/{name} --base {base} --out {work}/{name} {ENCODING}"
+        encode = f"encode {work}/images/{name} --base {base} --out {work}/{name} {ENCODING}"
         _step(f"encode {name}", partial(_cli, f"{encode} {shape}"))
     if not (work / "run" / "unet").exists():
         caches = " ".join(f"{work}/{name}" for name in CACHES)
@@ -57,7 +57,7 @@ def build(work: Path, out: Path) -> None:
     assert size <= MAX_BYTES, f"over {MAX_BYTES:,} bytes"
 
 
-def draw_training_pictures(folder: Path) -> None:
+def draw_training_images(folder: Path) -> None:
     """``any-size`` and ``cropped``, each but where its list, which is written last, is there."""
     from tools.miniature.data import LIST, write_cropped_set, write_training_set
 

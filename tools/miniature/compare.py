@@ -1,4 +1,4 @@
-"""One picture of what a fine-tune changed: the same prompts and seeds, before above after."""
+"""One image of what a fine-tune changed: the same prompts and seeds, before above after."""
 
 import textwrap
 from collections.abc import Sequence

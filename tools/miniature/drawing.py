@@ -52,7 +52,7 @@ Colour = tuple[int, int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """What a picture shows. ``size`` and ``position`` may be empty: unsaid, and so any."""
+    """What an image shows. ``size`` and ``position`` may be empty: unsaid, and so any."""
 
     shape: str
     colour: str
@@ -85,7 +85,7 @@ def random_scene(
 def draw_scene(
     scene: Scene, choices: random.Random, width: int = 64, height: int = 64
 ) -> Image.Image:
-    """A picture of the scene; what the scene leaves open, chance decides."""
+    """Draw the scene; whatever the scene leaves open is random."""
     image = Image.new("RGB", (width * SHARPER, height * SHARPER), _shade(scene.ground, choices))
     short = min(width, height)
     side = short * choices.uniform(*SIZES[scene.size])
@@ -100,7 +100,7 @@ def draw_scene(
 
 
 def shrink(image: Image.Image, side: int) -> Image.Image:
-    """As a square original of so few pixels: what is enlarged from it is blurred."""
+    """Shrink an image to ``side`` x ``side`` pixels, so that enlarging it again blurs it."""
     return image.resize((side, side), Image.Resampling.BOX)
 
 
