@@ -73,7 +73,7 @@ def check_overwrite(settings: ExportSettings) -> None:
 def _check_inputs(settings: ExportSettings, unet: Path | None) -> None:
     """Refuse an OUT that would replace a file that is read."""
     for path in _written(settings):
-        for option, source in _sources(settings, unet):
+        for option, source in _input_paths(settings, unet):
             same = path.exists() and source.exists() and path.samefile(source)
             if same or is_inside(source, path) or is_inside(path, source):
                 raise ValueError(
@@ -82,7 +82,7 @@ def _check_inputs(settings: ExportSettings, unet: Path | None) -> None:
                 )
 
 
-def _sources(settings: ExportSettings, unet: Path | None) -> Iterator[tuple[str, Path]]:
+def _input_paths(settings: ExportSettings, unet: Path | None) -> Iterator[tuple[str, Path]]:
     """The files and folders that are read, each with the option that names it."""
     if unet is None:
         yield "WEIGHTS", find_lora(settings.weights)

@@ -96,7 +96,7 @@ def _merged(settings: ExportSettings, base: Base, dtype: torch.dtype) -> Model:
         parts[component] = Component(_config(base.model(component)), cast)
     if left := [part for part in file.parts if part not in modules]:
         warnings.warn(
-            f"{file.path}: what it has for {file.num_text} modules of the text encoders "
+            f"{file.path}: what it has for {file.num_text_modules} modules of the text encoders "
             f"({', '.join(left)}) is not in a UNet folder; a .safetensors file takes it",
             stacklevel=2,
         )

@@ -365,11 +365,13 @@ class ImageFolder:
         }
         for reason in sorted({why for why in stale.values() if why}):
             paths = [self.path(request) for request, why in stale.items() if why == reason]
-            warnings.warn(f"{_first_of(paths)}: to be generated again: {reason}", stacklevel=2)
+            warnings.warn(
+                f"{_summarize_paths(paths)}: to be generated again: {reason}", stacklevel=2
+            )
         asked = {self.path(request) for request in requests}
         if others := [path for path in self._existing_images() if path not in asked]:
             warnings.warn(
-                f"{_first_of(others)}: not asked for this time; left as it is", stacklevel=2
+                f"{_summarize_paths(others)}: not asked for this time; left as it is", stacklevel=2
             )
         wanted = [request for request, why in stale.items() if why is not None]
         num_pixels = [width * height for width, height in map(output_size, wanted)]
@@ -426,5 +428,5 @@ class ImageFolder:
         remove_path(aside_of(self.listing))
 
 
-def _first_of(paths: list[Path]) -> str:
+def _summarize_paths(paths: list[Path]) -> str:
     return f"{paths[0]}" + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")

@@ -219,12 +219,12 @@ class GenerateSettings:
     @property
     def pixels(self) -> Size | None:
         """(width, height) asked for."""
-        return _sides("size", self.size, 8)
+        return _parse_size("size", self.size, 8)
 
     @property
     def original_pixels(self) -> Size | None:
         """(width, height) before resizing, for SDXL's size conditioning."""
-        return _sides("original-size", self.original_size, 1)
+        return _parse_size("original-size", self.original_size, 1)
 
     @property
     def crop_pixels(self) -> Size:
@@ -235,7 +235,7 @@ class GenerateSettings:
         return int(match[1]), int(match[2])
 
 
-def _sides(name: str, text: str | None, multiple: int) -> Size | None:
+def _parse_size(name: str, text: str | None, multiple: int) -> Size | None:
     if text is None:
         return None
     match = re.fullmatch(r"([0-9]{1,9})(?:x([0-9]{1,9}))?", text.lower())

@@ -49,7 +49,7 @@ class Weights:
 
     def load_unet(self, dtype: torch.dtype) -> Any:
         """The UNet with all LoRAs on it, on the CPU."""
-        unet = self._own_unet(dtype)
+        unet = self._load_unet_without_loras(dtype)
         if self.loras:
             apply_loras(unet, self.loras)
             unet.to(dtype=dtype)
@@ -57,9 +57,12 @@ class Weights:
 
     def load_plain_unet(self, dtype: torch.dtype) -> Any:
         """What ``--compare`` compares with: the UNet without LoRAs, or the base's own."""
-        return self._own_unet(dtype) if self.loras else load_unet(self.base.unet, dtype)
+        return (
+            self._load_unet_without_loras(dtype) if self.loras else load_unet(self.base.unet, dtype)
+        )
 
-    def _own_unet(self, dtype: torch.dtype) -> Any:
+    def _load_unet_without_loras(self, dtype: torch.dtype) -> Any:
+        """The fine-tuned UNet, or the base's if none is given."""
         return load_unet(self.unet or self.base.unet, dtype)
 
     def load_vae(self, dtype: torch.dtype) -> Any:

@@ -42,7 +42,7 @@ def measure_drawings(encoder: LatentEncoder) -> dict[str, Any]:
     """
     drawings = make_drawings()
     pixels = torch.stack(
-        [render(open_image(_png(drawing)), _uncropped(drawing)) for drawing in drawings]
+        [render(open_image(_encode_png(drawing)), _uncropped(drawing)) for drawing in drawings]
     )
     parts = [encoder.encode(part) for part in torch.split(pixels, encoder.batch_size)]
     posterior = Posterior(torch.cat([p.mean for p in parts]), torch.cat([p.std for p in parts]))
@@ -151,7 +151,7 @@ def make_drawings() -> list[Pixels]:
     return [np.asarray(first), np.asarray(second)]
 
 
-def _png(pixels: Pixels) -> bytes:
+def _encode_png(pixels: Pixels) -> bytes:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
     return file.getvalue()

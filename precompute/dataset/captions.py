@@ -22,7 +22,7 @@ _BYTE_ORDER_MARKS = (  # longest first: that of UTF-32 begins as that of UTF-16
 )
 
 
-def text_encoding(head: bytes) -> str:
+def detect_encoding(head: bytes) -> str:
     """The encoding of a text that begins with ``head``: by its byte order mark, else by its NULs.
 
     UTF-16 without such a mark, as some Windows programs save it, has a NUL in every other byte of
@@ -46,12 +46,12 @@ def text_encoding(head: bytes) -> str:
 
 
 def decode_text(data: bytes) -> str:
-    """The text of a file in UTF-8, or as ``text_encoding`` knows it; its lines end with \\n.
+    """The text of a file in UTF-8, or as ``detect_encoding`` knows it; its lines end with \\n.
 
     Raises:
         ValueError: why it has none, to be put behind the file's name.
     """
-    encoding = text_encoding(data)
+    encoding = detect_encoding(data)
     name = encoding.upper().removesuffix("-SIG").removesuffix("-LE").removesuffix("-BE")
     try:
         return unify_lines(data.decode(encoding))

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from precompute.dataset.captions import is_text, normalize_captions, text_encoding
+from precompute.dataset.captions import detect_encoding, is_text, normalize_captions
 from precompute.dataset.file_roles import TEXTS, is_image
 from precompute.dataset.folder import Tree
 from precompute.dataset.records import (
@@ -37,7 +37,7 @@ HEAD_BYTES = 4096  # tell a list's encoding
 OUTSIDE = "lies outside the dataset"
 
 
-def find_list(tree: Tree) -> str | None:
+def find_image_list(tree: Tree) -> str | None:
     """The list directly in the folder, by any letter case; a .csv only where no image has a text.
 
     Raises:
@@ -53,7 +53,9 @@ def find_list(tree: Tree) -> str | None:
     return lists[0] if lists else None
 
 
-def read_list(tree: Tree, name: str, settings: EncodeSettings) -> Iterator[SourceImage | Rejected]:
+def read_image_list(
+    tree: Tree, name: str, settings: EncodeSettings
+) -> Iterator[SourceImage | Rejected]:
     """Read the image of each line of the list ``name``.
 
     Raises:
@@ -135,7 +137,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str | ValueError]]:
     """Numbered lines of a text in UTF-8 or UTF-16, without line ends; an error for a bad one."""
     with open_regular(path) as file:
         try:
-            encoding = text_encoding(file.read(HEAD_BYTES))
+            encoding = detect_encoding(file.read(HEAD_BYTES))
         except ValueError as error:
             yield 1, error
             return

@@ -30,8 +30,8 @@ from precompute.dataset.metadata_files import (
     LISTS,
     MAX_LIST_BYTES,
     TABLES,
-    find_list,
-    read_list,
+    find_image_list,
+    read_image_list,
     unlisted_images,
 )
 from precompute.dataset.records import MAX_REPEATS, Memory, Rejected, Source, SourceImage
@@ -58,7 +58,7 @@ def read_dataset(settings: EncodeSettings, memory: Memory | None = None) -> dict
         raise ValueError(f"{root}: no such folder" if not root.exists() else f"{root}: no folder")
     folders = find_layout(root)
     sources = (
-        None if _has_list(root) else _read_layout(root, folders, settings, memory)
+        None if _has_image_list(root) else _read_layout(root, folders, settings, memory)
     ) or divide_by_folders(root, read_source(root, settings, memory))
     if not val_share:
         return sources
@@ -72,7 +72,7 @@ def _read_layout(
 ) -> dict[str, Source] | None:
     """Folders for train and val, each a set of its own; None where the root is one set."""
     train = folders.get(TRAIN)
-    if train is None or (VAL not in folders and not _has_list(train)):
+    if train is None or (VAL not in folders and not _has_image_list(train)):
         return None
     entries = [path for path in sorted(root.iterdir()) if path not in folders.values()]
     beside = " and ".join(f"{path.name}/" for path in folders.values())
@@ -93,7 +93,7 @@ def _read_layout(
     return sources | {TRAIN: divide_by_folders(train, sources[TRAIN], may_validate=False)[""]}
 
 
-def _has_list(folder: Path) -> bool:
+def _has_image_list(folder: Path) -> bool:
     lists = (*LISTS, *TABLES)
     return any(path.name.lower() in lists and path.is_file() for path in folder.iterdir())
 
@@ -162,7 +162,7 @@ def _sorted(items: list[Item], hidden: list[str], unused: list[str]) -> Source:
 
 def _listed(tree: Tree, settings: EncodeSettings) -> Iterator[Item]:
     """The images that the folder's list names, or without a list all images in it."""
-    name = find_list(tree)
+    name = find_image_list(tree)
     size = tree.files[name][0] if name else 0
     if name and size > MAX_LIST_BYTES:
         tree.used.add(name)
@@ -171,7 +171,7 @@ def _listed(tree: Tree, settings: EncodeSettings) -> Iterator[Item]:
     if not name:
         yield from read_images(tree, settings)
         return
-    items = [*_with_masks(tree, read_list(tree, name, settings))]
+    items = [*_with_masks(tree, read_image_list(tree, name, settings))]
     yield from items
     yield from unlisted_images(tree, items, name)
 

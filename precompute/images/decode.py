@@ -33,7 +33,7 @@ def to_srgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         alpha = image.getchannel("A")
-    colors = _convert(image, profile, is_gray)
+    colors = _convert_to_srgb(image, profile, is_gray)
     if alpha is None:
         return colors
     colors.putalpha(alpha)
@@ -42,8 +42,8 @@ def to_srgb(image: Image.Image) -> Image.Image:
     return white.convert("RGB")
 
 
-def _convert(image: Image.Image, profile: bytes | None, is_gray: bool) -> Image.Image:
-    space = _space(profile) if profile else ""
+def _convert_to_srgb(image: Image.Image, profile: bytes | None, is_gray: bool) -> Image.Image:
+    space = _color_space(profile) if profile else ""
     if image.mode == "LAB":
         lab = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         return _applied(ImageCms.buildTransform(*lab, "LAB", "RGB"), image)
@@ -51,7 +51,7 @@ def _convert(image: Image.Image, profile: bytes | None, is_gray: bool) -> Image.
     suits = image.mode == "CMYK" if mode == "CMYK" else image.mode != "CMYK"
     if not profile or not mode or not suits or (mode == "L" and not is_gray):
         return image.convert("RGB")
-    transform = _transform(profile, mode)
+    transform = _srgb_transform(profile, mode)
     return image.convert("RGB") if transform is None else _applied(transform, image.convert(mode))
 
 
@@ -62,7 +62,7 @@ def _applied(transform: Transform, image: Image.Image) -> Image.Image:
 
 
 @lru_cache(maxsize=64)
-def _space(profile: bytes) -> str:
+def _color_space(profile: bytes) -> str:
     """The color space of a profile: ``RGB``, ``GRAY``, ``CMYK``; empty if it cannot be read."""
     try:
         return ImageCms.ImageCmsProfile(io.BytesIO(profile)).profile.xcolor_space.strip()
@@ -71,7 +71,7 @@ def _space(profile: bytes) -> str:
 
 
 @lru_cache(maxsize=16)
-def _transform(profile: bytes, mode: str) -> Transform | None:
+def _srgb_transform(profile: bytes, mode: str) -> Transform | None:
     """The transform from a profile to sRGB; None if it changes no color, or there is none."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))

@@ -131,7 +131,7 @@ def plan_caches(
     comparisons = [draft.assign_shards(settings) for draft in drafts]
     changes = compare(comparisons, recipe)
     return [
-        draft.plan(comparison, recipe, *work_and_changes)
+        draft.make_plan(comparison, recipe, *work_and_changes)
         for draft, comparison, work_and_changes in zip(drafts, comparisons, changes, strict=True)
     ]
 
@@ -171,7 +171,7 @@ class _Draft:
         shards = assign_shards(self.planned, before, settings.shard_size)
         return Comparison(self.folder, shards, self.current, self.retired)
 
-    def plan(
+    def make_plan(
         self,
         comparison: Comparison,
         recipe: dict[str, Any],

@@ -74,7 +74,7 @@ def check_disk_space(out: Path, works: Mapping[Path, Sequence[ShardTask]], sizer
     for folder, shards in works.items():
         for work in shards:
             size = sum(sizer.bytes_of(task.planned) for task in work.tasks)
-            needed += size - sum(_size(folder, name) for name in work.releases)
+            needed += size - sum(_tar_bytes(folder, name) for name in work.releases)
             largest = max(largest, size)
     needed, free = max(0, needed) + largest, free_bytes(out)
     if largest and needed > free:
@@ -84,6 +84,6 @@ def check_disk_space(out: Path, works: Mapping[Path, Sequence[ShardTask]], sizer
         )
 
 
-def _size(folder: Path, name: str) -> int:
+def _tar_bytes(folder: Path, name: str) -> int:
     tars = (place / f"{name}.tar" for place in (folder, folder / REPLACED))
     return next((tar.stat().st_size for tar in tars if tar.exists()), 0)

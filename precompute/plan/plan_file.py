@@ -90,14 +90,14 @@ class PlanFile:
         with open(self._path, "rb") as file:
             self._starts = [0]
             self._starts += [file.tell() for _ in iter(file.readline, b"")]
-        self.header: dict[str, Any] = self._line(0)
+        self.header: dict[str, Any] = self._read_line(0)
 
     def __len__(self) -> int:
         return len(self._starts) - 2
 
     def shard(self, number: int) -> ShardTask:
         """The ``number``-th shard to be written."""
-        line = self._line(1 + number)
+        line = self._read_line(1 + number)
         if wrong := schema.misfit(line, _SHARD):
             raise ValueError(f"{self._path}: {wrong}; run the same encode again")
         return _shard_from_json(line)
@@ -113,7 +113,7 @@ class PlanFile:
             places[work.name] = Placement(work.bucket, work.repeats, keys)
         return places
 
-    def _line(self, number: int) -> Any:
+    def _read_line(self, number: int) -> Any:
         with open(self._path, "rb") as file:
             file.seek(self._starts[number])
             digest, _, text = file.readline().rstrip(b"\n").partition(b" ")

@@ -296,9 +296,11 @@ def _compare(
         tasks = []
         for planned in shard.members:
             if matches := by_key.get(planned.record.key):
-                tasks.append(_same_key(planned, matches, changes))
+                tasks.append(_task_for_same_key(planned, matches, changes))
             elif planned.image_digest and (matches := by_image.get(planned.image_digest)):
-                task, origin = _same_image(planned, matches, changes, comparison.folder.name)
+                task, origin = _task_for_same_image(
+                    planned, matches, changes, comparison.folder.name
+                )
                 claimed.append(origin)
                 tasks.append(task)
             else:
@@ -374,7 +376,9 @@ def _first_variants(
     return replace(stored, num_variants=num) if is_part else None
 
 
-def _same_key(planned: PlannedSample, origins: list[_Origin], changes: Changes) -> SampleTask:
+def _task_for_same_key(
+    planned: PlannedSample, origins: list[_Origin], changes: Changes
+) -> SampleTask:
     """The task of a sample that exists under its own key; of several origins the best match."""
     options = [origin.find(planned, origin.source.cache) for origin in origins]
     task, causes = min(options, key=lambda option: len(option[1]))
@@ -383,7 +387,7 @@ def _same_key(planned: PlannedSample, origins: list[_Origin], changes: Changes) 
     return task
 
 
-def _same_image(
+def _task_for_same_image(
     planned: PlannedSample, origins: list[_Origin], changes: Changes, cache: str
 ) -> tuple[SampleTask, _Origin]:
     """The task of a sample whose image exists under another key, and the origin it uses."""

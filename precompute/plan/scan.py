@@ -82,7 +82,7 @@ def plan_images(
 ) -> tuple[list[PlannedSample], list[Rejected]]:
     """Plan the variants of each image from its header; a file that is remembered is not read."""
     memory = memory or Memory()
-    shape, stamp = _shaper(settings), _stamper(settings.dataset)
+    shape, stamp = _make_geometry_function(settings), _make_stamp_function(settings.dataset)
     planned: list[PlannedSample] = []
     rejected: list[Rejected] = []
     for record, header in zip(records, _headers(records, memory, stamp), strict=True):
@@ -113,7 +113,7 @@ def add_digests(
     ``before`` has the fingerprints of the samples in the cache, by key. Where the image or mask of
     such a sample has changed, it is decoded too: a sample is replaced only by what can be encoded.
     """
-    stamp = _stamper(settings.dataset)
+    stamp = _make_stamp_function(settings.dataset)
 
     def is_read(sample: PlannedSample) -> bool:
         return wanted(sample) if not sample.image_digest else _has_changed(sample, before)
@@ -150,7 +150,7 @@ def remember_encoded(
     planned: Iterable[PlannedSample], digests: dict[str, str], dataset: Path, memory: Memory
 ) -> None:
     """Remember the digests of images that were hashed when they were encoded; they are by key."""
-    stamp = _stamper(dataset)
+    stamp = _make_stamp_function(dataset)
     for sample in planned:
         if not sample.image_digest and (digest := digests.get(sample.record.key)):
             remember_digest(memory, stamp(sample.record.image), digest)
@@ -215,7 +215,7 @@ def _mask_digest(
     return str(digest)
 
 
-def _stamper(dataset: Path) -> Callable[..., tuple[str, int, int]]:
+def _make_stamp_function(dataset: Path) -> Callable[..., tuple[str, int, int]]:
     """A function from a file to what it is remembered by: path inside the dataset, size, time."""
     root = f"{dataset}/"
 
@@ -304,7 +304,7 @@ def _head(blob: Blob) -> bytes | None:
     return None
 
 
-def _shaper(settings: EncodeSettings) -> Callable[[Size], Geometry]:
+def _make_geometry_function(settings: EncodeSettings) -> Callable[[Size], Geometry]:
     """A function from an image's size to its geometry in its bucket."""
     resolution = settings.resolution
     square = settings.square or settings.squash

@@ -292,7 +292,7 @@ def apply_text_loras(encoders: Sequence[Any], loras: Sequence[tuple[Path, float]
     files = [(read_lora_file(path), weight) for path, weight in loras]
     for part, encoder in zip(("text_encoder", "text_encoder_2"), encoders, strict=True):
         _apply(encoder, part, files)
-    return sum(file.num_text for file, _ in files)
+    return sum(file.num_text_modules for file, _ in files)
 
 
 def merged_parts(paths: Sequence[Path]) -> frozenset[str]:
@@ -319,9 +319,10 @@ def load_lora(unet: Any, path: Path) -> None:
     """
     file = read_lora_file(path)
     adapters = match_to_model(file, UNET, unet)
-    if file.num_text:
+    if file.num_text_modules:
         warnings.warn(
-            f"{path}: what it has for {file.num_text} modules of the text encoders is not used",
+            f"{path}: what it has for {file.num_text_modules} modules of the text encoders is "
+            "not used",
             stacklevel=2,
         )
     if not adapters:

@@ -76,7 +76,7 @@ def kohya_keys(names: Iterable[str], config: Mapping[str, Any]) -> dict[str, str
     }
 
 
-def text_keys(names: Iterable[str], part: str) -> dict[str, str]:
+def kohya_text_keys(names: Iterable[str], part: str) -> dict[str, str]:
     """The kohya key of each module of a text encoder."""
     return {n: TEXT_KEYS[part] + long_name(n).replace(".", "_") for n in names}
 

@@ -57,7 +57,7 @@ class LoraFile:
     metadata: dict[str, str]
 
     @property
-    def num_text(self) -> int:
+    def num_text_modules(self) -> int:
         """The number of modules of the text encoders that it changes."""
         return sum(len(part) for name, part in self.parts.items() if name != UNET)
 

@@ -25,8 +25,8 @@ from sdxl.lora.names import (
     SHARDTUNE_PREFIX,
     UNET,
     kohya_keys,
+    kohya_text_keys,
     long_name,
-    text_keys,
 )
 from sdxl.lora.read import lora_parts
 from sdxl.lora.weights import LoraWeights
@@ -157,7 +157,7 @@ def kohya_state(
     """
     state: dict[str, torch.Tensor] = {}
     for part, adapters in parts.items():
-        keys = kohya_keys(adapters, config) if part == UNET else text_keys(adapters, part)
+        keys = kohya_keys(adapters, config) if part == UNET else kohya_text_keys(adapters, part)
         for name, adapter in adapters.items():
             if name not in keys:
                 raise ValueError(f"{name} has no name in the original layout: kohya's has no key")

@@ -84,7 +84,7 @@ def _cli(arguments: str) -> None:
 
 
 def make_base(folder: Path, checkpoint: Path) -> None:
-    """All but the UNet's training: a diffusers folder in fp16, its UNet random."""
+    """Make a diffusers folder in fp16, whose UNet has random weights: it is trained next."""
     import torch
     from diffusers import StableDiffusionXLPipeline
 
@@ -118,7 +118,7 @@ def make_base(folder: Path, checkpoint: Path) -> None:
 
 
 def assemble(base: Path, unet: Path, out: Path) -> None:
-    """The base with the trained UNet's fp16 weights, under the names that loading looks for."""
+    """Copy the base to ``out`` with the trained UNet's fp16 weights, named as diffusers expects."""
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(base, out, ignore=shutil.ignore_patterns("unet"))
     (out / "unet").mkdir()

@@ -9,7 +9,7 @@ import torch
 
 from tools.miniature.data import fresh_prompts
 from tools.miniature.drawing import OLD_SHAPES, draw_scene, random_scene
-from tools.miniature.response import SETTINGS, decoded_sharpness, respond
+from tools.miniature.response import SETTINGS, decoded_sharpness, measure_response
 from tools.miniature.score import Score, read_generated_images, score
 
 NUM_PROMPTS = 240
@@ -138,7 +138,7 @@ def _psnr(vae: Any, shapes: tuple[str, ...]) -> float:
 def _responses(pipeline: Any) -> list[str]:
     rows = []
     for setting in SETTINGS:
-        found = respond(pipeline, setting, NUM_CONDITIONED, SEED + 1, num_steps=20)
+        found = measure_response(pipeline, setting, NUM_CONDITIONED, SEED + 1, num_steps=20)
         means = (found["sharpness"], found["cut_sides"], found["cut_ends"])
         rows.append(f"| {setting} | {' | '.join(f'{mean:.2f}' for mean in means)} |")
     return rows

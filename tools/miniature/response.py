@@ -29,7 +29,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def respond(pipeline: Any, setting: str, num: int, seed: int, num_steps: int) -> dict[str, float]:
+def measure_response(
+    pipeline: Any, setting: str, num: int, seed: int, num_steps: int
+) -> dict[str, float]:
     """Draw ``num`` fresh prompts; for all settings the same ones, from the same noise.
 
     Returns the mean sharpness, and the shares that are cut off at the sides and at top or bottom.
@@ -80,7 +82,7 @@ def sharpness(image: Image.Image) -> float:
 
 
 def cut_edges(image: Image.Image) -> tuple[bool, bool]:
-    """Whether what is not ground reaches the left or right edge; and the top or bottom one."""
+    """Whether the shape reaches the left or right edge, and whether the top or bottom one."""
     mask = look_at(image).mask
     sides, ends = (mask[:, 0], mask[:, -1]), (mask[0], mask[-1])
     return any(edge.mean() > 0.1 for edge in sides), any(edge.mean() > 0.1 for edge in ends)
