@@ -250,7 +250,7 @@ def export(ctx: click.Context, debug: bool, **values: Any) -> None:
         from infer.export import export as run
 
         done = run(settings)
-        echo(f"{done.path}: {done.what}, {done.num_bytes / 1e6:.1f} MB; read back and equal")
+        echo(f"{done.path}: {done.description}, {done.num_bytes / 1e6:.1f} MB; read back and equal")
 
 
 @commands.command()

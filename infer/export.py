@@ -32,7 +32,7 @@ class Exported:
     """What was written."""
 
     path: Path
-    what: str
+    description: str
     num_bytes: int
 
 

@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from precompute.encode_shard import write_work_shard
+from precompute.encode_shard import encode_shard
 from precompute.encoders import Encoders
 from precompute.plan.cache_plan import (
     CachePlan,
@@ -81,8 +81,8 @@ def encode(settings: EncodeSettings) -> list[Report]:
             )
             refuse_losses(plans, settings, notes)
             notes.write()
-        works = {plan.folder: plan.works for plan in plans}
-        check_disk_space(settings.out, works, Sizer.of(settings, base))
+        shard_tasks = {plan.folder: plan.shard_tasks for plan in plans}
+        check_disk_space(settings.out, shard_tasks, Sizer.of(settings, base))
         job = _make_job(settings, base, plans)
         stack.enter_context(num_threads(job.threads))
         return _run_main(
@@ -128,19 +128,21 @@ def _make_job(settings: EncodeSettings, base: Base, plans: list[CachePlan]) -> E
     before = next((plan.made_with for plan in plans if plan.made_with), {})
     chosen = {}
     for name, default in (("batch_size", BATCH_SIZE), ("threads", num_cores())):
-        asked, was = getattr(settings, name), before.get(name)
-        chosen[name] = asked or was or default
-        if asked and was and asked != was and any(plan.works for plan in plans):
+        asked, earlier = getattr(settings, name), before.get(name)
+        chosen[name] = asked or earlier or default
+        if asked and earlier and asked != earlier and any(plan.shard_tasks for plan in plans):
             warnings.warn(
-                f"--{name.replace('_', '-')} {asked}: the cache was encoded with {was}; what is "
-                "encoded now may differ from that in the last bits",
+                f"--{name.replace('_', '-')} {asked}: the cache was encoded with {earlier}; what "
+                "is encoded now may differ from that in the last bits",
                 stacklevel=2,
             )
     return EncodeJob(
         base=base.pinned,
         **chosen,
-        caches=[(str(plan.folder), len(plan.works)) for plan in plans],
-        num_encodes=sum(work.num_encodes for plan in plans for work in plan.works),
+        caches=[(str(plan.folder), len(plan.shard_tasks)) for plan in plans],
+        num_encodes=sum(
+            shard_task.num_encodes for plan in plans for shard_task in plan.shard_tasks
+        ),
     )
 
 
@@ -154,8 +156,8 @@ def _write_shards(queue: WorkQueue, encoders: Encoders, job: EncodeJob) -> None:
         for claimed in queue.claim("shards", len(todo)):
             folder, number = todo[claimed]
             file = files[folder] = files.get(folder) or PlanFile(folder)
-            work, recipe = file.shard(number), file.header["recipe"]
-            write_work_shard(work, folder, encoders, recipe, progress.tick)
+            shard_task, recipe = file.shard(number), file.header["recipe"]
+            encode_shard(shard_task, folder, encoders, recipe, progress.tick)
             progress.shard_done()
         if queue.is_main:
             progress.wait_for(len(todo))

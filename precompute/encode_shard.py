@@ -215,8 +215,8 @@ def _without_copied(planned: PlannedSample, stored: CopySource | None) -> Planne
 # The shard: it is written, then the retired shards that it alone copied from are removed.
 
 
-def write_work_shard(
-    work: ShardTask,
+def encode_shard(
+    shard_task: ShardTask,
     folder: Path,
     encoders: Encoders,
     recipe: dict[str, Any],
@@ -232,18 +232,22 @@ def write_work_shard(
     text = text_shape(folder)
     layout = Layout(
         dtype=recipe["storage"]["dtype"],
-        latent=(encoders.channels, work.bucket[1] // 8, work.bucket[0] // 8),
+        latent=(encoders.channels, shard_task.bucket[1] // 8, shard_task.bucket[0] // 8),
         prompt=(text["tokens"], text["depth"]),
         pooled=text["pooled"],
     )
     notes = HeaderNotes(LatentSums.empty(encoders.channels))
-    header: dict[str, Any] = {"bucket": work.bucket, "repeats": work.repeats, "recipe": recipe}
+    header: dict[str, Any] = {
+        "bucket": shard_task.bucket,
+        "repeats": shard_task.repeats,
+        "recipe": recipe,
+    }
     copies = Copies(folder)
 
     def samples() -> Iterator[Sample]:
-        yield from make_samples(work.tasks, encoders, copies, notes, tick)
+        yield from make_samples(shard_task.tasks, encoders, copies, notes, tick)
         header.update(notes.to_json())
 
-    write_shard(folder, work.name, samples(), layout, header)
-    for name in work.releases:
+    write_shard(folder, shard_task.name, samples(), layout, header)
+    for name in shard_task.releases:
         remove_shard(folder / REPLACED, name)

@@ -33,7 +33,7 @@ from precompute.plan.plan_file import (
     ShardTask,
     read_places,
     read_plan_header,
-    write_work,
+    write_plan_file,
 )
 from precompute.plan.scan import Notes
 from runtime.files import aside_of, canonical_json, remove_path, seal
@@ -161,12 +161,12 @@ def sealed(rng: random.Random, value: dict[str, Any]) -> bytes:
 def fuzz_plan(work: Path, base: Path) -> Try:
     """``plan.jsonl`` of an encode that was interrupted, and its notes of the dataset: what is
     damaged in them is forgotten."""
-    write_work(work, {"recipe": {"vae": {}}, "made_with": {"batch_size": 4}}, [example_work()])
+    write_plan_file(work, {"recipe": {"vae": {}}, "made_with": {"batch_size": 4}}, [example_work()])
     lines = [line[17:] for line in (work / PLAN).read_bytes().splitlines()]
     members = [task.planned for task in example_work().tasks]
     notes = Notes(work / "out", work)
     for one in members:
-        notes.memory.keep(f"image {one.record.path}:0", 9, 1, [one.image_digest, 64, 64])
+        notes.memory.remember(f"image {one.record.path}:0", 9, 1, [one.image_digest, 64, 64])
     notes.write()
     held = notes._path.read_bytes()
 

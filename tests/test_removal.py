@@ -240,7 +240,7 @@ def test_what_moved_between_train_and_val_is_copied(
     move("train", "val", "004", "005")
     move("val", "train", "001")
     if kill:
-        real = precompute.encode.write_work_shard
+        real = precompute.encode.encode_shard
         written: list[str] = []
 
         def write(work: object, folder: Path, *rest: object) -> None:
@@ -250,7 +250,7 @@ def test_what_moved_between_train_and_val_is_copied(
             real(work, folder, *rest)  # type: ignore[arg-type]
 
         with monkeypatch.context() as patch:
-            patch.setattr(precompute.encode, "write_work_shard", write)
+            patch.setattr(precompute.encode, "encode_shard", write)
             with pytest.raises(KeyboardInterrupt):
                 run()
     with counted() as count:
@@ -289,7 +289,7 @@ def test_a_dataset_that_changes_again_before_an_interrupted_run_is_resumed(
     shard = next(iter(sorted(shards_of(out).values(), key=len, reverse=True)))
     moving, staying = sorted(shard)[:2]
     rename(data, moving, "10_x")
-    real, written = precompute.encode.write_work_shard, []
+    real, written = precompute.encode.encode_shard, []
 
     def write(task: Any, *rest: Any) -> None:
         if written:
@@ -299,7 +299,7 @@ def test_a_dataset_that_changes_again_before_an_interrupted_run_is_resumed(
 
     settings = {"repeat_folders": True}
     with monkeypatch.context() as patch:
-        patch.setattr(precompute.encode, "write_work_shard", write)
+        patch.setattr(precompute.encode, "encode_shard", write)
         with pytest.raises(KeyboardInterrupt):
             encode(data, base, out, **settings)
     assert [*(out / "replaced").glob("*.index")]

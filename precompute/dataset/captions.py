@@ -109,15 +109,15 @@ def captions_of_text(text: str, settings: EncodeSettings) -> tuple[str, ...]:
     return lines or ("",)
 
 
-def shuffled_tags(caption: str, num: int, keep: int, key: str) -> list[str]:
-    """``num`` different orders of the comma-separated tags behind the first ``keep``.
+def shuffled_tags(caption: str, num: int, num_kept: int, key: str) -> list[str]:
+    """``num`` different orders of the comma-separated tags behind the first ``num_kept``.
 
     If there are fewer orders, all of them. They depend on ``key`` alone, so they are the same in
     every run, and a larger ``num`` only adds more.
     """
     tags = [tag.strip() for tag in caption.split(",")]
     tags = [tag for tag in tags if tag]
-    head, tail = tags[:keep], tags[keep:]
+    head, tail = tags[:num_kept], tags[num_kept:]
     num_equal = math.prod(math.factorial(count) for count in Counter(tail).values())
     num = min(num, math.factorial(len(tail)) // num_equal)
     generator = np.random.Generator(np.random.Philox(key=derive_key("tags", key)))

@@ -150,7 +150,7 @@ class Memory:
         """The content of a file: remembered if size and mtime are the same, else from
         ``read()``."""
         remembered = self.find(path, size, mtime_ns)
-        return self.keep(path, size, mtime_ns, read()) if remembered is None else remembered
+        return self.remember(path, size, mtime_ns, read()) if remembered is None else remembered
 
     def find(self, path: str, size: int, mtime_ns: int) -> Any:
         """The remembered content of a file if its size and mtime are the same, else None."""
@@ -160,7 +160,7 @@ class Memory:
         self.seen[path] = row
         return row[2]
 
-    def keep(self, path: str, size: int, mtime_ns: int, content: Any) -> Any:
+    def remember(self, path: str, size: int, mtime_ns: int, content: Any) -> Any:
         """Remember the content, unless the file may change unnoticed; return the content."""
         if mtime_ns < self._now - MTIME_GRACE_NS:
             self.seen[path] = [size, mtime_ns, content]

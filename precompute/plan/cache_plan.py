@@ -11,7 +11,7 @@ from precompute.dataset.records import Memory, Rejected, Source
 from precompute.dataset.sources import read_dataset
 from precompute.encoders import Encoders
 from precompute.plan.placement import Placement, PlannedSample, assign_shards
-from precompute.plan.plan_file import ShardTask, read_places, read_plan_header, write_work
+from precompute.plan.plan_file import ShardTask, read_places, read_plan_header, write_plan_file
 from precompute.plan.reuse import (
     SETTING_CAUSES,
     Changes,
@@ -64,7 +64,7 @@ class CachePlan:
     recipe: dict[str, Any]
     planned: list[PlannedSample]  # all that it is to hold
     names: list[str]  # of all shards it will have
-    works: list[ShardTask]  # those to be written
+    shard_tasks: list[ShardTask]  # those to be written
     outdated: list[str]  # whole shards to be retired
     broken: list[str]  # what is left of shards that are not whole
     changes: Changes
@@ -77,7 +77,7 @@ class CachePlan:
 
     @property
     def has_work(self) -> bool:
-        return bool(self.works or self.outdated or self.broken)
+        return bool(self.shard_tasks or self.outdated or self.broken)
 
 
 def check_out(folder: Path, dataset: Path) -> None:
@@ -91,10 +91,10 @@ def check_out(folder: Path, dataset: Path) -> None:
     if any(part.exists() and not part.is_dir() for part in (folder, *folder.parents)):
         raise ValueError(f"{folder}: not a folder")
     names = [path.name for path in folder.iterdir()] if folder.exists() else []
-    ours = (UNCONDITIONAL, MANIFEST, PLAN)
+    cache_files = (UNCONDITIONAL, MANIFEST, PLAN)
     known = (*ENCODE_FILES, REPLACED)
     foreign = [name for name in names if name not in known and not name.endswith(PARTIAL)]
-    if foreign and not any(name in names for name in ours) and not shard_names(folder):
+    if foreign and not any(name in names for name in cache_files) and not shard_names(folder):
         raise ValueError(
             f"{folder}: not empty and no cache (holds {min(foreign)}); give another --out"
         )
@@ -175,17 +175,17 @@ class _Draft:
         self,
         comparison: Comparison,
         recipe: dict[str, Any],
-        works: list[ShardTask],
+        shard_tasks: list[ShardTask],
         changes: Changes,
     ) -> CachePlan:
         names = [shard.name for shard in comparison.shards]
-        written = {work.name for work in works}
+        written = {shard_task.name for shard_task in shard_tasks}
         return CachePlan(
             folder=self.folder,
             recipe=recipe,
             planned=self.planned,
             names=names,
-            works=works,
+            shard_tasks=shard_tasks,
             outdated=[name for name in self.current if name in written or name not in names],
             broken=[name for name in shard_names(self.folder) if name not in self.current],
             changes=changes,
@@ -261,12 +261,16 @@ def prepare(plan: CachePlan, encoders: Encoders, prompts: list[Prompt] | None) -
     folder, recipe = plan.folder, plan.recipe
     text_is_whole = unconditional_is_whole(folder, recipe)
     if plan.has_work or not text_is_whole:
-        tasks = [task for work in plan.works for task in work.tasks if task.is_encoded]
+        tasks = [
+            task for shard_task in plan.shard_tasks for task in shard_task.tasks if task.is_encoded
+        ]
         if any(task.latents is None for task in tasks):
             warn_of_drawings(encoders.drawings)
         if not text_is_whole or any(task.text is None for task in tasks):
             assert encoders.text
-        write_work(folder, {"recipe": recipe, "made_with": encoders.made_with}, plan.works)
+        write_plan_file(
+            folder, {"recipe": recipe, "made_with": encoders.made_with}, plan.shard_tasks
+        )
         (folder / MANIFEST).unlink(missing_ok=True)
         fsync_folder(folder)
     for path in folder.glob("*" + PARTIAL):

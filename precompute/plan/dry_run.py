@@ -48,7 +48,7 @@ def dry_run(settings: EncodeSettings) -> Iterator[str]:
         yield from _describe_rejected(plan.rejected)
     yield f"{format_bytes(free_bytes(settings.out))} are free on the disk of {settings.out}"
     refuse_losses(plans, settings, notes)
-    check_disk_space(settings.out, {plan.folder: plan.works for plan in plans}, sizer)
+    check_disk_space(settings.out, {plan.folder: plan.shard_tasks for plan in plans}, sizer)
     yield "nothing was encoded or written (--dry-run)"
 
 

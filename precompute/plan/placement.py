@@ -98,14 +98,16 @@ def assign_shards(
     by_key = {member.record.key: member for member in planned}
     kept: dict[str, list[PlannedSample]] = {}
     last: dict[tuple[Size, int], str] = {}  # of each group that keeps any shard
-    for name, was in sorted(before.items()):
-        found = [by_key.get(key) for key in was.keys]
-        stay = [member for member in found if member is not None and _group(member) == was.group]
+    for name, previous in sorted(before.items()):
+        found = [by_key.get(key) for key in previous.keys]
+        stay = [
+            member for member in found if member is not None and _group(member) == previous.group
+        ]
         for member in stay:
             del by_key[member.record.key]
         if stay:
             kept[name] = stay
-            last[was.group] = name
+            last[previous.group] = name
     groups: dict[tuple[Size, int], list[PlannedSample]] = defaultdict(list)
     for key in sorted(by_key):
         groups[_group(by_key[key])].append(by_key[key])

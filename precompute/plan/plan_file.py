@@ -69,10 +69,10 @@ class ShardTask:
         return sum(task.is_encoded for task in self.tasks)
 
 
-def write_work(folder: Path, header: dict[str, Any], works: list[ShardTask]) -> None:
+def write_plan_file(folder: Path, header: dict[str, Any], shard_tasks: list[ShardTask]) -> None:
     """Write the plan file, durably: from now on this is where the samples go."""
     with durable_file(folder / PLAN) as file:
-        for line in (header, *map(_shard_to_json, works)):
+        for line in (header, *map(_shard_to_json, shard_tasks)):
             text = json.dumps(line).encode()
             file.write(xxhash.xxh3_64_hexdigest(text).encode() + b" " + text + b"\n")
 
@@ -106,11 +106,11 @@ class PlanFile:
         """The samples assigned to each shard, by the shards' names."""
         places = {}
         for number in range(len(self)):
-            work = self.shard(number)
-            keys = tuple(task.planned.record.key for task in work.tasks)
+            shard_task = self.shard(number)
+            keys = tuple(task.planned.record.key for task in shard_task.tasks)
             if len(set(keys)) < len(keys):
                 raise ValueError(f"{self._path}: names a sample twice; run the same encode again")
-            places[work.name] = Placement(work.bucket, work.repeats, keys)
+            places[shard_task.name] = Placement(shard_task.bucket, shard_task.repeats, keys)
         return places
 
     def _read_line(self, number: int) -> Any:
@@ -171,13 +171,13 @@ _SHARD = {
 }
 
 
-def _shard_to_json(work: ShardTask) -> dict[str, Any]:
+def _shard_to_json(shard_task: ShardTask) -> dict[str, Any]:
     return {
-        "name": work.name,
-        "bucket": work.bucket,
-        "repeats": work.repeats,
-        "frees": work.releases,
-        "tasks": [_task_to_json(task) for task in work.tasks],
+        "name": shard_task.name,
+        "bucket": shard_task.bucket,
+        "repeats": shard_task.repeats,
+        "frees": shard_task.releases,
+        "tasks": [_task_to_json(task) for task in shard_task.tasks],
     }
 
 

@@ -133,11 +133,11 @@ def _refuse_other_dataset(
     }
     if common and (notes.other_dataset is None or len(common) >= num / 2):
         return
-    was = notes.other_dataset or "another dataset"
+    dataset_before = notes.other_dataset or "another dataset"
     has = f"{len(common):,} of its {num:,} images are" if common else "none of its images is"
     raise ValueError(
-        f"{plan.folder}: this cache was made from {was}; {has} in {settings.dataset}. Nothing was "
-        "touched. Give another --out, or --allow-other-dataset to replace what is there"
+        f"{plan.folder}: this cache was made from {dataset_before}; {has} in {settings.dataset}. "
+        "Nothing was touched. Give another --out, or --allow-other-dataset to replace what is there"
     )
 
 

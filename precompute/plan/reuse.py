@@ -250,8 +250,11 @@ def compare(
             if origin.source.cache == comparison.folder.name
         }
         changes.num_removed = len({key for _, key in comparison.orphans()} - moved)
-    works = _with_releases([works for works, _, _ in results], comparisons)
-    return [(work, changes) for work, (_, changes, _) in zip(works, results, strict=True)]
+    shard_tasks = _with_releases([shard_tasks for shard_tasks, _, _ in results], comparisons)
+    return [
+        (shard_task, changes)
+        for shard_task, (_, changes, _) in zip(shard_tasks, results, strict=True)
+    ]
 
 
 def _origins(
@@ -291,7 +294,7 @@ def _compare(
         if shard.name not in written
     )
     claimed: list[_Origin] = []
-    works = []
+    shard_tasks = []
     for shard in stale:
         tasks = []
         for planned in shard.members:
@@ -306,8 +309,8 @@ def _compare(
             else:
                 changes.num_new += 1
                 tasks.append(SampleTask(planned))
-        works.append(ShardTask(shard.name, shard.bucket, shard.repeats, tuple(tasks)))
-    return works, changes, claimed
+        shard_tasks.append(ShardTask(shard.name, shard.bucket, shard.repeats, tuple(tasks)))
+    return shard_tasks, changes, claimed
 
 
 def _stays(shard: ShardPlan, existing: ExistingShard | None, recipe: dict[str, Any]) -> bool:
@@ -419,17 +422,20 @@ def _with_releases(
     """Give each shard the names of retired shards that no other shard copies from."""
     names = [comparison.folder.name for comparison in comparisons]
     users: dict[tuple[str, str], set[tuple[str, str]]] = defaultdict(set)
-    for cache, works in zip(names, caches, strict=True):
-        for work in works:
-            for task in work.tasks:
+    for cache, shard_tasks in zip(names, caches, strict=True):
+        for shard_task in shard_tasks:
+            for task in shard_task.tasks:
                 for stored in (task.latents, task.text):
                     if stored is not None:
-                        users[stored.cache or cache, stored.shard].add((cache, work.name))
+                        users[stored.cache or cache, stored.shard].add((cache, shard_task.name))
     alone: dict[tuple[str, str], list[str]] = defaultdict(list)
     for (cache, old), copying in sorted(users.items()):
         if len(copying) == 1 and next(iter(copying))[0] == cache:
             alone[next(iter(copying))].append(old)
     return [
-        [replace(work, releases=tuple(alone.get((cache, work.name), ()))) for work in works]
-        for cache, works in zip(names, caches, strict=True)
+        [
+            replace(shard_task, releases=tuple(alone.get((cache, shard_task.name), ())))
+            for shard_task in shard_tasks
+        ]
+        for cache, shard_tasks in zip(names, caches, strict=True)
     ]

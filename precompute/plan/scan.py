@@ -159,7 +159,7 @@ def remember_encoded(
 def remember_digest(memory: Memory, stamp: tuple[str, int, int], digest: str) -> None:
     header = memory.find(*stamp) or (memory.seen.get(stamp[0]) or [None] * 3)[2]
     if header is not None and len(header) == 3:
-        memory.keep(*stamp, [digest, *header[1:]])
+        memory.remember(*stamp, [digest, *header[1:]])
 
 
 def _headers(
@@ -174,7 +174,7 @@ def _headers(
     for number, header in zip(missing, bar, strict=True):
         headers[number] = header
         if not isinstance(header, Rejected) and len(header) == 3:  # another Pillow may know it
-            memory.keep(*stamp(records[number].image), header)
+            memory.remember(*stamp(records[number].image), header)
     return headers
 
 

@@ -97,12 +97,12 @@ def _merge_reasons(part: Mapping[str, LoraWeights | Delta]) -> set[str]:
 def lora_metadata(metadata: dict[str, str]) -> ModelMetadata:
     """The model metadata in a LoRA file's metadata, if shardtune wrote it; else an empty one."""
     settings = _read_settings(metadata)
-    ours = {
+    own = {
         n.removeprefix(SHARDTUNE_PREFIX): v
         for n, v in settings.items()
         if n.startswith(SHARDTUNE_PREFIX)
     }
-    return ModelMetadata.of(ours) if ours else read_model_metadata(metadata)
+    return ModelMetadata.of(own) if own else read_model_metadata(metadata)
 
 
 def find_lora(path: Path) -> Path:

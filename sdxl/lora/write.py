@@ -107,8 +107,8 @@ def _diffusers_bytes(
     state: dict[str, torch.Tensor], settings: dict[str, Any], model_metadata: ModelMetadata
 ) -> bytes:
     """A file in diffusers' format; the settings are in diffusers' own metadata key."""
-    ours = {SHARDTUNE_PREFIX + name: value for name, value in model_metadata.to_dict().items()}
-    metadata = {METADATA_KEY: json.dumps(settings | ours, sort_keys=True)}
+    own = {SHARDTUNE_PREFIX + name: value for name, value in model_metadata.to_dict().items()}
+    metadata = {METADATA_KEY: json.dumps(settings | own, sort_keys=True)}
     return sorted_metadata_bytes(state, digest_metadata(state, metadata))
 
 

@@ -72,12 +72,12 @@ def random_scene(
     """A scene of one of the shapes; a third say a size (or all do, ``size``), a third where."""
     colour, ground = choices.sample(list(COLOURS), 2)
     shape = choices.choice(shapes)
-    said = choices.choice(("small", "large")) if choices.random() < 1 / 3 else ""
+    size_word = choices.choice(("small", "large")) if choices.random() < 1 / 3 else ""
     return Scene(
         shape=shape,
         colour=colour,
         ground=ground,
-        size=said if size is None else size,
+        size=size_word if size is None else size,
         position=choices.choice(list(POSITIONS)) if choices.random() < 1 / 3 else "",
     )
 
