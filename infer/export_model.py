@@ -182,11 +182,11 @@ def _write_file(settings: ExportSettings, model: Model, dtype: torch.dtype) -> N
         _compare(load_unet(written.unet, dtype), model.parts["unet"], out)
         for component, encoder in _encoders(written, dtype).items():
             _compare(encoder, model.parts[component], out)
-        if Schedule.of_config(written.scheduler_config) != _plain(model.schedule):
+        if Schedule.of_config(written.scheduler_config) != _as_bare_keys(model.schedule):
             raise OSError(f"{out}: its schedule was not read back; nothing is kept")
 
 
-def _plain(schedule: Schedule) -> Schedule:
+def _as_bare_keys(schedule: Schedule) -> Schedule:
     """The schedule as a single file's bare keys can express it."""
     kind = "v_prediction" if schedule.prediction_type == "v_prediction" else "epsilon"
     return Schedule(kind, True if schedule.zero_snr else None)

@@ -14,7 +14,7 @@ from runtime.locks import locked
 from sdxl.base import Base, open_base
 from sdxl.prompts import Prompt, read_prompts
 from sdxl.text_encoders import Conditioning, TextEncoders
-from shards.manifest import LOCK, MANIFEST, PROMPTS, read_manifest, renew_side_file
+from shards.manifest import LOCK, MANIFEST, PROMPTS, read_manifest, update_side_file_digest
 from shards.previews import PreviewFile
 
 BATCH_SIZE = 4  # always the same: the last bits of an embedding depend on it
@@ -43,7 +43,7 @@ def change_prompts(
         num_chunks = recipe.get("long_captions", 1)
         encoders = load_text(opened, pick_device(device), num_chunks)
         write_prompts(folder, prompts, encoders, _made_with(recipe, opened))
-        renew_side_file(folder, PROMPTS)
+        update_side_file_digest(folder, PROMPTS)
     return folder / PROMPTS, len(prompts)
 
 

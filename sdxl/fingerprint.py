@@ -144,7 +144,7 @@ def tokenizer_digest(tokenizer: TokenizerFiles) -> str:
     return hashlib.sha256(json.dumps(tokenizer.parts(), sort_keys=True).encode()).hexdigest()
 
 
-def encoder_digests_elsewhere(base: Base) -> dict[str, str | None]:
+def encoder_digests_in_subprocess(base: Base) -> dict[str, str | None]:
     """Digests of the base's VAE and text encoders, None where it has none, by another process.
 
     For a hub id only the local hub cache is read: nothing is downloaded.

@@ -98,7 +98,7 @@ def write_manifest(
     return _sign_manifest(folder, manifest)
 
 
-def renew_side_file(folder: Path, name: str) -> dict[str, Any]:
+def update_side_file_digest(folder: Path, name: str) -> dict[str, Any]:
     """Update the manifest's digest of one side file, and keep all others; return the manifest.
 
     Raises:

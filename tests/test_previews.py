@@ -258,7 +258,7 @@ def test_a_command_that_was_killed_is_refused_by_name_and_mended(
         lambda: encode_to(pictures, copy, dtype="fp32"),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr("precompute.prompts.renew_side_file", lambda *_: sys.exit(9))
+            patch.setattr("precompute.prompts.update_side_file_digest", lambda *_: sys.exit(9))
             with pytest.raises(SystemExit):
                 change_prompts(copy, file, str(base), "cpu")
         with pytest.raises(CacheError, match=r"not the one the manifest names; make it again"):

@@ -3,7 +3,7 @@
 import warnings
 
 from sdxl.base import ENCODERS, Base
-from sdxl.fingerprint import encoder_digests_elsewhere
+from sdxl.fingerprint import encoder_digests_in_subprocess
 from shards.reader import Cache
 from train.config import TrainConfig
 from train.distributed import DistContext
@@ -109,7 +109,7 @@ def check_encoders(cache: Cache, base: Base) -> None:
     is opened here.
     """
     recipe, missing = cache.manifest["recipe"], []
-    theirs = encoder_digests_elsewhere(base)
+    theirs = encoder_digests_in_subprocess(base)
     for name in ENCODERS:
         if theirs[name] is None:
             missing.append(name)

@@ -144,7 +144,7 @@ class Tree:
     used: set[str] = field(default_factory=set)  # files that were read, or taken as a mask or text
 
     @cached_property
-    def lower(self) -> dict[str, list[str]]:
+    def paths_by_lower_case(self) -> dict[str, list[str]]:
         """Paths of all files by their lower-case form."""
         by_lower: dict[str, list[str]] = {}
         for path in (*self.files, *self.irregular):
@@ -156,7 +156,7 @@ class Tree:
         """The paths of the images, without ending."""
         return {stem_of(path) for path in self.files if is_image(path)}
 
-    def label(self, path: str) -> str:
+    def dataset_path(self, path: str) -> str:
         return path
 
     def blob(self, path: str) -> Blob:
@@ -287,7 +287,7 @@ def read_images(
         if unread_format and stem_of(path) not in container.stems:
             container.used.update((path, *find_sidecars(container, stem_of(path), TEXTS)))
             yield Rejected(
-                container.label(path),
+                container.dataset_path(path),
                 f"{unread_format} that encode does not read: save it as PNG or JPEG",
             )
         elif is_image(path) or (not has_ending(path) and _begins_like_image(container, path)):
@@ -299,7 +299,7 @@ def _read_image(
 ) -> SourceImage | Rejected:
     container.used.add(path)
     if not is_text(path):
-        return Rejected(container.label(path), "its name is not UTF-8 text")
+        return Rejected(container.dataset_path(path), "its name is not UTF-8 text")
     try:
         record, why = _read_captions(container, path, settings)
         if path in masks.unpaired and not any(record.captions):
@@ -308,7 +308,7 @@ def _read_image(
         if mask is not None:
             record = replace(record, mask=container.blob(mask))
     except ValueError as error:
-        return Rejected(container.label(path), str(error))
+        return Rejected(container.dataset_path(path), str(error))
     return normalize_captions(record, settings, why)
 
 
@@ -348,7 +348,7 @@ def _read_captions(
     if not any(captions):
         captions = row.captions or captions
     record = SourceImage(
-        container.label(path),
+        container.dataset_path(path),
         container.blob(path),
         captions,
         row.weight,
@@ -374,6 +374,6 @@ def find_sidecars(container: Tree | TarMembers, stem: str, endings: tuple[str, .
     return [
         path
         for ending in endings
-        for path in container.lower.get((stem + ending).lower(), ())
+        for path in container.paths_by_lower_case.get((stem + ending).lower(), ())
         if stem_of(path) == stem or stem_of(path) not in container.stems
     ]

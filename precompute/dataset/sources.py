@@ -135,8 +135,8 @@ def read_source(folder: Path, settings: EncodeSettings, memory: Memory, prefix: 
             items.append(tar)
         elif tar is not None:
             items += _read_tar_images(tree, tar, settings)
-            hidden = hidden + [tar.label(name) for name in tar.hidden]
-            unused += [tar.label(name) for name in tar.files if name not in tar.used]
+            hidden = hidden + [tar.dataset_path(name) for name in tar.hidden]
+            unused += [tar.dataset_path(name) for name in tar.files if name not in tar.used]
     items += [Rejected(path, why) for path, why in tree.unread_folders.items()]
     asked = (path for path in tree.irregular if path not in tree.used and _is_asked_for(path))
     items += [Rejected(path, tree.irregular[path]) for path in [*asked]]

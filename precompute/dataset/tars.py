@@ -67,7 +67,7 @@ class TarMembers:
         return self.refused
 
     @cached_property
-    def lower(self) -> dict[str, list[str]]:
+    def paths_by_lower_case(self) -> dict[str, list[str]]:
         """Paths of all members by their lower-case form."""
         by_lower: dict[str, list[str]] = {}
         for path in self.files:
@@ -79,7 +79,7 @@ class TarMembers:
         """The paths of the images, without ending."""
         return {stem_of(path) for path in self.files if is_image(path)}
 
-    def label(self, path: str) -> str:
+    def dataset_path(self, path: str) -> str:
         return f"{self.path}/{path}"
 
     def blob(self, path: str) -> Blob:
@@ -128,14 +128,14 @@ class TarMembers:
     def rejected(self, images: set[str]) -> Iterator[Rejected]:
         """Members that should be images and are not; ``images`` are stems of those that are."""
         for path, why in self.refused.items():
-            yield Rejected(self.label(path), why)
+            yield Rejected(self.dataset_path(path), why)
         for path, row in self.texts.items():
             status = row.get("status", "success") if isinstance(row, dict) else "success"
             stem = path.rpartition(".")[0]
             if status != "success" and stem not in images:
                 self.used.add(path)
                 message = f"{status}: {row.get('error_message')}"
-                yield Rejected(self.label(stem), message[:MAX_MESSAGE])
+                yield Rejected(self.dataset_path(stem), message[:MAX_MESSAGE])
         if self.damage:
             yield Rejected(self.path, f"damaged tar: {self.damage}; what lies before it is read")
 
