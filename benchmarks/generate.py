@@ -58,9 +58,11 @@ def settings_of(options: dict[str, Any], out: Path) -> GenerateSettings:
 
 def ours(options: dict[str, Any], folder: Path, keep_loaded: bool) -> Callable[[int], None]:
     """The product: plan, digests, windows, PNGs with their settings, captions, contact sheet."""
-    studio: Pipeline = make_pipeline(settings_of(options, folder / "ours"), keep_loaded=keep_loaded)
+    pipeline: Pipeline = make_pipeline(
+        settings_of(options, folder / "ours"), keep_loaded=keep_loaded
+    )
     return lambda number: _check(
-        generate(settings_of(options, folder / f"ours-{number}"), studio), options
+        generate(settings_of(options, folder / f"ours-{number}"), pipeline), options
     )
 
 

@@ -8,8 +8,8 @@ import precompute.images.decode
 from precompute.images.decode import image_size, open_image
 from precompute.images.masks import open_alpha, open_mask
 from precompute.images.rejections import explain
+from tests.image_files import SIZE, bad_files, good_files, png_part, saved, scene
 from tests.mutations import Try
-from tests.picture_files import SIZE, bad_files, good_files, png_part, saved, scene
 
 PIXELS = 2_000_000  # in place of the limit of a run, so that many files are tried
 

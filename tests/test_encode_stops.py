@@ -30,7 +30,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def command(*arguments: Any) -> tuple[int, str]:
-    """The door's exit code, and all it says."""
+    """The command line's exit code, and all that it prints."""
     from click.testing import CliRunner
 
     result = CliRunner().invoke(commands, [str(one) for one in arguments])

@@ -1,4 +1,4 @@
-"""Does it learn? The miniature is fine-tuned by the commands of the door, and the images that it
+"""Does it learn? The miniature is fine-tuned by the commands of cli.py, and the images that it
 draws are scored: a loss falls for a model that learned nothing that can be seen.
 
 Seeds are fixed, margins wide. New shapes (hearts, moons) have words that the miniature never met.

@@ -83,7 +83,7 @@ def test_one_chunk_is_the_pipelines_own(base: Path, pipeline: Any) -> None:
     assert torch.equal(found.pooled, pooled)
 
 
-# Through the door of each stage.
+# Through the command line of each stage.
 
 
 @pytest.fixture(scope="module")

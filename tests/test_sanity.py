@@ -31,7 +31,7 @@ from sdxl.load import load_vae
 from shards.buckets import cover
 from shards.manifest import MANIFEST
 from tests.conftest import Encode
-from tests.picture_files import linear_profile, saved, scene
+from tests.image_files import linear_profile, saved, scene
 
 CPU = torch.device("cpu")
 Change = Callable[[torch.Tensor], torch.Tensor]

@@ -29,7 +29,7 @@ from precompute.images.decode import (
 from precompute.images.masks import open_alpha
 from precompute.images.rejections import ImageError, explain, unidentified
 from shards.reader import Cache
-from tests.picture_files import (
+from tests.image_files import (
     SIZE,
     bad_files,
     good_files,
