@@ -103,7 +103,7 @@ class GlobalBatch:
 
 
 class Plan:
-    """Every sample exactly ``repeats`` times an epoch, in batches of one bucket.
+    """The epoch plan: every sample exactly ``repeats`` times an epoch, in batches of one bucket.
 
     The last batch of a bucket is short: nothing is padded by repetition, nothing is dropped.
     """
