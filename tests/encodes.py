@@ -30,7 +30,7 @@ class Count:
     captions: int = 0
 
     def __eq__(self, other: object) -> bool:
-        return (self.image_folder, self.captions) == other
+        return (self.pictures, self.captions) == other
 
 
 @contextmanager

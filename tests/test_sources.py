@@ -11,7 +11,7 @@ import pytest
 import webdataset
 from PIL import Image
 
-from precompute.dataset.sources import split
+from precompute.dataset.sources import split_by_share
 from precompute.images.decode import open_image
 from shards.reader import Cache
 from tests.conftest import Encode
@@ -181,7 +181,7 @@ def test_val_share_is_by_key_and_stable(tmp_path: Path) -> None:
 def test_a_side_without_pictures_is_an_error(tmp_path: Path, share: float, empty: str) -> None:
     put(tmp_path / "a.png", "a")
     with pytest.raises(ValueError, match=f"--val-share .* leaves no image for {empty}$"):
-        split(read_one(tmp_path), share)
+        split_by_share(read_one(tmp_path), share)
 
 
 # Refusals.
