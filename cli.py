@@ -224,12 +224,14 @@ def generate(ctx: click.Context, debug: bool, **values: Any) -> None:
 
         report = run(settings)
         if report is not None:
-            one = "" if report.num_drawn == 1 else "s"
+            one = "" if report.num_generated == 1 else "s"
             rate = (
-                f" ({report.num_drawn / report.seconds:.3g} images/s)" if report.num_drawn else ""
+                f" ({report.num_generated / report.seconds:.3g} images/s)"
+                if report.num_generated
+                else ""
             )
             echo(
-                f"{report.num_drawn} image{one} drawn{rate}, {report.num_kept} kept, in "
+                f"{report.num_generated} image{one} drawn{rate}, {report.num_kept} kept, in "
                 f"{settings.out}; all at a glance: {report.sheet}"
             )
 
@@ -248,7 +250,7 @@ def export(ctx: click.Context, debug: bool, **values: Any) -> None:
         from infer.export import export as run
 
         done = run(settings)
-        echo(f"{done.path}: {done.what}, {done.num_bytes / 1e6:.1f} MB; read back and equal")
+        echo(f"{done.path}: {done.description}, {done.num_bytes / 1e6:.1f} MB; read back and equal")
 
 
 @commands.command()

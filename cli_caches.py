@@ -7,7 +7,7 @@ from tqdm import tqdm
 from precompute.sheets import write_sheets
 from runtime.errors import echo
 from runtime.locks import locked
-from runtime.text import pluralize
+from runtime.messages import pluralize
 from shards.format import CacheError
 from shards.inspect import describe_contents, read_contents
 from shards.manifest import LOCK, MANIFEST, read_manifest

@@ -11,7 +11,7 @@ import xxhash
 
 from sdxl.base import open_base
 from shards.format import TENSORS, Layout, Sample, sample_key
-from shards.index import RECORD_DTYPE, Index, make_form, write_index
+from shards.index import RECORD_DTYPE, Index, make_sample_layout, write_index
 from shards.manifest import UNCONDITIONAL, write_manifest
 from shards.writer import shard_name, write_shard
 
@@ -122,7 +122,7 @@ def _write_hole(folder: Path, name: str, kind: Kind, count: int, seed: int) -> N
     for tensor in kind.names:
         records["tensors"][:, TENSORS.index(tensor)] = at
         at += kind.layout.slice_bytes(tensor)
-    form = make_form((1, 1), records["tensors"][0].tolist(), kind.layout)
+    form = make_sample_layout((1, 1), records["tensors"][0].tolist(), kind.layout)
     parts = [JSON_BYTES, HEADER_BYTES, *(one.stop - one.start for one in form.spans())]
     per_sample = [xxhash.xxh3_64_intdigest(bytes(size)) for size in parts]
     records["first_digest"] = np.arange(count, dtype=np.uint64) * np.uint64(len(per_sample))

@@ -32,15 +32,15 @@ from benchmarks.report import (
     show,
     take_turns,
 )
-from precompute.dataset.sources import read_data_set
+from precompute.dataset.sources import read_dataset
 from precompute.encode import encode
-from precompute.plan.scan import plan_pictures
+from precompute.plan.scan import plan_images
 from precompute.report import Report
 from precompute.settings import EncodeSettings
 from sdxl.base import open_base
 from sdxl.load import load_text_encoders, load_tokenizers, load_vae
 from shards.buckets import Geometry
-from tools.draw_pictures import draw_pictures
+from tools.draw_images import draw_images
 
 BATCH_SIZE = 4
 
@@ -64,11 +64,11 @@ class BareWork:
 
     def __init__(self, settings: EncodeSettings) -> None:
         self.base = open_base(settings.base)
-        planned, _ = plan_pictures(read_data_set(settings)[""].records, settings)
+        planned, _ = plan_images(read_dataset(settings)[""].records, settings)
         planned.sort(key=lambda one: (one.bucket, one.record.key))
         self.jobs: dict[Any, list[tuple[Path, Geometry, str]]] = {}
         for one in planned:
-            job = (one.record.picture.file, one.variants[0], one.record.captions[0])
+            job = (one.record.image.file, one.variants[0], one.record.captions[0])
             self.jobs.setdefault(one.bucket, []).append(job)
 
     @torch.inference_mode()
@@ -111,7 +111,7 @@ def measure_cost(
     folder: Path, base: str, images: int, resolution: int, rounds: int
 ) -> list[dict[str, Any]]:
     dataset, numbers = folder / "pictures", count()
-    draw_pictures(dataset, count=images, size=resolution * 3 // 2)
+    draw_images(dataset, count=images, size=resolution * 3 // 2)
     settings = settings_of(dataset, base, folder, resolution)
 
     def ours() -> None:
@@ -138,7 +138,7 @@ def measure_growth(folder: Path, base: str, images: int) -> dict[str, Any]:
     Its files are images and captions; the speed is that of one core that is not shared.
     """
     dataset = folder / f"many-{images}"
-    draw_pictures(dataset, count=images, size=32)
+    draw_images(dataset, count=images, size=32)
     settings = settings_of(dataset, base, folder / f"cache-{images}", 32)
     peak = peak_bytes(settings)
     reports: list[Report] = []

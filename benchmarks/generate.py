@@ -56,16 +56,18 @@ def settings_of(options: dict[str, Any], out: Path) -> GenerateSettings:
     )
 
 
-def ours(options: dict[str, Any], folder: Path, stays: bool) -> Callable[[int], None]:
+def ours(options: dict[str, Any], folder: Path, keep_loaded: bool) -> Callable[[int], None]:
     """The product: plan, digests, windows, PNGs with their settings, captions, contact sheet."""
-    studio: Pipeline = make_pipeline(settings_of(options, folder / "ours"), stays=stays)
+    pipeline: Pipeline = make_pipeline(
+        settings_of(options, folder / "ours"), keep_loaded=keep_loaded
+    )
     return lambda number: _check(
-        generate(settings_of(options, folder / f"ours-{number}"), studio), options
+        generate(settings_of(options, folder / f"ours-{number}"), pipeline), options
     )
 
 
 def _check(report: Any, options: dict[str, Any]) -> None:
-    assert report.num_drawn == options["num_images"]
+    assert report.num_generated == options["num_images"]
 
 
 def bare(options: dict[str, Any], folder: Path) -> Callable[[int], None]:
@@ -110,7 +112,7 @@ def peak_of(which: str, options: dict[str, Any]) -> dict[str, float]:
 
 def draw_alone(which: str, options: dict[str, Any], folder: Path) -> dict[str, float]:
     """Load and draw once, and say the peaks."""
-    work = ours(options, folder, stays=False) if which == "ours" else bare(options, folder)
+    work = ours(options, folder, keep_loaded=False) if which == "ours" else bare(options, folder)
     work(0)
     # Not getrusage: of a process just started it tells the peak of the one that started it.
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
@@ -122,7 +124,7 @@ def draw_alone(which: str, options: dict[str, Any], folder: Path) -> dict[str, f
 
 def compare(options: dict[str, Any], rounds: int, folder: Path) -> list[dict[str, Any]]:
     """A row per clock."""
-    works = {"ours": ours(options, folder, stays=True), "bare": bare(options, folder)}
+    works = {"ours": ours(options, folder, keep_loaded=True), "bare": bare(options, folder)}
     numbers = count()  # each draws into a folder of its own
     turns = {name: lambda work=work: work(next(numbers)) for name, work in works.items()}
     seconds = take_turns(turns, rounds, clocks(pick_device(options["device"])))

@@ -26,7 +26,7 @@ from sdxl.load import load_vae
 from sdxl.text_encoders import TextEncoders
 from shards.plan import Plan
 from shards.reader import Cache
-from tools.draw_pictures import draw_pictures
+from tools.draw_images import draw_images
 from train.config import TrainConfig
 from train.distributed import DistContext
 from train.learner import build_learner
@@ -83,7 +83,7 @@ def encode_rate(place: Place, pixels: int, batch_size: int, few: int = 16) -> Fi
 
     def work(number: int) -> None:
         data = place.work / f"pictures-{number}"
-        draw_pictures(data, number, size=place.pixels(pixels))
+        draw_images(data, number, size=place.pixels(pixels))
         settings = EncodeSettings(
             dataset=data,
             base=place.encoders,

@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 from benchmarks.report import Used, keep, machine, measured, show
-from tools.draw_pictures import draw_pictures
+from tools.draw_images import draw_images
 
 EPOCHS = (1, 3, 10)
 
@@ -112,7 +112,7 @@ def main(quick: bool, base: str, images: int, resolution: int, device: str, out:
         images, resolution = min(images, 16), min(resolution, 64)
     with tempfile.TemporaryDirectory() as folder:
         peers = Peers(Path(folder), base, resolution, device)
-        draw_pictures(peers.data, images, size=resolution)
+        draw_images(peers.data, images, size=resolution)
         rows = compare(peers, epochs)
     names = ("way", "images/s", "peak GB", "encode s", *(f"{n} ep s" for n in epochs))
     more = ("s an epoch / ours", "pays from epoch")

@@ -75,7 +75,7 @@ def ours(cache: Cache, kind: Kind) -> Work:
         for place in order:
             shard, row = cache.locate(group, place)
             record = shard.index.record(row)
-            form = shard.index.form(record)
+            form = shard.index.sample_layout(record)
             wanted = form.variants[0] + form.captions[0]
             rows.fill(0, shard.checked(record, form, wanted))
 

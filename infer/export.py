@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from infer.export_files import new_file, place
+from infer.export_files import locked_output, new_file
 from infer.export_model import export_model
 from infer.settings import ExportSettings
 from runtime.devices import DTYPES
 from runtime.files import write_durable
 from sdxl.base import Base, open_base
-from sdxl.load import bare_model
+from sdxl.load import model_without_weights
 from sdxl.lora.apply import match_to_model
 from sdxl.lora.names import UNET
 from sdxl.lora.read import LoraFile, read_lora_file
@@ -32,7 +32,7 @@ class Exported:
     """What was written."""
 
     path: Path
-    what: str
+    description: str
     num_bytes: int
 
 
@@ -46,7 +46,7 @@ def export(settings: ExportSettings) -> Exported:
     unet = _unet_folder(settings.weights)
     if unet is not None and settings.merge:
         raise ValueError(f"{settings.weights}: a whole UNet; --merge takes a LoRA")
-    with place(settings, unet):
+    with locked_output(settings, unet):
         if unet is None and not settings.merge:
             description = _export_lora(settings)
         else:
@@ -71,8 +71,8 @@ def _export_lora(settings: ExportSettings) -> str:
         kind = "diffusers" if file.kind == "kohya" else "kohya"
     base = None if settings.base is None else open_base(settings.base)
     models = {part: _model(base, part) for part in file.parts}
-    parts = _in_dtype(_fit(file, models, base), settings.dtype, file.path)
-    card = _card(settings, file, parts)
+    parts = _in_dtype(_match_parts(file, models, base), settings.dtype, file.path)
+    model_metadata = _model_metadata(settings, file, parts)
     if kind == "kohya":
         if any(adapter.magnitude is not None for adapter in parts.get(UNET, {}).values()):
             warnings.warn(
@@ -81,13 +81,13 @@ def _export_lora(settings: ExportSettings) -> str:
                 stacklevel=2,
             )
         config = models[UNET].config if UNET in models else sdxl_config(UNET)
-        data = kohya_bytes(parts, config, card)
+        data = kohya_bytes(parts, config, model_metadata)
     else:
-        data = diffusers_bytes(parts, card)
+        data = diffusers_bytes(parts, model_metadata)
     with new_file(settings, len(data)) as partial:
         write_durable(partial, data)
         check_written(partial, settings.out)
-        _compare(_fit(read_lora_file(partial), models, base), parts, settings.out)
+        _compare(_match_parts(read_lora_file(partial), models, base), parts, settings.out)
     every = [adapter for adapters in parts.values() for adapter in adapters.values()]
     alphas = {adapter.kohya_alpha if kind == "kohya" else adapter.alpha for adapter in every}
     ranks = {adapter.rank for adapter in every}
@@ -103,11 +103,13 @@ def _range_of(values: set[Any]) -> str:
 
 
 def _model(base: Base | None, part: str) -> Any:
-    """The part of the base that a LoRA's part is of, its names and shapes."""
-    return bare_model(part, sdxl_config(part) if base is None else base.model(part).config)
+    """The model that a part of a LoRA changes, without weights: module names and shapes."""
+    return model_without_weights(
+        part, sdxl_config(part) if base is None else base.model(part).config
+    )
 
 
-def _fit(
+def _match_parts(
     file: LoraFile, models: dict[str, Any], base: Base | None
 ) -> dict[str, dict[str, LoraWeights]]:
     try:
@@ -142,29 +144,29 @@ def _in_dtype(
     return cast
 
 
-def _card(settings: ExportSettings, file: LoraFile, parts: Parts) -> ModelMetadata:
-    """The file's own, or of another tool's file what its metadata says; rsLoRA's alpha as the
-    adapters have it."""
-    card, said = file.card, file.metadata
+def _model_metadata(settings: ExportSettings, file: LoraFile, parts: Parts) -> ModelMetadata:
+    """The file's own metadata, or what another tool's metadata has of it; rank and alpha are those
+    of most adapters."""
+    model_metadata, metadata = file.model_metadata, file.metadata
     every = [adapter for adapters in parts.values() for adapter in adapters.values()]
     (rank, alpha), _ = Counter((adapter.rank, adapter.alpha) for adapter in every).most_common(1)[0]
-    steps = said.get("ss_steps", "")
+    steps = metadata.get("ss_steps", "")
     return replace(
-        card,
+        model_metadata,
         name=settings.title,
-        license=card.license or said.get("modelspec.license"),
-        steps=card.steps or (int(steps) if steps.isdecimal() else None),
+        license=model_metadata.license or metadata.get("modelspec.license"),
+        steps=model_metadata.steps or (int(steps) if steps.isdecimal() else None),
         rank=rank,
         alpha=alpha,
     )
 
 
 def _compare(read_back: Parts, expected: Parts, path: Path) -> None:
-    """Whether what was read back adds the same to each weight: equal factors, to the bit, at an
-    equal strength (which the products would tell no better, and at full size far slower).
+    """Check that what was read back changes each weight alike: equal factors, to the bit, and equal
+    scales. Comparing their products would be no stricter, and far slower at full size.
 
     Raises:
-        OSError: it does not.
+        OSError: they differ.
     """
     same = {part: modules.keys() for part, modules in read_back.items()} == {
         part: modules.keys() for part, modules in expected.items()

@@ -27,12 +27,12 @@ _PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "scheduler")
 
 
 @contextmanager
-def place(settings: ExportSettings, unet: Path | None) -> Iterator[None]:
-    """Keep other exports from writing OUT meanwhile; ``unet``: the folder that is exported, or None
+def locked_output(settings: ExportSettings, unet: Path | None) -> Iterator[None]:
+    """Check OUT and lock it against other exports. ``unet`` is the folder that is exported, or None
     for a LoRA.
 
     Raises:
-        ValueError: OUT cannot be written, is there already, or would replace what is read.
+        ValueError: OUT cannot be written, exists already, or would replace what is read.
     """
     out = settings.out
     if not out.parent.is_dir():
@@ -47,7 +47,7 @@ def place(settings: ExportSettings, unet: Path | None) -> Iterator[None]:
             ) from None
         if not settings.is_file:
             recover_replaced(*_written(settings))
-        check_free(settings)
+        check_overwrite(settings)
         yield
 
 
@@ -55,7 +55,7 @@ def _written(settings: ExportSettings) -> list[Path]:
     return [settings.out] if settings.is_file else [settings.out / name for name in FOLDERS]
 
 
-def check_free(settings: ExportSettings) -> None:
+def check_overwrite(settings: ExportSettings) -> None:
     """
     Raises:
         ValueError: something is at OUT that may not be replaced.
@@ -71,9 +71,9 @@ def check_free(settings: ExportSettings) -> None:
 
 
 def _check_inputs(settings: ExportSettings, unet: Path | None) -> None:
-    """Whatever is read must still be there when the new has its name."""
+    """Refuse an OUT that would replace a file that is read."""
     for path in _written(settings):
-        for option, source in _sources(settings, unet):
+        for option, source in _input_paths(settings, unet):
             same = path.exists() and source.exists() and path.samefile(source)
             if same or is_inside(source, path) or is_inside(path, source):
                 raise ValueError(
@@ -82,8 +82,8 @@ def _check_inputs(settings: ExportSettings, unet: Path | None) -> None:
                 )
 
 
-def _sources(settings: ExportSettings, unet: Path | None) -> Iterator[tuple[str, Path]]:
-    """What is read: (the option, a file or folder)."""
+def _input_paths(settings: ExportSettings, unet: Path | None) -> Iterator[tuple[str, Path]]:
+    """The files and folders that are read, each with the option that names it."""
     if unet is None:
         yield "WEIGHTS", find_lora(settings.weights)
     else:
@@ -105,24 +105,24 @@ def new_file(settings: ExportSettings, num_bytes: int) -> Iterator[Path]:
         ValueError: OUT has been taken meanwhile.
         OSError: there is no room for it, or it cannot be written.
     """
-    check_space(settings.out, num_bytes)
+    check_disk_space(settings.out, num_bytes)
     with writing(settings.out, STILL_GOOD), replacement(settings.out) as partial:
         yield partial
-        check_free(settings)
+        check_overwrite(settings)
 
 
 @contextmanager
 def new_folder(settings: ExportSettings, num_bytes: int) -> Iterator[Path]:
     """A folder for ``unet/`` and ``scheduler/``; on a clean exit they replace OUT's, together."""
     out = settings.out
-    check_space(out, num_bytes)
+    check_disk_space(out, num_bytes)
     partial, is_new = out / "export.partial", not out.exists()
     with writing(out, STILL_GOOD):
         try:
             remove_path(partial)
             partial.mkdir(parents=True)
             yield partial
-            check_free(settings)
+            check_overwrite(settings)
             fsync_tree(partial)
             replace_together([(partial / path.name, path) for path in _written(settings)])
         finally:
@@ -132,7 +132,7 @@ def new_folder(settings: ExportSettings, num_bytes: int) -> Iterator[Path]:
                     out.rmdir()
 
 
-def check_space(out: Path, num_bytes: int) -> None:
+def check_disk_space(out: Path, num_bytes: int) -> None:
     """
     Raises:
         OSError: the disk has less room than the file takes.

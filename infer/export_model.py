@@ -40,7 +40,7 @@ class Model:
 
     parts: dict[str, Component]
     schedule: Schedule
-    card: ModelMetadata
+    model_metadata: ModelMetadata
 
 
 def export_model(settings: ExportSettings, unet: Path | None, dtype: torch.dtype) -> str:
@@ -75,10 +75,10 @@ def _fine_tuned(
     for component, module in _encoders(base, dtype).items():
         parts[component] = Component(_config(base.model(component)), module.state_dict())
     schedule = _schedule(base, schedule_beside(unet.path))
-    card = read_model_metadata(read_header(find_weights(unet.path).files[0])[1])
+    model_metadata = read_model_metadata(read_header(find_weights(unet.path).files[0])[1])
     if (num_chunks := read_long_captions(unet.path)) > 1:
-        card = replace(card, long_captions=num_chunks)
-    return Model(parts, schedule, _card(settings, base, card, schedule))
+        model_metadata = replace(model_metadata, long_captions=num_chunks)
+    return Model(parts, schedule, _model_metadata(settings, base, model_metadata, schedule))
 
 
 def _merged(settings: ExportSettings, base: Base, dtype: torch.dtype) -> Model:
@@ -96,12 +96,12 @@ def _merged(settings: ExportSettings, base: Base, dtype: torch.dtype) -> Model:
         parts[component] = Component(_config(base.model(component)), cast)
     if left := [part for part in file.parts if part not in modules]:
         warnings.warn(
-            f"{file.path}: what it has for {file.num_text} modules of the text encoders "
+            f"{file.path}: what it has for {file.num_text_modules} modules of the text encoders "
             f"({', '.join(left)}) is not in a UNet folder; a .safetensors file takes it",
             stacklevel=2,
         )
-    schedule = _schedule(base, file.card.schedule)
-    return Model(parts, schedule, _card(settings, base, file.card, schedule))
+    schedule = _schedule(base, file.model_metadata.schedule)
+    return Model(parts, schedule, _model_metadata(settings, base, file.model_metadata, schedule))
 
 
 def _encoders(base: Base, dtype: torch.dtype) -> dict[str, Any]:
@@ -110,12 +110,12 @@ def _encoders(base: Base, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _config(source: ModelSource) -> dict[str, Any]:
-    """Without where it once lay."""
+    """The model's config without the path that it was once loaded from."""
     return {name: value for name, value in source.config.items() if name != "_name_or_path"}
 
 
 def _stored_dtype(unet: ModelSource) -> torch.dtype:
-    """What holds a UNet without loss."""
+    """The dtype that holds a UNet without loss."""
     files = find_weights(unet.path).files if unet.file is None else (unet.path,)
     kinds = {
         tensor.dtype
@@ -128,22 +128,22 @@ def _stored_dtype(unet: ModelSource) -> torch.dtype:
 
 
 def _schedule(base: Base, own: Schedule) -> Schedule:
-    """What a fine-tune says of itself, and of what it does not its base: as it is sampled."""
-    said = Schedule.of_config(base.scheduler_config)
+    """The schedule to sample with: the fine-tune's, and where that is silent the base's."""
+    base_schedule = Schedule.of_config(base.scheduler_config)
     if own.prediction_type is None:
-        return said
-    zero_snr = said.zero_snr if own.zero_snr is None else own.zero_snr
+        return base_schedule
+    zero_snr = base_schedule.zero_snr if own.zero_snr is None else own.zero_snr
     return Schedule(own.prediction_type, zero_snr)
 
 
-def _card(
-    settings: ExportSettings, base: Base, card: ModelMetadata, schedule: Schedule
+def _model_metadata(
+    settings: ExportSettings, base: Base, model_metadata: ModelMetadata, schedule: Schedule
 ) -> ModelMetadata:
     return replace(
-        card,
+        model_metadata,
         name=settings.title,
         base=base.name,
-        license=base.license or card.license,
+        license=base.license or model_metadata.license,
         prediction_type=schedule.prediction_type,
         rescale_betas_zero_snr=schedule.zero_snr,
     )
@@ -171,7 +171,8 @@ def _write_file(settings: ExportSettings, model: Model, dtype: torch.dtype) -> N
     if kind not in (None, "epsilon", "v_prediction"):
         raise ValueError(f"the UNet predicts {kind!r}, which one file cannot say; give a folder")
     side = 8 * int(model.parts["unet"].config["sample_size"])
-    metadata = model.card.modelspec(ARCHITECTURE, side) | model.card.to_metadata()
+    own = model.model_metadata
+    metadata = own.modelspec(ARCHITECTURE, side) | own.to_metadata()
     with new_file(settings, _num_bytes(model.parts, dtype)) as partial:
         write_original(
             partial, model.parts, schedule=model.schedule, dtype=dtype, metadata=metadata
@@ -181,12 +182,12 @@ def _write_file(settings: ExportSettings, model: Model, dtype: torch.dtype) -> N
         _compare(load_unet(written.unet, dtype), model.parts["unet"], out)
         for component, encoder in _encoders(written, dtype).items():
             _compare(encoder, model.parts[component], out)
-        if Schedule.of_config(written.scheduler_config) != _plain(model.schedule):
+        if Schedule.of_config(written.scheduler_config) != _as_bare_keys(model.schedule):
             raise OSError(f"{out}: its schedule was not read back; nothing is kept")
 
 
-def _plain(schedule: Schedule) -> Schedule:
-    """As a file's bare keys say it: what is not there is not so."""
+def _as_bare_keys(schedule: Schedule) -> Schedule:
+    """The schedule as a single file's bare keys can express it."""
     kind = "v_prediction" if schedule.prediction_type == "v_prediction" else "epsilon"
     return Schedule(kind, True if schedule.zero_snr else None)
 
@@ -197,20 +198,20 @@ def _write_folder(settings: ExportSettings, base: Base, model: Model, dtype: tor
     with new_folder(settings, _num_bytes({"unet": part}, dtype)) as partial:
         (partial / "unet").mkdir()
         state = {name: tensor.contiguous() for name, tensor in part.tensors.items()}
-        metadata = digest_metadata(state, {"format": "pt"} | model.card.to_metadata())
+        metadata = digest_metadata(state, {"format": "pt"} | model.model_metadata.to_metadata())
         safetensors.torch.save_file(state, partial / "unet" / WEIGHTS, metadata=metadata)
         sort_metadata(partial / "unet" / WEIGHTS)
         check_written(partial / "unet" / WEIGHTS, settings.out)
         text = json.dumps(part.config, indent=2, sort_keys=True)
         (partial / "unet" / "config.json").write_text(text + "\n")
-        write_long_captions(partial / "unet", model.card.long_captions or 1)
+        write_long_captions(partial / "unet", model.model_metadata.long_captions or 1)
         write_schedule(base, model.schedule, partial)
         written = ModelSource("unet", partial / "unet")
         _compare(load_unet(written, dtype), part, settings.out)
 
 
 def _compare(module: Any, part: Component, path: Path) -> None:
-    """Whether a model that was read back has the tensors it was made from, to the bit.
+    """Check that a model that was read back has the tensors that were written, to the bit.
 
     Raises:
         OSError: it has not.

@@ -1,4 +1,4 @@
-"""The stage: prompts to images, by any number of processes; only what is missing is drawn."""
+"""The generate stage: prompts to images, by any number of processes; only missing ones are made."""
 
 import json
 import time
@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from infer.outputs import About, PictureFolder, save_picture
+from infer.outputs import ImageFolder, Provenance, save_image
 from infer.pipeline import Pipeline
-from infer.requests import ImageRequest, plan_requests
+from infer.requests import ImageRequest, make_requests
 from infer.settings import GenerateSettings
 from infer.weights import Weights
 from runtime.devices import pick_device, pick_precision
@@ -28,15 +28,17 @@ NUM_WRITERS = 2  # threads: PNGs are packed while the next batch is drawn
 
 @dataclass
 class Report:
-    num_drawn: int
-    num_kept: int
+    num_generated: int
+    num_kept: int  # images that were up to date
     seconds: float  # of generating, with loading
     sheet: Path
 
 
 def generate(settings: GenerateSettings, pipeline: Pipeline | None = None) -> Report | None:
-    """Draw what is missing or was drawn with other settings. The main process plans and reports,
-    and all draw; the others get None. ``pipeline`` is one of these settings that is loaded already.
+    """Generate the images that are missing or were made with other settings.
+
+    The main process plans and returns a report; all processes generate, and the others return None.
+    ``pipeline`` is a loaded one for the same settings.
 
     Raises:
         ValueError: the prompts, the base, the weights or the folder cannot be used.
@@ -44,27 +46,27 @@ def generate(settings: GenerateSettings, pipeline: Pipeline | None = None) -> Re
     """
     queue = WorkQueue()
     if not queue.is_main:
-        plan = json.loads(queue.wait_for("plan"))
-        requests = [ImageRequest(**fields) for fields in plan["requests"]]
-        pipeline = make_pipeline(settings, plan["base"])
-        _draw(settings, pipeline, requests, plan["about"], queue)
+        job = json.loads(queue.wait_for("job"))
+        requests = [ImageRequest(**fields) for fields in job["requests"]]
+        pipeline = make_pipeline(settings, job["base"])
+        _run_pipeline(settings, pipeline, requests, job["about"], queue)
         return None
     prompts = _read_prompts(settings)
     pipeline = pipeline or make_pipeline(settings)
     base = pipeline.weights.base
-    requests = plan_requests(settings, prompts, base.unet.config["sample_size"] * 8)
-    folder = PictureFolder(settings.out, settings.format)
+    requests = make_requests(settings, prompts, base.unet.config["sample_size"] * 8)
+    folder = ImageFolder(settings.out, settings.format)
     with folder.open():
-        provenance = _about(pipeline, requests)
+        provenance = _provenance(pipeline, requests)
         wanted = folder.missing(requests, provenance)
-        told = {
+        job = {
             "base": base.pinned,  # of a hub id the same commit
             "requests": [asdict(request) for request in wanted],
             "about": provenance,
         }
-        queue.publish("plan", json.dumps(told))
+        queue.publish("job", json.dumps(job))
         start = time.perf_counter()
-        _draw(settings, pipeline, wanted, provenance, queue)
+        _run_pipeline(settings, pipeline, wanted, provenance, queue)
         seconds = time.perf_counter() - start
         sheet = folder.finish(requests)
     return Report(len(wanted), len(requests) - len(wanted), seconds, sheet)
@@ -78,18 +80,18 @@ def _read_prompts(settings: GenerateSettings) -> list[Prompt]:
 
 
 def make_pipeline(
-    settings: GenerateSettings, base: str | None = None, *, stays: bool = False
+    settings: GenerateSettings, base: str | None = None, *, keep_loaded: bool = False
 ) -> Pipeline:
-    """What draws with ``base``, or the settings'; nothing is loaded yet. ``stays``: its models are
-    kept when all is drawn."""
+    """The pipeline for ``base``, or the settings' base; models are loaded when they are first
+    needed, and with ``keep_loaded`` they stay loaded after a run."""
     device = pick_device(settings.device)
     name = "fp16" if settings.precision == "auto" and device.type == "cuda" else settings.precision
     dtype = pick_precision(name, device).dtype
     opened = open_base(base or settings.base, vae=settings.vae, tokenizers=settings.tokenizers)
-    return Pipeline(settings, Weights(settings, opened), dtype, device, stays)
+    return Pipeline(settings, Weights(settings, opened), dtype, device, keep_loaded)
 
 
-def _about(pipeline: Pipeline, requests: list[ImageRequest]) -> About:
+def _provenance(pipeline: Pipeline, requests: list[ImageRequest]) -> Provenance:
     samplers: dict[str, Any] = {}
     for name in {request.sampler for request in requests}:
         sampler = pipeline.weights.sampler(name)
@@ -101,15 +103,16 @@ def _about(pipeline: Pipeline, requests: list[ImageRequest]) -> About:
     return {"weights": pipeline.weights.digests(pipeline.dtype), "samplers": samplers}
 
 
-def _draw(
+def _run_pipeline(
     settings: GenerateSettings,
     pipeline: Pipeline,
     requests: list[ImageRequest],
-    provenance: About,
+    provenance: Provenance,
     queue: WorkQueue,
 ) -> None:
-    """This process's part, to the end of all; the main one shows how far all are."""
-    folder = PictureFolder(settings.out, settings.format)
+    """Generate this process's part and wait for the others; the main one shows the progress of
+    all."""
+    folder = ImageFolder(settings.out, settings.format)
     loras = pipeline.weights.lora_names
     pending: deque[Future[None]] = deque()
     quiet = not (queue.is_main and requests)
@@ -119,21 +122,21 @@ def _draw(
     ):
 
         def count() -> None:
-            """One more image is in its place."""
+            """Wait for the oldest pending image to be saved, and count it."""
             pending.popleft().result()
             bar.update(queue.add("drawn", 1) - bar.n)
 
-        def save(request: ImageRequest, sides: list[torch.Tensor]) -> None:
+        def save(request: ImageRequest, images: list[torch.Tensor]) -> None:
             folder.before_replacing(request)
-            save_picture(folder.path(request), sides, request, provenance, loras)
+            save_image(folder.path(request), images, request, provenance, loras)
 
-        def keep(request: ImageRequest, sides: list[torch.Tensor]) -> None:
-            pending.append(pool.submit(save, request, sides))
+        def save_later(request: ImageRequest, images: list[torch.Tensor]) -> None:
+            pending.append(pool.submit(save, request, images))
             while pending and (pending[0].done() or len(pending) > 2 * settings.batch_size):
                 count()
 
         if requests:
-            pipeline.draw(requests, queue, keep)
+            pipeline.generate(requests, queue, save_later)
         while pending:
             count()
         while queue.is_main and bar.n < len(requests):

@@ -15,7 +15,6 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from infer.requests import ImageRequest
-from runtime.documents import open_regular, parse_json, read_bounded
 from runtime.files import (
     PARTIAL,
     aside_of,
@@ -28,10 +27,11 @@ from runtime.files import (
     writing,
 )
 from runtime.locks import locked
+from runtime.parsing import open_regular, parse_json, read_bounded
 from sdxl.contact_sheet import contact_sheet
 
 MAX_BYTES = 1_000_000_000
-DESCRIPTION = "pictures drawn by shardtune"  # a mark in files that exist: it stays
+DESCRIPTION = "pictures drawn by shardtune"  # existing files are recognized by it: never changed
 NAME = re.compile(r"[0-9]{6,}\.png")
 
 
@@ -45,13 +45,13 @@ class CaptionRow:
     height: int
 
 
-def lines(rows: Iterable[CaptionRow]) -> str:
+def jsonl_listing(rows: Iterable[CaptionRow]) -> str:
     """``captions.jsonl``."""
     records = ({"file_name": row.file_name, "text": row.text} for row in rows)
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
-def coco(rows: Iterable[CaptionRow]) -> str:
+def coco_listing(rows: Iterable[CaptionRow]) -> str:
     """COCO's layout of captions (https://cocodataset.org/#format-data)."""
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
@@ -65,10 +65,10 @@ def coco(rows: Iterable[CaptionRow]) -> str:
 
 
 def read_listing(path: Path, is_coco: bool) -> dict[str, str]:
-    """The caption of each file that a listing of ours names.
+    """The caption of each file in a listing that generate wrote.
 
     Raises:
-        ValueError: not a listing that generate wrote, or edited since.
+        ValueError: something else wrote the listing, or it was edited since.
     """
     data = read_bounded(path, MAX_BYTES)
     try:
@@ -104,53 +104,53 @@ def _coco_pairs(listing: Any) -> Iterator[tuple[str, str]]:
 
 SETTINGS_KEY = "shardtune"
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
-MARK = b"tEXt" + SETTINGS_KEY.encode() + b"\0"
+RECORD_START = b"tEXt" + SETTINGS_KEY.encode() + b"\0"
 MAX_RECORD_BYTES = 2_000_000
-SIDES = ("without", "with")
+VARIANT_LABELS = ("without", "with")
 COMPARED = ("config_without", "unet_without")  # in a record: what --compare compares with
 STILL_GOOD = "The images that are there are whole; the same command continues with the others."
 
-About = dict[str, Any]  # "weights": their digests; "samplers": each one's class and config
+Provenance = dict[str, Any]  # "weights": their digests; "samplers": each one's class and config
 
 
-def record_of(request: ImageRequest, provenance: About) -> dict[str, Any]:
-    """All that decides the image, as plain JSON."""
+def make_record(request: ImageRequest, provenance: Provenance) -> dict[str, Any]:
+    """Everything that decides the image, as plain JSON."""
     sampler = provenance["samplers"][request.sampler or ""]
     return {**asdict(request), "sampler": sampler, "weights": provenance["weights"]}
 
 
 def read_record(path: Path, to_the_end: bool = True) -> tuple[dict[str, Any] | None, bool]:
-    """What a PNG says of how it was drawn, and whether the file is whole.
+    """The record in a PNG of how it was generated, and whether the file is complete.
 
-    None where nothing in it is of this program; empty where that itself is damaged. The checksums
-    of the format are checked, and no pixel is decoded, so that an image of any size, or one that
-    claims it, costs no memory. ``to_the_end`` False: no further than the first pixels.
+    The record is None if generate did not write the file, and empty if the record is damaged. The
+    checksums of the format are checked, and no pixel is decoded, so that an image of any size, or
+    one that claims it, takes no memory. With ``to_the_end`` False, reading stops at the pixels.
 
     Raises:
-        ValueError: not a regular file, or a whole file of another format.
+        ValueError: not a regular file, or a file of another format.
         OSError: it cannot be read.
     """
     with open_regular(path) as file:
         head = file.read(MAX_RECORD_BYTES if to_the_end else 65_536)
         file.seek(len(SIGNATURE))
         # Where a length in the file is damaged, what comes after it is not found chunk by chunk.
-        record: dict[str, Any] | None = {} if MARK in head else None
+        record: dict[str, Any] | None = {} if RECORD_START in head else None
         is_whole = is_png = head.startswith(SIGNATURE) or not head
         if not is_png and record is None:
             raise ValueError(f"{path}: no PNG file; move it away, or give another --out")
-        for kind, data, sound in _chunks(file):
+        for kind, data, sound in _png_chunks(file):
             if kind == b"IDAT" and not to_the_end:
                 return record, is_whole
             is_whole = is_whole and sound
-            if sound and (kind + data).startswith(MARK):
+            if sound and (kind + data).startswith(RECORD_START):
                 record = _parse_record(data)
             if kind == b"IEND":
                 return record, is_whole
     return record, False
 
 
-def _chunks(file: BinaryIO) -> Iterator[tuple[bytes, bytes, bool]]:
-    """Of each chunk of a PNG the kind, the data where it is text, and whether it is sound."""
+def _png_chunks(file: BinaryIO) -> Iterator[tuple[bytes, bytes, bool]]:
+    """Each chunk of a PNG: its kind, its data if it is text, and whether its checksum is right."""
     while len(head := file.read(8)) == 8:
         length, kind = struct.unpack(">I4s", head)
         checksum, kept = zlib.crc32(kind), b""
@@ -170,24 +170,24 @@ def _parse_record(data: bytes) -> dict[str, Any]:
     return {}
 
 
-def row_of_record(path: Path, record: dict[str, Any] | None) -> CaptionRow | None:
-    """What an image's own record says of it for the listing; None where it has none."""
+def caption_row(path: Path, record: dict[str, Any] | None) -> CaptionRow | None:
+    """The row of the listing for an image, from its own record; None if it has no usable one."""
     try:
         values = {field.name: (record or {})[field.name] for field in fields(ImageRequest)}
         request = ImageRequest(**values | {"sampler": None})
         prompt = str(request.prompt)
-        prompt.encode()  # JSON may hold half a character, which no file of captions can
-        size = picture_size(request)
+        prompt.encode()  # JSON may have a lone surrogate, which a file of captions cannot
+        size = output_size(request)
     except (KeyError, TypeError, UnicodeEncodeError):
         return None
     return CaptionRow(path.name, prompt, *size) if all(type(n) is int for n in size) else None
 
 
-def stale_because(path: Path, asked: dict[str, Any]) -> str | None:
-    """Why an image must be drawn (again); empty where it is missing, None where it is as asked.
+def why_stale(path: Path, asked: dict[str, Any]) -> str | None:
+    """Why an image must be generated: empty if it is missing, None if it is up to date.
 
     Raises:
-        ValueError: an image that someone else made.
+        ValueError: generate did not write the file.
     """
     if not path.exists():
         return ""
@@ -196,14 +196,14 @@ def stale_because(path: Path, asked: dict[str, Any]) -> str | None:
         raise ValueError(f"{path}: not drawn by shardtune; move it away, or give another --out")
     if recorded is None or not is_whole:
         return "damaged"
-    if recorded.get("compare") != asked["compare"]:  # of which all that compares follows
+    if recorded.get("compare") != asked["compare"]:  # the other fields follow from it
         recorded, asked = _without_comparison(recorded), _without_comparison(asked)
     changed = sorted(name for name in asked if recorded.get(name) != asked[name])
     return f"{', '.join(changed)} changed" if changed else None
 
 
 def _without_comparison(record: dict[str, Any]) -> dict[str, Any]:
-    """A record less what only ``--compare`` puts in it, but for ``compare`` itself."""
+    """A record without the fields that only ``--compare`` adds, but with ``compare`` itself."""
     kept = dict(record)
     for name in ("sampler", "weights"):
         if isinstance(part := record.get(name), dict):
@@ -211,8 +211,8 @@ def _without_comparison(record: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def picture_size(request: ImageRequest) -> tuple[int, int]:
-    """(width, height) of the file's image."""
+def output_size(request: ImageRequest) -> tuple[int, int]:
+    """(width, height) of the image file; with ``--compare`` it has two images and labels."""
     if request.compare:
         label, gap = _margins(request)
         return 2 * request.width + gap, request.height + label
@@ -220,21 +220,26 @@ def picture_size(request: ImageRequest) -> tuple[int, int]:
 
 
 def _margins(request: ImageRequest) -> tuple[int, int]:
-    """Pixels above two images, for what they are, and between them: to be read on a sheet too."""
+    """Pixels above two images, for their labels, and between them; legible on a contact sheet
+    too."""
     return max(20, request.height // 16), max(4, request.width // 128)
 
 
-def save_picture(
-    path: Path, sides: list[torch.Tensor], request: ImageRequest, provenance: About, loras: str
+def save_image(
+    path: Path,
+    images: list[torch.Tensor],
+    request: ImageRequest,
+    provenance: Provenance,
+    loras: str,
 ) -> None:
-    """Write the image [3, H, W] in 0..1; or two of them, the one without the fine-tune first.
+    """Write one image [3, H, W] in 0..1, or two side by side, the one without the fine-tune first.
 
     ``loras`` is for the line that web UIs show: names and weights, or empty.
     """
-    images = [_to_image(side) for side in sides]
-    image = images[0] if len(images) == 1 else _side_by_side(images, request)
+    rendered = [_to_image(image) for image in images]
+    image = rendered[0] if len(rendered) == 1 else _side_by_side(rendered, request)
     info = PngImagePlugin.PngInfo()
-    record = record_of(request, provenance)
+    record = make_record(request, provenance)
     info.add_text("parameters", _parameters(request, record["sampler"]["name"], loras))
     info.add_text(SETTINGS_KEY, json.dumps(record))
     with writing(path, STILL_GOOD), durable_file(path) as file:
@@ -247,12 +252,13 @@ def _to_image(image: torch.Tensor) -> Image.Image:
 
 
 def _side_by_side(images: list[Image.Image], request: ImageRequest) -> Image.Image:
-    both = Image.new("RGB", picture_size(request), "white")
+    both = Image.new("RGB", output_size(request), "white")
     label, gap = _margins(request)
     pen, font = ImageDraw.Draw(both), ImageFont.load_default(0.6 * label)
-    for side, image in enumerate(images):
-        left = side * (request.width + gap)
-        pen.text((left + gap, label / 2), SIDES[side], fill="black", font=font, anchor="lm")
+    for column, image in enumerate(images):
+        left = column * (request.width + gap)
+        text = VARIANT_LABELS[column]
+        pen.text((left + gap, label / 2), text, fill="black", font=font, anchor="lm")
         both.paste(image, (left, label))
     return both
 
@@ -268,29 +274,29 @@ def _parameters(request: ImageRequest, sampler: str, loras: str) -> str:
     )
 
 
-# The folder: which images it has, and what lies beside them.
+# The folder of images, with their captions and contact sheet.
 
 SHEET = "contact-sheet.png"
-LOCK = "generate.lock"  # while a run draws into the folder
+LOCK = "generate.lock"  # held while a run generates into the folder
 TILE, WIDE_TILE = 256, 512  # pixels, on the sheet
 COCO_FOLDER = "images"
 DAMAGED = ".damaged"
 BYTES_A_PIXEL = 1.5  # of a PNG; of photographs it is 1.3 to 2
 
 
-class PictureFolder:
+class ImageFolder:
     """``out``: images 000000.png on and ``captions.jsonl``; or, as COCO has it, images
     images/000000000001.png on and ``annotations.json``; and a contact sheet of the first."""
 
     def __init__(self, out: Path, layout: str) -> None:
         self.out, self.is_coco = out, layout == "coco"
-        self.pictures = out / COCO_FOLDER if self.is_coco else out
+        self.image_folder = out / COCO_FOLDER if self.is_coco else out
 
     def name(self, request: ImageRequest) -> str:
         return f"{request.number + 1:012d}.png" if self.is_coco else f"{request.number:06d}.png"
 
     def path(self, request: ImageRequest) -> Path:
-        return self.pictures / self.name(request)
+        return self.image_folder / self.name(request)
 
     @property
     def listing(self) -> Path:
@@ -299,34 +305,34 @@ class PictureFolder:
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """Make the folder, and keep other runs out of it; what a killed one left half is removed.
+        """Make the folder, lock out other runs, and remove partial files of a killed one.
 
         Raises:
             ValueError: it is no folder, or another run is generating into it.
         """
-        for part in (self.pictures, *self.pictures.parents):
+        for part in (self.image_folder, *self.image_folder.parents):
             if part.exists() and not part.is_dir():
                 raise ValueError(f"{part}: not a folder")
-        self.pictures.mkdir(parents=True, exist_ok=True)
+        self.image_folder.mkdir(parents=True, exist_ok=True)
         with locked(self.out / LOCK):
-            for folder in {self.out, self.pictures}:
+            for folder in {self.out, self.image_folder}:
                 for left in folder.glob(f"*.png{PARTIAL}"):
                     if NAME.fullmatch(name := left.name.removesuffix(PARTIAL)) or name == SHEET:
                         left.unlink()
-            self._relist()
+            self._rewrite_listing()
             self._check_listing()
             self._check_sheet()
             try:
                 yield
             finally:
-                self._relist()
+                self._rewrite_listing()
 
     def _check_listing(self) -> None:
-        """Refuse to replace captions that somebody else wrote, or changed."""
+        """Refuse to replace captions that generate did not write, or that were edited."""
         if not self.listing.exists():
             return
         for name, text in read_listing(self.listing, self.is_coco).items():
-            if not (path := self.pictures / name).exists():
+            if not (path := self.image_folder / name).exists():
                 continue
             record, _ = read_record(path, to_the_end=False)
             if record is not None and record.get("prompt", text) != text:
@@ -336,7 +342,8 @@ class PictureFolder:
                 )
 
     def _check_sheet(self) -> None:
-        """Likewise of the contact sheet; those of earlier versions say nothing of themselves."""
+        """Refuse to replace a contact sheet of others; earlier versions left no record in
+        theirs."""
         sheet = self.out / SHEET
         if self.listing.exists() or not sheet.exists() or read_record(sheet, False)[0] is not None:
             return
@@ -346,25 +353,28 @@ class PictureFolder:
             )
 
     def _existing_images(self) -> list[Path]:
-        """The images that are there, by their names."""
-        return sorted(path for path in self.pictures.glob("*.png") if NAME.fullmatch(path.name))
+        """The image files in the folder, sorted by name."""
+        return sorted(path for path in self.image_folder.glob("*.png") if NAME.fullmatch(path.name))
 
-    def missing(self, requests: list[ImageRequest], provenance: About) -> list[ImageRequest]:
-        """The images that are not there as requested; warns of those that are there otherwise."""
+    def missing(self, requests: list[ImageRequest], provenance: Provenance) -> list[ImageRequest]:
+        """The requests whose images are missing or outdated; warns of outdated and unrequested
+        ones."""
         stale = {
-            request: stale_because(self.path(request), record_of(request, provenance))
+            request: why_stale(self.path(request), make_record(request, provenance))
             for request in requests
         }
         for reason in sorted({why for why in stale.values() if why}):
             paths = [self.path(request) for request, why in stale.items() if why == reason]
-            warnings.warn(f"{_first_of(paths)}: to be generated again: {reason}", stacklevel=2)
+            warnings.warn(
+                f"{_summarize_paths(paths)}: to be generated again: {reason}", stacklevel=2
+            )
         asked = {self.path(request) for request in requests}
         if others := [path for path in self._existing_images() if path not in asked]:
             warnings.warn(
-                f"{_first_of(others)}: not asked for this time; left as it is", stacklevel=2
+                f"{_summarize_paths(others)}: not asked for this time; left as it is", stacklevel=2
             )
         wanted = [request for request, why in stale.items() if why is not None]
-        num_pixels = [width * height for width, height in map(picture_size, wanted)]
+        num_pixels = [width * height for width, height in map(output_size, wanted)]
         needed, free = int(BYTES_A_PIXEL * sum(num_pixels)), free_bytes(self.out)
         if needed > free:
             warnings.warn(
@@ -375,9 +385,9 @@ class PictureFolder:
         return wanted
 
     def before_replacing(self, request: ImageRequest) -> None:
-        """To be called before an image is written: the captions of what is replaced are set aside,
-        and no sooner, since whatever fails before that leaves the folder as it was. A damaged file
-        that does not say whose it was is kept under another name."""
+        """Call this before an image is written. It sets the captions aside if an image is replaced,
+        and no sooner, so that whatever fails earlier leaves the folder as it was. A damaged file
+        without a record is kept under another name."""
         path = self.path(request)
         if path.exists():
             set_aside(self.listing)
@@ -385,9 +395,9 @@ class PictureFolder:
                 set_aside(path, path.with_name(path.name + DAMAGED))
 
     def finish(self, requests: list[ImageRequest]) -> Path:
-        """Write the captions and the contact sheet, when all images are there; returns the
-        sheet."""
-        sizes = map(picture_size, requests)
+        """Write the captions and the contact sheet, when all images exist; return the sheet's
+        path."""
+        sizes = map(output_size, requests)
         self._write_listing(
             [
                 CaptionRow(self.name(request), request.prompt, *size)
@@ -402,21 +412,21 @@ class PictureFolder:
             sheet.save(file, format="PNG", compress_level=1, pnginfo=info)
         return path
 
-    def _relist(self) -> None:
-        """After a run that failed or was killed while it replaced images: captions of what is
-        there now, by the images' own records."""
+    def _rewrite_listing(self) -> None:
+        """Write the captions of the existing images, from their records, if a run failed or was
+        killed while it replaced images."""
         if aside_of(self.listing).exists():
             rows = (
-                row_of_record(path, read_record(path, False)[0]) for path in self._existing_images()
+                caption_row(path, read_record(path, False)[0]) for path in self._existing_images()
             )
             self._write_listing([row for row in rows if row is not None])
 
     def _write_listing(self, rows: list[CaptionRow]) -> None:
-        text = coco(rows) if self.is_coco else lines(rows)
+        text = coco_listing(rows) if self.is_coco else jsonl_listing(rows)
         with writing(self.listing, STILL_GOOD):
             write_durable(self.listing, text.encode())
         remove_path(aside_of(self.listing))
 
 
-def _first_of(paths: list[Path]) -> str:
+def _summarize_paths(paths: list[Path]) -> str:
     return f"{paths[0]}" + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")

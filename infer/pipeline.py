@@ -1,7 +1,7 @@
 """Runs text encoders, then the UNet, then the VAE over the requests, a window at a time.
 
-On a small card each model is alone there in its turn; on a big one all stay, and each batch is
-decoded as soon as it is sampled.
+On a small card one model is on the device at a time; on a big one all stay there, and each batch
+is decoded as soon as it is sampled.
 """
 
 import copy
@@ -29,11 +29,11 @@ CPU = torch.device("cpu")
 
 
 class ModelSlots:
-    """Each is loaded when it is first asked for. On a small card one is there at a time, and the
-    others wait in the CPU's memory.
+    """Loads each model when it is first needed. On a small card one is on the device at a time, and
+    the others wait in the CPU's memory.
 
-    ``loaders`` give models on the CPU; ``working_bytes`` is what computing takes besides them.
-    ``low_memory`` None: the card is small where they do not all fit in what is free.
+    ``loaders`` give models on the CPU; ``working_bytes`` is the memory for activations.
+    ``low_memory`` None means: the card is small if the models do not all fit in its free memory.
     """
 
     def __init__(
@@ -44,47 +44,48 @@ class ModelSlots:
         low_memory: bool | None,
     ) -> None:
         self.device, self.loaders, self.working_bytes = device, dict(loaders), working_bytes
-        self._small = low_memory
-        self._held: dict[str, Any] = {}
-        self._there: set[str] = set()  # names of those on the device
+        self._takes_turns = low_memory
+        self._loaded: dict[str, Any] = {}
+        self._on_device: set[str] = set()  # names of those on the device
 
     @property
-    def small(self) -> bool:
-        """Whether the models take turns. Found out when it is first asked, once they are loaded."""
-        if self._small is None:
-            self._small = self.device.type == "cuda" and not self._fit()
-        return self._small
+    def takes_turns(self) -> bool:
+        """Whether one model is on the device at a time. It is decided at the first access, for
+        which the models are loaded."""
+        if self._takes_turns is None:
+            self._takes_turns = self.device.type == "cuda" and not self._fit()
+        return self._takes_turns
 
     def _fit(self) -> bool:
-        missing = [name for name in self.loaders if name not in self._there]
-        needed = sum(_num_bytes(self._hold(name)) for name in missing)
+        missing = [name for name in self.loaders if name not in self._on_device]
+        needed = sum(_num_bytes(self._load(name)) for name in missing)
         free, _ = torch.cuda.mem_get_info(self.device)
         unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         return needed + self.working_bytes <= free + unused
 
-    def _hold(self, name: str) -> Any:
-        if name not in self._held:
-            self._held[name] = self.loaders[name]()
-        return self._held[name]
+    def _load(self, name: str) -> Any:
+        if name not in self._loaded:
+            self._loaded[name] = self.loaders[name]()
+        return self._loaded[name]
 
-    def at_work(self, name: str) -> Any:
-        """A model on the device; alone there, where the models take turns."""
-        model = self._hold(name)
-        if name not in self._there:
-            if self._there and self.small:
-                for other in self._there:
-                    self._held[other].to(CPU)
-                self._there.clear()
+    def acquire(self, name: str) -> Any:
+        """A model, moved to the device; where the models take turns, the others leave it."""
+        model = self._load(name)
+        if name not in self._on_device:
+            if self._on_device and self.takes_turns:
+                for other in self._on_device:
+                    self._loaded[other].to(CPU)
+                self._on_device.clear()
                 _release(self.device)
             model.to(self.device)
-            self._there.add(name)
+            self._on_device.add(name)
         return model
 
     def drop(self, name: str) -> None:
-        """A model that is not needed any more."""
+        """Free a model that is not needed any more."""
         self.loaders.pop(name, None)
-        self._there.discard(name)
-        if self._held.pop(name, None) is not None:
+        self._on_device.discard(name)
+        if self._loaded.pop(name, None) is not None:
             gc.collect()
             _release(self.device)
 
@@ -95,50 +96,50 @@ def _release(device: torch.device) -> None:
 
 
 def _num_bytes(model: Any) -> int:
-    """Of the weights of a model, or of both text encoders."""
+    """The bytes of the weights of a model, or of both text encoders."""
     parts = getattr(model, "models", (model,))
     return sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
 
 
 # The embeddings that a window of batches needs, each text encoded once.
 
-Known = dict[str | None, Conditioning]
+EmbeddingsByText = dict[str | None, Conditioning]
 
 
 class TextEmbeddings:
     """Embeddings on the CPU, by text; None is the base's unconditional.
 
     They are kept as long as a later window needs them. With ``compare`` and a LoRA that changes the
-    text encoders there are two of each: without it and with it. ``plain`` names the text encoders
-    without it, where it cannot be taken off the others.
+    text encoders there are two of each: without it and with it. ``plain`` is the name of separate
+    text encoders without the LoRA, for one that cannot be switched off.
     """
 
     def __init__(self, batch_size: int, compare: bool, plain: str | None = None) -> None:
         self.batch_size, self.compare, self.plain = batch_size, compare, plain
-        self._known: dict[bool, Known] = {}
+        self._known: dict[bool, EmbeddingsByText] = {}
 
     def of(self, text: str | None, with_loras: bool) -> Conditioning:
         return self._known.get(with_loras, self._known[True])[text]
 
     def encode(self, models: ModelSlots, window: list[Batch], later: Iterable[Batch]) -> None:
-        """Encode what ``window`` needs and is not known; forget what no batch needs any more."""
+        """Encode the new texts of ``window``; drop the embeddings that no batch needs any more."""
         needed, still = _texts(window), _texts(later)
         known = self._known.get(True, {})
         if new := sorted(needed - known.keys()):
-            encoders: TextEncoders = models.at_work(TEXT)
+            encoders: TextEncoders = models.acquire(TEXT)
             for with_loras in self._variants(encoders):
                 model = TEXT if with_loras or self.plain is None else self.plain
-                self._encode(models.at_work(model), new, with_loras)
+                self._encode(models.acquire(model), new, with_loras)
             if cut := [text for text in new if encoders.is_cut(text)]:
                 most = 77 * encoders.num_chunks
                 warnings.warn(
                     f"{len(cut)} prompts are cut at {most} tokens, e.g. {cut[0][:60]!r}",
                     stacklevel=2,
                 )
-        keep = needed | still | {None}
+        kept = needed | still | {None}
         for with_loras, encoded in self._known.items():
             self._known[with_loras] = {
-                text: conditioning for text, conditioning in encoded.items() if text in keep
+                text: conditioning for text, conditioning in encoded.items() if text in kept
             }
 
     def _variants(self, encoders: TextEncoders) -> tuple[bool, ...]:
@@ -166,13 +167,13 @@ def _texts(batches: Iterable[Batch]) -> set[Any]:
 
 UNET_BYTES = 500  # of activations for each pixel of each row of a batch in fp16; estimated
 VAE_BYTES = 3100  # for each pixel in fp32
-ONE_PICTURE = 1024 * 1024  # pixels that the VAE decodes at once, at least
-Keep = Callable[[ImageRequest, list[torch.Tensor]], None]
+MIN_DECODED_PIXELS = 1024 * 1024  # memory is reserved for decoding at least as many
+TakeImages = Callable[[ImageRequest, list[torch.Tensor]], None]
 
 
 @dataclass(frozen=True)
-class Side:
-    """With which weights an image is drawn: ``plain`` without the fine-tune."""
+class Variant:
+    """The weights that an image is generated with; ``plain`` means without the fine-tune."""
 
     model: str
     with_loras: bool
@@ -180,7 +181,7 @@ class Side:
 
 
 class Pipeline:
-    """All that draws, on one device."""
+    """The models on one device, and the run of a list of requests through them."""
 
     def __init__(
         self,
@@ -188,22 +189,25 @@ class Pipeline:
         weights: Weights,
         dtype: torch.dtype,
         device: torch.device,
-        stays: bool = False,
+        keep_loaded: bool = False,
     ) -> None:
         exact_fp32()
         self.settings, self.weights, self.dtype, self.device = settings, weights, dtype, device
-        self.stays = stays  # its models do, after all is drawn
+        self.keep_loaded = keep_loaded  # whether the models stay loaded when all is done
         self._models: ModelSlots | None = None
-        self.sides = [Side(UNET, True, False)]
+        self.variants = [Variant(UNET, True, False)]
         if settings.compare:
             switched = weights.loras and "unet" not in weights.merged_parts
             other = UNET if switched else PLAIN_UNET
-            self.sides.insert(0, Side(other, False, True))
+            self.variants.insert(0, Variant(other, False, True))
         self._samplers: dict[tuple[str | None, bool], Any] = {}
 
-    def draw(self, requests: list[ImageRequest], queue: WorkQueue, keep: Keep) -> None:
-        """Generate what this process gets of ``requests``, the same in all; ``keep`` takes each
-        image (with ``--compare`` two: without and with), [3, H, W] in 0..1, on the CPU.
+    def generate(
+        self, requests: list[ImageRequest], queue: WorkQueue, take_images: TakeImages
+    ) -> None:
+        """Generate this process's part of ``requests``, which are the same in all; ``take_images``
+        is called with each request and its image [3, H, W] in 0..1, on the CPU (with ``--compare``
+        two images: without and with the fine-tune).
 
         Raises:
             FloatingPointError: an image is not finite.
@@ -211,11 +215,11 @@ class Pipeline:
         batches = make_batches(requests, self.settings.batch_size)
         windows = make_windows(batches, self.settings.window)
         models = self._models or self._new_models(requests)
-        self._models = models if self.stays else None
+        self._models = models if self.keep_loaded else None
         plain = PLAIN_TEXT if PLAIN_TEXT in models.loaders else None
         texts = TextEmbeddings(self.settings.batch_size, self.settings.compare, plain)
         for number, window in enumerate(windows):
-            is_last = number == len(windows) - 1 and not self.stays
+            is_last = number == len(windows) - 1 and not self.keep_loaded
             texts.encode(models, window, chain.from_iterable(windows[number + 1 :]))
             if is_last:
                 models.drop(TEXT)
@@ -223,16 +227,18 @@ class Pipeline:
             waiting = []
             for which in queue.claim(f"window {number}", len(window)):
                 batch = window[which]
-                latents = [self._sample(models, side, batch, texts) for side in self.sides]
-                if models.small:
-                    waiting.append((batch, [side_latents.to(CPU) for side_latents in latents]))
+                latents = [self._sample(models, variant, batch, texts) for variant in self.variants]
+                if models.takes_turns:
+                    waiting.append(
+                        (batch, [variant_latents.to(CPU) for variant_latents in latents])
+                    )
                 else:
-                    self._decode(models, batch, latents, keep)
+                    self._decode(models, batch, latents, take_images)
             if is_last:
                 models.drop(UNET)
                 models.drop(PLAIN_UNET)
             for batch, latents in waiting:
-                self._decode(models, batch, latents, keep)
+                self._decode(models, batch, latents, take_images)
 
     def _new_models(self, requests: list[ImageRequest]) -> ModelSlots:
         loaders: dict[str, Callable[[], Any]] = {
@@ -240,14 +246,14 @@ class Pipeline:
             UNET: lambda: self.weights.load_unet(self.dtype),
             VAE: lambda: self.weights.load_vae(self.dtype),
         }
-        if any(side.model == PLAIN_UNET for side in self.sides):
+        if any(variant.model == PLAIN_UNET for variant in self.variants):
             loaders[PLAIN_UNET] = lambda: self.weights.load_plain_unet(self.dtype)
         if self.settings.compare and self.weights.merged_parts - {"unet"}:
             loaders[PLAIN_TEXT] = self._load_plain_text
         most = max(request.width * request.height for request in requests)
         rows = 2 * min(self.settings.batch_size, len(requests))
         unet = UNET_BYTES * most * rows * self.dtype.itemsize // 2
-        vae = VAE_BYTES * max(most, ONE_PICTURE)
+        vae = VAE_BYTES * max(most, MIN_DECODED_PIXELS)
         return ModelSlots(self.device, loaders, max(unet, vae), self.settings.low_memory)
 
     def _load_plain_text(self) -> TextEncoders:
@@ -267,19 +273,19 @@ class Pipeline:
         return copy.deepcopy(self._samplers[name, plain])
 
     def _sample(
-        self, models: ModelSlots, side: Side, batch: Batch, texts: TextEmbeddings
+        self, models: ModelSlots, variant: Variant, batch: Batch, texts: TextEmbeddings
     ) -> torch.Tensor:
         """Latents [N, C, h, w] of requests of one kind, on the device."""
-        unet, first = models.at_work(side.model), batch[0]
+        unet, first = models.acquire(variant.model), batch[0]
         if self.settings.compare:
-            enable_loras(unet, side.with_loras)
+            enable_loras(unet, variant.with_loras)
         generators = [torch.Generator().manual_seed(request.seed) for request in batch]
         shape = (unet.config.in_channels, first.height // 8, first.width // 8)
         return sample_latents(
             unet,
-            self._sampler(first.sampler, side.plain),
-            Conditioning.cat(texts.of(request.prompt, side.with_loras) for request in batch),
-            Conditioning.cat(texts.of(request.negative, side.with_loras) for request in batch),
+            self._sampler(first.sampler, variant.plain),
+            Conditioning.cat(texts.of(request.prompt, variant.with_loras) for request in batch),
+            Conditioning.cat(texts.of(request.negative, variant.with_loras) for request in batch),
             noise=starting_noise(generators, shape),
             time_ids=torch.cat([_time_ids(request) for request in batch]),
             num_steps=first.num_steps,
@@ -289,18 +295,18 @@ class Pipeline:
         )
 
     def _decode(
-        self, models: ModelSlots, batch: Batch, latents: list[torch.Tensor], keep: Keep
+        self, models: ModelSlots, batch: Batch, latents: list[torch.Tensor], take_images: TakeImages
     ) -> None:
-        vae = models.at_work(VAE)
+        vae = models.acquire(VAE)
         vae.use_tiling = batch[0].tiled
-        sides = [_pictures(vae, side_latents) for side_latents in latents]
-        for request, *images in zip(batch, *sides, strict=True):
+        variants = [_decode_images(vae, variant_latents) for variant_latents in latents]
+        for request, *images in zip(batch, *variants, strict=True):
             if not all(image.isfinite().all() for image in images):
                 raise FloatingPointError(
                     f"image {request.number} ({request.prompt[:60]!r}) is not finite: are the "
                     "weights whole? --precision fp32 tells"
                 )
-            keep(request, images)
+            take_images(request, images)
 
 
 def _time_ids(request: ImageRequest) -> torch.Tensor:
@@ -310,8 +316,8 @@ def _time_ids(request: ImageRequest) -> torch.Tensor:
     )
 
 
-def _pictures(vae: Any, latents: torch.Tensor) -> torch.Tensor:
-    """[N, 3, H, W] in 0..1, on the CPU; in fp32 where the VAE's own dtype overflows."""
+def _decode_images(vae: Any, latents: torch.Tensor) -> torch.Tensor:
+    """Images [N, 3, H, W] in 0..1, on the CPU; decoded in fp32 if the VAE's own dtype overflows."""
     images = decode_latents(vae, latents)
     if vae.dtype == torch.float32 or images.isfinite().all():
         return images

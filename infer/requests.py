@@ -8,8 +8,8 @@ from itertools import chain, cycle, groupby, islice, repeat
 from infer.settings import GenerateSettings
 from sdxl.prompts import Prompt
 
-MOST_UNTILED = 1536 * 1536  # pixels: the VAE takes 3 kB for each in fp32
-MAX_PICTURES = 10_000_000  # of one run
+MAX_UNTILED = 1536 * 1536  # pixels: the VAE takes 3 kB for each in fp32
+MAX_IMAGES = 10_000_000  # of one run
 Batch = list["ImageRequest"]
 
 
@@ -40,27 +40,29 @@ class ImageRequest:
         return self.width, self.height, self.num_steps, self.guidance_scale, self.sampler or ""
 
 
-def plan_requests(
+def make_requests(
     settings: GenerateSettings, prompts: list[Prompt], default_side: int
 ) -> list[ImageRequest]:
-    """``num_images`` images, prompts in rotation, each as often in turn as its line says; what a
-    line says wins over the settings.
+    """The requests of ``num_images`` images: prompts in rotation, each as often in turn as its line
+    says. Settings in a line take precedence.
 
     Image i has seed + i. A line's own seed grows by one each time the line comes round.
     """
     num = settings.num_images or sum(prompt.num_images or 1 for prompt in prompts)
-    if num > MAX_PICTURES:
-        raise ValueError(f"{num:,} images are asked for; at most {MAX_PICTURES:,} at a time")
+    if num > MAX_IMAGES:
+        raise ValueError(f"{num:,} images are asked for; at most {MAX_IMAGES:,} at a time")
     rotation = chain.from_iterable(
-        repeat(which, prompts[which].num_images or 1) for which in cycle(range(len(prompts)))
+        repeat(prompt_index, prompts[prompt_index].num_images or 1)
+        for prompt_index in cycle(range(len(prompts)))
     )
     turns: Counter[int] = Counter()
     requests = []
-    for number, which in enumerate(islice(rotation, num)):
-        own = prompts[which].seed
-        seed = settings.seed + number if own is None else own + turns[which]
-        turns[which] += 1
-        requests.append(_request(settings, prompts[which], default_side, number, seed % 2**64))
+    for number, prompt_index in enumerate(islice(rotation, num)):
+        prompt = prompts[prompt_index]
+        own = prompt.seed
+        seed = settings.seed + number if own is None else own + turns[prompt_index]
+        turns[prompt_index] += 1
+        requests.append(_request(settings, prompt, default_side, number, seed % 2**64))
     return requests
 
 
@@ -87,7 +89,7 @@ def _request(
         original_height=prompt.original_height or original[1],
         crop_left=crop[0] if prompt.crop_left is None else prompt.crop_left,
         crop_top=crop[1] if prompt.crop_top is None else prompt.crop_top,
-        tiled=width * height > MOST_UNTILED if tiled is None else tiled,
+        tiled=width * height > MAX_UNTILED if tiled is None else tiled,
         compare=settings.compare,
     )
 
@@ -110,11 +112,11 @@ def make_batches(requests: Iterable[ImageRequest], size: int) -> list[Batch]:
 def make_windows(batches: list[Batch], size: int) -> list[list[Batch]]:
     """Consecutive batches of up to ``size`` images in all; a larger batch is one by itself."""
     windows: list[list[Batch]] = []
-    room = 0
+    num_free = 0
     for batch in batches:
-        if len(batch) > room:
+        if len(batch) > num_free:
             windows.append([])
-            room = size
+            num_free = size
         windows[-1].append(batch)
-        room -= len(batch)
+        num_free -= len(batch)
     return windows

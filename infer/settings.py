@@ -219,23 +219,23 @@ class GenerateSettings:
     @property
     def pixels(self) -> Size | None:
         """(width, height) asked for."""
-        return _sides("size", self.size, 8)
+        return _parse_size("size", self.size, 8)
 
     @property
     def original_pixels(self) -> Size | None:
-        """(width, height) before resizing, as SDXL is told."""
-        return _sides("original-size", self.original_size, 1)
+        """(width, height) before resizing, for SDXL's size conditioning."""
+        return _parse_size("original-size", self.original_size, 1)
 
     @property
     def crop_pixels(self) -> Size:
-        """(left, top), as SDXL is told."""
+        """(left, top), for SDXL's size conditioning."""
         match = re.fullmatch(r"([0-9]{1,9}),([0-9]{1,9})", self.crop)
         if match is None:
             raise ValueError(f"--crop must be LEFT,TOP in pixels, not {self.crop!r}")
         return int(match[1]), int(match[2])
 
 
-def _sides(name: str, text: str | None, multiple: int) -> Size | None:
+def _parse_size(name: str, text: str | None, multiple: int) -> Size | None:
     if text is None:
         return None
     match = re.fullmatch(r"([0-9]{1,9})(?:x([0-9]{1,9}))?", text.lower())

@@ -21,32 +21,35 @@ EMA = "ema"  # in a checkpoint: the averaged weights, in a folder like the check
 
 
 class Weights:
-    """Where the weights of a run lie, and what they say of themselves.
+    """The weights of a run: where their files are, and their prediction type and schedule.
 
     Raises:
-        ValueError: a LoRA or a UNet is not there.
+        ValueError: a LoRA or a UNet does not exist.
     """
 
     def __init__(self, settings: GenerateSettings, base: Base) -> None:
         self.settings, self.base = settings, base
-        self.loras = [(_lora_file(use.path, settings.ema), use.weight) for use in settings.lora]
+        self.loras = [
+            (_find_lora_file(use.path, settings.ema), use.weight) for use in settings.lora
+        ]
         self.unet = None if settings.unet is None else _open_unet(settings.unet, settings.ema)
         self.schedule = _schedule(self.loras, self.unet)
         self.num_chunks = _num_chunks(base, self.loras, self.unet)
 
     @property
     def plain_schedule(self) -> Schedule:
-        """Of what ``--compare`` compares with: the UNet without LoRAs, or the base's own."""
+        """The schedule of what ``--compare`` compares with: the UNet without LoRAs, or the
+        base's."""
         return _schedule([], self.unet if self.loras else None)
 
     @cached_property
     def merged_parts(self) -> frozenset[str]:
-        """The parts that some LoRA is merged into: ``enable_loras`` cannot take it off them."""
+        """The parts that some LoRA is merged into, where ``enable_loras`` cannot switch it off."""
         return merged_parts([path for path, _ in self.loras])
 
     def load_unet(self, dtype: torch.dtype) -> Any:
         """The UNet with all LoRAs on it, on the CPU."""
-        unet = self._own_unet(dtype)
+        unet = self._load_unet_without_loras(dtype)
         if self.loras:
             apply_loras(unet, self.loras)
             unet.to(dtype=dtype)
@@ -54,13 +57,16 @@ class Weights:
 
     def load_plain_unet(self, dtype: torch.dtype) -> Any:
         """What ``--compare`` compares with: the UNet without LoRAs, or the base's own."""
-        return self._own_unet(dtype) if self.loras else load_unet(self.base.unet, dtype)
+        return (
+            self._load_unet_without_loras(dtype) if self.loras else load_unet(self.base.unet, dtype)
+        )
 
-    def _own_unet(self, dtype: torch.dtype) -> Any:
+    def _load_unet_without_loras(self, dtype: torch.dtype) -> Any:
+        """The fine-tuned UNet, or the base's if none is given."""
         return load_unet(self.unet or self.base.unet, dtype)
 
     def load_vae(self, dtype: torch.dtype) -> Any:
-        """On the CPU: in fp32, but where the UNet is in fp16 and the VAE is safe in it."""
+        """The VAE on the CPU, in fp32; in fp16 if the UNet is and the VAE is safe in it."""
         return load_vae(self.base.vae, self.vae_dtype(dtype))
 
     def vae_dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -68,7 +74,7 @@ class Weights:
         return dtype if safe and dtype == torch.float16 else torch.float32
 
     def digests(self, dtype: torch.dtype) -> dict[str, Any]:
-        """Of all weights that make the images, for the images' own record."""
+        """Digests of all weights that decide the images, for the record in each image."""
         base, unet = self.base, self.unet or self.base.unet
         digests: dict[str, Any] = {
             "unet": weights_digest(unet),
@@ -92,18 +98,19 @@ class Weights:
 
     @property
     def lora_names(self) -> str:
-        """For people: each LoRA and its weight."""
+        """Each LoRA and its weight, as web UIs show them."""
         uses = self.settings.lora
         return ", ".join(f"{use.path.stem}: {use.weight:g}" for use in uses)
 
     def sampler(self, name: str | None, plain: bool = False) -> Any:
-        """The sampler for what the weights predict; ``plain``: what those compared with do."""
+        """The sampler for the schedule of the weights; with ``plain`` of those that are compared
+        with."""
         schedule = self.plain_schedule if plain else self.schedule
         return load_sampler(self.base, name, schedule)
 
 
 def enable_loras(model: Any, enabled: bool) -> None:
-    """Let all LoRAs on a model work, or none."""
+    """Switch all LoRAs on a model on or off."""
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
             module.enable_adapters(enabled)
@@ -114,7 +121,7 @@ def has_loras(model: Any) -> bool:
 
 
 def _file_digests(lora: Path) -> list[str]:
-    """Of a LoRA file, and of peft's settings where they lie beside it."""
+    """Digests of a LoRA file, and of peft's settings where they are beside it."""
     beside = lora.with_name("adapter_config.json")
     return [file_digest(lora), *([file_digest(beside)] if beside.is_file() else [])]
 
@@ -124,27 +131,30 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _schedule(loras: list[tuple[Path, float]], unet: ModelSource | None) -> Schedule:
-    """What the fine-tune predicts and on which schedule, where it says so; a LoRA, which was
-    trained last, before a UNet."""
-    told = {file: read_schedule(file) for file, _ in loras}
-    told = {
-        file: schedule for file, schedule in told.items() if schedule.prediction_type is not None
+    """The prediction type and schedule that the fine-tune names, if any. A LoRA's takes precedence
+    over a UNet's, as it was trained last."""
+    schedules = {file: read_schedule(file) for file, _ in loras}
+    schedules = {
+        file: schedule
+        for file, schedule in schedules.items()
+        if schedule.prediction_type is not None
     }
-    if len(set(told.values())) > 1:
-        file, schedule = next(iter(told.items()))
-        other_file, other_schedule = next((f, s) for f, s in told.items() if s != schedule)
+    if len(set(schedules.values())) > 1:
+        file, schedule = next(iter(schedules.items()))
+        other_file, other_schedule = next((f, s) for f, s in schedules.items() if s != schedule)
         raise ValueError(
             f"{file} was trained for {schedule.prediction_type} (zero SNR: {schedule.zero_snr}) "
             f"and {other_file} for {other_schedule.prediction_type} "
             f"(zero SNR: {other_schedule.zero_snr}): they do not go together"
         )
-    if told:
-        return next(iter(told.values()))
+    if schedules:
+        return next(iter(schedules.values()))
     return Schedule() if unet is None else schedule_beside(unet.path)
 
 
 def _num_chunks(base: Base, loras: list[tuple[Path, float]], unet: ModelSource | None) -> int:
-    """Of 77 tokens each, that a prompt has: as many as any of the weights learned captions in."""
+    """The number of chunks of 77 tokens in a prompt: the most that any of the weights was trained
+    on."""
     counts = [read_num_chunks(file) for file, _ in loras]
     if unet is not None:
         counts.append(read_long_captions(unet.path))
@@ -153,15 +163,15 @@ def _num_chunks(base: Base, loras: list[tuple[Path, float]], unet: ModelSource |
     return max([*counts, 1])
 
 
-def _lora_file(path: Path, ema: bool) -> Path:
-    folder = _averaged(path) if ema else path
+def _find_lora_file(path: Path, ema: bool) -> Path:
+    folder = _ema_folder(path) if ema else path
     if not (folder / LORA).is_file() and (folder / "unet").is_dir():
         raise ValueError(f"{path}: holds a whole UNet and no LoRA; give it as --unet")
     return find_lora(folder)
 
 
 def _open_unet(path: Path, ema: bool) -> ModelSource:
-    folder = _averaged(path) if ema else path
+    folder = _ema_folder(path) if ema else path
     if (folder / "unet" / "config.json").is_file():
         return ModelSource("unet", folder / "unet")
     if (folder / LORA).is_file():
@@ -169,7 +179,7 @@ def _open_unet(path: Path, ema: bool) -> ModelSource:
     return ModelSource("unet", folder)
 
 
-def _averaged(path: Path) -> Path:
+def _ema_folder(path: Path) -> Path:
     if not (path / EMA).is_dir():
         raise ValueError(
             f"--ema: {path} has no {EMA}/; give the checkpoint of a run with an average (what such "

@@ -1,9 +1,9 @@
 """The encode stage: finds what is cached, encodes what is missing, writes the manifest last.
 
-A run that has work writes down first where each sample goes (``precompute.plan.plan_file``), then
-removes the manifest, sets aside the shards that it writes anew, and writes them; the manifest comes
-last, and then the plan is removed. A run that follows one that died anywhere finds the plan, the
-whole shards and those set aside, and ends with the same bytes.
+A run that has work first writes a plan of where each sample goes (``precompute.plan.plan_file``),
+then removes the manifest, retires the shards that it writes anew, and writes them. The manifest is
+written last, and then the plan is removed. A run that follows one that died anywhere finds the
+plan, the finished shards and the retired ones, and ends with the same bytes.
 """
 
 import errno
@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from precompute.encode_shard import write_work_shard
+from precompute.encode_shard import encode_shard
 from precompute.encoders import Encoders
 from precompute.plan.cache_plan import (
     CachePlan,
@@ -42,9 +42,9 @@ BATCH_SIZE = 2
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeJob:
-    """What the main process tells the others; the rest is in the plan files of the caches."""
+    """What the main process sends to the others; the rest is in the plan files of the caches."""
 
-    base: str  # as the main process has it: of a hub id the same commit
+    base: str  # as the main process opened it: a hub id with its commit
     batch_size: int
     threads: int
     caches: list[tuple[str, int]]  # folder, and how many shards are to be written
@@ -54,8 +54,8 @@ class EncodeJob:
 def encode(settings: EncodeSettings) -> list[Report]:
     """Encode a dataset into ``settings.out``, or its ``train`` and ``val``; a report for each.
 
-    Of several processes the main one plans and reports, and each takes one shard after the other.
-    The others report nothing.
+    With several processes the main one plans and returns the reports, and each process claims one
+    shard after the other. The other processes return an empty list.
 
     Raises:
         ValueError: the dataset, the base, the prompts or the settings cannot be used.
@@ -63,7 +63,7 @@ def encode(settings: EncodeSettings) -> list[Report]:
     """
     queue, plans = WorkQueue(), list[CachePlan]()
     exact_fp32()
-    with ExitStack() as stack, _explain_full_disk(settings.out), _note_interrupt(plans):
+    with ExitStack() as stack, _explain_full_disk(settings.out), _report_interrupt(plans):
         if not queue.is_main:
             job = EncodeJob(**json.loads(queue.wait_for("job")))
             stack.enter_context(num_threads(job.threads))
@@ -74,25 +74,27 @@ def encode(settings: EncodeSettings) -> list[Report]:
         texts = settings.preview_prompts
         prompts = None if texts is None else read_prompts(texts)
         base = _open_base(settings, settings.base)
-        with _no_collection():
+        with _no_garbage_collection():
             notes = Notes(settings.out, settings.dataset, settings.rehash)
             plans += plan_caches(
                 settings, base, notes, lambda folder: stack.enter_context(locked(folder / LOCK))
             )
             refuse_losses(plans, settings, notes)
             notes.write()
-        works = {plan.folder: plan.works for plan in plans}
-        check_disk_space(settings.out, works, Sizer.of(settings, base))
-        job = _job(settings, base, plans)
+        shard_tasks = {plan.folder: plan.shard_tasks for plan in plans}
+        check_disk_space(settings.out, shard_tasks, Sizer.of(settings, base))
+        job = _make_job(settings, base, plans)
         stack.enter_context(num_threads(job.threads))
-        return _lead(queue, Encoders(settings, base, job.batch_size), job, plans, prompts, notes)
+        return _run_main(
+            queue, Encoders(settings, base, job.batch_size), job, plans, prompts, notes
+        )
 
 
-def _open_base(settings: EncodeSettings, given: str) -> Base:
-    return open_base(given, vae=settings.vae, tokenizers=settings.tokenizers)
+def _open_base(settings: EncodeSettings, name_or_path: str) -> Base:
+    return open_base(name_or_path, vae=settings.vae, tokenizers=settings.tokenizers)
 
 
-def _lead(
+def _run_main(
     queue: WorkQueue,
     encoders: Encoders,
     job: EncodeJob,
@@ -100,7 +102,7 @@ def _lead(
     prompts: list[Prompt] | None,
     notes: Notes,
 ) -> list[Report]:
-    """The main process's part, once it is known what is to be done."""
+    """The main process's part of a run, once the plans are made."""
     reports = []
     for plan in plans:
         warn_about_reencoding(plan)
@@ -117,27 +119,30 @@ def _lead(
     return reports
 
 
-def _job(settings: EncodeSettings, base: Base, plans: list[CachePlan]) -> EncodeJob:
-    """Batch size and threads decide the last bits: those of before, unless others are asked for.
+def _make_job(settings: EncodeSettings, base: Base, plans: list[CachePlan]) -> EncodeJob:
+    """The job, with the batch size and threads of the existing cache unless others are asked for:
+    they decide the last bits.
 
-    The default does not depend on how many processes there are, nor on their environment.
+    The defaults depend neither on the number of processes nor on their environment.
     """
     before = next((plan.made_with for plan in plans if plan.made_with), {})
     chosen = {}
     for name, default in (("batch_size", BATCH_SIZE), ("threads", num_cores())):
-        asked, was = getattr(settings, name), before.get(name)
-        chosen[name] = asked or was or default
-        if asked and was and asked != was and any(plan.works for plan in plans):
+        asked, earlier = getattr(settings, name), before.get(name)
+        chosen[name] = asked or earlier or default
+        if asked and earlier and asked != earlier and any(plan.shard_tasks for plan in plans):
             warnings.warn(
-                f"--{name.replace('_', '-')} {asked}: the cache was encoded with {was}; what is "
-                "encoded now may differ from that in the last bits",
+                f"--{name.replace('_', '-')} {asked}: the cache was encoded with {earlier}; what "
+                "is encoded now may differ from that in the last bits",
                 stacklevel=2,
             )
     return EncodeJob(
         base=base.pinned,
         **chosen,
-        caches=[(str(plan.folder), len(plan.works)) for plan in plans],
-        num_encodes=sum(work.num_encodes for plan in plans for work in plan.works),
+        caches=[(str(plan.folder), len(plan.shard_tasks)) for plan in plans],
+        num_encodes=sum(
+            shard_task.num_encodes for plan in plans for shard_task in plan.shard_tasks
+        ),
     )
 
 
@@ -146,21 +151,21 @@ def _write_shards(queue: WorkQueue, encoders: Encoders, job: EncodeJob) -> None:
     todo = [(Path(folder), number) for folder, num in job.caches for number in range(num)]
     if not todo:
         return
-    files: dict[Path, PlanFile] = {}  # those of which a shard is claimed and not written yet
+    files: dict[Path, PlanFile] = {}  # opened when the first shard of a cache is claimed
     with Progress(queue, job.num_encodes) as progress:
         for claimed in queue.claim("shards", len(todo)):
             folder, number = todo[claimed]
             file = files[folder] = files.get(folder) or PlanFile(folder)
-            work, recipe = file.shard(number), file.about["recipe"]
-            write_work_shard(work, folder, encoders, recipe, progress.tick)
+            shard_task, recipe = file.shard(number), file.header["recipe"]
+            encode_shard(shard_task, folder, encoders, recipe, progress.tick)
             progress.shard_done()
         if queue.is_main:
             progress.wait_for(len(todo))
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
-    """Nearly half the time of a scan goes into looking for cycles in lists that have none."""
+def _no_garbage_collection() -> Iterator[None]:
+    """Switch the cycle collector off: it takes nearly half the time of a scan and finds nothing."""
     gc.disable()
     try:
         yield
@@ -181,8 +186,8 @@ def _explain_full_disk(out: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _note_interrupt(plans: list[CachePlan]) -> Iterator[None]:
-    """How far it came; the command line prints it."""
+def _report_interrupt(plans: list[CachePlan]) -> Iterator[None]:
+    """Note how many shards are finished when a run is interrupted; the command line prints it."""
     try:
         yield
     except KeyboardInterrupt as stop:

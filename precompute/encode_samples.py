@@ -16,11 +16,11 @@ from typing import Any, TypeVar
 import torch
 
 from precompute.encoders import Encoders
-from precompute.images.decode import limit_large_images, open_picture
+from precompute.images.decode import limit_large_images, open_image
 from precompute.images.masks import Gray, open_alpha, open_mask, render_mask, shows_anything
 from precompute.images.rejections import explain
 from precompute.images.variants import render_variants
-from precompute.plan.placement import PlannedSample, picture_mark
+from precompute.plan.placement import PlannedSample, short_digest
 from precompute.settings import EncodeSettings
 from runtime.devices import DTYPES, num_cores
 from runtime.files import content_digest
@@ -28,36 +28,35 @@ from runtime.workers import rank_info
 from sdxl.latent_rgb import LatentSums
 from shards.reader import read_ahead
 
-# Errors that are of one file; others (of a disk, of a network) end the run, and it goes on later.
-OF_THE_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP}
+# Errors of one file. Others (of a disk, of a network) end the run, and the next one resumes.
+FILE_ERRNOS = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP}
 R = TypeVar("R")
 S = TypeVar("S")
-# A variant: its image [3, H, W] in -1..1, its mask [1, h, w] in 0..1, empty if it has none, and its
-# sizes [6].
+# A variant: its image [3, H, W] in -1..1, its mask [1, h, w] in 0..1 (empty if it has none), and
+# its sizes [6].
 Pixels = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class EncodedPart:
-    """The tensors of one half, as they are stored, and what its sample's JSON notes of it."""
+    """A sample's latents or text: the tensors as they are stored, and the notes for its JSON."""
 
     tensors: dict[str, torch.Tensor]
     notes: dict[str, Any]
     made_with: list[dict[str, Any]]  # batch sizes and the like: they decide last bits
-    digests: dict[str, str]  # sha256 of what it was made from: "picture", "mask"; "captions"
+    digests: dict[str, str]  # sha256 of its inputs: "picture", "mask"; "captions"
     sums: tuple[LatentSums, ...] = ()  # of latents that were encoded, by variant
 
 
 @dataclass(frozen=True)
 class Failed:
-    """Why a sample has no such half; for good, or until the next run."""
+    """Why a sample has no latents or text: permanently, or until the next run."""
 
     reason: str
     is_permanent: bool = True
-    is_hidden: bool = False  # a mask hides all of its variants
-    digests: dict[str, str] = field(
-        default_factory=dict
-    )  # as of a ``EncodedPart``, where it was read
+    is_hidden: bool = False  # whether a mask hides all of its variants
+    # as in EncodedPart, if the files were read
+    digests: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,22 +70,21 @@ class _Opened:
 def encode_latents(
     members: Sequence[PlannedSample], encoders: Encoders
 ) -> Iterator[EncodedPart | Failed]:
-    """Of each image its latents with their sizes: all variants of an image are one half.
-
-    Its variants are those planned, less those that a mask hides all over.
+    """The latents, masks and sizes of each image, for all of its planned variants but those that a
+    mask hides completely.
 
     Raises:
-        OSError: a file cannot be read now. That is no property of the image: the run ends, and
-            goes on from there the next time.
+        OSError: a file cannot be read now. That says nothing of the image, so the run ends; the
+            next one resumes.
     """
     size, threads = encoders.batch_size, max(1, num_cores() // rank_info().local_size)
     # Each variant is an image in memory.
-    most = max((len(member.variants) for member in members), default=1)
+    max_variants = max((len(member.variants) for member in members), default=1)
     opened = read_ahead(
         lambda member: _open_member(member, encoders.settings),
         members,
         threads,
-        -(-(2 * size + threads) // most),
+        -(-(2 * size + threads) // max_variants),
     )
     digests: deque[dict[str, str]] = deque()
 
@@ -105,8 +103,7 @@ def encode_latents(
         if isinstance(encoded, Failed):
             yield replace(encoded, digests=made_from)
             continue
-        parts = [torch.stack(part) for part in zip(*encoded, strict=True)]
-        mean, std, images, mask, sizes = parts
+        mean, std, images, mask, sizes = map(torch.stack, zip(*encoded, strict=True))
         tensors = {"latents.mean": mean, "latents.std": std}
         if mask.numel():
             tensors["mask"] = mask
@@ -114,11 +111,11 @@ def encode_latents(
             del tensors["latents.std"]
         sums = [*map(_sums_of, mean, images)]
         notes = _notes(sums, len(planned.variants) - len(encoded))
-        half = _stored(tensors, notes, encoders, made_from)
-        if isinstance(half, EncodedPart):
-            half.tensors["sizes"] = sizes
-            half = replace(half, sums=tuple(sums))
-        yield half
+        part = _cast(tensors, notes, encoders, made_from)
+        if isinstance(part, EncodedPart):
+            part.tensors["sizes"] = sizes
+            part = replace(part, sums=tuple(sums))
+        yield part
 
 
 def _sums_of(mean: torch.Tensor, image: torch.Tensor) -> LatentSums:
@@ -137,13 +134,13 @@ def _total(sums: Sequence[LatentSums]) -> LatentSums:
     return functools.reduce(operator.add, sums)
 
 
-def joined(first: EncodedPart, others: EncodedPart) -> EncodedPart:
-    """Latents of a sample's first variants, which lay there, and of its others, just encoded."""
+def join_variants(first: EncodedPart, others: EncodedPart) -> EncodedPart:
+    """The latents of all variants: the first ones were copied, the others just encoded."""
     tensors = {
         name: torch.cat([tensor, others.tensors[name]]) for name, tensor in first.tensors.items()
     }
     sums = [LatentSums.from_json(first.notes["sums"]), *others.sums]
-    num_dropped = sum(half.notes.get("num_dropped_variants", 0) for half in (first, others))
+    num_dropped = sum(part.notes.get("num_dropped_variants", 0) for part in (first, others))
     made_with = [
         *first.made_with,
         *(run_settings for run_settings in others.made_with if run_settings not in first.made_with),
@@ -154,7 +151,7 @@ def joined(first: EncodedPart, others: EncodedPart) -> EncodedPart:
 def encode_texts(
     members: Sequence[PlannedSample], encoders: Encoders
 ) -> Iterator[EncodedPart | Failed]:
-    """Of each sample the embeddings of all its captions."""
+    """The embeddings of all captions of each sample."""
 
     def encode(rows: list[str]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         conditioning = encoders.text.encode(rows, encoders.batch_size)
@@ -169,15 +166,14 @@ def encode_texts(
         tensors = {"prompt_embeds": prompt, "pooled_prompt_embeds": pooled}
         num_cut = sum(map(encoders.text.is_cut, planned.record.captions))
         captions_digest = content_digest(list(planned.record.captions))
-        yield _stored(
-            tensors, {"num_cut_captions": num_cut}, encoders, {"captions": captions_digest}
-        )
+        yield _cast(tensors, {"num_cut_captions": num_cut}, encoders, {"captions": captions_digest})
 
 
 def in_batches(
     groups: Iterable[Sequence[R] | Failed], encode: Callable[[list[R]], list[S]], size: int
 ) -> Iterator[list[S] | Failed]:
-    """Encode the rows of each group, ``size`` at a time, whichever groups they are of."""
+    """Encode the rows of all groups in batches of ``size``, which may run across groups; yield the
+    results of each group. A Failed passes through."""
     waiting: deque[Sequence[R] | Failed] = deque()
     rows: list[R] = []
     done: list[S] = []
@@ -204,13 +200,13 @@ def in_batches(
     yield from finished()
 
 
-def _stored(
+def _cast(
     tensors: dict[str, torch.Tensor],
     notes: dict[str, Any],
     encoders: Encoders,
     digests: dict[str, str],
 ) -> EncodedPart | Failed:
-    """In the dtype of the cache, if that can hold it."""
+    """The tensors in the dtype of the cache, or Failed where one is not finite in it."""
     dtype = encoders.settings.dtype
     cast = {name: tensor.to(DTYPES[dtype]) for name, tensor in tensors.items()}
     for name, tensor in cast.items():
@@ -220,23 +216,23 @@ def _stored(
 
 
 def _open_member(planned: PlannedSample, settings: EncodeSettings) -> _Opened:
-    """Of each variant its pixels, mask and sizes, or why there are none."""
+    """Open an image: pixels, mask and sizes of each variant, or why there are none."""
     record = planned.record
     try:
-        data = record.picture.read()
+        data = record.image.read()
         mask = None if record.mask is None else record.mask.read()
     except ValueError as error:  # it changed
         return _Opened(Failed(str(error), is_permanent=False), {})
     except OSError as error:
-        if error.errno not in OF_THE_FILE:
+        if error.errno not in FILE_ERRNOS:
             raise
         failed = Failed(f"while the dataset was encoded: {explain(error)}", is_permanent=False)
         return _Opened(failed, {})
     digests = {"picture": hashlib.sha256(data).hexdigest()}
     if mask is not None:
         digests["mask"] = hashlib.sha256(mask).hexdigest()
-    marks = [picture_mark(digests.get(name, "")) for name in ("picture", "mask")]
-    if [planned.picture or marks[0], planned.mask] != marks:
+    image, mask_now = (short_digest(digests.get(name, "")) for name in ("picture", "mask"))
+    if (planned.image_digest or image, planned.mask_digest) != (image, mask_now):
         failed = Failed(
             "it changed, and its size and time do not show it; encode again with --rehash",
             is_permanent=False,
@@ -248,10 +244,10 @@ def _open_member(planned: PlannedSample, settings: EncodeSettings) -> _Opened:
 def _open_variants(
     planned: PlannedSample, settings: EncodeSettings, data: bytes, mask: bytes | None
 ) -> list[Pixels] | Failed:
-    """A variant of which the mask shows nothing is dropped: its loss would be zero."""
+    """Render the variants, but for those that the mask hides completely, which have no loss."""
     try:
         with limit_large_images(planned.variants[0].original):
-            images = render_variants(open_picture(data), planned.variants)
+            images = render_variants(open_image(data), planned.variants)
     except Exception as error:  # Pillow raises anything of a bad file
         return Failed(explain(error))
     try:
@@ -274,7 +270,7 @@ def _open_variants(
 def _open_masks(
     data: bytes, mask: bytes | None, planned: PlannedSample, settings: EncodeSettings
 ) -> torch.Tensor:
-    """Of each variant the mask [V, 1, h, w], or nothing [V, 0]."""
+    """The mask of each variant: [V, 1, h, w], or [V, 0] where the image has none."""
     shares: Gray | None = None
     if mask is not None:
         shares = open_mask(mask, planned.variants[0].original)

@@ -1,4 +1,4 @@
-"""One shard: copy what is still right, encode the rest, write it."""
+"""One shard: copy what is still valid, encode the rest, write it."""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -9,13 +9,19 @@ from typing import Any
 import safetensors.torch
 from safetensors import SafetensorError
 
-from precompute.encode_samples import EncodedPart, Failed, encode_latents, encode_texts, joined
+from precompute.encode_samples import (
+    EncodedPart,
+    Failed,
+    encode_latents,
+    encode_texts,
+    join_variants,
+)
 from precompute.encoders import Encoders
 from precompute.images.masks import shows_anything
-from precompute.plan.placement import CHANGING, PlannedSample, picture_mark
+from precompute.plan.placement import UNMATCHED, PlannedSample, short_digest
 from precompute.plan.plan_file import CopySource, SampleTask, ShardTask
 from precompute.plan.reuse import remove_shard
-from precompute.text import text_shape
+from precompute.text_encoding import text_shape
 from sdxl.latent_rgb import LatentSums
 from shards.format import CAPTION_TENSORS, VARIANT_TENSORS, CacheError, Layout, Sample
 from shards.index import Index
@@ -25,41 +31,42 @@ from shards.writer import write_shard
 
 
 class Copies:
-    """Reads from ``replaced/`` of a cache and, of a sample that moved between train and val, of
-    the other one. What is damaged or gone is None, and to be encoded again."""
+    """Reads latents and text from retired shards of a cache or, where a sample moved between train
+    and val, of the other one. It returns None for what is damaged or gone, which is then encoded
+    again."""
 
     def __init__(self, folder: Path) -> None:
         self._cache = folder
         self._open = functools.lru_cache(maxsize=MAX_OPEN_SHARDS)(self._open_shard)
 
     def latents(self, stored: CopySource) -> EncodedPart | None:
-        half = self._half(stored, VARIANT_TENSORS, "latents", ("picture", "mask"))
-        masks = half.tensors.get("mask", ()) if half else ()
+        part = self._read(stored, VARIANT_TENSORS, "latents", ("picture", "mask"))
+        masks = part.tensors.get("mask", ()) if part else ()
         if not all(shows_anything(mask, mask.dtype) for mask in masks):
-            return None  # of an earlier version, which did not drop such variants
-        return half
+            return None  # an earlier version wrote it, which did not drop such variants
+        return part
 
     def text(self, stored: CopySource) -> EncodedPart | None:
-        return self._half(stored, CAPTION_TENSORS, "text", ("captions",))
+        return self._read(stored, CAPTION_TENSORS, "text", ("captions",))
 
-    def _half(
-        self, stored: CopySource, names: tuple[str, ...], half: str, digested: tuple[str, ...]
+    def _read(
+        self, stored: CopySource, names: tuple[str, ...], part: str, digested: tuple[str, ...]
     ) -> EncodedPart | None:
         try:
             shard = self._open(stored.shard, stored.cache)
             if stored.row >= len(shard.index) or shard.index.key(stored.row) != stored.key:
-                return None  # another shard of that name
+                return None  # it is another shard of that name
             members = shard.members(stored.row)
         except CacheError:
             return None
         try:
             tensors = safetensors.torch.load(members["safetensors"])
-            fields = shard.about(stored.row)
-            notes = fields["notes"][half]
-            if half == "latents":
+            fields = shard.metadata(stored.row)
+            notes = fields["notes"][part]
+            if part == "latents":
                 LatentSums.from_json(notes["sums"])
         except (SafetensorError, ValueError, KeyError, TypeError):
-            return None  # it has its digests, and is not what encode writes
+            return None  # its digests are right, but encode did not write it
         kept = {name: tensors[name] for name in names if name in tensors}
         digests = {name: fields["digests"][name] for name in digested if name in fields["digests"]}
         return EncodedPart(kept, notes, shard.index.header["made_with"], digests)
@@ -69,16 +76,16 @@ class Copies:
         return Shard(folder, name, Index(folder / f"{name}.index").sha256)
 
 
-# The samples of one shard: latents and text each copied where they are still right, else encoded.
+# The samples of one shard: latents and text are each copied where they are valid, else encoded.
 
 
 @dataclass
-class Notes:
-    """What a shard's index tells of how its samples were made."""
+class HeaderNotes:
+    """What a shard's index header records of how its samples were made."""
 
     sums: LatentSums
     num_cut_captions: int = 0
-    members: list[list[Any]] = field(default_factory=list)  # all that were to be in it
+    members: list[list[Any]] = field(default_factory=list)  # all that were assigned to it
     rejected: list[list[str]] = field(default_factory=list)
     dropped_variants: list[list[Any]] = field(default_factory=list)  # (path, how many of them)
     made_with: list[dict[str, Any]] = field(default_factory=list)
@@ -96,7 +103,7 @@ class Notes:
         }
 
     def add(self, planned: PlannedSample, latents: EncodedPart, text: EncodedPart) -> None:
-        self.members.append([planned.record.key, *planned.marks])
+        self.members.append([planned.record.key, *planned.fingerprint])
         if num_dropped := latents.notes.get("num_dropped_variants", 0):
             self.dropped_variants.append([planned.record.path, num_dropped])
         self.sums += LatentSums.from_json(latents.notes["sums"])
@@ -106,8 +113,8 @@ class Notes:
                 self.made_with.append(run_settings)
 
     def reject(self, planned: PlannedSample, failed: Failed) -> None:
-        marks = planned.marks if failed.is_permanent else CHANGING
-        self.members.append([planned.record.key, *marks])
+        fingerprint = planned.fingerprint if failed.is_permanent else UNMATCHED
+        self.members.append([planned.record.key, *fingerprint])
         self.rejected.append([planned.record.path, failed.reason])
 
 
@@ -115,23 +122,23 @@ def make_samples(
     tasks: Sequence[SampleTask],
     encoders: Encoders,
     copies: Copies,
-    notes: Notes,
+    notes: HeaderNotes,
     tick: Callable[[bool], None],
 ) -> Iterator[Sample]:
-    """Samples in key order, less those that fail, which ``notes`` names.
+    """Yield the samples in key order, but for those that fail, which ``notes`` records.
 
-    ``tick`` hears of each sample of which something was to be encoded, and whether it failed.
+    ``tick(failed)`` is called for each sample of which something was to be encoded.
     """
-    halves = zip(
+    parts = zip(
         tasks,
-        _halves(tasks, lambda task: task.latents, encode_latents, copies.latents, encoders),
-        _halves(tasks, lambda task: task.text, encode_texts, copies.text, encoders),
+        _copy_or_encode(tasks, lambda task: task.latents, encode_latents, copies.latents, encoders),
+        _copy_or_encode(tasks, lambda task: task.text, encode_texts, copies.text, encoders),
         strict=True,
     )
-    for task, latents, text in halves:
+    for task, latents, text in parts:
         if task.is_encoded:
             tick(isinstance(latents, Failed) or isinstance(text, Failed))
-        planned = _with_marks(task.planned, latents.digests)
+        planned = _with_image_digest(task.planned, latents.digests)
         if isinstance(latents, Failed):
             notes.reject(planned, latents)
         elif isinstance(text, Failed):
@@ -141,9 +148,11 @@ def make_samples(
             yield _join(planned, latents, text)
 
 
-def _with_marks(planned: PlannedSample, digests: dict[str, str]) -> PlannedSample:
-    """The image is known by what was read of it, where it was not hashed before."""
-    return replace(planned, picture=planned.picture or picture_mark(digests.get("picture", "")))
+def _with_image_digest(planned: PlannedSample, digests: dict[str, str]) -> PlannedSample:
+    """Fill in the image's digest where it was hashed only now, when it was encoded."""
+    return replace(
+        planned, image_digest=planned.image_digest or short_digest(digests.get("picture", ""))
+    )
 
 
 def _join(planned: PlannedSample, latents: EncodedPart, text: EncodedPart) -> Sample:
@@ -158,43 +167,44 @@ def _join(planned: PlannedSample, latents: EncodedPart, text: EncodedPart) -> Sa
     )
 
 
-def _halves(
+def _copy_or_encode(
     tasks: Sequence[SampleTask],
-    place: Callable[[SampleTask], CopySource | None],
+    source_of: Callable[[SampleTask], CopySource | None],
     encode: Callable[[Sequence[PlannedSample], Encoders], Iterator[EncodedPart | Failed]],
     copy: Callable[[CopySource], EncodedPart | None],
     encoders: Encoders,
 ) -> Iterator[EncodedPart | Failed]:
-    """One half of each sample, in order."""
+    """The latents, or the text, of each sample, in order."""
     missing = [
-        _missing_part(task.planned, place(task))
+        _without_copied(task.planned, source_of(task))
         for task in tasks
-        if task.reason is None and _is_missing(place(task))
+        if task.reason is None and _is_encoded(source_of(task))
     ]
     encoded = encode(missing, encoders)
     for task in tasks:
-        stored = place(task)
+        stored = source_of(task)
         if task.reason is not None:
             yield Failed(task.reason)
             continue
-        made = next(encoded) if _is_missing(stored) else None
-        if stored is None or (isinstance(made, Failed) and not made.is_hidden):
-            assert made is not None
-            yield made
+        new = next(encoded) if _is_encoded(stored) else None
+        if stored is None or (isinstance(new, Failed) and not new.is_hidden):
+            assert new is not None
+            yield new
             continue
-        half = copy(stored)
-        if half is None or isinstance(made, Failed):  # damaged since; masks hide all that joins
+        copied = copy(stored)
+        if copied is None or isinstance(new, Failed):  # damaged since, or all new ones are hidden
             yield next(encode([task.planned], encoders))
         else:
-            yield half if made is None else joined(half, made)
+            yield copied if new is None else join_variants(copied, new)
 
 
-def _is_missing(stored: CopySource | None) -> bool:
-    """Whether something of a half is to be encoded."""
+def _is_encoded(stored: CopySource | None) -> bool:
+    """Whether anything must be encoded, not only copied."""
     return stored is None or bool(stored.num_variants)
 
 
-def _missing_part(planned: PlannedSample, stored: CopySource | None) -> PlannedSample:
+def _without_copied(planned: PlannedSample, stored: CopySource | None) -> PlannedSample:
+    """The sample with the variants that are to be encoded: all, or those that no copy has."""
     return (
         planned
         if stored is None
@@ -202,36 +212,42 @@ def _missing_part(planned: PlannedSample, stored: CopySource | None) -> PlannedS
     )
 
 
-# The shard: written whole, and then what it alone copied from is removed.
+# The shard: it is written, then the retired shards that it alone copied from are removed.
 
 
-def write_work_shard(
-    work: ShardTask,
+def encode_shard(
+    shard_task: ShardTask,
     folder: Path,
     encoders: Encoders,
     recipe: dict[str, Any],
     tick: Callable[[bool], None],
 ) -> None:
-    """Encode and copy, write and mark; see ``make_samples`` for ``tick``.
+    """Write a shard, tar and index, from copied and encoded samples.
+
+    ``tick`` is called as ``make_samples`` says.
 
     Raises:
-        OSError: a file could not be read or written; the shard is not there then.
+        OSError: a file could not be read or written; then there is no shard of that name.
     """
     text = text_shape(folder)
     layout = Layout(
         dtype=recipe["storage"]["dtype"],
-        latent=(encoders.channels, work.bucket[1] // 8, work.bucket[0] // 8),
+        latent=(encoders.channels, shard_task.bucket[1] // 8, shard_task.bucket[0] // 8),
         prompt=(text["tokens"], text["depth"]),
         pooled=text["pooled"],
     )
-    notes = Notes(LatentSums.empty(encoders.channels))
-    header: dict[str, Any] = {"bucket": work.bucket, "repeats": work.repeats, "recipe": recipe}
+    notes = HeaderNotes(LatentSums.empty(encoders.channels))
+    header: dict[str, Any] = {
+        "bucket": shard_task.bucket,
+        "repeats": shard_task.repeats,
+        "recipe": recipe,
+    }
     copies = Copies(folder)
 
     def samples() -> Iterator[Sample]:
-        yield from make_samples(work.tasks, encoders, copies, notes, tick)
+        yield from make_samples(shard_task.tasks, encoders, copies, notes, tick)
         header.update(notes.to_json())
 
-    write_shard(folder, work.name, samples(), layout, header)
-    for name in work.frees:
+    write_shard(folder, shard_task.name, samples(), layout, header)
+    for name in shard_task.releases:
         remove_shard(folder / REPLACED, name)

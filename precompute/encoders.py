@@ -8,14 +8,14 @@ import torch
 from precompute.latents import LatentEncoder
 from precompute.sanity import measure_drawings
 from precompute.settings import EncodeSettings
-from precompute.text import load_text
+from precompute.text_encoding import load_text
 from runtime.devices import DTYPES, check_bf16, pick_device
 from sdxl.base import Base
 from sdxl.text_encoders import TextEncoders
 
 
 class Encoders:
-    """Both, on one device. ``batch_size`` images or captions at a time, always."""
+    """The VAE and the text encoders on one device, always at the same ``batch_size``."""
 
     def __init__(self, settings: EncodeSettings, base: Base, batch_size: int) -> None:
         self.settings, self.base, self.batch_size = settings, base, batch_size
@@ -25,7 +25,8 @@ class Encoders:
 
     @property
     def made_with(self) -> dict[str, Any]:
-        """What decides the last bits besides the recipe; on a GPU threads do not."""
+        """The run settings that decide the last bits besides the recipe; on a GPU threads do
+        not."""
         made_with = {"batch_size": self.batch_size, "device": self.device.type}
         if self.device.type == "cpu":
             made_with["threads"] = torch.get_num_threads()
@@ -33,7 +34,7 @@ class Encoders:
 
     @property
     def channels(self) -> int:
-        """Of the latents; the VAE need not be loaded for it."""
+        """The number of latent channels, from the config: the VAE need not be loaded."""
         return int(self.base.vae.config.get("latent_channels", 4))
 
     @property
@@ -47,7 +48,8 @@ class Encoders:
 
     @cached_property
     def drawings(self) -> dict[str, Any]:
-        """What this stage makes of the built-in drawings."""
+        """The measures of the built-in drawings, encoded by this stage (see
+        ``precompute.sanity``)."""
         return measure_drawings(self.latents)
 
     @property

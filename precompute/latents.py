@@ -18,21 +18,21 @@ class Posterior:
     std: torch.Tensor
 
     @property
-    def finite(self) -> torch.Tensor:
-        """[N] bool."""
+    def is_finite(self) -> torch.Tensor:
+        """[N] bool: whether all numbers of an image are finite."""
         both = torch.stack([self.mean, self.std])
         return both.isfinite().all(dim=0).flatten(1).all(dim=1)
 
 
 class LatentEncoder:
-    """The VAE's half of the stage, at one fixed batch size."""
+    """Encodes images with the VAE, at one fixed batch size."""
 
     def __init__(
         self, vae: ModelSource, dtype: torch.dtype, device: torch.device, batch_size: int
     ) -> None:
         self._vae: Any = load_vae(vae, dtype).to(device)
         self._source = vae
-        self._upcast: Any = None
+        self._fp32_vae: Any = None
         self.batch_size = batch_size
 
     @property
@@ -40,28 +40,31 @@ class LatentEncoder:
         return int(self._vae.config.latent_channels)
 
     @property
-    def exact(self) -> Any:
-        """The VAE in fp32: itself, or from the files, as weights in half precision are rounded, if
-        not infinite."""
+    def fp32_vae(self) -> Any:
+        """The VAE in fp32: itself, or loaded again from its files, since weights in half precision
+        are rounded, or even infinite."""
         if self._vae.dtype == torch.float32:
             return self._vae
-        if self._upcast is None:
-            self._upcast = load_vae(self._source, torch.float32).to(self._vae.device)
-        return self._upcast
+        if self._fp32_vae is None:
+            self._fp32_vae = load_vae(self._source, torch.float32).to(self._vae.device)
+        return self._fp32_vae
 
     def encode(self, images: torch.Tensor) -> Posterior:
         """Up to ``batch_size`` images [N, 3, H, W] in -1..1.
 
         The batch is always filled up: a VAE's last bits change with the batch size, but not with
-        what else is in the batch. What is not finite is encoded again in fp32.
+        what else is in the batch. An image whose latents are not finite is encoded again in fp32.
         """
         posterior = self._encode(self._vae, images)
-        if self._vae.dtype == torch.float32 or bool(posterior.finite.all()):
+        if self._vae.dtype == torch.float32 or bool(posterior.is_finite.all()):
             return posterior
-        again, finite = self._encode(self.exact, images), posterior.finite.view(-1, 1, 1, 1)
+        again, is_finite = (
+            self._encode(self.fp32_vae, images),
+            posterior.is_finite.view(-1, 1, 1, 1),
+        )
         return Posterior(
-            torch.where(finite, posterior.mean, again.mean),
-            torch.where(finite, posterior.std, again.std),
+            torch.where(is_finite, posterior.mean, again.mean),
+            torch.where(is_finite, posterior.std, again.std),
         )
 
     @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""Preview prompts into a cache: their embeddings, for a trainer that holds no text encoder."""
+"""Writes embeddings of preview prompts into a cache, for a trainer that loads no text encoder."""
 
 import warnings
 from dataclasses import asdict
@@ -7,14 +7,14 @@ from typing import Any
 
 from precompute.encoders import Encoders
 from precompute.recipe import read_text_recipe
-from precompute.text import load_text, text_causes
+from precompute.text_encoding import load_text, text_recipe_digest
 from runtime.devices import DTYPES, exact_fp32, pick_device
 from runtime.files import write_durable
 from runtime.locks import locked
 from sdxl.base import Base, open_base
 from sdxl.prompts import Prompt, read_prompts
 from sdxl.text_encoders import Conditioning, TextEncoders
-from shards.manifest import LOCK, MANIFEST, PROMPTS, read_manifest, renew_side_file
+from shards.manifest import LOCK, MANIFEST, PROMPTS, read_manifest, update_side_file_digest
 from shards.previews import PreviewFile
 
 BATCH_SIZE = 4  # always the same: the last bits of an embedding depend on it
@@ -23,10 +23,10 @@ BATCH_SIZE = 4  # always the same: the last bits of an embedding depend on it
 def change_prompts(
     cache: Path, file: Path, base: str, device: str, tokenizers: Path | None = None
 ) -> tuple[Path, int]:
-    """Put the prompts of ``file`` in the place of a finished cache's, without its dataset.
+    """Replace the preview prompts of a finished cache by those of ``file``, without its dataset.
 
-    Of a cache that is split in two it is ``train`` that previews are drawn for. Returns the file
-    written, and the number of prompts in it.
+    In a cache that is split in two, previews are of ``train``. Returns the file written, and the
+    number of prompts in it.
 
     Raises:
         ValueError: a bad prompt file, an unfinished cache, or one of other text encoders.
@@ -34,7 +34,7 @@ def change_prompts(
     prompts = read_prompts(file)
     is_split = not (cache / MANIFEST).exists() and (cache / "train").is_dir()
     folder = cache / "train" if is_split else cache
-    read_manifest(folder)  # or it is no cache, and not to be locked
+    read_manifest(folder)  # raises where there is no cache, before a lock file is made
     with locked(folder / LOCK):
         recipe = read_manifest(folder)["recipe"]
         opened = open_base(base, tokenizers=tokenizers)
@@ -43,29 +43,35 @@ def change_prompts(
         num_chunks = recipe.get("long_captions", 1)
         encoders = load_text(opened, pick_device(device), num_chunks)
         write_prompts(folder, prompts, encoders, _made_with(recipe, opened))
-        renew_side_file(folder, PROMPTS)
+        update_side_file_digest(folder, PROMPTS)
     return folder / PROMPTS, len(prompts)
 
 
 def sync_prompts(
     folder: Path, prompts: list[Prompt] | None, encoders: Encoders, recipe: dict[str, Any]
 ) -> int:
-    """Encode's part, before it writes the manifest: ``prompts``, or (None) those of before.
+    """Update the preview prompts before encode writes the manifest; with None keep the existing
+    ones.
 
-    Nothing is encoded that is there already, and nothing stays that these text encoders did not
-    make. Returns the number of prompts the cache has.
+    Existing embeddings are not encoded again, and those of other text encoders are removed. Returns
+    the number of prompts in the cache.
     """
     wanted = _made_with(recipe, encoders.base)
-    held = _read_held(folder / PROMPTS)
+    existing = _read_existing(folder / PROMPTS)
     if prompts is not None:
-        same = held and (held.prompts, held.made_with) == ([*map(asdict, prompts)], wanted)
+        same = existing and (existing.prompts, existing.made_with) == (
+            [*map(asdict, prompts)],
+            wanted,
+        )
         if not same:
             write_prompts(folder, prompts, encoders.text, wanted)
         return len(prompts)
-    if held is not None and held.made_with["text"] == wanted["text"]:
-        return len(held.prompts)
+    if existing is not None and existing.made_with["text"] == wanted["text"]:
+        return len(existing.prompts)
     if (folder / PROMPTS).exists():
-        reason = "damaged" if held is None else "made with other text encoders, or in another dtype"
+        reason = (
+            "damaged" if existing is None else "made with other text encoders, or in another dtype"
+        )
         warnings.warn(
             f"{folder / PROMPTS}: {reason}: removed; `python cli.py prompts` makes it again",
             stacklevel=2,
@@ -77,7 +83,7 @@ def sync_prompts(
 def write_prompts(
     folder: Path, prompts: list[Prompt], encoders: TextEncoders, made_with: dict[str, Any]
 ) -> None:
-    """Write ``prompts.safetensors``; the manifest is the caller's.
+    """Write ``prompts.safetensors``; the caller updates the manifest.
 
     Raises:
         ValueError: an embedding is not finite in the cache's dtype.
@@ -112,21 +118,23 @@ def write_prompts(
                 f"{folder / PROMPTS}: the {name} of {prompts[rows.index(False)].text!r} is not "
                 f"finite in {dtype}; change it, or encode the dataset with another --dtype"
             )
-    held = PreviewFile(prompts=[*map(asdict, prompts)], made_with=made_with, tensors=tensors)
-    write_durable(folder / PROMPTS, held.to_bytes())
+    preview_file = PreviewFile(
+        prompts=[*map(asdict, prompts)], made_with=made_with, tensors=tensors
+    )
+    write_durable(folder / PROMPTS, preview_file.to_bytes())
 
 
 def _made_with(recipe: dict[str, Any], base: Base) -> dict[str, Any]:
-    """What decides the embeddings besides the prompts."""
+    """Everything that decides the embeddings besides the prompts."""
     return {
-        "text": text_causes(recipe),
+        "text": text_recipe_digest(recipe),
         "dtype": recipe["storage"]["dtype"],
         "unconditional": "zeros" if base.zeros_for_empty_prompt else "empty",
     }
 
 
-def _read_held(path: Path) -> PreviewFile | None:
-    """The prompts that a cache holds; None where there are none, or damaged ones."""
+def _read_existing(path: Path) -> PreviewFile | None:
+    """The preview prompts of a cache; None if it has none, or they are damaged."""
     try:
         return PreviewFile.from_bytes(path.read_bytes())
     except (OSError, ValueError):
@@ -134,10 +142,10 @@ def _read_held(path: Path) -> PreviewFile | None:
 
 
 def _check_encoders(folder: Path, recipe: dict[str, Any], base: Base) -> None:
-    """Embeddings of another model would look like prompts and mean nothing."""
-    for name, theirs in read_text_recipe(base).items():
-        held = recipe[name]
-        if changed := [part for part in theirs if held.get(part) != theirs[part]]:
+    """Refuse a base whose text encoders are not the cache's: the embeddings would mean nothing."""
+    for name, parts in read_text_recipe(base).items():
+        cached = recipe[name]
+        if changed := [part for part in parts if cached.get(part) != parts[part]]:
             changed_name = (
                 name.replace("text_encoder", "tokenizer") if changed == ["tokenizer"] else name
             )

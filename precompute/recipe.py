@@ -1,4 +1,4 @@
-"""Every setting and model that changes the encoded tensors, by the cause that a rerun names."""
+"""The recipe of a cache: every setting and model that changes the encoded tensors."""
 
 from typing import Any
 
@@ -10,7 +10,8 @@ VAE_CONFIG = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 
 
 def read_recipe(settings: EncodeSettings, base: Base) -> dict[str, Any]:
-    """All that decides the tensors besides images and captions, by cause."""
+    """Everything that decides the tensors besides images and captions, by the cause that a rerun
+    names when it has changed."""
     vae_config = base.vae.config
     mode = "square" if settings.square else "squash" if settings.squash else "buckets"
     preprocessing: dict[str, Any] = {

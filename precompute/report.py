@@ -1,4 +1,4 @@
-"""What an encode prints: its progress, and what it came to."""
+"""What an encode prints: its progress, and a report on each cache."""
 
 import time
 from collections.abc import Iterator
@@ -10,8 +10,8 @@ from tqdm import tqdm
 
 from precompute.dataset.records import Rejected
 from precompute.plan.reuse import Changes
+from runtime.messages import pluralize
 from runtime.signals import StopSignals
-from runtime.text import pluralize
 from runtime.workers import POLL_SECONDS, WorkQueue
 from shards.buckets import bucket_name
 from shards.format import TENSORS
@@ -39,7 +39,7 @@ class Progress:
         self._bar.close()
 
     def tick(self, failed: bool) -> None:
-        """One sample more was tried.
+        """Count one more sample, encoded or failed.
 
         Raises:
             KeyboardInterrupt: the run is to stop.
@@ -52,7 +52,7 @@ class Progress:
         self._count("shards", 1)
 
     def wait_for(self, num_shards: int) -> None:
-        """The main process's last part: until all shards are written, whoever writes them."""
+        """Wait until all shards are written, by whichever process."""
         while self._count("shards", 0) < num_shards:
             time.sleep(POLL_SECONDS)
             self._stops.check()
@@ -77,7 +77,7 @@ NOUNS = {  # of one sample, and of several
 
 @dataclass
 class Report:
-    """What one cache came to."""
+    """Counts of one finished cache, and what changed in it."""
 
     folder: Path
     changes: Changes = field(default_factory=Changes)
@@ -97,7 +97,7 @@ class Report:
 
     @property
     def rejected_share(self) -> float:
-        """Of all that the dataset named."""
+        """The share of the dataset's images that were rejected."""
         return len(self.rejected) / max(1, len(self.rejected) + self.num_samples)
 
     def add(self, index: Index) -> None:
@@ -134,7 +134,7 @@ def summarize(changes: Changes) -> str:
 
 
 def describe(report: Report, num_chunks: int) -> Iterator[str]:
-    """Lines for people; captions have ``num_chunks`` chunks."""
+    """The lines that describe a report; captions have ``num_chunks`` chunks."""
     yield (
         f"\n{report.folder}: {pluralize(report.num_samples, 'image')} in "
         f"{pluralize(report.num_shards, 'shard')}, "

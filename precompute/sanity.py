@@ -1,7 +1,7 @@
 """Checks the stage's latents against the bare VAE, by a second, independent code path.
 
-A cache once went round whose latents were encoded without the images' normalization: losses
-looked as ever. So built-in drawings go through the whole stage, and beside it, from their 8-bit
+Latents that are encoded without the images' normalization train with losses that look as usual.
+So built-in drawings go through the whole stage, and beside it, from their 8-bit
 pixels, through diffusers' VAE alone with a scaling of its own; and what is stored of some images
 is compared with what the VAE alone gives of their files. The stage is measured by the VAE, not by
 an ideal: a VAE of random weights raises no alarm.
@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image, ImageDraw
 
-from precompute.images.decode import ORIENTATION, open_picture
+from precompute.images.decode import ORIENTATION, open_image
 from precompute.images.variants import render
 from precompute.latents import LatentEncoder, Posterior
 from shards.buckets import Geometry, cover
@@ -26,30 +26,30 @@ from shards.buckets import Geometry, cover
 Pixels = npt.NDArray[np.uint8]
 SIDE = 64  # of a drawing, pixels
 WINDOW = 16  # latent pixels: the middle of an image, which is decoded back
-MOST_ERROR = 0.1  # of the latents' norm; storing in bf16 costs 0.002, a VAE in bf16 about 0.01
-MOST_FACTOR = 1.25  # of the posterior's std, which in half precision is known less well
-ALIKE = 0.01  # an error that decodes to the same
-MOST_LOSS = 1.0  # dB
+MAX_ERROR = 0.1  # of the latents' norm; storing in bf16 costs 0.002, a VAE in bf16 about 0.01
+MAX_STD_FACTOR = 1.25  # of the posterior's std, which in half precision is known less well
+NEGLIGIBLE_ERROR = 0.01  # latents this close decode to the same image
+MAX_PSNR_LOSS = 1.0  # dB
 SPREAD = (0.2, 5.0)  # standard deviation of scaled latents: the UNet expects about 1
 
 
 def measure_drawings(encoder: LatentEncoder) -> dict[str, Any]:
-    """What the stage makes of the built-in drawings.
+    """Encode the built-in drawings and compare the latents with those of the VAE alone.
 
     ``error`` is how far the latents are from those of the VAE alone, as a share of their norm;
     ``scale`` and ``std_scale`` how many times as large they and the posterior's std are; ``mean``
     and ``std`` [C] of each latent channel; ``psnr`` of the drawings decoded back, in dB.
     """
-    drawings = draw()
+    drawings = make_drawings()
     pixels = torch.stack(
-        [render(open_picture(_png(drawing)), _whole(drawing)) for drawing in drawings]
+        [render(open_image(_encode_png(drawing)), _uncropped(drawing)) for drawing in drawings]
     )
     parts = [encoder.encode(part) for part in torch.split(pixels, encoder.batch_size)]
     posterior = Posterior(torch.cat([p.mean for p in parts]), torch.cat([p.std for p in parts]))
-    bare_mean, bare_std = _bare_encode(
-        encoder.exact, torch.cat([_tensor(drawing) for drawing in drawings])
+    bare_mean, bare_std = _encode_independently(
+        encoder.fp32_vae, torch.cat([_tensor(drawing) for drawing in drawings])
     )
-    decoded = _bare_decode(encoder.exact, posterior.mean)
+    decoded = _decode_independently(encoder.fp32_vae, posterior.mean)
     wanted = torch.cat([_tensor(drawing) for drawing in drawings])
     return {
         "error": round(_error(posterior.mean, bare_mean), 4),
@@ -61,12 +61,12 @@ def measure_drawings(encoder: LatentEncoder) -> dict[str, Any]:
     }
 
 
-def measure_picture(
+def measure_image(
     encoder: LatentEncoder, path: str, data: bytes, geometry: Geometry, stored: torch.Tensor
 ) -> dict[str, Any] | None:
-    """What became of one image; None: take another one.
+    """Compare one image's stored latents with the VAE's; None if the image cannot be compared.
 
-    ``data`` is the file, ``stored`` [C, h, w] what the cache holds for ``geometry``. Only plain
+    ``data`` is the file, ``stored`` [C, h, w] the cache's latents for ``geometry``. Only plain
     images can be opened by another way: 8 bits, RGB or gray, upright, opaque, without a profile.
     ``psnr`` is of the middle of the image, decoded from ``stored``; ``bare_psnr`` from the
     latents that the VAE alone gives, where those differ.
@@ -77,31 +77,33 @@ def measure_picture(
     resized = np.asarray(opened.resize(geometry.resized, Image.Resampling.LANCZOS))
     _, _, top, left, height, width = geometry.sizes
     wanted = _tensor(resized[top : top + height, left : left + width])
-    mine, (bare, _) = stored[None].float(), _bare_encode(encoder.exact, wanted)
-    h, w = mine.shape[-2:]
+    latents, (bare, _) = stored[None].float(), _encode_independently(encoder.fp32_vae, wanted)
+    h, w = latents.shape[-2:]
     y, x = max(0, (h - WINDOW) // 2), max(0, (w - WINDOW) // 2)
     window = (..., slice(y, y + WINDOW), slice(x, x + WINDOW))
     part = (..., slice(8 * y, 8 * (y + WINDOW)), slice(8 * x, 8 * (x + WINDOW)))
     measures: dict[str, Any] = {
         "path": path,
-        "error": round(_error(mine, bare), 4),
-        "scale": round(_scale(mine, bare), 3),
-        "psnr": _psnr(_bare_decode(encoder.exact, mine[window]), wanted[part]),
+        "error": round(_error(latents, bare), 4),
+        "scale": round(_scale(latents, bare), 3),
+        "psnr": _psnr(_decode_independently(encoder.fp32_vae, latents[window]), wanted[part]),
     }
-    if measures["error"] > ALIKE:
-        measures["bare_psnr"] = _psnr(_bare_decode(encoder.exact, bare[window]), wanted[part])
+    if measures["error"] > NEGLIGIBLE_ERROR:
+        measures["bare_psnr"] = _psnr(
+            _decode_independently(encoder.fp32_vae, bare[window]), wanted[part]
+        )
     return measures
 
 
 def alarms_of_drawings(measures: dict[str, Any]) -> list[str]:
     """What ``measure_drawings`` shows to be wrong, a line each; empty if all is as it should be."""
     lines = []
-    if measures["error"] > MOST_ERROR:
+    if measures["error"] > MAX_ERROR:
         lines.append(
             f"built-in drawings become latents that are {measures['error']:.0%} off those of the "
             f"VAE alone ({measures['scale']:g} times as large): the encode stage is at fault"
         )
-    if not 1 / MOST_FACTOR <= measures["std_scale"] <= MOST_FACTOR:
+    if not 1 / MAX_STD_FACTOR <= measures["std_scale"] <= MAX_STD_FACTOR:
         lines.append(
             f"the posterior's std of built-in drawings is {measures['std_scale']:g} times that of "
             "the VAE alone: the encode stage is at fault"
@@ -115,15 +117,15 @@ def alarms_of_drawings(measures: dict[str, Any]) -> list[str]:
     return lines
 
 
-def alarms_of_picture(measures: dict[str, Any]) -> list[str]:
-    """The same of what ``measure_picture`` gave."""
+def alarms_of_image(measures: dict[str, Any]) -> list[str]:
+    """What ``measure_image`` shows to be wrong, a line each."""
     lines = []
-    if measures["error"] > MOST_ERROR:
+    if measures["error"] > MAX_ERROR:
         lines.append(
             f"{measures['path']}: its latents are {measures['error']:.0%} off those that the VAE "
             f"gives of the file opened by another way ({measures['scale']:g} times as large)"
         )
-    if measures.get("bare_psnr", measures["psnr"]) - measures["psnr"] > MOST_LOSS:
+    if measures.get("bare_psnr", measures["psnr"]) - measures["psnr"] > MAX_PSNR_LOSS:
         lines.append(
             f"{measures['path']}: its latents decode to {measures['psnr']:g} dB of the image, "
             f"where those of the VAE alone come to {measures['bare_psnr']:g} dB"
@@ -131,7 +133,7 @@ def alarms_of_picture(measures: dict[str, Any]) -> list[str]:
     return lines
 
 
-def draw() -> list[Pixels]:
+def make_drawings() -> list[Pixels]:
     """Two drawings [SIDE, SIDE, 3]: shapes on a slope of colors, and stripes. No two channels
     are alike, and neither is symmetric."""
     y, x = np.mgrid[0:SIDE, 0:SIDE] / (SIDE - 1)
@@ -149,13 +151,13 @@ def draw() -> list[Pixels]:
     return [np.asarray(first), np.asarray(second)]
 
 
-def _png(pixels: Pixels) -> bytes:
+def _encode_png(pixels: Pixels) -> bytes:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
     return file.getvalue()
 
 
-def _whole(pixels: Pixels) -> Geometry:
+def _uncropped(pixels: Pixels) -> Geometry:
     size = (pixels.shape[1], pixels.shape[0])
     return cover(size, size)
 
@@ -184,7 +186,7 @@ def _constants(vae: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @torch.inference_mode()
-def _bare_encode(vae: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _encode_independently(vae: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Scaled mean and std [N, C, h, w] fp32 on the CPU, of the VAE alone, one image at a time."""
     shift, scale = _constants(vae)
     posteriors = [vae.encode(image[None].to(vae.device, vae.dtype)).latent_dist for image in pixels]
@@ -194,23 +196,23 @@ def _bare_encode(vae: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Te
 
 
 @torch.inference_mode()
-def _bare_decode(vae: Any, latents: torch.Tensor) -> torch.Tensor:
+def _decode_independently(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     shift, scale = _constants(vae)
     plain = (latents / scale + shift).to(vae.device, vae.dtype)
     return torch.cat([vae.decode(latent[None]).sample.float().cpu() for latent in plain])
 
 
-def _error(mine: torch.Tensor, bare: torch.Tensor) -> float:
-    error = float((mine - bare).norm() / bare.norm().clamp_min(1e-12))
+def _error(latents: torch.Tensor, bare: torch.Tensor) -> float:
+    error = float((latents - bare).norm() / bare.norm().clamp_min(1e-12))
     return error if math.isfinite(error) else 1.0
 
 
-def _scale(mine: torch.Tensor, bare: torch.Tensor) -> float:
-    scale = float((mine * bare).sum() / bare.square().sum().clamp_min(1e-12))
+def _scale(latents: torch.Tensor, bare: torch.Tensor) -> float:
+    scale = float((latents * bare).sum() / bare.square().sum().clamp_min(1e-12))
     return scale if math.isfinite(scale) else 0.0
 
 
 def _psnr(images: torch.Tensor, wanted: torch.Tensor) -> float:
-    """In dB of 8-bit white; 0 at worst, and of what is not finite."""
+    """PSNR in dB for images in -1..1; 0 for images that are not finite."""
     error = float(((images.clamp(-1, 1) - wanted) / 2).square().mean())
     return round(-10 * float(np.log10(max(error, 1e-10))), 2) if math.isfinite(error) else 0.0

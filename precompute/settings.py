@@ -1,4 +1,4 @@
-"""What the encode stage can be told. Imports no torch: ``--help`` is made from it."""
+"""The settings of the encode stage. Imports no torch: ``--help`` is made from them."""
 
 from dataclasses import MISSING, dataclass
 from pathlib import Path
@@ -8,8 +8,8 @@ from runtime.options import option
 from runtime.workers import check_gpus
 from sdxl.base import BASE_HELP, TOKENIZERS_HELP
 
-MOST_CROPS = 1000
-MOST_CHUNKS = 4000  # of captions an image: 1.3 GB in two bytes; an index counts to 4 GB
+MAX_CROPS = 1000
+MAX_CHUNKS = 4000  # of captions an image: 1.3 GB in two bytes; an index counts to 4 GB
 Dtype = Literal["fp16", "bf16", "fp32"]
 
 
@@ -208,12 +208,12 @@ class EncodeSettings:
                 raise ValueError(f"--{flag} must be at least {smallest}, not {value}")
         if not 1 <= self.long_captions <= 32:
             raise ValueError(f"--long-captions must be from 1 to 32, not {self.long_captions}")
-        if self.crops > MOST_CROPS:
-            raise ValueError(f"--crops must be at most {MOST_CROPS}, not {self.crops}")
-        if self.shuffle_tags * self.long_captions > MOST_CHUNKS:
+        if self.crops > MAX_CROPS:
+            raise ValueError(f"--crops must be at most {MAX_CROPS}, not {self.crops}")
+        if self.shuffle_tags * self.long_captions > MAX_CHUNKS:
             raise ValueError(
                 f"--shuffle-tags {self.shuffle_tags} of --long-captions {self.long_captions} are "
-                f"more than {MOST_CHUNKS} chunks an image"
+                f"more than {MAX_CHUNKS} chunks an image"
             )
         if self.keep_tokens and not self.shuffle_tags:
             raise ValueError("--keep-tokens goes with --shuffle-tags")

@@ -1,4 +1,4 @@
-"""Contact sheets of a cache: what was encoded, and what was cut away, seen without the VAE."""
+"""Contact sheets of a cache: what was encoded and what was cropped away, drawn without the VAE."""
 
 from collections.abc import Iterator
 from itertools import islice
@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from sdxl.contact_sheet import MOST, TILE, contact_sheet
+from sdxl.contact_sheet import MAX_TILES, TILE, contact_sheet
 from sdxl.latent_rgb import latents_to_rgb
 from shards.buckets import bucket_name, cover
 from shards.format import CacheError
 from shards.reader import Cache, Shard
 
-MOST_PIXELS = 1_000_000  # of a side
+MAX_PIXELS = 1_000_000  # of a side
 CUT_AWAY, FRAME, BOX = (205, 205, 205), (120, 120, 120), (230, 0, 90)
 
 
@@ -31,7 +31,7 @@ def write_sheets(cache: Cache, out: Path) -> Iterator[Path]:
         shards.setdefault(bucket_name(shard.index.header["bucket"]), []).append(shard)
     out.mkdir(parents=True, exist_ok=True)
     for bucket, members in sorted(shards.items()):
-        tiles = [*islice(_tiles(cache, members), MOST)]
+        tiles = [*islice(_tiles(cache, members), MAX_TILES)]
         path = out / f"{bucket}.png"
         contact_sheet(tiles).save(path)
         yield path
@@ -44,7 +44,7 @@ def _tiles(cache: Cache, shards: list[Shard]) -> Iterator[tuple[Image.Image, str
     for shard in shards:
         layout = shard.index.layout
         for row in range(len(shard.index)):
-            fields = shard.about(row)
+            fields = shard.metadata(row)
             for number in range(int(shard.index.records[row]["num_variants"])):
                 latents = torch.empty(layout.latent, dtype=torch.float32)
                 sizes = torch.empty(6, dtype=torch.int32)
@@ -52,14 +52,14 @@ def _tiles(cache: Cache, shards: list[Shard]) -> Iterator[tuple[Image.Image, str
                 shard.read_into(sizes, row, "sizes", number)
                 colors = latents_to_rgb(latents[None], weight, bias)[0]
                 place = [int(value) for value in sizes]
-                if min(*place[:2], *place[4:]) < 1 or max(map(abs, place)) > MOST_PIXELS:
+                if min(*place[:2], *place[4:]) < 1 or max(map(abs, place)) > MAX_PIXELS:
                     raise CacheError(f"{shard.path}: sample {row}: its sizes are {place}")
                 text = f"{place[1]}x{place[0]}  {fields['captions'][0]}"
                 yield frame(colors, place, is_squashed), text
 
 
 def frame(colors: torch.Tensor, sizes: list[int], is_squashed: bool = False) -> Image.Image:
-    """An image in the frame it was cut from, which is gray where it was cut away.
+    """A cached crop within the frame of its whole image, which is gray where it was cropped away.
 
     ``colors`` [3, h, w] in 0..1; ``sizes`` as a sample has them. The crop is boxed. What was
     squashed keeps the shape of its bucket: nothing was cut away.

@@ -1,7 +1,7 @@
-"""Compares what a finished cache stores of a few images with what the VAE gives of their files.
+"""Compares the stored latents of a few images with those that the VAE gives for their files.
 
-Which images those are, and what is measured, follows from what the cache holds alone: not from
-who encoded it, nor in how many runs.
+Which images are taken, and what is measured, follows from the cache's contents alone, whoever
+encoded it and in however many runs.
 """
 
 import heapq
@@ -17,15 +17,15 @@ import torch
 
 from precompute.encoders import Encoders
 from precompute.plan.placement import PlannedSample, ShardPlan
-from precompute.sanity import alarms_of_drawings, alarms_of_picture, measure_picture
+from precompute.sanity import alarms_of_drawings, alarms_of_image, measure_image
 from runtime.files import content_digest
 from shards.format import CacheError
 from shards.index import Index
 from shards.manifest import read_manifest
 from shards.reader import Shard
 
-NUM_PICTURES = 3
-NUM_CANDIDATES = 16  # some may have been rejected, or are of a kind that cannot be compared
+NUM_CHECKED = 3  # images
+NUM_CANDIDATES = 16  # some may have been rejected, or cannot be compared
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,14 +40,14 @@ class Candidate:
         return self.planned.record.key
 
 
-def first_pictures(shards: Iterable[ShardPlan]) -> list[Candidate]:
-    """The candidates of a cache, in key order."""
+def choose_candidates(shards: Iterable[ShardPlan]) -> list[Candidate]:
+    """The images of a cache that may be checked: the first ones in key order."""
     members = (Candidate(shard.name, member) for shard in shards for member in shard.members)
     return heapq.nsmallest(NUM_CANDIDATES, members, key=lambda candidate: candidate.key)
 
 
 def earlier_checks(folder: Path) -> dict[str, Any]:
-    """What the manifest of a finished cache says of them."""
+    """The checks that the manifest of a finished cache records; empty where there is none."""
     try:
         return dict(read_manifest(folder).get("sanity", {}))
     except CacheError:
@@ -58,25 +58,25 @@ def check_cache(
     folder: Path,
     recipe: dict[str, Any],
     candidates: list[Candidate],
-    marks: dict[str, list[Any]],
+    fingerprints: dict[str, list[Any]],
     before: dict[str, Any],
     encoders: Encoders,
 ) -> dict[str, Any]:
-    """``sanity`` of the manifest; warns of what is off.
+    """The manifest's ``sanity`` entry; warns of measures out of bounds.
 
-    ``marks`` of each sample by key are what it was made from. The VAE is loaded if ``before`` is of
-    other images, or made in another way.
+    ``fingerprints`` are by key. ``before`` is the entry of an earlier run: it is kept, and the VAE
+    is not loaded, if it is of the same images and was made in the same way.
     """
     parts = [recipe[name] for name in ("preprocessing", "vae", "storage")]
     digest = content_digest(
-        [*parts, *([candidate.key, *marks[candidate.key][:3]] for candidate in candidates)]
+        [*parts, *([candidate.key, *fingerprints[candidate.key][:3]] for candidate in candidates)]
     )
     if before.get("of") != digest:
-        measured = (_check_picture(folder, candidate, encoders) for candidate in candidates)
-        images = [*islice((image for image in measured if image is not None), NUM_PICTURES)]
+        measured = (_check_image(folder, candidate, encoders) for candidate in candidates)
+        images = [*islice((image for image in measured if image is not None), NUM_CHECKED)]
         before = {"of": digest, "drawings": encoders.drawings, "pictures": images}
     warn_of_drawings(before["drawings"])
-    _warn(line for image in before["pictures"] for line in alarms_of_picture(image))
+    _warn(line for image in before["pictures"] for line in alarms_of_image(image))
     return before
 
 
@@ -89,8 +89,8 @@ def _warn(lines: Iterable[str]) -> None:
         warnings.warn(f"DO NOT TRAIN ON THIS CACHE: {line}", stacklevel=1)
 
 
-def _check_picture(folder: Path, candidate: Candidate, encoders: Encoders) -> dict[str, Any] | None:
-    """None where it was rejected, or is of a kind that cannot be compared."""
+def _check_image(folder: Path, candidate: Candidate, encoders: Encoders) -> dict[str, Any] | None:
+    """Measure one image; None where it was rejected, or is of a kind that cannot be compared."""
     record = candidate.planned.record
     index = Index(folder / f"{candidate.shard}.index")
     row = int(np.searchsorted(index.records["key"], record.key.encode()))
@@ -99,10 +99,10 @@ def _check_picture(folder: Path, candidate: Candidate, encoders: Encoders) -> di
     if index.records["num_variants"][row] != len(candidate.planned.variants):
         return None  # which of them were dropped is not known here
     try:
-        data = record.picture.read()
+        data = record.image.read()
     except (OSError, ValueError):  # gone or changed since
         return None
     stored = torch.empty(index.layout.latent)
     Shard(folder, candidate.shard, index.sha256).read_into(stored, row, "latents.mean")
     geometry = candidate.planned.variants[0]
-    return measure_picture(encoders.latents, record.path, data, geometry, stored)
+    return measure_image(encoders.latents, record.path, data, geometry, stored)

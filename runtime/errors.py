@@ -10,8 +10,8 @@ from contextlib import contextmanager
 
 import click
 
+from runtime.messages import printable
 from runtime.signals import Stopped, Terminated, raise_terminated
-from runtime.text import printable
 from runtime.workers import is_main_process, process_label
 
 

@@ -17,8 +17,8 @@ from typing import Any, Literal
 import click
 from click.core import ParameterSource
 
-from runtime.documents import parse_toml
-from runtime.text import shortened
+from runtime.messages import shortened
+from runtime.parsing import parse_toml
 
 LIMIT = 2**64  # of whole numbers: the largest that any option takes is a 64-bit seed
 MAX_MESSAGE = 500  # characters about an option in a recipe

@@ -1,4 +1,4 @@
-"""Open a base model once: where its parts lie, and whether they are SDXL's. Imports no torch."""
+"""Opens a base model once: finds its parts and checks that they are SDXL's. Imports no torch."""
 
 import re
 import warnings
@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from runtime.documents import read_bounded, read_json_object
+from runtime.parsing import read_bounded, read_json_object
 from sdxl import BaseError
 from sdxl.checks import check_channels, check_config
 from sdxl.hub import Snapshot
@@ -44,7 +44,7 @@ _CONFIGS = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config
 
 
 def base_path(given: str) -> Path:
-    """Where a base would lie on this machine; of a hub id there is nothing at this path."""
+    """The path of a base on this machine; for a hub id nothing exists at it."""
     return MINIATURE_FOLDER if given == MINIATURE else Path(given)
 
 
@@ -53,9 +53,9 @@ def open_base(
 ) -> "Base":
     """Open a base: a diffusers folder, one file, a hub id, or ``miniature``.
 
-    ``vae`` takes the place of the base's VAE: a VAE's folder or file, or a base that has one.
-    ``tokenizers`` takes the place of its tokenizers. Of a hub id the commit is fixed here, and a
-    component is downloaded when it is first asked for.
+    ``vae`` replaces the base's VAE: a VAE's folder or file, or a base that has one. ``tokenizers``
+    replaces its tokenizers. The commit of a hub id is fixed here, and a component is downloaded
+    when it is first needed.
 
     Raises:
         BaseError: there is no such base, its file cannot be read, or it is of something else.
@@ -78,7 +78,7 @@ def _is_file_name(path: Path) -> bool:
 
 @dataclass(eq=False)
 class ModelSource:
-    """Where one of SDXL's models lies: a base's, or one alone, such as the UNet that
+    """The files of one of SDXL's models: a base's, or one alone, such as the UNet that
     ``train --full`` saved."""
 
     component: str  # such as "unet"
@@ -87,10 +87,10 @@ class ModelSource:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """What the model is made by.
+        """The model's config.
 
         Raises:
-            BaseError: there is none, or it is not of SDXL's architecture; says what was found.
+            BaseError: it is missing, or not of SDXL's architecture; says what was found.
         """
         if self.file is not None:
             config = self.file.config(self.component)
@@ -99,7 +99,7 @@ class ModelSource:
             stated = config.get("_class_name") or config.get("architectures") or "nothing"
             class_name = ", ".join(map(str, stated)) if isinstance(stated, list) else str(stated)
             expected = CLASSES[self.component]
-            if class_name != expected:  # a file says it by its tensors' names
+            if class_name != expected:  # a single file shows it by its tensors' names
                 raise BaseError(f"{self.path}: no SDXL: a {class_name}, where SDXL has {expected}")
         if self.component == "unet":
             _check_unet(self.path, config)
@@ -108,8 +108,8 @@ class ModelSource:
 
 @dataclass(eq=False)
 class Base:
-    """A base model, opened by ``open_base``. It lies in one of three: ``folder``, ``file`` or
-    ``snapshot``. A component that it lacks is an error when it is asked for, and not before."""
+    """A base model, opened by ``open_base``; one of ``folder``, ``file`` and ``snapshot`` is set. A
+    missing component is an error when it is needed, and not before."""
 
     given: str  # the user's name for it; messages begin with it
     folder: Path | None = None
@@ -124,7 +124,7 @@ class Base:
 
     @property
     def name(self) -> str:
-        """What to call it: its folder's or file's name, or its hub id; never where it lies."""
+        """Its folder's or file's name, or its hub id; never its path."""
         if self.snapshot is not None:
             return self.snapshot.repo
         path = base_path(self.given).resolve()
@@ -132,7 +132,7 @@ class Base:
 
     @property
     def pinned(self) -> str:
-        """What another process opens to have the same: of a hub id with its commit."""
+        """The name by which another process opens the same base: a hub id with its commit."""
         return self.given if self.snapshot is None else self.snapshot.pinned
 
     @property
@@ -184,11 +184,11 @@ class Base:
         return folder
 
     def tokenizer(self, name: str) -> TokenizerFiles:
-        """The files of ``tokenizer`` or ``tokenizer_2``: those given in their place, or its own; a
-        single file has none, and takes SDXL's.
+        """The files of ``tokenizer`` or ``tokenizer_2``: the ones given for it, or its own; SDXL's
+        for a single file, which has none.
 
         Raises:
-            BaseError: they are nowhere.
+            BaseError: they cannot be found.
         """
         if self.given_tokenizers is not None:
             return given_tokenizer(base_path(str(self.given_tokenizers)), name)
@@ -202,7 +202,7 @@ class Base:
 
     @cached_property
     def scheduler_config(self) -> dict[str, Any]:
-        """Its noise schedule, and what its UNet predicts; SDXL's own where a folder has none."""
+        """Its noise schedule and prediction type; SDXL's own if a folder has none."""
         if self.file is not None:
             return self.file.scheduler_config()
         if self.snapshot is not None:
@@ -239,7 +239,7 @@ class Base:
 
     @cached_property
     def license(self) -> str | None:
-        """The license that it states: in its model card, or in a file's metadata."""
+        """The license stated in its model card, or in a file's metadata."""
         if self.file is not None:
             return self.file.metadata.get("modelspec.license") or None
         if self.snapshot is not None:
@@ -259,7 +259,7 @@ class Base:
 
 
 def open_vae(given: str) -> ModelSource:
-    """A VAE: in a folder or file of its own, or that of a base.
+    """Open a VAE: its own folder or file, or the one of a base.
 
     Raises:
         BaseError: there is no VAE of SDXL's kind.
@@ -270,7 +270,7 @@ def open_vae(given: str) -> ModelSource:
 
 
 def _check_unet(path: Path, config: dict[str, Any]) -> None:
-    """Refuse a UNet that takes something else than SDXL's does."""
+    """Refuse a UNet whose inputs are not SDXL's."""
     if missing := [key for key in _REQUIRED_KEYS if key not in config]:
         raise BaseError(f"{path}: no SDXL: its config has no {', '.join(missing)}")
     addition, channels = config.get("addition_embed_type"), config.get("in_channels")
@@ -316,8 +316,8 @@ class Weights:
 
 
 def find_weights(folder: Path) -> Weights:
-    """The files that loading takes: the plain ones, else the fp16 ones, else those of the only
-    other variant there is (``diffusion_pytorch_model.non_ema.safetensors``); never a pickle.
+    """The files to load: the plain ones, else the fp16 ones, else those of the only other variant
+    (``diffusion_pytorch_model.non_ema.safetensors``); never a pickle.
 
     Raises:
         BaseError: there are none, or several variants and no plain one.

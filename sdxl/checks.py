@@ -42,8 +42,8 @@ _FILE_SIGNATURES = (  # by the first bytes
 )
 
 
-def content_of(head: bytes) -> str:
-    """What a file is that is no safetensors file, by its first bytes; empty where unknown."""
+def describe_foreign_file(head: bytes) -> str:
+    """What a file that is no safetensors file is, by its first bytes; empty if unknown."""
     return next((content for start, content in _FILE_SIGNATURES if head.startswith(start)), "")
 
 
@@ -90,9 +90,9 @@ def _is_context(name: str, shape: tuple[int, ...]) -> bool:
 # Configs
 # -------
 
-MOST = 1_000_000  # no number in any of these configs is larger
-MOST_LAYERS = 256
-MOST_DEPTH = 6  # lists in lists: a UNet has at most two of them
+MAX_NUMBER = 1_000_000  # no number in any of these configs is larger
+MAX_LAYERS = 256
+MAX_DEPTH = 6  # lists in lists: a UNet has at most two of them
 _LAYER_FIELDS = (
     "layers_per_block",
     "num_hidden_layers",
@@ -130,13 +130,13 @@ _FIELD_KINDS: dict[str, dict[str, str]] = {
 
 
 def check_config(where: str | Path, component: str, config: dict[str, Any]) -> None:
-    """Refuse a config with values that no SDXL has. What it does not say is the library's to say.
+    """Refuse a config with values that no SDXL has. Missing fields are left to the library.
 
     Raises:
         BaseError: names ``where`` and the field.
     """
     for name, value in config.items():
-        if not _is_plain(value, MOST_LAYERS if name in _LAYER_FIELDS else MOST):
+        if not _is_plain(value, MAX_LAYERS if name in _LAYER_FIELDS else MAX_NUMBER):
             raise BaseError(f"{where}: its {name[:60]} holds numbers or lists that no SDXL has")
     for name, kind in _FIELD_KINDS[component].items():
         value = config.get(name)
@@ -144,7 +144,7 @@ def check_config(where: str | Path, component: str, config: dict[str, Any]) -> N
             raise BaseError(f"{where}: its {name} must be {kind}, not {_shown(value)}")
 
 
-def _is_plain(value: Any, most: int, depth: int = MOST_DEPTH) -> bool:
+def _is_plain(value: Any, most: int, depth: int = MAX_DEPTH) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float | list | dict):
         return True
     if isinstance(value, int | float):

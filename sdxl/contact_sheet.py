@@ -1,4 +1,4 @@
-"""Images with their prompts, at a glance."""
+"""One image that shows many, with their prompts below."""
 
 import math
 from bisect import bisect_right
@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 TILE = 256  # pixels
 LINE = 18  # pixels under each tile, for its prompt
-MOST = 100  # images on one sheet
+MAX_TILES = 100  # images on one sheet
 
 
 def contact_sheet(
@@ -20,7 +20,7 @@ def contact_sheet(
     ``tile`` is a tile's side in pixels; tiles are lower where all images are. A file is opened
     when its turn comes.
     """
-    shown = [(_fit(image, tile), prompt) for image, prompt in images[:MOST]]
+    shown = [(_fit(image, tile), prompt) for image, prompt in images[:MAX_TILES]]
     columns = math.ceil(math.sqrt(len(shown)))
     rows = math.ceil(len(shown) / columns)
     high = max(fitted.height for fitted, _ in shown)
@@ -49,7 +49,7 @@ def _cut(
     pen: ImageDraw.ImageDraw,
     font: ImageFont.ImageFont | ImageFont.FreeTypeFont,
 ) -> str:
-    """As much of a prompt's start as ``width`` pixels take, on one line."""
+    """As much of a prompt's start as fits in ``width`` pixels, on one line."""
     # A prompt may be as long as a book; at a pixel a letter this is more than fits.
     line = " ".join(prompt[: 20 * width].split())[:width]
     num = bisect_right(

@@ -63,13 +63,13 @@ def tensors_digest(source: ModelSource) -> str:
 
 
 def _tensors(source: ModelSource) -> Iterator[tuple[str, str, Any]]:
-    """(name, dtype, memory-mapped array of words) of each tensor of a model."""
+    """The name, dtype and memory-mapped array (see ``_words``) of each tensor of a model."""
     path, component, single_file = source.path, source.component, source.file
     if single_file is None:
         for file in find_weights(path).files:
-            held, _ = read_header(file)
+            header, _ = read_header(file)
             data = _mapped(file)
-            for key, tensor in held.items():
+            for key, tensor in header.items():
                 try:
                     array = _words(data, tensor)
                 except ValueError as error:
@@ -77,16 +77,16 @@ def _tensors(source: ModelSource) -> Iterator[tuple[str, str, Any]]:
                 yield modern_name(component, key), tensor.dtype, array
         return
     data = _mapped(path)
-    for key, piece in single_file.pieces(component).items():
+    for key, mapping in single_file.tensor_mappings(component).items():
         tensor = single_file.tensors[key]
         try:
-            parts = piece.split(_words(data, tensor))
+            parts = mapping.split(_words(data, tensor))
         except ValueError as error:
             raise BaseError(f"{path}: damaged: {key}: {error}") from None
         for name, array in parts.items():
             yield name, tensor.dtype, array
-            if piece.scale is not None:
-                scale = single_file.tensors[piece.scale]
+            if mapping.scale is not None:
+                scale = single_file.tensors[mapping.scale]
                 yield f"{name}.scale", scale.dtype, _words(data, scale)
 
 
@@ -96,7 +96,7 @@ def _mapped(path: Path) -> memoryview:
 
 
 def _words(data: memoryview, tensor: Tensor) -> Any:
-    """A tensor's numbers as whole words: what they mean does not matter."""
+    """A tensor's numbers as raw words of their size, whatever their dtype means."""
     count = math.prod(tensor.shape)
     size = (tensor.end - tensor.begin) // count if count else 1
     return np.frombuffer(data[tensor.begin : tensor.end], dtype=f"V{size}").reshape(tensor.shape)
@@ -106,8 +106,8 @@ def weights_digest(source: ModelSource) -> str:
     """``tensors_digest``, remembered by the files' paths, sizes and mtimes."""
     files = find_weights(source.path).files if source.file is None else (source.path,)
     stats = [(str(file.resolve()), file.stat()) for file in files]
-    marks = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-    key = hashlib.sha256(json.dumps([source.component, marks]).encode()).hexdigest()
+    stamps = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    key = hashlib.sha256(json.dumps([source.component, stamps]).encode()).hexdigest()
     store = _store()
     try:
         known = unseal(store.read_bytes())
@@ -125,10 +125,10 @@ def file_digest(path: Path) -> str:
 
 
 def config_digest(config: dict[str, Any]) -> str:
-    """sha256 of what a model's config decides, whichever version of a library wrote it.
+    """sha256 of a config's fields that change the model, whichever version of a library wrote it.
 
-    Left out are who saved it, what only training reads, and what has the value that the library
-    takes where nothing is said.
+    Ignored are who saved it, fields that only training reads, and fields with the library's
+    default.
     """
     kept = {
         name: value
@@ -140,14 +140,14 @@ def config_digest(config: dict[str, Any]) -> str:
 
 
 def tokenizer_digest(tokenizer: TokenizerFiles) -> str:
-    """sha256 over what decides token ids, in whichever files it is."""
+    """sha256 of everything that decides token ids, in whichever files it is."""
     return hashlib.sha256(json.dumps(tokenizer.parts(), sort_keys=True).encode()).hexdigest()
 
 
-def encoder_digests_elsewhere(base: Base) -> dict[str, str | None]:
+def encoder_digests_in_subprocess(base: Base) -> dict[str, str | None]:
     """Digests of the base's VAE and text encoders, None where it has none, by another process.
 
-    Of a hub id only what lies in the local hub cache counts: nothing is downloaded to be compared.
+    For a hub id only the local hub cache is read: nothing is downloaded.
     """
     root = Path(__file__).resolve().parent.parent
     folder_or_id = str(base_path(base.given).resolve()) if base.snapshot is None else base.pinned

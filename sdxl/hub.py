@@ -1,4 +1,4 @@
-"""Bases on the Hugging Face hub: the one place that uses a network. Imports no torch."""
+"""Bases on the Hugging Face hub; the only module that uses a network. Imports no torch."""
 
 import re
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from sdxl import BaseError
 
 MODELS = ("unet", "vae", "text_encoder", "text_encoder_2")
 OTHERS = ("scheduler", "tokenizer", "tokenizer_2")
-HALVES = ["*.fp16.*"]
+FP16_FILES = ["*.fp16.*"]
 _WEIGHT_SUFFIXES = (".bin", ".ckpt", ".pt", ".msgpack", ".h5", ".onnx", ".safetensors")
 _HUB_ID = re.compile(r"(?P<repo>[\w][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 
@@ -24,7 +24,7 @@ class Snapshot:
     downloaded once, when it is first asked for. Without a connection the cache is used.
 
     Raises:
-        BaseError: no hub id, or it cannot be had.
+        BaseError: no hub id, or it cannot be downloaded.
     """
 
     def __init__(self, given: str) -> None:
@@ -47,11 +47,11 @@ class Snapshot:
         no others. It does not exist where the repository has no such component.
 
         Raises:
-            BaseError: it cannot be had.
+            BaseError: it cannot be downloaded.
         """
         if component not in self._fetched:
             patterns = _patterns(component)
-            self._download(patterns, ignore_patterns=HALVES)
+            self._download(patterns, ignore_patterns=FP16_FILES)
             has_weights = any((self.folder / component).glob("*.safetensors"))
             if component in MODELS and not has_weights:
                 self._download(patterns)
@@ -59,7 +59,8 @@ class Snapshot:
         return self.folder / component
 
     def find_file(self, name: str) -> Path | None:
-        """A single file of it; None where it has none, or it cannot be had now."""
+        """A single file of the repository; None if there is none, or it cannot be downloaded
+        now."""
         from huggingface_hub import hf_hub_download
 
         try:
@@ -81,7 +82,7 @@ class Snapshot:
 
 
 def cached_component(repo: str, component: str) -> Path | None:
-    """Its folder in the local hub cache, if it is there; nothing is downloaded."""
+    """A component's folder in the local hub cache; None if it is not there. Downloads nothing."""
     from huggingface_hub import snapshot_download
 
     patterns = _patterns(component)
@@ -94,12 +95,12 @@ def cached_component(repo: str, component: str) -> Path | None:
 
 
 def download_base(given: str, out: Path, *, fp16: bool = False, file: str | None = None) -> Path:
-    """A base of the hub into ``out``: configs, tokenizers and safetensors alone, of each model one
-    set of weights (fp16 ones where asked for, or where there are no others); or the single file
-    ``file``, or the only one there is. The files that an earlier call brought are kept; where a
+    """Download a base of the hub into ``out``: configs, tokenizers and safetensors only, with one
+    set of weights per model (fp16 if asked for, or if there are no others); or the single file
+    ``file``, or the only one in the repository. Files of an earlier call are kept; when a
     connection breaks, the client tries again by itself.
 
-    Returns what to give as ``--base``.
+    Returns the path to give as ``--base``.
 
     Raises:
         BaseError: no such repository, nothing in it that can be used, or a download that failed.
@@ -118,7 +119,9 @@ def download_base(given: str, out: Path, *, fp16: bool = False, file: str | None
     names = pick_files(repo, sorted(sizes), fp16, file)
     with _as_base_error(f"{repo}: not whole in {out}, run again to go on"):
         # By the commit just listed: its files may change meanwhile.
-        snapshot_download(repo, revision=info.sha, local_dir=out, allow_patterns=_exactly(names))
+        snapshot_download(
+            repo, revision=info.sha, local_dir=out, allow_patterns=_escape_patterns(names)
+        )
     for name in names:
         path = out / name
         if not path.is_file() or sizes[name] not in (None, path.stat().st_size):
@@ -129,10 +132,10 @@ def download_base(given: str, out: Path, *, fp16: bool = False, file: str | None
 
 
 def pick_files(repo: str, names: list[str], fp16: bool, file: str | None) -> list[str]:
-    """Which files of a repository make a base.
+    """The files of a repository that make a base.
 
     Raises:
-        BaseError: none do, or it is not said which.
+        BaseError: there are none, or several files could be meant.
     """
     singles = [name for name in names if "/" not in name and name.endswith(".safetensors")]
     if file is not None:
@@ -157,8 +160,8 @@ def pick_files(repo: str, names: list[str], fp16: bool, file: str | None) -> lis
 
 def _pick_weights(repo: str, names: list[str], part: str, fp16: bool) -> list[str]:
     """One set of weights of a model, whole or in numbered files with their list."""
-    for half in (True, False) if fp16 else (False, True):
-        dot = r"\.fp16" if half else ""
+    for use_fp16 in (True, False) if fp16 else (False, True):
+        dot = r"\.fp16" if use_fp16 else ""
         weights = rf"{part}/(diffusion_pytorch_)?model{dot}(-\d+-of-\d+)?\.safetensors"
         listing = rf"{part}/(diffusion_pytorch_)?model\.safetensors\.index{dot}\.json"
         files = [name for name in names if re.fullmatch(weights, name)]
@@ -179,8 +182,8 @@ def _pick_weights(repo: str, names: list[str], part: str, fp16: bool) -> list[st
     )
 
 
-def _exactly(names: list[str]) -> list[str]:
-    """As patterns that match these names alone."""
+def _escape_patterns(names: list[str]) -> list[str]:
+    """Patterns that match these names alone."""
     return [re.sub(r"([*?[])", r"[\1]", name) for name in names]
 
 

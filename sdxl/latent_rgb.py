@@ -1,6 +1,6 @@
 """A linear map from a scaled latent to preview colors, fitted by least squares.
 
-A pixel of the latent is worth 8 x 8 of the image: 4 channels and a constant explain its mean
+A latent pixel stands for 8 x 8 image pixels: 4 channels and a constant explain its mean
 color well enough to see what a run is learning, without the VAE.
 """
 
@@ -19,8 +19,8 @@ Matrix = npt.NDArray[np.float64]
 class LatentSums:
     """Sums over latent pixels from which statistics and the map follow, in fp64.
 
-    ``gram`` [C+1, C+1] of (latent, 1) with itself, ``cross`` [C+1, 3] with the colors. They add
-    up over shards in any order that is fixed, so a cache's figures do not depend on who wrote it.
+    ``gram`` [C+1, C+1] of (latent, 1) with itself, ``cross`` [C+1, 3] with the colors. They are
+    summed over shards in a fixed order, so a cache's figures do not depend on which process wrote.
     """
 
     gram: Matrix

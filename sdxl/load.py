@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, ModelMixin, SchedulerMixin, UNet2DCondition
 from safetensors import SafetensorError, safe_open
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from runtime.text import first_line
+from runtime.messages import first_line
 from sdxl import BaseError
 from sdxl.base import Base, ModelSource, find_weights
 from sdxl.original_names import modern_name
@@ -80,8 +80,8 @@ def load_tokenizers(base: Base) -> tuple[Any, Any]:
 def load_scheduler(
     base: Base, prediction_type: str | None = None, zero_snr: bool | None = None
 ) -> Any:
-    """The sampling scheduler that the base names, as diffusers' pipeline would take it; or told
-    what a fine-tune of it predicts, and on which schedule (None: the base's word).
+    """The sampling scheduler that the base names, as diffusers' pipeline would load it; with the
+    prediction type and schedule of a fine-tune of it, if given (None: the base's).
 
     With ``zero_snr`` sampling starts at the last timestep ("trailing"): only there is the noise
     pure (Lin et al., "Common Diffusion Noise Schedules and Sample Steps are Flawed", 3.3).
@@ -105,10 +105,10 @@ def load_scheduler(
     if zero_snr:
         changes["timestep_spacing"] = "trailing"
     takes = inspect.signature(kind.__init__).parameters
-    if deaf := sorted(name for name in changes if name not in takes and changes[name]):
+    if unsupported := sorted(name for name in changes if name not in takes and changes[name]):
         warnings.warn(
-            f"images are drawn without {', '.join(deaf)}: the base's {kind.__name__} does not "
-            "know it",
+            f"images are drawn without {', '.join(unsupported)}: the base's {kind.__name__} does "
+            "not know it",
             stacklevel=2,
         )
     kept = {name: value for name, value in changes.items() if name in takes}
@@ -177,9 +177,9 @@ def _load_from_file(
     model = _without_weights(kind, source.config, path)
     shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     wanted = {modern_name(component, name): name for name in shapes}
-    pieces = single_file.pieces(component)
-    given = {name for piece in pieces.values() for name in piece.names or ()}
-    surplus = [key for key, piece in pieces.items() if piece.names is None]
+    tensor_mappings = single_file.tensor_mappings(component)
+    given = {name for mapping in tensor_mappings.values() for name in mapping.names or ()}
+    surplus = [key for key, mapping in tensor_mappings.items() if mapping.names is None]
     for fault, names in (
         ("missing", [name for name in wanted if name not in given]),
         ("unexpected", [*surplus, *(given - wanted.keys())]),
@@ -189,8 +189,8 @@ def _load_from_file(
     state = {}
     try:
         with safe_open(path, framework="pt") as file:
-            for key, piece in pieces.items():
-                tensors = piece.split(_scaled(file, key, piece.scale)) if piece.names else {}
+            for key, mapping in tensor_mappings.items():
+                tensors = mapping.split(_scaled(file, key, mapping.scale)) if mapping.names else {}
                 for name, tensor in tensors.items():
                     state[wanted[name]] = tensor.contiguous().to(dtype, copy=True)
     except (ValueError, SafetensorError) as error:
@@ -207,7 +207,7 @@ def _load_from_file(
 
 
 def _scaled(file: Any, key: str, scale: str | None) -> torch.Tensor:
-    """A tensor of a file; of scaled fp8 times its scale, in fp32."""
+    """A tensor of a file; a scaled fp8 weight is multiplied by its scale, in fp32."""
     tensor: torch.Tensor = file.get_tensor(key)
     if scale is None:
         return tensor
@@ -215,8 +215,8 @@ def _scaled(file: Any, key: str, scale: str | None) -> torch.Tensor:
     return tensor.float() * factors.reshape(-1, *[1] * (tensor.ndim - 1))
 
 
-def bare_model(component: str, config: dict[str, Any]) -> Any:
-    """A model's modules by their names and shapes, without its weights."""
+def model_without_weights(component: str, config: dict[str, Any]) -> Any:
+    """A model on the meta device: modules with their names and shapes, without weights."""
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
     kinds = {

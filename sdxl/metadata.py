@@ -11,15 +11,15 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from runtime.documents import parse_json, read_json_object
+from runtime.parsing import parse_json, read_json_object
 from sdxl.base import Base, read_config
 
-CONFIG = "scheduler_config.json"
+SCHEDULER_CONFIG = "scheduler_config.json"
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """What ``load_scheduler`` is told; None: what the base says."""
+    """A fine-tune's prediction type and zero-SNR schedule; None means the base's."""
 
     prediction_type: str | None = None
     zero_snr: bool | None = None
@@ -40,61 +40,66 @@ class Schedule:
 
 
 def write_schedule(base: Base, schedule: Schedule, folder: Path) -> None:
-    """The base's scheduler, told ``schedule``, as ``folder/scheduler/``: with ``unet/`` beside it
-    a diffusers folder says what it is."""
+    """Write the base's scheduler config, changed by ``schedule``, to ``folder/scheduler/``, beside
+    ``unet/`` as in any diffusers folder."""
     config = {**base.scheduler_config, **schedule.to_config()}
     if schedule.zero_snr:
         config["timestep_spacing"] = "trailing"
     (folder / "scheduler").mkdir(exist_ok=True)
-    (folder / "scheduler" / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    (folder / "scheduler" / SCHEDULER_CONFIG).write_text(
+        json.dumps(config, indent=2, sort_keys=True) + "\n"
+    )
 
 
 def schedule_beside(unet: Path) -> Schedule:
-    """What the ``scheduler/`` beside a UNet's folder says; nothing where there is none."""
+    """The schedule in the ``scheduler/`` beside a UNet's folder; empty if there is none."""
     folder = unet.parent / "scheduler"
-    if not (folder / CONFIG).is_file():
+    if not (folder / SCHEDULER_CONFIG).is_file():
         return Schedule()
     return Schedule.of_config(read_config(folder))
 
 
-# How many chunks of 77 tokens a fine-tune learned its captions in: prompts are encoded so too.
-# Where nothing is written it is 1.
+# The number of chunks of 77 tokens that captions had in training: prompts are encoded likewise.
+# Without a note it is 1.
 
-NAME = "long_captions"
-NOTE = "shardtune.json"  # beside the weights; diffusers reads past it
+LONG_CAPTIONS_KEY = "long_captions"
+NOTES_FILE = "shardtune.json"  # beside the weights; diffusers ignores it
 
 
 def write_long_captions(unet: Path, num_chunks: int) -> None:
-    """Say it of a UNet's folder."""
+    """Note the number of chunks in a UNet's folder, if it is not 1."""
     if num_chunks > 1:
-        (unet / NOTE).write_text(json.dumps({NAME: num_chunks}) + "\n")
+        (unet / NOTES_FILE).write_text(json.dumps({LONG_CAPTIONS_KEY: num_chunks}) + "\n")
 
 
 def read_long_captions(unet: Path) -> int:
-    """What a UNet's folder says.
+    """The number of chunks that a UNet's folder notes, else 1.
 
     Raises:
         ValueError: the file is not what ``write_long_captions`` wrote.
     """
     try:
-        return check_long_captions(read_json_object(unet / NOTE)[NAME])
+        return check_long_captions(read_json_object(unet / NOTES_FILE)[LONG_CAPTIONS_KEY])
     except FileNotFoundError:
         return 1
     except (ValueError, KeyError):
-        raise ValueError(f"{unet / NOTE}: damaged; without it captions have one chunk") from None
+        raise ValueError(
+            f"{unet / NOTES_FILE}: damaged; without it captions have one chunk"
+        ) from None
 
 
 def check_long_captions(value: object) -> int:
-    """
+    """Check a number of chunks from a file.
+
     Raises:
         ValueError: not a number of chunks.
     """
     if type(value) is not int or not 1 <= value <= 32:
-        raise ValueError(f"{NAME} must be from 1 to 32, not {value!r}")
+        raise ValueError(f"{LONG_CAPTIONS_KEY} must be from 1 to 32, not {value!r}")
     return value
 
 
-# The card: everything that a file of weights says of itself in its metadata.
+# What a file of weights records about itself in its metadata.
 
 KEY = "shardtune"  # of the metadata; its value is JSON
 ARCHITECTURE = "stable-diffusion-xl-v1-base"  # of the ModelSpec standard
@@ -103,12 +108,12 @@ PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}  # its words
 
 @dataclass(frozen=True, kw_only=True)
 class ModelMetadata:
-    """What weights are and came from; None: not known."""
+    """What weights are and what they were made from; None means unknown."""
 
     name: str | None = None
-    base: str | None = None  # its name, and not where it lay
+    base: str | None = None  # its name, never its path
     license: str | None = None  # of the base
-    caches: tuple[str, ...] = ()  # digests of what was learned from
+    caches: tuple[str, ...] = ()  # digests of the caches trained on
     buckets: tuple[tuple[int, int, int], ...] = ()  # (width, height, samples an epoch) of theirs
     steps: int | None = None  # of the optimizer
     rank: int | None = None
@@ -119,7 +124,7 @@ class ModelMetadata:
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> "ModelMetadata":
-        """Of what ``to_dict`` gave; what is of another type is left out."""
+        """The reverse of ``to_dict``; a field of another type is ignored."""
         known = {field.name: record.get(field.name) for field in fields(cls)}
         texts = ("name", "base", "license", "prediction_type")
         kept: dict[str, Any] = {name: known[name] for name in texts if isinstance(known[name], str)}
@@ -144,15 +149,15 @@ class ModelMetadata:
         return Schedule(self.prediction_type, self.rescale_betas_zero_snr)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON, of what is known."""
+        """The known fields as plain JSON."""
         return {n: v for n, v in asdict(self).items() if v is not None and v != ()}
 
     def to_metadata(self) -> dict[str, str]:
         return {KEY: json.dumps(self.to_dict(), sort_keys=True)}
 
     def modelspec(self, architecture: str, resolution: int) -> dict[str, str]:
-        """The same by the ModelSpec standard, which UIs and sites read; ``resolution`` is the
-        base's pixels a side."""
+        """The fields of the ModelSpec standard, which UIs and sites read; ``resolution`` is the
+        base's, in pixels a side."""
         stated = {
             "modelspec.license": self.license,
             "modelspec.prediction_type": PREDICTIONS.get(self.prediction_type or ""),
@@ -168,7 +173,7 @@ class ModelMetadata:
 
 
 def read_model_metadata(metadata: Mapping[str, str]) -> ModelMetadata:
-    """The card in a file's metadata; an empty one in other tools' files."""
+    """The model metadata in a file's metadata; an empty one in other tools' files."""
     try:
         return ModelMetadata.of(dict(parse_json(metadata.get(KEY, "{}"))))
     except (ValueError, TypeError):

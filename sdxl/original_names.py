@@ -1,5 +1,5 @@
 """The original layout of SDXL, which most shared files have, beside that of diffusers: names of
-tensors both ways, and what differs in the tensors themselves. Imports no torch.
+tensors both ways, and the differences in the tensors themselves. Imports no torch.
 
 One file holds all models, each under a prefix, by the names of Stability's code (UNet and VAE), of
 transformers (text encoder 1) and of open_clip (text encoder 2). Three things differ in more than
@@ -17,8 +17,8 @@ PREFIXES = {
     "text_encoder": "conditioner.embedders.0.transformer.text_model.",
     "text_encoder_2": "conditioner.embedders.1.model.",
 }
-LOGIT_SCALE = PREFIXES["text_encoder_2"] + "logit_scale"  # of training CLIP: no layer has it
-# Of CLIP's training; numbers from 0 on; parts of the VAE's training. No layer has them.
+LOGIT_SCALE = PREFIXES["text_encoder_2"] + "logit_scale"  # of CLIP's training: no layer uses it
+# CLIP's training scale, position numbers, and parts of the VAE's training: no layer uses them.
 _UNUSED_KEY = re.compile(r"logit_scale|(.+\.)?position_ids|(loss|model_ema)\..+")
 _UNET_RESNET = {
     "norm1": "in_layers.0",
@@ -63,18 +63,21 @@ _OLD_ATTENTION = re.compile(r"(.+\.attentions\.0)\.(query|key|value|proj_attn)\.
 class OriginalNames:
     """The names of one model's tensors in both layouts; keys are without the model's prefix.
 
-    ``config`` is the model's, in diffusers' or transformers' words: where a level's blocks lie
-    depends on how many there are.
+    ``config`` is the model's, as diffusers or transformers have it: the names of a level's blocks
+    depend on how many there are.
     """
 
     def __init__(self, component: str, config: dict[str, Any]) -> None:
         self.component = component
         make = {"unet": _unet_modules, "vae": _vae_modules, "text_encoder_2": _text_modules}
         self._modules = make[component](config) if component in make else None
-        self._back = {original: modern for modern, original in (self._modules or {}).items()}
+        self._modern_names = {
+            original: modern for modern, original in (self._modules or {}).items()
+        }
 
     def key_of(self, name: str) -> str | None:
-        """The original tensor that is, or that holds, diffusers' ``name``; None: there is none."""
+        """The original tensor that is, or contains, diffusers' tensor ``name``; None if there is
+        none."""
         if self._modules is None:
             return name.removeprefix("text_model.")
         if self.component == "text_encoder_2":
@@ -86,8 +89,8 @@ class OriginalNames:
         return _renamed(name, self._modules)
 
     def names_of(self, key: str) -> tuple[str, ...] | None:
-        """What diffusers calls the tensor ``key``: one name, three of a joined one, none of what
-        no layer uses. None: no tensor of this model."""
+        """diffusers' names for the tensor ``key``: one, or three for a joined q, k and v, or none
+        if no layer uses it. None if it is no tensor of this model."""
         if _UNUSED_KEY.fullmatch(key):
             return ()
         if self._modules is None:
@@ -99,18 +102,18 @@ class OriginalNames:
             for modern, original in (_POSITION_EMBEDDING, _TEXT_PROJECTION):
                 if key == original:
                     return (modern,)
-        name = _renamed(key, self._back)
+        name = _renamed(key, self._modern_names)
         return None if name is None else (name,)
 
     def is_transposed(self, key: str) -> bool:
         return self.component == "text_encoder_2" and key == _TEXT_PROJECTION[1]
 
     def is_convolution(self, key: str) -> bool:
-        """Whether a linear layer of diffusers is a 1x1 convolution there."""
+        """Whether the original has a 1x1 convolution where diffusers has a linear layer."""
         return self.component == "vae" and bool(_VAE_CONVOLUTION.fullmatch(key))
 
     def split(self, key: str, tensor: Any) -> dict[str, Any]:
-        """An original tensor as diffusers has it, by name. Of torch or numpy: the parts are views.
+        """An original tensor (of torch or numpy) as diffusers has it, by name; the parts are views.
 
         Raises:
             ValueError: it cannot be split that way.
@@ -129,7 +132,7 @@ class OriginalNames:
 
 
 def modern_name(component: str, name: str) -> str:
-    """What today's libraries call a tensor that older ones saved under another name."""
+    """The present name of a tensor that older libraries saved under another name."""
     if component == "text_encoder":
         return name.removeprefix("text_model.")
     if component == "vae" and (match := _OLD_ATTENTION.fullmatch(name)):
@@ -147,7 +150,10 @@ def _renamed(name: str, modules: dict[str, str]) -> str | None:
 
 
 def _submodules(modern: str, original: str, names: dict[str, str]) -> dict[str, str]:
-    return {f"{modern}.{mine}": f"{original}.{theirs}" for mine, theirs in names.items()}
+    return {
+        f"{modern}.{modern_part}": f"{original}.{original_part}"
+        for modern_part, original_part in names.items()
+    }
 
 
 def _layers(config: dict[str, Any], num_levels: int) -> Sequence[int]:
@@ -197,8 +203,8 @@ def _unet_modules(config: dict[str, Any]) -> dict[str, str]:
                 modules[f"{modern}.attentions.{number}"] = f"output_blocks.{block}.1"
             block += 1
         if level < len(ups) - 1:
-            place = 2 if has_attention else 1
-            modules[f"{modern}.upsamplers.0.conv"] = f"output_blocks.{block - 1}.{place}.conv"
+            position = 2 if has_attention else 1
+            modules[f"{modern}.upsamplers.0.conv"] = f"output_blocks.{block - 1}.{position}.conv"
     return modules
 
 
@@ -207,19 +213,22 @@ def _vae_modules(config: dict[str, Any]) -> dict[str, str]:
     num_levels = len(config["block_out_channels"])
     layers = _layers(config, num_levels)[0]
     modules = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
-    for half, side, sampler in (("encoder", "down", "downsample"), ("decoder", "up", "upsample")):
-        modules |= {f"{half}.conv_in": f"{half}.conv_in", f"{half}.conv_out": f"{half}.conv_out"}
-        modules[f"{half}.conv_norm_out"] = f"{half}.norm_out"
-        middle = f"{half}.mid_block"
-        modules |= _submodules(f"{middle}.attentions.0", f"{half}.mid.attn_1", _VAE_ATTENTION)
+    for part, direction, sampler in (
+        ("encoder", "down", "downsample"),
+        ("decoder", "up", "upsample"),
+    ):
+        modules |= {f"{part}.conv_in": f"{part}.conv_in", f"{part}.conv_out": f"{part}.conv_out"}
+        modules[f"{part}.conv_norm_out"] = f"{part}.norm_out"
+        middle = f"{part}.mid_block"
+        modules |= _submodules(f"{middle}.attentions.0", f"{part}.mid.attn_1", _VAE_ATTENTION)
         for number in (0, 1):
-            original = f"{half}.mid.block_{number + 1}"
+            original = f"{part}.mid.block_{number + 1}"
             modules |= _submodules(f"{middle}.resnets.{number}", original, _VAE_RESNET)
         for level in range(num_levels):
-            modern = f"{half}.{side}_blocks.{level}"
-            number_there = level if side == "down" else num_levels - 1 - level
-            original = f"{half}.{side}.{number_there}"
-            for number in range(layers + (side == "up")):
+            modern = f"{part}.{direction}_blocks.{level}"
+            original_level = level if direction == "down" else num_levels - 1 - level
+            original = f"{part}.{direction}.{original_level}"
+            for number in range(layers + (direction == "up")):
                 block = f"{original}.block.{number}"
                 modules |= _submodules(f"{modern}.resnets.{number}", block, _VAE_RESNET)
             modules[f"{modern}.{sampler}rs.0.conv"] = f"{original}.{sampler}.conv"
@@ -227,7 +236,8 @@ def _vae_modules(config: dict[str, Any]) -> dict[str, str]:
 
 
 def _text_modules(config: dict[str, Any]) -> dict[str, str]:
-    """Modules of text encoder 2 by transformers' names, but what ``OriginalNames`` does itself."""
+    """Modules of text encoder 2 by transformers' names, but for those that ``OriginalNames`` splits
+    or transposes itself."""
     modules = {
         "text_model.embeddings.token_embedding": "token_embedding",
         "text_model.final_layer_norm": "ln_final",

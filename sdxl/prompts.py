@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runtime.documents import parse_json, parse_toml, read_bounded
-from runtime.text import first_line
+from runtime.messages import first_line
+from runtime.parsing import parse_json, parse_toml, read_bounded
 
 # "--" opens an option only at a line's start or after a space, and only when a name follows at
 # once: "rain -- then sun" and "a --- b" are prose.
@@ -59,7 +59,7 @@ KOHYA_SAMPLERS |= {"dpmsolver++": "dpm++2m"}
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """What to draw; None leaves the choice to the caller's defaults.
+    """A prompt with its settings; None leaves a setting to the caller's defaults.
 
     Sizes and crops are in pixels. ``original_*`` and ``crop_*`` are what SDXL is told of the
     image's past: its size before it was resized, and where it was cut.
@@ -231,7 +231,7 @@ def _shown(value: Any) -> str:
 
 
 def _digits(value: Any) -> str:
-    """A number as text. Of whole ones Python converts none of more than some thousand digits."""
+    """A number as text; Python refuses to convert integers of more than some thousand digits."""
     if isinstance(value, int) and abs(value) > 10**20:
         return "a number of more than 20 digits"
     return str(value)

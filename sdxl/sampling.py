@@ -30,10 +30,11 @@ _SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def load_sampler(base: Base, name: str | None, schedule: Schedule) -> Any:
-    """The sampler ``name`` (of ``sdxl.prompts.SAMPLERS``), or None: the one that the base names.
+    """The sampler ``name`` (of ``sdxl.prompts.SAMPLERS``), or with None the one that the base
+    names.
 
-    It takes noise schedule, timestep spacing and all else that it knows from the base's config;
-    ``schedule`` is what a fine-tune says otherwise.
+    Its noise schedule, timestep spacing and other settings are from the base's config;
+    ``schedule`` has the changes of a fine-tune.
 
     Raises:
         BaseError: the base has no scheduler that diffusers knows.
@@ -46,10 +47,10 @@ def load_sampler(base: Base, name: str | None, schedule: Schedule) -> Any:
         warnings.simplefilter("ignore")  # of what the base's own sampler does not know
         own = load_scheduler(base, *astuple(schedule))
     kind, options = _SAMPLERS[name]
-    told = {key: value for key, value in schedule.to_config().items() if value is not None}
+    overrides = {key: value for key, value in schedule.to_config().items() if value is not None}
     if schedule.zero_snr:
-        told["timestep_spacing"] = "trailing"
-    return getattr(diffusers, kind).from_config(own.config, **options, **told)
+        overrides["timestep_spacing"] = "trailing"
+    return getattr(diffusers, kind).from_config(own.config, **options, **overrides)
 
 
 DECODED_AT_ONCE = 128 * 128  # latent pixels: an image of 1024², which takes 3 GB in fp32
@@ -98,14 +99,14 @@ def sample_latents(
     """
     guided = guidance_scale > 1
     parts = [negative, prompt] if guided else [prompt]
-    place = {"device": unet.device, "dtype": unet.dtype}  # both are slow to ask for
-    states = torch.cat([part.prompt for part in parts]).to(**place)
+    placement = {"device": unet.device, "dtype": unet.dtype}  # both are slow to ask for
+    states = torch.cat([part.prompt for part in parts]).to(**placement)
     added = {
-        "text_embeds": torch.cat([part.pooled for part in parts]).to(**place),
-        "time_ids": torch.cat([time_ids] * len(parts)).to(**place),
+        "text_embeds": torch.cat([part.pooled for part in parts]).to(**placement),
+        "time_ids": torch.cat([time_ids] * len(parts)).to(**placement),
     }
-    scheduler.set_timesteps(num_steps, device=place["device"])
-    latents: torch.Tensor = noise.to(**place) * scheduler.init_noise_sigma
+    scheduler.set_timesteps(num_steps, device=placement["device"])
+    latents: torch.Tensor = noise.to(**placement) * scheduler.init_noise_sigma
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)
     takes = inspect.signature(scheduler.step).parameters
@@ -123,13 +124,15 @@ def sample_latents(
             without, with_prompt = predicted.chunk(2)
             predicted = without + guidance_scale * (with_prompt - without)
             if guidance_rescale > 0:
-                predicted = _rescaled(predicted, with_prompt, guidance_rescale)
+                predicted = _rescale_guidance(predicted, with_prompt, guidance_rescale)
         stepped: torch.Tensor = scheduler.step(predicted, t, latents, **extra, return_dict=False)[0]
-        latents = stepped.to(place["dtype"])
+        latents = stepped.to(placement["dtype"])
     return latents
 
 
-def _rescaled(guided: torch.Tensor, with_prompt: torch.Tensor, amount: float) -> torch.Tensor:
+def _rescale_guidance(
+    guided: torch.Tensor, with_prompt: torch.Tensor, amount: float
+) -> torch.Tensor:
     from diffusers.pipelines.stable_diffusion_xl import pipeline_stable_diffusion_xl as pipeline
 
     rescaled: torch.Tensor = pipeline.rescale_noise_cfg(guided, with_prompt, amount)
@@ -147,7 +150,7 @@ def decode_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
         for some in torch.split(latents, at_once)
     ]
     images = torch.cat(decoded) / 2 + 0.5
-    # An overflow is no white: what is not finite stays so, to be seen by the caller.
+    # Clamping would turn an overflow white: non-finite pixels stay so for the caller to see.
     return torch.where(images.isfinite(), images.clamp(0, 1), torch.nan)
 
 
@@ -175,6 +178,6 @@ def scale_std(config: Any, std: torch.Tensor) -> torch.Tensor:
 
 
 def unscale(config: Any, latents: torch.Tensor) -> torch.Tensor:
-    """The way back from ``scale_mean``, as the pipeline does before it decodes."""
+    """The reverse of ``scale_mean``, as the pipeline does before it decodes."""
     shift, scale = _normalization(config, latents)
     return latents / scale + shift

@@ -1,4 +1,4 @@
-"""What one ``.safetensors`` file with a base, a UNet or a VAE holds, read from its header.
+"""The models in one ``.safetensors`` file (a base, a UNet or a VAE), read from its header.
 Imports no torch, and reads no tensor.
 """
 
@@ -11,14 +11,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from runtime.documents import open_regular, parse_json, read_json_object
+from runtime.parsing import open_regular, parse_json, read_json_object
 from sdxl import BaseError
-from sdxl.checks import check_channels, check_config, check_context, check_names, content_of
+from sdxl.checks import (
+    check_channels,
+    check_config,
+    check_context,
+    check_names,
+    describe_foreign_file,
+)
 from sdxl.original_names import PREFIXES, OriginalNames, modern_name
 
 CONFIGS = Path(__file__).with_name("configs")  # SDXL's own
-CONFIGS_KEY = "shardtune.configs"  # in a file's metadata: those of models of other sizes
-V_PRED, ZERO_SNR = "v_pred", "ztsnr"  # bare keys that say what a base predicts, on which schedule
+CONFIGS_KEY = "shardtune.configs"  # in a file's metadata: configs of models of other sizes
+V_PRED, ZERO_SNR = "v_pred", "ztsnr"  # bare keys for the prediction type and schedule
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 CLASSES = {
@@ -39,17 +45,17 @@ _DTYPE_BITS |= dict.fromkeys(("F16", "BF16", "I16", "U16"), 16)
 _DTYPE_BITS |= dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", "U8", "BOOL"), 8)
 _FP8 = ("F8_E4M3", "F8_E5M2")
 _FLOAT_DTYPES = ("F64", "F32", "F16", "BF16", *_FP8)
-# Of fp8 weights: what each is multiplied by, and what only computing in fp8 would need.
+# Beside fp8 weights: their scales, and tensors that only computing in fp8 needs.
 _SCALE_SUFFIXES = (".scale_weight", ".weight_scale")
-_OF_FP8 = re.compile(
+_FP8_EXTRAS = re.compile(
     r"(.+\.)?(scale_weight|weight_scale|scale_input|input_scale|scaled_fp8|comfy_quant)"
 )
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a model's tensors are in a file: names begin with ``prefix`` and, where other models'
-    may lie beside it without one, one of ``starts``."""
+    """How a model's tensors are named in a file: names begin with ``prefix``, and then one of
+    ``starts`` where other models' tensors have no prefix."""
 
     prefix: str
     is_diffusers: bool
@@ -76,7 +82,7 @@ def sdxl_config(component: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Tensor:
-    """Where a tensor lies: ``begin`` and ``end`` are bytes of the file."""
+    """A tensor's entry in a header; its data are the bytes ``begin`` to ``end`` of the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -113,7 +119,9 @@ def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except OSError as error:
         raise BaseError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, TypeError, KeyError, AttributeError, struct.error) as error:
-        content = content_of(head) or ("not a regular file" if "regular file" in str(error) else "")
+        content = describe_foreign_file(head) or (
+            "not a regular file" if "regular file" in str(error) else ""
+        )
         more = f" ({content})" if content else ""
         raise BaseError(f"{path}: not a whole safetensors file{more}") from None
     for name, tensor in tensors.items():
@@ -129,12 +137,13 @@ def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _is_name(text: Any) -> bool:
-    """Of a tensor or a dtype: messages show it."""
+    """Whether a text is usable as the name of a tensor or dtype: messages show it."""
     return isinstance(text, str) and len(text) <= 500 and text.isprintable()
 
 
 def _tensor(fields: dict[str, Any], start: int) -> Tensor:
-    """
+    """A tensor's entry from its JSON; data begin at ``start``.
+
     Raises:
         ValueError, TypeError, KeyError: no description of a tensor.
     """
@@ -176,7 +185,7 @@ class SingleFile:
 
     @cached_property
     def _layouts(self) -> dict[str, Layout]:
-        """Where each model's tensors are, or would be."""
+        """The layout of each model's tensors; for a model that is missing, the usual one."""
         layouts = {name: Layout(prefix, False) for name, prefix in PREFIXES.items()}
         if "encoder.conv_in.weight" in self.tensors:
             layouts["vae"] = Layout("", self._has("encoder.down_blocks."), _VAE_STARTS)
@@ -202,12 +211,12 @@ class SingleFile:
         return {
             key.removeprefix(layout.prefix): key
             for key in self.tensors
-            if key.startswith(starts) and not _OF_FP8.fullmatch(key)
+            if key.startswith(starts) and not _FP8_EXTRAS.fullmatch(key)
         }
 
     def config(self, component: str) -> dict[str, Any]:
-        """Of a model the file holds: what its metadata says (``write_original``), else SDXL's own;
-        of a model alone also what the config.json beside it says.
+        """A model's config: the one in the file's metadata (see ``write_original``); else, for a
+        file with one model alone, the config.json beside it; else SDXL's own.
 
         Raises:
             BaseError: it does not hold that model, or its metadata is damaged.
@@ -227,18 +236,18 @@ class SingleFile:
         return sdxl_config(component)
 
     def _missing(self, component: str) -> str:
-        """Why there is no such model, and what the file is good for."""
-        held = [TITLES[name] for name in PREFIXES if self.holds(name)]
-        if held == [TITLES["unet"]]:
+        """The message that the file has no such model, and which models it has."""
+        titles = [TITLES[name] for name in PREFIXES if self.holds(name)]
+        if titles == [TITLES["unet"]]:
             return (
                 f"{self.path}: holds no {TITLES[component]}: it is a UNet alone, which train takes "
                 "as --base; encode and generate need a base with all models"
             )
-        prefix, beside = PREFIXES[component], f"; it holds {', '.join(held)}" if held else ""
+        prefix, beside = PREFIXES[component], f"; it holds {', '.join(titles)}" if titles else ""
         return f"{self.path}: holds no {TITLES[component]}: no tensor of it ({prefix}*){beside}"
 
     def _config_beside(self, component: str) -> dict[str, Any] | None:
-        """Of a model alone: what a config.json in its folder says, where that is of its kind."""
+        """The config.json in the file's folder, if it is for a model of this class."""
         path = self.path.with_name("config.json")
         if not path.is_file():
             return None
@@ -251,8 +260,8 @@ class SingleFile:
         check_config(path, component, config)
         return config
 
-    def pieces(self, component: str) -> dict[str, "TensorMapping"]:
-        """How the model's tensors are made from those of the file, by the file's names.
+    def tensor_mappings(self, component: str) -> dict[str, "TensorMapping"]:
+        """How the model's tensors follow from those of the file, by the names in the file.
 
         Raises:
             BaseError: they are in a form that cannot be read.
@@ -264,7 +273,7 @@ class SingleFile:
                 f"{self.path}: its {component} has a config that is not whole"
             ) from None
         as_diffusers = self._layouts[component].is_diffusers
-        pieces = {}
+        tensor_mappings = {}
         for key, full in self.keys(component).items():
             modern_names = (modern_name(component, key),) if as_diffusers else names.names_of(key)
             scale = self._scale_of(full)
@@ -273,12 +282,17 @@ class SingleFile:
                     f"{self.path}: {full} is in {self.tensors[full].dtype}, a quantized form that "
                     "cannot be read; use the fp16 file"
                 )
-            pieces[full] = TensorMapping(key, modern_names, None if as_diffusers else names, scale)
-        prefix, used = self._layouts[component].prefix, {piece.scale for piece in pieces.values()}
+            tensor_mappings[full] = TensorMapping(
+                key, modern_names, None if as_diffusers else names, scale
+            )
+        prefix, used = (
+            self._layouts[component].prefix,
+            {mapping.scale for mapping in tensor_mappings.values()},
+        )
         for key in self.tensors:
             if key.startswith(prefix) and key.endswith(_SCALE_SUFFIXES) and key not in used:
                 raise BaseError(f"{self.path}: {key} scales no tensor that is known; use fp16")
-        return pieces
+        return tensor_mappings
 
     def _scale_of(self, full: str) -> str | None:
         """The tensor that a scaled fp8 weight is to be multiplied by: one number, or one a row.
@@ -300,7 +314,7 @@ class SingleFile:
         return beside[0]
 
     def scheduler_config(self) -> dict[str, Any]:
-        """SDXL's own, with what the file's bare keys say, or its metadata."""
+        """SDXL's own config, changed by the file's bare keys or metadata."""
         config = sdxl_config("scheduler")
         stated = self.metadata.get("modelspec.prediction_type")
         if V_PRED in self.tensors or stated in ("v", "v_prediction"):
@@ -313,8 +327,8 @@ class SingleFile:
 
 @dataclass(frozen=True)
 class TensorMapping:
-    """One tensor of a file, ``key`` without its prefix, and what it becomes: ``names`` of
-    diffusers'; none where no layer uses it, None where the model has no such tensor."""
+    """One tensor of a file, ``key`` without its prefix, and diffusers' ``names`` for what it
+    becomes: an empty tuple if no layer uses it, None if the model has no such tensor."""
 
     key: str
     names: tuple[str, ...] | None

@@ -1,13 +1,12 @@
-"""safetensors files of ours: metadata in sorted order, and a digest of the tensors in it.
+"""safetensors files that shardtune writes: sorted metadata, with a digest of the tensors.
 
 safetensors writes several keys of metadata in an order of each process' own: equal content, other
 bytes. Sorted by name, equal content is equal bytes.
 
 ``shardtune.digest`` is ``LAYOUT-DATA``: xxh3 over the names, dtypes and shapes of the tensors, and
 over their bytes. It is of the tensors alone, so that other programs may edit the metadata. Where
-LAYOUT differs, another program has made other tensors of the file and kept its metadata (a smaller
-rank, another precision, embeddings added): the file is theirs, and is taken as any file without a
-digest is.
+LAYOUT differs, another program has changed the tensors and kept the metadata (a smaller rank,
+another precision, embeddings added): such a file is accepted like any file without a digest.
 """
 
 import functools
@@ -27,7 +26,7 @@ from sdxl.single_file import read_header
 
 
 def sorted_metadata_bytes(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> bytes:
-    """A safetensors file of CPU tensors."""
+    """The bytes of a safetensors file of CPU tensors, with sorted metadata."""
     data = safetensors.torch.save(
         {name: tensor.contiguous() for name, tensor in tensors.items()}, metadata=metadata
     )
@@ -36,7 +35,7 @@ def sorted_metadata_bytes(tensors: dict[str, torch.Tensor], metadata: dict[str, 
 
 
 def sort_metadata(path: Path) -> None:
-    """Sort the metadata of a safetensors file in place: one that nobody reads yet."""
+    """Sort the metadata of a safetensors file in place: nothing else may read it yet."""
     with open(path, "r+b") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         header = _with_sorted_metadata(file.read(length))
@@ -56,7 +55,7 @@ def _with_sorted_metadata(header: bytes) -> bytes:
 # The digest of the tensors, kept in the file's own metadata: a flipped bit never makes an image.
 
 KEY = "shardtune.digest"
-METADATA_KEY = "shardtune.metadata_digest"  # of what else the metadata says, such as lora_alpha
+METADATA_KEY = "shardtune.metadata_digest"  # of the other metadata, such as lora_alpha
 DTYPES = {  # safetensors' names
     torch.float64: "F64",
     torch.float32: "F32",
@@ -87,7 +86,7 @@ class TensorDigest:
 
     @property
     def text(self) -> str:
-        """What stands in the metadata; of one length always."""
+        """The text for the metadata; it always has the same length."""
         layout, data = ("".join(sorted(lines)).encode() for lines in (self._layout, self._data))
         return f"{xxhash.xxh3_64_hexdigest(layout)}-{xxhash.xxh3_128_hexdigest(data)}"
 
@@ -102,15 +101,15 @@ def digest_metadata(
     tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
 ) -> dict[str, str]:
     """The metadata to write beside CPU ``tensors``: ``metadata``, with the digests of both. Without
-    the first where a tensor is of a dtype that is not known here, so that a rare dtype costs the
-    digest and not the file."""
-    sealed = {**metadata, METADATA_KEY: metadata_digest(metadata, metadata)}
+    the first if a tensor has a dtype that is not in DTYPES, so that a rare dtype costs the digest
+    and not the file."""
+    with_digest = {**metadata, METADATA_KEY: metadata_digest(metadata, metadata)}
     if any(tensor.dtype not in DTYPES for tensor in tensors.values()):
-        return sealed
+        return with_digest
     digest = TensorDigest()
     for name, tensor in tensors.items():
         digest.add(name, DTYPES[tensor.dtype], tensor.shape, tensor_bytes(tensor))
-    return {**sealed, KEY: digest.text}
+    return {**with_digest, KEY: digest.text}
 
 
 def metadata_digest(metadata: Mapping[str, str], names: Iterable[str]) -> str:
@@ -122,7 +121,7 @@ def metadata_digest(metadata: Mapping[str, str], names: Iterable[str]) -> str:
 
 def check_digest(path: Path) -> None:
     """Refuse a file whose tensors or metadata are not those that its digests were made of. A file
-    without them, or one that is no safetensors file at all, is the caller's to judge.
+    without digests, or one that is no safetensors file, is left to the caller.
 
     Raises:
         BaseError: names the file, and says what to do.
@@ -131,7 +130,7 @@ def check_digest(path: Path) -> None:
         stat = path.stat()
     except OSError:
         return
-    if not _is_whole(path, stat.st_size, stat.st_mtime_ns):
+    if not _digest_matches(path, stat.st_size, stat.st_mtime_ns):
         raise BaseError(
             f"{path}: damaged: its digest differs from the one that was written with it. Take "
             "another copy or checkpoint; if a program changed it on purpose, have that remove "
@@ -140,7 +139,7 @@ def check_digest(path: Path) -> None:
 
 
 def check_written(path: Path, out: Path) -> None:
-    """``check_digest`` of what was just written as ``path``, to become ``out``.
+    """``check_digest`` for a file just written as ``path``, which is to become ``out``.
 
     Raises:
         OSError: the disk gave back something else.
@@ -154,9 +153,9 @@ def check_written(path: Path, out: Path) -> None:
 
 
 @functools.lru_cache(maxsize=64)
-def _is_whole(path: Path, size: int, mtime_ns: int) -> bool:
-    """Whether ``path`` holds what its digest says, or has none. Maps the file, so that no tensor is
-    held; size and mtime are there for the cache: a file may be read component by component."""
+def _digest_matches(path: Path, size: int, mtime_ns: int) -> bool:
+    """Whether a file matches its digest, or has none. The file is mapped, so that no tensor is in
+    memory. Size and mtime are keys of the cache, as a file may be read component by component."""
     try:
         tensors, metadata = read_header(path)
     except BaseError:

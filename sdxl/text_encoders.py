@@ -108,7 +108,7 @@ class TextEncoders:
     def encode_each(
         self, texts: Iterable[str | None], batch_size: int
     ) -> dict[str | None, Conditioning]:
-        """Each different text once, as one row; None is the base's unconditional, always there.
+        """Encode each different text once, as one row; None, always included, is the unconditional.
 
         That is zeros or the encoded "", by the base's ``force_zeros_for_empty_prompt``.
         """
@@ -123,19 +123,19 @@ class TextEncoders:
         return conditionings
 
     def is_cut(self, prompt: str) -> bool:
-        """Whether the prompt has more tokens than its chunks take."""
+        """Whether the prompt has more tokens than fit in its chunks."""
         return count_tokens(self.tokenizers[0], prompt) > self.num_chunks * max_text_tokens(
             self.tokenizers[0]
         )
 
 
 def max_text_tokens(tokenizer: Any) -> int:
-    """How many tokens of the text one chunk takes: 75."""
+    """The number of text tokens that fit in one chunk: 75."""
     return int(tokenizer.model_max_length) - 2
 
 
 def count_tokens(tokenizer: Any, prompt: str) -> int:
-    """Of the text alone."""
+    """The number of tokens of the text alone, without BOS and EOS."""
     return len(tokenizer(prompt, add_special_tokens=False).input_ids)
 
 

@@ -1,12 +1,12 @@
-"""Where a base's tokenizers lie, and what they are made of. Imports no torch."""
+"""Finds a base's tokenizers, and reads what decides their token ids. Imports no torch."""
 
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runtime.documents import MAX_JSON_BYTES, read_bounded, read_json_object
-from runtime.text import first_line
+from runtime.messages import first_line
+from runtime.parsing import MAX_JSON_BYTES, read_bounded, read_json_object
 from sdxl import BaseError
 from sdxl.hub import Snapshot, cached_component
 
@@ -25,10 +25,10 @@ _SPECIAL = {
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """A tokenizer's folder; ``pad_token`` where it is not the one that the folder says.
+    """A tokenizer's folder; ``pad_token`` replaces the folder's own if set.
 
     Raises:
-        BaseError: it holds no vocabulary.
+        BaseError: it has no vocabulary.
     """
 
     folder: Path
@@ -42,9 +42,10 @@ class TokenizerFiles:
             )
 
     def parts(self) -> dict[str, Any]:
-        """What decides token ids, in whichever files it is: vocabulary, merges, special tokens.
+        """Everything that decides token ids: vocabulary, merges, special tokens.
 
-        As transformers reads them: tokenizer.json wins, and the normalization is always CLIP's.
+        They are read as transformers does: tokenizer.json takes precedence, and normalization is
+        always CLIP's.
 
         Raises:
             BaseError: a file cannot be read.
@@ -64,11 +65,11 @@ class TokenizerFiles:
                 merges = [
                     line for line in text.splitlines() if line and not line.startswith("#version")
                 ]
-            told: dict[str, Any] = {}
+            config: dict[str, Any] = {}
             for name in ("special_tokens_map.json", "tokenizer_config.json"):
                 if (folder / name).is_file():
-                    told |= read_json_object(folder / name)
-            special = {name: _content(told.get(name, value)) for name, value in _SPECIAL.items()}
+                    config |= read_json_object(folder / name)
+            special = {name: _content(config.get(name, value)) for name, value in _SPECIAL.items()}
             most = special["model_max_length"] or NUM_TOKENS
             if not isinstance(most, int | float) or not most >= 3:
                 raise ValueError(f"its model_max_length is {str(most)[:60]}")
@@ -82,7 +83,7 @@ class TokenizerFiles:
 
 
 def _content(token: Any) -> Any:
-    """A special token, or the number beside them.
+    """The text of a special token, or the number ``model_max_length``.
 
     Raises:
         ValueError, KeyError: neither.
@@ -94,7 +95,7 @@ def _content(token: Any) -> Any:
 
 
 def has_vocabulary(folder: Path) -> bool:
-    """Whether a folder holds a tokenizer."""
+    """Whether a folder has a tokenizer's vocabulary."""
     pair = (folder / "vocab.json", folder / "merges.txt")
     return (folder / "tokenizer.json").is_file() or all(path.is_file() for path in pair)
 
@@ -127,7 +128,7 @@ class SharedTokenizers:
         """``tokenizer`` or ``tokenizer_2``.
 
         Raises:
-            BaseError: it cannot be had.
+            BaseError: it cannot be found or downloaded.
         """
         cached = cached_component(HUB_ID, name)
         if cached is not None and has_vocabulary(cached):

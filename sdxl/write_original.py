@@ -43,7 +43,7 @@ class _Entry:
     dtype: torch.dtype
 
     def tensor(self, device: str | None = None) -> torch.Tensor:
-        """As it is written; on "meta" its shape alone."""
+        """The tensor as it is written; on "meta" its shape alone."""
         key = self.key.removeprefix(PREFIXES[self.names.component])
         return join(
             self.names, key, [source.detach().to(device or "cpu") for source in self.sources]
@@ -59,9 +59,9 @@ def write_original(
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write the ``parts`` (by component: unet, vae, text_encoder, text_encoder_2) as one file that
-    is there whole or not at all. ``dtype``: of all tensors; None: as they are.
+    appears complete or not at all. ``dtype`` is of all tensors; None keeps theirs.
 
-    The configs go along where they are not SDXL's own, so that a small model can be read again.
+    Configs that are not SDXL's own are stored too, so that a small model can be read again.
     The library's writer would hold all bytes at once, and shuffle the metadata; this one holds one
     tensor, and the same tensors give the same bytes.
 
@@ -74,8 +74,8 @@ def write_original(
     metadata[METADATA_KEY] = metadata_digest(metadata, [*metadata])
     digest = TensorDigest()
     with durable_file(path) as file:
-        # The digest is known when all is written; until then another text of its length stands in
-        # its place.
+        # The digest is known when all is written; until then a placeholder of its length is in the
+        # header.
         file.write(_header(entries, schedule, metadata | {KEY: digest.text}))
         for entry in entries:
             tensor = entry.tensor().to(entry.dtype).contiguous()
@@ -109,7 +109,7 @@ def original_shapes(parts: Mapping[str, Component]) -> dict[str, list[int]]:
 
 
 def configs_metadata(parts: Mapping[str, Component]) -> dict[str, str]:
-    """The configs that are not SDXL's own, under one key; nothing where all are."""
+    """The configs that are not SDXL's own, under one key; empty if all are."""
     other = {
         component: {name: v for name, v in part.config.items() if name != "_name_or_path"}
         for component, part in parts.items()
@@ -152,7 +152,7 @@ def _entries(parts: Mapping[str, Component], dtype: torch.dtype | None) -> Itera
 
 
 def join(names: OriginalNames, key: str, tensors: list[torch.Tensor]) -> torch.Tensor:
-    """The way back from ``OriginalNames.split``."""
+    """The reverse of ``OriginalNames.split``."""
     tensor = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
     if names.is_transposed(key):
         return tensor.T

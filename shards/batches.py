@@ -22,9 +22,9 @@ from shards.reader import Cache, Shard, read_ahead
 
 
 class BatchBuffer:
-    """One tensor per name, with a row per sample; uninitialised at first.
+    """One tensor per name, with a row per sample; uninitialized at first.
 
-    Samples of several dtypes are kept whole: fp16 and bf16 together are neither, but fp32.
+    Samples of several dtypes lose nothing: fp16 and bf16 together are promoted to fp32.
     """
 
     def __init__(self, names: Sequence[str], layouts: Sequence[Layout]) -> None:
@@ -40,10 +40,10 @@ class BatchBuffer:
         }
 
     def fill(self, number: int, spans: Iterable[tuple[SampleSpan, memoryview]]) -> None:
-        """Row ``number`` from the bytes of a sample's stretches; slices of other tensors than these
-        are left out."""
-        theirs, into = self._dtypes[number], self._bytes
-        same = theirs == self._dtype
+        """Fill row ``number`` from the bytes of a sample's spans; slices of tensors that the buffer
+        does not have are skipped."""
+        sample_dtype, into = self._dtypes[number], self._bytes
+        same = sample_dtype == self._dtype
         for span, source in spans:
             for name, start, stop in span.slices:
                 if name not in into:
@@ -53,10 +53,10 @@ class BatchBuffer:
                     into[name][at : at + size] = source[start:stop]
                 else:
                     row = self.tensors[name][number].view(-1)
-                    row.copy_(torch.frombuffer(bytearray(source[start:stop]), dtype=theirs))
+                    row.copy_(torch.frombuffer(bytearray(source[start:stop]), dtype=sample_dtype))
 
 
-Place = tuple[Cache, Shard, int]
+SampleLocation = tuple[Cache, Shard, int]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -94,8 +94,8 @@ class Batch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading:
-    """What a run reads of its samples beside latents and text."""
+class ReadOptions:
+    """What a run reads of its samples besides latents and text."""
 
     caption_dropout: float = 0.0  # chance that a sample's text is the unconditional one
     unconditional: Literal["zeros", "empty"] = "empty"  # zeros, or the encoded ""
@@ -103,7 +103,7 @@ class Reading:
     masks: bool = False
 
 
-PLAIN = Reading()
+DEFAULT_OPTIONS = ReadOptions()
 
 
 class Reader:
@@ -114,11 +114,15 @@ class Reader:
     """
 
     def __init__(
-        self, caches: Sequence[Cache], plan: Plan, share: RankShare, reading: Reading = PLAIN
+        self,
+        caches: Sequence[Cache],
+        plan: Plan,
+        share: RankShare,
+        options: ReadOptions = DEFAULT_OPTIONS,
     ) -> None:
-        self.caches, self.plan, self.share, self.reading = caches, plan, share, reading
+        self.caches, self.plan, self.share, self.options = caches, plan, share, options
         self._unconditional: list[dict[str, torch.Tensor]] = []
-        if reading.caption_dropout:
+        if options.caption_dropout:
             self._unconditional = [cache.side_tensors(UNCONDITIONAL) for cache in caches]
 
     def epochs(
@@ -130,29 +134,30 @@ class Reader:
         that ``Batch.to`` a GPU does not wait.
         """
 
-        def places() -> Iterator[tuple[GlobalBatch, int]]:
+        def micro_batches() -> Iterator[tuple[GlobalBatch, int]]:
             epoch, done = start
             for number in count(epoch * self.plan.num_batches + done):
                 batch = self.plan.batch(*divmod(number, self.plan.num_batches))
                 yield from ((batch, micro) for micro in range(self.share.num_micros(batch)))
 
-        def read(place: tuple[GlobalBatch, int]) -> Batch:
-            batch = self.read(*place)
+        def read(micro_batch: tuple[GlobalBatch, int]) -> Batch:
+            batch = self.read(*micro_batch)
             return batch.map(torch.Tensor.pin_memory) if pin else batch
 
-        return read_ahead(read, places(), threads, ahead=2 * threads)
+        return read_ahead(read, micro_batches(), threads, ahead=2 * threads)
 
     def read(self, batch: GlobalBatch, micro: int) -> Batch:
-        """One micro-batch, with its noise and times. A dummy of weight 0 where it has none."""
+        """One micro-batch of this rank, with its noise and times; a dummy of weight 0 if this rank
+        has no sample in it."""
         entries = self.share.entries(batch, micro)
         real = bool(entries)
         entries = entries or batch.entries[:1]
-        places = [self._locate(entry) for entry in entries]
-        into = _BatchBuilder(self.reading, [shard.index.layout for _, shard, _ in places])
+        locations = [self._locate(entry) for entry in entries]
+        into = _BatchBuilder(self.options, [shard.index.layout for _, shard, _ in locations])
         draws = Draws()
         keys = [
-            self._read_sample(batch.epoch, number, entry, place, draws, into)
-            for number, (entry, place) in enumerate(zip(entries, places, strict=True))
+            self._read_sample(batch.epoch, number, entry, location, draws, into)
+            for number, (entry, location) in enumerate(zip(entries, locations, strict=True))
         ]
         tensors = into.tensors()
         if not real:
@@ -167,17 +172,17 @@ class Reader:
             num_micros=self.share.num_micros(batch),
         )
 
-    def _locate(self, entry: Entry) -> Place:
+    def _locate(self, entry: Entry) -> SampleLocation:
         group = self.plan.groups[entry.group]
         cache = self.caches[group.cache]
         return cache, *cache.locate(group, entry.row)
 
     def paths(self, epoch: int, number: int, micro: int) -> list[str]:
-        """Where the images of a micro-batch of this rank lay in their datasets."""
+        """The paths of a micro-batch's images (this rank's) in their datasets."""
         paths = []
         for entry in self.share.entries(self.plan.batch(epoch, number), micro):
             _, shard, row = self._locate(entry)
-            paths.append(str(shard.about(row)["path"]))
+            paths.append(str(shard.metadata(row)["path"]))
         return paths
 
     def _read_sample(
@@ -185,38 +190,38 @@ class Reader:
         epoch: int,
         number: int,
         entry: Entry,
-        place: Place,
+        location: SampleLocation,
         draws: Draws,
         into: "_BatchBuilder",
     ) -> str:
         """Fill row ``number`` of each tensor; returns the sample's key."""
-        reading, cache_number = self.reading, self.plan.groups[entry.group].cache
-        cache, shard, row = place
+        options, cache_number = self.options, self.plan.groups[entry.group].cache
+        cache, shard, row = location
         record = shard.index.record(row)
         key = record.key.decode()
-        draws.start(self.plan.seed, epoch, cache_number, key, entry.pass_)
-        form = shard.index.form(record)
-        variant = pick(draws.variant, len(form.variants))
-        wanted = form.variants[variant]
-        if reading.masks:
-            wanted += form.masks[variant]
-        if not reading.caption_dropout or draws.dropout >= reading.caption_dropout:
-            wanted += form.captions[pick(draws.caption, len(form.captions))]
+        draws.start(self.plan.seed, epoch, cache_number, key, entry.repeat)
+        sample_layout = shard.index.sample_layout(record)
+        variant = pick(draws.variant, len(sample_layout.variants))
+        wanted = sample_layout.variants[variant]
+        if options.masks:
+            wanted += sample_layout.masks[variant]
+        if not options.caption_dropout or draws.dropout >= options.caption_dropout:
+            wanted += sample_layout.captions[pick(draws.caption, len(sample_layout.captions))]
         else:
             for name in CAPTION_TENSORS:
-                dropped = self._unconditional[cache_number][f"{reading.unconditional}.{name}"]
+                dropped = self._unconditional[cache_number][f"{options.unconditional}.{name}"]
                 into.rows.tensors[name][number] = dropped[0]
-        into.rows.fill(number, shard.checked(record, form, wanted))
-        into.draw(number, draws, form.tensors)
+        into.rows.fill(number, shard.checked(record, sample_layout, wanted))
+        into.draw(number, draws, sample_layout.tensors)
         into.weights[number] = cache.weight * record.weight
         return key
 
 
 class _BatchBuilder:
-    """Where the samples of one micro-batch go."""
+    """Collects the samples of one micro-batch."""
 
-    def __init__(self, reading: Reading, layouts: Sequence[Layout]) -> None:
-        names = [name for name in TENSORS if name != "mask" or reading.masks]
+    def __init__(self, options: ReadOptions, layouts: Sequence[Layout]) -> None:
+        names = [name for name in TENSORS if name != "mask" or options.masks]
         self.rows = BatchBuffer(names, layouts)
         num, self._latent = len(layouts), layouts[0].latent
         self._noise, self._posterior, self._offsets = (
@@ -225,10 +230,11 @@ class _BatchBuilder:
         )
         self.weights, self.times = np.empty(num, np.float32), np.empty(num, np.float32)
         self._without_std: list[int] = []
-        self._reading = reading
+        self._options = options
 
     def draw(self, number: int, draws: Draws, tensors: Container[str]) -> None:
-        """What is random about row ``number``, in a fixed order; ``tensors`` are its tensors."""
+        """Draw all that is random about row ``number``, in a fixed order; ``tensors`` are the
+        tensors that its sample has."""
         self.times[number] = draws.time
         draws.normal(self._offsets[number])
         draws.normal(self._noise[number])
@@ -236,11 +242,11 @@ class _BatchBuilder:
             draws.normal(self._posterior[number])
         else:
             self._without_std.append(number)
-        if self._reading.masks and "mask" not in tensors:
+        if self._options.masks and "mask" not in tensors:
             self.rows.tensors["mask"][number] = 1.0
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """As ``Batch`` wants them."""
+        """The tensors of a ``Batch``, with latents drawn from the posterior."""
         rows = self.rows.tensors
         latents = rows["latents.mean"].float()
         if len(self._without_std) < len(latents):
@@ -256,8 +262,8 @@ class _BatchBuilder:
             "times": torch.from_numpy(self.times),
             "weights": torch.from_numpy(self.weights),
         }
-        if self._reading.offsets:
+        if self._options.offsets:
             tensors["offsets"] = torch.from_numpy(self._offsets)
-        if self._reading.masks:
+        if self._options.masks:
             tensors["mask"] = rows["mask"].float()
         return tensors

@@ -59,7 +59,7 @@ class Geometry:
         return 1 - tw * th / (rw * rh)
 
     def mirrored(self) -> "Geometry":
-        """The same part of the image, seen in a mirror."""
+        """The same part of the image, mirrored left to right."""
         (left, top), spare = self.crop, self.resized[0] - self.target[0]
         return replace(self, crop=(spare - left, top), flipped=not self.flipped)
 

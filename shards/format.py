@@ -7,7 +7,7 @@ A cache is a folder::
 
     manifest.json               what the cache is; derived from the indexes, written last
     832x1216-000000.tar         a plain webdataset tar; all its samples have one bucket
-    832x1216-000000.index       the mark of a whole shard, written after the tar is in place
+    832x1216-000000.index       marks a complete shard, written after the tar is in place
     unconditional.safetensors   the empty prompt both ways: zeros, and the encoded ""
     prompts.safetensors         preview prompts, if there are any (see ``shards.previews``)
     rejected.jsonl              each image that was not encoded, and why; sorted by key
@@ -18,8 +18,8 @@ D width of the prompt embeddings (SDXL: 2048), P width of the pooled embedding (
 Sample: two tar members, ``KEY.json`` and ``KEY.safetensors``. KEY is the first 20 hex digits of
 sha256(relative posix path, with its extension, as UTF-8): webdataset ends a key at the first dot,
 so no name of the user's can be one. The JSON holds ``path``, ``captions``, ``weight``, ``digests``
-(sha256 of the image's bytes, of the captions, of its mask's) and ``notes`` (by half, ``latents``
-and ``text``: what the statistics of a shard are summed up from). The tensors are
+(sha256 of the image's bytes, of the captions, of its mask's) and ``notes`` (for ``latents``
+and for ``text``: what the statistics of a shard are summed up from). The tensors are
 
     latents.mean           [V, 4, h, w]     scaled as the UNet sees them
     latents.std            [V, 4, h, w]     of the VAE's posterior, scaled; absent in mean-only
@@ -39,32 +39,32 @@ Index: binary, little endian, made to be memory-mapped (see ``shards.index``)::
     n bytes    header: JSON (sorted keys), padded with spaces so that the records start at 64
     records    one of RECORD_DTYPE per sample, in key order: where its members and tensors are
     digests    u64 each: xxh3-64 of every part that is read alone; a record names its first
-    32 bytes   sha256 of all that stands before
+    32 bytes   sha256 of everything before
 
 The parts of a sample, in digest order: the JSON; the safetensors header (with its length); each
 variant's slices of latents and sizes; each variant's mask; each caption's slices. Slices of one
-variant, or of one caption, that lie side by side in the file are one part, and parts are in file
+variant, or of one caption, that are adjacent in the file are one part, and parts are in file
 order: with one variant, one caption and no mask there are two in half precision, and three in
 float32, where safetensors puts the sizes last. A mask is a part of its own: not every run reads it.
 
 The index header carries the shard's name, bucket, repeats, the tar's size and sha256, the recipe
-(settings and digests of weights that made it), ``members`` (a row for each that was to be in it:
-its key, and what its halves are made from), ``rejected`` (those of them that failed: path, reason),
+(settings and digests of weights that made it), ``members`` (a row for each sample that was
+assigned to it: its key and fingerprint), ``rejected`` (those of them that failed: path, reason),
 ``dropped_variants`` (path, number: crops that the mask hides all over; only where there are any),
 ``made_with`` (batch size and the like: they decide last bits) and sums from which the manifest's
 statistics come.
 
-While an encode is under way there are also, and belong to no cache::
+While an encode is under way there are also these, which are no part of the cache::
 
     plan.jsonl        where each sample goes (see ``precompute.plan.plan_file``)
-    replaced/         shards that are being written anew: what is still right is copied from there
-    encode.lock       held by the process that writes
+    replaced/         shards that are being written anew: what is still valid is copied from them
+    encode.lock       locked by the process that writes
 
 Manifest: canonical JSON (sorted keys, two spaces, one newline at the end) with a ``digest`` over
 the rest, so that any changed byte shows. It lists each shard with its index's sha256, and the
-sha256 of each side file: whoever trusts the manifest can check every byte of the folder. What a
-run learns from is told by ``data_digest``, over the same less the preview prompts, which may be
-replaced in a finished cache (``cli.py prompts``).
+sha256 of each side file: whoever trusts the manifest can check every byte of the folder.
+``data_digest`` identifies what a run learns from: it is over the same without the preview prompts,
+which may be replaced in a finished cache (``cli.py prompts``).
 """
 
 import hashlib
@@ -92,7 +92,7 @@ class CacheError(ValueError):
 
 
 class OtherFormat(CacheError):
-    """It is whole, but of another version, or of another program."""
+    """The cache is not damaged, but of another version or program."""
 
     @classmethod
     def version(cls, path: object, version: object) -> "OtherFormat":
@@ -136,14 +136,14 @@ class Layout:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Sample:
-    """Tensors as in the specification above, and what they were made from."""
+    """A sample: tensors as in the specification above, and what they were made from."""
 
     key: str
     path: str  # relative posix path in the dataset
     captions: tuple[str, ...]
     tensors: dict[str, torch.Tensor]
     digests: dict[str, str] = field(default_factory=dict)  # cause -> sha256
-    notes: dict[str, Any] = field(default_factory=dict)  # what encode notes of each half
+    notes: dict[str, Any] = field(default_factory=dict)  # what encode notes of latents and text
     weight: float = 1.0  # of the loss, not of the sampling
 
     def members(self) -> dict[str, bytes]:

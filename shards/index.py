@@ -48,7 +48,7 @@ MAGIC = NAME + b"2"  # the version of the format; in the first it was a line's e
 ALIGNMENT = 64
 SHA_BYTES = 32
 DIGEST_BYTES = 8
-FIRST_STRETCH = 2  # digests before: the JSON's, the header's
+NUM_FIXED_DIGESTS = 2  # digests before: the JSON's, the header's
 
 RECORD_DTYPE = np.dtype(
     [
@@ -73,7 +73,7 @@ assert _RECORD.size == RECORD_DTYPE.itemsize
 
 
 class HashedSpan(NamedTuple):
-    """A stretch of the tar with a digest of its own."""
+    """A span of bytes in the tar with a digest of its own."""
 
     label: str
     offset: int
@@ -101,7 +101,7 @@ class IndexRecord(NamedTuple):
 
 
 class TensorSlice(NamedTuple):
-    """One variant or caption of a tensor; where it lies in its stretch."""
+    """One variant or caption of a tensor; its bytes within its span."""
 
     name: str
     start: int
@@ -109,7 +109,7 @@ class TensorSlice(NamedTuple):
 
 
 class SampleSpan(NamedTuple):
-    """Neighbouring slices of one variant or caption, which share a digest; where they lie in the
+    """Adjacent slices of one variant or caption, which share a digest; their bytes within the
     safetensors member."""
 
     label: str
@@ -120,7 +120,7 @@ class SampleSpan(NamedTuple):
 
 
 class SampleLayout(NamedTuple):
-    """How a sample is laid out; most of a shard are alike."""
+    """Where a sample's slices are; most samples of a shard share one layout."""
 
     variants: tuple[tuple[SampleSpan, ...], ...]  # of each, but for its mask
     masks: tuple[tuple[SampleSpan, ...], ...]  # of each variant; empty without one
@@ -129,13 +129,13 @@ class SampleLayout(NamedTuple):
     tensors: frozenset[str]  # those that the sample has
 
     def spans(self) -> Iterator[SampleSpan]:
-        """All, in the order of their digests."""
+        """All spans, in the order of their digests."""
         for group in (*self.variants, *self.masks, *self.captions):
             yield from group
 
 
 def map_file(path: Path) -> memoryview:
-    """A file's bytes, mapped: pages come when looked at, are shared among processes, and no file
+    """A file's bytes, mapped: pages are loaded on access, are shared among processes, and no file
     stays open.
 
     Raises:
@@ -163,11 +163,11 @@ def describe_payload(payload: bytes, layout: Layout, digests: list[int]) -> dict
         counts.append(count)
     view = memoryview(payload)
     digests.append(xxhash.xxh3_64_intdigest(view[:start]))
-    form = make_form(counts, offsets, layout)
-    covered = start + sum(span.stop - span.start for span in form.spans())
+    sample_layout = make_sample_layout(counts, offsets, layout)
+    covered = start + sum(span.stop - span.start for span in sample_layout.spans())
     if covered != len(payload):
         raise ValueError(f"the tensors of a sample are not as its shard's layout: {layout}")
-    digests += [xxhash.xxh3_64_intdigest(view[s.start : s.stop]) for s in form.spans()]
+    digests += [xxhash.xxh3_64_intdigest(view[s.start : s.stop]) for s in sample_layout.spans()]
     return {
         "num_variants": counts[0],
         "num_captions": counts[1],
@@ -180,7 +180,7 @@ def describe_payload(payload: bytes, layout: Layout, digests: list[int]) -> dict
 def write_index(
     path: Path, header: dict[str, Any], records: npt.NDArray[np.void], digests: list[int]
 ) -> None:
-    """Write the mark of a whole shard: from now on the shard exists."""
+    """Write a shard's index, durably: from now on the shard exists."""
     text = json.dumps(header, sort_keys=True).encode()
     text += b" " * (-(len(MAGIC) + 8 + len(text)) % ALIGNMENT)
     body = MAGIC + struct.pack("<Q", len(text)) + text
@@ -222,7 +222,7 @@ class Index:
             prompt=tuple(self.header["prompt"]),
             pooled=self.header["pooled"],
         )
-        self._forms: dict[tuple[bytes, bytes], SampleLayout] = {}
+        self._sample_layouts: dict[tuple[bytes, bytes], SampleLayout] = {}
         self._check_records()
 
     def _read_header(self) -> dict[str, Any]:
@@ -269,40 +269,45 @@ class Index:
     def key(self, row: int) -> str:
         return self.record(row).key.decode()
 
-    def form(self, record: IndexRecord) -> SampleLayout:
-        """How a sample is laid out."""
+    def sample_layout(self, record: IndexRecord) -> SampleLayout:
+        """Where the slices of a sample are."""
         packed = record.counts, record.tensors
-        form = self._forms.get(packed)
-        if form is None:
+        sample_layout = self._sample_layouts.get(packed)
+        if sample_layout is None:
             counts = struct.unpack("<2H", record.counts)
             offsets = struct.unpack(f"<{len(TENSORS)}I", record.tensors)
-            form = self._forms[packed] = make_form(counts, offsets, self.layout)
-        return form
+            sample_layout = self._sample_layouts[packed] = make_sample_layout(
+                counts, offsets, self.layout
+            )
+        return sample_layout
 
-    def digests(self, record: IndexRecord, form: SampleLayout) -> tuple[int, ...]:
+    def digests(self, record: IndexRecord, sample_layout: SampleLayout) -> tuple[int, ...]:
         """xxh3-64 of each part of a sample."""
         at = self._first_digest + DIGEST_BYTES * record.first_digest
-        if at + form.digests.size > len(self._data) - SHA_BYTES:
+        if at + sample_layout.digests.size > len(self._data) - SHA_BYTES:
             raise self._forged(f"sample {record.key.decode()} has no digests")
-        return form.digests.unpack_from(self._data, at)
+        return sample_layout.digests.unpack_from(self._data, at)
 
     def parts(self, row: int) -> Iterator[tuple[HashedSpan, int]]:
-        """Every part of a sample with its digest: JSON, header, then all stretches."""
+        """Every part of a sample with its digest: JSON, header, then all spans."""
         record = self.record(row)
-        form = self.form(record)
+        sample_layout = self.sample_layout(record)
         parts = [
             HashedSpan("json", record.json_offset, record.json_size),
             HashedSpan("header", record.offset, record.header_size),
         ]
-        for span in form.spans():
+        for span in sample_layout.spans():
             parts.append(HashedSpan(span.label, record.offset + span.start, span.stop - span.start))
-        yield from zip(parts, self.digests(record, form), strict=True)
+        yield from zip(parts, self.digests(record, sample_layout), strict=True)
 
 
-def make_form(counts: Sequence[int], offsets: Sequence[int], layout: Layout) -> SampleLayout:
-    """How a sample is laid out that has so many variants and captions, and its tensors there."""
+def make_sample_layout(
+    counts: Sequence[int], offsets: Sequence[int], layout: Layout
+) -> SampleLayout:
+    """The layout of a sample with ``counts`` (of variants, of captions) and its tensors at
+    ``offsets``."""
     where = dict(zip(TENSORS, offsets, strict=True))
-    digests = itertools.count(FIRST_STRETCH)
+    digests = itertools.count(NUM_FIXED_DIGESTS)
 
     def of_each(label: str, count: int, names: Sequence[str]) -> Iterator[tuple[SampleSpan, ...]]:
         present = sorted((where[name], name) for name in names if where[name])
@@ -312,7 +317,7 @@ def make_form(counts: Sequence[int], offsets: Sequence[int], layout: Layout) -> 
                 size = layout.slice_bytes(name)
                 start = offset + position * size
                 places.append((name, start, start + size))
-            runs = _neighbours(places)
+            runs = _adjacent_runs(places)
             yield tuple(_span(f"{label} {position}", run, next(digests)) for run in runs)
 
     variants = tuple(of_each("variant", counts[0], LATENT_TENSORS))
@@ -322,11 +327,11 @@ def make_form(counts: Sequence[int], offsets: Sequence[int], layout: Layout) -> 
     return SampleLayout(variants, masks, captions, struct.Struct(f"<{next(digests)}Q"), tensors)
 
 
-Place = tuple[str, int, int]  # of a slice in the member
+SliceSpan = tuple[str, int, int]  # of a slice in the member
 
 
-def _neighbours(places: Sequence[Place]) -> list[list[Place]]:
-    runs: list[list[Place]] = []
+def _adjacent_runs(places: Sequence[SliceSpan]) -> list[list[SliceSpan]]:
+    runs: list[list[SliceSpan]] = []
     for place in places:
         if runs and runs[-1][-1][2] == place[1]:
             runs[-1].append(place)
@@ -335,16 +340,16 @@ def _neighbours(places: Sequence[Place]) -> list[list[Place]]:
     return runs
 
 
-def _span(label: str, run: Sequence[Place], digest: int) -> SampleSpan:
+def _span(label: str, run: Sequence[SliceSpan], digest: int) -> SampleSpan:
     description = f"{label} ({', '.join(name for name, _, _ in run)})"
     first, last = run[0][1], run[-1][2]
     slices = tuple(TensorSlice(name, start - first, stop - first) for name, start, stop in run)
     return SampleSpan(description, first, last, slices, digest)
 
 
-# What an index must hold to be read from, whoever wrote it: see ``runtime.schema``.
+# What an index must contain to be readable, whoever wrote it: see ``runtime.schema``.
 
-MOST_SLICE_BYTES = 2**40
+MAX_SLICE_BYTES = 2**40
 REQUIRED_TENSORS = ("latents.mean", "sizes", *CAPTION_TENSORS)
 HEADER = {
     "shard": SHARD,
@@ -359,13 +364,13 @@ HEADER = {
 KEY = like("[0-9a-f]{20}")
 
 
-def _member(value: Any) -> bool:
-    """Its key, then marks: text and numbers."""
+def _is_member_row(value: Any) -> bool:
+    """Whether a row is a key and then a fingerprint: texts and numbers."""
     is_row = isinstance(value, list) and len(value) > 0 and KEY(value[0])
-    return is_row and all(text(mark) or number(mark) for mark in value[1:])
+    return is_row and all(text(item) or number(item) for item in value[1:])
 
 
-ABOUT = {  # what encode adds; a shard that was written in another way may lack it
+ENCODE_FIELDS = {  # what encode adds; a shard that another program wrote may lack it
     "bucket": BUCKET,
     "repeats": REPEATS,
     "recipe": fields(
@@ -375,7 +380,7 @@ ABOUT = {  # what encode adds; a shard that was written in another way may lack 
         },
         {"long_captions": whole(1, 1000)},
     ),
-    "members": each(_member),
+    "members": each(_is_member_row),
     "rejected": each(each(text, 2)),
     "made_with": each(record),
     "sums": fields(dict.fromkeys(("gram", "cross"), each(each(number)))),
@@ -390,7 +395,7 @@ ABOUT = {  # what encode adds; a shard that was written in another way may lack 
 
 def misfit_of_header(header: Any) -> str | None:
     """What is wrong with the JSON of an index; None if nothing is."""
-    problem = misfit(header, HEADER, ABOUT)
+    problem = misfit(header, HEADER, ENCODE_FIELDS)
     if problem is None and "bucket" in header:
         width, height = header["bucket"]
         if header["latent"][1:] != [height // 8, width // 8]:
@@ -434,7 +439,7 @@ def _misfit_of_tensors(records: npt.NDArray[np.void], layout: Layout) -> str | N
         if name in REQUIRED_TENSORS and not is_present.all():
             return f"a sample has no {name}"
         slice_bytes = layout.slice_bytes(name)
-        if slice_bytes > MOST_SLICE_BYTES:
+        if slice_bytes > MAX_SLICE_BYTES:
             return f"its {name} is larger than any"
         counter = "num_variants" if name in VARIANT_TENSORS + MASK_TENSORS else "num_captions"
         total = records[counter].astype(np.uint64) * np.uint64(slice_bytes)

@@ -1,4 +1,4 @@
-"""What a cache holds, in numbers: buckets, captions, recipe, statistics, what was rejected."""
+"""A cache in numbers: buckets, captions, recipe, statistics, what was rejected."""
 
 import re
 import statistics
@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from runtime import schema
+from runtime.messages import pluralize
 from runtime.schema import misfit, read_json
-from runtime.text import pluralize
 from shards.buckets import bucket_name
 from shards.format import TENSORS, CacheError
 from shards.manifest import read_side_file
@@ -19,7 +19,7 @@ from shards.reader import Cache, Shard
 
 REJECTED = "rejected.jsonl"
 REJECTED_FIELDS = {"path": schema.text, "reason": schema.text}
-MOST_SHOWN = 5  # of the most frequent
+MAX_SHOWN = 5  # of the most frequent
 BAR = 30  # characters of the fullest bucket's bar
 Counts = Counter[Any]
 
@@ -41,7 +41,7 @@ class Contents:
 
 
 def read_contents(cache: Cache) -> Iterator[Contents]:
-    """Count, shard by shard, so that a bar can go along; it is the same object each time.
+    """Count shard by shard, for a progress bar; yields the same object each time.
 
     Raises:
         CacheError: something in it is damaged.
@@ -87,7 +87,7 @@ def _count(contents: Contents, shard: Shard) -> None:
         counts.update(dict(zip(values.tolist(), numbers.tolist(), strict=True)))
     contents.num_masks += int((records["tensors"][:, TENSORS.index("mask")] > 0).sum())
     for row in range(len(records)):
-        fields = shard.about(row)
+        fields = shard.metadata(row)
         contents.captions.update(fields["captions"])
         folder, slash, _ = fields["path"].partition("/")
         contents.folders[folder + slash if slash else "./"] += 1
@@ -124,7 +124,7 @@ def _describe_captions(contents: Contents) -> Iterator[str]:
         f"different; {lengths[0]} to {lengths[-1]} characters, median "
         f"{statistics.median_low(lengths)}"
     )
-    for text, count in contents.captions.most_common(MOST_SHOWN):
+    for text, count in contents.captions.most_common(MAX_SHOWN):
         yield f"  {count:7d}  {_short(text) or '(empty)'}"
 
 
@@ -139,8 +139,8 @@ def _describe_samples(contents: Contents) -> Iterator[str]:
 
 def _describe_recipe(recipe: dict[str, Any]) -> Iterator[str]:
     for cause, parts in sorted(recipe.items()):
-        told = parts.items() if isinstance(parts, dict) else [("", parts)]
-        values = (f"{name} {_shown(value)}".strip() for name, value in told if value is not None)
+        items = parts.items() if isinstance(parts, dict) else [("", parts)]
+        values = (f"{name} {_shown(value)}".strip() for name, value in items if value is not None)
         yield f"{cause}: {', '.join(values)}"
 
 
@@ -160,9 +160,9 @@ def _describe_latents(manifest: dict[str, Any]) -> Iterator[str]:
 
 def _top(title: str, counts: Counts) -> Iterator[str]:
     yield f"{title}: {counts.total() or 'none'}"
-    for text, count in counts.most_common(MOST_SHOWN):
+    for text, count in counts.most_common(MAX_SHOWN):
         yield f"  {count:7d}  {_short(text)}"
-    if (rest := len(counts) - MOST_SHOWN) > 0:
+    if (rest := len(counts) - MAX_SHOWN) > 0:
         yield f"           and {rest} more"
 
 

@@ -13,11 +13,11 @@ from shards.index import Index
 MANIFEST = "manifest.json"
 PROMPTS = "prompts.safetensors"
 UNCONDITIONAL = "unconditional.safetensors"
-SCAN = "scan.json"  # this and what follows is the encode stage's own, and no part of the cache
+SCAN = "scan.json"  # this and the next ones are files of a running encode, no part of the cache
 PLAN = "plan.jsonl"
 LOCK = "encode.lock"
 REPLACED = "replaced"  # a folder: shards that are being written anew
-OWN = (SCAN, PLAN, LOCK)
+ENCODE_FILES = (SCAN, PLAN, LOCK)
 SIDE_FILES = (UNCONDITIONAL, PROMPTS, "rejected.jsonl")
 
 _ENCODER = schema.fields({"digest": schema.text, "of_base": schema.flag})
@@ -67,10 +67,12 @@ MORE_FIELDS = {  # a cache without images has none
 }
 
 
-def write_manifest(folder: Path, about: dict[str, Any], indexes: list[Index]) -> dict[str, Any]:
-    """Write ``manifest.json`` from what lies in the folder; returns it.
+def write_manifest(
+    folder: Path, encode_fields: dict[str, Any], indexes: list[Index]
+) -> dict[str, Any]:
+    """Write ``manifest.json`` from the indexes and the folder's side files; return it.
 
-    ``about`` is the encode stage's part: recipe, statistics, latent-to-RGB map.
+    ``encode_fields`` is the encode stage's part: recipe, statistics, latent-to-RGB map.
     """
     shards = [
         {
@@ -88,7 +90,7 @@ def write_manifest(folder: Path, about: dict[str, Any], indexes: list[Index]) ->
     manifest = {
         "format": FORMAT,
         "version": VERSION,
-        **about,
+        **encode_fields,
         "shards": shards,
         "side_files": side_files,
         "num_samples": sum(shard["count"] for shard in shards),
@@ -96,8 +98,8 @@ def write_manifest(folder: Path, about: dict[str, Any], indexes: list[Index]) ->
     return _sign_manifest(folder, manifest)
 
 
-def renew_side_file(folder: Path, name: str) -> dict[str, Any]:
-    """Vouch for a side file as it is now, and go on vouching for all else as before; the manifest.
+def update_side_file_digest(folder: Path, name: str) -> dict[str, Any]:
+    """Update the manifest's digest of one side file, and keep all others; return the manifest.
 
     Raises:
         CacheError: as ``read_manifest``.
@@ -115,9 +117,9 @@ def _sign_manifest(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def data_digest(manifest: dict[str, Any]) -> str:
-    """sha256 of all that a run learns from: the manifest without the preview prompts.
+    """sha256 of everything that a run learns from: the manifest without the preview prompts.
 
-    In a cache that has none it is the manifest's own ``digest``.
+    In a cache without them it is the manifest's own ``digest``.
     """
     kept = {name: value for name, value in manifest.items() if name != "digest"}
     kept["side_files"] = {n: sha for n, sha in kept["side_files"].items() if n != PROMPTS}
@@ -125,7 +127,7 @@ def data_digest(manifest: dict[str, Any]) -> str:
 
 
 def read_side_file(folder: Path, manifest: dict[str, Any], name: str, remedy: str) -> bytes:
-    """The bytes of a side file that the manifest names, and vouches for.
+    """The bytes of a side file, checked against the digest in the manifest.
 
     Raises:
         CacheError: missing or damaged; ends with ``remedy``.
@@ -156,13 +158,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = read_json(data)
         digest = manifest.pop("digest")
-        is_whole = content_digest(manifest) == digest
+        is_intact = content_digest(manifest) == digest
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise CacheError(f"{path}: the manifest is damaged (not what encode wrote)") from None
-    if manifest.get("format") == FORMAT and manifest.get("version") != VERSION and is_whole:
+    if manifest.get("format") == FORMAT and manifest.get("version") != VERSION and is_intact:
         raise OtherFormat.version(path, manifest.get("version"))
     manifest["digest"] = digest
-    if not is_whole or canonical_json(manifest).encode() != data:
+    if not is_intact or canonical_json(manifest).encode() != data:
         raise CacheError(f"{path}: the manifest is damaged (its digest differs)")
     if manifest.get("format") != FORMAT:
         raise OtherFormat(f"{path}: not a shardtune cache (format {manifest.get('format')!r})")

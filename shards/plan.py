@@ -1,7 +1,7 @@
 """The epoch plan: which samples make batch t of epoch e, and all that is random about each.
 
 A keyed permutation inside each bucket and one over the batches: O(batch) time and O(1) memory at
-any size, so a resumed run seeks. Some batches are computed at once, which changes none of them.
+any size, so a resumed run seeks. Batches are computed in blocks, which changes none of them.
 Nothing here depends on the number of processes.
 
 G is the global batch: batch size x accumulation x world size.
@@ -40,10 +40,10 @@ def permute(positions: Array, size: int, key: int) -> Array:
 
 def permute_each(positions: Array, sizes: Array, round_keys: Array) -> Array:
     """``permute`` with a size [n] and keys [NUM_ROUNDS, n] for each position [n]."""
-    halves = _half_bits(sizes)
-    values = _feistel(positions.astype(np.uint64), halves, round_keys)
+    half_bits = _half_bits(sizes)
+    values = _feistel(positions.astype(np.uint64), half_bits, round_keys)
     while len(outside := np.flatnonzero(values >= sizes)):
-        values[outside] = _feistel(values[outside], halves[outside], round_keys[:, outside])
+        values[outside] = _feistel(values[outside], half_bits[outside], round_keys[:, outside])
     return values
 
 
@@ -53,18 +53,18 @@ def _round_keys(key: int) -> Array:
 
 
 def _half_bits(sizes: Array) -> Array:
-    """Bits of each half of a Feistel network that has room for 0..size-1."""
+    """Bits of each half of a Feistel network whose values cover 0..size-1."""
     unique_sizes, where = np.unique(sizes, return_inverse=True)
-    halves = [max(1, ((int(size) - 1).bit_length() + 1) // 2) for size in unique_sizes]
-    return np.array(halves, np.uint64)[where]
+    half_bits = [max(1, ((int(size) - 1).bit_length() + 1) // 2) for size in unique_sizes]
+    return np.array(half_bits, np.uint64)[where]
 
 
-def _feistel(values: Array, halves: Array, round_keys: Array) -> Array:
-    masks = (np.uint64(1) << halves) - np.uint64(1)
-    left, right = values >> halves, values & masks
+def _feistel(values: Array, half_bits: Array, round_keys: Array) -> Array:
+    masks = (np.uint64(1) << half_bits) - np.uint64(1)
+    left, right = values >> half_bits, values & masks
     for round_key in round_keys:
         left, right = right, left ^ (_mix(right ^ round_key) & masks)
-    return (left << halves) | right
+    return (left << half_bits) | right
 
 
 def _mix(values: Array) -> Array:
@@ -85,11 +85,11 @@ class Group:
 
 
 class Entry(NamedTuple):
-    """One sample in one of its passes: ``pass_`` counts its repeats within the epoch."""
+    """One occurrence of a sample in an epoch: ``repeat`` counts its repeats from 0."""
 
     group: int
     row: int
-    pass_: int
+    repeat: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +103,7 @@ class GlobalBatch:
 
 
 class Plan:
-    """Every sample exactly ``repeats`` times an epoch, in batches of one bucket.
+    """The epoch plan: every sample exactly ``repeats`` times an epoch, in batches of one bucket.
 
     The last batch of a bucket is short: nothing is padded by repetition, nothing is dropped.
     """
@@ -145,24 +145,28 @@ class Plan:
         )
 
     def _compute_block(self, epoch: int, block: int) -> list[tuple[Size, list[list[int]]]]:
-        """Bucket and entries (group, row, pass) of each batch from ``block * _at_once`` on."""
+        """Bucket and entries (group, row, repeat) of each batch from ``block * _at_once`` on."""
         first = block * self._at_once
         numbers = np.arange(first, min(first + self._at_once, self.num_batches), dtype=np.uint64)
         slots = permute(numbers, self.num_batches, derive_key("batches", self.seed, epoch))
         which = np.searchsorted(self._batch_ends, slots, side="right")
-        starts = (slots - _begins(self._batch_ends)[which]) * np.uint64(self.global_batch)
+        starts = (slots - _starts_from_ends(self._batch_ends)[which]) * np.uint64(self.global_batch)
         lengths = np.minimum(self._sizes[which] - starts, np.uint64(self.global_batch))
         ends = np.cumsum(lengths)
         owner = np.repeat(np.arange(len(numbers)), lengths.astype(np.intp))
         bucket = which[owner]
-        positions = starts[owner] + np.arange(ends[-1], dtype=np.uint64) - _begins(ends)[owner]
+        positions = (
+            starts[owner] + np.arange(ends[-1], dtype=np.uint64) - _starts_from_ends(ends)[owner]
+        )
         keys = np.stack(
             [_round_keys(derive_key("samples", self.seed, epoch, *b)) for b in self.buckets], axis=1
         )
         places = permute_each(positions, self._sizes[bucket], keys[:, bucket])
-        places += _begins(self._size_ends)[bucket]
+        places += _starts_from_ends(self._size_ends)[bucket]
         member = np.searchsorted(self._ends, places, side="right")
-        passes, rows = np.divmod(places - _begins(self._ends)[member], self._counts[member])
+        passes, rows = np.divmod(
+            places - _starts_from_ends(self._ends)[member], self._counts[member]
+        )
         groups = np.array(self._order, np.uint64)[member]
         entries = np.stack([groups, rows, passes], axis=1).tolist()
         cuts = [0, *ends.tolist()]
@@ -171,8 +175,8 @@ class Plan:
         ]
 
 
-def _begins(ends: Array) -> Array:
-    """Where stretches begin that follow each other and end at ``ends``."""
+def _starts_from_ends(ends: Array) -> Array:
+    """The starts of consecutive ranges that end at ``ends``."""
     return np.concatenate([np.zeros(1, np.uint64), ends[:-1]])
 
 
@@ -194,17 +198,17 @@ class RankShare:
         return batch.entries[start : start + self.batch_size]
 
 
-# What is random about a sample in a pass comes from a stream of its own. It is keyed, not drawn in
+# All randomness of a sample in one repeat comes from a stream of its own. It is keyed, not drawn in
 # turn: the same on every device, at any world size and batch size, after any resume, and whatever
 # else a run reads.
 
-NUM_UNIFORMS = 8  # some spare: another choice shall leave the noise of all runs as it is
+NUM_UNIFORMS = 8  # some are spare, so that another choice leaves the noise of all runs as it is
 
 
 class Draws:
-    """The draws of one sample after the other; for one thread.
+    """The random numbers of one sample after the other; for one thread.
 
-    A stream is Philox keyed by (seed, epoch, cache, sample, pass). One generator serves them all,
+    A stream is Philox keyed by (seed, epoch, cache, sample, repeat). One generator serves them all,
     as making one takes ten times as long as keying it anew.
 
     ``variant``, ``caption``, ``dropout`` and ``time`` are uniform in [0, 1), and exact in fp32.
@@ -215,9 +219,9 @@ class Draws:
         self._fresh = self._bits.state
         self._stream = np.random.Generator(self._bits)
 
-    def start(self, seed: int, epoch: int, cache: int, key: str, pass_: int) -> None:
-        """Go to the beginning of a sample's stream."""
-        high, low = divmod(derive_key("sample", seed, epoch, cache, key, pass_), 2**64)
+    def start(self, seed: int, epoch: int, cache: int, key: str, repeat: int) -> None:
+        """Restart at the beginning of a sample's stream."""
+        high, low = divmod(derive_key("sample", seed, epoch, cache, key, repeat), 2**64)
         self._fresh["state"]["key"][:] = low, high
         self._bits.state = self._fresh
         uniforms = self._stream.random(NUM_UNIFORMS, np.float32).tolist()
@@ -229,5 +233,5 @@ class Draws:
 
 
 def pick(uniform: float, size: int) -> int:
-    """Of 0..size-1, each as likely as the others."""
+    """An index in 0..size-1, each equally likely, from a ``uniform`` number in [0, 1)."""
     return int(uniform * size)

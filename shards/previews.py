@@ -37,7 +37,7 @@ def _or_none(check: Check) -> Check:
 
 
 _SIZES = ("width", "height", "num_steps", "num_images", "original_width", "original_height")
-PROMPT = {
+PROMPT_FIELDS = {
     **dict.fromkeys(_SIZES, _or_none(schema.whole(1, 2**31))),
     "negative": _or_none(schema.text),
     "seed": _or_none(schema.whole(0, 2**64)),
@@ -46,8 +46,8 @@ PROMPT = {
     "crop_left": _or_none(schema.whole(-(2**31), 2**31)),
     "crop_top": _or_none(schema.whole(-(2**31), 2**31)),
 }
-ABOUT = {
-    "prompts": schema.each(schema.fields({"text": schema.text}, PROMPT)),
+HEADER_FIELDS = {
+    "prompts": schema.each(schema.fields({"text": schema.text}, PROMPT_FIELDS)),
     "made_with": schema.record,
 }
 TENSORS = (
@@ -60,7 +60,7 @@ TENSORS = (
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PreviewFile:
-    """What the file holds: ``prompts`` as plain JSON, ``made_with``, and the four tensors."""
+    """The contents of the file: ``prompts`` as plain JSON, ``made_with``, and the four tensors."""
 
     prompts: list[dict[str, Any]]
     made_with: dict[str, Any]
@@ -85,14 +85,14 @@ class PreviewFile:
             header = read_json(read_json(data[8 : 8 + length])["__metadata__"][KEY])
             tensors = safetensors.torch.load(data)
             digest = header.pop("digest")
-            if problem := misfit(header, ABOUT) or _misfit(header["prompts"], tensors):
+            if problem := misfit(header, HEADER_FIELDS) or _misfit(header["prompts"], tensors):
                 raise ValueError(problem)
-            is_whole = _digest(header, tensors) == digest
+            is_intact = _digest(header, tensors) == digest
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"no preview prompts ({error})") from None
         except (struct.error, SafetensorError, RecursionError) as error:
             raise ValueError(f"no whole safetensors file ({error})") from None
-        if not is_whole:
+        if not is_intact:
             raise ValueError("damaged (its digest differs)")
         return cls(prompts=header["prompts"], made_with=header["made_with"], tensors=tensors)
 

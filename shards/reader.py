@@ -23,13 +23,13 @@ from shards.index import HashedSpan, Index, IndexRecord, SampleLayout, SampleSpa
 from shards.manifest import UNCONDITIONAL, data_digest, read_manifest, read_side_file
 from shards.plan import Group
 
-ABOUT = {"path": schema.text, "captions": schema.each(schema.text)}
-MORE_ABOUT = {
+SAMPLE_FIELDS = {"path": schema.text, "captions": schema.each(schema.text)}
+OPTIONAL_SAMPLE_FIELDS = {
     "weight": schema.number,
     "digests": schema.table(schema.text, schema.text),
     "notes": schema.record,
 }
-MAX_OPEN_SHARDS = 8192  # each maps two files, and holds none open; Linux maps up to 65,530
+MAX_OPEN_SHARDS = 8192  # each maps two files and keeps none open; Linux maps up to 65,530
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -57,38 +57,43 @@ class Shard:
             )
 
     def checked(
-        self, record: IndexRecord, form: SampleLayout, spans: Iterable[SampleSpan]
+        self, record: IndexRecord, sample_layout: SampleLayout, spans: Iterable[SampleSpan]
     ) -> Iterator[tuple[SampleSpan, memoryview]]:
-        """The bytes of some stretches of a sample, as views of the mapped tar.
+        """The bytes of some spans of a sample, as views of the mapped tar.
 
-        Each is hashed when it is its turn: who copies it then finds it in the processor's cache.
+        Each is hashed just before it is yielded, so that copying it finds it in the CPU cache.
         """
         data, offset = self._data, record.offset
-        digests = self.index.digests(record, form)
+        digests = self.index.digests(record, sample_layout)
         for span in spans:
             view = data[offset + span.start : offset + span.stop]
             if xxh3_64_intdigest(view) != digests[span.digest]:
-                self._refuse(record, span.label)
+                self._raise_damaged(record, span.label)
             yield span, view
 
     def read_into(self, target: torch.Tensor, row: int, name: str, number: int = 0) -> None:
         """Copy one checked slice into ``target`` (contiguous; of any dtype that holds it)."""
         record = self.index.record(row)
-        form = self.index.form(record)
-        halves = {**dict.fromkeys(CAPTION_TENSORS, form.captions), "mask": form.masks}
-        spans = halves.get(name, form.variants)[number]
-        ((wanted, place),) = ((s, piece) for s in spans for piece in s.slices if piece.name == name)
-        ((_, source),) = self.checked(record, form, [wanted])
-        values = bytearray(source[place.start : place.stop])
+        sample_layout = self.index.sample_layout(record)
+        spans_by_name = {
+            **dict.fromkeys(CAPTION_TENSORS, sample_layout.captions),
+            "mask": sample_layout.masks,
+        }
+        spans = spans_by_name.get(name, sample_layout.variants)[number]
+        ((wanted, tensor_slice),) = (
+            (s, piece) for s in spans for piece in s.slices if piece.name == name
+        )
+        ((_, source),) = self.checked(record, sample_layout, [wanted])
+        values = bytearray(source[tensor_slice.start : tensor_slice.stop])
         dtype = self.index.layout.torch_dtype(name)
         target.view(-1).copy_(torch.frombuffer(values, dtype=dtype))
 
-    def about(self, row: int) -> dict[str, Any]:
+    def metadata(self, row: int) -> dict[str, Any]:
         """The sample's JSON: path, captions, digests."""
         data = bytes(self._part(row, *next(self.index.parts(row))))
         try:
             fields = read_json(data)
-            problem = misfit(fields, ABOUT, MORE_ABOUT)
+            problem = misfit(fields, SAMPLE_FIELDS, OPTIONAL_SAMPLE_FIELDS)
             if not problem and len(fields["captions"]) != self.index.records["num_captions"][row]:
                 problem = "its captions are not as many as their embeddings"
         except ValueError as error:
@@ -112,10 +117,10 @@ class Shard:
     def _part(self, row: int, part: HashedSpan, digest: int) -> memoryview:
         view = self._data[part.offset : part.offset + part.size]
         if xxh3_64_intdigest(view) != digest:
-            self._refuse(self.index.record(row), part.label)
+            self._raise_damaged(self.index.record(row), part.label)
         return view
 
-    def _refuse(self, record: IndexRecord, part: str) -> NoReturn:
+    def _raise_damaged(self, record: IndexRecord, part: str) -> NoReturn:
         raise CacheError(
             f"{self.path}: sample {record.key.decode()}: {part} is damaged (xxh3 differs); "
             "`python cli.py verify` names all damage"
@@ -146,11 +151,11 @@ class Cache:
 
     @property
     def data_digest(self) -> str:
-        """sha256 of all that a run learns from; other preview prompts leave it as it is."""
+        """sha256 of everything that a run learns from; preview prompts do not change it."""
         return data_digest(self.manifest)
 
     def groups(self, number: int = 0) -> list[Group]:
-        """What a ``Plan`` needs to know of this cache, which is the ``number``-th of the run."""
+        """This cache's groups for a ``Plan``; the cache is the ``number``-th of the run."""
         return [
             Group(cache=number, bucket=bucket, repeats=repeats * self.repeats, count=ends[-1])
             for (bucket, repeats), ends in sorted(self._ends.items())
@@ -158,10 +163,10 @@ class Cache:
 
     def locate(self, group: Group, row: int) -> tuple[Shard, int]:
         """The shard that holds sample ``row`` of a group, and its row there."""
-        place = group.bucket, group.repeats // self.repeats
-        ends = self._ends[place]
+        group_key = group.bucket, group.repeats // self.repeats
+        ends = self._ends[group_key]
         which = bisect_right(ends, row)
-        shard = self._groups[place][which]
+        shard = self._groups[group_key][which]
         return self._open(shard["name"]), row - (ends[which - 1] if which else 0)
 
     def shards(self) -> Iterator[Shard]:
@@ -214,14 +219,14 @@ class Cache:
 
 
 def groups_of(caches: Sequence[Cache]) -> list[Group]:
-    """What a ``Plan`` over several caches needs to know of them."""
+    """The groups of several caches, for a ``Plan``."""
     return [group for number, cache in enumerate(caches) for group in cache.groups(number)]
 
 
 def read_ahead(
     function: Callable[[T], R], items: Iterable[T], threads: int, ahead: int
 ) -> Generator[R, None, None]:
-    """``map`` in order by a pool of threads that is at most ``ahead`` items in front."""
+    """``map`` in order, by a pool of threads that is at most ``ahead`` items ahead."""
     with ThreadPoolExecutor(threads, thread_name_prefix="read") as pool:
         pending: deque[Future[R]] = deque()
         try:

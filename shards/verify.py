@@ -1,9 +1,9 @@
 """Re-hash a whole cache and name what is damaged; with ``--repair``, drop it, and only it.
 
-Of a damaged shard the intact samples are written into a new shard of the same name. A sample is
+The intact samples of a damaged shard are written into a new shard of the same name. A sample is
 intact if each of its parts has the digest that the index names, whatever happened to the tar around
 it. Any other stays among the shard's members as one that failed for now, so that the next encode
-makes it again, in its old place.
+makes it again, in its old position.
 """
 
 import json
@@ -19,15 +19,15 @@ import numpy as np
 import xxhash
 
 from runtime.files import PARTIAL, file_sha256, fsync_folder, move_into, remove_path, writing
+from runtime.messages import pluralize
 from runtime.schema import read_json
-from runtime.text import pluralize
 from shards.format import CacheError, OtherFormat, sample_key
 from shards.index import Index
-from shards.manifest import MANIFEST, OWN, PROMPTS, REPLACED, SIDE_FILES, UNCONDITIONAL
+from shards.manifest import ENCODE_FILES, MANIFEST, PROMPTS, REPLACED, SIDE_FILES, UNCONDITIONAL
 from shards.reader import read_ahead
 from shards.writer import Members, write_members
 
-MOST_THREADS = 16  # hashing lets go of Python's lock, so each keeps a core or the disk busy
+MAX_THREADS = 16  # hashing lets go of Python's lock, so each keeps a core or the disk busy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,14 +50,14 @@ def verify(folder: Path, manifest: dict[str, Any]) -> Iterator[list[Fault]]:
     ``manifest`` is what ``read_manifest`` gave, so its own bytes are already checked. Yields
     ``len(manifest["shards"]) + 1`` lists; all empty means that every byte is as it was written.
     """
-    threads = min(MOST_THREADS, (os.cpu_count() or 1) + 1)
+    threads = min(MAX_THREADS, (os.cpu_count() or 1) + 1)
     shards = manifest["shards"]
     yield from read_ahead(lambda shard: _check_shard(folder, shard), shards, threads, 2 * threads)
     yield [*_check_side_files(folder, manifest)]
 
 
 def _check_side_files(folder: Path, manifest: dict[str, Any]) -> Iterator[Fault]:
-    known = {MANIFEST, *OWN, *manifest["side_files"]}
+    known = {MANIFEST, *ENCODE_FILES, *manifest["side_files"]}
     known |= {f"{s['name']}.{end}" for s in manifest["shards"] for end in ("tar", "index")}
     for name, digest in manifest["side_files"].items():
         path = folder / name
@@ -137,7 +137,7 @@ def read_part(file: BinaryIO, offset: int, size: int) -> bytes:
 
 
 def path_of(data: bytes) -> str:
-    """The path in a sample's JSON; a question mark where that is none."""
+    """The path in a sample's JSON; a question mark if it has none."""
     try:
         return str(read_json(data)["path"])
     except (ValueError, KeyError, TypeError):
@@ -146,20 +146,20 @@ def path_of(data: bytes) -> str:
 
 # Salvage: the intact samples of a damaged shard.
 
-OF_THE_WRITER = ("shard", "count", "tar_bytes", "tar_sha256", "dtype", "latent", "prompt", "pooled")
+WRITER_FIELDS = ("shard", "count", "tar_bytes", "tar_sha256", "dtype", "latent", "prompt", "pooled")
 PATH = re.compile(rb'"path": ("(?:[^"\\]|\\.)*")')
-# Of samples that have their digests, and are not what shardtune writes.
-FORGED = (
+# Raised for samples whose digests are right, but which shardtune did not write.
+FORGED_SAMPLE_ERRORS = (
     *(ValueError, KeyError, TypeError, AttributeError),
     *(RecursionError, OverflowError, struct.error, AssertionError),
 )
-AS_IT_WAS = "This shard is as it was; the same encode makes what was dropped of others."
+SHARD_UNCHANGED = "This shard is as it was; the same encode makes what was dropped of others."
 REASON = "damaged in the cache, and dropped by verify --repair"
 
 
 @dataclass(frozen=True)
 class Salvage:
-    """What was saved of a shard."""
+    """How many samples of a shard were saved."""
 
     num_kept: int
     num_dropped: int
@@ -169,7 +169,7 @@ class Salvage:
 def salvage(folder: Path, name: str, index_sha256: str, into: Path) -> Salvage | None:
     """Write ``name.tar`` and ``name.index`` in ``into``; None where nothing can be saved.
 
-    Without its own index there are no digests to tell what is whole.
+    Without the right index there are no digests that tell which samples are intact.
 
     Raises:
         OSError: the new shard cannot be written.
@@ -182,15 +182,15 @@ def salvage(folder: Path, name: str, index_sha256: str, into: Path) -> Salvage |
     with file:
         if index.sha256 != index_sha256 or not isinstance(index.header.get("members"), list):
             return None
-        header = {key: v for key, v in index.header.items() if key not in OF_THE_WRITER}
-        kept = _Kept(file, index, header)
+        header = {key: v for key, v in index.header.items() if key not in WRITER_FIELDS}
+        kept = _IntactSamples(file, index, header)
         try:
             with writing(
                 into / f"{name}.tar",
-                AS_IT_WAS,
+                SHARD_UNCHANGED,
             ):
                 write_members(into, name, kept.samples(), index.layout, header)
-        except FORGED:
+        except FORGED_SAMPLE_ERRORS:
             return None
     if not kept.num_kept:
         return None
@@ -198,11 +198,11 @@ def salvage(folder: Path, name: str, index_sha256: str, into: Path) -> Salvage |
     return Salvage(kept.num_kept, len(index) - kept.num_kept, is_as_before)
 
 
-class _Kept:
-    """The whole samples of a shard; when all are drawn, ``about`` tells of them alone."""
+class _IntactSamples:
+    """The intact samples of a shard; when all have been read, ``header`` describes them alone."""
 
     def __init__(self, file: BinaryIO, index: Index, header: dict[str, Any]) -> None:
-        self.file, self.index, self.about = file, index, header
+        self.file, self.index, self.header = file, index, header
         self.num_kept = 0
 
     def samples(self) -> Iterator[tuple[str, float, Members]]:
@@ -213,7 +213,7 @@ class _Kept:
             record = self.index.record(row)
             members = _read_members(self.file, self.index, row)
             key = record.key.decode()
-            if not _is_whole(members, self.index, row):
+            if not _is_intact(members, self.index, row):
                 dropped[key] = _find_path(members["json"], key)
                 continue
             self.num_kept += 1
@@ -224,20 +224,22 @@ class _Kept:
             yield key, record.weight, members
         if dropped:
             totals = {name: matrix.tolist() for name, matrix in sums.items()}
-            self.about.update(_without(self.about, dropped), sums=totals, num_cut_captions=num_cut)
+            self.header.update(
+                _drop_members(self.header, dropped), sums=totals, num_cut_captions=num_cut
+            )
 
 
-def _without(header: dict[str, Any], dropped: dict[str, str | None]) -> dict[str, Any]:
+def _drop_members(header: dict[str, Any], dropped: dict[str, str | None]) -> dict[str, Any]:
     """The lists of members without the samples that were dropped.
 
-    One whose path is known stays a member, with marks that fit nothing, and counts as rejected.
+    One whose path is known stays a member, with a fingerprint that no image has, as rejected.
     """
     members = []
-    for key, *marks in header["members"]:
+    for key, *fingerprint in header["members"]:
         if dropped.get(key) is not None:
-            marks = [type(mark)() for mark in marks]
+            fingerprint = [type(field_value)() for field_value in fingerprint]
         if key not in dropped or dropped[key] is not None:
-            members.append([key, *marks])
+            members.append([key, *fingerprint])
     rejected = [[path, REASON] for path in dropped.values() if path is not None]
     paths = {path for path, _ in rejected}
     lists: dict[str, Any] = {
@@ -251,7 +253,7 @@ def _without(header: dict[str, Any], dropped: dict[str, str | None]) -> dict[str
 
 
 def _read_members(file: BinaryIO, index: Index, row: int) -> Members:
-    """As they lie in the tar; short where it ends before, or the disk fails."""
+    """A sample's members as they are in the tar; short if it ends before, or the disk fails."""
     record = index.record(row)
     places = {
         "json": (record.json_offset, record.json_size),
@@ -266,7 +268,7 @@ def _read_members(file: BinaryIO, index: Index, row: int) -> Members:
     return members
 
 
-def _is_whole(members: Members, index: Index, row: int) -> bool:
+def _is_intact(members: Members, index: Index, row: int) -> bool:
     record = index.record(row)
     if len(members["safetensors"]) != record.size:
         return False
@@ -293,39 +295,39 @@ def _find_path(text: bytes, key: str) -> str | None:
 
 # Repair: drop what ``verify`` found damaged, so that the next encode makes it again.
 
-ENDS = (".index", ".tar")  # the mark goes first: a tar without an index is nothing
+SUFFIXES = (".index", ".tar")  # the index goes first: a tar without an index is no shard
 REMEDIES = {PROMPTS: "`python cli.py prompts` makes it again"}
 
 
 def drop_damaged(folder: Path, manifest: dict[str, Any], faults: Iterable[Fault]) -> list[str]:
     """Drop each damaged sample and each damaged side file; a line for each shard and file.
 
-    ``faults`` are all that ``verify(folder, manifest)`` gave. The manifest goes first, as it
-    vouches for what then goes: stopped anywhere, what is left is an unfinished cache, never a wrong
-    one. It stays where no sample is lost. Files that are not of the cache stay: they are the
-    user's.
+    ``faults`` are all that ``verify(folder, manifest)`` yielded. The manifest is deleted first, as
+    it vouches for what is deleted next: stopped anywhere, this leaves an unfinished cache, never a
+    wrong one. It stays if no sample is lost. Files that are not of the cache are the user's and
+    stay.
     """
     faults = [*faults]
     damaged = {fault.shard for fault in faults}
     shards = [shard for shard in manifest["shards"] if shard["name"] in damaged]
-    beside = {fault.path.name for fault in faults if fault.shard is None}
-    files = [name for name in manifest["side_files"] if name in beside]
+    damaged_files = {fault.path.name for fault in faults if fault.shard is None}
+    files = [name for name in manifest["side_files"] if name in damaged_files]
     lines = []
     if "digest" not in manifest:
-        _drop(folder, MANIFEST)
+        _delete(folder, MANIFEST)
         lines.append(f"{folder / MANIFEST}: dropped")
     for shard in shards:
         lines.append(_repair_shard(folder, shard))
     for name in files:
-        _drop(folder, MANIFEST)
-        _drop(folder, name)
+        _delete(folder, MANIFEST)
+        _delete(folder, name)
         remedy = REMEDIES.get(name)
         lines.append(f"{folder / name}: dropped" + (f"; {remedy}" if remedy else ""))
     return lines
 
 
 def _repair_shard(folder: Path, shard: dict[str, Any]) -> str:
-    """Put a shard of its whole samples in its place, or drop it; says which."""
+    """Replace a shard by one of its intact samples, or drop it; return a line that says which."""
     name, path = shard["name"], folder / shard["name"]
     work = folder / ("repair" + PARTIAL)
     remove_path(work)
@@ -333,15 +335,15 @@ def _repair_shard(folder: Path, shard: dict[str, Any]) -> str:
     try:
         saved = salvage(folder, name, shard["index_sha256"], work)
         if saved is None:
-            _drop(folder, MANIFEST)
-            for end in ENDS:
-                _drop(folder, name + end)
+            _delete(folder, MANIFEST)
+            for end in SUFFIXES:
+                _delete(folder, name + end)
             return f"{path}: dropped, with its {pluralize(shard['count'], 'sample')}"
         if saved.is_as_before:  # only the tar was damaged, outside the samples
             move_into(folder, [work / f"{name}.tar"])
             return f"{path}: repaired, no sample was lost"
-        _drop(folder, MANIFEST)
-        _swap(folder, name, work)
+        _delete(folder, MANIFEST)
+        _replace_shard(folder, name, work)
         if not saved.num_dropped:
             return f"{path}: repaired, no sample was lost"
         total = pluralize(saved.num_kept + saved.num_dropped, "sample")
@@ -350,33 +352,33 @@ def _repair_shard(folder: Path, shard: dict[str, Any]) -> str:
         remove_path(work)
 
 
-def _swap(folder: Path, name: str, work: Path) -> None:
-    """Put the new shard where the old one is.
+def _replace_shard(folder: Path, name: str, work: Path) -> None:
+    """Replace the old shard by the new one.
 
-    The old one first moves to ``replaced/``, from where encode takes what is right in it, as it
-    does of a shard that it is about to write anew: stopped anywhere, no whole sample is lost.
+    The old one first moves to ``replaced/``, from which an encode copies what is valid, as it does
+    from shards that it writes anew: stopped anywhere, no intact sample is lost.
     """
-    aside = folder / REPLACED
-    aside.mkdir(exist_ok=True)
-    for end in ENDS:
-        (aside / (name + end)).unlink(missing_ok=True)
-    move_into(aside, [folder / (name + end) for end in ENDS])
-    for end in reversed(ENDS):
+    replaced = folder / REPLACED
+    replaced.mkdir(exist_ok=True)
+    for end in SUFFIXES:
+        (replaced / (name + end)).unlink(missing_ok=True)
+    move_into(replaced, [folder / (name + end) for end in SUFFIXES])
+    for end in reversed(SUFFIXES):
         move_into(folder, [work / (name + end)])
-    for end in ENDS:
-        (aside / (name + end)).unlink()
-    if not any(aside.iterdir()):
-        aside.rmdir()
+    for end in SUFFIXES:
+        (replaced / (name + end)).unlink()
+    if not any(replaced.iterdir()):
+        replaced.rmdir()
 
 
 def rebuild_manifest(folder: Path, error: CacheError) -> dict[str, Any]:
-    """For a damaged manifest: what the indexes at hand vouch for, as ``verify`` takes it.
+    """A manifest for ``verify`` in place of a damaged one, from the indexes in the folder.
 
-    An index that is damaged itself is among the shards, with a digest that nothing has.
+    A damaged index is among the shards, with a digest that no index has.
 
     Raises:
-        CacheError: ``error``, where what it says of the manifest is no damage: it is of another
-            version, or of another program. Also where an index is.
+        CacheError: ``error`` itself, if the manifest is not damaged but of another version or
+            program; or an index is.
     """
     is_ours = (folder / UNCONDITIONAL).exists() or any(folder.glob("*.index"))
     if isinstance(error, OtherFormat) or not is_ours:
@@ -396,6 +398,6 @@ def rebuild_manifest(folder: Path, error: CacheError) -> dict[str, Any]:
     return {"shards": shards, "side_files": side_files}
 
 
-def _drop(folder: Path, name: str) -> None:
+def _delete(folder: Path, name: str) -> None:
     (folder / name).unlink(missing_ok=True)
     fsync_folder(folder)

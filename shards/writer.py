@@ -37,15 +37,19 @@ def shard_name(bucket: Size, number: int) -> str:
 
 
 def write_shard(
-    folder: Path, name: str, samples: Iterable[Sample], layout: Layout, about: dict[str, Any]
+    folder: Path,
+    name: str,
+    samples: Iterable[Sample],
+    layout: Layout,
+    header_fields: dict[str, Any],
 ) -> None:
     """Write ``name.tar`` and ``name.index`` in ``folder``.
 
-    ``samples`` come in key order. ``about`` joins the index's header: it may be filled in while
-    the samples are drawn, as it is read last. Same samples -> same bytes.
+    ``samples`` come in key order. ``header_fields`` joins the index's header: it may be filled in
+    while the samples are drawn, as it is read last. Same samples -> same bytes.
     """
     packed = ((sample.key, sample.weight, sample.members()) for sample in samples)
-    write_members(folder, name, packed, layout, about)
+    write_members(folder, name, packed, layout, header_fields)
 
 
 def write_members(
@@ -53,9 +57,9 @@ def write_members(
     name: str,
     samples: Iterable[tuple[str, float, Members]],
     layout: Layout,
-    about: dict[str, Any],
+    header_fields: dict[str, Any],
 ) -> None:
-    """``write_shard`` of samples as they lie in a tar: key, weight, members."""
+    """``write_shard`` for samples given as in a tar: key, weight, members."""
     digests: list[int] = []
     rows: list[dict[str, Any]] = []
     tar = folder / f"{name}.tar"
@@ -86,7 +90,7 @@ def write_members(
         "latent": layout.latent,
         "prompt": layout.prompt,
         "pooled": layout.pooled,
-        **about,
+        **header_fields,
     }
     write_index(folder / f"{name}.index", header, records, digests)
 

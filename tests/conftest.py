@@ -27,7 +27,7 @@ import pretended_cuda
 
 from precompute.encode import encode
 from precompute.settings import EncodeSettings
-from tools.draw_pictures import draw_pictures
+from tools.draw_images import draw_images
 from tools.random_base import make_random_base
 
 torch.set_num_threads(1)
@@ -51,7 +51,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """14 captioned images: 64x64, 85x53 and 53x85 pixels."""
     folder = tmp_path_factory.mktemp("pictures")
-    draw_pictures(folder, count=14, size=64)
+    draw_images(folder, count=14, size=64)
     return folder
 
 

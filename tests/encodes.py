@@ -111,7 +111,7 @@ def samples_of(folder: Path) -> dict[str, dict[str, bytes]]:
     for path in sorted(folder.glob("*.index")):
         shard = Shard(folder, path.stem, Index(path).sha256)
         for row in range(len(shard.index)):
-            found[shard.about(row)["path"]] = shard.members(row)
+            found[shard.metadata(row)["path"]] = shard.members(row)
     return found
 
 
@@ -120,7 +120,7 @@ def shards_of(folder: Path) -> dict[str, set[str]]:
     found = {}
     for path in sorted(folder.glob("*.index")):
         shard = Shard(folder, path.stem, Index(path).sha256)
-        found[path.stem] = {shard.about(row)["path"] for row in range(len(shard.index))}
+        found[path.stem] = {shard.metadata(row)["path"] for row in range(len(shard.index))}
     return found
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from precompute.dataset.records import Source
-from precompute.dataset.sources import read_data_set
+from precompute.dataset.sources import read_dataset
 from precompute.settings import EncodeSettings
 
 
@@ -37,7 +37,7 @@ def put_list(folder: Path, *lines: Any, name: str = "captions.jsonl") -> None:
 
 
 def read_set(folder: Path, **settings: Any) -> dict[str, Source]:
-    return read_data_set(EncodeSettings(dataset=folder, base="", out=folder, **settings))
+    return read_dataset(EncodeSettings(dataset=folder, base="", out=folder, **settings))
 
 
 def read_one(folder: Path, **settings: Any) -> Source:

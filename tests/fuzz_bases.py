@@ -53,7 +53,7 @@ def fuzz_single_file(work: Path, base: Path) -> Try:
         single = SingleFile(path)
         single.scheduler_config()
         for component in PREFIXES:
-            single.pieces(component)
+            single.tensor_mappings(component)
 
     def try_one(rng: random.Random) -> str:
         how = rng.randrange(4)

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 import xxhash
 
-from precompute.plan.reuse import read_held
+from precompute.plan.reuse import read_existing
 from runtime.files import canonical_json, content_digest
 from shards.format import CacheError
 from shards.index import MAGIC, RECORD_DTYPE, Index
@@ -184,7 +184,7 @@ def _forge_side_file(folder: Path, rng: random.Random) -> None:
 
 def use(folder: Path) -> str:
     """How all that reads a cache ends, one after the other."""
-    readers = (_verify, _learn, _inspect, _previews, read_held)
+    readers = (_verify, _learn, _inspect, _previews, read_existing)
     endings = {ending(lambda read=read: read(folder), folder, CacheError) for read in readers}
     return "refused" if "refused" in endings else "read"
 

@@ -7,8 +7,8 @@ import tarfile
 from pathlib import Path
 
 from precompute.dataset.captions import decode_text
-from precompute.dataset.records import Source, load_row, read_row
-from precompute.dataset.sources import read_data_set
+from precompute.dataset.records import Source, parse_row, read_entry
+from precompute.dataset.sources import read_dataset
 from precompute.settings import EncodeSettings
 from tests.mutations import Try, damage, ending
 
@@ -60,7 +60,7 @@ def fuzz_row(work: Path, base: Path) -> Try:
         data = random_row(rng)
 
         def read() -> None:
-            row = read_row(load_row(data))
+            row = read_entry(parse_row(data))
             assert 1 <= row.repeats <= 10**6 and 0 <= row.weight <= 1e6
 
         return ending(read, None)
@@ -96,7 +96,7 @@ def random_tar(rng: random.Random) -> bytes:
 
 
 def read_all(root: Path) -> Source:
-    return read_data_set(EncodeSettings(dataset=root, base="", out=root / "out"))[""]
+    return read_dataset(EncodeSettings(dataset=root, base="", out=root / "out"))[""]
 
 
 def fuzz_tar(work: Path, base: Path) -> Try:
@@ -107,7 +107,7 @@ def fuzz_tar(work: Path, base: Path) -> Try:
 
         def read() -> None:
             for record in read_all(work).records:
-                assert len(record.picture.read()) == record.picture.size
+                assert len(record.image.read()) == record.image.size
 
         return ending(read, work)  # refused is a whole tar without images
 

@@ -5,11 +5,11 @@ from pathlib import Path
 from unittest.mock import patch
 
 import precompute.images.decode
-from precompute.images.decode import open_picture, picture_size
+from precompute.images.decode import image_size, open_image
 from precompute.images.masks import open_alpha, open_mask
 from precompute.images.rejections import explain
+from tests.image_files import SIZE, bad_files, good_files, png_part, saved, scene
 from tests.mutations import Try
-from tests.picture_files import SIZE, bad_files, good_files, png_part, saved, scene
 
 PIXELS = 2_000_000  # in place of the limit of a run, so that many files are tried
 
@@ -63,7 +63,7 @@ def fuzz_image(work: Path, base: Path) -> Try:
 
     def try_one(rng: random.Random) -> str:
         data = mutate(rng.choice(files)[1], rng.choice(files)[1], rng)
-        with patch.object(precompute.images.decode, "MOST_PIXELS", PIXELS):
+        with patch.object(precompute.images.decode, "MAX_PIXELS", PIXELS):
             return use(data)
 
     return try_one
@@ -72,11 +72,11 @@ def fuzz_image(work: Path, base: Path) -> Try:
 def use(data: bytes) -> str:
     """How it ends to open a file as an image; what reads it otherwise has a reason too."""
     how = "read"
-    for read in (picture_size, open_picture, open_alpha, lambda data: open_mask(data, SIZE)):
+    for read in (image_size, open_image, open_alpha, lambda data: open_mask(data, SIZE)):
         try:
             read(data)
         except Exception as error:  # Pillow raises anything of a bad file, so encode takes it all
             reason = explain(error)
             assert reason and "\n" not in reason, repr(reason)
-            how = "refused" if read is open_picture else how
+            how = "refused" if read is open_image else how
     return how

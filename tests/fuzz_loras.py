@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 
 from sdxl.base import read_config
-from sdxl.load import bare_model
+from sdxl.load import model_without_weights
 from sdxl.lora.apply import (
     match_to_model,
     merged_weights,
@@ -154,7 +154,7 @@ def odd_file(rng: Random) -> bytes:
 def fuzz_lora(work: Path, base: Path) -> Try:
     """Files of each kind of adapter: their tensors, headers, settings and bytes."""
     path = work / "odd.safetensors"
-    unet = bare_model(UNET, read_config(base / "unet")).to_empty(device="cpu")
+    unet = model_without_weights(UNET, read_config(base / "unet")).to_empty(device="cpu")
     for parameter in unet.parameters():
         parameter.data.normal_()
 

@@ -16,24 +16,24 @@ import cli
 from infer.outputs import (
     SETTINGS_KEY,
     CaptionRow,
-    PictureFolder,
-    coco,
-    lines,
+    ImageFolder,
+    caption_row,
+    coco_listing,
+    jsonl_listing,
+    make_record,
     read_record,
-    record_of,
-    row_of_record,
-    stale_because,
+    why_stale,
 )
 from infer.requests import ImageRequest
 from precompute.dataset.records import Blob, SourceImage
-from precompute.plan.placement import PlannedSample, place
+from precompute.plan.placement import PlannedSample, assign_shards
 from precompute.plan.plan_file import (
     CopySource,
     SampleTask,
     ShardTask,
-    read_about,
     read_places,
-    write_work,
+    read_plan_header,
+    write_plan_file,
 )
 from precompute.plan.scan import Notes
 from runtime.files import aside_of, canonical_json, remove_path, seal
@@ -161,12 +161,12 @@ def sealed(rng: random.Random, value: dict[str, Any]) -> bytes:
 def fuzz_plan(work: Path, base: Path) -> Try:
     """``plan.jsonl`` of an encode that was interrupted, and its notes of the dataset: what is
     damaged in them is forgotten."""
-    write_work(work, {"recipe": {"vae": {}}, "made_with": {"batch_size": 4}}, [example_work()])
+    write_plan_file(work, {"recipe": {"vae": {}}, "made_with": {"batch_size": 4}}, [example_work()])
     lines = [line[17:] for line in (work / PLAN).read_bytes().splitlines()]
     members = [task.planned for task in example_work().tasks]
     notes = Notes(work / "out", work)
     for one in members:
-        notes.memory.keep(f"image {one.record.path}:0", 9, 1, [one.picture, 64, 64])
+        notes.memory.remember(f"image {one.record.path}:0", 9, 1, [one.image_digest, 64, 64])
     notes.write()
     held = notes._path.read_bytes()
 
@@ -179,9 +179,9 @@ def fuzz_plan(work: Path, base: Path) -> Try:
         signed = [xxhash.xxh3_64_hexdigest(text).encode() + b" " + text for text in texts]
         data = b"".join(line + b"\n" for line in signed)
         (work / PLAN).write_bytes(damage(rng, data) if which == len(lines) else data)
-        read_about(work).get("made_with")
+        read_plan_header(work).get("made_with")
         places = read_places(work)
-        placed = [one for shard in place(members, places, 2) for one in shard.members]
+        placed = [one for shard in assign_shards(members, places, 2) for one in shard.members]
         assert {one.record.key for one in placed} == {one.record.key for one in members}
         notes._path.write_bytes(damage(rng, held))
         Notes(work / "out", work).memory.find("image a.png:0", 9, 1)
@@ -233,15 +233,15 @@ DRAWING = ImageRequest(
 def fuzz_generated(work: Path, base: Path) -> Try:
     """Images that generate wrote, with their records, and the captions beside them."""
     about = {"samplers": {"": {"name": "euler", "config": {}}}, "weights": {"unet": "0" * 64}}
-    asked = record_of(DRAWING, about)
+    asked = make_record(DRAWING, about)
     row = CaptionRow("000000.png", "a cat", 16, 8)
-    layouts = {"folder": lines([row]), "coco": coco([row])}
+    layouts = {"folder": jsonl_listing([row]), "coco": coco_listing([row])}
 
     def try_one(rng: random.Random) -> str:
         remove_path(work / "out")
-        folder = PictureFolder(work / "out", rng.choice([*layouts]))
-        folder.pictures.mkdir(parents=True)
-        path, listing = folder.pictures / "000000.png", folder.listing
+        folder = ImageFolder(work / "out", rng.choice([*layouts]))
+        folder.image_folder.mkdir(parents=True)
+        path, listing = folder.image_folder / "000000.png", folder.listing
         data = image_with(json_text(forge(rng, asked) if rng.random() < 0.5 else asked))
         path.write_bytes(damage(rng, data) if rng.random() < 0.3 else data)
         text = layouts["coco" if folder.is_coco else "folder"]
@@ -252,8 +252,8 @@ def fuzz_generated(work: Path, base: Path) -> Try:
 
         def read() -> None:
             record, _ = read_record(path)
-            row_of_record(path, record)
-            stale_because(path, asked)
+            caption_row(path, record)
+            why_stale(path, asked)
             with folder.open():
                 pass
 

@@ -9,7 +9,7 @@ import torch
 
 from runtime.devices import DTYPES
 from sdxl.base import open_base
-from shards.batches import UNCONDITIONAL, Batch, Reader, Reading
+from shards.batches import UNCONDITIONAL, Batch, Reader, ReadOptions
 from shards.format import Layout, Sample, sample_key
 from shards.index import Index
 from shards.manifest import write_manifest
@@ -146,7 +146,7 @@ def reader_of(
     """One rank's reader of global batches of ``size``."""
     groups = [group for number, cache in enumerate(caches) for group in cache.groups(number)]
     share = RankShare(batch_size=batch_size or size, world=world, rank=rank)
-    return Reader(caches, Plan(groups, seed, size), share, Reading(**reading))
+    return Reader(caches, Plan(groups, seed, size), share, ReadOptions(**reading))
 
 
 def epoch_of(reader: Reader, epoch: int = 0) -> Iterator[Batch]:

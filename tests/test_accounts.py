@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from precompute.dataset.file_roles import PICTURES, TEXTS, UNREAD, masked_stems, stem_of
+from precompute.dataset.file_roles import IMAGE_ENDINGS, TEXTS, UNREAD, stem_of, stems_of_masked
 from precompute.dataset.records import Source
-from precompute.dataset.sources import read_data_set
+from precompute.dataset.sources import read_dataset
 from precompute.settings import EncodeSettings
 from tests.folders import captions, picture, put, put_list, read_one, read_set, reasons
 
@@ -100,7 +100,7 @@ def unaccounted(root: Path, sources: dict[str, Source], said: str) -> list[str]:
 
     def is_accounted(path: str) -> bool:
         is_text = path.lower().endswith(TEXTS) and stem_of(path).lower() in stems
-        is_mask = any(stem.lower() in stems for stem in masked_stems(path))
+        is_mask = any(stem.lower() in stems for stem in stems_of_masked(path))
         is_tar = path.endswith(".tar") and re.search(re.escape(path) + "(/|: no images)", packed)
         is_skipped = any(f"{path}/".startswith(f"{one.rstrip('/')}/") for one in skipped)
         is_list = path.rpartition("/")[2] in LISTED
@@ -138,7 +138,7 @@ def test_everything_in_a_folder_is_encoded_a_sidecar_or_named(tmp_path: Path) ->
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
-                sources = read_data_set(settings)
+                sources = read_dataset(settings)
             except ValueError as error:
                 assert str(root) in str(error), "refused as a whole, by name"
                 outcomes["refused"] += 1
@@ -193,10 +193,10 @@ def test_hidden_members_of_a_tar_are_skipped(tmp_path: Path) -> None:
 
 
 def test_images_of_any_ending_are_records_or_rejected(tmp_path: Path) -> None:
-    for ending in (*PICTURES, *UNREAD, ".JXL", ".Cr2"):
+    for ending in (*IMAGE_ENDINGS, *UNREAD, ".JXL", ".Cr2"):
         put(tmp_path / f"{ending[1:]}{ending}", "x")
     source = read_one(tmp_path)
-    assert {path.rpartition(".")[2] for path in captions(source)} == {e[1:] for e in PICTURES}
+    assert {path.rpartition(".")[2] for path in captions(source)} == {e[1:] for e in IMAGE_ENDINGS}
     why = reasons(source)
     assert set(why) == {f"{e[1:]}{e}" for e in (*UNREAD, ".JXL", ".Cr2")}
     assert why["Cr2.Cr2"].startswith("a camera RAW file that encode does not read: ")

@@ -260,7 +260,7 @@ def test_a_forged_list_of_pieces(tmp_path: Path) -> None:
 def test_a_config_of_wrong_types_is_one_line_with_its_name(
     base: Path, tmp_path: Path, part: str, field: str, value: Any
 ) -> None:
-    from sdxl.load import bare_model, load_scheduler
+    from sdxl.load import load_scheduler, model_without_weights
 
     folder = shutil.copytree(base / part, tmp_path / part)
     name = "scheduler_config.json" if part == "scheduler" else "config.json"
@@ -272,7 +272,7 @@ def test_a_config_of_wrong_types_is_one_line_with_its_name(
             if part == "scheduler":
                 load_scheduler(open_base(tmp_path))
             else:
-                bare_model(part, open_base(tmp_path).model(part).config)
+                model_without_weights(part, open_base(tmp_path).model(part).config)
         except BaseError as error:
             assert "\n" not in str(error)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from precompute.dataset.captions import shuffled
+from precompute.dataset.captions import shuffled_tags
 from precompute.settings import EncodeSettings
 from tests.folders import captions, put, put_list, read_one, read_set, reasons
 from tests.test_tars import put_tar
@@ -101,22 +101,24 @@ def test_a_prefix_never_joins_two_words(tmp_path: Path, prefix: str, text: str) 
 
 def test_shuffles_are_all_different_and_keep_the_first() -> None:
     caption = "one, two ,three,, four, five"
-    orders = shuffled(caption, 8, 2, "key")
+    orders = shuffled_tags(caption, 8, 2, "key")
     assert len(set(orders)) == 8 - 2, "three tags have six orders"
     assert set(orders) == {
         ", ".join(["one", "two", *rest]) for rest in permutations(["three", "four", "five"])
     }
-    assert len(set(shuffled(caption, 100, 0, "key"))) == 100
-    assert sorted(shuffled("a, a, b", 9, 0, "key")) == ["a, a, b", "a, b, a", "b, a, a"]
+    assert len(set(shuffled_tags(caption, 100, 0, "key"))) == 100
+    assert sorted(shuffled_tags("a, a, b", 9, 0, "key")) == ["a, a, b", "a, b, a", "b, a, a"]
     for alone in ("no commas", "", "a,"):
-        assert shuffled(alone, 3, 0, "key") == [alone.strip(",")]
+        assert shuffled_tags(alone, 3, 0, "key") == [alone.strip(",")]
 
 
 def test_shuffles_depend_on_the_sample_alone() -> None:
     caption = ", ".join(map(str, range(9)))
-    assert shuffled(caption, 3, 1, "a") == shuffled(caption, 5, 1, "a")[:3], "a larger N only adds"
-    assert shuffled(caption, 3, 1, "a") != shuffled(caption, 3, 1, "b")
-    first = [shuffled(caption, 1, 0, str(key))[0][0] for key in range(900)]
+    assert shuffled_tags(caption, 3, 1, "a") == shuffled_tags(caption, 5, 1, "a")[:3], (
+        "a larger N only adds"
+    )
+    assert shuffled_tags(caption, 3, 1, "a") != shuffled_tags(caption, 3, 1, "b")
+    first = [shuffled_tags(caption, 1, 0, str(key))[0][0] for key in range(900)]
     counts = [first.count(str(tag)) for tag in range(9)]
     assert all(abs(count - 100) < 5 * math.sqrt(100 * 8 / 9) for count in counts), counts
 

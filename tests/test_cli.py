@@ -1,4 +1,4 @@
-"""Bad input at the door: one clear line, exit code 2, no traceback."""
+"""Bad input on the command line: one clear line, exit code 2, no traceback."""
 
 import json
 import shutil

@@ -331,16 +331,16 @@ def test_a_run_on_cuda_is_itself_after_a_resume(
 
 
 def encode_on_cuda(pictures: Path, base: Path, out: Path) -> set[str]:
-    from precompute import text
+    from precompute import text_encoding
 
     loaded: set[str] = set()
-    load = text.TextEncoders
+    load = text_encoding.TextEncoders
 
     def spy(source: Any, dtype: torch.dtype, device: torch.device, *rest: Any) -> Any:
         loaded.add(f"{dtype} {device}")
         return load(source, dtype, device, *rest)
 
-    text.TextEncoders = spy  # type: ignore[assignment,misc]
+    text_encoding.TextEncoders = spy  # type: ignore[assignment,misc]
     encode(
         EncodeSettings(
             dataset=pictures,
@@ -380,10 +380,10 @@ def epoch_tensors(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
 
 def draw_on_cuda(settings: GenerateSettings) -> tuple[str, bool]:
     """In which dtype, and whether the models took turns on the card."""
-    pipeline = make_pipeline(settings, stays=True)
+    pipeline = make_pipeline(settings, keep_loaded=True)
     generate(settings, pipeline)
     assert pipeline._models is not None
-    return str(pipeline.dtype), pipeline._models.small
+    return str(pipeline.dtype), pipeline._models.takes_turns
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from shards.manifest import MANIFEST, read_manifest
 from shards.plan import Plan, RankShare
 from shards.reader import Cache
 from shards.verify import Fault, verify
-from tools.draw_pictures import draw_pictures
+from tools.draw_images import draw_images
 
 ROOT = Path(__file__).parent.parent
 NUM_FLIPS, LEAST_FLIPS_OF_A_FILE = 1000, 30
@@ -53,7 +53,7 @@ class Member:
 @pytest.fixture(scope="module")
 def data_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("damage-pictures")
-    draw_pictures(folder, count=6, size=64)
+    draw_images(folder, count=6, size=64)
     (folder / "broken.png").write_bytes(b"no image")
     (folder / "broken.txt").write_text("an image that cannot be read")
     return folder

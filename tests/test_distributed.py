@@ -211,10 +211,10 @@ def test_signals_to_the_launcher_and_torchrun(cache: Path, base: Path, tmp_path:
     """SIGTERM, then Ctrl-C, each leaves a checkpoint and its exit code; torchrun ends the run."""
     out, steps = tmp_path / "run", 60
     arguments = command(out, cache, base, "--steps", str(steps), "--gpus", "2")
-    door = [sys.executable, "cli.py"]
-    assert signalled([*door, *arguments], out, 4, signal.SIGTERM) == 143
+    program = [sys.executable, "cli.py"]
+    assert signalled([*program, *arguments], out, 4, signal.SIGTERM) == 143
     first = stopped_at(out)
-    assert signalled([*door, *arguments, "--resume"], out, first + 4, signal.SIGINT) == 130
+    assert signalled([*program, *arguments, "--resume"], out, first + 4, signal.SIGINT) == 130
     assert first < stopped_at(out) < steps
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     ended = [*torchrun, "cli.py", *arguments[:-2], "--resume"]

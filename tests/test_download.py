@@ -107,7 +107,7 @@ def test_what_is_whole_is_kept(hub: Hub, base: Path, tmp_path: Path) -> None:
     load_unet(open_base(out).unet, torch.float32)
 
 
-def test_the_halves_where_they_are_asked_for(hub: Hub, tmp_path: Path) -> None:
+def test_fp16_files_where_they_are_asked_for(hub: Hub, tmp_path: Path) -> None:
     for part, stem in (("vae", "diffusion_pytorch_model"), ("text_encoder", "model")):
         shutil.copy(
             hub.folder / part / f"{stem}.safetensors",

@@ -1,4 +1,4 @@
-"""Each option of the sources through the door, as a user types it."""
+"""Each option of the sources through the command line, as a user types it."""
 
 import json
 from pathlib import Path

@@ -15,7 +15,7 @@ import torch
 from encodes import contents, encode, settings_of
 
 import precompute.encode
-from tools.draw_pictures import draw_pictures
+from tools.draw_images import draw_images
 
 ROOT = Path(__file__).parent.parent
 _context = multiprocessing.get_context("forkserver")
@@ -84,7 +84,7 @@ def test_a_rerun_on_several_processes_copies_what_is_right(
 def test_a_rank_that_is_killed_ends_the_others_and_a_rerun_finishes(
     base: Path, tmp_path: Path
 ) -> None:
-    draw_pictures(tmp_path / "data", count=60, size=64)
+    draw_images(tmp_path / "data", count=60, size=64)
     out = tmp_path / "cache"
     given = [str(tmp_path / "data"), "--base", str(base), "--out", str(out), "--gpus", "2"]
     given += ["--resolution", "64", "--bucket-step", "16", "--shard-size", "3", "--batch-size", "4"]

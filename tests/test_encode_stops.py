@@ -24,13 +24,13 @@ import runtime.files
 from cli import commands
 from precompute.prompts import change_prompts
 from precompute.report import summarize
-from shards.manifest import LOCK, OWN, read_manifest
+from shards.manifest import ENCODE_FILES, LOCK, read_manifest
 
 ROOT = Path(__file__).parent.parent
 
 
 def command(*arguments: Any) -> tuple[int, str]:
-    """The door's exit code, and all it says."""
+    """The command line's exit code, and all that it prints."""
     from click.testing import CliRunner
 
     result = CliRunner().invoke(commands, [str(one) for one in arguments])
@@ -238,7 +238,7 @@ def test_a_second_encode_into_one_cache_is_refused(work: Path, base: Path, tmp_p
             change_prompts(work / "cache", tmp_path / "prompts.txt", str(base), "cpu")
     assert {n: data for n, data in contents(work / "cache").items() if n != LOCK} == before
     again(work, base)  # a lock file that nobody holds, as a kill leaves it
-    assert not any((work / "cache" / name).exists() for name in OWN if name != "scan.json")
+    assert not any((work / "cache" / name).exists() for name in ENCODE_FILES if name != "scan.json")
 
 
 def test_a_file_system_without_locks_is_a_warning(

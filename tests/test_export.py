@@ -58,7 +58,7 @@ def test_a_run_writes_both_files_and_they_say_what_they_are(
     both = [read_lora_file(out / name) for name in (LORA, KOHYA)]
     assert [one.kind for one in both] == ["diffusers", "kohya"]
     for one in both:
-        card = one.card
+        card = one.model_metadata
         assert (card.name, card.base, card.license) == ("hearts", "some-base", "fair-ai")
         assert card.caches == (Cache(cache).data_digest,)
         assert (card.steps, card.rank, card.alpha) == (3, 4, 2.0)
@@ -73,7 +73,11 @@ def test_a_run_writes_both_files_and_they_say_what_they_are(
     ]
     assert deltas[0] == pytest.approx(deltas[1]) and deltas[0][0] > 0
     early = out / "checkpoints" / "checkpoint-2"
-    assert read_lora_file(early).card.steps == read_lora_file(early / KOHYA).card.steps == 2
+    assert (
+        read_lora_file(early).model_metadata.steps
+        == read_lora_file(early / KOHYA).model_metadata.steps
+        == 2
+    )
     assert not list(out.rglob("*.partial"))
 
 
@@ -123,7 +127,7 @@ def test_text_encoders_and_precisions_go_along(base: Path, tmp_path: Path, dtype
         tmp_path / "both.safetensors", tmp_path / "out.safetensors", base=str(base), dtype=dtype
     )
     back = do(out, tmp_path / "back.safetensors", base=str(base))
-    state, card = safetensors.torch.load_file(back), read_lora_file(back).card
+    state, card = safetensors.torch.load_file(back), read_lora_file(back).model_metadata
     assert state.keys() == both.keys()
     for name, tensor in both.items():
         expected = tensor if name.endswith(".alpha") else tensor.to(DTYPES[dtype])

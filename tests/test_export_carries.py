@@ -86,4 +86,4 @@ def test_a_lora_in_eight_bits(base: Path, tmp_path: Path, name: str) -> None:
     settings = ExportSettings(
         weights=tmp_path / "eight.safetensors", out=tmp_path / "out.safetensors", base=str(base)
     )
-    assert export(settings).what.startswith("diffusers" if name == KOHYA else "kohya")
+    assert export(settings).description.startswith("diffusers" if name == KOHYA else "kohya")

@@ -106,13 +106,13 @@ def test_one_export_at_a_time(
         pytest.raises(ValueError, match=r"one.safetensors: another export is writing it"),
     ):
         do(run, out, base=str(base))
-    real = infer.export_files.check_space
+    real = infer.export_files.check_disk_space
 
     def other(path: Path, num_bytes: int) -> None:
         out.write_text("somebody else's, meanwhile")
         real(path, num_bytes)
 
-    monkeypatch.setattr(infer.export_files, "check_space", other)
+    monkeypatch.setattr(infer.export_files, "check_disk_space", other)
     with pytest.raises(ValueError, match=r"one.safetensors: is there already"):
         do(run, out, base=str(base))
     assert out.read_text() == "somebody else's, meanwhile"

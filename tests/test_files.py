@@ -21,7 +21,7 @@ from runtime.files import (
     unseal,
     writing,
 )
-from runtime.text import printable
+from runtime.messages import printable
 
 
 def fill(path: Path, text: str, folder: bool) -> Path:

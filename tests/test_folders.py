@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from precompute.dataset.records import Blob, Memory
-from precompute.dataset.sources import read_data_set
+from precompute.dataset.sources import read_dataset
 from precompute.settings import EncodeSettings
 from tests.folders import captions, put, put_list, read_one, reasons
 
@@ -156,7 +156,7 @@ def test_a_text_is_not_opened_again_until_it_changes(tmp_path: Path) -> None:
         os.utime(text, ns=(1, 1))
 
     def read(memory: Memory) -> dict[str, str]:
-        return {n: one.records[0].captions[0] for n, one in read_data_set(settings, memory).items()}
+        return {n: one.records[0].captions[0] for n, one in read_dataset(settings, memory).items()}
 
     first = Memory()
     assert read(first) == {"train": "train", "val": "val"}
@@ -178,11 +178,11 @@ def test_what_was_just_written_is_not_remembered(tmp_path: Path) -> None:
     put(tmp_path / "a.png", "a")
     settings = EncodeSettings(dataset=tmp_path, base="", out=tmp_path / "out")
     memory = Memory()
-    read_data_set(settings, memory)
+    read_dataset(settings, memory)
     assert memory.seen == {}
     hour_ago = time.time_ns() - 3600 * 10**9
     os.utime(tmp_path / "a.txt", ns=(hour_ago, hour_ago))
-    read_data_set(settings, memory)
+    read_dataset(settings, memory)
     assert [*memory.seen] == ["a.txt"]
 
 

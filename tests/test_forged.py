@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import xxhash
 
-from infer.outputs import row_of_record
-from precompute.plan.plan_file import read_places, write_work
+from infer.outputs import caption_row
+from precompute.plan.plan_file import read_places, write_plan_file
 from runtime.files import canonical_json, seal
 from shards.format import CacheError
 from shards.manifest import PLAN, read_manifest
@@ -90,7 +90,7 @@ def test_a_forged_record_does_not_lead_out_of_the_file(
     ],
 )
 def test_a_forged_plan_is_forgotten(tmp_path: Path, change: Any) -> None:
-    write_work(tmp_path, {"recipe": {}, "made_with": {}}, [example_work()])
+    write_plan_file(tmp_path, {"recipe": {}, "made_with": {}}, [example_work()])
     assert read_places(tmp_path)
     first, second = (line[17:] for line in (tmp_path / PLAN).read_bytes().splitlines())
     for forged in (json.dumps(change(json.loads(second))).encode(), b"[" * 100_000):
@@ -114,5 +114,5 @@ def test_a_forged_checkpoint_is_refused_by_name(tmp_path: Path, name: str, value
 
 @pytest.mark.parametrize("forged", [{"prompt": "\ud800"}, {"width": "\ud800"}])
 def test_a_forged_record_of_an_image_has_no_caption(forged: dict[str, Any]) -> None:
-    assert row_of_record(Path("000000.png"), asdict(DRAWING))
-    assert row_of_record(Path("000000.png"), asdict(DRAWING) | forged) is None
+    assert caption_row(Path("000000.png"), asdict(DRAWING))
+    assert caption_row(Path("000000.png"), asdict(DRAWING) | forged) is None

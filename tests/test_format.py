@@ -29,7 +29,7 @@ from shards.manifest import SCAN, read_manifest
 from shards.reader import Cache
 from shards.verify import verify
 from shards.writer import write_shard
-from tools.draw_pictures import draw_pictures
+from tools.draw_images import draw_images
 
 ROOT = Path(__file__).parent.parent
 
@@ -74,7 +74,7 @@ def test_every_slice_comes_back_bit_for_bit(tmp_path: Path, dtype: str) -> None:
     assert len(index) == 3
     for row, sample in enumerate(samples):
         assert index.key(row) == sample.key
-        assert shard.about(row)["path"] == sample.path
+        assert shard.metadata(row)["path"] == sample.path
         assert index.records[row]["weight"] == 0.5
         for name, tensor in sample.tensors.items():
             for number, expected in enumerate(tensor):
@@ -286,7 +286,7 @@ def test_a_vae_that_overflows_in_half_precision_is_retried_in_fp32(
 def test_an_interrupted_encode_goes_on_to_the_same_bytes(
     base: Path, encode_to: Encode, tmp_path: Path, number: int, code: int
 ) -> None:
-    draw_pictures(tmp_path / "data", count=300, size=64)
+    draw_images(tmp_path / "data", count=300, size=64)
     settings = {"shard_size": 5, "batch_size": 1}
     out = tmp_path / "cache"
     given = [str(tmp_path / "data"), "--base", str(base), "--out", str(out)]

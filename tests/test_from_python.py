@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tools.draw_pictures import draw_pictures
+from tools.draw_images import draw_images
 
 PAGE = Path(__file__).parent.parent / "docs" / "python.md"
 
@@ -14,7 +14,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "python.md"
 def test_the_examples_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    draw_pictures(tmp_path / "data", count=9, size=64)
+    draw_images(tmp_path / "data", count=9, size=64)
     monkeypatch.chdir(tmp_path)
     examples = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     assert len(examples) == 3

@@ -12,7 +12,7 @@ from drawing import PROMPTS, draw
 from PIL import Image
 
 import infer.generate
-from infer.outputs import SETTINGS_KEY, PictureFolder, read_record, stale_because
+from infer.outputs import SETTINGS_KEY, ImageFolder, read_record, why_stale
 from runtime.files import aside_of, set_aside
 from sdxl.contact_sheet import contact_sheet
 
@@ -44,14 +44,14 @@ def test_a_run_that_fails_leaves_the_folder_as_it_was(
     out = tmp_path / "out"
     draw(base, out, PROMPTS, **SHORT)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    real, good = infer.generate.save_picture, set[str]()
+    real, good = infer.generate.save_image, set[str]()
 
     def fail(path: Path, *args: Any) -> None:
         if path.name not in good:
             raise OSError("no more")
         real(path, *args)
 
-    monkeypatch.setattr(infer.generate, "save_picture", fail)
+    monkeypatch.setattr(infer.generate, "save_image", fail)
     with pytest.warns(UserWarning, match="generated again: prompt"), pytest.raises(OSError):
         draw(base, out, ["a new one", *PROMPTS[1:]], **SHORT)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
@@ -69,7 +69,7 @@ def test_captions_set_aside_by_a_run_that_was_killed_come_back(base: Path, tmp_p
         draw(base, out, PROMPTS[:2], **SHORT, format=layout)
         whole = (out / name).read_bytes()
         set_aside(out / name)
-        with PictureFolder(out, layout).open():
+        with ImageFolder(out, layout).open():
             assert (out / name).read_bytes() == whole
         assert not aside_of(out / name).exists()
 
@@ -113,10 +113,10 @@ def test_a_picture_of_ours_of_any_size_is_read_without_its_pixels(tmp_path: Path
     path, record = tmp_path / "000000.png", {"compare": False, "seed": 1}
     mark = SETTINGS_KEY.encode() + b"\0"
     path.write_bytes(png(60_000, 60_000, mark + json.dumps(record).encode()))
-    assert stale_because(path, record) is None
-    assert stale_because(path, record | {"seed": 2}) == "seed changed"
+    assert why_stale(path, record) is None
+    assert why_stale(path, record | {"seed": 2}) == "seed changed"
     path.write_bytes(png(8, 8, mark + b"[" * 100_000))
-    assert stale_because(path, record) == "compare, seed changed"
+    assert why_stale(path, record) == "compare, seed changed"
 
 
 def test_compare_alone_is_all_that_changed(tmp_path: Path) -> None:
@@ -129,9 +129,9 @@ def test_compare_alone_is_all_that_changed(tmp_path: Path) -> None:
     path, mark = tmp_path / "000000.png", SETTINGS_KEY.encode() + b"\0"
     for there, asked in ((plain, both), (both, plain)):
         path.write_bytes(png(8, 8, mark + json.dumps(there).encode()))
-        assert stale_because(path, asked) == "compare changed"
+        assert why_stale(path, asked) == "compare changed"
         other = asked | {"weights": {"unet": "d"}}
-        assert stale_because(path, other) == "compare, weights changed"
+        assert why_stale(path, other) == "compare, weights changed"
 
 
 def test_images_that_do_not_fit_on_the_disk_are_warned_of(

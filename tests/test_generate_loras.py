@@ -24,8 +24,8 @@ from PIL import Image
 from runs import run
 
 from infer.export import export
-from infer.generate import _about, make_pipeline
-from infer.requests import plan_requests
+from infer.generate import _provenance, make_pipeline
+from infer.requests import make_requests
 from infer.settings import ExportSettings, GenerateSettings, LoraUse
 from sdxl.lora.names import KOHYA, LORA
 from sdxl.lora.write import lora_bytes
@@ -199,7 +199,7 @@ def test_loras_of_different_schedules_do_not_go_together(base: Path, tmp_path: P
     uses = []
     for kind in ("epsilon", "v_prediction"):
         path = tmp_path / f"{kind}.safetensors"
-        path.write_bytes(lora_bytes(unet, card=ModelMetadata(prediction_type=kind))[LORA])
+        path.write_bytes(lora_bytes(unet, model_metadata=ModelMetadata(prediction_type=kind))[LORA])
         uses.append(LoraUse(path))
     with pytest.raises(
         ValueError, match=r"epsilon.safetensors was trained for epsilon .*: they do not go"
@@ -233,8 +233,8 @@ def test_all_that_decides_a_picture_is_in_its_record(base: Path, tmp_path: Path)
     )
 
     def about() -> Any:
-        requests = plan_requests(settings, [parse_prompt("a")], 64)
-        return _about(make_pipeline(settings), requests)
+        requests = make_requests(settings, [parse_prompt("a")], 64)
+        return _provenance(make_pipeline(settings), requests)
 
     first = about()
     assert about() == first

@@ -26,9 +26,9 @@ from PIL import Image
 
 import infer.pipeline
 from infer.generate import generate
-from infer.outputs import stale_because
+from infer.outputs import why_stale
 from infer.pipeline import TEXT, UNET, VAE, ModelSlots
-from infer.requests import make_batches, plan_requests
+from infer.requests import make_batches, make_requests
 from infer.settings import GenerateSettings
 from runtime.locks import locked
 from sdxl.base import open_base
@@ -70,16 +70,16 @@ def test_batch_size_changes_no_picture(base: Path, tmp_path: Path) -> None:
 def worked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Which model was put to work, in order; and that on a small card it was alone there."""
     found: list[str] = []
-    real = ModelSlots.at_work
+    real = ModelSlots.acquire
 
-    def at_work(self: ModelSlots, name: str) -> Any:
+    def acquire(self: ModelSlots, name: str) -> Any:
         model = real(self, name)
         if not found or found[-1] != name:
             found.append(name)
-        assert not self.small or self._there == {name}
+        assert not self.takes_turns or self._on_device == {name}
         return model
 
-    monkeypatch.setattr(ModelSlots, "at_work", at_work)
+    monkeypatch.setattr(ModelSlots, "acquire", acquire)
     return found
 
 
@@ -137,8 +137,8 @@ def test_what_is_free_decides_whether_models_take_turns(
     loaders: Any = {name: (lambda model=model: model) for name, model in held.items()}
     models = ModelSlots(torch.device("cuda"), loaders, 400, None)
     for name in (TEXT, UNET, VAE):
-        assert models.at_work(name) is held[name]
-    assert models.small == small
+        assert models.acquire(name) is held[name]
+    assert models.takes_turns == small
     where = [model.device for model in held.values()]
     assert where == (["cpu", "cpu", "cuda"] if small else ["cuda"] * 3)
 
@@ -153,7 +153,7 @@ def test_large_pictures_are_decoded_in_tiles(base: Path, tmp_path: Path) -> None
     assert differ(tiled, whole) > 0.01
     settings = settings_of(base, tmp_path / "x", PROMPTS)
     sizes = [Prompt(text="a", width=side, height=1536) for side in (1536, 1544)]
-    assert [one.tiled for one in plan_requests(settings, sizes, 64)] == [False, True]
+    assert [one.tiled for one in make_requests(settings, sizes, 64)] == [False, True]
 
 
 def test_a_vae_that_overflows_in_half_decodes_in_fp32(base: Path) -> None:
@@ -162,7 +162,7 @@ def test_a_vae_that_overflows_in_half_decodes_in_fp32(base: Path) -> None:
         vae.decoder.conv_in.weight.mul_(3e4)
     latents = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     assert not decode_latents(vae, latents).isfinite().all()
-    found = infer.pipeline._pictures(vae, latents)
+    found = infer.pipeline._decode_images(vae, latents)
     assert vae.dtype == torch.float16
     assert torch.equal(found, decode_latents(vae.to(torch.float32), latents))
 
@@ -176,7 +176,7 @@ def test_an_infinite_pixel_is_no_white_one(base: Path) -> None:
     with torch.no_grad():
         assert (vae.decode(latents.half()).sample == torch.inf).any()
     assert not decode_latents(vae, latents).isfinite().all()
-    assert infer.pipeline._pictures(vae, latents).isfinite().all()
+    assert infer.pipeline._decode_images(vae, latents).isfinite().all()
 
 
 def test_a_picture_that_is_not_finite_is_no_picture(
@@ -206,7 +206,7 @@ def test_a_kill_leaves_no_half_picture(base: Path, tmp_path: Path) -> None:
     for path in there:
         Image.open(path).load()
     report = generate(settings)
-    assert report is not None and report.num_kept == len(there) == 9 - report.num_drawn
+    assert report is not None and report.num_kept == len(there) == 9 - report.num_generated
     assert all(path.stat().st_mtime_ns == mark for path, mark in there.items())
     assert not list(settings.out.glob("*.partial"))
     check_same(
@@ -232,16 +232,16 @@ def test_any_flipped_bit_is_seen(base: Path, tmp_path: Path) -> None:
     data = path.read_bytes()
     with Image.open(path) as image:
         record = json.loads(image.info["shardtune"])
-    assert stale_because(path, record) is None
+    assert why_stale(path, record) is None
     for place in np.random.default_rng(0).permutation(len(data))[:400].tolist():
         broken = bytearray(data)
         broken[place] ^= 1 << (place % 8)
         path.write_bytes(broken)
         if place < len(data) - 12:  # of the last chunk, IEND, nothing is read but its name
-            assert stale_because(path, record), place
+            assert why_stale(path, record), place
     for length in (0, 8, 100, len(data) // 2, len(data) - 13):
         path.write_bytes(data[:length])
-        assert stale_because(path, record) == "damaged", length
+        assert why_stale(path, record) == "damaged", length
 
 
 def test_pictures_not_asked_for_are_named(base: Path, tmp_path: Path) -> None:
@@ -269,10 +269,10 @@ def test_cocos_layout(base: Path, tmp_path: Path) -> None:
 def test_lines_take_turns(tmp_path: Path) -> None:
     prompts = [Prompt(text="a", num_images=2, seed=7), Prompt(text="b")]
     settings = GenerateSettings(base="x", out=tmp_path, prompt="unused", seed=100)
-    drawings = plan_requests(settings, prompts, 64)
+    drawings = make_requests(settings, prompts, 64)
     assert [(one.prompt, one.seed) for one in drawings] == [("a", 7), ("a", 8), ("b", 102)]
     more = GenerateSettings(base="x", out=tmp_path, prompt="unused", seed=100, num_images=5)
-    drawings = plan_requests(more, prompts, 64)
+    drawings = make_requests(more, prompts, 64)
     seeds = [("a", 7), ("a", 8), ("b", 102), ("a", 9), ("a", 10)]
     assert [(one.prompt, one.seed) for one in drawings] == seeds
     batches = make_batches(drawings, 3)

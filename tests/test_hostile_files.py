@@ -133,7 +133,7 @@ def test_files_of_20_gb_are_not_read(tmp_path: Path) -> None:
 def test_a_line_without_end_is_one_rejected_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(metadata_files, "MOST_LINE", 1000)
+    monkeypatch.setattr(metadata_files, "MAX_LINE", 1000)
     for name in ("a.png", "b.png"):
         put(tmp_path / name)
     long = {"file_name": "a.png", "text": "x" * 5000}
@@ -238,12 +238,12 @@ def test_members_and_texts_of_a_tar_have_bounds(
                 info = tarfile.TarInfo(name)
                 info.size = size if name.endswith("txt") else 1
                 archive.addfile(info, io.BytesIO(b"x" * info.size))
-    monkeypatch.setattr(tars, "MOST_TEXTS_BYTES", (2 << 20) + 700)
+    monkeypatch.setattr(tars, "MAX_TEXTS_BYTES", (2 << 20) + 700)
     why = reasons(read_one(tmp_path))
     assert set(why) == {"x.tar/1.png", "x.tar/3.png"}
     assert "1.txt has 2.10 MB, where at most" in why["x.tar/1.png"]
     assert "3.txt is not read: the texts of its tar have" in why["x.tar/3.png"]
-    monkeypatch.setattr(tars, "MOST_MEMBERS", 3)
+    monkeypatch.setattr(tars, "MAX_MEMBERS", 3)
     os.utime(tmp_path / "x.tar", ns=(1, 1))
     source = read_one(tmp_path)
     assert set(captions(source)) == {"x.tar/0.png"}

@@ -1,9 +1,11 @@
 """The rules of the tree that can be tested: who imports whom, and what the entry point loads."""
 
 import ast
+import re
 import signal
 import subprocess
 import sys
+import tokenize
 import tomllib
 import warnings
 from graphlib import TopologicalSorter
@@ -167,3 +169,19 @@ def test_a_command_puts_signals_and_warnings_back() -> None:
         assert signal.getsignal(signal.SIGTERM) != before and warnings.showwarning != show
     assert signal.getsignal(signal.SIGTERM) == before
     assert [*warnings.filters] == filters and warnings.showwarning == show
+
+
+# Words that earlier names had and no newcomer could guess, or for which the field has another.
+PRIVATE_WORDS = {"picture", "pictures", "halves", "door", "crew", "studio", "twin", "kin", "fellow"}
+PRIVATE_WORDS |= {"told", "said", "mine", "theirs", "deaf", "doomed", "settle", "settled"}
+
+
+@pytest.mark.parametrize("room", ["infer", "precompute", "sdxl", "shards", "tools"])
+def test_names_are_the_fields_words(room: str) -> None:
+    for path in sorted((ROOT / room).rglob("*.py")):
+        with open(path) as file:
+            for token in tokenize.generate_tokens(file.readline):
+                if token.type == tokenize.NAME:
+                    words = re.findall("[A-Z]?[a-z]+|[A-Z]+", token.string)
+                    found = PRIVATE_WORDS & {word.lower() for word in words}
+                    assert not found, f"{path}:{token.start[0]}: {token.string}"

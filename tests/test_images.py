@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 
 from precompute.dataset.records import Blob, SourceImage
-from precompute.images.decode import open_picture, picture_size, to_srgb
+from precompute.images.decode import image_size, open_image, to_srgb
 from precompute.images.variants import render
-from precompute.plan.scan import plan_pictures
+from precompute.plan.scan import plan_images
 from precompute.settings import EncodeSettings
 from shards.buckets import Geometry, Size, bucket_sizes, cover, nearest_bucket, stretch
 
@@ -80,7 +80,7 @@ def misplaced(means: npt.NDArray[np.float64], side: int, offset: int) -> tuple[f
 
 
 def assert_rendered_as_claimed(data: bytes, geometry: Geometry) -> None:
-    pixels = render(open_picture(data), geometry)
+    pixels = render(open_image(data), geometry)
     _, _, top, left, height, width = geometry.sizes
     assert pixels.shape == (3, height, width)
     across = misplaced(levels(pixels)[0].mean(axis=0), geometry.resized[0], left)
@@ -92,7 +92,7 @@ def assert_rendered_as_claimed(data: bytes, geometry: Geometry) -> None:
 @pytest.mark.parametrize("target", bucket_sizes(256, 64), ids="{0[0]}x{0[1]}".format)
 def test_a_bucket_shows_the_part_that_its_sizes_claim(original: Size, target: Size) -> None:
     data = ramps_png(original)
-    geometry = cover(picture_size(data), target)
+    geometry = cover(image_size(data), target)
     (width, height), (target_width, target_height) = original, target
     scale = max(target_width / width, target_height / height)
     assert geometry.sizes[:2] == [height, width]
@@ -107,7 +107,7 @@ def test_a_bucket_shows_the_part_that_its_sizes_claim(original: Size, target: Si
 @pytest.mark.parametrize("original", ORIGINALS)
 def test_a_square_is_the_middle_of_the_picture(original: Size) -> None:
     data = ramps_png(original)
-    geometry = cover(picture_size(data), (256, 256))
+    geometry = cover(image_size(data), (256, 256))
     longer = 256 * max(original) / min(original)
     assert sorted(geometry.resized) == pytest.approx([256, longer], abs=0.5)
     assert sorted(geometry.crop) == pytest.approx([0, (longer - 256) / 2], abs=0.75)
@@ -117,7 +117,7 @@ def test_a_square_is_the_middle_of_the_picture(original: Size) -> None:
 @pytest.mark.parametrize("original", ORIGINALS)
 def test_a_squashed_picture_is_all_there(original: Size) -> None:
     data = ramps_png(original)
-    geometry = stretch(picture_size(data), (256, 256))
+    geometry = stretch(image_size(data), (256, 256))
     assert geometry.sizes == [original[1], original[0], 0, 0, 256, 256]
     assert geometry.resized == (256, 256)
     assert_rendered_as_claimed(data, geometry)
@@ -147,15 +147,15 @@ def lay_down(upright: Pixels, orientation: int) -> Pixels:
 def test_exif_orientation_is_undone(form: str, orientation: int) -> None:
     upright = ramps((400, 300))
     data = stored(lay_down(upright, orientation), form, orientation)
-    size = picture_size(data)
+    size = image_size(data)
     assert size == (400, 300)
     tolerance = 0 if form != "JPEG" else 6
-    difference = np.asarray(open_picture(data)).astype(int) - upright
+    difference = np.asarray(open_image(data)).astype(int) - upright
     assert abs(difference).max() <= tolerance
     geometry = cover(size, (256, 128))
     assert geometry.sizes == [300, 400, 32, 0, 128, 256]
     assert_rendered_as_claimed(data, geometry)
-    pixels = render(open_picture(data), geometry)
+    pixels = render(open_image(data), geometry)
     expected = render(Image.fromarray(upright), geometry)
     assert abs(levels(pixels) - levels(expected)).max() <= tolerance
 
@@ -178,7 +178,7 @@ def test_the_settings_choose_the_geometry(
     settings = EncodeSettings(
         dataset=tmp_path, base="", out=tmp_path, resolution=64, bucket_step=16, **flags
     )
-    (planned,), rejected = plan_pictures([SourceImage("a.png", Blob.of(file), ("a",))], settings)
+    (planned,), rejected = plan_images([SourceImage("a.png", Blob.of(file), ("a",))], settings)
     assert rejected == []
     assert planned.variants[0].sizes == sizes
 
@@ -353,7 +353,7 @@ def test_files_of_every_depth(
 ) -> None:
     file = io.BytesIO()
     image.save(file, form, **image.info)
-    picture = open_picture(file.getvalue())
+    picture = open_image(file.getvalue())
     assert picture.mode == "RGB"
     assert picture.getpixel((3, 3)) == pytest.approx(expected, abs=2)
 

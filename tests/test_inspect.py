@@ -19,7 +19,7 @@ from shards.format import Sample
 from shards.reader import Cache
 from tests.conftest import Encode
 from tests.made import made_sample, write_cache
-from tools.draw_pictures import draw_pictures
+from tools.draw_images import draw_images
 
 
 def inspect(*arguments: Any) -> Result:
@@ -146,7 +146,9 @@ def test_sheets_show_the_pictures_in_their_frames(
     assert run.exit_code == 0, run.output
     (path,) = (tmp_path / "sheets").glob("*.png")
     assert path.name == "64x64.png"
-    captions = [s.about(row)["captions"][0] for s in cache.shards() for row in range(len(s.index))]
+    captions = [
+        s.metadata(row)["captions"][0] for s in cache.shards() for row in range(len(s.index))
+    ]
     tiles = tiles_of(path, len(captions))
     for tile, caption in zip(tiles, captions, strict=True):
         middle = np.asarray(tile)[123:133, 123:133].mean(axis=(0, 1))
@@ -188,7 +190,7 @@ def test_the_box_is_where_the_sizes_say(
 
 def test_a_sheet_has_each_variant(pictures: Path, tmp_path: Path, encode_to: Encode) -> None:
     data_set = tmp_path / "set"
-    draw_pictures(data_set, count=1, size=64)
+    draw_images(data_set, count=1, size=64)
     encode_to(data_set, tmp_path / "cache", flip=True)
     assert inspect(tmp_path / "cache", "--sheets", tmp_path / "sheets").exit_code == 0
     first, second = tiles_of(tmp_path / "sheets" / "64x64.png", 2)

@@ -22,7 +22,7 @@ from loras import (
 from safetensors import safe_open
 
 from sdxl.base import open_base
-from sdxl.load import bare_model, load_unet
+from sdxl.load import load_unet, model_without_weights
 from sdxl.lora.apply import adaptable, load_lora
 from sdxl.lora.names import KOHYA, UNET, kohya_keys
 from sdxl.lora.weights import LoraWeights
@@ -47,7 +47,7 @@ EXAMPLES = {
 def test_names_and_shapes_at_full_size_are_the_published_ones() -> None:
     import re
 
-    unet = bare_model(UNET, sdxl_config(UNET))
+    unet = model_without_weights(UNET, sdxl_config(UNET))
     found = {
         name: LoraWeights(torch.empty(8, *shape[1:], device="meta"), torch.empty(shape[0], 8), 3.0)
         for name, shape in adaptable(unet).items()
@@ -64,7 +64,7 @@ def test_names_and_shapes_at_full_size_are_the_published_ones() -> None:
 def test_every_linear_and_convolution_has_a_key_of_its_own(base: Path) -> None:
     """Of SDXL, and of a UNet with other numbers of layers."""
     for config in (sdxl_config(UNET), json.loads((base / "unet" / "config.json").read_bytes())):
-        unet = bare_model(UNET, config)
+        unet = model_without_weights(UNET, config)
         keys = kohya_keys(adaptable(unet), unet.config)
         assert keys.keys() == adaptable(unet).keys()
         assert len(set(keys.values())) == len(keys)

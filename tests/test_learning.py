@@ -1,4 +1,4 @@
-"""Does it learn? The miniature is fine-tuned by the commands of the door, and the images that it
+"""Does it learn? The miniature is fine-tuned by the commands of cli.py, and the images that it
 draws are scored: a loss falls for a model that learned nothing that can be seen.
 
 Seeds are fixed, margins wide. New shapes (hearts, moons) have words that the miniature never met.
@@ -13,7 +13,7 @@ import pytest
 import cli
 from tools.miniature.data import fresh_prompts, write_prior_set, write_sample_set
 from tools.miniature.drawing import NEW_SHAPES, OLD_SHAPES
-from tools.miniature.score import Score, drawn_pictures, score
+from tools.miniature.score import Score, read_generated_images, score
 
 NUM_PROMPTS = 32
 TRAINING = "--batch-size 16 --lr-schedule cosine --warmup-steps 20 --device cpu"
@@ -59,7 +59,7 @@ def draw(tmp_path: Path) -> Draw:
             f"generate --base miniature --prompts {prompts} --out {out} --num-steps 12 "
             f"--batch-size 16 --device cpu {flags}"
         )
-        found = score(scenes, drawn_pictures(out, num))
+        found = score(scenes, read_generated_images(out, num))
         print(shapes, flags, found)  # pytest shows it where a test fails
         return found
 

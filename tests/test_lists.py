@@ -116,7 +116,7 @@ def test_every_refusal_has_its_reason_and_stops_nothing(
     cache = Cache(out)
     (group,) = cache.groups()
     places = [cache.locate(group, row) for row in range(group.count)]
-    assert {shard.about(row)["path"] for shard, row in places} == {"a.png", "b.png"}
+    assert {shard.metadata(row)["path"] for shard, row in places} == {"a.png", "b.png"}
 
 
 def test_a_list_of_refused_lines_only_is_no_error(tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def test_one_chunk_is_the_pipelines_own(base: Path, pipeline: Any) -> None:
     assert torch.equal(found.pooled, pooled)
 
 
-# Through the door of each stage.
+# Through the command line of each stage.
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def test_a_cache_of_two_chunks(long_cache: Path, pipeline: Any, base: Path) -> N
     assert all(shard.index.header["num_cut_captions"] == 0 for shard in cache.shards())
     for shard in cache.shards():
         for row in range(len(shard.index)):
-            (caption,) = shard.about(row)["captions"]
+            (caption,) = shard.metadata(row)["captions"]
             found = torch.empty(154, cache.manifest["text"]["depth"])
             shard.read_into(found, row, "prompt_embeds")
             assert torch.equal(found, reference(pipeline, caption, 2)[0])

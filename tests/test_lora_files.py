@@ -27,7 +27,7 @@ from loras import (
 from made import made_batch
 
 from sdxl.base import open_base, read_config
-from sdxl.load import bare_model, load_text_encoders, load_unet
+from sdxl.load import load_text_encoders, load_unet, model_without_weights
 from sdxl.lora.apply import (
     apply_loras,
     apply_text_loras,
@@ -346,7 +346,7 @@ OTHERS: dict[str, tuple[Tensors, str]] = {
 def test_what_cannot_be_read_is_refused_by_its_name(base: Path, tmp_path: Path, kind: str) -> None:
     tensors, message = OTHERS[kind]
     path = write(tmp_path / "other.safetensors", tensors)
-    unet = bare_model(UNET, read_config(base / "unet"))
+    unet = model_without_weights(UNET, read_config(base / "unet"))
     with pytest.raises(ValueError, match=rf"other.safetensors: .*{message}") as refused:
         load_lora(unet, path)
     assert "\n" not in str(refused.value)
@@ -355,7 +355,7 @@ def test_what_cannot_be_read_is_refused_by_its_name(base: Path, tmp_path: Path, 
 def test_an_unknown_one_is_called_what_it_calls_itself(base: Path, tmp_path: Path) -> None:
     said = {"modelspec.architecture": "kandinsky/lora"}
     path = write(tmp_path / "other.safetensors", key("lora_unet_first_block"), said)
-    unet = bare_model(UNET, read_config(base / "unet"))
+    unet = model_without_weights(UNET, read_config(base / "unet"))
     with pytest.raises(ValueError, match=r"a LoRA of kandinsky/lora\): it adapts first_block"):
         load_lora(unet, path)
 

@@ -33,7 +33,7 @@ from tools.miniature.drawing import (
     draw_scene,
     random_scene,
 )
-from tools.miniature.response import respond
+from tools.miniature.response import measure_response
 from tools.miniature.score import look_at, score
 
 SHAPES = (*OLD_SHAPES, *NEW_SHAPES)
@@ -143,7 +143,7 @@ def test_it_answers_the_size_and_crop_numbers() -> None:
     pipeline = StableDiffusionXLPipeline.from_pretrained(MINIATURE_FOLDER)
     pipeline.set_progress_bar_config(disable=True)
     plain, tiny, wide, high = (
-        respond(pipeline, setting, num=32, seed=4, num_steps=10)
+        measure_response(pipeline, setting, num=32, seed=4, num_steps=10)
         for setting in (
             "64x64",
             "5x5",

@@ -150,7 +150,7 @@ def test_offset_noise_moves_the_mean_of_each_channel_apart() -> None:
     """A channel's mean has variance 1 / (h w) + strength^2, and channels are independent."""
     draws, noise, offsets = Draws(), torch.empty(4000, 4, 2, 4), torch.empty(4000, 4, 1, 1)
     for n in range(4000):
-        draws.start(seed=0, epoch=0, cache=0, key=f"{n:020x}", pass_=0)
+        draws.start(seed=0, epoch=0, cache=0, key=f"{n:020x}", repeat=0)
         draws.normal(offsets[n].numpy())
         draws.normal(noise[n].numpy())
     means = offset_noise(noise, offsets, 0.5).mean(dim=(2, 3)).numpy()

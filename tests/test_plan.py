@@ -76,7 +76,7 @@ def test_every_sample_comes_as_often_as_its_repeats(
                 for entry in part:
                     group = plan.groups[entry.group]
                     assert group.bucket == batch.bucket
-                    place = (group.cache, group.bucket, group.repeats, entry.row, entry.pass_)
+                    place = (group.cache, group.bucket, group.repeats, entry.row, entry.repeat)
                     seen[place] += 1
         assert seen == expected
 
@@ -313,7 +313,7 @@ def test_ten_million_entries_need_no_memory() -> None:
             group = groups[entry.group]
             assert group.bucket == batch.bucket
             assert 0 <= entry.row < group.count
-            assert 0 <= entry.pass_ < group.repeats
+            assert 0 <= entry.repeat < group.repeats
     distinct = {batch.number: batch.entries for batch in found}
     every = sum(distinct.values(), start=())
     assert len(set(every)) == len(every)
@@ -321,13 +321,13 @@ def test_ten_million_entries_need_no_memory() -> None:
 
 # The random streams.
 
-STREAM = {"seed": 0, "epoch": 0, "cache": 0, "key": "a" * 20, "pass_": 0}
+STREAM = {"seed": 0, "epoch": 0, "cache": 0, "key": "a" * 20, "repeat": 0}
 OTHERS = [
     {"seed": 1},
     {"epoch": 1},
     {"cache": 1},
     {"key": "a" * 19 + "b"},
-    {"pass_": 1},
+    {"repeat": 1},
     {"seed": 1, "epoch": 1},
     {"epoch": 11},
     {"epoch": 1, "cache": 1},
@@ -386,7 +386,7 @@ def test_noise_is_standard_normal_within_a_stream() -> None:
 def test_choices_are_uniform_across_passes_and_apart() -> None:
     draws, found = Draws(), []
     for pass_ in range(5000):
-        draws.start(**(STREAM | {"pass_": pass_}))
+        draws.start(**(STREAM | {"repeat": pass_}))
         noise = np.empty(1, np.float32)
         draws.normal(noise)
         found.append([draws.variant, draws.caption, draws.dropout, draws.time, float(noise[0])])

@@ -22,7 +22,7 @@ from PIL import Image
 from torch.distributed.fsdp import fully_shard
 
 import cli
-from precompute.images.decode import open_picture
+from precompute.images.decode import open_image
 from precompute.images.variants import render
 from precompute.prompts import change_prompts
 from sdxl.base import open_base
@@ -258,7 +258,7 @@ def test_a_command_that_was_killed_is_refused_by_name_and_mended(
         lambda: encode_to(pictures, copy, dtype="fp32"),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr("precompute.prompts.renew_side_file", lambda *_: sys.exit(9))
+            patch.setattr("precompute.prompts.update_side_file_digest", lambda *_: sys.exit(9))
             with pytest.raises(SystemExit):
                 change_prompts(copy, file, str(base), "cpu")
         with pytest.raises(CacheError, match=r"not the one the manifest names; make it again"):
@@ -395,7 +395,7 @@ class ColourVae:
 
 def rendered(path: Path) -> torch.Tensor:
     """A drawn image in its bucket, [1, 3, H, W] in -1..1."""
-    image = open_picture(path.read_bytes())
+    image = open_image(path.read_bytes())
     return render(image, cover(image.size, BUCKETS[image.size]))[None]
 
 
@@ -429,7 +429,7 @@ def test_the_cached_map_is_the_best_linear_one(
             shard, at = opened.locate(group, row)
             mean = torch.empty(shard.index.layout.shape("latents.mean"))
             shard.read_into(mean, at, "latents.mean")
-            picture = rendered(pictures / shard.about(at)["path"])[0]
+            picture = rendered(pictures / shard.metadata(at)["path"])[0]
             latents.append(mean.flatten(1).T)
             colours.append(F.avg_pool2d(picture, 8).flatten(1).T)
             drawn.append(latents_to_rgb(mean[None], previews.weight, previews.bias)[0].flatten(1).T)

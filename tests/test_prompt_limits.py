@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import sdxl.prompts
-from infer.requests import plan_requests
+from infer.requests import make_requests
 from infer.settings import GenerateSettings
 from sdxl.prompts import MAX_TEXT, Prompt, parse_prompt, read_prompts
 
@@ -88,7 +88,7 @@ def test_large_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_images_without_end_are_refused(tmp_path: Path) -> None:
     settings = GenerateSettings(base="x", out=tmp_path, prompt="a")
     with pytest.raises(ValueError, match="999,999,000 images are asked for; at most 10,000,000"):
-        plan_requests(settings, [Prompt(text="a", num_images=999_999)] * 1000, 64)
+        make_requests(settings, [Prompt(text="a", num_images=999_999)] * 1000, 64)
     few = GenerateSettings(base="x", out=tmp_path, prompt="a", num_images=3)
     prompts = [Prompt(text="a", num_images=2), Prompt(text="b", num_images=999_999)]
-    assert [one.prompt for one in plan_requests(few, prompts, 64)] == ["a", "a", "b"]
+    assert [one.prompt for one in make_requests(few, prompts, 64)] == ["a", "a", "b"]

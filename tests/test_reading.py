@@ -63,7 +63,7 @@ def forty(tmp_path_factory: pytest.TempPathFactory) -> tuple[Cache, dict[str, Sa
 
 def dropped(reader: Reader, epoch: int) -> set[str]:
     """The keys whose text is the unconditional one; of the others it must be their own."""
-    kind = reader.reading.unconditional
+    kind = reader.options.unconditional
     found = set()
     for batch in epoch_of(reader, epoch):
         unconditional = reader.caches[0].side_tensors(UNCONDITIONAL)
@@ -284,11 +284,11 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Cache], list[d
 
 
 def members(reader: Reader, batch: Batch) -> list[tuple[int, str, int]]:
-    """Cache, key and pass of each sample of a batch."""
+    """Cache, key and repeat of each sample of a batch."""
     entries = reader.share.entries(reader.plan.batch(batch.epoch, batch.number), batch.micro)
     numbers = [reader.plan.groups[entry.group].cache for entry in entries]
-    passes = [entry.pass_ for entry in entries]
-    return [*zip(numbers, batch.keys, passes, strict=True)]
+    repeats = [entry.repeat for entry in entries]
+    return [*zip(numbers, batch.keys, repeats, strict=True)]
 
 
 def test_caches_are_mixed_and_each_is_used_as_asked(

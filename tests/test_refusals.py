@@ -144,7 +144,7 @@ def made_encoders(monkeypatch: pytest.MonkeyPatch) -> None:
     """The base holds the encoders that ``write_cache`` says it was made with."""
     names = ("vae", "text_encoder", "text_encoder_2")
     digests = dict.fromkeys(names, "made")
-    monkeypatch.setattr("train.caches.encoder_digests_elsewhere", lambda base: digests)
+    monkeypatch.setattr("train.caches.encoder_digests_in_subprocess", lambda base: digests)
 
 
 def open_two(base: Path, *uses: CacheUse, **settings: Any) -> list[Cache]:

@@ -24,7 +24,7 @@ from PIL import Image
 
 import precompute.encode
 from precompute.dataset.records import Blob
-from precompute.images.decode import picture_size
+from precompute.images.decode import image_size
 from precompute.plan.dry_run import dry_run
 from precompute.plan.scan import _head
 from precompute.report import summarize
@@ -83,7 +83,7 @@ def test_a_changed_image_or_mask_that_does_not_decode_is_known_before(
 ) -> None:
     """One is dropped, within the bound, and named by the dry run too."""
     paths = sorted((work / "data").glob("*.png"))
-    width, height = picture_size(paths[1].read_bytes())
+    width, height = image_size(paths[1].read_bytes())
     Image.new("L", (width, height), 200).save(paths[1].with_suffix(".mask.png"))
     encode(work / "data", base, work / "cache")
     cut_short_one = (paths[0], paths[1].with_suffix(".mask.png"))
@@ -240,7 +240,7 @@ def test_what_moved_between_train_and_val_is_copied(
     move("train", "val", "004", "005")
     move("val", "train", "001")
     if kill:
-        real = precompute.encode.write_work_shard
+        real = precompute.encode.encode_shard
         written: list[str] = []
 
         def write(work: object, folder: Path, *rest: object) -> None:
@@ -250,7 +250,7 @@ def test_what_moved_between_train_and_val_is_copied(
             real(work, folder, *rest)  # type: ignore[arg-type]
 
         with monkeypatch.context() as patch:
-            patch.setattr(precompute.encode, "write_work_shard", write)
+            patch.setattr(precompute.encode, "encode_shard", write)
             with pytest.raises(KeyboardInterrupt):
                 run()
     with counted() as count:
@@ -289,7 +289,7 @@ def test_a_dataset_that_changes_again_before_an_interrupted_run_is_resumed(
     shard = next(iter(sorted(shards_of(out).values(), key=len, reverse=True)))
     moving, staying = sorted(shard)[:2]
     rename(data, moving, "10_x")
-    real, written = precompute.encode.write_work_shard, []
+    real, written = precompute.encode.encode_shard, []
 
     def write(task: Any, *rest: Any) -> None:
         if written:
@@ -299,7 +299,7 @@ def test_a_dataset_that_changes_again_before_an_interrupted_run_is_resumed(
 
     settings = {"repeat_folders": True}
     with monkeypatch.context() as patch:
-        patch.setattr(precompute.encode, "write_work_shard", write)
+        patch.setattr(precompute.encode, "encode_shard", write)
         with pytest.raises(KeyboardInterrupt):
             encode(data, base, out, **settings)
     assert [*(out / "replaced").glob("*.index")]
@@ -340,7 +340,7 @@ def test_a_fresh_encode_reads_each_large_picture_once(
         return real(self)
 
     monkeypatch.setattr(Blob, "read", read)
-    monkeypatch.setattr(precompute.spot_checks, "NUM_PICTURES", 0)  # they read their own
+    monkeypatch.setattr(precompute.spot_checks, "NUM_CHECKED", 0)  # they read their own
     settings = settings_of(data, base, tmp_path / "cache")
     [*dry_run(settings)]
     assert not reads
@@ -364,9 +364,9 @@ def test_the_first_bytes_tell_the_size_that_all_do(
     noise = Image.effect_noise((300, 500), 90).convert("RGB")
     more = {"exif": exif} if form in ("jpg", "png", "webp", "tiff", "avif") else {}
     noise.save(path, **more)
-    whole = picture_size(path.read_bytes())
+    whole = image_size(path.read_bytes())
     head = _head(Blob.of(path))
-    assert head is None or picture_size(head) == whole
+    assert head is None or image_size(head) == whole
     assert (head is not None) == (form == "jpg" or (form == "png" and head is not None))
 
 
@@ -379,7 +379,7 @@ def test_a_png_that_says_behind_its_data_that_it_lies_is_read_whole(tmp_path: Pa
     chunk = data[start : start + 12 + int.from_bytes(data[start : start + 4])]
     rest = data[:start] + data[start + len(chunk) :]
     path.write_bytes(rest[:-12] + chunk + rest[-12:])
-    assert picture_size(path.read_bytes()) == (500, 300)
+    assert image_size(path.read_bytes()) == (500, 300)
     assert _head(Blob.of(path)) is None
 
 

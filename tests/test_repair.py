@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 import cli_caches
 import shards.verify
 from cli import commands
-from precompute.plan.reuse import read_held, recover_retirement
+from precompute.plan.reuse import read_existing, recover_retirement
 from runtime.files import canonical_json, content_digest, file_sha256
 from shards.format import CacheError
 from shards.index import Index, IndexRecord
@@ -26,7 +26,7 @@ from shards.reader import Shard
 from shards.verify import Fault, drop_damaged, verify
 from tests.conftest import Encode
 from tests.encodes import counted, samples_of
-from tools.draw_pictures import draw_pictures
+from tools.draw_images import draw_images
 
 Verify = Callable[..., Result]
 SIDE = ["unconditional.safetensors", "rejected.jsonl"]
@@ -35,7 +35,7 @@ SIDE = ["unconditional.safetensors", "rejected.jsonl"]
 @pytest.fixture(scope="module")
 def data_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("repair-pictures")
-    draw_pictures(folder, count=9, size=64)
+    draw_images(folder, count=9, size=64)
     (folder / "broken.png").write_bytes(b"no image")
     (folder / "broken.txt").write_text("an image that cannot be read")
     return folder
@@ -249,7 +249,7 @@ def test_a_repair_that_is_killed_loses_no_whole_sample(
     turn(cache / "64x64-000000.tar", PLACES["tensors"](first_sample(cache), b""))
     damage(cache / "rejected.jsonl")
     at_first = read_manifest(cache)
-    keys = {key for one in read_held(cache).values() for key in one.rows}
+    keys = {key for one in read_existing(cache).values() for key in one.rows}
     keys.remove(first_sample(cache).key.decode())
     for number in itertools.count():
         folder = shutil.copytree(cache, tmp_path / f"killed-{number}")
@@ -270,7 +270,7 @@ def test_a_repair_that_is_killed_loses_no_whole_sample(
                 patch.setattr(owner, name, dying(getattr(owner, name)))
             drop_damaged(folder, at_first, chain.from_iterable(verify(folder, at_first)))
         recover_retirement(folder)
-        held = [*read_held(folder).values(), *read_held(folder / REPLACED).values()]
+        held = [*read_existing(folder).values(), *read_existing(folder / REPLACED).values()]
         assert {key for one in held for key in one.rows} >= keys
         assert not (folder / MANIFEST).exists() or (folder / "64x64-000000.index").exists()
         encode_to(data_set, folder, shard_size=2)

@@ -140,7 +140,7 @@ def run(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     torch.manual_seed(7)
     cache = write_cache(tmp_path / "cache", [made_sample(name) for name in NAMES])
     digests = dict.fromkeys(("vae", "text_encoder", "text_encoder_2"), "made")
-    monkeypatch.setattr("train.caches.encoder_digests_elsewhere", lambda base: digests)
+    monkeypatch.setattr("train.caches.encoder_digests_in_subprocess", lambda base: digests)
     read = Reader.read
 
     def run(bad: Any, **settings: Any) -> list[dict[str, Any]]:

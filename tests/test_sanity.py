@@ -15,23 +15,23 @@ from PIL import Image
 import precompute.encode_samples
 import precompute.images.variants
 import precompute.latents
-from precompute.images.decode import open_picture
+from precompute.images.decode import open_image
 from precompute.images.variants import render
 from precompute.latents import LatentEncoder
 from precompute.sanity import (
     SIDE,
     alarms_of_drawings,
-    alarms_of_picture,
-    draw,
+    alarms_of_image,
+    make_drawings,
     measure_drawings,
-    measure_picture,
+    measure_image,
 )
 from sdxl.base import open_base, open_vae
 from sdxl.load import load_vae
 from shards.buckets import cover
 from shards.manifest import MANIFEST
 from tests.conftest import Encode
-from tests.picture_files import linear_profile, saved, scene
+from tests.image_files import linear_profile, saved, scene
 
 CPU = torch.device("cpu")
 Change = Callable[[torch.Tensor], torch.Tensor]
@@ -162,7 +162,7 @@ def test_the_figures_are_those_of_diffusers(base: Path) -> None:
     """PSNR, mean and std of the drawings, by the plain formulas."""
     vae: Any = load_vae(open_base(base).vae, torch.float32)
     found = measure_drawings(LatentEncoder(open_base(base).vae, torch.float32, CPU, 2))
-    pixels = np.stack(draw()).astype(np.float32)
+    pixels = np.stack(make_drawings()).astype(np.float32)
     assert pixels.shape == (2, SIDE, SIDE, 3)
     tensor = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
     with torch.no_grad():
@@ -190,15 +190,15 @@ def test_only_what_can_be_opened_by_another_way_is_compared(base: Path) -> None:
         saved(image, "PNG", icc_profile=linear_profile()),
         saved(image, "PNG", exif=exif),
     ):
-        assert measure_picture(encoder, "a", data, geometry, stored) is None
+        assert measure_image(encoder, "a", data, geometry, stored) is None
     for form in ("PNG", "BMP"):
-        found = measure_picture(encoder, "a", saved(image, form), geometry, stored)
+        found = measure_image(encoder, "a", saved(image, form), geometry, stored)
         assert found is not None
         assert found["error"] < 1e-4
-        assert alarms_of_picture(found) == []
+        assert alarms_of_image(found) == []
     grey = image.convert("L")
-    stored = encoder.encode(render(open_picture(saved(grey, "PNG")), geometry)[None]).mean[0]
-    found = measure_picture(encoder, "a", saved(grey, "PNG"), geometry, stored)
+    stored = encoder.encode(render(open_image(saved(grey, "PNG")), geometry)[None]).mean[0]
+    found = measure_image(encoder, "a", saved(grey, "PNG"), geometry, stored)
     assert found is not None and found["error"] < 1e-4
 
 
@@ -206,8 +206,8 @@ def test_only_what_can_be_opened_by_another_way_is_compared(base: Path) -> None:
 def test_latents_that_are_no_numbers_are_all_wrong(base: Path, value: float) -> None:
     encoder = LatentEncoder(open_base(base).vae, torch.float32, CPU, 1)
     stored = torch.full((4, 6, 8), value)
-    found = measure_picture(encoder, "a", saved(scene(), "PNG"), cover((96, 64), (64, 48)), stored)
+    found = measure_image(encoder, "a", saved(scene(), "PNG"), cover((96, 64), (64, 48)), stored)
     assert found is not None
     assert found["error"] == 1
-    assert len(alarms_of_picture(found)) >= 1
+    assert len(alarms_of_image(found)) >= 1
     json.dumps(found, allow_nan=False)

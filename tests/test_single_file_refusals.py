@@ -1,4 +1,4 @@
-"""What is wrong with a base in one file: one clear line at the door, exit code 2."""
+"""What is wrong with a base in one file: one clear line, exit code 2."""
 
 import json
 import shutil
@@ -27,17 +27,17 @@ def single(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_single(base, tmp_path_factory.mktemp("single") / "small.safetensors")
 
 
-class Door:
+class Commands:
     """The three commands, with a base that they refuse, and tokenizers that are good."""
 
     def __init__(self, folder: Path, pictures: Path, cache: Path, tokenizers: Path) -> None:
-        self.folder, self.pictures, self.cache = folder, pictures, cache
+        self.folder, self.image_folder, self.cache = folder, pictures, cache
         self.tokenizers = tokenizers
 
     def encode(self, base: Path, tokenizers: Path | None = None) -> str:
         given = ["--tokenizers", tokenizers or self.tokenizers]
         sizes = ["--resolution", 64, "--bucket-step", 16]
-        return self._refused("encode", self.pictures, "--base", base, *given, *sizes)
+        return self._refused("encode", self.image_folder, "--base", base, *given, *sizes)
 
     def train(self, base: Path) -> str:
         return self._refused("train", self.cache, "--base", base, "--steps", 1)
@@ -57,14 +57,14 @@ class Door:
 
 
 @pytest.fixture
-def door(tmp_path: Path, pictures: Path, cache: Path, base: Path) -> Door:
-    return Door(tmp_path, pictures, cache, base)
+def commands(tmp_path: Path, pictures: Path, cache: Path, base: Path) -> Commands:
+    return Commands(tmp_path, pictures, cache, base)
 
 
-def test_a_missing_unet_tensor(door: Door, single: Path, tmp_path: Path) -> None:
+def test_a_missing_unet_tensor(commands: Commands, single: Path, tmp_path: Path) -> None:
     path = rewrite(single, {BLOCK + "in_layers.2.weight": None}, tmp_path / "one.safetensors")
     what = f"{path}: weights of another model, or damaged: 1 tensors missing, e.g. "
-    for line in (door.train(path), door.generate(path)):
+    for line in (commands.train(path), commands.generate(path)):
         assert what + "down_blocks.0.resnets.0.conv1.weight" in line
 
 
@@ -73,60 +73,62 @@ def test_a_missing_unet_tensor(door: Door, single: Path, tmp_path: Path) -> None
     [("text_encoder", "text encoder 1 (CLIP-L)"), ("text_encoder_2", "text encoder 2 (OpenCLIP")],
 )
 def test_a_missing_text_encoder(
-    door: Door, base: Path, tmp_path: Path, component: str, what: str
+    commands: Commands, base: Path, tmp_path: Path, component: str, what: str
 ) -> None:
     path = write_single(base, tmp_path / "one.safetensors", component)
-    for line in (door.encode(path), door.generate(path)):
+    for line in (commands.encode(path), commands.generate(path)):
         assert f"{path}: holds no {what}" in line
 
 
-def test_a_stable_diffusion_1_file(door: Door, tmp_path: Path) -> None:
+def test_a_stable_diffusion_1_file(commands: Commands, tmp_path: Path) -> None:
     path = tmp_path / "one.safetensors"
     names = [
         "model.diffusion_model.input_blocks.0.0.weight",
         "cond_stage_model.transformer.text_model.final_layer_norm.bias",
     ]
     safetensors.torch.save_file({name: torch.ones(2) for name in names}, path)
-    for line in (door.encode(path), door.train(path), door.generate(path)):
+    for line in (commands.encode(path), commands.train(path), commands.generate(path)):
         assert f"{path}: no SDXL base: a Stable Diffusion 1 or 2 file" in line
 
 
-def test_a_truncated_file(door: Door, single: Path, tmp_path: Path) -> None:
+def test_a_truncated_file(commands: Commands, single: Path, tmp_path: Path) -> None:
     path = tmp_path / "one.safetensors"
     path.write_bytes(single.read_bytes()[:-1])
-    for line in (door.encode(path), door.train(path), door.generate(path)):
+    for line in (commands.encode(path), commands.train(path), commands.generate(path)):
         assert f"{path}: truncated: " in line
 
 
-def test_a_pickle(door: Door, tmp_path: Path) -> None:
+def test_a_pickle(commands: Commands, tmp_path: Path) -> None:
     path = tmp_path / "one.ckpt"
     torch.save({"a": torch.ones(2)}, path)
-    for line in (door.encode(path), door.train(path), door.generate(path)):
+    for line in (commands.encode(path), commands.train(path), commands.generate(path)):
         assert f"{path}: a pickle: never loaded" in line
     path = path.rename(tmp_path / "one.safetensors")
-    assert f"{path}: not a whole safetensors file" in door.train(path)
+    assert f"{path}: not a whole safetensors file" in commands.train(path)
 
 
-def test_no_such_file(door: Door, tmp_path: Path) -> None:
+def test_no_such_file(commands: Commands, tmp_path: Path) -> None:
     for name in ("nowhere.safetensors", "no/where.ckpt"):
-        assert f"{tmp_path / name}: no such file" in door.train(tmp_path / name)
+        assert f"{tmp_path / name}: no such file" in commands.train(tmp_path / name)
 
 
-def test_tokenizers_without_a_vocabulary(door: Door, base: Path, single: Path) -> None:
-    folder = door.folder / "tokenizers"
-    assert f"{folder}: holds neither tokenizer/ nor a CLIP tokenizer" in door.encode(single, folder)
+def test_tokenizers_without_a_vocabulary(commands: Commands, base: Path, single: Path) -> None:
+    folder = commands.folder / "tokenizers"
+    assert f"{folder}: holds neither tokenizer/ nor a CLIP tokenizer" in commands.encode(
+        single, folder
+    )
     for name in TOKENIZERS:
         shutil.copytree(base / name, folder / name)
         (folder / name / "vocab.json").unlink()
         (folder / name / "tokenizer.json").unlink()
-    line = door.encode(single, folder)
+    line = commands.encode(single, folder)
     assert f"{folder / 'tokenizer'}: no tokenizer can be read from it: it has neither voc" in line
     (folder / "tokenizer" / "vocab.json").write_text('{"<|startoftext|>": 0, "<|endoftext|>": 1}')
     (folder / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
     with pytest.raises(BaseError, match="2 tokens, where text_encoder has 519"):
         load_tokenizers(open_base(single, tokenizers=folder))
     (folder / "tokenizer" / "vocab.json").write_text("{")
-    assert f"{folder / 'tokenizer'}: no tokenizer can be read from it" in door.encode(
+    assert f"{folder / 'tokenizer'}: no tokenizer can be read from it" in commands.encode(
         single, folder
     )
 
@@ -145,7 +147,7 @@ def refused(path: Path, component: str = "unet") -> str:
     return text
 
 
-def test_tensors_that_do_not_belong_there(door: Door, single: Path, tmp_path: Path) -> None:
+def test_tensors_that_do_not_belong_there(commands: Commands, single: Path, tmp_path: Path) -> None:
     path = tmp_path / "one.safetensors"
     rewrite(single, {BLOCK + "surplus.weight": torch.ones(1)}, path)
     assert f"1 tensors unexpected, e.g. {BLOCK}surplus.weight" in refused(path)
@@ -155,7 +157,7 @@ def test_tensors_that_do_not_belong_there(door: Door, single: Path, tmp_path: Pa
     assert "mismatched, e.g. conv_in.weight is [16, 5, 3, 3], and not [16, 4, 3" in refused(path)
     rewrite(single, {LAYER + "attn.in_proj_bias": torch.ones(100)}, path)
     assert "100 rows are not q, k and v" in refused(path, "text_encoder")
-    assert "100 rows are not q, k and v" in door.encode(path)
+    assert "100 rows are not q, k and v" in commands.encode(path)
     rewrite(single, {LAYER + "attn.in_proj_bias": None}, path)
     line = refused(path, "text_encoder")
     assert "3 tensors missing, e.g. text_model.encoder.layers.0.self_attn.k_proj.bias" in line
@@ -211,13 +213,13 @@ def test_a_config_beside_a_vae_alone(base: Path, tmp_path: Path) -> None:
         load_vae(open_base(path).vae, torch.float32)
 
 
-def test_a_header_that_contradicts_itself(door: Door, single: Path, tmp_path: Path) -> None:
+def test_a_header_that_contradicts_itself(commands: Commands, single: Path, tmp_path: Path) -> None:
     path = tmp_path / "one.safetensors"
     for old, new in ((b'"shape":[48]', b'"shape":[49]'), (b'"F32"', b'"F64"')):
         path.write_bytes(single.read_bytes().replace(old, new))
         assert f"{path}: damaged: " in refused(path, "text_encoder")
     path.write_bytes(single.read_bytes().replace(b'"shape":[48]', b'"shape":[49]'))
-    assert f"{path}: damaged: " in door.encode(path)
+    assert f"{path}: damaged: " in commands.encode(path)
 
 
 @pytest.mark.parametrize("left_bytes", [-1, 90_000, 5000, 3, 0])

@@ -11,8 +11,8 @@ import pytest
 import webdataset
 from PIL import Image
 
-from precompute.dataset.sources import split
-from precompute.images.decode import open_picture
+from precompute.dataset.sources import split_by_share
+from precompute.images.decode import open_image
 from shards.reader import Cache
 from tests.conftest import Encode
 from tests.folders import (
@@ -73,7 +73,7 @@ def test_no_name_is_lost_or_merged(many_names: Path) -> None:
     assert captions(source) == expected
     assert [r.key for r in source.records] == sorted(map(key_of, NAMES))
     assert all(record.key == key_of(record.path) for record in source.records)
-    assert all(record.picture.file == many_names / record.path for record in source.records)
+    assert all(record.image.file == many_names / record.path for record in source.records)
 
 
 def test_no_name_in_a_list_is_lost_or_merged(many_names: Path, tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_every_name_is_in_the_cache(many_names: Path, tmp_path: Path, encode_to:
     for group in cache.groups():
         for row in range(group.count):
             shard, inside = cache.locate(group, row)
-            ours[shard.index.key(inside)] = shard.about(inside)["path"]
+            ours[shard.index.key(inside)] = shard.metadata(inside)["path"]
     assert ours == {key_of(name): name for name in NAMES}
 
     theirs: dict[str, str] = {}
@@ -181,7 +181,7 @@ def test_val_share_is_by_key_and_stable(tmp_path: Path) -> None:
 def test_a_side_without_pictures_is_an_error(tmp_path: Path, share: float, empty: str) -> None:
     put(tmp_path / "a.png", "a")
     with pytest.raises(ValueError, match=f"--val-share .* leaves no image for {empty}$"):
-        split(read_one(tmp_path), share)
+        split_by_share(read_one(tmp_path), share)
 
 
 # Refusals.
@@ -236,10 +236,10 @@ def test_a_jpeg_cut_anywhere_is_refused(tmp_path: Path, progressive: bool) -> No
     file = io.BytesIO()
     Image.effect_noise((64, 64), 80).save(file, "JPEG", progressive=progressive)
     data = file.getvalue()
-    assert open_picture(data).size == (64, 64)
+    assert open_image(data).size == (64, 64)
     for kept in (len(data) - 1, len(data) - 2, len(data) * 3 // 4, len(data) // 2):
         with pytest.raises(OSError, match="truncated"):
-            open_picture(data[:kept])
+            open_image(data[:kept])
 
 
 def test_a_file_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 import webdataset
 
 from precompute.dataset.records import Memory, SourceImage
-from precompute.dataset.sources import read_data_set
+from precompute.dataset.sources import read_dataset
 from precompute.settings import EncodeSettings
 from shards.reader import Cache
 from tests.conftest import Encode
@@ -57,7 +57,7 @@ def test_a_tar_as_it_is_downloaded(tmp_path: Path) -> None:
         "00000.tar/000000003": "failed_to_download: HTTP Error 404: Not Found",
     }
     for record in source.records:
-        assert record.picture.read() == members[record.path.partition("/")[2]]
+        assert record.image.read() == members[record.path.partition("/")[2]]
 
 
 @pytest.mark.parametrize("kind", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
@@ -77,7 +77,7 @@ def test_a_tar_is_read_as_its_files_would_be(tmp_path: Path, kind: int) -> None:
 
     def plain(record: SourceImage) -> tuple[Any, ...]:
         mask = record.mask and record.mask.read()
-        return record.picture.read(), record.captions, record.repeats, mask
+        return record.image.read(), record.captions, record.repeats, mask
 
     assert {f"p.tar/{record.path}": plain(record) for record in loose.records} == {
         record.path: plain(record) for record in packed.records
@@ -123,7 +123,7 @@ def test_links_and_twins_in_a_tar(tmp_path: Path) -> None:
     subprocess.run(["tar", "cf", "../set/y.tar", *names[:5]], cwd=tmp_path / "in", check=True)
     source = read_one(tmp_path / "set")
     assert set(captions(source)) == {"x.tar/a.png", "x.tar/b.png", "y.tar/a.png", "y.tar/b.png"}
-    assert all(record.picture.read() == b"unread" for record in source.records)
+    assert all(record.image.read() == b"unread" for record in source.records)
     why = reasons(source)
     assert why["x.tar/a.png"] == "in its tar a second time"
     assert "not a plain file" in why["x.tar/c.png"] and "not a plain file" in why["y.tar/c.png"]
@@ -196,7 +196,7 @@ def test_shards_of_a_cache_are_none_of_the_users(tmp_path: Path) -> None:
     (tmp_path / "old" / "unconditional.safetensors").write_bytes(b"")
     settings = EncodeSettings(dataset=tmp_path, base="", out=tmp_path / "out")
     with pytest.warns(UserWarning, match=r"not used, .* \(1\): old/$"):
-        (source,) = read_data_set(settings).values()
+        (source,) = read_dataset(settings).values()
     assert set(captions(source)) == {"a.png"}
     assert set(reasons(source)) == {"old/sheet.png"}
 
@@ -206,12 +206,12 @@ def test_a_tar_is_not_opened_again(tmp_path: Path) -> None:
     os.utime(path, ns=(1, 1))
     settings = EncodeSettings(dataset=tmp_path, base="", out=tmp_path / "out")
     first = Memory()
-    expected = read_data_set(settings, first)
+    expected = read_dataset(settings, first)
     path.write_bytes(b"x" * path.stat().st_size)
     os.utime(path, ns=(1, 1))
-    assert read_data_set(settings, Memory(json.loads(json.dumps(first.seen)))) == expected
+    assert read_dataset(settings, Memory(json.loads(json.dumps(first.seen)))) == expected
     os.utime(path, ns=(2, 2))
-    (changed,) = read_data_set(settings, Memory(first.seen)).values()
+    (changed,) = read_dataset(settings, Memory(first.seen)).values()
     assert changed.records == [] and set(reasons(changed)) == {"x.tar"}
 
 
@@ -224,7 +224,7 @@ def test_webdatasets_own_tars_are_encoded(tmp_path: Path, encode_to: Encode) -> 
             writer.write({"__key__": f"{number:05d}", **sample})
     cache = Cache(encode_to(tmp_path / "set", tmp_path / "cache"))
     (group,) = cache.groups()
-    abouts = [shard.about(row) for shard, row in (cache.locate(group, n) for n in range(3))]
+    abouts = [shard.metadata(row) for shard, row in (cache.locate(group, n) for n in range(3))]
     assert {one["path"]: one["captions"] for one in abouts} == {
         f"a.tar/{number:05d}.png": [f"caption {number}"] for number in range(3)
     }

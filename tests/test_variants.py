@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from precompute.images.decode import open_picture
+from precompute.images.decode import open_image
 from precompute.images.masks import open_alpha, open_mask, render_mask
 from precompute.images.variants import plan_variants, random_crops, render, render_variants
 from precompute.report import warn_of_rejected
@@ -185,7 +185,7 @@ def test_alpha_is_upright_like_its_picture() -> None:
     data = stored(image, exif=exif)
     turned = open_alpha(data)
     assert turned is not None
-    assert turned.shape == open_picture(data).size[::-1]
+    assert turned.shape == open_image(data).size[::-1]
     np.testing.assert_array_equal(turned, np.rot90(expected, -1))
     assert open_alpha(stored(noise((40, 20)))) is None
 

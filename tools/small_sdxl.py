@@ -42,7 +42,8 @@ def vocabulary(merges: list[Pair]) -> dict[str, int]:
 def text_config(
     tokenizer: CLIPTokenizer, width: int, num_heads: int, projection: int, activation: str
 ) -> CLIPTextConfig:
-    """Of a text encoder of two layers; SDXL's first has ``quick_gelu``, its second ``gelu``."""
+    """The config of a text encoder of two layers; SDXL's first has ``quick_gelu``, its second
+    ``gelu``."""
     return CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,

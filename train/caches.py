@@ -3,7 +3,7 @@
 import warnings
 
 from sdxl.base import ENCODERS, Base
-from sdxl.fingerprint import encoder_digests_elsewhere
+from sdxl.fingerprint import encoder_digests_in_subprocess
 from shards.reader import Cache
 from train.config import TrainConfig
 from train.distributed import DistContext
@@ -61,7 +61,7 @@ def open_val(config: TrainConfig, train: Cache) -> Cache | None:
 def has_masks(cache: Cache) -> bool:
     """Whether any sample of the cache has a mask."""
     return any(
-        "mask" in shard.index.form(shard.index.record(row)).tensors
+        "mask" in shard.index.sample_layout(shard.index.record(row)).tensors
         for shard in cache.shards()
         for row in range(len(shard.index))
     )
@@ -109,7 +109,7 @@ def check_encoders(cache: Cache, base: Base) -> None:
     is opened here.
     """
     recipe, missing = cache.manifest["recipe"], []
-    theirs = encoder_digests_elsewhere(base)
+    theirs = encoder_digests_in_subprocess(base)
     for name in ENCODERS:
         if theirs[name] is None:
             missing.append(name)

@@ -21,7 +21,6 @@ import xxhash
 from safetensors import safe_open
 
 from runtime import schema
-from runtime.documents import MAX_JSON_BYTES, read_bounded
 from runtime.files import (
     PARTIAL,
     discard_folder,
@@ -33,6 +32,7 @@ from runtime.files import (
     unseal,
     writing,
 )
+from runtime.parsing import MAX_JSON_BYTES, read_bounded
 from runtime.workers import rank_info
 from sdxl.base import find_weights
 from train.config import TrainConfig

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from runtime.documents import open_regular
 from runtime.files import write_durable, writing
-from runtime.text import printable
+from runtime.messages import printable
+from runtime.parsing import open_regular
 from train.config import TrainConfig
 from train.distributed import DistContext
 from train.learner import NUM_QUARTERS, Step, losses_by_quarter

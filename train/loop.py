@@ -23,7 +23,7 @@ import torch
 
 from runtime.signals import Stopped, StopSignals
 from sdxl.base import Base, open_base
-from shards.batches import Reader, Reading
+from shards.batches import Reader, ReadOptions
 from shards.plan import Plan
 from shards.reader import Cache
 from train.caches import open_data
@@ -207,8 +207,8 @@ def _resume_hint(run: Run) -> str:
     return f"The newest whole checkpoint is {run.writer.good}; --resume goes on from it."
 
 
-def _reading(config: TrainConfig) -> Reading:
-    return Reading(
+def _reading(config: TrainConfig) -> ReadOptions:
+    return ReadOptions(
         caption_dropout=config.caption_dropout,
         unconditional=config.unconditional,
         offsets=config.noise_offset > 0,

@@ -16,7 +16,7 @@ from PIL import Image
 
 from runtime.files import durable_file, writing
 from sdxl.base import Base, find_weights
-from sdxl.contact_sheet import MOST, contact_sheet
+from sdxl.contact_sheet import MAX_TILES, contact_sheet
 from sdxl.latent_rgb import latents_to_rgb
 from sdxl.load import load_scheduler, load_vae
 from sdxl.prompts import Prompt
@@ -105,7 +105,7 @@ def draw_previews(
     """
     tiles: list[tuple[Any, str]] = []
     with _eval_mode(unet):
-        for row, prompt in enumerate(previews.prompts[:MOST]):
+        for row, prompt in enumerate(previews.prompts[:MAX_TILES]):
             latents = _sample(unet, scheduler, previews, row, autocast, num_steps, guidance_scale)
             with torch.autocast(latents.device.type, enabled=False):
                 if vae is None:

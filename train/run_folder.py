@@ -23,7 +23,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from runtime.documents import MAX_JSON_BYTES, read_bounded
 from runtime.files import (
     DIGEST,
     PARTIAL,
@@ -39,6 +38,7 @@ from runtime.files import (
     writing,
 )
 from runtime.locks import locked
+from runtime.parsing import MAX_JSON_BYTES, read_bounded
 from sdxl.base import Base, base_path
 from sdxl.lora.names import KOHYA, LORA
 from shards.plan import Plan

@@ -1,1 +1,1 @@
-"""What the user has, as stable records: folders, lists and tars of images with captions."""
+"""Reads the user's dataset into records: folders, lists and tars of images with captions."""

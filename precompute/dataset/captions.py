@@ -11,9 +11,9 @@ from precompute.dataset.records import Rejected, SourceImage
 from precompute.settings import EncodeSettings
 from shards.plan import derive_key
 
-MOST_CAPTIONS = 65_535  # the index counts them in 16 bits
-MOST_TEXT_BYTES = 1 << 20  # of a text file; no encoder reads more than a few thousand tokens
-_MARKS = (  # longest first: the mark of UTF-32 begins as that of UTF-16
+MAX_CAPTIONS = 65_535  # the index counts them in 16 bits
+MAX_TEXT_BYTES = 1 << 20  # of a text file; no encoder reads more than a few thousand tokens
+_BYTE_ORDER_MARKS = (  # longest first: that of UTF-32 begins as that of UTF-16
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -22,16 +22,16 @@ _MARKS = (  # longest first: the mark of UTF-32 begins as that of UTF-16
 )
 
 
-def text_encoding(head: bytes) -> str:
-    """The encoding of a text that begins with ``head``: by its mark, else by where its NULs are.
+def detect_encoding(head: bytes) -> str:
+    """The encoding of a text that begins with ``head``: by its byte order mark, else by its NULs.
 
-    UTF-16 without a mark, as some Windows programs save it, has a NUL in every other byte of Latin
-    text. No text in UTF-8 has any NUL.
+    UTF-16 without such a mark, as some Windows programs save it, has a NUL in every other byte of
+    Latin text. No text in UTF-8 has any NUL.
 
     Raises:
         ValueError: there are NULs, and not as in UTF-16.
     """
-    for mark, encoding in _MARKS:
+    for mark, encoding in _BYTE_ORDER_MARKS:
         if head.startswith(mark):
             return encoding
     if b"\0" not in head:
@@ -46,12 +46,12 @@ def text_encoding(head: bytes) -> str:
 
 
 def decode_text(data: bytes) -> str:
-    """The text of a file in UTF-8, or as ``text_encoding`` knows it; its lines end with \\n.
+    """The text of a file in UTF-8, or as ``detect_encoding`` knows it; its lines end with \\n.
 
     Raises:
         ValueError: why it has none, to be put behind the file's name.
     """
-    encoding = text_encoding(data)
+    encoding = detect_encoding(data)
     name = encoding.upper().removesuffix("-SIG").removesuffix("-LE").removesuffix("-BE")
     try:
         return unify_lines(data.decode(encoding))
@@ -65,18 +65,21 @@ def unify_lines(text: str) -> str:
 
 
 def normalize_captions(
-    record: SourceImage, settings: EncodeSettings, why: str = "its caption is empty"
+    record: SourceImage, settings: EncodeSettings, missing_reason: str = "its caption is empty"
 ) -> SourceImage | Rejected:
-    """The record with its captions as they are encoded; ``why`` is said of one without any."""
+    """The record with its captions as they are encoded; ``missing_reason`` is said of one without
+    any."""
     captions = tuple(map(unify_lines, record.captions)) or ("",)
     if any(captions) and not all(captions) and not settings.empty_captions:
         # One of several that a tool left blank: the others say what the image shows.
-        record = replace(record, num_blank=captions.count(""))
+        record = replace(record, num_blank_captions=captions.count(""))
         captions = tuple(filter(None, captions))
     may_be_empty = bool(record.captions) and settings.empty_captions
     if not may_be_empty and not all(captions):
         if settings.missing_caption == "reject":
-            return Rejected(record.path, "its caption is empty" if record.captions else why)
+            return Rejected(
+                record.path, "its caption is empty" if record.captions else missing_reason
+            )
         instead = "" if settings.missing_caption == "empty" else settings.missing_caption
         captions = tuple(caption or instead for caption in captions)
     if not all(map(is_text, captions)):
@@ -87,18 +90,18 @@ def normalize_captions(
         captions = tuple(
             order
             for number, caption in enumerate(captions)
-            for order in shuffled(
+            for order in shuffled_tags(
                 caption, settings.shuffle_tags, settings.keep_tokens, f"{record.key}/{number}"
             )
         )
-    if len(captions) > MOST_CAPTIONS:
-        return Rejected(record.path, f"{len(captions)} captions; at most {MOST_CAPTIONS} fit")
+    if len(captions) > MAX_CAPTIONS:
+        return Rejected(record.path, f"{len(captions)} captions; at most {MAX_CAPTIONS} fit")
     return replace(
         record, captions=tuple(_prefixed(caption, settings.caption_prefix) for caption in captions)
     )
 
 
-def texts_of(text: str, settings: EncodeSettings) -> tuple[str, ...]:
+def captions_of_text(text: str, settings: EncodeSettings) -> tuple[str, ...]:
     """The captions that a text file holds: all of it, or each line that is not blank."""
     if not settings.caption_lines:
         return (text.strip(),)
@@ -106,17 +109,17 @@ def texts_of(text: str, settings: EncodeSettings) -> tuple[str, ...]:
     return lines or ("",)
 
 
-def shuffled(caption: str, num: int, keep: int, key: str) -> list[str]:
-    """``num`` different orders of the comma-separated tags behind the first ``keep``.
+def shuffled_tags(caption: str, num: int, num_kept: int, key: str) -> list[str]:
+    """``num`` different orders of the comma-separated tags behind the first ``num_kept``.
 
-    All orders where there are fewer. Drawn by ``key`` alone: the same in every run, and a larger
-    ``num`` only adds.
+    If there are fewer orders, all of them. They depend on ``key`` alone, so they are the same in
+    every run, and a larger ``num`` only adds more.
     """
     tags = [tag.strip() for tag in caption.split(",")]
     tags = [tag for tag in tags if tag]
-    head, tail = tags[:keep], tags[keep:]
-    twins = math.prod(math.factorial(count) for count in Counter(tail).values())
-    num = min(num, math.factorial(len(tail)) // twins)
+    head, tail = tags[:num_kept], tags[num_kept:]
+    num_equal = math.prod(math.factorial(count) for count in Counter(tail).values())
+    num = min(num, math.factorial(len(tail)) // num_equal)
     generator = np.random.Generator(np.random.Philox(key=derive_key("tags", key)))
     orders: dict[str, None] = {}
     while len(orders) < num:
@@ -126,7 +129,8 @@ def shuffled(caption: str, num: int, keep: int, key: str) -> list[str]:
 
 
 def _prefixed(caption: str, prefix: str) -> str:
-    """An empty caption stays so: it teaches what no prompt means."""
+    """Put the prefix before a caption; an empty one stays empty, for it teaches the empty
+    prompt."""
     if not prefix or not caption:
         return caption
     return prefix + caption if prefix[-1].isspace() else f"{prefix} {caption}"

@@ -1,4 +1,4 @@
-"""What a name says of a file or folder: image, caption, mask, split, or no part of the dataset.
+"""The role of a file or folder by its name: image, caption, mask, split, or none.
 
 The names of splits are those that Hugging Face's datasets library knows, and others that people
 give (huggingface/datasets, data_files.py: train, training; validation, valid, dev, val; test,
@@ -15,9 +15,9 @@ from functools import lru_cache
 from pathlib import Path
 
 from precompute.dataset.records import Rejected, Source, SourceImage
-from runtime.text import pluralize
+from runtime.messages import pluralize
 
-PICTURES = (  # of formats that encode opens; the content decides which one it is
+IMAGE_ENDINGS = (  # of formats that encode opens; the content decides which one it is
     ".jpg",
     ".jpeg",
     ".jpe",
@@ -111,9 +111,9 @@ _TITLE = re.compile(r"[^-_.]+ +masks?|masks? +[^-_.]+", _ANY)
 IMAGE_FOLDERS = ("images", "image", "imgs", "img", "pictures", "photos")
 
 
-def is_picture(name: str) -> bool:
+def is_image(name: str) -> bool:
     # A hidden name such as ".png" has no suffix for pathlib, but it is a name like any other.
-    return name.lower().endswith(PICTURES)
+    return name.lower().endswith(IMAGE_ENDINGS)
 
 
 def unread_image(name: str) -> str:
@@ -132,7 +132,7 @@ def stem_of(path: str) -> str:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder of this name is the system's or a tool's, and no part of the set."""
+    """Whether a file or folder of this name belongs to the system or a tool, not to the dataset."""
     return name.startswith(".") or name.lower() in _SYSTEM
 
 
@@ -151,7 +151,7 @@ def is_title(path: str) -> bool:
     return _TITLE.fullmatch(stem_of(path).rpartition("/")[2]) is not None
 
 
-def masked_stems(path: str) -> list[str]:
+def stems_of_masked(path: str) -> list[str]:
     """Paths, without ending, of the images that a file could be the mask of, likeliest first.
 
     ``x.mask.png``, ``x_mask.png`` and ``mask-x.png`` belong to ``x``, ``masks/x.png`` to ``x`` or
@@ -188,7 +188,7 @@ _SPLIT_OF = {
 _FILLER = re.compile("(data)?sets?|data|split|(image|img|picture|photo|sample)s?|folder|dir")
 _JOINED = re.compile(r"(set|data|dataset|split|images|imgs)$")
 TAR = ".tar"
-MOST_NAMED = 5
+MAX_NAMED = 5
 
 
 def split_of_name(name: str) -> str:
@@ -208,7 +208,7 @@ def split_of_name(name: str) -> str:
 
 
 def mentions_split(name: str) -> bool:
-    """Whether a folder that is no split is named as if it held images back: ``test shots``."""
+    """Whether a folder that is no split is named as if its images were held out: ``test shots``."""
     return any(_SPLIT_OF.get(word) in (VAL, TEST) for word in _words(name))
 
 
@@ -219,9 +219,9 @@ def _words(name: str) -> list[str]:
 
 @lru_cache(maxsize=65536)
 def split_of_folder(folder: str) -> tuple[str, str]:
-    """The split that a path of folders and tars says, and the first of them that says so.
+    """The split that a path of folders and tars names, and the part of it that does.
 
-    One that holds back goes before train: ``train/test/`` is held out.
+    test and val take precedence over train: ``train/test/`` is held out.
     """
     parts = folder.split("/")
     splits = [split_of_name(part) for part in parts]
@@ -233,7 +233,7 @@ def split_of_folder(folder: str) -> tuple[str, str]:
 
 
 def folder_of(path: str) -> str:
-    """Where an image lies; a tar that cannot be read lies in itself."""
+    """The folder or tar of an image; for a tar that cannot be read, the tar itself."""
     return path if path.lower().endswith(TAR) else path.rpartition("/")[0]
 
 
@@ -260,10 +260,11 @@ def find_layout(root: Path) -> dict[str, Path]:
     return {split: by_split[split][0] for split in (TRAIN, VAL) if by_split[split]}
 
 
-def divide(root: Path, source: Source, may_validate: bool = True) -> dict[str, Source]:
-    """One set by its splits: all of it as "", or train and val; tests belong to none.
+def divide_by_folders(root: Path, source: Source, may_validate: bool = True) -> dict[str, Source]:
+    """Divide a dataset by the splits that its folders name: all of it as "", or train and val.
 
-    Where it must not validate, as what lies in train/ beside a val/, that is held out too.
+    Test images belong to neither. Without ``may_validate``, as in train/ beside a val/, validation
+    images are held out too.
 
     Raises:
         ValueError: nothing is left to train on.
@@ -294,7 +295,7 @@ def divide(root: Path, source: Source, may_validate: bool = True) -> dict[str, S
 
 
 def _split_of(item: SourceImage | Rejected) -> tuple[str, str]:
-    """By its own list's word, else by its path; and what says so."""
+    """The split of an image, by its list or else its path, and the words that name it."""
     if isinstance(item, SourceImage) and item.split:
         split = _SPLIT_OF.get("".join(_words(item.split)), "")
         if split:
@@ -328,5 +329,5 @@ def _warn(root: Path, source: Source, folders: dict[str, Counter[str]]) -> None:
 
 
 def _listed(names: list[str]) -> str:
-    more = len(names) - MOST_NAMED
-    return ", ".join(names[:MOST_NAMED]) + (f" and {more:,} more" if more > 0 else "")
+    more = len(names) - MAX_NAMED
+    return ", ".join(names[:MAX_NAMED]) + (f" and {more:,} more" if more > 0 else "")

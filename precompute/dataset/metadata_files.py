@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from precompute.dataset.captions import is_text, normalize_captions, text_encoding
-from precompute.dataset.file_roles import TEXTS, is_picture
+from precompute.dataset.captions import detect_encoding, is_text, normalize_captions
+from precompute.dataset.file_roles import TEXTS, is_image
 from precompute.dataset.folder import Tree
 from precompute.dataset.records import (
     TEXT_FIELDS,
@@ -20,24 +20,24 @@ from precompute.dataset.records import (
     Rejected,
     SourceImage,
     first_field,
-    load_row,
-    read_row,
+    parse_row,
+    read_entry,
 )
 from precompute.settings import EncodeSettings
 from runtime.files import open_regular
-from runtime.text import shortened
+from runtime.messages import shortened
 
 LISTS = ("captions.jsonl", "metadata.jsonl")
 TABLES = ("captions.csv", "metadata.csv")
 FILE_FIELDS = ("file_name", "file", "image")
-MOST_LINE = 1 << 20  # characters
-MOST_LIST_BYTES = 8 * 10**9
-MOST_NAME = 4096  # characters; no file system has longer paths
+MAX_LINE = 1 << 20  # characters
+MAX_LIST_BYTES = 8 * 10**9
+MAX_NAME = 4096  # characters; no file system has longer paths
 HEAD_BYTES = 4096  # tell a list's encoding
 OUTSIDE = "lies outside the dataset"
 
 
-def find_list(tree: Tree) -> str | None:
+def find_image_list(tree: Tree) -> str | None:
     """The list directly in the folder, by any letter case; a .csv only where no image has a text.
 
     Raises:
@@ -53,8 +53,10 @@ def find_list(tree: Tree) -> str | None:
     return lists[0] if lists else None
 
 
-def read_list(tree: Tree, name: str, settings: EncodeSettings) -> Iterator[SourceImage | Rejected]:
-    """What each line of the list ``name`` comes to.
+def read_image_list(
+    tree: Tree, name: str, settings: EncodeSettings
+) -> Iterator[SourceImage | Rejected]:
+    """Read the image of each line of the list ``name``.
 
     Raises:
         OSError: the list cannot be read.
@@ -63,10 +65,14 @@ def read_list(tree: Tree, name: str, settings: EncodeSettings) -> Iterator[Sourc
     seen = set[str]()
     read_rows = _csv_rows if name.lower() in TABLES else _json_rows
     for number, row in read_rows(tree.root / name):
-        where = f"{name}:{number}"
-        item = Rejected(where, row) if isinstance(row, str) else _read(tree, where, row, settings)
+        line_label = f"{name}:{number}"
+        item = (
+            Rejected(line_label, row)
+            if isinstance(row, str)
+            else _read_item(tree, line_label, row, settings)
+        )
         if item.path in seen:
-            item = Rejected(where, f"{item.path} is named a second time")
+            item = Rejected(line_label, f"{item.path} is named a second time")
         seen.add(item.path)
         yield item
 
@@ -80,13 +86,13 @@ def _json_rows(path: Path) -> Rows:
             yield number, str(line)
         elif line.strip():
             try:
-                yield number, load_row(line)
+                yield number, parse_row(line)
             except ValueError as error:
                 yield number, str(error)
 
 
 def _csv_rows(path: Path) -> Rows:
-    """Rows of a table whose first line names its columns; numbers become such."""
+    """Rows of a table whose first line names its columns; weight and repeats become numbers."""
     number = 0
 
     def text_lines() -> Iterator[str]:
@@ -128,10 +134,10 @@ def _cell(name: str, text: str) -> Any:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str | ValueError]]:
-    """Numbered lines of a text in UTF-8 or UTF-16, without their ends, or why one is none."""
+    """Numbered lines of a text in UTF-8 or UTF-16, without line ends; an error for a bad one."""
     with open_regular(path) as file:
         try:
-            encoding = text_encoding(file.read(HEAD_BYTES))
+            encoding = detect_encoding(file.read(HEAD_BYTES))
         except ValueError as error:
             yield 1, error
             return
@@ -141,14 +147,14 @@ def _lines(path: Path) -> Iterator[tuple[int, str | ValueError]]:
         text = io.TextIOWrapper(file, encoding, errors="surrogateescape", newline=None)
         number = 0
         try:
-            while line := text.readline(MOST_LINE):
+            while line := text.readline(MAX_LINE):
                 number += 1
                 full_line = line
-                while len(line) == MOST_LINE and not line.endswith("\n"):
-                    line = text.readline(MOST_LINE)
+                while len(line) == MAX_LINE and not line.endswith("\n"):
+                    line = text.readline(MAX_LINE)
                     full_line = ""
                 if not full_line:
-                    yield number, ValueError(f"a line of more than {MOST_LINE:,} characters")
+                    yield number, ValueError(f"a line of more than {MAX_LINE:,} characters")
                 elif not is_text(full_line):
                     yield number, ValueError("not UTF-8 text")
                 else:
@@ -158,63 +164,63 @@ def _lines(path: Path) -> Iterator[tuple[int, str | ValueError]]:
             yield number + 1, ValueError(f"not {name} text, so that the rest is not read")
 
 
-def _read(
-    tree: Tree, where: str, row: dict[str, Any], settings: EncodeSettings
+def _read_item(
+    tree: Tree, line_label: str, row: dict[str, Any], settings: EncodeSettings
 ) -> SourceImage | Rejected:
     name = first_field(row, FILE_FIELDS)
     if not isinstance(name, str) or not name:
-        return Rejected(where, f"names no image: none of {', '.join(FILE_FIELDS)} is text")
+        return Rejected(line_label, f"names no image: none of {', '.join(FILE_FIELDS)} is text")
     if not is_text(name):
-        return Rejected(where, "its name holds half a character (a lone surrogate)")
-    if len(name) > MOST_NAME:
-        return Rejected(where, f"names no image: {shortened(name)} is no file's name")
+        return Rejected(line_label, "its name holds half a character (a lone surrogate)")
+    if len(name) > MAX_NAME:
+        return Rejected(line_label, f"names no image: {shortened(name)} is no file's name")
     path = name
     try:
-        path, image = _find(tree, name)
-        told = read_row(row)
+        path, image = _find_file(tree, name)
+        entry = read_entry(row)
         mask = None if row.get("mask") is None else _find_mask(tree, row["mask"])
     except ValueError as error:
-        return Rejected(path, f"{where}: {error}")
+        return Rejected(path, f"{line_label}: {error}")
     record = SourceImage(
-        path, image, told.captions, told.weight, told.repeats, mask, split=told.split
+        path, image, entry.captions, entry.weight, entry.repeats, mask, split=entry.split
     )
     return normalize_captions(
-        record, settings, f"{where}: no caption: none of {', '.join(TEXT_FIELDS)} is text"
+        record, settings, f"{line_label}: no caption: none of {', '.join(TEXT_FIELDS)} is text"
     )
 
 
 def _find_mask(tree: Tree, name: object) -> Blob:
-    if not isinstance(name, str) or not is_text(name) or len(name) > MOST_NAME:
+    if not isinstance(name, str) or not is_text(name) or len(name) > MAX_NAME:
         raise ValueError(f"its mask must be a file's name, not {shortened(name)}")
     try:
-        return _find(tree, name)[1]
+        return _find_file(tree, name)[1]
     except ValueError as error:
         raise ValueError(f"its mask {name}: {error}") from None
 
 
-def _find(tree: Tree, name: str) -> tuple[str, Blob]:
-    """Path and bytes of the file that a line names.
+def _find_file(tree: Tree, name: str) -> tuple[str, Blob]:
+    """The path and the bytes of the file that a line names.
 
     Raises:
-        ValueError: there is none, or it lies outside.
+        ValueError: there is no such file, or it lies outside the dataset.
     """
     for path in (name, f"images/{name}"):
         if path in tree.files:
             return path, tree.blob(path)
-        if path in tree.odd:
+        if path in tree.irregular:
             tree.used.add(path)
-            raise ValueError(f"is {tree.odd[path]}")
+            raise ValueError(f"is {tree.irregular[path]}")
         # A detour, an absolute name, or a hidden one: one image, one name.
         if os.path.isfile(tree.root / path):  # False, where pathlib raises, of one too long
-            return _find_detour(tree, path)
+            return _find_by_real_path(tree, path)
     raise ValueError("no such file, nor in images/")
 
 
-def _find_detour(tree: Tree, path: str) -> tuple[str, Blob]:
-    """The file ``path``, which is there, by its plain name.
+def _find_by_real_path(tree: Tree, path: str) -> tuple[str, Blob]:
+    """The file ``path``, which is named with ``..``, absolutely or as hidden, by its plain path.
 
     Raises:
-        ValueError: it lies outside, also by a link and then ``..``.
+        ValueError: it lies outside the dataset, also by a link and then ``..``.
     """
     root = Path(os.path.abspath(tree.root))
     plain = Path(os.path.abspath(root / path))
@@ -235,12 +241,12 @@ def _find_detour(tree: Tree, path: str) -> tuple[str, Blob]:
         raise ValueError(OUTSIDE) from None
 
 
-def unnamed(
+def unlisted_images(
     tree: Tree, items: Iterable[SourceImage | Rejected], listing: str
 ) -> Iterator[Rejected]:
-    """Images that the list does not name."""
+    """Reject the images that the list does not name."""
     named = {item.path for item in items}
     for path in tree.files:
-        if is_picture(path) and path not in named and path not in tree.used:
+        if is_image(path) and path not in named and path not in tree.used:
             tree.used.add(path)
             yield Rejected(path, f"not named in {listing}, so it has no caption")

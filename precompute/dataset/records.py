@@ -1,4 +1,4 @@
-"""An image of the dataset as a record: its bytes on demand, and what a list says of it."""
+"""An image of the dataset as a record: its bytes on demand, and its caption, weight and repeats."""
 
 import errno
 import json
@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from runtime.files import open_regular
-from runtime.text import shortened
+from runtime.messages import shortened
 from shards.format import sample_key
 
-MOST_PICTURE_BYTES = 2 * 10**9  # 180 million pixels of 16 bits and four channels take 1.4 GB
+MAX_IMAGE_BYTES = 2 * 10**9  # 180 million pixels of 16 bits and four channels take 1.4 GB
 MTIME_GRACE_NS = 2_000_000_000  # a file changed within it may change again and keep its mtime
 
 
-# Errors of one file, not of its disk.
-ITS_OWN = (
+# Errors of one file; others are of its disk.
+FILE_ERRNOS = (
     errno.ENOENT,
     errno.EACCES,
     errno.EPERM,
@@ -33,9 +33,9 @@ ITS_OWN = (
 
 @dataclass(frozen=True)
 class Blob:
-    """Bytes that lie in a file, or in a tar, as they were when the dataset was read.
+    """A span of bytes in a file or a tar, as it was when the dataset was read.
 
-    ``size`` is their number; ``mtime_ns`` that of the file, so of the whole tar.
+    ``size`` is in bytes; ``mtime_ns`` is of the file, so for a member of a tar that of the tar.
     """
 
     file: Path
@@ -50,7 +50,7 @@ class Blob:
         return cls(file, stat.st_size, stat.st_mtime_ns)
 
     def read(self) -> bytes:
-        """The bytes; never others, nor fewer.
+        """The bytes as they were when the dataset was read.
 
         Raises:
             OSError: the disk fails.
@@ -62,7 +62,7 @@ class Blob:
                 file.seek(self.offset)
                 data = file.read(self.size)
         except OSError as error:
-            if error.errno not in ITS_OWN:
+            if error.errno not in FILE_ERRNOS:
                 error.filename = os.fspath(self.file)  # an error of a read names no file
                 raise
             is_gone = error.errno == errno.ENOENT
@@ -77,19 +77,19 @@ class Blob:
 class SourceImage:
     """An image with its captions. ``path`` is relative, posix; the key comes from it alone.
 
-    Of a tar's member it is ``pack.tar/member.jpg``. ``weight`` is of the loss; ``repeats`` how
-    often an epoch takes it; ``split`` what its list says of it, if anything; ``num_blank`` how many
-    blank captions were dropped because there are others.
+    The path of a tar's member is ``pack.tar/member.jpg``. ``weight`` is the weight of its loss,
+    ``repeats`` how often an epoch takes it, ``split`` the split that its list names (else empty),
+    ``num_blank_captions`` how many blank captions were dropped because there are others.
     """
 
     path: str
-    picture: Blob
+    image: Blob
     captions: tuple[str, ...]
     weight: float = 1.0
     repeats: int = 1
     mask: Blob | None = None
     split: str = ""
-    num_blank: int = 0
+    num_blank_captions: int = 0
 
     @cached_property
     def key(self) -> str:
@@ -115,31 +115,31 @@ class Rejected:
 def _as_text(text: str) -> str:
     try:
         data = os.fsencode(text)
-    except UnicodeEncodeError:  # half a character, of a JSON string
+    except UnicodeEncodeError:  # a lone surrogate from a JSON string
         return text.encode("utf-8", "backslashreplace").decode()
     return data.decode("utf-8", "backslashreplace")
 
 
 @dataclass
 class Source:
-    """All that one cache is made from.
+    """The images of one cache, and what became of the dataset's other files.
 
-    Every file of the folder is the image of a record, a sidecar that was read for one (or for what
-    was rejected), among ``rejected``, or among the two lists of paths.
+    Every file of the folder is the image of a record, a sidecar of one (or of a rejected image),
+    among ``rejected``, or in one of the two lists of paths.
     """
 
     records: list[SourceImage]
     rejected: list[Rejected]
-    hidden: list[str] = field(default_factory=list)  # the system's; a whole folder ends with "/"
+    hidden: list[str] = field(default_factory=list)  # system files; a folder ends with "/"
     unused: list[str] = field(default_factory=list)  # neither an image nor a sidecar of one
 
 
 @dataclass
 class Memory:
-    """What files held when they were last read, so that an unchanged one is not opened again.
+    """Remembers what was read from files, so that an unchanged file is not opened again.
 
-    ``known`` is an earlier run's ``seen``; both are JSON: a file's path, relative to the dataset,
-    to [size, mtime_ns, what it held].
+    ``known`` is an earlier run's ``seen``. Both are JSON: a file's path, relative to the dataset,
+    to [size, mtime_ns, content]. The content is what ``read`` made of the file.
     """
 
     known: dict[str, list[Any]] = field(default_factory=dict)
@@ -147,35 +147,36 @@ class Memory:
     _now: int = field(default_factory=time.time_ns)
 
     def recall(self, path: str, size: int, mtime_ns: int, read: Callable[[], Any]) -> Any:
-        """What the file holds: remembered if its size and mtime are, else from ``read()``."""
+        """The content of a file: remembered if size and mtime are the same, else from
+        ``read()``."""
         remembered = self.find(path, size, mtime_ns)
-        return self.keep(path, size, mtime_ns, read()) if remembered is None else remembered
+        return self.remember(path, size, mtime_ns, read()) if remembered is None else remembered
 
     def find(self, path: str, size: int, mtime_ns: int) -> Any:
-        """What the file held, if it was then of this size and time; else None."""
+        """The remembered content of a file if its size and mtime are the same, else None."""
         row = self.known.get(path)
         if row is None or row[0] != size or row[1] != mtime_ns:
             return None
         self.seen[path] = row
         return row[2]
 
-    def keep(self, path: str, size: int, mtime_ns: int, held: Any) -> Any:
-        """Remember what the file holds, unless it may change unnoticed; returns it."""
+    def remember(self, path: str, size: int, mtime_ns: int, content: Any) -> Any:
+        """Remember the content, unless the file may change unnoticed; return the content."""
         if mtime_ns < self._now - MTIME_GRACE_NS:
-            self.seen[path] = [size, mtime_ns, held]
-        return held
+            self.seen[path] = [size, mtime_ns, content]
+        return content
 
 
 # One JSON object about an image, from a list or a tar: its captions, weight and repeats.
 
 TEXT_FIELDS = ("text", "caption")
-MOST_WEIGHT = 1e6
-MOST_REPEATS = 10**6  # an epoch's entries are counted, shuffled and stored
+MAX_WEIGHT = 1e6
+MAX_REPEATS = 10**6  # an epoch's entries are counted, shuffled and stored
 
 
 @dataclass(frozen=True)
 class MetadataEntry:
-    """``captions`` is empty where the object has none."""
+    """What a list, or the JSON of a tar's member, says of an image; ``captions`` may be empty."""
 
     captions: tuple[str, ...] = ()
     weight: float = 1.0
@@ -183,11 +184,12 @@ class MetadataEntry:
     split: str = ""
 
 
-NO_ROW = MetadataEntry()
+NO_ENTRY = MetadataEntry()
 
 
-def load_row(line: str | bytes) -> dict[str, Any]:
-    """
+def parse_row(line: str | bytes) -> dict[str, Any]:
+    """Parse one line of a list, or the JSON of a tar's member.
+
     Raises:
         ValueError: not a JSON object.
     """
@@ -200,20 +202,21 @@ def load_row(line: str | bytes) -> dict[str, Any]:
     return row
 
 
-def read_row(row: dict[str, Any]) -> MetadataEntry:
-    """
+def read_entry(row: dict[str, Any]) -> MetadataEntry:
+    """Check the fields of a row that encode uses; missing ones have their defaults.
+
     Raises:
-        ValueError: a field that cannot be meant so.
+        ValueError: a field has a value that it cannot have.
     """
     weight, repeats = row.get("weight"), row.get("repeats")
     weight, repeats = 1.0 if weight is None else weight, 1 if repeats is None else repeats
-    if not _is_number(weight) or not 0 <= weight <= MOST_WEIGHT:
+    if not _is_number(weight) or not 0 <= weight <= MAX_WEIGHT:
         raise ValueError(
-            f"its weight must be a number from 0 to {MOST_WEIGHT:g}, not {shortened(weight)}"
+            f"its weight must be a number from 0 to {MAX_WEIGHT:g}, not {shortened(weight)}"
         )
-    if type(repeats) is not int or not 1 <= repeats <= MOST_REPEATS:
+    if type(repeats) is not int or not 1 <= repeats <= MAX_REPEATS:
         raise ValueError(
-            f"its repeats must be a whole number from 1 to {MOST_REPEATS}, not {shortened(repeats)}"
+            f"its repeats must be a whole number from 1 to {MAX_REPEATS}, not {shortened(repeats)}"
         )
     split = row.get("split")
     captions = _captions(first_field(row, TEXT_FIELDS))
@@ -221,7 +224,7 @@ def read_row(row: dict[str, Any]) -> MetadataEntry:
 
 
 def first_field(row: dict[str, Any], names: tuple[str, ...]) -> Any:
-    """The first of the fields that is there and not null."""
+    """The value of the first named field that is not missing or null; else None."""
     return next((row[name] for name in names if row.get(name) is not None), None)
 
 

@@ -14,39 +14,39 @@ from pathlib import Path
 
 from precompute.dataset.captions import is_text
 from precompute.dataset.file_roles import (
-    PICTURES,
+    IMAGE_ENDINGS,
     TEXTS,
     TRAIN,
     VAL,
-    divide,
+    divide_by_folders,
     find_layout,
     is_hidden,
-    is_picture,
+    is_image,
     stem_of,
     unread_image,
 )
-from precompute.dataset.folder import Tree, find_masks, read_pictures, walk
+from precompute.dataset.folder import Tree, find_masks, read_images, walk
 from precompute.dataset.metadata_files import (
     LISTS,
-    MOST_LIST_BYTES,
+    MAX_LIST_BYTES,
     TABLES,
-    find_list,
-    read_list,
-    unnamed,
+    find_image_list,
+    read_image_list,
+    unlisted_images,
 )
-from precompute.dataset.records import MOST_REPEATS, Memory, Rejected, Source, SourceImage
-from precompute.dataset.tars import COMPRESSED, Pack, open_pack, too_large
+from precompute.dataset.records import MAX_REPEATS, Memory, Rejected, Source, SourceImage
+from precompute.dataset.tars import COMPRESSED, TarMembers, open_tar, too_large
 from precompute.settings import EncodeSettings
-from runtime.text import pluralize
+from runtime.messages import pluralize
 from shards.manifest import UNCONDITIONAL
 
 Item = SourceImage | Rejected
 REPEATS = re.compile(r"\d{1,4}_.+")
-MOST_NAMED = 20
+MAX_NAMED = 20
 
 
-def read_data_set(settings: EncodeSettings, memory: Memory | None = None) -> dict[str, Source]:
-    """The sources by the sub-folder of the cache they belong in: "" alone, or train and val.
+def read_dataset(settings: EncodeSettings, memory: Memory | None = None) -> dict[str, Source]:
+    """Read the dataset; its sources by their sub-folder of the cache: "" alone, or train and val.
 
     With a ``memory`` of an earlier run, files that did not change are not opened.
 
@@ -58,13 +58,13 @@ def read_data_set(settings: EncodeSettings, memory: Memory | None = None) -> dic
         raise ValueError(f"{root}: no such folder" if not root.exists() else f"{root}: no folder")
     folders = find_layout(root)
     sources = (
-        None if _has_list(root) else _read_layout(root, folders, settings, memory)
-    ) or divide(root, read_source(root, settings, memory))
+        None if _has_image_list(root) else _read_layout(root, folders, settings, memory)
+    ) or divide_by_folders(root, read_source(root, settings, memory))
     if not val_share:
         return sources
     if VAL in sources:
         raise ValueError(f"{root}: has its own images to validate on; remove --val-share")
-    return split(sources[""], val_share)
+    return split_by_share(sources[""], val_share)
 
 
 def _read_layout(
@@ -72,15 +72,15 @@ def _read_layout(
 ) -> dict[str, Source] | None:
     """Folders for train and val, each a set of its own; None where the root is one set."""
     train = folders.get(TRAIN)
-    if train is None or (VAL not in folders and not _has_list(train)):
+    if train is None or (VAL not in folders and not _has_image_list(train)):
         return None
-    here = [path for path in sorted(root.iterdir()) if path not in folders.values()]
+    entries = [path for path in sorted(root.iterdir()) if path not in folders.values()]
     beside = " and ".join(f"{path.name}/" for path in folders.values())
-    loose = [path.name for path in here if _is_loose(path)]
+    loose = [path.name for path in entries if _is_image_or_tar(path)]
     if loose:
         raise ValueError(f"{root}: {loose[0]} lies beside {beside}: in which is it?")
     out = os.path.realpath(settings.out)
-    others = [path for path in here if os.path.realpath(path) != out]
+    others = [path for path in entries if os.path.realpath(path) != out]
     if others:
         names = [path.name + "/" * path.is_dir() for path in others]
         warnings.warn(f"{root}: not read, as only {beside} are: {_named(names)}", stacklevel=3)
@@ -89,22 +89,22 @@ def _read_layout(
         for split, folder in folders.items()
     }
     if VAL not in folders:
-        return divide(train, sources[TRAIN])
-    return sources | {TRAIN: divide(train, sources[TRAIN], may_validate=False)[""]}
+        return divide_by_folders(train, sources[TRAIN])
+    return sources | {TRAIN: divide_by_folders(train, sources[TRAIN], may_validate=False)[""]}
 
 
-def _has_list(folder: Path) -> bool:
+def _has_image_list(folder: Path) -> bool:
     lists = (*LISTS, *TABLES)
     return any(path.name.lower() in lists and path.is_file() for path in folder.iterdir())
 
 
-def _is_loose(path: Path) -> bool:
-    ours = path.name.lower().endswith((*PICTURES, ".tar")) and not is_hidden(path.name)
-    return ours and path.is_file()
+def _is_image_or_tar(path: Path) -> bool:
+    is_wanted = path.name.lower().endswith((*IMAGE_ENDINGS, ".tar")) and not is_hidden(path.name)
+    return is_wanted and path.is_file()
 
 
-def split(source: Source, val_share: float) -> dict[str, Source]:
-    """Split by key: an image stays on its side whatever joins or leaves the set."""
+def split_by_share(source: Source, val_share: float) -> dict[str, Source]:
+    """Split by key, so that an image stays in its part whatever joins or leaves the dataset."""
 
     def is_val(key: str) -> bool:
         return int(key[:8], 16) / 2**32 < val_share
@@ -123,29 +123,29 @@ def split(source: Source, val_share: float) -> dict[str, Source]:
 
 
 def read_source(folder: Path, settings: EncodeSettings, memory: Memory, prefix: str = "") -> Source:
-    """Records of one folder: by its list, else by the text beside each image; and of its tars."""
+    """Read one folder: the images of its list, or those with a text beside them, and its tars."""
     out = settings.out if settings.out.resolve() != folder.resolve() else None
     tree = walk(folder, memory, prefix, skip=out)
     items = [*_listed(tree, settings)]
     unused: list[str] = []
     hidden = [path for path in tree.hidden if path not in tree.used]  # a list may name one
     for path in sorted(tree.files):
-        pack = _open_tar(tree, path)
-        if isinstance(pack, Rejected):
-            items.append(pack)
-        elif pack is not None:
-            items += _packed(tree, pack, settings)
-            hidden = hidden + [pack.label(name) for name in pack.hidden]
-            unused += [pack.label(name) for name in pack.files if name not in pack.used]
-    items += [Rejected(path, why) for path, why in tree.closed.items()]
-    asked = (path for path in tree.odd if path not in tree.used and _is_asked_for(path))
-    items += [Rejected(path, tree.odd[path]) for path in [*asked]]
+        tar = _open_if_tar(tree, path)
+        if isinstance(tar, Rejected):
+            items.append(tar)
+        elif tar is not None:
+            items += _read_tar_images(tree, tar, settings)
+            hidden = hidden + [tar.dataset_path(name) for name in tar.hidden]
+            unused += [tar.dataset_path(name) for name in tar.files if name not in tar.used]
+    items += [Rejected(path, why) for path, why in tree.unread_folders.items()]
+    asked = (path for path in tree.irregular if path not in tree.used and _is_asked_for(path))
+    items += [Rejected(path, tree.irregular[path]) for path in [*asked]]
     items = [*repeat_folders(items, settings.repeat_folders)]
     unused += _unused(tree, {item.path for item in items})
     source = _sorted(items, hidden, unused)
     _warn(folder, source)
     if not items:
-        raise ValueError(f"{folder}: no images in it ({' '.join(sorted(PICTURES))} .tar)")
+        raise ValueError(f"{folder}: no images in it ({' '.join(sorted(IMAGE_ENDINGS))} .tar)")
     return source
 
 
@@ -161,44 +161,45 @@ def _sorted(items: list[Item], hidden: list[str], unused: list[str]) -> Source:
 
 
 def _listed(tree: Tree, settings: EncodeSettings) -> Iterator[Item]:
-    """Of the folder's list, else of the texts beside its images."""
-    name = find_list(tree)
+    """The images that the folder's list names, or without a list all images in it."""
+    name = find_image_list(tree)
     size = tree.files[name][0] if name else 0
-    if name and size > MOST_LIST_BYTES:
+    if name and size > MAX_LIST_BYTES:
         tree.used.add(name)
-        yield Rejected(name, too_large(size, MOST_LIST_BYTES))
+        yield Rejected(name, too_large(size, MAX_LIST_BYTES))
         name = None
     if not name:
-        yield from read_pictures(tree, settings)
+        yield from read_images(tree, settings)
         return
-    items = [*_with_masks(tree, read_list(tree, name, settings))]
+    items = [*_with_masks(tree, read_image_list(tree, name, settings))]
     yield from items
-    yield from unnamed(tree, items, name)
+    yield from unlisted_images(tree, items, name)
 
 
 def _with_masks(tree: Tree, listed_items: Iterable[Item]) -> list[Item]:
-    """Of a list that names no masks, those beside the images; a mask is no image itself."""
+    """Add the masks beside the images to listed images without one, and reject listed masks."""
     masks = find_masks(tree.files)
     items = []
     for item in listed_items:
         if isinstance(item, SourceImage) and item.mask is None:
             try:
-                mask = masks.beside(item.path)
+                mask = masks.mask_of(item.path)
                 item = item if mask is None else replace(item, mask=tree.blob(mask))
             except ValueError as error:
                 item = Rejected(item.path, str(error))
         items.append(item)
-    tree.used.update(masks.all)
+    tree.used.update(masks.paired)
     return [
         Rejected(item.path, "is the mask of another image: no image to train on")
-        if isinstance(item, SourceImage) and item.path in masks.all
+        if isinstance(item, SourceImage) and item.path in masks.paired
         else item
         for item in items
     ]
 
 
-def _open_tar(tree: Tree, path: str) -> Pack | Rejected | None:
-    """A file of the tree if it is a tar of the user's; shards of a cache are not."""
+def _open_if_tar(tree: Tree, path: str) -> TarMembers | Rejected | None:
+    """Open a file of the tree if it is a tar with images; None for other files and a cache's
+    shards."""
     lower = path.lower()
     if not lower.endswith((".tar", *COMPRESSED)):
         return None
@@ -212,35 +213,35 @@ def _open_tar(tree: Tree, path: str) -> Pack | Rejected | None:
     if not is_text(path):
         return Rejected(path, "its name is not UTF-8 text")
     try:
-        return open_pack(tree.root, path, tree.files[path], tree.memory, tree.prefix)
+        return open_tar(tree.root, path, tree.files[path], tree.memory, tree.prefix)
     except ValueError as error:
         return Rejected(path, str(error))
     except OSError as error:
         return Rejected(path, f"cannot be read: {error.strerror}")
 
 
-def _packed(tree: Tree, pack: Pack, settings: EncodeSettings) -> Iterator[Item]:
-    """What the members of a tar come to."""
-    items = [*read_pictures(pack, settings)]
+def _read_tar_images(tree: Tree, tar: TarMembers, settings: EncodeSettings) -> Iterator[Item]:
+    """Read the images of a tar; reject its members that should be images and are not."""
+    items = [*read_images(tar, settings)]
     yield from items
-    if not items and not pack.damage:
-        warnings.warn(f"{tree.root / pack.path}: no images in this tar", stacklevel=2)
-    yield from pack.rejected({stem_of(name) for name in pack.files if is_picture(name)})
+    if not items and not tar.damage:
+        warnings.warn(f"{tree.root / tar.path}: no images in this tar", stacklevel=2)
+    yield from tar.rejected({stem_of(name) for name in tar.files if is_image(name)})
 
 
 def _is_asked_for(path: str) -> bool:
     """Whether a file would be read if it were a regular file."""
-    ours = (*PICTURES, *TEXTS, ".tar", *LISTS, *TABLES)
-    return path.lower().endswith(ours) or bool(unread_image(path))
+    endings = (*IMAGE_ENDINGS, *TEXTS, ".tar", *LISTS, *TABLES)
+    return path.lower().endswith(endings) or bool(unread_image(path))
 
 
 def _unused(tree: Tree, rejected: set[str]) -> Iterator[str]:
-    """Files that nothing asked for; of a cache in the folder, the folder."""
+    """Files that were not used; for a cache in the folder, its folder alone."""
     caches = {
         path.removesuffix(UNCONDITIONAL) for path in tree.files if path.endswith(UNCONDITIONAL)
     }
     yield from (cache or UNCONDITIONAL for cache in sorted(caches))
-    for path in (*tree.files, *tree.odd):
+    for path in (*tree.files, *tree.irregular):
         if path not in tree.used and path not in rejected:
             folder = path[: path.rfind("/") + 1]
             if folder not in caches:
@@ -248,16 +249,16 @@ def _unused(tree: Tree, rejected: set[str]) -> Iterator[str]:
 
 
 def _warn(folder: Path, source: Source) -> None:
-    """What is neither encoded nor rejected is counted and named."""
+    """Warn of the files that are neither encoded nor rejected: how many, and some names."""
     for paths, reason in (
         (source.hidden, "skipped as hidden or the system's"),
         (source.unused, "not used, neither images nor sidecars of one"),
     ):
         if paths:
             warnings.warn(f"{folder}: {reason} ({len(paths):,}): {_named(paths)}", stacklevel=3)
-    blank = [record for record in source.records if record.num_blank]
+    blank = [record for record in source.records if record.num_blank_captions]
     if blank:
-        number = sum(record.num_blank for record in blank)
+        number = sum(record.num_blank_captions for record in blank)
         warnings.warn(
             f"{folder}: {pluralize(number, 'blank caption')} dropped beside others, e.g. of "
             f"{blank[0].path}",
@@ -266,15 +267,16 @@ def _warn(folder: Path, source: Source) -> None:
 
 
 def _named(paths: list[str]) -> str:
-    if len(paths) <= MOST_NAMED:
+    if len(paths) <= MAX_NAMED:
         return ", ".join(paths)
     endings = Counter(path.rpartition("/")[2].rpartition(".")[2].lower() for path in paths)
     most = ", ".join(f"{number:,} {ending}" for ending, number in endings.most_common(9))
-    return f"{most}; e.g. {', '.join(paths[:MOST_NAMED])}"
+    return f"{most}; e.g. {', '.join(paths[:MAX_NAMED])}"
 
 
 def repeat_folders(items: Iterable[Item], wanted: bool) -> Iterator[Item]:
-    """Repeats from folders named ``N_name``, or a word on those that are not taken so."""
+    """Apply the repeats of folders named ``N_name`` if ``wanted``, or warn that they do not
+    count."""
     folders: dict[str, int] = {}
     for item in items:
         parts = [part for part in item.path.split("/")[:-1] if not part.lower().endswith(".tar")]
@@ -284,8 +286,8 @@ def repeat_folders(items: Iterable[Item], wanted: bool) -> Iterator[Item]:
         if name and isinstance(item, SourceImage):
             if wanted and not folders[name]:
                 item = Rejected(item.path, f"its folder {name} takes it 0 times an epoch")
-            elif wanted and item.repeats * folders[name] > MOST_REPEATS:
-                item = Rejected(item.path, f"more than {MOST_REPEATS} repeats with those of {name}")
+            elif wanted and item.repeats * folders[name] > MAX_REPEATS:
+                item = Rejected(item.path, f"more than {MAX_REPEATS} repeats with those of {name}")
             elif wanted:
                 item = replace(item, repeats=item.repeats * folders[name])
         yield item

@@ -1,7 +1,7 @@
-"""Images packed in webdataset tars, read where they lie. A tar is what its files would be.
+"""Images in webdataset tars, read in place. A tar is read as a folder of its files would be.
 
-A tar's headers are claims: of sizes, of places, of names that go on in the next header. None is
-believed beyond the file's end or the bounds below, so a tar that lies is one rejected entry.
+A tar's headers may claim any size, offset or name. None is believed beyond the file's end or the
+bounds below, so a tar with false headers is one rejected entry.
 """
 
 import os
@@ -14,17 +14,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from precompute.dataset.captions import MOST_TEXT_BYTES, decode_text
-from precompute.dataset.file_roles import hidden_part, is_picture, stem_of
+from precompute.dataset.captions import MAX_TEXT_BYTES, decode_text
+from precompute.dataset.file_roles import hidden_part, is_image, stem_of
 from precompute.dataset.records import (
-    MOST_PICTURE_BYTES,
-    NO_ROW,
+    MAX_IMAGE_BYTES,
+    NO_ENTRY,
     Blob,
     Memory,
     MetadataEntry,
     Rejected,
-    load_row,
-    read_row,
+    parse_row,
+    read_entry,
 )
 from runtime.files import format_bytes, open_regular
 
@@ -34,21 +34,21 @@ KEPT = ("text", "caption", "weight", "repeats", "split", "status", "error_messag
 END = bytes(tarfile.BLOCKSIZE)
 CHUNK = 1 << 20
 HEAD_BYTES = 32  # tell what format an image has
-MOST_HEADER_BYTES = 1 << 16  # of a long name, or of all pax fields of a member
-MOST_DIGITS = re.compile(rb"[0-9]{1000}")  # in a header: tarfile looks for one number in them all
-MOST_MEMBERS = 1_000_000
-MOST_TEXTS_BYTES = 1 << 28  # of one tar, in memory; hard links can repeat one text without end
-MOST_MESSAGE = 200  # characters of an error that a downloader wrote down
-# What tarfile raises of headers that make no sense.
-NO_TAR = (tarfile.TarError, ValueError, ArithmeticError, LookupError, RecursionError)
+MAX_HEADER_BYTES = 1 << 16  # of a long name, or of all pax fields of a member
+LONG_NUMBER = re.compile(rb"[0-9]{1000}")  # in a header: tarfile looks for one number in them all
+MAX_MEMBERS = 1_000_000
+MAX_TEXTS_BYTES = 1 << 28  # of one tar, in memory; hard links can repeat one text without end
+MAX_MESSAGE = 200  # characters of an error that a downloader wrote down
+# What tarfile raises for headers that make no sense.
+TAR_ERRORS = (tarfile.TarError, ValueError, ArithmeticError, LookupError, RecursionError)
 
 
 @dataclass(frozen=True)
-class Pack:
-    """The members of one tar: ``files`` has their offsets and sizes, ``texts`` what small ones say.
+class TarMembers:
+    """The members of one tar: ``files`` has their offsets and sizes.
 
-    ``texts`` has the text of a .txt or .caption and the object of a .json; ``unread`` why one has
-    none; ``hidden`` the members that are a system's.
+    ``texts`` has the text of each .txt or .caption and the object of each .json; ``unread`` says
+    why one could not be read; ``hidden`` are the members that are system files.
     """
 
     path: str  # in the dataset
@@ -63,11 +63,11 @@ class Pack:
     used: set[str] = field(default_factory=set)
 
     @property
-    def odd(self) -> dict[str, str]:
+    def irregular(self) -> dict[str, str]:
         return self.refused
 
     @cached_property
-    def lower(self) -> dict[str, list[str]]:
+    def paths_by_lower_case(self) -> dict[str, list[str]]:
         """Paths of all members by their lower-case form."""
         by_lower: dict[str, list[str]] = {}
         for path in self.files:
@@ -76,10 +76,10 @@ class Pack:
 
     @cached_property
     def stems(self) -> set[str]:
-        """Of the images, their paths without ending."""
-        return {stem_of(path) for path in self.files if is_picture(path)}
+        """The paths of the images, without ending."""
+        return {stem_of(path) for path in self.files if is_image(path)}
 
-    def label(self, path: str) -> str:
+    def dataset_path(self, path: str) -> str:
         return f"{self.path}/{path}"
 
     def blob(self, path: str) -> Blob:
@@ -89,12 +89,12 @@ class Pack:
         """
         offset, size = self.files[path]
         self.used.add(path)
-        if size > MOST_PICTURE_BYTES:
-            raise ValueError(too_large(size, MOST_PICTURE_BYTES))
+        if size > MAX_IMAGE_BYTES:
+            raise ValueError(too_large(size, MAX_IMAGE_BYTES))
         return Blob(self.file, size, self.mtime_ns, offset)
 
     def head(self, path: str) -> bytes:
-        """Its first bytes.
+        """The first bytes of a member.
 
         Raises:
             ValueError, OSError: it cannot be read.
@@ -103,9 +103,10 @@ class Pack:
         return Blob(self.file, min(size, HEAD_BYTES), self.mtime_ns, offset).read()
 
     def text(self, path: str) -> str:
-        """
+        """The text of a .txt or .caption member.
+
         Raises:
-            ValueError: why it has none, to be put behind its name.
+            ValueError: it has no text; the message continues a sentence after its name.
         """
         self.used.add(path)
         if path in self.unread:
@@ -113,28 +114,28 @@ class Pack:
         return str(self.texts[path])
 
     def row(self, path: str) -> MetadataEntry:
-        """What an image's .json tells; img2dataset writes "caption" there.
+        """The entry in an image's .json member; img2dataset writes "caption" in it.
 
         Raises:
-            ValueError: it cannot be meant so.
+            ValueError: a field has a value that it cannot have.
         """
         self.used.add(path)
         if path in self.unread:
             raise ValueError(f"{path.rpartition('/')[2]}: {self.unread[path]}")
         row = self.texts.get(path)
-        return read_row(row) if row else NO_ROW
+        return read_entry(row) if row else NO_ENTRY
 
     def rejected(self, images: set[str]) -> Iterator[Rejected]:
-        """What is no image and should be one; ``pictures`` are paths without ending."""
+        """Members that should be images and are not; ``images`` are stems of those that are."""
         for path, why in self.refused.items():
-            yield Rejected(self.label(path), why)
+            yield Rejected(self.dataset_path(path), why)
         for path, row in self.texts.items():
             status = row.get("status", "success") if isinstance(row, dict) else "success"
             stem = path.rpartition(".")[0]
             if status != "success" and stem not in images:
                 self.used.add(path)
                 message = f"{status}: {row.get('error_message')}"
-                yield Rejected(self.label(stem), message[:MOST_MESSAGE])
+                yield Rejected(self.dataset_path(stem), message[:MAX_MESSAGE])
         if self.damage:
             yield Rejected(self.path, f"damaged tar: {self.damage}; what lies before it is read")
 
@@ -143,7 +144,9 @@ def too_large(num_bytes: int, most: int) -> str:
     return f"{format_bytes(num_bytes)}, where at most {format_bytes(most)} are read"
 
 
-def open_pack(root: Path, path: str, stamp: tuple[int, int], memory: Memory, prefix: str) -> Pack:
+def open_tar(
+    root: Path, path: str, stamp: tuple[int, int], memory: Memory, prefix: str
+) -> TarMembers:
     """The tar ``path`` of the dataset's folder ``root``; not opened if it is remembered.
 
     Raises:
@@ -151,38 +154,38 @@ def open_pack(root: Path, path: str, stamp: tuple[int, int], memory: Memory, pre
         OSError: it cannot be read.
     """
     file, (size, mtime_ns) = root / path, stamp
-    held = memory.recall(prefix + path, size, mtime_ns, lambda: _scan(file))
-    hidden = {name: part for name in held["files"] if (part := hidden_part(name))}
+    scan = memory.recall(prefix + path, size, mtime_ns, lambda: _scan(file))
+    hidden = {name: part for name in scan["files"] if (part := hidden_part(name))}
     files = {
-        name: (offset, size) for name, (offset, size) in held["files"].items() if name not in hidden
+        name: (offset, size) for name, (offset, size) in scan["files"].items() if name not in hidden
     }
-    texts = {name: text for name, text in held["texts"].items() if name not in hidden}
-    refused = {name: why for name, why in held["refused"].items() if not hidden_part(name)}
-    return Pack(
+    texts = {name: text for name, text in scan["texts"].items() if name not in hidden}
+    refused = {name: why for name, why in scan["refused"].items() if not hidden_part(name)}
+    return TarMembers(
         path=path,
         file=file,
         mtime_ns=mtime_ns,
         files=files,
         texts=texts,
-        unread=held["unread"],
+        unread=scan["unread"],
         refused=refused,
-        damage=held["damage"],
+        damage=scan["damage"],
         hidden=sorted({*hidden.values()}),
     )
 
 
-class _Bounded:
-    """A tar file as ``tarfile`` may see it: headers claim sizes that nobody has to read."""
+class _BoundedReader:
+    """A tar file for ``tarfile`` to read, with bounds on the sizes that headers may claim."""
 
     def __init__(self, raw: BinaryIO) -> None:
         self._raw = raw
         self.size = os.fstat(raw.fileno()).st_size
 
     def read(self, num_bytes: int = -1) -> bytes:
-        if not 0 <= num_bytes <= MOST_HEADER_BYTES:
+        if not 0 <= num_bytes <= MAX_HEADER_BYTES:
             raise tarfile.ReadError("a header claims a size that no header has")
         data = self._raw.read(num_bytes)
-        if MOST_DIGITS.search(data):
+        if LONG_NUMBER.search(data):
             raise tarfile.ReadError("a header holds a number without end")
         return data
 
@@ -195,13 +198,13 @@ class _Bounded:
         return self._raw.tell()
 
 
-class _Scan:
-    """All members of a tar, as JSON; captions are read, images are not."""
+class _TarScan:
+    """Lists all members of a tar, as JSON for the memory; captions are read, images are not."""
 
     def __init__(self, raw: BinaryIO) -> None:
         self.raw = raw
         self.text_bytes = 0
-        self.found: dict[str, Any] = {
+        self.result: dict[str, Any] = {
             "files": {},
             "texts": {},
             "unread": {},
@@ -210,24 +213,24 @@ class _Scan:
         }
 
     def run(self) -> dict[str, Any]:
-        bounded: Any = _Bounded(self.raw)
+        bounded: Any = _BoundedReader(self.raw)
         try:
             with tarfile.open(fileobj=bounded, mode="r:") as archive:
                 self.add_all(archive, bounded.size)
-                self.found["damage"] = _check_end(self.raw, archive.offset)
-        except NO_TAR as error:
+                self.result["damage"] = _check_end(self.raw, archive.offset)
+        except TAR_ERRORS as error:
             endless = isinstance(error, RecursionError)
-            why = "long names without end" if endless else str(error)[:MOST_MESSAGE]
-            self.found["damage"] = f"{why} (at byte {self.raw.tell()} of {bounded.size})"
-        return self.found
+            why = "long names without end" if endless else str(error)[:MAX_MESSAGE]
+            self.result["damage"] = f"{why} (at byte {self.raw.tell()} of {bounded.size})"
+        return self.result
 
     def add_all(self, archive: tarfile.TarFile, file_size: int) -> None:
         num_members, end = 0, -1
         while (member := archive.next()) is not None:
             archive.members = []  # type: ignore[attr-defined]  # it would keep all
             num_members += 1
-            if num_members > MOST_MEMBERS:
-                raise tarfile.ReadError(f"more than {MOST_MEMBERS:,} members")
+            if num_members > MAX_MEMBERS:
+                raise tarfile.ReadError(f"more than {MAX_MEMBERS:,} members")
             # A size below zero would lead back, and round and round.
             if member.size < 0 or archive.offset <= end:
                 raise tarfile.ReadError("a header claims a size below zero")
@@ -235,7 +238,7 @@ class _Scan:
             self.add(member, file_size)
 
     def add(self, member: tarfile.TarInfo, file_size: int) -> None:
-        files, refused = self.found["files"], self.found["refused"]
+        files, refused = self.result["files"], self.result["refused"]
         name = posixpath.normpath(member.name)
         if member.isdir():
             return
@@ -245,7 +248,7 @@ class _Scan:
             place = [member.offset_data, member.size]
             place = place if member.isreg() and not member.issparse() else None
         if place is not None and sum(place) > file_size:
-            raise tarfile.ReadError(f"{name[:MOST_MESSAGE]} claims {format_bytes(place[1])}")
+            raise tarfile.ReadError(f"{name[:MAX_MESSAGE]} claims {format_bytes(place[1])}")
         if place is None:
             refused[name] = "not a plain file: pack it with --dereference, and not --sparse"
         elif name in files:
@@ -258,35 +261,36 @@ class _Scan:
     def add_text(self, name: str, offset: int, size: int) -> None:
         self.text_bytes += size
         try:
-            if size > MOST_TEXT_BYTES:
-                raise ValueError(f"has {too_large(size, MOST_TEXT_BYTES)}")
-            if self.text_bytes > MOST_TEXTS_BYTES:
-                many = too_large(self.text_bytes, MOST_TEXTS_BYTES)
+            if size > MAX_TEXT_BYTES:
+                raise ValueError(f"has {too_large(size, MAX_TEXT_BYTES)}")
+            if self.text_bytes > MAX_TEXTS_BYTES:
+                many = too_large(self.text_bytes, MAX_TEXTS_BYTES)
                 raise ValueError(f"is not read: the texts of its tar have {many}")
             self.raw.seek(offset)
-            self.found["texts"][name] = _read_text(name, self.raw.read(size))
+            self.result["texts"][name] = _read_text(name, self.raw.read(size))
         except ValueError as error:
-            self.found["unread"][name] = str(error)
+            self.result["unread"][name] = str(error)
 
 
 def _scan(file: Path) -> dict[str, Any]:
     with open_regular(file) as raw:
-        return _Scan(raw).run()
+        return _TarScan(raw).run()
 
 
 def _read_text(name: str, data: bytes) -> Any:
-    """
+    """The text of a member, or the fields of its JSON that encode uses.
+
     Raises:
-        ValueError: why it has none.
+        ValueError: it cannot be read; the message says why.
     """
     if not name.lower().endswith(".json"):
         return decode_text(data)
-    row = load_row(decode_text(data))
+    row = parse_row(decode_text(data))
     return {field: row[field] for field in KEPT if field in row}
 
 
 def _check_end(raw: BinaryIO, offset: int) -> str:
-    """What is wrong after the last member: tarfile takes any bytes for the end."""
+    """What is wrong after the last member, else empty: tarfile takes any bytes for the end."""
     raw.seek(offset)
     block = raw.read(tarfile.BLOCKSIZE)
     if block != END:

@@ -6,11 +6,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from precompute.images.decode import open_picture, opened, upright
-from precompute.images.rejections import PictureError
+from precompute.images.decode import apply_orientation, open_checked, open_image
+from precompute.images.rejections import ImageError
 from shards.buckets import Geometry, Size
 
-FACTOR = 8  # pixels of a latent's side
+FACTOR = 8  # image pixels per latent pixel, along a side
 BAND = 512  # rows at a time: as floats a large mask would take eight times the memory
 Gray = npt.NDArray[np.uint8]  # [H, W], 255 where the loss counts in full
 Floats = npt.NDArray[np.float64]
@@ -20,13 +20,13 @@ def open_mask(data: bytes, original: Size) -> Gray:
     """A mask image, of any size in the aspect ratio of its image.
 
     Raises:
-        PictureError: another aspect ratio, partly transparent, or black all over.
+        ImageError: another aspect ratio, partly transparent, or black all over.
         Exception: whatever Pillow raises of a file it cannot read.
     """
     alpha = open_alpha(data)
     if alpha is not None and alpha.min() < 255:
-        raise PictureError("partly transparent: make it a gray image, white where the loss counts")
-    gray = open_picture(data).convert("L")
+        raise ImageError("partly transparent: make it a gray image, white where the loss counts")
+    gray = open_image(data).convert("L")
     check_mask_size(gray.size, original)
     return _checked(np.asarray(gray))
 
@@ -34,25 +34,25 @@ def open_mask(data: bytes, original: Size) -> Gray:
 def check_mask_size(size: Size, original: Size) -> None:
     """
     Raises:
-        PictureError: another aspect ratio than its image's, by more than rounding to pixels.
+        ImageError: another aspect ratio than its image's, by more than rounding to pixels.
     """
     (width, height), (columns, rows) = original, size
     if abs(columns * height - rows * width) > max(width, height, columns, rows):
-        raise PictureError(f"of {columns} x {rows} pixels, where its image has {width} x {height}")
+        raise ImageError(f"of {columns} x {rows} pixels, where its image has {width} x {height}")
 
 
 def open_alpha(data: bytes) -> Gray | None:
     """An image's own alpha, upright; None where it has none.
 
     Raises:
-        PictureError: the image is transparent all over.
+        ImageError: the image is transparent all over.
         Exception: whatever Pillow raises of a file it cannot read.
     """
-    with opened(data) as image:
+    with open_checked(data) as image:
         image.load()
         if not image.has_transparency_data:
             return None
-        turned = upright(image)
+        turned = apply_orientation(image)
     if turned.mode in ("I", "I;16", "F"):  # one gray value is clear
         clear = np.asarray(turned) != turned.info["transparency"]
         return _checked(np.where(clear, np.uint8(255), np.uint8(0)))
@@ -61,14 +61,14 @@ def open_alpha(data: bytes) -> Gray | None:
 
 def _checked(mask: Gray) -> Gray:
     if not mask.any():
-        raise PictureError("black all over, so nothing would be learned of its image")
+        raise ImageError("black all over, so nothing would be learned of its image")
     return mask
 
 
 def render_mask(mask: Gray, variants: Sequence[Geometry]) -> torch.Tensor:
     """The mean of the mask over the area of each latent pixel: [V, 1, h, w] fp32 in 0..1.
 
-    The area is that which the variant shows there, to fractions of the mask's pixels.
+    The area is the one that the variant shows, exact to fractions of the mask's pixels.
     """
     masks = []
     for variant in variants:

@@ -1,4 +1,4 @@
-"""Why an image is not taken, as plain words that are the same in every run."""
+"""Why an image is rejected, in plain words that are the same in every run."""
 
 import re
 
@@ -23,20 +23,20 @@ NON_IMAGES = (
 )
 
 
-class PictureError(ValueError):
-    """An image that is not taken. Its message is the reason, a part of a sentence."""
+class ImageError(ValueError):
+    """An image is rejected. The message is the reason, as a part of a sentence."""
 
 
 def explain(error: Exception) -> str:
-    """The reason in one line.
+    """Why an image is rejected, in one line, from the error that opening it raised.
 
     Raises:
-        MemoryError: ``error`` is one. That is no property of the image.
+        MemoryError: ``error`` is one, which says nothing of the image.
     """
     if isinstance(error, MemoryError):
         raise error
     text = " ".join(re.sub(r"<[^<>]* at 0x[0-9a-f]+>", "the file", str(error)).split())
-    if isinstance(error, PictureError):
+    if isinstance(error, ImageError):
         return text
     if isinstance(error, FileNotFoundError):
         return "no such file"
@@ -51,16 +51,14 @@ def explain(error: Exception) -> str:
     return f"damaged: {text}"
 
 
-def unidentified(data: bytes) -> PictureError:
-    """Of a file in which Pillow finds no image."""
+def unidentified(data: bytes) -> ImageError:
+    """The error for a file in which Pillow finds no image, by how the file begins."""
     if not data.strip(b"\0"):
-        return PictureError("the file holds only zeros" if data else "the file is empty")
+        return ImageError("the file holds only zeros" if data else "the file is empty")
     for pattern, name in FILES:
         if re.match(pattern, data, re.DOTALL):
-            return PictureError(
-                f"damaged or truncated: it begins like {name}, but cannot be opened"
-            )
+            return ImageError(f"damaged or truncated: it begins like {name}, but cannot be opened")
     for pattern, name in NON_IMAGES:
         if re.match(pattern, data, re.DOTALL | re.IGNORECASE):
-            return PictureError(f"not an image that Pillow can read: {name}")
-    return PictureError("not an image that Pillow can read")
+            return ImageError(f"not an image that Pillow can read: {name}")
+    return ImageError("not an image that Pillow can read")

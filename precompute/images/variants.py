@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from precompute.images.rejections import PictureError
+from precompute.images.rejections import ImageError
 from precompute.settings import EncodeSettings
 from shards.buckets import Geometry
 from shards.plan import derive_key
@@ -43,7 +43,7 @@ def render_variants(image: Image.Image, variants: Sequence[Geometry]) -> torch.T
     """Its V variants, which differ in crop and side: [V, 3, H, W] fp32 in -1..1."""
     first = variants[0]
     if image.size != first.original:
-        raise PictureError(f"its size is {image.size}, where its header said {first.original}")
+        raise ImageError(f"its size is {image.size}, where its header said {first.original}")
     resized = image.resize(first.resized, Image.Resampling.LANCZOS)
     mirrored = ImageOps.mirror(resized) if any(variant.flipped for variant in variants) else resized
     cut = []

@@ -8,16 +8,16 @@ The life of a shard:
     being written   X.tar.partial, by the one process that has claimed it
        |
        v
-    whole           X.tar has its name, then X.index: the index is the mark, so a tar without one
-       |            is nothing
+    finished        X.tar has its name, then X.index: the index marks the shard, so a tar without
+       |            one does not count
        v
     retired         moved to replaced/, because some of its samples changed; the new shards copy
        |            what is still valid from there
        v
-    deleted         once the manifest of the new shards stands
+    deleted         once the manifest of the new shards is written
 
 A kill at any point leaves a state from which the same command ends with the same bytes: what is
-planned is read from plan.jsonl, what is whole is skipped, what is retired is still copied from.
+planned is read from plan.jsonl, finished shards are skipped, retired ones are still copied from.
 Writing a shard twice is harmless, because the bytes are equal. Nothing is retired before the plan
 is written, and no plan is written that would remove more than it may (``removals.py``).
 """

@@ -1,4 +1,4 @@
-"""The plan of one output cache (train or val): made, prepared, and at last finished."""
+"""The plan of one output cache (train or val): how it is made, prepared and finished."""
 
 import json
 import warnings
@@ -8,24 +8,24 @@ from pathlib import Path
 from typing import Any
 
 from precompute.dataset.records import Memory, Rejected, Source
-from precompute.dataset.sources import read_data_set
+from precompute.dataset.sources import read_dataset
 from precompute.encoders import Encoders
-from precompute.plan.placement import Placement, PlannedSample, place
-from precompute.plan.plan_file import ShardTask, read_about, read_places, write_work
+from precompute.plan.placement import Placement, PlannedSample, assign_shards
+from precompute.plan.plan_file import ShardTask, read_places, read_plan_header, write_plan_file
 from precompute.plan.reuse import (
     SETTING_CAUSES,
     Changes,
     Comparison,
     ExistingShard,
     compare,
-    read_held,
+    read_existing,
     recover_retirement,
     remove_replaced,
     remove_shard,
     retire,
     shard_names,
 )
-from precompute.plan.scan import Notes, add_digests, plan_pictures, remember_encoded
+from precompute.plan.scan import Notes, add_digests, plan_images, remember_encoded
 from precompute.prompts import sync_prompts
 from precompute.recipe import read_recipe
 from precompute.report import Report
@@ -33,43 +33,51 @@ from precompute.settings import EncodeSettings
 from precompute.spot_checks import (
     Candidate,
     check_cache,
+    choose_candidates,
     earlier_checks,
-    first_pictures,
     warn_of_drawings,
 )
-from precompute.text import text_shape, unconditional_is_whole, write_unconditional
+from precompute.text_encoding import text_shape, unconditional_is_whole, write_unconditional
 from runtime.files import PARTIAL, fsync_folder, remove_path, write_changed
 from sdxl.base import Base
 from sdxl.latent_rgb import LatentSums
 from sdxl.prompts import Prompt
 from shards.index import Index
-from shards.manifest import MANIFEST, OWN, PLAN, REPLACED, SCAN, UNCONDITIONAL, write_manifest
+from shards.manifest import (
+    ENCODE_FILES,
+    MANIFEST,
+    PLAN,
+    REPLACED,
+    SCAN,
+    UNCONDITIONAL,
+    write_manifest,
+)
 
 REJECTED = "rejected.jsonl"
 
 
 @dataclass(eq=False)
 class CachePlan:
-    """What a run does to one cache."""
+    """What a run does to one cache: which shards it writes, retires and removes."""
 
     folder: Path
     recipe: dict[str, Any]
     planned: list[PlannedSample]  # all that it is to hold
     names: list[str]  # of all shards it will have
-    works: list[ShardTask]  # those to be written
-    outdated: list[str]  # whole shards to be set aside
+    shard_tasks: list[ShardTask]  # those to be written
+    outdated: list[str]  # whole shards to be retired
     broken: list[str]  # what is left of shards that are not whole
     changes: Changes
     rejected: list[Rejected]  # before any image is decoded
     comparison: Comparison
     num_upscaled: int
     made_with: dict[str, Any]  # what made the shards that are there; empty if there are none
-    first_pictures: list[Candidate]
-    sanity: dict[str, Any]  # what the manifest says now
+    check_candidates: list[Candidate]
+    sanity: dict[str, Any]  # the checks that the present manifest records
 
     @property
     def has_work(self) -> bool:
-        return bool(self.works or self.outdated or self.broken)
+        return bool(self.shard_tasks or self.outdated or self.broken)
 
 
 def check_out(folder: Path, dataset: Path) -> None:
@@ -83,10 +91,10 @@ def check_out(folder: Path, dataset: Path) -> None:
     if any(part.exists() and not part.is_dir() for part in (folder, *folder.parents)):
         raise ValueError(f"{folder}: not a folder")
     names = [path.name for path in folder.iterdir()] if folder.exists() else []
-    ours = (UNCONDITIONAL, MANIFEST, PLAN)
-    known = (*OWN, REPLACED)
+    cache_files = (UNCONDITIONAL, MANIFEST, PLAN)
+    known = (*ENCODE_FILES, REPLACED)
     foreign = [name for name in names if name not in known and not name.endswith(PARTIAL)]
-    if foreign and not any(name in names for name in ours) and not shard_names(folder):
+    if foreign and not any(name in names for name in cache_files) and not shard_names(folder):
         raise ValueError(
             f"{folder}: not empty and no cache (holds {min(foreign)}); give another --out"
         )
@@ -95,17 +103,17 @@ def check_out(folder: Path, dataset: Path) -> None:
 def plan_caches(
     settings: EncodeSettings, base: Base, notes: Notes, lock: Callable[[Path], object] | None
 ) -> list[CachePlan]:
-    """Read the dataset and compare it with what is there.
+    """Read the dataset and compare it with the existing caches.
 
-    ``lock`` keeps other processes out of a cache's folder from before it is looked at; None: it is
-    a dry run, and nothing at all is written. Samples stay where they are, or were to go when a run
-    was interrupted; with ``--repack`` they go where a fresh encode would put them.
+    ``lock`` locks a cache's folder before it is read; None means a dry run, which writes nothing.
+    Samples stay in their shard, or in that to which an interrupted run assigned them; with
+    ``--repack`` they go where a fresh encode would put them.
 
     Raises:
         ValueError: the dataset, the base or the settings cannot be used.
     """
     memory = notes.memory
-    sources = read_data_set(settings, memory)
+    sources = read_dataset(settings, memory)
     for name in sources:
         check_out(settings.out / name, settings.dataset / name)
     if "" not in sources and (settings.out / MANIFEST).exists():
@@ -120,109 +128,114 @@ def plan_caches(
             recover_retirement(folder)
         drafts.append(_Draft.of(folder, source, settings, memory))
     _add_digests(drafts, settings, memory)
-    comparisons = [draft.place(settings) for draft in drafts]
+    comparisons = [draft.assign_shards(settings) for draft in drafts]
     changes = compare(comparisons, recipe)
     return [
-        draft.plan(comparison, recipe, *work_and_changes)
+        draft.make_plan(comparison, recipe, *work_and_changes)
         for draft, comparison, work_and_changes in zip(drafts, comparisons, changes, strict=True)
     ]
 
 
 @dataclass
 class _Draft:
-    """One cache of a run, while its plan is made."""
+    """One cache of a run, while its plan is made. ``retired`` shards lie in ``replaced/``."""
 
     folder: Path
     planned: list[PlannedSample]
     rejected: list[Rejected]
-    here: dict[str, ExistingShard]
-    aside: dict[str, ExistingShard]
+    current: dict[str, ExistingShard]
+    retired: dict[str, ExistingShard]
 
     @classmethod
     def of(cls, folder: Path, source: Source, settings: EncodeSettings, memory: Memory) -> "_Draft":
-        planned, unreadable = plan_pictures(source.records, settings, memory)
-        here, aside = read_held(folder), read_held(folder / REPLACED)
-        return cls(folder, planned, [*source.rejected, *unreadable], here, aside)
+        planned, unreadable = plan_images(source.records, settings, memory)
+        current, retired = read_existing(folder), read_existing(folder / REPLACED)
+        return cls(folder, planned, [*source.rejected, *unreadable], current, retired)
 
     @property
-    def held_keys(self) -> set[str]:
-        return {key for held in (*self.here.values(), *self.aside.values()) for key in held.marks}
+    def existing_keys(self) -> set[str]:
+        return {
+            key
+            for existing in (*self.current.values(), *self.retired.values())
+            for key in existing.fingerprints
+        }
 
     @property
-    def held_marks(self) -> dict[str, list[Any]]:
-        """By key, what the samples that lie there were made from."""
-        shards = (*self.aside.values(), *self.here.values())
-        return {key: held.marks[key] for held in shards for key in held.rows}
+    def fingerprints(self) -> dict[str, list[Any]]:
+        """The fingerprint of each existing sample, by key."""
+        shards = (*self.retired.values(), *self.current.values())
+        return {key: existing.fingerprints[key] for existing in shards for key in existing.rows}
 
-    def place(self, settings: EncodeSettings) -> Comparison:
-        before = {} if settings.repack else _places(self.folder, self.here)
-        shards = place(self.planned, before, settings.shard_size)
-        return Comparison(self.folder, shards, self.here, self.aside)
+    def assign_shards(self, settings: EncodeSettings) -> Comparison:
+        before = {} if settings.repack else _places(self.folder, self.current)
+        shards = assign_shards(self.planned, before, settings.shard_size)
+        return Comparison(self.folder, shards, self.current, self.retired)
 
-    def plan(
+    def make_plan(
         self,
         comparison: Comparison,
         recipe: dict[str, Any],
-        works: list[ShardTask],
+        shard_tasks: list[ShardTask],
         changes: Changes,
     ) -> CachePlan:
         names = [shard.name for shard in comparison.shards]
-        written = {work.name for work in works}
+        written = {shard_task.name for shard_task in shard_tasks}
         return CachePlan(
             folder=self.folder,
             recipe=recipe,
             planned=self.planned,
             names=names,
-            works=works,
-            outdated=[name for name in self.here if name in written or name not in names],
-            broken=[name for name in shard_names(self.folder) if name not in self.here],
+            shard_tasks=shard_tasks,
+            outdated=[name for name in self.current if name in written or name not in names],
+            broken=[name for name in shard_names(self.folder) if name not in self.current],
             changes=changes,
             rejected=self.rejected,
             comparison=comparison,
             num_upscaled=sum(planned.variants[0].is_upscaled for planned in self.planned),
-            made_with=read_about(self.folder).get("made_with") or _made_with([*self.here.values()]),
-            first_pictures=first_pictures(comparison.shards),
+            made_with=read_plan_header(self.folder).get("made_with")
+            or _made_with([*self.current.values()]),
+            check_candidates=choose_candidates(comparison.shards),
             sanity=earlier_checks(self.folder),
         )
 
 
 def _add_digests(drafts: list[_Draft], settings: EncodeSettings, memory: Memory) -> None:
-    """The digests by which images are compared: of those that are there under the same key, and
-    where samples are to leave, of new ones as well, for they may be the same by another name."""
-    keys = [draft.held_keys for draft in drafts]
+    """Hash the images that are compared with existing samples: those under an existing key, and,
+    where samples would be removed, new ones too, since they may be the same under another name."""
+    keys = [draft.existing_keys for draft in drafts]
     wanted = [{planned.record.key for planned in draft.planned} for draft in drafts]
-    any_leaves = any(held - planned for held, planned in zip(keys, wanted, strict=True))
-    for draft, held in zip(drafts, keys, strict=True):
+    any_leaves = any(existing - planned for existing, planned in zip(keys, wanted, strict=True))
+    for draft, existing in zip(drafts, keys, strict=True):
 
-        def is_compared(planned: PlannedSample, held: set[str] = held) -> bool:
-            return any_leaves or planned.record.key in held
+        def is_compared(planned: PlannedSample, existing: set[str] = existing) -> bool:
+            return any_leaves or planned.record.key in existing
 
         draft.planned, unreadable = add_digests(
-            draft.planned, is_compared, draft.held_marks, settings, memory
+            draft.planned, is_compared, draft.fingerprints, settings, memory
         )
         draft.rejected += unreadable
 
 
-def _made_with(here: list[ExistingShard]) -> dict[str, Any]:
+def _made_with(current: list[ExistingShard]) -> dict[str, Any]:
     all_settings = [
-        run_settings for held in here for run_settings in held.index.header["made_with"]
+        run_settings for existing in current for run_settings in existing.index.header["made_with"]
     ]
     return dict(all_settings[-1]) if all_settings else {}
 
 
-def _places(folder: Path, here: dict[str, ExistingShard]) -> dict[str, Placement]:
-    """Where each sample is, or was to go when a run was interrupted."""
+def _places(folder: Path, current: dict[str, ExistingShard]) -> dict[str, Placement]:
+    """Each sample's shard: the one it is in, or the one that an interrupted run assigned it."""
     places = read_places(folder)
     moved = {key for planned_place in places.values() for key in planned_place.keys}
-    for name, held in here.items():
+    for name, existing in current.items():
         if name not in places:
-            kept = tuple(key for key in held.place.keys if key not in moved)
-            places[name] = Placement(*held.place.group, kept)
+            kept = tuple(key for key in existing.placement.keys if key not in moved)
+            places[name] = Placement(*existing.placement.group, kept)
     return places
 
 
 def warn_about_reencoding(plan: CachePlan) -> None:
-    """What a finished cache loses to a setting or to damage is said before it starts."""
+    """Warn, before the start, of what a finished cache encodes again after damage or a setting."""
     if plan.broken and (plan.folder / MANIFEST).exists():
         warnings.warn(
             f"{plan.folder}: {len(plan.broken):,} shards are not whole, e.g. {plan.broken[0]}: "
@@ -231,28 +244,33 @@ def warn_about_reencoding(plan: CachePlan) -> None:
         )
     causes = {c: n for c, n in plan.changes.causes.items() if c in SETTING_CAUSES}
     if causes and (plan.folder / MANIFEST).exists():
-        said = ", ".join(f"{cause} ({number:,})" for cause, number in sorted(causes.items()))
+        listed = ", ".join(f"{cause} ({number:,})" for cause, number in sorted(causes.items()))
         warnings.warn(
             f"{plan.folder}: settings changed, so what they touch in a finished cache is encoded "
-            f"anew: {said}",
+            f"anew: {listed}",
             stacklevel=2,
         )
 
 
 def prepare(plan: CachePlan, encoders: Encoders, prompts: list[Prompt] | None) -> int:
-    """All that comes before the first shard; returns the number of preview prompts.
+    """Do what comes before the first shard; return the number of preview prompts.
 
-    What cannot be encoded is refused before anything is removed.
+    The encoders are tried first, so that what they cannot encode is refused before anything is
+    removed.
     """
     folder, recipe = plan.folder, plan.recipe
     text_is_whole = unconditional_is_whole(folder, recipe)
     if plan.has_work or not text_is_whole:
-        tasks = [task for work in plan.works for task in work.tasks if task.is_encoded]
+        tasks = [
+            task for shard_task in plan.shard_tasks for task in shard_task.tasks if task.is_encoded
+        ]
         if any(task.latents is None for task in tasks):
             warn_of_drawings(encoders.drawings)
         if not text_is_whole or any(task.text is None for task in tasks):
             assert encoders.text
-        write_work(folder, {"recipe": recipe, "made_with": encoders.made_with}, plan.works)
+        write_plan_file(
+            folder, {"recipe": recipe, "made_with": encoders.made_with}, plan.shard_tasks
+        )
         (folder / MANIFEST).unlink(missing_ok=True)
         fsync_folder(folder)
     for path in folder.glob("*" + PARTIAL):
@@ -266,21 +284,21 @@ def prepare(plan: CachePlan, encoders: Encoders, prompts: list[Prompt] | None) -
 
 
 def finish(plan: CachePlan, report: Report, encoders: Encoders, memory: Memory) -> None:
-    """Rejected images, the manifest, and nothing left of what the run needed."""
+    """Write the rejected images and the manifest, and remove what only the run needed."""
     folder, rejected = plan.folder, plan.rejected.copy()
     fields: dict[str, Any] = {"recipe": plan.recipe, "text": text_shape(folder)}
     total: LatentSums | None = None
     indexes = [Index(folder / f"{name}.index") for name in plan.names]
-    wanted = {planned.record.key for planned in plan.planned if not planned.picture}
-    wanted |= {candidate.key for candidate in plan.first_pictures}
-    marks: dict[str, list[Any]] = {}
+    wanted = {planned.record.key for planned in plan.planned if not planned.image_digest}
+    wanted |= {candidate.key for candidate in plan.check_candidates}
+    fingerprints: dict[str, list[Any]] = {}
     for index in indexes:
         report.add(index)
         rejected += [Rejected(*row) for row in index.header["rejected"]]
-        marks |= {key: row for key, *row in index.header["members"] if key in wanted}
+        fingerprints |= {key: row for key, *row in index.header["members"] if key in wanted}
         sums = LatentSums.from_json(index.header["sums"])
         total = sums if total is None else total + sums
-    images = {key: row[0] for key, row in marks.items()}
+    images = {key: row[0] for key, row in fingerprints.items()}
     remember_encoded(plan.planned, images, encoders.settings.dataset, memory)
     if total is not None and report.num_samples:
         fields["latents"] = {"channels": len(total.gram) - 1, **total.statistics()}
@@ -288,10 +306,12 @@ def finish(plan: CachePlan, report: Report, encoders: Encoders, memory: Memory) 
         gone = {rejection.key for rejection in rejected}
         first = [
             candidate
-            for candidate in plan.first_pictures
+            for candidate in plan.check_candidates
             if candidate.planned.record.key not in gone
         ]
-        fields["sanity"] = check_cache(folder, plan.recipe, first, marks, plan.sanity, encoders)
+        fields["sanity"] = check_cache(
+            folder, plan.recipe, first, fingerprints, plan.sanity, encoders
+        )
     report.rejected = sorted(rejected, key=lambda rejection: rejection.key)
     if not report.num_samples:
         warnings.warn(f"{folder}: no image could be encoded; {REJECTED} says why", stacklevel=2)

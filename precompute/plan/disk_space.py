@@ -42,7 +42,7 @@ class Sizer:
         )
 
     def bytes_of(self, planned: PlannedSample) -> int:
-        """What one sample takes, to about a hundredth."""
+        """The bytes that one sample takes, to within about 1 %."""
         width, height = planned.bucket
         layout = Layout(
             dtype=self.settings.dtype,
@@ -62,19 +62,22 @@ class Sizer:
         return len(planned.variants) * variant + len(captions) * caption + texts + OVERHEAD
 
 
-def check_disk_space(out: Path, works: Mapping[Path, Sequence[ShardTask]], sizer: Sizer) -> None:
-    """Refuse to begin what cannot be finished; ``works`` are the shards to be written, by folder.
+def check_disk_space(
+    out: Path, shard_tasks: Mapping[Path, Sequence[ShardTask]], sizer: Sizer
+) -> None:
+    """Refuse to begin what cannot be finished; ``shard_tasks`` are the shards to be written, by
+    folder.
 
-    Shards that are written anew take their room twice, but one after the other.
+    A shard that is written anew takes its space twice, but only one shard at a time.
 
     Raises:
         OSError: the disk has too little room; says how much.
     """
     needed = largest = 0
-    for folder, shards in works.items():
-        for work in shards:
-            size = sum(sizer.bytes_of(task.planned) for task in work.tasks)
-            needed += size - sum(_size(folder, name) for name in work.frees)
+    for folder, shards in shard_tasks.items():
+        for shard_task in shards:
+            size = sum(sizer.bytes_of(task.planned) for task in shard_task.tasks)
+            needed += size - sum(_tar_bytes(folder, name) for name in shard_task.releases)
             largest = max(largest, size)
     needed, free = max(0, needed) + largest, free_bytes(out)
     if largest and needed > free:
@@ -84,6 +87,6 @@ def check_disk_space(out: Path, works: Mapping[Path, Sequence[ShardTask]], sizer
         )
 
 
-def _size(folder: Path, name: str) -> int:
+def _tar_bytes(folder: Path, name: str) -> int:
     tars = (place / f"{name}.tar" for place in (folder, folder / REPLACED))
     return next((tar.stat().st_size for tar in tars if tar.exists()), 0)

@@ -20,13 +20,13 @@ from sdxl.prompts import read_prompts
 from sdxl.text_encoders import max_text_tokens
 from shards.buckets import bucket_name
 
-WORST = 3  # how many are named of each kind
-MOST_REJECTED = 20
-BATCH = 1000  # captions
+NUM_WORST = 3  # files named of each kind
+MAX_REJECTED = 20
+CAPTIONS_AT_ONCE = 1000
 
 
 def dry_run(settings: EncodeSettings) -> Iterator[str]:
-    """Lines that say it.
+    """Lines that describe what encode would do.
 
     Raises:
         ValueError: encode would refuse: the dataset, the base, the settings, or what it would lose.
@@ -41,18 +41,18 @@ def dry_run(settings: EncodeSettings) -> Iterator[str]:
     tokenizer, _ = load_tokenizers(base)
     plans = plan_caches(settings, base, notes, None)
     for plan in plans:
-        yield from _tell(plan)
-        yield from _tell_cuts(plan.planned)
-        yield from _tell_captions(plan.planned, tokenizer, settings.long_captions)
+        yield from _describe_plan(plan)
+        yield from _describe_cropping(plan.planned)
+        yield from _describe_captions(plan.planned, tokenizer, settings.long_captions)
         yield f"  about {format_bytes(sum(map(sizer.bytes_of, plan.planned)))}"
-        yield from _tell_rejected(plan.rejected)
+        yield from _describe_rejected(plan.rejected)
     yield f"{format_bytes(free_bytes(settings.out))} are free on the disk of {settings.out}"
     refuse_losses(plans, settings, notes)
-    check_disk_space(settings.out, {plan.folder: plan.works for plan in plans}, sizer)
+    check_disk_space(settings.out, {plan.folder: plan.shard_tasks for plan in plans}, sizer)
     yield "nothing was encoded or written (--dry-run)"
 
 
-def _tell(plan: CachePlan) -> Iterator[str]:
+def _describe_plan(plan: CachePlan) -> Iterator[str]:
     planned = plan.planned
     yield (
         f"{plan.folder}: {len(planned):,} images, {len(plan.rejected):,} rejected: "
@@ -73,13 +73,13 @@ def _tell(plan: CachePlan) -> Iterator[str]:
             yield f"  {number:,} {label}"
 
 
-def _tell_cuts(planned: Sequence[PlannedSample]) -> Iterator[str]:
-    """What is lost by cropping, and what is enlarged."""
+def _describe_cropping(planned: Sequence[PlannedSample]) -> Iterator[str]:
+    """The share of the images that is cropped, and the images that are enlarged."""
     cuts = [(sample.variants[0].cut_share, sample.record.path) for sample in planned]
     if cuts:
         worst = [f"{path} {share:.0%}" for share, path in _worst(cuts) if share >= 0.005]
         mean = sum(share for share, _ in cuts) / len(cuts)
-        yield f"  cropped: {mean:.1%} of the area on average" + _most(worst)
+        yield f"  cropped: {mean:.1%} of the area on average" + _worst_suffix(worst)
     grown = [
         (sample.variants[0].enlargement, sample.record.path)
         for sample in planned
@@ -87,19 +87,19 @@ def _tell_cuts(planned: Sequence[PlannedSample]) -> Iterator[str]:
     ]
     if grown:
         worst = [f"{path} {factor:.2f} times" for factor, path in _worst(grown)]
-        yield f"  upscaled: {len(grown):,} smaller than their bucket" + _most(worst)
+        yield f"  upscaled: {len(grown):,} smaller than their bucket" + _worst_suffix(worst)
 
 
-def _tell_captions(
+def _describe_captions(
     planned: Sequence[PlannedSample], tokenizer: Any, num_chunks: int
 ) -> Iterator[str]:
     captions = [(text, sample.record.path) for sample in planned for text in sample.record.captions]
     lengths: list[int] = []
-    for start in range(0, len(captions), BATCH):
-        texts = [text for text, _ in captions[start : start + BATCH]]
+    for start in range(0, len(captions), CAPTIONS_AT_ONCE):
+        texts = [text for text, _ in captions[start : start + CAPTIONS_AT_ONCE]]
         lengths += map(len, tokenizer(texts, add_special_tokens=False).input_ids)
     most = max_text_tokens(tokenizer) * num_chunks
-    held = f"{num_chunks} chunks of 77 tokens" if num_chunks > 1 else "77 tokens"
+    limit = f"{num_chunks} chunks of 77 tokens" if num_chunks > 1 else "77 tokens"
     long = [
         (length, path) for length, (_, path) in zip(lengths, captions, strict=True) if length > most
     ]
@@ -107,23 +107,24 @@ def _tell_captions(
     yield f"  captions: {len(captions):,}" + (f", {empty:,} of them empty" if empty else "")
     if long:
         worst = [f"{path} {length}" for length, path in _worst(long)]
-        yield f"  cut: {len(long):,} captions longer than {held} ({most} of the text's)" + _most(
-            worst
+        yield (
+            f"  cut: {len(long):,} captions longer than {limit} ({most} of the text's)"
+            + _worst_suffix(worst)
         )
         needed = -(-max(lengths) // max_text_tokens(tokenizer))
         yield f"  --long-captions {needed} would hold them all"
 
 
-def _tell_rejected(rejected: Sequence[Rejected]) -> Iterator[str]:
-    for rejection in sorted(rejected, key=lambda rejection: rejection.path)[:MOST_REJECTED]:
+def _describe_rejected(rejected: Sequence[Rejected]) -> Iterator[str]:
+    for rejection in sorted(rejected, key=lambda rejection: rejection.path)[:MAX_REJECTED]:
         yield f"  rejected: {rejection.path}: {rejection.reason}"
-    if len(rejected) > MOST_REJECTED:
-        yield f"  rejected: {len(rejected) - MOST_REJECTED:,} more"
+    if len(rejected) > MAX_REJECTED:
+        yield f"  rejected: {len(rejected) - MAX_REJECTED:,} more"
 
 
 def _worst(pairs: Iterable[tuple[float, str]]) -> list[tuple[float, str]]:
-    return sorted(pairs, key=lambda pair: (-pair[0], pair[1]))[:WORST]
+    return sorted(pairs, key=lambda pair: (-pair[0], pair[1]))[:NUM_WORST]
 
 
-def _most(worst: Sequence[str]) -> str:
+def _worst_suffix(worst: Sequence[str]) -> str:
     return f"; most: {', '.join(worst)}" if worst else ""

@@ -1,5 +1,5 @@
-"""Which shard each image goes to. Membership is fixed before any image is decoded: one that
-fails later leaves a hole, and moves nothing.
+"""Assigns each image to a shard. The assignment is fixed before any image is decoded: an image that
+fails later leaves a gap in its shard and moves no other.
 """
 
 import hashlib
@@ -15,53 +15,54 @@ from precompute.dataset.records import SourceImage
 from shards.buckets import Geometry, Size
 from shards.writer import shard_name
 
-MARK_DIGITS = 20  # of a sha256 in hex, as a key has
-MARKS = ("picture", "mask", "geometry", "captions", "weight")
-CHANGING = ["", "", "", "", 0.0]  # marks that fit no image: it is tried again the next time
+DIGEST_DIGITS = 20  # of a sha256 in hex, as a key has
+FINGERPRINT_FIELDS = ("picture", "mask", "geometry", "captions", "weight")
+UNMATCHED = ["", "", "", "", 0.0]  # a fingerprint that no image has, so it is tried again next time
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class PlannedSample:
-    """An image with its place: what it was when its header was read, and what it becomes.
+    """An image that is to be encoded, with the variants (crops, mirrored or not) made of it.
 
-    ``picture`` and ``mask`` are marks of their bytes; that of an image is empty while its bytes
-    were not asked for: then it is hashed when it is encoded.
+    The digests are short sha256 of the files' bytes. The image's is empty until its bytes are
+    read, at the latest when it is encoded; the mask's is empty where there is no mask.
     """
 
     record: SourceImage
-    picture: str
+    image_digest: str
     variants: tuple[Geometry, ...]  # all of one bucket
-    mask: str = ""
+    mask_digest: str = ""
 
     @property
     def bucket(self) -> Size:
         return self.variants[0].target
 
     @property
-    def marks(self) -> list[Any]:
-        """What its halves are made from, in the order of MARKS: JSON, kept in the index."""
+    def fingerprint(self) -> list[Any]:
+        """What its latents and embeddings depend on, in the order of FINGERPRINT_FIELDS. It is JSON
+        and is kept in the index, so that a later run sees what changed."""
         return [
-            self.picture,
-            self.mask,
-            geometry_mark(self.variants),
-            _mark(self.record.captions),
+            self.image_digest,
+            self.mask_digest,
+            geometry_digest(self.variants),
+            _json_digest(self.record.captions),
             self.record.weight,
         ]
 
 
-def picture_mark(sha256: str) -> str:
-    """What stands for a digest (in hex) of an image's or a mask's bytes."""
-    return sha256[:MARK_DIGITS]
+def short_digest(sha256: str) -> str:
+    """A sha256 in hex, shortened to what fingerprints store; empty stays empty."""
+    return sha256[:DIGEST_DIGITS]
 
 
-def _mark(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:MARK_DIGITS]
+def _json_digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:DIGEST_DIGITS]
 
 
 @lru_cache(maxsize=4096)
-def geometry_mark(variants: tuple[Geometry, ...]) -> str:
-    """What stands for the sizes and crops of an image's variants."""
-    return _mark([astuple(geometry) for geometry in variants])
+def geometry_digest(variants: tuple[Geometry, ...]) -> str:
+    """A short digest of the sizes and crops of an image's variants."""
+    return _json_digest([astuple(geometry) for geometry in variants])
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -74,7 +75,7 @@ class ShardPlan:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """A shard of an earlier placement: what it holds, or was to hold, holes included."""
+    """The keys that an earlier run assigned to a shard, those of failed samples included."""
 
     bucket: Size
     repeats: int
@@ -85,26 +86,28 @@ class Placement:
         return self.bucket, self.repeats
 
 
-def place(
+def assign_shards(
     planned: list[PlannedSample], before: Mapping[str, Placement], shard_size: int
 ) -> list[ShardPlan]:
-    """The shards of one bucket and one number of repeats each; by name.
+    """Assign all samples to shards of one bucket and one number of repeats each, sorted by name.
 
-    Who was in a shard of its group stays there. The others, in key order, first fill the last shard
-    of their group, if that has room, then new shards, with the lowest numbers of their bucket that
-    are free. With nothing before, it is what a fresh encode makes.
+    A sample that is in a shard of its own group stays there. The others, in key order, fill up the
+    last shard of their group, then new shards, which take the lowest free numbers of their bucket.
+    With an empty ``before`` this is what a fresh encode makes.
     """
     by_key = {member.record.key: member for member in planned}
     kept: dict[str, list[PlannedSample]] = {}
     last: dict[tuple[Size, int], str] = {}  # of each group that keeps any shard
-    for name, was in sorted(before.items()):
-        here = [by_key.get(key) for key in was.keys]
-        stay = [member for member in here if member is not None and _group(member) == was.group]
+    for name, previous in sorted(before.items()):
+        found = [by_key.get(key) for key in previous.keys]
+        stay = [
+            member for member in found if member is not None and _group(member) == previous.group
+        ]
         for member in stay:
             del by_key[member.record.key]
         if stay:
             kept[name] = stay
-            last[was.group] = name
+            last[previous.group] = name
     groups: dict[tuple[Size, int], list[PlannedSample]] = defaultdict(list)
     for key in sorted(by_key):
         groups[_group(by_key[key])].append(by_key[key])
@@ -112,12 +115,12 @@ def place(
     shards = []
     for (bucket, repeats), members in sorted(groups.items()):
         if name := last.get((bucket, repeats), ""):
-            room = max(0, shard_size - len(kept[name]))
-            kept[name] += members[:room]
-            members = members[room:]
-        free = (shard_name(bucket, number) for number in numbers[bucket])
+            num_free = max(0, shard_size - len(kept[name]))
+            kept[name] += members[:num_free]
+            members = members[num_free:]
+        names = (shard_name(bucket, number) for number in numbers[bucket])
         for start in range(0, len(members), shard_size):
-            name = next(name for name in free if name not in before)
+            name = next(name for name in names if name not in before)
             part = tuple(members[start : start + shard_size])
             shards.append(ShardPlan(name, bucket, repeats, part))
     for name, stay in kept.items():

@@ -1,4 +1,4 @@
-"""What a run has to write: its shards, and of each sample what is copied and what is encoded.
+"""The plan file of a run: the shards to write, and what each sample copies and encodes.
 
 ``plan.jsonl`` in the cache's folder holds it while the run lasts: the first line what all shards
 have in common, then a line a shard; each is JSON behind a digest of its bytes. The processes of a
@@ -23,11 +23,11 @@ from shards.manifest import PLAN
 
 @dataclass(frozen=True, slots=True)
 class CopySource:
-    """Where a half of a sample lies that is still right: a row of a shard that was set aside.
+    """Where the valid latents or text of a sample are copied from: a row of a retired shard.
 
-    ``key`` is the sample's key there. ``cache`` is the folder of the other cache of a run (train or
-    val) where it is not one's own. Of latents, ``num_variants`` is how many of the first variants
-    lie there; 0 is all.
+    ``key`` is the sample's key in that shard. ``cache`` is empty, or the folder of the run's other
+    cache (train or val). For latents, ``num_variants`` is the number of first variants that the
+    row has; 0 means all.
     """
 
     shard: str
@@ -39,7 +39,7 @@ class CopySource:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class SampleTask:
-    """One member of a shard: each half is copied from where it is found, or encoded."""
+    """One member of a shard: latents and text are each copied or encoded."""
 
     planned: PlannedSample
     latents: CopySource | None = None
@@ -48,7 +48,7 @@ class SampleTask:
 
     @property
     def is_encoded(self) -> bool:
-        """Whether something of it is not there yet."""
+        """Whether any of it must be encoded."""
         is_copied = self.latents and not self.latents.num_variants and self.text
         return self.reason is None and not is_copied
 
@@ -61,7 +61,7 @@ class ShardTask:
     bucket: Size
     repeats: int
     tasks: tuple[SampleTask, ...]  # in key order
-    frees: tuple[str, ...] = ()  # shards set aside that only this one copies from
+    releases: tuple[str, ...] = ()  # retired shards that only this one copies from
 
     @property
     def num_encodes(self) -> int:
@@ -69,16 +69,16 @@ class ShardTask:
         return sum(task.is_encoded for task in self.tasks)
 
 
-def write_work(folder: Path, about: dict[str, Any], works: list[ShardTask]) -> None:
+def write_plan_file(folder: Path, header: dict[str, Any], shard_tasks: list[ShardTask]) -> None:
     """Write the plan file, durably: from now on this is where the samples go."""
     with durable_file(folder / PLAN) as file:
-        for line in (about, *map(_shard_to_json, works)):
+        for line in (header, *map(_shard_to_json, shard_tasks)):
             text = json.dumps(line).encode()
             file.write(xxhash.xxh3_64_hexdigest(text).encode() + b" " + text + b"\n")
 
 
 class PlanFile:
-    """The plan file, read line by line; ``about`` is what all its shards have in common.
+    """The plan file, read line by line; ``header`` is what all its shards have in common.
 
     Raises:
         FileNotFoundError: there is none.
@@ -90,30 +90,30 @@ class PlanFile:
         with open(self._path, "rb") as file:
             self._starts = [0]
             self._starts += [file.tell() for _ in iter(file.readline, b"")]
-        self.about: dict[str, Any] = self._line(0)
+        self.header: dict[str, Any] = self._read_line(0)
 
     def __len__(self) -> int:
         return len(self._starts) - 2
 
     def shard(self, number: int) -> ShardTask:
         """The ``number``-th shard to be written."""
-        line = self._line(1 + number)
+        line = self._read_line(1 + number)
         if wrong := schema.misfit(line, _SHARD):
             raise ValueError(f"{self._path}: {wrong}; run the same encode again")
         return _shard_from_json(line)
 
     def places(self) -> dict[str, Placement]:
-        """Where samples were to go, by the shards' names."""
+        """The samples assigned to each shard, by the shards' names."""
         places = {}
         for number in range(len(self)):
-            work = self.shard(number)
-            keys = tuple(task.planned.record.key for task in work.tasks)
+            shard_task = self.shard(number)
+            keys = tuple(task.planned.record.key for task in shard_task.tasks)
             if len(set(keys)) < len(keys):
                 raise ValueError(f"{self._path}: names a sample twice; run the same encode again")
-            places[work.name] = Placement(work.bucket, work.repeats, keys)
+            places[shard_task.name] = Placement(shard_task.bucket, shard_task.repeats, keys)
         return places
 
-    def _line(self, number: int) -> Any:
+    def _read_line(self, number: int) -> Any:
         with open(self._path, "rb") as file:
             file.seek(self._starts[number])
             digest, _, text = file.readline().rstrip(b"\n").partition(b" ")
@@ -122,17 +122,17 @@ class PlanFile:
         return schema.read_json(text)
 
 
-def read_about(folder: Path) -> dict[str, Any]:
-    """What an interrupted run's shards have in common; of none, nothing."""
+def read_plan_header(folder: Path) -> dict[str, Any]:
+    """The header of an interrupted run's plan file (recipe, made_with); empty if there is none."""
     try:
-        header = PlanFile(folder).about
+        header = PlanFile(folder).header
     except (FileNotFoundError, ValueError):
         return {}
-    return {} if schema.misfit(header, _ABOUT) else header
+    return {} if schema.misfit(header, _HEADER) else header
 
 
 def read_places(folder: Path) -> dict[str, Placement]:
-    """Where an interrupted run put its samples; of none, nothing."""
+    """The samples that an interrupted run assigned to each shard; empty if there was none."""
     try:
         return PlanFile(folder).places()
     except (FileNotFoundError, ValueError):
@@ -144,12 +144,12 @@ def _is_path(value: Any) -> bool:
 
 
 # What the lines must look like before they are believed.
-_ABOUT = {"recipe": schema.record, "made_with": schema.record}
+_HEADER = {"recipe": schema.record, "made_with": schema.record}
 _COUNT = schema.whole()
 _TIME = schema.whole(-(2**63), 2**63)  # in ns
 _BLOB = schema.row(_is_path, _COUNT, _TIME, _COUNT)
 _GEOMETRY = schema.row(*[schema.each(_COUNT, 2)] * 4, schema.flag)
-_FOUND = schema.row(schema.SHARD, _COUNT, schema.text, schema.text, _COUNT)
+_COPY_SOURCE = schema.row(schema.SHARD, _COUNT, schema.text, schema.text, _COUNT)
 _TASK = {
     "path": schema.text,
     "picture": _BLOB,
@@ -158,8 +158,8 @@ _TASK = {
     "weight": schema.number,
     "digests": schema.each(schema.text, 2),
     "variants": schema.each(_GEOMETRY),
-    "latents": schema.maybe(_FOUND),
-    "text": schema.maybe(_FOUND),
+    "latents": schema.maybe(_COPY_SOURCE),
+    "text": schema.maybe(_COPY_SOURCE),
     "reason": schema.maybe(schema.text),
 }
 _SHARD = {
@@ -171,13 +171,13 @@ _SHARD = {
 }
 
 
-def _shard_to_json(work: ShardTask) -> dict[str, Any]:
+def _shard_to_json(shard_task: ShardTask) -> dict[str, Any]:
     return {
-        "name": work.name,
-        "bucket": work.bucket,
-        "repeats": work.repeats,
-        "frees": work.frees,
-        "tasks": [_task_to_json(task) for task in work.tasks],
+        "name": shard_task.name,
+        "bucket": shard_task.bucket,
+        "repeats": shard_task.repeats,
+        "frees": shard_task.releases,
+        "tasks": [_task_to_json(task) for task in shard_task.tasks],
     }
 
 
@@ -191,11 +191,11 @@ def _task_to_json(task: SampleTask) -> dict[str, Any]:
     planned, record = task.planned, task.planned.record
     return {
         "path": record.path,
-        "picture": _blob_to_json(record.picture),
+        "picture": _blob_to_json(record.image),
         "mask": record.mask and _blob_to_json(record.mask),
         "captions": record.captions,
         "weight": record.weight,
-        "digests": [planned.picture, planned.mask],
+        "digests": [planned.image_digest, planned.mask_digest],
         "variants": [astuple(geometry) for geometry in planned.variants],
         "latents": task.latents and astuple(task.latents),
         "text": task.text and astuple(task.text),
@@ -214,7 +214,7 @@ def _task_from_json(line: dict[str, Any], repeats: int) -> SampleTask:
     )
     image, mask = line["digests"]
     variants = tuple(_geometry_from_json(row) for row in line["variants"])
-    latents, text = (line[half] and CopySource(*line[half]) for half in ("latents", "text"))
+    latents, text = (line[part] and CopySource(*line[part]) for part in ("latents", "text"))
     return SampleTask(PlannedSample(record, image, variants, mask), latents, text, line["reason"])
 
 

@@ -1,4 +1,4 @@
-"""What a run would lose, known from its plan: refused before anything is touched.
+"""Refuses plans that would lose too many samples, before anything is touched.
 
 A sample is lost where its key is planned no more and its image is nowhere in the dataset: one
 that was renamed, or moved between train and val, is not.
@@ -16,9 +16,9 @@ from shards.format import CacheError
 from shards.index import Index
 from shards.reader import Shard
 
-MOST_REMOVED = 0.1
-MOST_REMOVED_OF_FEW, FEW = 0.5, 100  # of fewer samples, one or two are more than a tenth
-MOST_NAMED = 8
+MAX_REMOVED = 0.1
+MAX_REMOVED_OF_FEW, FEW = 0.5, 100  # of fewer samples, one or two are more than a tenth
+MAX_NAMED = 8
 
 
 def refuse_losses(plans: list[CachePlan], settings: EncodeSettings, notes: Notes) -> None:
@@ -27,7 +27,9 @@ def refuse_losses(plans: list[CachePlan], settings: EncodeSettings, notes: Notes
         ValueError: too many images are rejected, or samples removed, or the cache was made from
             another dataset; says how many, and the option that allows it.
     """
-    images = {planned.picture for plan in plans for planned in plan.planned if planned.picture}
+    images = {
+        planned.image_digest for plan in plans for planned in plan.planned if planned.image_digest
+    }
     for plan in plans:
         lost = _lost(plan, images)
         if not settings.allow_other_dataset:
@@ -56,34 +58,34 @@ def warn_of_reasons(rejected: list[Rejected]) -> None:
             else rejection.reason
         )
         by_reason[reason].append(rejection.path)
-    for reason, paths in sorted(by_reason.items(), key=lambda item: -len(item[1]))[:MOST_NAMED]:
-        more = f" and {len(paths) - MOST_NAMED:,} more" if len(paths) > MOST_NAMED else ""
-        names = ", ".join(paths[:MOST_NAMED])
+    for reason, paths in sorted(by_reason.items(), key=lambda item: -len(item[1]))[:MAX_NAMED]:
+        more = f" and {len(paths) - MAX_NAMED:,} more" if len(paths) > MAX_NAMED else ""
+        names = ", ".join(paths[:MAX_NAMED])
         warnings.warn(f"{len(paths):,} rejected: {reason}: {names}{more}", stacklevel=2)
 
 
-def num_held(plan: CachePlan) -> int:
-    """How many samples lie there, in the cache and set aside by an interrupted run."""
-    return len({key for held in plan.comparison.held for key in held.rows})
+def num_existing(plan: CachePlan) -> int:
+    """The number of existing samples, current and retired."""
+    return len({key for existing in plan.comparison.existing_shards for key in existing.rows})
 
 
 def _lost(plan: CachePlan, images: set[str]) -> dict[str, tuple[str, int, bool]]:
-    """By key: the shard and row of each sample that would be lost, and whether it is set aside."""
-    aside = plan.comparison.aside
+    """The shard, row and whether the shard is retired of each sample that would be lost, by key."""
+    retired = plan.comparison.retired
     return {
-        key: (held.name, held.rows[key], held is aside.get(held.name))
-        for held, key in plan.comparison.orphans()
-        if key in held.rows and held.marks[key][0] not in images
+        key: (existing.name, existing.rows[key], existing is retired.get(existing.name))
+        for existing, key in plan.comparison.orphans()
+        if key in existing.rows and existing.fingerprints[key][0] not in images
     }
 
 
 def _refuse_removal(
     plan: CachePlan, lost: dict[str, tuple[str, int, bool]], settings: EncodeSettings
 ) -> None:
-    num = num_held(plan)
+    num = num_existing(plan)
     most = settings.max_removed
     if most is None:
-        most = MOST_REMOVED if num >= FEW else MOST_REMOVED_OF_FEW
+        most = MAX_REMOVED if num >= FEW else MAX_REMOVED_OF_FEW
     if len(lost) <= most * num + 1e-6:  # 0.29 * 100 is less than 29
         return
     rejected = [rejection for rejection in plan.rejected if rejection.key in lost]
@@ -118,32 +120,32 @@ def _refuse_other_dataset(
 ) -> None:
     """By what this machine remembers, and where it remembers nothing by the images: samples whose
     image is still there, or whose name is that of one that is rejected now, are common."""
-    num = num_held(plan)
+    num = num_existing(plan)
     if notes.is_known or not num:
         return
-    images = {planned.picture for planned in plan.planned if planned.picture}
+    images = {planned.image_digest for planned in plan.planned if planned.image_digest}
     names = {rejection.key for rejection in plan.rejected}
     common = {
         key
-        for held in plan.comparison.held
-        for key in held.rows
-        if key in names or held.marks[key][0] in images
+        for existing in plan.comparison.existing_shards
+        for key in existing.rows
+        if key in names or existing.fingerprints[key][0] in images
     }
     if common and (notes.other_dataset is None or len(common) >= num / 2):
         return
-    was = notes.other_dataset or "another dataset"
+    dataset_before = notes.other_dataset or "another dataset"
     has = f"{len(common):,} of its {num:,} images are" if common else "none of its images is"
     raise ValueError(
-        f"{plan.folder}: this cache was made from {was}; {has} in {settings.dataset}. Nothing was "
-        "touched. Give another --out, or --allow-other-dataset to replace what is there"
+        f"{plan.folder}: this cache was made from {dataset_before}; {has} in {settings.dataset}. "
+        "Nothing was touched. Give another --out, or --allow-other-dataset to replace what is there"
     )
 
 
-def _path(plan: CachePlan, name: str, row: int, is_aside: bool) -> str:
+def _path(plan: CachePlan, name: str, row: int, is_retired: bool) -> str:
     """The path in the dataset that a sample was made from."""
-    held = (plan.comparison.aside if is_aside else plan.comparison.here)[name]
+    existing = (plan.comparison.retired if is_retired else plan.comparison.current)[name]
     try:
-        shard = Shard(held.folder, name, Index(held.folder / f"{name}.index").sha256)
-        return str(shard.about(row)["path"])
+        shard = Shard(existing.folder, name, Index(existing.folder / f"{name}.index").sha256)
+        return str(shard.metadata(row)["path"])
     except (CacheError, OSError):
         return f"a sample of {name}"

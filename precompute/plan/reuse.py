@@ -1,11 +1,12 @@
-"""What an earlier run left, and what of each sample is still right, what is not, and why.
+"""Compares the planned samples with existing shards: what can be copied, what must be encoded, why.
 
-A shard that is to be written anew is first moved to ``replaced/``: what is still right in it is
-copied from there, and no index ever stands beside a tar that is not its own.
+A shard that is to be written anew is first retired, that is, moved to ``replaced/``: what is still
+valid in it is copied from there, and no index ever stands beside another shard's tar.
 
-A sample has two halves: latents (with mask and sizes) and text. Each is made from marks of its own
-(``placement.MARKS``) by parts of the recipe. A sample is looked for by its key first, then by the
-bytes of its image: so one that was renamed, or moved between train and val, is found again.
+A sample has two parts: latents (with mask and sizes) and text. Each depends on fields of the
+sample's fingerprint (``placement.FINGERPRINT_FIELDS``) and on parts of the recipe. A sample is
+looked for by its key first, then by the bytes of its image, so that one that was renamed, or moved
+between train and val, is found again.
 """
 
 import re
@@ -17,12 +18,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from precompute.plan.placement import (
-    CHANGING,
-    MARKS,
+    FINGERPRINT_FIELDS,
+    UNMATCHED,
     Placement,
     PlannedSample,
     ShardPlan,
-    geometry_mark,
+    geometry_digest,
 )
 from precompute.plan.plan_file import CopySource, SampleTask, ShardTask
 from runtime.files import move_into
@@ -31,7 +32,7 @@ from shards.index import Index
 from shards.manifest import REPLACED
 
 SHARD_NAME = re.compile(r"\d+x\d+-\d{6}")
-ENDS = (".index", ".tar")  # the mark goes first: a tar without an index is nothing
+SUFFIXES = (".index", ".tar")  # the index goes first: a tar without an index is no shard
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,9 +51,9 @@ class ExistingShard:
         return dict(self.index.header["recipe"])
 
     @cached_property
-    def marks(self) -> dict[str, list[Any]]:
-        """Of each member by key, those that failed too, what it was made from."""
-        return {key: marks for key, *marks in self.index.header["members"]}
+    def fingerprints(self) -> dict[str, list[Any]]:
+        """The fingerprint of each member by key, including those that failed."""
+        return {key: fingerprint for key, *fingerprint in self.index.header["members"]}
 
     @cached_property
     def reasons(self) -> dict[str, str]:
@@ -61,16 +62,16 @@ class ExistingShard:
 
     @cached_property
     def rows(self) -> dict[str, int]:
-        keys = (key for key in self.marks if key not in self.reasons)
+        keys = (key for key in self.fingerprints if key not in self.reasons)
         return {key: row for row, key in enumerate(keys)}
 
     @property
-    def place(self) -> Placement:
+    def placement(self) -> Placement:
         width, height = self.index.header["bucket"]
-        return Placement((width, height), self.index.header["repeats"], tuple(self.marks))
+        return Placement((width, height), self.index.header["repeats"], tuple(self.fingerprints))
 
 
-def read_held(folder: Path) -> dict[str, ExistingShard]:
+def read_existing(folder: Path) -> dict[str, ExistingShard]:
     """The whole shards in a folder, by name.
 
     Raises:
@@ -86,65 +87,67 @@ def read_held(folder: Path) -> dict[str, ExistingShard]:
         except (CacheError, OSError):
             continue
         members = index.header.get("members")
-        known = isinstance(members, list) and all(len(row) == 1 + len(MARKS) for row in members)
+        known = isinstance(members, list) and all(
+            len(row) == 1 + len(FINGERPRINT_FIELDS) for row in members
+        )
         if known and size == index.header["tar_bytes"]:
             shards[name] = ExistingShard(folder, index)
     return shards
 
 
 def shard_names(folder: Path) -> list[str]:
-    """Of all shards of which anything lies in the folder."""
+    """The names of all shards of which the folder has an index, a tar or both."""
     if not folder.is_dir():
         return []
-    stems = {path.stem for path in folder.iterdir() if path.suffix in ENDS}
+    stems = {path.stem for path in folder.iterdir() if path.suffix in SUFFIXES}
     return sorted(stem for stem in stems if SHARD_NAME.fullmatch(stem))
 
 
 def retire(folder: Path, names: list[str]) -> None:
-    """Move whole shards to ``replaced/``, durably."""
-    aside = folder / REPLACED
+    """Move shards to ``replaced/``, durably, in the place of any of the same name."""
+    replaced = folder / REPLACED
     if not names:
         return
-    aside.mkdir(exist_ok=True)
+    replaced.mkdir(exist_ok=True)
     for name in names:
-        remove_shard(aside, name)
-    move_into(aside, [folder / (name + end) for name in names for end in ENDS])
+        remove_shard(replaced, name)
+    move_into(replaced, [folder / (name + end) for name in names for end in SUFFIXES])
 
 
 def recover_retirement(folder: Path) -> None:
-    """Go on where ``retire`` was interrupted: half a shard there, and half still here."""
-    aside = folder / REPLACED
-    for name in shard_names(aside):
-        moved = [end for end in ENDS if (aside / (name + end)).exists()]
-        here = [end for end in ENDS if (folder / (name + end)).exists()]
-        if len(moved) == len(here) == 1 and moved != here:
-            move_into(aside, [folder / (name + here[0])])
+    """Finish a ``retire`` that was interrupted between a shard's index and its tar."""
+    replaced = folder / REPLACED
+    for name in shard_names(replaced):
+        moved = [end for end in SUFFIXES if (replaced / (name + end)).exists()]
+        remaining = [end for end in SUFFIXES if (folder / (name + end)).exists()]
+        if len(moved) == len(remaining) == 1 and moved != remaining:
+            move_into(replaced, [folder / (name + remaining[0])])
 
 
 def remove_shard(folder: Path, name: str) -> None:
-    for end in ENDS:
+    for end in SUFFIXES:
         (folder / (name + end)).unlink(missing_ok=True)
 
 
 def remove_replaced(folder: Path) -> None:
-    """What was set aside, when nothing is copied from it any more."""
-    aside = folder / REPLACED
-    if aside.is_dir():
-        for name in shard_names(aside):
-            remove_shard(aside, name)
-        if not any(aside.iterdir()):
-            aside.rmdir()
+    """Delete the retired shards, when nothing is copied from them any more."""
+    replaced = folder / REPLACED
+    if replaced.is_dir():
+        for name in shard_names(replaced):
+            remove_shard(replaced, name)
+        if not any(replaced.iterdir()):
+            replaced.rmdir()
 
 
-# The comparison of what is planned with what an earlier run left.
+# The comparison of planned samples with existing shards.
 
-# What the geometry of each sample tells already; the rest of a recipe's preprocessing is of pixels.
+# Preprocessing that a sample's geometry shows already; the rest changes pixels alone.
 GEOMETRY = {"mode", "resolution", "bucket_step", "crops", "flip"}
-LATENT_MARKS = {"picture", "mask", "geometry"}
-TEXT_MARKS = {"captions"}
+LATENT_FIELDS = {"picture", "mask", "geometry"}
+TEXT_FIELDS = {"captions"}
 PREPROCESSING = "resolution or preprocessing"
-SAMPLE_CAUSES = {name: name for name in MARKS} | {"geometry": PREPROCESSING}
-# A recipe's parts as they are said to the user, by their names in it.
+SAMPLE_CAUSES = {name: name for name in FINGERPRINT_FIELDS} | {"geometry": PREPROCESSING}
+# The names that messages give to parts of a recipe.
 RECIPE_CAUSES = {
     "preprocessing": PREPROCESSING,
     "vae": "VAE",
@@ -173,7 +176,7 @@ class Changes:
 
 
 def latent_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
-    """The parts of a recipe that decide latents, less what each sample's marks tell."""
+    """The parts of a recipe that decide latents, less what each sample's fingerprint shows."""
     pixels = {k: v for k, v in recipe["preprocessing"].items() if k not in GEOMETRY}
     vae = {k: v for k, v in recipe["vae"].items() if k != "of_base"}
     return {"preprocessing": pixels, "vae": vae, "storage": recipe["storage"]}
@@ -188,39 +191,39 @@ def text_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(eq=False)
 class Comparison:
-    """One cache as it is to be, and what lies there: ``here`` are whole shards in its ``folder``,
-    ``aside`` those of an interrupted run."""
+    """The planned shards of one cache and the existing ones: ``current`` are whole shards in its
+    ``folder``, ``retired`` those that an interrupted run moved to ``replaced/``."""
 
     folder: Path
     shards: list[ShardPlan]
-    here: dict[str, ExistingShard]
-    aside: dict[str, ExistingShard]
+    current: dict[str, ExistingShard]
+    retired: dict[str, ExistingShard]
 
     def __post_init__(self) -> None:
         self.keys = {planned.record.key for shard in self.shards for planned in shard.members}
 
     @property
-    def held(self) -> Iterator[ExistingShard]:
-        yield from self.aside.values()
-        yield from self.here.values()
+    def existing_shards(self) -> Iterator[ExistingShard]:
+        yield from self.retired.values()
+        yield from self.current.values()
 
     def orphans(self) -> Iterator[tuple[ExistingShard, str]]:
-        """The samples there that are not to be any more, by their keys; of one that lies there
-        twice, both."""
-        for held in self.held:
-            yield from ((held, key) for key in held.marks if key not in self.keys)
+        """Existing samples, as shard and key, that are planned no more; a key that is both current
+        and retired comes twice."""
+        for existing in self.existing_shards:
+            yield from ((existing, key) for key in existing.fingerprints if key not in self.keys)
 
 
 def compare(
     comparisons: list[Comparison], recipe: dict[str, Any]
 ) -> list[tuple[list[ShardTask], Changes]]:
-    """Of each cache the shards that must be written, with what is found of their samples, and what
+    """For each cache the shards that must be written, with the tasks of their samples, and what
     changed."""
     stale = [
         [
             shard
             for shard in comparison.shards
-            if not _stays(shard, comparison.here.get(shard.name), recipe)
+            if not _stays(shard, comparison.current.get(shard.name), recipe)
         ]
         for comparison in comparisons
     ]
@@ -228,15 +231,15 @@ def compare(
         _origins(comparison, shards, recipe)
         for comparison, shards in zip(comparisons, stale, strict=True)
     ]
-    by_picture: dict[str, list[_Origin]] = defaultdict(list)
+    by_image: dict[str, list[_Origin]] = defaultdict(list)
     for comparison, own_origins in zip(comparisons, origins, strict=True):
         for origin in own_origins:
             if origin.key not in comparison.keys and (
-                mark := origin.source.held.marks[origin.key][0]
+                digest := origin.source.shard.fingerprints[origin.key][0]
             ):
-                by_picture[mark].append(origin)
+                by_image[digest].append(origin)
     results = [
-        _compare(comparison, shards, own_origins, by_picture)
+        _compare(comparison, shards, own_origins, by_image)
         for comparison, shards, own_origins in zip(comparisons, stale, origins, strict=True)
     ]
     for comparison, (_, changes, _) in zip(comparisons, results, strict=True):
@@ -247,8 +250,11 @@ def compare(
             if origin.source.cache == comparison.folder.name
         }
         changes.num_removed = len({key for _, key in comparison.orphans()} - moved)
-    works = _with_frees([works for works, _, _ in results], comparisons)
-    return [(work, changes) for work, (_, changes, _) in zip(works, results, strict=True)]
+    shard_tasks = _with_releases([shard_tasks for shard_tasks, _, _ in results], comparisons)
+    return [
+        (shard_task, changes)
+        for shard_task, (_, changes, _) in zip(shard_tasks, results, strict=True)
+    ]
 
 
 def _origins(
@@ -256,23 +262,26 @@ def _origins(
 ) -> list["_Origin"]:
     """All samples that can be copied from when the shards of this cache are written.
 
-    A shard that is not to stay is set aside first. One that an interrupted run set aside under the
-    same name makes room for it then, so it is none of these: its rows are others.
+    A shard that does not stay is retired first. It then replaces one of the same name that an
+    interrupted run retired, so that one cannot be copied from.
     """
     staying = {shard.name for shard in comparison.shards} - {shard.name for shard in stale}
-    leaving = {name: held for name, held in comparison.here.items() if name not in staying}
-    aside = [held for name, held in comparison.aside.items() if name not in leaving]
+    leaving = {
+        name: existing for name, existing in comparison.current.items() if name not in staying
+    }
+    retired = [existing for name, existing in comparison.retired.items() if name not in leaving]
     sources = [
-        _Source(held, recipe, comparison.folder.name) for held in (*aside, *leaving.values())
+        _Source(existing, recipe, comparison.folder.name)
+        for existing in (*retired, *leaving.values())
     ]
-    return [_Origin(source, key) for source in sources for key in source.held.marks]
+    return [_Origin(source, key) for source in sources for key in source.shard.fingerprints]
 
 
 def _compare(
     comparison: Comparison,
     stale: list[ShardPlan],
     origins: list["_Origin"],
-    by_picture: dict[str, list["_Origin"]],
+    by_image: dict[str, list["_Origin"]],
 ) -> tuple[list[ShardTask], Changes, list["_Origin"]]:
     changes = Changes()
     by_key: dict[str, list[_Origin]] = defaultdict(list)
@@ -280,46 +289,49 @@ def _compare(
         by_key[origin.key].append(origin)
     written = {shard.name for shard in stale}
     changes.num_unchanged = sum(
-        len(comparison.here[shard.name].marks)
+        len(comparison.current[shard.name].fingerprints)
         for shard in comparison.shards
         if shard.name not in written
     )
     claimed: list[_Origin] = []
-    works = []
+    shard_tasks = []
     for shard in stale:
         tasks = []
         for planned in shard.members:
             if matches := by_key.get(planned.record.key):
-                tasks.append(_same_key(planned, matches, changes))
-            elif planned.picture and (matches := by_picture.get(planned.picture)):
-                task, origin = _same_picture(planned, matches, changes, comparison.folder.name)
+                tasks.append(_task_for_same_key(planned, matches, changes))
+            elif planned.image_digest and (matches := by_image.get(planned.image_digest)):
+                task, origin = _task_for_same_image(
+                    planned, matches, changes, comparison.folder.name
+                )
                 claimed.append(origin)
                 tasks.append(task)
             else:
                 changes.num_new += 1
                 tasks.append(SampleTask(planned))
-        works.append(ShardTask(shard.name, shard.bucket, shard.repeats, tuple(tasks)))
-    return works, changes, claimed
+        shard_tasks.append(ShardTask(shard.name, shard.bucket, shard.repeats, tuple(tasks)))
+    return shard_tasks, changes, claimed
 
 
-def _stays(shard: ShardPlan, held: ExistingShard | None, recipe: dict[str, Any]) -> bool:
+def _stays(shard: ShardPlan, existing: ExistingShard | None, recipe: dict[str, Any]) -> bool:
     """Whether the shard is as it would be written."""
-    if held is None or held.recipe != recipe:
+    if existing is None or existing.recipe != recipe:
         return False
-    if (held.place.bucket, held.place.repeats) != (shard.bucket, shard.repeats):
+    if (existing.placement.bucket, existing.placement.repeats) != (shard.bucket, shard.repeats):
         return False
-    members = [[member.record.key, *member.marks] for member in shard.members]
-    return bool(held.index.header["members"] == members)
+    members = [[member.record.key, *member.fingerprint] for member in shard.members]
+    return bool(existing.index.header["members"] == members)
 
 
 class _Source:
-    """A shard of ``cache`` to copy from, and which causes its recipe gives against that."""
+    """A shard of ``cache`` to copy from; whether its latents and its text are of this recipe,
+    and the causes where they are not."""
 
-    def __init__(self, held: ExistingShard, recipe: dict[str, Any], cache: str) -> None:
-        self.held, self.cache = held, cache
-        self.causes = set(_recipe_causes(held.recipe, recipe))
-        self.latents = latent_recipe(held.recipe) == latent_recipe(recipe)
-        self.text = text_recipe(held.recipe) == text_recipe(recipe)
+    def __init__(self, existing: ExistingShard, recipe: dict[str, Any], cache: str) -> None:
+        self.shard, self.cache = existing, cache
+        self.causes = set(_recipe_causes(existing.recipe, recipe))
+        self.latents = latent_recipe(existing.recipe) == latent_recipe(recipe)
+        self.text = text_recipe(existing.recipe) == text_recipe(recipe)
 
 
 class _Origin(NamedTuple):
@@ -329,41 +341,48 @@ class _Origin(NamedTuple):
     key: str
 
     def find(self, planned: PlannedSample, cache: str) -> tuple[SampleTask, set[str]]:
-        """What there is of ``planned``, a sample of ``cache``, and why it is not all."""
-        source, held, key = self.source, self.source.held, self.key
-        if held.marks[key] == CHANGING:
+        """The task that copies what is valid for ``planned``, a sample of ``cache``, and the causes
+        for which the rest is encoded."""
+        source, existing, key = self.source, self.source.shard, self.key
+        if existing.fingerprints[key] == UNMATCHED:
             return SampleTask(planned), {"picture"}
-        old_marks = dict(zip(MARKS, held.marks[key], strict=True))
-        new_marks = dict(zip(MARKS, planned.marks, strict=True))
-        changed = {name for name in MARKS if old_marks[name] != new_marks[name]}
-        named = changed - {"geometry"} if "picture" in changed else changed  # it has another size
+        old = dict(zip(FINGERPRINT_FIELDS, existing.fingerprints[key], strict=True))
+        new = dict(zip(FINGERPRINT_FIELDS, planned.fingerprint, strict=True))
+        changed = {name for name in FINGERPRINT_FIELDS if old[name] != new[name]}
+        named = (
+            changed - {"geometry"} if "picture" in changed else changed
+        )  # another image has another size
         causes = source.causes | {SAMPLE_CAUSES[name] for name in named}
-        if held.place.repeats != planned.record.repeats:
+        if existing.placement.repeats != planned.record.repeats:
             causes |= {"repeats"}
-        if key in held.reasons:
+        if key in existing.reasons:
             as_it_was = source.latents and source.text and not changed
-            return SampleTask(planned, reason=held.reasons[key] if as_it_was else None), causes
+            return SampleTask(planned, reason=existing.reasons[key] if as_it_was else None), causes
         other = "" if source.cache == cache else source.cache
-        stored = CopySource(held.name, held.rows[key], key, other)
-        latents = stored if source.latents and not changed & LATENT_MARKS else None
-        if source.latents and changed & LATENT_MARKS == {"geometry"}:
-            latents = _first_variants(planned, stored, held, old_marks["geometry"])
-        text = stored if source.text and not changed & TEXT_MARKS else None
+        stored = CopySource(existing.name, existing.rows[key], key, other)
+        latents = stored if source.latents and not changed & LATENT_FIELDS else None
+        if source.latents and changed & LATENT_FIELDS == {"geometry"}:
+            latents = _first_variants(planned, stored, existing, old["geometry"])
+        text = stored if source.text and not changed & TEXT_FIELDS else None
         return SampleTask(planned, latents, text), causes
 
 
 def _first_variants(
-    planned: PlannedSample, stored: CopySource, held: ExistingShard, mark: str
+    planned: PlannedSample, stored: CopySource, existing: ExistingShard, old_geometry: str
 ) -> CopySource | None:
-    """The sample there, if what it has are the first variants of the planned: then ``--flip`` or
-    more ``--crops`` joined, and only the others are to be encoded."""
-    num = int(held.index.records["num_variants"][stored.row])
-    is_part = num < len(planned.variants) and geometry_mark(planned.variants[:num]) == mark
+    """A copy of the existing variants, if they are the first ones of the planned: then ``--flip``
+    or more ``--crops`` were added, and only the others are encoded."""
+    num = int(existing.index.records["num_variants"][stored.row])
+    is_part = (
+        num < len(planned.variants) and geometry_digest(planned.variants[:num]) == old_geometry
+    )
     return replace(stored, num_variants=num) if is_part else None
 
 
-def _same_key(planned: PlannedSample, origins: list[_Origin], changes: Changes) -> SampleTask:
-    """What there is of a sample under its own key; of several places that which has most."""
+def _task_for_same_key(
+    planned: PlannedSample, origins: list[_Origin], changes: Changes
+) -> SampleTask:
+    """The task of a sample that exists under its own key; of several origins the best match."""
     options = [origin.find(planned, origin.source.cache) for origin in origins]
     task, causes = min(options, key=lambda option: len(option[1]))
     changes.causes.update(causes)
@@ -371,10 +390,10 @@ def _same_key(planned: PlannedSample, origins: list[_Origin], changes: Changes) 
     return task
 
 
-def _same_picture(
+def _task_for_same_image(
     planned: PlannedSample, origins: list[_Origin], changes: Changes, cache: str
 ) -> tuple[SampleTask, _Origin]:
-    """What there is of a sample whose image lay there under another key."""
+    """The task of a sample whose image exists under another key, and the origin it uses."""
     options = [(*origin.find(planned, cache), origin) for origin in origins]
     task, causes, origin = min(options, key=lambda option: len(option[1]))
     changes.num_renamed += 1
@@ -383,7 +402,7 @@ def _same_picture(
 
 
 def _recipe_causes(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
-    """The changed parts of a recipe that decide tensors, as they are said to the user."""
+    """The changed parts of a recipe that decide tensors, by the names that messages use."""
     for name in ("preprocessing", "vae"):
         if latent_recipe(old)[name] != latent_recipe(new)[name]:
             yield RECIPE_CAUSES[name]
@@ -397,23 +416,26 @@ def _recipe_causes(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
             yield cause
 
 
-def _with_frees(
+def _with_releases(
     caches: list[list[ShardTask]], comparisons: Iterable[Comparison]
 ) -> list[list[ShardTask]]:
-    """Name for each shard the old ones that no other copies from."""
+    """Give each shard the names of retired shards that no other shard copies from."""
     names = [comparison.folder.name for comparison in comparisons]
     users: dict[tuple[str, str], set[tuple[str, str]]] = defaultdict(set)
-    for cache, works in zip(names, caches, strict=True):
-        for work in works:
-            for task in work.tasks:
+    for cache, shard_tasks in zip(names, caches, strict=True):
+        for shard_task in shard_tasks:
+            for task in shard_task.tasks:
                 for stored in (task.latents, task.text):
                     if stored is not None:
-                        users[stored.cache or cache, stored.shard].add((cache, work.name))
+                        users[stored.cache or cache, stored.shard].add((cache, shard_task.name))
     alone: dict[tuple[str, str], list[str]] = defaultdict(list)
     for (cache, old), copying in sorted(users.items()):
         if len(copying) == 1 and next(iter(copying))[0] == cache:
             alone[next(iter(copying))].append(old)
     return [
-        [replace(work, frees=tuple(alone.get((cache, work.name), ()))) for work in works]
-        for cache, works in zip(names, caches, strict=True)
+        [
+            replace(shard_task, releases=tuple(alone.get((cache, shard_task.name), ())))
+            for shard_task in shard_tasks
+        ]
+        for cache, shard_tasks in zip(names, caches, strict=True)
     ]

@@ -1,4 +1,4 @@
-"""Headers of the images: what each is and becomes; and what is remembered of them.
+"""Reads the headers of images, plans the variants of each, and remembers what was read.
 
 A header is read from the first bytes of a file where the format allows it. The digest of all bytes
 is computed only where something is compared by it (``add_digests``); a new image is hashed when it
@@ -16,11 +16,11 @@ from typing import Any
 from tqdm import tqdm
 
 from precompute.dataset.records import Blob, Memory, Rejected, SourceImage
-from precompute.images.decode import open_picture, picture_size
+from precompute.images.decode import image_size, open_image
 from precompute.images.masks import check_mask_size
-from precompute.images.rejections import PictureError, explain
+from precompute.images.rejections import ImageError, explain
 from precompute.images.variants import plan_variants
-from precompute.plan.placement import PlannedSample, picture_mark
+from precompute.plan.placement import PlannedSample, short_digest
 from precompute.settings import EncodeSettings
 from runtime.devices import num_cores
 from runtime.files import open_regular, read_checked, user_cache, write_checked
@@ -29,19 +29,19 @@ from shards.reader import read_ahead
 
 VERSION = 3  # of what is remembered, and of how a header is read
 HEAD_BYTES = 1 << 16
-MOST_CHUNKS = 100_000  # of a PNG, before it is read whole instead
+MAX_CHUNKS = 100_000  # of a PNG, before it is read whole instead
 PNG_START = b"\x89PNG\r\n\x1a\n"
 
-# What an image's bytes are: the mark of their digest, empty while nobody asked for it, then width
-# and height; or that mark and why it is no image.
+# [digest, width, height] of an image file; the digest is empty until all its bytes are read. For
+# a file that cannot be used it is [digest, reason].
 Header = list[Any]
 
 
 class Notes:
-    """What this machine remembers of the dataset of one cache: sizes, times and marks of its files.
+    """What this machine remembers of a cache's dataset: sizes, times and digests of its files.
 
-    It lies in the user's own cache folder, for it holds captions and the dataset's full path. If
-    it is lost, damaged, or of another dataset, the files are read again.
+    It is kept in the user's own cache folder, because it has captions and the dataset's full path.
+    If it is lost, damaged, or of another dataset, the files are read again.
     """
 
     def __init__(self, out: Path, dataset: Path, rehash: bool = False) -> None:
@@ -50,13 +50,13 @@ class Notes:
         self._dataset = str(dataset.resolve())
         self.other_dataset: str | None = None  # what the cache was made from, if not this one
         self.is_known = False  # whether it is remembered that this dataset made the cache
-        self._held = self._read()
-        self.memory = Memory() if rehash else Memory(known=self._held)
+        self._stored = self._read()
+        self.memory = Memory() if rehash else Memory(known=self._stored)
 
     def _read(self) -> dict[str, Any]:
         try:
-            held = json.loads(read_checked(self._path))
-            version, dataset, files = held["version"], held["dataset"], dict(held["files"])
+            notes = json.loads(read_checked(self._path))
+            version, dataset, files = notes["version"], notes["dataset"], dict(notes["files"])
         except (OSError, ValueError, TypeError, KeyError, RecursionError):
             return {}
         if version != VERSION:
@@ -67,22 +67,22 @@ class Notes:
 
     def write(self) -> None:
         """Keep what was seen; where that cannot be written, the next run is slower."""
-        if self.is_known and self.memory.seen == self._held:
+        if self.is_known and self.memory.seen == self._stored:
             return
-        held = {"version": VERSION, "dataset": self._dataset, "files": self.memory.seen}
+        notes = {"version": VERSION, "dataset": self._dataset, "files": self.memory.seen}
         try:
-            write_checked(self._path, json.dumps(held).encode())
+            write_checked(self._path, json.dumps(notes).encode())
         except OSError:
             return
-        self._held, self.is_known = dict(self.memory.seen), True
+        self._stored, self.is_known = dict(self.memory.seen), True
 
 
-def plan_pictures(
+def plan_images(
     records: list[SourceImage], settings: EncodeSettings, memory: Memory | None = None
 ) -> tuple[list[PlannedSample], list[Rejected]]:
-    """What each image becomes, from its header; of one that is remembered nothing is read."""
+    """Plan the variants of each image from its header; a file that is remembered is not read."""
     memory = memory or Memory()
-    shape, stamp = _shaper(settings), _stamper(settings.dataset)
+    shape, stamp = _make_geometry_function(settings), _make_stamp_function(settings.dataset)
     planned: list[PlannedSample] = []
     rejected: list[Rejected] = []
     for record, header in zip(records, _headers(records, memory, stamp), strict=True):
@@ -91,11 +91,11 @@ def plan_pictures(
                 reason = header.reason if isinstance(header, Rejected) else header[1]
                 rejected.append(Rejected(record.path, reason))
             else:
-                mark, width, height = header
+                digest, width, height = header
                 _check_size(width, height, settings.min_size)
                 variants = plan_variants(shape((width, height)), settings, record.key)
-                mask = _mask_mark(record, (width, height), memory, stamp)
-                planned.append(PlannedSample(record, mark, variants, mask))
+                mask = _mask_digest(record, (width, height), memory, stamp)
+                planned.append(PlannedSample(record, digest, variants, mask))
         except ValueError as error:
             rejected.append(Rejected(record.path, str(error)))
     return planned, rejected
@@ -108,64 +108,65 @@ def add_digests(
     settings: EncodeSettings,
     memory: Memory,
 ) -> tuple[list[PlannedSample], list[Rejected]]:
-    """The same with the marks of those that are ``wanted``, which are read whole for it.
+    """Return the samples with the image digests of those that are ``wanted``, which are read whole.
 
-    ``before`` has by key the marks (image, mask, ...) of the samples in the cache. Where a file of
+    ``before`` has the fingerprints of the samples in the cache, by key. Where the image or mask of
     such a sample has changed, it is decoded too: a sample is replaced only by what can be encoded.
     """
-    stamp = _stamper(settings.dataset)
+    stamp = _make_stamp_function(settings.dataset)
 
     def is_read(sample: PlannedSample) -> bool:
-        return wanted(sample) if not sample.picture else _has_changed(sample, before)
+        return wanted(sample) if not sample.image_digest else _has_changed(sample, before)
 
     missing = [sample for sample in planned if is_read(sample)]
     threads = num_cores()
     reading = read_ahead(lambda sample: _digest(sample, before), missing, threads, 4 * threads)
     bar = tqdm(reading, total=len(missing), unit="img", desc="compare", leave=False, delay=1)
-    marks: dict[str, str | Rejected] = {}
-    for sample, mark in zip(missing, bar, strict=True):
-        marks[sample.record.key] = mark
-        if not isinstance(mark, Rejected):
-            remember_digest(memory, stamp(sample.record.picture), mark)
-    rejected = [mark for mark in marks.values() if isinstance(mark, Rejected)]
+    results: dict[str, str | Rejected] = {}
+    for sample, result in zip(missing, bar, strict=True):
+        results[sample.record.key] = result
+        if not isinstance(result, Rejected):
+            remember_digest(memory, stamp(sample.record.image), result)
+    rejected = [result for result in results.values() if isinstance(result, Rejected)]
     gone = {rejection.key for rejection in rejected}
-    known = {key: mark for key, mark in marks.items() if not isinstance(mark, Rejected)}
+    known = {key: result for key, result in results.items() if not isinstance(result, Rejected)}
     return [
-        replace(sample, picture=known.get(sample.record.key, sample.picture))
+        replace(sample, image_digest=known.get(sample.record.key, sample.image_digest))
         for sample in planned
         if sample.record.key not in gone
     ], rejected
 
 
 def _has_changed(sample: PlannedSample, before: Mapping[str, Sequence[Any]]) -> bool:
-    """Whether the image or the mask of a sample in the cache is another one now."""
-    marks = before.get(sample.record.key)
-    return marks is not None and (
-        sample.picture != marks[0] or bool(sample.mask and sample.mask != marks[1])
+    """Whether the image or the mask of a sample that the cache has is another one now."""
+    fingerprint = before.get(sample.record.key)
+    return fingerprint is not None and (
+        sample.image_digest != fingerprint[0]
+        or bool(sample.mask_digest and sample.mask_digest != fingerprint[1])
     )
 
 
 def remember_encoded(
-    planned: Iterable[PlannedSample], marks: dict[str, str], dataset: Path, memory: Memory
+    planned: Iterable[PlannedSample], digests: dict[str, str], dataset: Path, memory: Memory
 ) -> None:
-    """Note the marks of images that were hashed when they were encoded; ``marks`` is by key."""
-    stamp = _stamper(dataset)
+    """Remember the digests of images that were hashed when they were encoded; they are by key."""
+    stamp = _make_stamp_function(dataset)
     for sample in planned:
-        if not sample.picture and (mark := marks.get(sample.record.key)):
-            remember_digest(memory, stamp(sample.record.picture), mark)
+        if not sample.image_digest and (digest := digests.get(sample.record.key)):
+            remember_digest(memory, stamp(sample.record.image), digest)
 
 
-def remember_digest(memory: Memory, stamp: tuple[str, int, int], mark: str) -> None:
+def remember_digest(memory: Memory, stamp: tuple[str, int, int], digest: str) -> None:
     header = memory.find(*stamp) or (memory.seen.get(stamp[0]) or [None] * 3)[2]
     if header is not None and len(header) == 3:
-        memory.keep(*stamp, [mark, *header[1:]])
+        memory.remember(*stamp, [digest, *header[1:]])
 
 
 def _headers(
     records: list[SourceImage], memory: Memory, stamp: Callable[[Blob], tuple[str, int, int]]
 ) -> list[Header | Rejected]:
-    """Of each record the header; those not remembered are read by threads."""
-    headers: list[Any] = [memory.find(*stamp(record.picture)) for record in records]
+    """The header of each record's image; those not remembered are read by threads."""
+    headers: list[Any] = [memory.find(*stamp(record.image)) for record in records]
     missing = [number for number, header in enumerate(headers) if header is None]
     threads = num_cores()
     reading = read_ahead(_read_header, (records[n] for n in missing), threads, 4 * threads)
@@ -173,7 +174,7 @@ def _headers(
     for number, header in zip(missing, bar, strict=True):
         headers[number] = header
         if not isinstance(header, Rejected) and len(header) == 3:  # another Pillow may know it
-            memory.keep(*stamp(records[number].picture), header)
+            memory.remember(*stamp(records[number].image), header)
     return headers
 
 
@@ -184,16 +185,16 @@ def _check_size(width: int, height: int, smallest: int) -> None:
         )
 
 
-def _mask_mark(
+def _mask_digest(
     record: SourceImage,
     original: Size,
     memory: Memory,
     stamp: Callable[[Blob, str], tuple[str, int, int]],
 ) -> str:
-    """The mark of the mask's bytes; empty of an image that has none beside it.
+    """The short digest of the mask's bytes; empty where the image has no mask file.
 
     Raises:
-        ValueError: it cannot be read, or cannot be of this image.
+        ValueError: the mask cannot be read, or does not fit this image.
     """
     mask = record.mask
     if mask is None:
@@ -203,8 +204,8 @@ def _mask_mark(
         try:
             data = mask.read()
         except ValueError as error:  # it changed
-            raise PictureError(str(error)) from None
-        return [picture_mark(hashlib.sha256(data).hexdigest()), *picture_size(data)]
+            raise ImageError(str(error)) from None
+        return [short_digest(hashlib.sha256(data).hexdigest()), *image_size(data)]
 
     try:
         digest, width, height = memory.recall(*stamp(mask, "mask"), read)
@@ -214,8 +215,8 @@ def _mask_mark(
     return str(digest)
 
 
-def _stamper(dataset: Path) -> Callable[..., tuple[str, int, int]]:
-    """What a file is remembered by: its path inside the dataset, size and time."""
+def _make_stamp_function(dataset: Path) -> Callable[..., tuple[str, int, int]]:
+    """A function from a file to what it is remembered by: path inside the dataset, size, time."""
     root = f"{dataset}/"
 
     def stamp(blob: Blob, role: str = "picture") -> tuple[str, int, int]:
@@ -230,24 +231,25 @@ def _digest(sample: PlannedSample, before: Mapping[str, Sequence[Any]]) -> str |
     data = _read(record)
     if isinstance(data, Rejected):
         return data
-    mark = picture_mark(hashlib.sha256(data).hexdigest())
-    if _has_changed(replace(sample, picture=mark), before):
+    digest = short_digest(hashlib.sha256(data).hexdigest())
+    if _has_changed(replace(sample, image_digest=digest), before):
         try:
-            open_picture(data)
+            open_image(data)
         except Exception as error:  # Pillow raises anything of a bad file
             return Rejected(record.path, explain(error))
         try:
             if record.mask is not None:
-                open_picture(record.mask.read())
+                open_image(record.mask.read())
         except Exception as error:
             return Rejected(record.path, f"its mask: {explain(error)}")
-    return mark
+    return digest
 
 
 def _read(record: SourceImage, head: bool = False) -> Any:
-    """A file that cannot be read now is no property of the image, and not remembered."""
+    """The bytes of an image file (with ``head`` the first ones, see ``_head``), or why it cannot be
+    read. That may be so only now, so it is not remembered."""
     try:
-        return _head(record.picture) if head else record.picture.read()
+        return _head(record.image) if head else record.image.read()
     except OSError as error:
         return Rejected(record.path, explain(error))
     except ValueError as error:  # it changed
@@ -258,7 +260,7 @@ def _read_header(record: SourceImage) -> Header | Rejected:
     head = _read(record, head=True)
     if isinstance(head, bytes):
         try:
-            return ["", *picture_size(head)]
+            return ["", *image_size(head)]
         except Exception:  # the first bytes do not tell: all of them will
             pass
     elif isinstance(head, Rejected):
@@ -266,17 +268,17 @@ def _read_header(record: SourceImage) -> Header | Rejected:
     data = _read(record)
     if isinstance(data, Rejected):
         return data
-    mark = picture_mark(hashlib.sha256(data).hexdigest())
+    digest = short_digest(hashlib.sha256(data).hexdigest())
     try:
-        return [mark, *picture_size(data)]
+        return [digest, *image_size(data)]
     except Exception as error:  # Pillow raises anything of a bad file
-        return [mark, explain(error)]
+        return [digest, explain(error)]
 
 
 def _head(blob: Blob) -> bytes | None:
-    """The first bytes, where these tell the size and orientation of the whole; else None.
+    """The first bytes of an image file, if its size and orientation follow from them; else None.
 
-    They do in a JPEG, whose marks come before its data. A PNG may have EXIF behind its data: its
+    They do in a JPEG, whose segments come before its data. A PNG may have EXIF behind its data: its
     chunks are walked to see that there is none. In other formats anything may come last.
     """
     with open_regular(blob.file) as file:
@@ -290,7 +292,7 @@ def _head(blob: Blob) -> bytes | None:
         if not head.startswith(PNG_START):
             return None
         kinds = set[bytes]()
-        for _ in range(MOST_CHUNKS):
+        for _ in range(MAX_CHUNKS):
             if place + 8 > blob.size:
                 return head if kinds <= {b"IDAT", b"IEND"} else None
             file.seek(blob.offset + place)
@@ -302,8 +304,8 @@ def _head(blob: Blob) -> bytes | None:
     return None
 
 
-def _shaper(settings: EncodeSettings) -> Callable[[Size], Geometry]:
-    """What becomes of an image of some size."""
+def _make_geometry_function(settings: EncodeSettings) -> Callable[[Size], Geometry]:
+    """A function from an image's size to its geometry in its bucket."""
     resolution = settings.resolution
     square = settings.square or settings.squash
     buckets = [] if square else bucket_sizes(resolution, settings.bucket_step)

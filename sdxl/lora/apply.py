@@ -1,4 +1,4 @@
-"""LoRA files on a model: matched to its modules, then held by peft or merged into its weights."""
+"""Applies LoRA files to a model: matched to its modules, then added by peft or merged."""
 
 import re
 import warnings
@@ -12,7 +12,7 @@ import torch
 from peft import inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from sdxl.lora.names import OURS, PREFIXES, UNET, key_table
+from sdxl.lora.names import PREFIXES, SHARDTUNE_PREFIX, UNET, key_table
 from sdxl.lora.read import LoraFile, find_lora, is_extra, lora_metadata, open_lora, read_lora_file
 from sdxl.lora.weights import Delta, LoraWeights
 from sdxl.lora.write import peft_config
@@ -34,7 +34,7 @@ _ARCHITECTURE_KEYS = ("modelspec.architecture", "ss_base_model_version", "base_m
 
 def adaptable(model: Any) -> dict[str, tuple[int, ...]]:
     """The shapes of the weights that a LoRA can adapt, by their modules' names: [out, in] of
-    linears and [out, in, k, k] of convolutions, without regard to adapters that are there."""
+    linears and [out, in, k, k] of convolutions, whether or not they have adapters already."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, module in model.named_modules():
         if ".base_layer" in name or ".lora_" in name:
@@ -48,8 +48,8 @@ def adaptable(model: Any) -> dict[str, tuple[int, ...]]:
 
 
 def match_to_model(file: LoraFile, part: str, model: Any) -> dict[str, LoraWeights]:
-    """A part of a LoRA file by the names of the modules of ``model``; of that the shapes are
-    enough (the meta device).
+    """A part of a LoRA file by the names of the modules of ``model``, which may be on the meta
+    device: only shapes are compared.
 
     Raises:
         ValueError: a module that the model does not have, or has in another shape; or the file
@@ -58,15 +58,15 @@ def match_to_model(file: LoraFile, part: str, model: Any) -> dict[str, LoraWeigh
     file.check_adapter(part)
     shapes = adaptable(model)
     adapters: dict[str, LoraWeights] = {}
-    for name, written, adapter in _by_name(file, part, shapes, model.config):
+    for name, name_in_file, adapter in _by_name(file, part, shapes, model.config):
         assert isinstance(adapter, LoraWeights)
-        adapters[name] = _adapter_of(file, written, adapter, shapes[name])
+        adapters[name] = _adapter_of(file, name_in_file, adapter, shapes[name])
     return adapters
 
 
-def fit_merged(file: LoraFile, part: str, model: Any) -> dict[str, LoraWeights | Delta]:
-    """The same of a file that is merged into ``model``: norms, embeddings and biases may change as
-    well.
+def match_for_merging(file: LoraFile, part: str, model: Any) -> dict[str, LoraWeights | Delta]:
+    """``match_to_model`` for a file that is merged into ``model``: it may also change norms,
+    embeddings and biases.
 
     Raises:
         ValueError: a module that the model does not have, or has in another shape.
@@ -79,16 +79,20 @@ def fit_merged(file: LoraFile, part: str, model: Any) -> dict[str, LoraWeights |
         bias = getattr(module, "bias", None)
         biases[name] = tuple(bias.shape) if isinstance(bias, torch.Tensor) else None
     adapters: dict[str, LoraWeights | Delta] = {}
-    for name, written, adapter in _by_name(file, part, shapes, model.config):
+    for name, name_in_file, adapter in _by_name(file, part, shapes, model.config):
         if isinstance(adapter, LoraWeights):
-            adapters[name] = _adapter_of(file, written, adapter, shapes[name])
+            adapters[name] = _adapter_of(file, name_in_file, adapter, shapes[name])
             continue
         if adapter.has_weight and (reason := adapter.mismatch(shapes[name])):
-            raise _misfit(file, f"{written} ({adapter.algorithm.title}): {reason}")
+            raise _mismatch_error(file, f"{name_in_file} ({adapter.algorithm.title}): {reason}")
         if adapter.bias is not None and tuple(adapter.bias.shape) != biases[name]:
-            theirs, ours = list(adapter.bias.shape), biases[name]
-            is_for = "which has none here" if ours is None else f"not {list(ours)}"
-            raise _misfit(file, f"its {written} is for a bias of {theirs}, {is_for}")
+            found_shape, expected_shape = list(adapter.bias.shape), biases[name]
+            is_for = (
+                "which has none here" if expected_shape is None else f"not {list(expected_shape)}"
+            )
+            raise _mismatch_error(
+                file, f"its {name_in_file} is for a bias of {found_shape}, {is_for}"
+            )
         adapters[name] = adapter
     return adapters
 
@@ -96,54 +100,60 @@ def fit_merged(file: LoraFile, part: str, model: Any) -> dict[str, LoraWeights |
 def _by_name(
     file: LoraFile, part: str, shapes: Mapping[str, Any], config: Any
 ) -> Iterator[tuple[str, str, LoraWeights | Delta]]:
-    """(module of the model, as the file writes it, what is learned of it)."""
+    """For each module that the file changes: its name in the model, its name in the file, and the
+    learned weights."""
     is_unet = part == UNET
     table = key_table(shapes, config) if is_unet else {_text_key(name): name for name in shapes}
     seen = set()
-    for written, adapter in file.parts.get(part, {}).items():
-        key = written.replace(".", "_")
+    for name_in_file, adapter in file.parts.get(part, {}).items():
+        key = name_in_file.replace(".", "_")
         name = table.get(key if is_unet else _text_key(key))
         if name is None:
-            raise _misfit(file, f"it adapts {written}, which this base does not have")
+            raise _mismatch_error(file, f"it adapts {name_in_file}, which this base does not have")
         if name in seen:
             raise ValueError(f"{file.path}: adapts {name} twice")
         seen.add(name)
-        yield name, written, adapter
+        yield name, name_in_file, adapter
 
 
 def _adapter_of(
-    file: LoraFile, written: str, adapter: LoraWeights, shape: tuple[int, ...]
+    file: LoraFile, name_in_file: str, adapter: LoraWeights, shape: tuple[int, ...]
 ) -> LoraWeights:
-    """An adapter in the shape of the module it is for."""
-    down, up = _shaped(adapter.down, len(shape)), _shaped(adapter.up, len(shape))
+    """An adapter reshaped for the module that it changes."""
+    down, up = _match_dims(adapter.down, len(shape)), _match_dims(adapter.up, len(shape))
     if down.ndim != len(shape) or down.shape[1:] != shape[1:] or len(up) != shape[0]:
-        theirs = [len(up), *down.shape[1:]]
-        raise _misfit(file, f"its {written} is for weights of {theirs}, not {list(shape)}")
+        found_shape = [len(up), *down.shape[1:]]
+        raise _mismatch_error(
+            file, f"its {name_in_file} is for weights of {found_shape}, not {list(shape)}"
+        )
     if up.ndim != len(shape) or up.shape[2:].numel() != 1:
-        raise ValueError(f"{file.path}: damaged: {written} has an up weight of {list(up.shape)}")
+        raise ValueError(
+            f"{file.path}: damaged: {name_in_file} has an up weight of {list(up.shape)}"
+        )
     return replace(adapter, down=down, up=up)
 
 
 def _text_key(name: str) -> str:
-    """transformers' versions differ in a level of names."""
+    """A text encoder's module without the level of names that transformers' versions differ in."""
     return name.replace(".", "_").removeprefix("text_model_")
 
 
-def _shaped(tensor: torch.Tensor, num_dims: int) -> torch.Tensor:
-    """A linear's as a matrix, where it was written as a 1x1 convolution's, and the other way."""
+def _match_dims(tensor: torch.Tensor, num_dims: int) -> torch.Tensor:
+    """A linear layer's factor as a matrix if it was written as a 1x1 convolution's, or vice
+    versa."""
     if num_dims == 2 and tensor.ndim == 4 and tensor.shape[2:] == (1, 1):
         return tensor.flatten(1)
     return tensor[..., None, None] if num_dims == 4 and tensor.ndim == 2 else tensor
 
 
-def _misfit(file: LoraFile, reason: str) -> ValueError:
+def _mismatch_error(file: LoraFile, reason: str) -> ValueError:
     other = _architecture(file)
     origin = f" (a LoRA of {other})" if other else ""
     return ValueError(f"{file.path}: does not fit this base{origin}: {reason}")
 
 
 def _architecture(file: LoraFile) -> str:
-    """What a LoRA is of, by its names, its shapes, or what it says; empty where nothing tells."""
+    """The architecture that a LoRA is for, by its names, shapes or metadata; empty if unknown."""
     unet = {name.replace(".", "_"): adapter for name, adapter in file.parts.get(UNET, {}).items()}
     for pattern, other in _OTHER_ARCHITECTURES.items():
         if any(re.search(pattern, name) for name in unet):
@@ -163,18 +173,17 @@ def _architecture(file: LoraFile) -> str:
 def merged_weights(
     model: Any, part: str, files: Sequence[tuple[LoraFile, float]]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The parameters of ``model`` that LoRA files change, each at its strength, in fp32, one after
-    the other.
+    """Yield the parameters of ``model`` that LoRA files change, merged, in fp32, one by one.
 
-    Each file adds the difference that it makes of the base's weights, so that the order of several
-    does not matter; at strength 0 it adds nothing.
+    Each file adds its own difference to the base's weights, at its strength, so that the order of
+    several files does not matter; at strength 0 it adds nothing.
 
     Raises:
         ValueError: a file does not fit the model, or what it makes is not finite.
     """
     changes: dict[str, list[tuple[Path, LoraWeights | Delta, float]]] = defaultdict(list)
     for file, strength in files:
-        for module, adapter in fit_merged(file, part, model).items():
+        for module, adapter in match_for_merging(file, part, model).items():
             if strength:
                 changes[module].append((file.path, adapter, strength))
     parameters = dict(model.named_parameters())
@@ -225,7 +234,7 @@ TEXT_PREFIXES = tuple(prefix for prefix, part in PREFIXES.items() if part != UNE
 
 
 def num_lora_parameters(path: Path) -> int:
-    """Of the UNet's part of a LoRA file, by its header.
+    """The number of parameters in the UNet's part of a LoRA file, by its header.
 
     Raises:
         ValueError: no safetensors file.
@@ -238,33 +247,33 @@ def num_lora_parameters(path: Path) -> int:
 
 
 def read_schedule(path: Path) -> Schedule:
-    """What the metadata of a LoRA file says of the run that made it; nothing in other tools'."""
-    return _card(path).schedule
+    """The schedule in the metadata of a LoRA file; an empty one in other tools' files."""
+    return _file_metadata(path).schedule
 
 
 def read_num_chunks(path: Path) -> int:
-    """In how many chunks a LoRA's captions were learned; one in other tools' files.
+    """The number of chunks that a LoRA's captions had in training; 1 in other tools' files.
 
     Raises:
         ValueError: its metadata says what cannot be.
     """
     try:
-        return check_long_captions(_card(path).long_captions or 1)
+        return check_long_captions(_file_metadata(path).long_captions or 1)
     except ValueError as error:
-        raise ValueError(f"{path}: {OURS}{error}") from None
+        raise ValueError(f"{path}: {SHARDTUNE_PREFIX}{error}") from None
 
 
-def _card(path: Path) -> ModelMetadata:
+def _file_metadata(path: Path) -> ModelMetadata:
     try:
         with open_lora(find_lora(path)) as file:
             return lora_metadata(dict(file.metadata() or {}))
     except ValueError:
-        return ModelMetadata()  # what it is, load_lora says
+        return ModelMetadata()  # loading it will say what is wrong
 
 
 def apply_loras(unet: Any, loras: Sequence[tuple[Path, float]]) -> None:
-    """Put LoRA files (or folders with one) on a UNet, each at its weight, all of them at work: as
-    adapters, which can be switched off again, or, of those that peft cannot hold, merged into it.
+    """Put LoRA files (or folders with one) on a UNet, each at its weight, all of them active: as
+    adapters, which can be switched off again, or merged into it where peft cannot hold them.
 
     Their text encoders' parts are for ``apply_text_loras``.
 
@@ -275,7 +284,7 @@ def apply_loras(unet: Any, loras: Sequence[tuple[Path, float]]) -> None:
 
 
 def apply_text_loras(encoders: Sequence[Any], loras: Sequence[tuple[Path, float]]) -> int:
-    """Put what LoRA files have for the text encoders on both; how many modules that was.
+    """Put the text encoders' parts of LoRA files on both; return the number of modules.
 
     Raises:
         ValueError: as ``apply_loras``.
@@ -283,7 +292,7 @@ def apply_text_loras(encoders: Sequence[Any], loras: Sequence[tuple[Path, float]
     files = [(read_lora_file(path), weight) for path, weight in loras]
     for part, encoder in zip(("text_encoder", "text_encoder_2"), encoders, strict=True):
         _apply(encoder, part, files)
-    return sum(file.num_text for file, _ in files)
+    return sum(file.num_text_modules for file, _ in files)
 
 
 def merged_parts(paths: Sequence[Path]) -> frozenset[str]:
@@ -297,47 +306,50 @@ def _apply(model: Any, part: str, files: Sequence[tuple[LoraFile, float]]) -> No
     merge_loras(model, part, merged)
     adapters = [(file, weight) for file, weight in files if part not in file.merged_parts]
     for number, (file, _) in enumerate(adapters):
-        _add(model, match_to_model(file, part, model), f"lora_{number}")
+        _add_adapter(model, match_to_model(file, part, model), f"lora_{number}")
     _set_lora_weights(model, [weight for _, weight in adapters])
 
 
 def load_lora(unet: Any, path: Path) -> None:
     """Put the adapter of a LoRA file on ``unet``, to be trained on; warns of what it has for the
-    text encoders, which is left out.
+    text encoders, which is not used.
 
     Raises:
         ValueError: no LoRA file, or one of another architecture.
     """
     file = read_lora_file(path)
     adapters = match_to_model(file, UNET, unet)
-    if file.num_text:
+    if file.num_text_modules:
         warnings.warn(
-            f"{path}: what it has for {file.num_text} modules of the text encoders is not used",
+            f"{path}: what it has for {file.num_text_modules} modules of the text encoders is "
+            "not used",
             stacklevel=2,
         )
     if not adapters:
         raise ValueError(f"{path}: does not fit this base: it has no weights for the UNet")
-    _add(unet, adapters, "default")
+    _add_adapter(unet, adapters, "default")
 
 
 def read_lora(unet: Any, path: Path) -> None:
     """Copy the weights of a LoRA file into its adapter on ``unet``, as ``load_lora`` put it there,
     in the dtype that the adapter has now."""
-    _fill(unet, match_to_model(read_lora_file(path), UNET, unet), next(iter(unet.peft_config)))
+    _copy_weights(
+        unet, match_to_model(read_lora_file(path), UNET, unet), next(iter(unet.peft_config))
+    )
 
 
-def _add(model: Any, adapters: dict[str, LoraWeights], name: str) -> None:
-    """One more adapter on a model, by peft."""
+def _add_adapter(model: Any, adapters: dict[str, LoraWeights], name: str) -> None:
+    """Add an adapter to a model, by peft."""
     if not adapters:
         return
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # as is meant
         inject_adapter_in_model(peft_config(adapters), model, adapter_name=name)
     model._hf_peft_config_loaded = True  # so that diffusers and transformers know of it
-    _fill(model, adapters, name)
+    _copy_weights(model, adapters, name)
 
 
-def _fill(model: Any, adapters: dict[str, LoraWeights], name: str) -> None:
+def _copy_weights(model: Any, adapters: dict[str, LoraWeights], name: str) -> None:
     """Copy weights into adapter ``name``, in the dtype that it has."""
     modules = dict(model.named_modules())
     with torch.no_grad():
@@ -351,7 +363,7 @@ def _fill(model: Any, adapters: dict[str, LoraWeights], name: str) -> None:
 
 
 def _set_lora_weights(model: Any, weights: Sequence[float]) -> None:
-    """Put all adapters of a model to work, ``lora_N`` at its weight."""
+    """Activate all adapters of a model, ``lora_N`` at its weight."""
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     for layer in layers:
         layer.set_adapter([f"lora_{number}" for number in range(len(weights))], inference_mode=True)

@@ -14,7 +14,7 @@ KOHYA = "kohya_lora_weights.safetensors"  # beside it, for the UIs
 PEFT = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
 METADATA_KEY = "lora_adapter_metadata"  # diffusers.loaders.lora_base
-OURS = "shardtune."  # in that metadata; diffusers looks at a part's own prefix alone
+SHARDTUNE_PREFIX = "shardtune."  # in that metadata; diffusers looks at a part's own prefix alone
 UNET = "unet"
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 PREFIXES = {  # of a tensor's name, longest first where one begins another
@@ -76,7 +76,7 @@ def kohya_keys(names: Iterable[str], config: Mapping[str, Any]) -> dict[str, str
     }
 
 
-def text_keys(names: Iterable[str], part: str) -> dict[str, str]:
+def kohya_text_keys(names: Iterable[str], part: str) -> dict[str, str]:
     """The kohya key of each module of a text encoder."""
     return {n: TEXT_KEYS[part] + long_name(n).replace(".", "_") for n in names}
 

@@ -1,4 +1,4 @@
-"""LoRA files, whoever wrote them, read into one form.
+"""Reads LoRA files of any tool into one form.
 
 Known are the names of diffusers (of peft's layers and the older ones, with the adapter's settings
 or without), of peft's own folders, of kohya's scripts and LyCORIS and of what follows them
@@ -26,10 +26,10 @@ from sdxl.lora.names import (
     METADATA_KEY,
     NUMBERS,
     OLD_NAMES,
-    OURS,
     PEFT,
     PEFT_CONFIG,
     PREFIXES,
+    SHARDTUNE_PREFIX,
     TENSORS,
     UNET,
     UNSUPPORTED,
@@ -38,18 +38,18 @@ from sdxl.lora.weights import NAMES, Algorithm, Delta, LoraWeights, find_algorit
 from sdxl.metadata import ModelMetadata, read_model_metadata
 from sdxl.tensor_files import check_digest
 
-MOST_LETTERS = 300  # of a tensor's name
+MAX_LETTERS = 300  # of a tensor's name
 PATTERN_SECONDS = 1.0
-# Of GLoRA: layers, with ``.weight`` behind.
+# GLoRA's tensors: their names end in ``.weight``.
 _GLORA_FACTORS = frozenset({"a1", "a2", "b1", "b2", "bm"})
-# As they stand in a file.
+# Tensors whose names in a file are these.
 _PLAIN_NAMES = NAMES - _GLORA_FACTORS - TENSORS.keys() - {"weight", "boft_blocks"}
 _SUPPORTED = "LoRA, rsLoRA, LoCon, DoRA and LyCORIS can be read"
 
 
 @dataclass(frozen=True, eq=False)
 class LoraFile:
-    """The parts of a LoRA file, each by its modules' names as they stand there."""
+    """The parts of a LoRA file, each by the names of its modules in the file."""
 
     path: Path
     kind: str  # kohya, peft or diffusers
@@ -57,36 +57,36 @@ class LoraFile:
     metadata: dict[str, str]
 
     @property
-    def num_text(self) -> int:
-        """Modules of the text encoders that it adapts."""
+    def num_text_modules(self) -> int:
+        """The number of modules of the text encoders that it changes."""
         return sum(len(part) for name, part in self.parts.items() if name != UNET)
 
     @property
-    def card(self) -> ModelMetadata:
-        """What its maker, if it was this project, says of it."""
+    def model_metadata(self) -> ModelMetadata:
+        """The metadata that shardtune wrote; empty in other tools' files."""
         return lora_metadata(self.metadata)
 
     @property
     def merged_parts(self) -> frozenset[str]:
         """The parts that peft's adapters cannot hold: their difference is merged into the base."""
-        return frozenset(name for name, part in self.parts.items() if _why_merged(part))
+        return frozenset(name for name, part in self.parts.items() if _merge_reasons(part))
 
     def check_adapter(self, *parts: str) -> None:
-        """Whether peft's adapters can hold these parts, or all.
+        """Check that peft's adapters can hold these parts, or all parts.
 
         Raises:
             ValueError: one of them can only be merged.
         """
         several = [self.parts.get(part, {}) for part in parts or self.parts]
-        if reasons := {why for part in several for why in _why_merged(part)}:
+        if reasons := {why for part in several for why in _merge_reasons(part)}:
             raise ValueError(
                 f"{self.path}: holds {', '.join(sorted(reasons))}, which can be neither trained on "
                 "nor converted: `export --merge` puts it into a base, `generate --lora` uses it"
             )
 
 
-def _why_merged(part: Mapping[str, LoraWeights | Delta]) -> set[str]:
-    """What in a part is more than peft's adapters; empty where nothing is."""
+def _merge_reasons(part: Mapping[str, LoraWeights | Delta]) -> set[str]:
+    """The features of a part that peft's adapters cannot have; empty if there are none."""
     kinds = {adapter.title for adapter in part.values() if isinstance(adapter, Delta)}
     adapters = [adapter for adapter in part.values() if isinstance(adapter, LoraWeights)]
     if len({adapter.magnitude is None for adapter in adapters}) > 1:
@@ -95,17 +95,21 @@ def _why_merged(part: Mapping[str, LoraWeights | Delta]) -> set[str]:
 
 
 def lora_metadata(metadata: dict[str, str]) -> ModelMetadata:
-    """What the metadata of a LoRA file says of it, if this project wrote it."""
-    settings = _settings(metadata)
-    ours = {n.removeprefix(OURS): v for n, v in settings.items() if n.startswith(OURS)}
-    return ModelMetadata.of(ours) if ours else read_model_metadata(metadata)
+    """The model metadata in a LoRA file's metadata, if shardtune wrote it; else an empty one."""
+    settings = _read_settings(metadata)
+    own = {
+        n.removeprefix(SHARDTUNE_PREFIX): v
+        for n, v in settings.items()
+        if n.startswith(SHARDTUNE_PREFIX)
+    }
+    return ModelMetadata.of(own) if own else read_model_metadata(metadata)
 
 
 def find_lora(path: Path) -> Path:
-    """The LoRA file that ``path`` is, or that lies in this run, checkpoint or peft folder.
+    """The LoRA file ``path``, or the one in the run, checkpoint or peft folder ``path``.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such file.
     """
     for name in (LORA, PEFT) if path.is_dir() else ():
         if (path / name).is_file():
@@ -117,10 +121,10 @@ def find_lora(path: Path) -> Path:
 
 
 def open_lora(path: Path) -> Any:
-    """A LoRA file's header.
+    """Open a LoRA file with safetensors.
 
     Raises:
-        ValueError: no safetensors file.
+        ValueError: it is no safetensors file.
     """
     try:
         return safe_open(path, framework="pt")
@@ -129,8 +133,8 @@ def open_lora(path: Path) -> Any:
 
 
 def read_lora_file(path: Path) -> LoraFile:
-    """All that a LoRA file or folder holds, on the CPU, in the file's dtype. Warns of what is
-    bundled with it and not used.
+    """Read a LoRA file or folder, on the CPU, in the file's dtype. Warns of bundled tensors that
+    are not used.
 
     Raises:
         ValueError: no LoRA file, or none of a kind that can be read.
@@ -144,14 +148,14 @@ def read_lora_file(path: Path) -> LoraFile:
         raise ValueError(f"{path}: holds no LoRA weights: it has {which}")
     _warn_of_extras(path, extras)
     tensors = {name: tensor for name, tensor in tensors.items() if not is_extra(name)}
-    settings, kind = _settings(metadata), _kind(tensors)
+    settings, kind = _read_settings(metadata), _detect_format(tensors)
     if kind == "peft":
         settings = {f"{UNET}.{n}": v for n, v in _peft_settings(path).items()}
     return LoraFile(path, kind, _parts(path, tensors, settings), metadata)
 
 
 def is_extra(name: str) -> bool:
-    """Whether a tensor of a LoRA file is of something else that is bundled with it."""
+    """Whether a tensor of a LoRA file belongs to something else that is bundled with it."""
     return name.startswith(tuple(EXTRAS))
 
 
@@ -168,11 +172,11 @@ def lora_parts(
 
 
 def _tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """A file's tensors and metadata. Names are looked at first, as messages print them."""
+    """A file's tensors and metadata. Names are checked first, since messages print them."""
     with open_lora(path) as file:
         metadata, names = dict(file.metadata() or {}), list(file.keys())
         for name in names:
-            if not name.isprintable() or len(name) > MOST_LETTERS:
+            if not name.isprintable() or len(name) > MAX_LETTERS:
                 raise ValueError(f"{path}: damaged: it has a tensor named {name[:100]!r}")
         try:
             return {name: file.get_tensor(name) for name in names}, metadata
@@ -183,8 +187,8 @@ def _tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 def _warn_of_extras(path: Path, extras: Iterable[str]) -> None:
     named = sorted(extras)
     for start, description in EXTRAS.items():
-        if mine := [name.removeprefix(start) for name in named if name.startswith(start)]:
-            words = list(dict.fromkeys(name.split(".")[0] for name in mine))
+        if own := [name.removeprefix(start) for name in named if name.startswith(start)]:
+            words = list(dict.fromkeys(name.split(".")[0] for name in own))
             listed = ", ".join(words[:5]) + (", ..." if len(words) > 5 else "")
             warnings.warn(
                 f"{path}: its {description} ({start}*: {listed}) are not used", stacklevel=2
@@ -209,7 +213,7 @@ def _parts(
     }
 
 
-def _kind(names: Mapping[str, Any]) -> str:
+def _detect_format(names: Mapping[str, Any]) -> str:
     if any(name.startswith("base_model.model.") for name in names):
         return "peft"
     return "kohya" if any(".lora_down." in name for name in names) else "diffusers"
@@ -220,7 +224,7 @@ def _parse(path: Path, name: str, names: Mapping[str, Any]) -> tuple[str, str, s
     short = name
     for old, new in OLD_NAMES:
         short = re.sub(old, new, short)
-    module, role = _suffix(short, names)
+    module, role = _split_role(short, names)
     if role:
         prefix = next((known for known in PREFIXES if module.startswith(known)), "")
         module = module.removeprefix(prefix)
@@ -230,13 +234,13 @@ def _parse(path: Path, name: str, names: Mapping[str, Any]) -> tuple[str, str, s
     for pattern, kind in UNSUPPORTED.items():
         if re.search(pattern, name):
             raise ValueError(f"{path}: {kind} ({name}); {_SUPPORTED}")
-    if not any(_suffix(other, names)[1] for other in names):
+    if not any(_split_role(other, names)[1] for other in names):
         raise ValueError(f"{path}: holds no LoRA weights (e.g. {name})")
     raise ValueError(f"{path}: {name} is nothing of a LoRA that can be read")
 
 
-def _suffix(name: str, names: Mapping[str, Any]) -> tuple[str, str]:
-    """(module, which of its tensors), the latter empty where it is none of a LoRA."""
+def _split_role(name: str, names: Mapping[str, Any]) -> tuple[str, str]:
+    """(module, which of its tensors); the latter is empty if it is no tensor of a LoRA."""
     for role, pattern in TENSORS.items():
         if match := re.search(f"{pattern}$", name):
             return name[: match.start()], role
@@ -249,8 +253,8 @@ def _suffix(name: str, names: Mapping[str, Any]) -> tuple[str, str]:
     return (module, role) if role in _PLAIN_NAMES else ("", "")
 
 
-def _settings(metadata: dict[str, str]) -> dict[str, Any]:
-    """What diffusers keeps of peft's settings: by ``part.name``; empty in others' files."""
+def _read_settings(metadata: dict[str, str]) -> dict[str, Any]:
+    """peft's settings as diffusers keeps them, by ``part.name``; empty in other tools' files."""
     try:
         return dict(json.loads(metadata.get(METADATA_KEY, "{}")))
     except (ValueError, TypeError, RecursionError):
@@ -258,9 +262,9 @@ def _settings(metadata: dict[str, str]) -> dict[str, Any]:
 
 
 def _settings_of(settings: Mapping[str, Any], part: str) -> Mapping[str, Any]:
-    """One part's settings; of a file of one part alone they have no prefix."""
-    mine = {n.removeprefix(f"{part}."): v for n, v in settings.items() if n.startswith(f"{part}.")}
-    return mine or (settings if part == UNET and "lora_alpha" in settings else {})
+    """One part's settings; in a file with one part alone they have no prefix."""
+    own = {n.removeprefix(f"{part}."): v for n, v in settings.items() if n.startswith(f"{part}.")}
+    return own or (settings if part == UNET and "lora_alpha" in settings else {})
 
 
 def _peft_settings(path: Path) -> dict[str, Any]:
@@ -281,8 +285,8 @@ def _peft_settings(path: Path) -> dict[str, Any]:
 def _module(
     path: Path, module: str, tensors: dict[str, torch.Tensor], settings: Mapping[str, Any]
 ) -> LoraWeights | Delta:
-    if len(halves := {"down", "up"} & tensors.keys()) == 1:
-        missing = "up" if "down" in halves else "down"
+    if len(given := {"down", "up"} & tensors.keys()) == 1:
+        missing = "up" if "down" in given else "down"
         raise ValueError(f"{path}: damaged or no LoRA: {module} has no {missing} weight")
     numbers = {n: _number(path, module, n, t) for n, t in tensors.items() if n in NUMBERS}
     factors = {name: t for name, t in tensors.items() if name not in NUMBERS}
@@ -315,7 +319,7 @@ def _lora(
     numbers: Mapping[str, float],
     settings: Mapping[str, Any],
 ) -> LoraWeights | Delta:
-    """A LoRA as peft holds it, or, with a bias or as a DoRA normed over its input, to be merged."""
+    """An adapter for peft; a ``Delta`` if it has a bias or is a DoRA normed over its input."""
     down, up, magnitude = tensors["down"], tensors["up"], tensors.get("dora_scale")
     if down.ndim != up.ndim or down.ndim not in (2, 4) or up.shape[1] != len(down):
         raise ValueError(
@@ -346,13 +350,15 @@ def _number(path: Path, module: str, name: str, tensor: torch.Tensor) -> float:
 
 
 def _stated_alpha(path: Path, module: str, rank: int, settings: Mapping[str, Any]) -> float:
-    """What the settings say; rank where nothing is said, as kohya's and diffusers' readers take it
-    too."""
+    """alpha by the settings; without any it is the rank, as kohya's and diffusers' readers take
+    it."""
     try:
         patterns = dict(settings.get("alpha_pattern") or {})
         default = settings.get("lora_alpha", rank)
         value = float(
-            next((v for pattern, v in patterns.items() if _names(pattern, module)), default)
+            next(
+                (v for pattern, v in patterns.items() if _pattern_matches(pattern, module)), default
+            )
         )
     except (TypeError, ValueError, ArithmeticError, TimeoutError, RecursionError, regex.error):
         value = math.nan
@@ -361,17 +367,17 @@ def _stated_alpha(path: Path, module: str, rank: int, settings: Mapping[str, Any
     return value
 
 
-def _names(pattern: str, module: str) -> bool:
-    """Whether a pattern of peft's settings means this module: it is a regex of the name's end.
+def _pattern_matches(pattern: str, module: str) -> bool:
+    """Whether a pattern of peft's settings matches this module: a regex for the name's end.
 
     Raises:
-        TimeoutError: the pattern of a forged file would take time without end.
+        TimeoutError: a forged pattern takes too long to match.
     """
     return bool(regex.match(rf"(.*\.)?({pattern})$", module, timeout=PATTERN_SECONDS))
 
 
 def _check_rotation(path: Path, module: str, blocks: torch.Tensor) -> None:
-    """Early LyCORIS versions wrote three different things as ``oft_diag``; the last one is R."""
+    """Refuse an ``oft_diag`` that is no rotation R: early LyCORIS versions wrote other things."""
     if blocks.ndim == 3 and blocks.shape[1] == blocks.shape[2]:
         product = blocks.float() @ blocks.float().transpose(1, 2)
         if torch.allclose(product, torch.eye(blocks.shape[1]).expand_as(product), atol=2e-2):

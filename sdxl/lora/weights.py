@@ -1,4 +1,4 @@
-"""What a LoRA learned of one module, and what the algorithms of LyCORIS add to its weight W.
+"""The learned weights of a LoRA for one module, and the differences that LyCORIS' algorithms make.
 
 The algorithms are defined by Yeh et al., "Navigating Text-To-Image Customization: From LyCORIS
 Fine-Tuning to Model Evaluation", and by the ``lycoris-lora`` package, whose names of tensors are
@@ -7,8 +7,8 @@ into W.
 
 Shapes: W is [out, in] of a linear layer, [out, in, k, k] of a convolution, [C] of a norm; r is the
 rank. Each function takes a module's tensors in fp32, W in fp32 and the strength, and returns the
-difference, W's shape. Those of the low-rank family return it at strength 1, flattened to [out, ...]
-or not: what stands after them is common to all (``_added``).
+difference, in W's shape. Those of the low-rank family return it at strength 1, flattened to
+[out, ...] or not: ``_apply_strength`` does the rest for all of them.
 """
 
 import math
@@ -20,7 +20,7 @@ import torch
 
 @dataclass(frozen=True, eq=False)
 class LoraWeights:
-    """What is learned of one linear or convolution W: W + scale B A.
+    """The low-rank factors for one linear layer or convolution W: W + scale B A.
 
     ``down`` A [r, in] or [r, in, k, k], ``up`` B [out, r] or [out, r, 1, 1], ``magnitude`` (DoRA)
     [out]: the norm that each row of the sum is given.
@@ -42,11 +42,11 @@ class LoraWeights:
 
     @property
     def kohya_alpha(self) -> float:
-        """alpha, where the strength is alpha / rank."""
+        """The alpha that gives the same scale as alpha / rank, which kohya's files use."""
         return self.alpha * math.sqrt(self.rank) if self.rslora else self.alpha
 
     def to(self, dtype: torch.dtype) -> "LoraWeights":
-        """The same in ``dtype``."""
+        """The same weights in ``dtype``."""
         magnitude = None if self.magnitude is None else self.magnitude.to(dtype)
         down, up = self.down.to(dtype), self.up.to(dtype)
         return replace(self, down=down, up=up, magnitude=magnitude)
@@ -57,8 +57,8 @@ class LoraWeights:
         return self.scale * product.reshape(len(self.up), *self.down.shape[1:])
 
     def merged(self, weight: torch.Tensor, strength: float = 1.0) -> torch.Tensor:
-        """W with this in it, in fp32: W + strength scale B A; with DoRA, each row of that at its
-        magnitude (Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", eq. 5)."""
+        """W with this merged into it, in fp32: W + strength scale B A; with DoRA, each row of that
+        at its magnitude (Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", eq. 5)."""
         adapted = weight.float() + strength * self.delta()
         if self.magnitude is None:
             return adapted
@@ -76,10 +76,10 @@ Difference = Callable[["Delta", Tensors, torch.Tensor, float], torch.Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Delta:
-    """What a file changes of one module: its weight by one of ``ALGORITHMS``, its bias by a
-    difference, or both.
+    """A change that peft cannot hold, to one module: to its weight by one of ``ALGORITHMS``, to its
+    bias by a difference, or to both.
 
-    ``alpha`` is that of alpha / rank, or what bounds OFT's rotations; None: the file has none.
+    ``alpha`` is that of alpha / rank, or bounds OFT's rotations; None: the file has none.
     ``scalar`` is a learned factor of the difference, in files of early LyCORIS versions;
     ``on_input`` says what (IA)^3 scales.
     """
@@ -95,7 +95,7 @@ class Delta:
 
     @property
     def title(self) -> str:
-        """What to call it: the algorithm, and what makes it more than an adapter of peft."""
+        """Its name in messages: the algorithm, or the feature that a peft adapter cannot have."""
         if self.algorithm.title == "LoRA":
             return "biases" if "diff_b" in self.tensors else "DoRA normed over its input"
         return self.algorithm.title
@@ -111,17 +111,17 @@ class Delta:
 
     @property
     def num_inputs(self) -> int | None:
-        """The width of what the module takes, where the tensors alone tell it."""
+        """The number of input features of the module, if the tensors alone show it."""
         for name in ("down", "diff", "hada_w1_b", "b2"):
             if name in self.tensors and self.tensors[name].ndim > 1:
                 return self.tensors[name].shape[1]
         return None
 
     def difference(self, weight: torch.Tensor, strength: float = 1.0) -> torch.Tensor:
-        """What is added to ``weight``, in fp32.
+        """The difference to add to ``weight``, in fp32.
 
         Raises:
-            RuntimeError: the shapes do not go together, or are not for this weight.
+            RuntimeError: the shapes do not fit together, or do not fit this weight.
         """
         assert self.algorithm.difference is not None
         tensors = {name: tensor.to(weight.device).float() for name, tensor in self.tensors.items()}
@@ -132,7 +132,7 @@ class Delta:
         return weight.float() + self.difference(weight, strength)
 
     def mismatch(self, shape: tuple[int, ...]) -> str:
-        """Why this is not for weights of ``shape``; empty where it is. Nothing is computed."""
+        """Why this does not fit weights of ``shape``; empty if it does. No number is computed."""
         shapes = replace(self, tensors={n: t.to("meta") for n, t in self.tensors.items()})
         try:
             weight_shape = shapes.difference(torch.empty(shape, device="meta")).shape
@@ -151,15 +151,15 @@ def lora(delta: Delta, t: Tensors, weight: torch.Tensor) -> torch.Tensor:
 
 def loha(delta: Delta, t: Tensors, weight: torch.Tensor) -> torch.Tensor:
     """alpha / r (B1 A1) * (B2 A2), element by element (Hyeon-Woo et al., "FedPara"). In Tucker form
-    both have a core T [r, r, k, k], and B lies transposed."""
-    halves = []
+    both have a core T [r, r, k, k], and B is stored transposed."""
+    products = []
     for number in "12":
         b, a = t[f"hada_w{number}_a"], t[f"hada_w{number}_b"]
         if f"hada_t{number}" in t:
-            halves.append(torch.einsum("mn...,mi,nj->ij...", t[f"hada_t{number}"], b, a))
+            products.append(torch.einsum("mn...,mi,nj->ij...", t[f"hada_t{number}"], b, a))
         else:
-            halves.append(b @ a)
-    return delta.scale(len(t["hada_w1_b"])) * (halves[0] * halves[1])
+            products.append(b @ a)
+    return delta.scale(len(t["hada_w1_b"])) * (products[0] * products[1])
 
 
 def lokr(delta: Delta, t: Tensors, weight: torch.Tensor) -> torch.Tensor:
@@ -183,7 +183,7 @@ def lokr(delta: Delta, t: Tensors, weight: torch.Tensor) -> torch.Tensor:
     return scale * torch.kron(first, second.flatten(1))
 
 
-def full(delta: Delta, t: Tensors, weight: torch.Tensor) -> torch.Tensor:
+def full_difference(delta: Delta, t: Tensors, weight: torch.Tensor) -> torch.Tensor:
     """The difference itself, of a weight (``diff``) or a norm's (``w_norm``)."""
     return t["w_norm"] if "w_norm" in t else t["diff"]
 
@@ -203,8 +203,8 @@ def glora(delta: Delta, t: Tensors, weight: torch.Tensor) -> torch.Tensor:
     return delta.scale(len(a2)) * (inside + plain)
 
 
-def _added(product: Callable[[Delta, Tensors, torch.Tensor], torch.Tensor]) -> Difference:
-    """Strength times a product; with DoRA what that makes of W at its norms."""
+def _apply_strength(product: Callable[[Delta, Tensors, torch.Tensor], torch.Tensor]) -> Difference:
+    """The difference from a low-rank product: times the strength, or with DoRA normed by rows."""
 
     def difference(delta: Delta, t: Tensors, weight: torch.Tensor, strength: float) -> torch.Tensor:
         change = product(delta, t, weight)
@@ -212,13 +212,13 @@ def _added(product: Callable[[Delta, Tensors, torch.Tensor], torch.Tensor]) -> D
             raise ValueError(f"{len(change)} rows for {len(weight)}")
         change = change.reshape(weight.shape)
         if "dora_scale" in t:
-            return decomposed(weight + change, t["dora_scale"], strength) - weight
+            return dora_weight(weight + change, t["dora_scale"], strength) - weight
         return strength * change
 
     return difference
 
 
-def decomposed(
+def dora_weight(
     weight: torch.Tensor, magnitude: torch.Tensor, strength: float = 1.0
 ) -> torch.Tensor:
     """DoRA (Liu et al.): ``weight`` with each of its rows at its norm in ``magnitude``, [out, 1,
@@ -249,16 +249,16 @@ def oft(delta: Delta, t: Tensors, weight: torch.Tensor, strength: float) -> torc
     Orthogonal Finetuning"): what each block becomes is R^T of it, then times ``rescale``."""
     rotation = t["oft_diag"] if "oft_diag" in t else _rotation(delta, t["oft_blocks"], weight)
     num, size, _ = rotation.shape
-    rotation = _partly(rotation, strength)
+    rotation = _interpolate(rotation, strength)
     blocks = weight.reshape(num, size, *weight.shape[1:])
     turned = torch.einsum("knm,kn...->km...", rotation, blocks).reshape(weight.shape)
-    return _rescaled(t, turned) - weight
+    return _rescale_rows(t, turned) - weight
 
 
 def boft(delta: Delta, t: Tensors, weight: torch.Tensor, strength: float) -> torch.Tensor:
     """OFT as a product of sparse rotations (Liu et al., "Parameter-Efficient Orthogonal Finetuning
     via Butterfly Factorization"): stage i mixes rows that are 2^i half blocks apart."""
-    stages = _partly(_rotation(delta, t["boft_blocks"], weight), strength)
+    stages = _interpolate(_rotation(delta, t["boft_blocks"], weight), strength)
     size = stages.shape[-1]
     turned = weight
     for number, rotation in enumerate(stages):
@@ -267,7 +267,7 @@ def boft(delta: Delta, t: Tensors, weight: torch.Tensor, strength: float) -> tor
         blocks = paired.reshape(-1, size, *weight.shape[1:])
         blocks = torch.einsum("kij,kj...->ki...", rotation, blocks)
         turned = blocks.reshape(paired.shape).transpose(1, 2).reshape(weight.shape)
-    return _rescaled(t, turned) - weight
+    return _rescale_rows(t, turned) - weight
 
 
 def _rotation(delta: Delta, blocks: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -278,17 +278,17 @@ def _rotation(delta: Delta, blocks: torch.Tensor, weight: torch.Tensor) -> torch
     if bound > 0:
         skew = skew * (bound / (skew.norm() + 1e-8)).clamp(max=1)
     eye = torch.eye(blocks.shape[-1], device=blocks.device)
-    inverse: torch.Tensor = torch.linalg.inv_ex(eye - skew).inverse  # raises not: there is one
+    inverse: torch.Tensor = torch.linalg.inv_ex(eye - skew).inverse  # there always is one
     return (eye + skew) @ inverse
 
 
-def _partly(rotation: torch.Tensor, strength: float) -> torch.Tensor:
+def _interpolate(rotation: torch.Tensor, strength: float) -> torch.Tensor:
     """From the identity, at strength 0, to ``rotation``."""
     eye = torch.eye(rotation.shape[-1], device=rotation.device)
     return strength * rotation + (1 - strength) * eye
 
 
-def _rescaled(t: Tensors, weight: torch.Tensor) -> torch.Tensor:
+def _rescale_rows(t: Tensors, weight: torch.Tensor) -> torch.Tensor:
     if "rescale" not in t:
         return weight
     return t["rescale"].reshape(len(weight), *[1] * (weight.ndim - 1)) * weight
@@ -296,7 +296,7 @@ def _rescaled(t: Tensors, weight: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Algorithm:
-    """``needs``: sets of tensors, one of which a module has; ``takes``: what may stand beside."""
+    """``needs``: alternative sets of required tensors; ``takes``: optional tensors."""
 
     title: str
     difference: Difference | None  # None: it changes biases alone
@@ -317,25 +317,28 @@ def _algorithm(title: str, difference: Difference | None, needs: str, takes: str
 _LOHA_FACTORS = "hada_w1_a hada_w1_b hada_w2_a hada_w2_b"
 _LOW_RANK_EXTRAS = "alpha scalar dora_scale"
 ALGORITHMS = (
-    _algorithm("LoRA", _added(lora), "down up", _LOW_RANK_EXTRAS),
-    _algorithm("LoCon in Tucker form", _added(lora), "down up mid", _LOW_RANK_EXTRAS),
+    _algorithm("LoRA", _apply_strength(lora), "down up", _LOW_RANK_EXTRAS),
+    _algorithm("LoCon in Tucker form", _apply_strength(lora), "down up mid", _LOW_RANK_EXTRAS),
     _algorithm(
-        "LoHa", _added(loha), f"{_LOHA_FACTORS} | {_LOHA_FACTORS} hada_t1 hada_t2", _LOW_RANK_EXTRAS
+        "LoHa",
+        _apply_strength(loha),
+        f"{_LOHA_FACTORS} | {_LOHA_FACTORS} hada_t1 hada_t2",
+        _LOW_RANK_EXTRAS,
     ),
     _algorithm(
         "LoKr",
-        _added(lokr),
+        _apply_strength(lokr),
         "lokr_w1 lokr_w2 | lokr_w1_a lokr_w1_b lokr_w2 | "
         "lokr_w1 lokr_w2_a lokr_w2_b | lokr_w1_a lokr_w1_b lokr_w2_a lokr_w2_b | "
         "lokr_w1 lokr_w2_a lokr_w2_b lokr_t2 | lokr_w1_a lokr_w1_b lokr_w2_a lokr_w2_b lokr_t2",
         _LOW_RANK_EXTRAS,
     ),
-    _algorithm("GLoRA", _added(glora), "a1 a2 b1 b2", "bm alpha scalar"),
+    _algorithm("GLoRA", _apply_strength(glora), "a1 a2 b1 b2", "bm alpha scalar"),
     _algorithm("(IA)^3", ia3, "weight on_input"),
     _algorithm("OFT", oft, "oft_blocks | oft_diag", "alpha rescale"),
     _algorithm("BOFT", boft, "boft_blocks", "alpha rescale"),  # oft_blocks of four dimensions
-    _algorithm("full differences", _added(full), "diff", "alpha"),
-    _algorithm("norms", _added(full), "w_norm | w_norm b_norm", "alpha"),
+    _algorithm("full differences", _apply_strength(full_difference), "diff", "alpha"),
+    _algorithm("norms", _apply_strength(full_difference), "w_norm | w_norm b_norm", "alpha"),
     _algorithm("biases", None, "diff_b | b_norm"),
 )
 NAMES = frozenset(
@@ -347,5 +350,5 @@ NAMES = frozenset(
 
 
 def find_algorithm(names: frozenset[str]) -> Algorithm | None:
-    """That of a module with these tensors; None: they are of none, or not complete."""
+    """The algorithm of a module with these tensors; None: of none, or tensors are missing."""
     return next((algorithm for algorithm in ALGORITHMS if algorithm.fits(names)), None)

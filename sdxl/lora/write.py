@@ -1,4 +1,4 @@
-"""LoRA files as they are written: one that diffusers reads, and kohya's.
+"""Writes LoRA files: one in diffusers' format, and one in kohya's.
 
 diffusers' has peft's names and, always, the adapter's own settings: without them a reader takes
 alpha = rank, and the strength is silently wrong.
@@ -18,7 +18,16 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
 
-from sdxl.lora.names import KOHYA, LORA, METADATA_KEY, OURS, UNET, kohya_keys, long_name, text_keys
+from sdxl.lora.names import (
+    KOHYA,
+    LORA,
+    METADATA_KEY,
+    SHARDTUNE_PREFIX,
+    UNET,
+    kohya_keys,
+    kohya_text_keys,
+    long_name,
+)
 from sdxl.lora.read import lora_parts
 from sdxl.lora.weights import LoraWeights
 from sdxl.metadata import ARCHITECTURE, ModelMetadata
@@ -47,7 +56,9 @@ def lora_state(unet: Any, values: dict[str, torch.Tensor] | None = None) -> dict
 
 
 def lora_bytes(
-    unet: Any, values: dict[str, torch.Tensor] | None = None, card: ModelMetadata | None = None
+    unet: Any,
+    values: dict[str, torch.Tensor] | None = None,
+    model_metadata: ModelMetadata | None = None,
 ) -> dict[str, bytes]:
     """The adapter on a UNet as files, by their names: one that ``load_lora_weights`` takes at its
     right strength, and kohya's, for the UIs.
@@ -58,21 +69,23 @@ def lora_bytes(
     config = next(iter(unet.peft_config.values())).to_dict()
     settings, state = _settings(UNET, config), lora_state(unet, values)
     parts = lora_parts(Path("the adapter"), state, settings)
-    card = replace(card or ModelMetadata(), rank=config["r"], alpha=float(config["lora_alpha"]))
-    files = {LORA: _diffusers_bytes(state, settings, card)}
+    model_metadata = replace(
+        model_metadata or ModelMetadata(), rank=config["r"], alpha=float(config["lora_alpha"])
+    )
+    files = {LORA: _diffusers_bytes(state, settings, model_metadata)}
     if not config["use_dora"]:
-        files[KOHYA] = kohya_bytes(parts, unet.config, card)
+        files[KOHYA] = kohya_bytes(parts, unet.config, model_metadata)
     return files
 
 
-def kohya_bytes(parts: Parts, config: Mapping[str, Any], card: ModelMetadata) -> bytes:
+def kohya_bytes(parts: Parts, config: Mapping[str, Any], model_metadata: ModelMetadata) -> bytes:
     """kohya's file of a LoRA; ``config`` is the UNet's."""
     state, resolution = kohya_state(parts, config), 8 * int(config["sample_size"])
-    metadata = kohya_metadata(parts.get(UNET, {}), card, resolution)
+    metadata = kohya_metadata(parts.get(UNET, {}), model_metadata, resolution)
     return sorted_metadata_bytes(state, digest_metadata(state, metadata))
 
 
-def diffusers_bytes(parts: Parts, card: ModelMetadata) -> bytes:
+def diffusers_bytes(parts: Parts, model_metadata: ModelMetadata) -> bytes:
     """A file that ``load_lora_weights`` takes, of a LoRA's parts."""
     state: dict[str, torch.Tensor] = {}
     settings: dict[str, Any] = {}
@@ -87,15 +100,15 @@ def diffusers_bytes(parts: Parts, card: ModelMetadata) -> bytes:
             if adapter.magnitude is not None:
                 shape = (-1,) if adapter.down.ndim == 2 else (1, -1, 1, 1)
                 state[f"{part}.{name}.lora_magnitude_vector"] = adapter.magnitude.reshape(shape)
-    return _diffusers_bytes(state, settings, card)
+    return _diffusers_bytes(state, settings, model_metadata)
 
 
 def _diffusers_bytes(
-    state: dict[str, torch.Tensor], settings: dict[str, Any], card: ModelMetadata
+    state: dict[str, torch.Tensor], settings: dict[str, Any], model_metadata: ModelMetadata
 ) -> bytes:
-    """The settings are in one key, which is diffusers' own."""
-    ours = {OURS + name: value for name, value in card.to_dict().items()}
-    metadata = {METADATA_KEY: json.dumps(settings | ours, sort_keys=True)}
+    """A file in diffusers' format; the settings are in diffusers' own metadata key."""
+    own = {SHARDTUNE_PREFIX + name: value for name, value in model_metadata.to_dict().items()}
+    metadata = {METADATA_KEY: json.dumps(settings | own, sort_keys=True)}
     return sorted_metadata_bytes(state, digest_metadata(state, metadata))
 
 
@@ -125,7 +138,7 @@ def peft_config(adapters: Mapping[str, LoraWeights]) -> LoraConfig:
 
 
 def _settings(part: str, config: dict[str, Any]) -> dict[str, Any]:
-    """What a file keeps of peft's settings."""
+    """The part of peft's settings that a file keeps, by ``part.name``."""
     return {
         f"{part}.{name}": sorted(value) if isinstance(value := config[name], set) else value
         for name in _SETTINGS
@@ -144,7 +157,7 @@ def kohya_state(
     """
     state: dict[str, torch.Tensor] = {}
     for part, adapters in parts.items():
-        keys = kohya_keys(adapters, config) if part == UNET else text_keys(adapters, part)
+        keys = kohya_keys(adapters, config) if part == UNET else kohya_text_keys(adapters, part)
         for name, adapter in adapters.items():
             if name not in keys:
                 raise ValueError(f"{name} has no name in the original layout: kohya's has no key")
@@ -159,9 +172,10 @@ def kohya_state(
 
 
 def kohya_metadata(
-    adapters: Mapping[str, LoraWeights], card: ModelMetadata, resolution: int
+    adapters: Mapping[str, LoraWeights], model_metadata: ModelMetadata, resolution: int
 ) -> dict[str, str]:
-    """What UIs read of a LoRA on SDXL, and the card. ``resolution``: the base's pixels a side."""
+    """The metadata that UIs read of a LoRA on SDXL, and shardtune's own. ``resolution`` is the
+    base's, in pixels a side."""
     ranks = sorted({adapter.rank for adapter in adapters.values()})
     alphas = sorted({adapter.kohya_alpha for adapter in adapters.values()})
     several = "Dynamic"  # kohya's word
@@ -171,22 +185,22 @@ def kohya_metadata(
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(ranks[0]) if len(ranks) == 1 else several,
         "ss_network_alpha": str(alphas[0]) if len(alphas) == 1 else several,
-        **card.modelspec(f"{ARCHITECTURE}/lora", resolution),
-        **card.to_metadata(),
+        **model_metadata.modelspec(f"{ARCHITECTURE}/lora", resolution),
+        **model_metadata.to_metadata(),
     }
     if any(adapter.down.ndim == 4 for adapter in adapters.values()):
         conv = {"conv_dim": metadata["ss_network_dim"], "conv_alpha": metadata["ss_network_alpha"]}
         metadata["ss_network_args"] = json.dumps(conv)
-    if card.buckets:
+    if model_metadata.buckets:
         buckets = {
             str(number): {"resolution": [width, height], "count": count}
-            for number, (width, height, count) in enumerate(card.buckets)
+            for number, (width, height, count) in enumerate(model_metadata.buckets)
         }
         metadata["ss_bucket_info"] = json.dumps({"buckets": buckets})
     stated = {
-        "ss_output_name": card.name,
-        "ss_sd_model_name": card.base,
-        "ss_steps": card.steps,
-        "ss_zero_terminal_snr": card.rescale_betas_zero_snr,
+        "ss_output_name": model_metadata.name,
+        "ss_sd_model_name": model_metadata.base,
+        "ss_steps": model_metadata.steps,
+        "ss_zero_terminal_snr": model_metadata.rescale_betas_zero_snr,
     }
     return metadata | {name: str(value) for name, value in stated.items() if value is not None}

@@ -1,4 +1,4 @@
-"""The miniature SDXL: drawn pictures, two tokenizers and text encoders, a VAE, a UNet, its score.
+"""The miniature SDXL: drawn images, two tokenizers and text encoders, a VAE, a UNet, its score.
 
 To read in this order: ``drawing`` (the world it knows), ``tokenizer``, ``text``, ``vae``, ``unet``
 (the models of an SDXL, each as small as it can be), ``data`` (what it is trained on), ``score``

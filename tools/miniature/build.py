@@ -22,7 +22,7 @@ from runtime.files import replace_path
 
 ROOT = Path(__file__).parents[2]
 ASSET = ROOT / "assets" / "miniature-sdxl"
-MOST_BYTES = 6_000_000
+MAX_BYTES = 6_000_000
 TRAINING = (
     "--full --steps 6000 --batch-size 32 --lr 1.5e-3 --lr-schedule cosine --warmup-steps 100 "
     "--weight-decay 1e-3 --min-snr-gamma 5 --ema 0.998 --caption-dropout 0.1 --unconditional zeros "
@@ -40,11 +40,11 @@ def build(work: Path, out: Path) -> None:
     from tools.miniature.card import write_card
 
     base = work / "base"
-    _step("draw the training pictures", lambda: draw_training_pictures(work / "pictures"))
+    _step("draw the training images", lambda: draw_training_images(work / "images"))
     if not (base / "model_index.json").exists():
         _step("tokenizers, text encoders, VAE", lambda: make_base(base, work / "vae.safetensors"))
     for name, shape in CACHES.items():
-        encode = f"encode {work}/pictures/{name} --base {base} --out {work}/{name} {ENCODING}"
+        encode = f"encode {work}/images/{name} --base {base} --out {work}/{name} {ENCODING}"
         _step(f"encode {name}", partial(_cli, f"{encode} {shape}"))
     if not (work / "run" / "unet").exists():
         caches = " ".join(f"{work}/{name}" for name in CACHES)
@@ -54,10 +54,10 @@ def build(work: Path, out: Path) -> None:
     _step("score it", lambda: click.echo(str(write_card(out, work / "drawn", _cli))))
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     click.echo(f"{out}: {size:,} bytes")
-    assert size <= MOST_BYTES, f"over {MOST_BYTES:,} bytes"
+    assert size <= MAX_BYTES, f"over {MAX_BYTES:,} bytes"
 
 
-def draw_training_pictures(folder: Path) -> None:
+def draw_training_images(folder: Path) -> None:
     """``any-size`` and ``cropped``, each but where its list, which is written last, is there."""
     from tools.miniature.data import LIST, write_cropped_set, write_training_set
 
@@ -84,7 +84,7 @@ def _cli(arguments: str) -> None:
 
 
 def make_base(folder: Path, checkpoint: Path) -> None:
-    """All but the UNet's training: a diffusers folder in fp16, its UNet random."""
+    """Make a diffusers folder in fp16, whose UNet has random weights: it is trained next."""
     import torch
     from diffusers import StableDiffusionXLPipeline
 
@@ -118,7 +118,7 @@ def make_base(folder: Path, checkpoint: Path) -> None:
 
 
 def assemble(base: Path, unet: Path, out: Path) -> None:
-    """The base with the trained UNet's fp16 weights, under the names that loading looks for."""
+    """Copy the base to ``out`` with the trained UNet's fp16 weights, named as diffusers expects."""
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(base, out, ignore=shutil.ignore_patterns("unet"))
     (out / "unet").mkdir()

@@ -9,8 +9,8 @@ import torch
 
 from tools.miniature.data import fresh_prompts
 from tools.miniature.drawing import OLD_SHAPES, draw_scene, random_scene
-from tools.miniature.response import SETTINGS, decoded_sharpness, respond
-from tools.miniature.score import Score, drawn_pictures, score
+from tools.miniature.response import SETTINGS, decoded_sharpness, measure_response
+from tools.miniature.score import Score, read_generated_images, score
 
 NUM_PROMPTS = 240
 NUM_CONDITIONED = 128  # for each setting of the size and crop numbers
@@ -26,15 +26,15 @@ tags: [stable-diffusion-xl, miniature]
 
 An SDXL of the real classes in {megabytes:.2f} MB, for trying things out and for tests: it draws one
 coloured shape on a coloured ground, 64x64 pixels, from sentences such as *{example}*.
-Trained from nothing on drawn pictures by `python -m tools.miniature.build`; the UNet through
+Trained from nothing on drawn images by `python -m tools.miniature.build`; the UNet through
 `cli.py encode` and `cli.py train --full` alone.
 
 ```python
 from diffusers import StableDiffusionXLPipeline
 
 pipeline = StableDiffusionXLPipeline.from_pretrained("assets/miniature-sdxl")
-picture = pipeline("a large red circle on a white ground", num_inference_steps=20).images[0]
-picture.save("circle.png")
+image = pipeline("a large red circle on a white ground", num_inference_steps=20).images[0]
+image.save("circle.png")
 ```
 
 | part | parameters | |
@@ -45,7 +45,7 @@ It knows {colours};
 {shapes};
 small and large; left, right, top, bottom, middle. It does not know hearts and moons: those are for
 a fine-tune to learn (`python cli.py demo`). It was trained on originals of 4 to 128 pixels and on
-crops: small original sizes give blurred pictures, crop offsets give shapes that are cut off.
+crops: small original sizes give blurred images, crop offsets give shapes that are cut off.
 
 ## Scores
 
@@ -58,8 +58,8 @@ guidance 5, fp32 on a CPU:
 
 How it answers the size and crop numbers, {num_conditioned} prompts, from the same noise each time.
 Sharpness is the steepest step between neighbouring pixels as a share of the contrast (of true
-pictures through the VAE alone {vae_sharp:.2f} for originals of 64x64, {vae_blurred:.2f} for 5x5);
-the last two are shares of pictures whose shape is cut off.
+images through the VAE alone {vae_sharp:.2f} for originals of 64x64, {vae_blurred:.2f} for 5x5);
+the last two are shares of images whose shape is cut off.
 
 | the original that is asked for | sharpness | cut at a side | cut at top or bottom |
 | --- | --- | --- | --- |
@@ -80,10 +80,10 @@ def write_card(asset: Path, drawn: Path, generate: Callable[[str], None]) -> Sco
     prompts = drawn / "prompts.txt"
     prompts.write_text("".join(f"{caption}\n" for caption in captions), encoding="utf-8")
     generate(
-        f"generate --base {asset} --prompts {prompts} --out {drawn}/pictures --num-steps 20 "
+        f"generate --base {asset} --prompts {prompts} --out {drawn}/images --num-steps 20 "
         "--batch-size 16"
     )
-    found = score(scenes, drawn_pictures(drawn / "pictures", len(scenes)))
+    found = score(scenes, read_generated_images(drawn / "images", len(scenes)))
     pipeline = _pipeline(asset)
     parts = {name: sum(p.numel() for p in getattr(pipeline, name).parameters()) for name in PARTS}
     rows = {
@@ -127,10 +127,10 @@ def _pipeline(asset: Path) -> Any:
 
 @torch.inference_mode()
 def _psnr(vae: Any, shapes: tuple[str, ...]) -> float:
-    from tools.miniature.vae import picture_psnr
+    from tools.miniature.vae import reconstruction_psnr
 
     choices = random.Random(SEED)
-    return picture_psnr(
+    return reconstruction_psnr(
         vae, [draw_scene(random_scene(choices, shapes), choices) for _ in range(128)]
     )
 
@@ -138,7 +138,7 @@ def _psnr(vae: Any, shapes: tuple[str, ...]) -> float:
 def _responses(pipeline: Any) -> list[str]:
     rows = []
     for setting in SETTINGS:
-        found = respond(pipeline, setting, NUM_CONDITIONED, SEED + 1, num_steps=20)
+        found = measure_response(pipeline, setting, NUM_CONDITIONED, SEED + 1, num_steps=20)
         means = (found["sharpness"], found["cut_sides"], found["cut_ends"])
         rows.append(f"| {setting} | {' | '.join(f'{mean:.2f}' for mean in means)} |")
     return rows

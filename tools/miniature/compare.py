@@ -1,4 +1,4 @@
-"""One picture of what a fine-tune changed: the same prompts and seeds, before above after."""
+"""One image of what a fine-tune changed: the same prompts and seeds, before above after."""
 
 import textwrap
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ TILE = 128  # pixels
 GAP = 8
 SIDE = 70  # for the words before and after
 LINE = 15
-MOST_LINES = 4
+MAX_LINES = 4
 INK, PAPER = (30, 30, 30), (255, 255, 255)
 
 
@@ -19,14 +19,14 @@ def before_and_after(
 ) -> Image.Image:
     """A column for each prompt, with the prompt above it; ``footer`` may have several lines."""
     font = ImageFont.load_default(12)
-    head = MOST_LINES * LINE + 2 * GAP
+    head = MAX_LINES * LINE + 2 * GAP
     width = SIDE + len(prompts) * (TILE + GAP)
     foot = len(footer.splitlines()) * LINE + 2 * GAP
     sheet = Image.new("RGB", (width, head + 2 * (TILE + GAP) + foot), PAPER)
     pen = ImageDraw.Draw(sheet)
     for column, prompt in enumerate(prompts):
         x = SIDE + column * (TILE + GAP)
-        lines = textwrap.wrap(prompt, width=21)[:MOST_LINES]
+        lines = textwrap.wrap(prompt, width=21)[:MAX_LINES]
         pen.multiline_text((x, head - GAP), "\n".join(lines), INK, font, anchor="ld", spacing=2)
         for row, paths in enumerate((before, after)):
             with Image.open(paths[column]) as image:

@@ -1,6 +1,6 @@
 """The data sets: what the miniature is trained on, and a sample one that it does not know.
 
-Each is a folder of PNGs with a ``captions.jsonl``. The same seed draws the same pictures.
+Each is a folder of PNGs with a ``captions.jsonl``. The same seed draws the same images.
 """
 
 import json
@@ -34,7 +34,7 @@ def write_training_set(folder: Path, num: int = NUM_TRAINING, seed: int = 10) ->
 
 
 def write_cropped_set(folder: Path, num: int = NUM_CROPPED, seed: int = 11) -> None:
-    """Old shapes in wide and in high pictures, to be encoded with ``--square``: what stands at an
+    """Old shapes in wide and in high images, to be encoded with ``--square``: what stands at an
     end of one is cut off, and the crop numbers say so."""
     _write_training(folder, _oblong, num, seed)
 
@@ -44,13 +44,13 @@ def _write_training(
 ) -> None:
     choices = random.Random(seed)
 
-    def pictures() -> Iterator[tuple[Image.Image, str]]:
+    def captioned_images() -> Iterator[tuple[Image.Image, str]]:
         for _ in range(num):
             scene = random_scene(choices)
             caption = "" if choices.random() < EMPTY_SHARE else scene.caption(choices)
             yield draw(scene, choices), caption
 
-    _write(folder, pictures(), num)
+    _write(folder, captioned_images(), num)
 
 
 def _any_size(scene: Scene, choices: random.Random) -> Image.Image:
@@ -88,13 +88,13 @@ def _write_scenes(
 ) -> None:
     choices = random.Random(seed)
 
-    def pictures() -> Iterator[tuple[Image.Image, str]]:
+    def captioned_images() -> Iterator[tuple[Image.Image, str]]:
         for number in range(num):
             scene = random_scene(choices, (shapes[number % len(shapes)],), size)
             sides = choices.choice(((64, 64), (64, 64), (80, 48), (48, 80)))
             yield draw_scene(scene, choices, *sides), scene.caption(choices)
 
-    _write(folder, pictures(), num)
+    _write(folder, captioned_images(), num)
 
 
 def _write(folder: Path, images: Iterator[tuple[Image.Image, str]], num: int) -> None:

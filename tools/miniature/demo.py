@@ -14,10 +14,10 @@ import click
 from tools.miniature.compare import before_and_after
 from tools.miniature.data import fresh_prompts, write_prior_set, write_sample_set
 from tools.miniature.drawing import NEW_SHAPES, OLD_SHAPES, Scene
-from tools.miniature.score import drawn_pictures, score
+from tools.miniature.score import read_generated_images, score
 
 NUM_PROMPTS = 32  # of each kind, for the score
-NUM_SHOWN = 5  # of each kind, in the picture at the end
+NUM_SHOWN = 5  # of each kind, in the image at the end
 ENCODING = "--resolution 64 --bucket-step 16 --batch-size 16"
 TRAINING = (
     "--steps 500 --batch-size 16 --rank 16 --targets all --lr 1.5e-3 --lr-schedule cosine "
@@ -29,7 +29,7 @@ Scenes = dict[str, list[Scene]]
 
 
 def run_demo(out: Path, run: Run) -> Path:
-    """Data, encode, train, generate, score; returns the picture of before and after."""
+    """Data, encode, train, generate, score; returns the image of before and after."""
     start = time.perf_counter()
 
     def do(text: str, command: str) -> None:
@@ -82,13 +82,15 @@ def _write_prompts(out: Path) -> Scenes:
 
 
 def _finish(out: Path, scenes: Scenes, seconds: float) -> Path:
-    """Score both folders, write the picture, say where everything is."""
+    """Score both folders, write the image, say where everything is."""
     everything = scenes["new"] + scenes["old"]
     parts = {"new": slice(0, NUM_PROMPTS), "old": slice(NUM_PROMPTS, 2 * NUM_PROMPTS)}
     lines = []
     for kind, part in parts.items():
         for when in ("before", "after"):
-            found = score(everything[part], drawn_pictures(out / when, len(everything))[part])
+            found = score(
+                everything[part], read_generated_images(out / when, len(everything))[part]
+            )
             lines.append(f"{kind} shapes {when:>6}: {found}")
     shown = [*range(NUM_SHOWN), *range(NUM_PROMPTS, NUM_PROMPTS + NUM_SHOWN)]
     prompts = (out / "prompts.txt").read_text("utf-8").splitlines()

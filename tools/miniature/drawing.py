@@ -52,7 +52,7 @@ Colour = tuple[int, int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """What a picture shows. ``size`` and ``position`` may be empty: unsaid, and so any."""
+    """What an image shows. ``size`` and ``position`` may be empty: unsaid, and so any."""
 
     shape: str
     colour: str
@@ -72,12 +72,12 @@ def random_scene(
     """A scene of one of the shapes; a third say a size (or all do, ``size``), a third where."""
     colour, ground = choices.sample(list(COLOURS), 2)
     shape = choices.choice(shapes)
-    said = choices.choice(("small", "large")) if choices.random() < 1 / 3 else ""
+    size_word = choices.choice(("small", "large")) if choices.random() < 1 / 3 else ""
     return Scene(
         shape=shape,
         colour=colour,
         ground=ground,
-        size=said if size is None else size,
+        size=size_word if size is None else size,
         position=choices.choice(list(POSITIONS)) if choices.random() < 1 / 3 else "",
     )
 
@@ -85,7 +85,7 @@ def random_scene(
 def draw_scene(
     scene: Scene, choices: random.Random, width: int = 64, height: int = 64
 ) -> Image.Image:
-    """A picture of the scene; what the scene leaves open, chance decides."""
+    """Draw the scene; whatever the scene leaves open is random."""
     image = Image.new("RGB", (width * SHARPER, height * SHARPER), _shade(scene.ground, choices))
     short = min(width, height)
     side = short * choices.uniform(*SIZES[scene.size])
@@ -100,7 +100,7 @@ def draw_scene(
 
 
 def shrink(image: Image.Image, side: int) -> Image.Image:
-    """As a square original of so few pixels: what is enlarged from it is blurred."""
+    """Shrink an image to ``side`` x ``side`` pixels, so that enlarging it again blurs it."""
     return image.resize((side, side), Image.Resampling.BOX)
 
 

@@ -1,4 +1,4 @@
-"""How the miniature answers SDXL's size and crop numbers: are pictures blurred, are shapes cut?"""
+"""How the miniature answers SDXL's size and crop numbers: are images blurred, are shapes cut?"""
 
 import random
 from typing import Any
@@ -10,7 +10,7 @@ from PIL import Image
 from tools.miniature.data import fresh_prompts
 from tools.miniature.drawing import OLD_SHAPES, draw_scene, random_scene, shrink
 from tools.miniature.score import look_at
-from tools.miniature.vae import decoded_pictures
+from tools.miniature.vae import reconstruct_images
 
 BATCH_SIZE = 16
 # Arguments of diffusers' pipeline. Sizes are (height, width), a crop is (top, left), in pixels.
@@ -29,7 +29,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def respond(pipeline: Any, setting: str, num: int, seed: int, num_steps: int) -> dict[str, float]:
+def measure_response(
+    pipeline: Any, setting: str, num: int, seed: int, num_steps: int
+) -> dict[str, float]:
     """Draw ``num`` fresh prompts; for all settings the same ones, from the same noise.
 
     Returns the mean sharpness, and the shares that are cut off at the sides and at top or bottom.
@@ -64,22 +66,23 @@ def _draw(
 
 
 def decoded_sharpness(vae: Any, side: int, num: int = 64) -> float:
-    """Of true pictures of ``side`` pixels, enlarged, encoded and decoded: the most to hope for."""
+    """The sharpness of true images of ``side`` pixels, enlarged, encoded and decoded: the
+    maximum."""
     choices = random.Random(5)
     drawn = [draw_scene(random_scene(choices), choices) for _ in range(num)]
     enlarged = [shrink(image, side).resize((64, 64), Image.Resampling.LANCZOS) for image in drawn]
-    return float(np.mean([sharpness(image) for image in decoded_pictures(vae, enlarged)]))
+    return float(np.mean([sharpness(image) for image in reconstruct_images(vae, enlarged)]))
 
 
 def sharpness(image: Image.Image) -> float:
-    """The steepest steps between neighbouring pixels, as a share of the picture's contrast."""
+    """The steepest steps between neighbouring pixels, as a share of the image's contrast."""
     grey = np.asarray(image.convert("L"), dtype=np.float64)
     steps = np.abs(np.diff(grey, axis=1))
     return float(np.percentile(steps, 99) / max(1.0, float(grey.max() - grey.min())))
 
 
 def cut_edges(image: Image.Image) -> tuple[bool, bool]:
-    """Whether what is not ground reaches the left or right edge; and the top or bottom one."""
+    """Whether the shape reaches the left or right edge, and whether the top or bottom one."""
     mask = look_at(image).mask
     sides, ends = (mask[:, 0], mask[:, -1]), (mask[0], mask[-1])
     return any(edge.mean() > 0.1 for edge in sides), any(edge.mean() > 0.1 for edge in ends)

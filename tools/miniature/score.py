@@ -1,6 +1,6 @@
-"""What a drawn picture shows, found by counting pixels: no network judges another.
+"""What a drawn image shows, found by counting pixels: no network judges another.
 
-Shapes: H W a picture's size in pixels; a mask is [H, W] bool, true where the shape is.
+Shapes: H W an image's size in pixels; a mask is [H, W] bool, true where the shape is.
 """
 
 from collections.abc import Sequence
@@ -16,13 +16,13 @@ from tools.miniature.drawing import COLOURS, NEW_SHAPES, OLD_SHAPES, Scene, draw
 
 Floats = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
-BORDER = 2  # pixels at the picture's edge that are taken for ground
+BORDER = 2  # pixels at the image's edge that are taken for ground
 SHARES = tuple(step / 100 for step in range(36, 92, 4))  # sizes tried, of the short side
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Seen:
-    """What was found in a picture. ``overlaps`` are, by shape, the best IoU at any size, place."""
+    """What was found in an image. ``overlaps`` are, by shape, the best IoU at any size, place."""
 
     colour: str
     ground: str
@@ -36,7 +36,7 @@ class Seen:
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """Shares of pictures that show what their prompt says; ``overlap`` is a mean IoU."""
+    """Shares of images that show what their prompt says; ``overlap`` is a mean IoU."""
 
     num: int
     shape: float
@@ -52,7 +52,7 @@ class Score:
 
 
 def score(scenes: Sequence[Scene], images: Sequence[Image.Image]) -> Score:
-    """Compare pictures with the scenes that were asked for."""
+    """Compare images with the scenes that were asked for."""
     rows = []
     for scene, image in zip(scenes, images, strict=True):
         seen = look_at(image)
@@ -69,8 +69,8 @@ def score(scenes: Sequence[Scene], images: Sequence[Image.Image]) -> Score:
     )
 
 
-def drawn_pictures(folder: Path, num: int) -> list[Image.Image]:
-    """The first ``num`` pictures that ``cli.py generate`` wrote, in the order of their prompts."""
+def read_generated_images(folder: Path, num: int) -> list[Image.Image]:
+    """The first ``num`` images that ``cli.py generate`` wrote, in the order of their prompts."""
     images = []
     for number in range(num):
         with Image.open(folder / f"{number:06d}.png") as image:

@@ -1,6 +1,6 @@
 """The miniature's VAE: SDXL's AutoencoderKL, 64 pixels to 8x8 latents of 4 channels, trained here.
 
-Shapes: B pictures, H W their size in pixels, h = H / 8 and w = W / 8 that of their latents.
+Shapes: B images, H W their size in pixels, h = H / 8 and w = W / 8 that of their latents.
 """
 
 import math
@@ -27,18 +27,18 @@ from tools.miniature.drawing import (
 from tools.small_sdxl import make_vae
 
 CHANNELS = (16, 32, 48, 48)  # of the four levels
-NUM_PICTURES = 8000
+NUM_TRAINING_IMAGES = 8000
 BATCH_SIZE = 16
 PEAK_LR = 3e-3
 KL_WEIGHT = 5e-4
-NUM_CROP_STEPS = 3450  # on crops of 32x32, four times as fast; whole pictures after
+NUM_CROP_STEPS = 3450  # on crops of 32x32, four times as fast; whole images after
 NUM_STEPS = 4600
 NUM_DECODER_STEPS = 1000  # more, of the decoder alone
 DECODER_LR = 1.5e-3
 CHECKPOINT_EVERY = 250
 
 
-def draw_pictures(num: int, seed: int) -> torch.Tensor:
+def draw_images(num: int, seed: int) -> torch.Tensor:
     """[num, 3, 64, 64] uint8: half basic shapes, half doodles, to see all others by.
 
     A quarter of both is blurred: a decoder that only met sharp edges can draw no others.
@@ -63,7 +63,7 @@ def _pixels(image: Image.Image) -> torch.Tensor:
 
 
 def vae_loss(vae: Any, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Of pictures [B, 3, H, W] in -1..1: L1 + MSE + edges, and KL to N(0, 1), a scalar."""
+    """The loss on images [B, 3, H, W] in -1..1: L1 + MSE + edges, and KL to N(0, 1), a scalar."""
     posterior = vae.encode(images).latent_dist
     decoded = vae.decode(posterior.sample(generator)).sample
     loss = l1_loss(decoded, images) + mse_loss(decoded, images)
@@ -83,7 +83,7 @@ def train_vae(checkpoint: Path) -> Any:
     start = _restore(checkpoint, vae, optimizer)
     if start == num_steps:
         return vae.eval()
-    images = draw_pictures(NUM_PICTURES, seed=1)
+    images = draw_images(NUM_TRAINING_IMAGES, seed=1)
     bar = tqdm(total=num_steps, initial=start, unit="step", desc="train the VAE", mininterval=5)
     for step in range(start, num_steps):
         batch, generator = _batch(images, step)
@@ -159,15 +159,15 @@ def _restore(checkpoint: Path, vae: Any, optimizer: torch.optim.Optimizer) -> in
 
 
 def held_out_psnr(vae: Any) -> float:
-    """dB of decoded pictures of the new shapes, which the VAE is never trained on."""
+    """dB of decoded images of the new shapes, which the VAE is never trained on."""
     choices = random.Random(2)
     drawn = [draw_scene(random_scene(choices, NEW_SHAPES), choices) for _ in range(64)]
-    return picture_psnr(vae, drawn)
+    return reconstruction_psnr(vae, drawn)
 
 
 @torch.inference_mode()
-def picture_psnr(vae: Any, drawn: list[Image.Image]) -> float:
-    """Mean dB of pictures encoded and decoded again."""
+def reconstruction_psnr(vae: Any, drawn: list[Image.Image]) -> float:
+    """Mean dB of images encoded and decoded again."""
     images = _batch_of(drawn)
     decoded = _decoded(vae, images)
     errors = ((decoded - images) / 2).square().flatten(1).mean(dim=1)
@@ -175,8 +175,8 @@ def picture_psnr(vae: Any, drawn: list[Image.Image]) -> float:
 
 
 @torch.inference_mode()
-def decoded_pictures(vae: Any, drawn: list[Image.Image]) -> list[Image.Image]:
-    """Pictures encoded and decoded again."""
+def reconstruct_images(vae: Any, drawn: list[Image.Image]) -> list[Image.Image]:
+    """Images encoded and decoded again."""
     levels = ((_decoded(vae, _batch_of(drawn)) + 1) * 127.5).round().to(torch.uint8)
     return [Image.fromarray(one.numpy()) for one in levels.permute(0, 2, 3, 1)]
 

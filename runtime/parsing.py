@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 from runtime import files
 from runtime.files import format_bytes
-from runtime.text import first_line
+from runtime.messages import first_line
 
 MAX_JSON_BYTES = 100_000_000  # a tokenizer.json has up to 20 MB, a list of tensors up to 10
 

@@ -11,7 +11,7 @@ ASPECTS = ((3, 3), (4, 2.5), (2.5, 4))  # thirds of `size`: 96 gives 96x96, 128x
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 
-def draw_pictures(folder: Path, count: int = 24, size: int = 96, seed: int = 0) -> None:
+def draw_images(folder: Path, count: int = 24, size: int = 96, seed: int = 0) -> None:
     """Write ``000.png``, its caption ``000.txt`` and so on; ``size`` is a square one's side."""
     folder.mkdir(parents=True, exist_ok=True)
     choices = random.Random(seed)
@@ -51,7 +51,7 @@ def _draw_shape(image: Image.Image, shape: str, colour: str, box: Box) -> None:
 @click.option("--seed", type=int, default=0, show_default=True)
 def main(folder: Path, count: int, size: int, seed: int) -> None:
     """Draw captioned images of colored shapes into FOLDER."""
-    draw_pictures(folder, count, size, seed)
+    draw_images(folder, count, size, seed)
 
 
 if __name__ == "__main__":

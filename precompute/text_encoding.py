@@ -1,4 +1,4 @@
-"""The text encoders of an encode, what their output depends on, and the cached empty prompt."""
+"""Loading the text encoders for encode, what their output depends on, and the empty prompt."""
 
 import hashlib
 from pathlib import Path
@@ -22,18 +22,18 @@ def load_text(base: Base, device: torch.device, num_chunks: int) -> TextEncoders
     return TextEncoders(base, dtype, device, num_chunks)
 
 
-def text_causes(recipe: dict[str, Any]) -> str:
-    """Changes with anything but the text that decides an embedding as it is stored."""
-    causes = [recipe["text_encoder"], recipe["text_encoder_2"], recipe["storage"]["dtype"]]
+def text_recipe_digest(recipe: dict[str, Any]) -> str:
+    """A digest of everything but the text that decides a stored embedding."""
+    parts = [recipe["text_encoder"], recipe["text_encoder_2"], recipe["storage"]["dtype"]]
     if "long_captions" in recipe:
-        causes.append(recipe["long_captions"])
-    return content_digest(causes)
+        parts.append(recipe["long_captions"])
+    return content_digest(parts)
 
 
 def write_unconditional(
     folder: Path, encoders: TextEncoders, batch_size: int, recipe: dict[str, Any]
 ) -> None:
-    """The empty prompt both ways; with it come the shapes of the text tensors."""
+    """Write the empty prompt both ways, as zeros and encoded; ``text_shape`` reads its shapes."""
     empty = encoders.encode([""], batch_size).to(DTYPES[recipe["storage"]["dtype"]])
     zeros = empty.zeros_like()
     tensors = {
@@ -42,23 +42,23 @@ def write_unconditional(
         "zeros.prompt_embeds": zeros.prompt,
         "zeros.pooled_prompt_embeds": zeros.pooled,
     }
-    write_durable(folder / UNCONDITIONAL, _signed(tensors, text_causes(recipe)))
+    write_durable(folder / UNCONDITIONAL, _with_digest(tensors, text_recipe_digest(recipe)))
 
 
-def _signed(tensors: dict[str, torch.Tensor], causes: str) -> bytes:
-    """With that it vouches for itself where an interrupted encode has left no manifest."""
+def _with_digest(tensors: dict[str, torch.Tensor], recipe_digest: str) -> bytes:
+    """A file with a digest of its own, for an interrupted encode leaves no manifest to check it."""
     digest = hashlib.sha256(safetensors.torch.save(tensors)).hexdigest()
-    return safetensors.torch.save(tensors, metadata={KEY: f"{causes} {digest}"})
+    return safetensors.torch.save(tensors, metadata={KEY: f"{recipe_digest} {digest}"})
 
 
 def unconditional_is_whole(folder: Path, recipe: dict[str, Any]) -> bool:
-    """Whether an earlier run left what this one would write, less last bits."""
+    """Whether an earlier run wrote the file that this one would write, up to last bits."""
     try:
         data = (folder / UNCONDITIONAL).read_bytes()
         tensors = safetensors.torch.load(data)
     except (OSError, SafetensorError):
         return False
-    return _signed(tensors, text_causes(recipe)) == data
+    return _with_digest(tensors, text_recipe_digest(recipe)) == data
 
 
 def text_shape(folder: Path) -> dict[str, int]:

@@ -21,15 +21,15 @@ import cli
 import precompute.images.decode
 from precompute.images.decode import (
     LARGE_PIXELS,
+    image_size,
     limit_large_images,
-    open_picture,
-    picture_size,
+    open_image,
     to_srgb,
 )
 from precompute.images.masks import open_alpha
-from precompute.images.rejections import PictureError, explain, unidentified
+from precompute.images.rejections import ImageError, explain, unidentified
 from shards.reader import Cache
-from tests.picture_files import (
+from tests.image_files import (
     SIZE,
     bad_files,
     good_files,
@@ -73,7 +73,7 @@ def test_60_are_encoded_and_40_rejected_for_their_true_reasons(
     run = run_encode(mixed, tmp_path / "cache", base)
     assert run.exit_code == 0, run.output
     cache = Cache(tmp_path / "cache")
-    paths = {s.about(row)["path"] for s in cache.shards() for row in range(len(s.index))}
+    paths = {s.metadata(row)["path"] for s in cache.shards() for row in range(len(s.index))}
     assert paths == {name for name, _ in good_files()}
     assert len(paths) == 60
     reasons = {name: reason for name, _, reason in bad_files()}
@@ -91,10 +91,10 @@ def test_good_files_keep_their_pixels() -> None:
     """As Pillow alone makes them RGB, where no profile, depth or transparency is in the way."""
     num_alike = 0
     for name, data in good_files():
-        picture = open_picture(data)
+        picture = open_image(data)
         assert picture.mode == "RGB"
         size = SIZE[::-1] if name in LYING else SIZE
-        assert picture.size == picture_size(data) == size, name
+        assert picture.size == image_size(data) == size, name
         with Image.open(io.BytesIO(data)) as plain:
             plain.load()
             turned = plain.getexif().get(0x0112, 1) != 1
@@ -107,7 +107,7 @@ def test_good_files_keep_their_pixels() -> None:
 
 @pytest.mark.parametrize("name", ["animated.png", "animated.gif", "animated.webp", "pages.tif"])
 def test_of_several_pictures_the_first_is_taken(name: str) -> None:
-    picture = np.asarray(open_picture(dict(good_files())[name])).astype(int)
+    picture = np.asarray(open_image(dict(good_files())[name])).astype(int)
     assert abs(picture - np.asarray(scene())).mean() < 8
     assert abs(picture - np.asarray(scene(seed=1))).mean() > 20
 
@@ -117,7 +117,7 @@ def test_16_bits_keep_their_levels(channels: int) -> None:
     levels = np.arange(256, dtype=np.uint16).reshape(16, 16, 1).repeat(channels, axis=2) * 257
     if channels in (2, 4):
         levels[..., -1] = 65535
-    picture = np.asarray(open_picture(png_16(levels))).astype(int)
+    picture = np.asarray(open_image(png_16(levels))).astype(int)
     assert abs(picture - (levels[..., :1] >> 8)).max() <= 1
 
 
@@ -136,7 +136,7 @@ def test_a_linear_profile_has_its_known_effect(form: str) -> None:
     options = {"lossless": True} if form == "WEBP" else {}
     data = saved(scene(), form, icc_profile=linear_profile(), **options)
     expected = as_srgb(np.asarray(scene()) / 255)
-    assert abs(np.asarray(open_picture(data)) - expected).max() <= 2
+    assert abs(np.asarray(open_image(data)) - expected).max() <= 2
     assert abs(np.asarray(scene()) - expected).max() > 50
 
 
@@ -144,7 +144,7 @@ def test_a_grey_profile_has_its_known_effect() -> None:
     grey = scene().convert("L")
     data = saved(grey, "PNG", icc_profile=linear_profile(b"GRAY"))
     expected = as_srgb(np.asarray(grey)[..., None] / 255)
-    assert abs(np.asarray(open_picture(data)) - expected).max() <= 2
+    assert abs(np.asarray(open_image(data)) - expected).max() <= 2
 
 
 def test_a_profile_does_what_imagecms_does() -> None:
@@ -152,7 +152,7 @@ def test_a_profile_does_what_imagecms_does() -> None:
     source, target = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
     expected = ImageCms.profileToProfile(scene(), source, target, outputMode="RGB")
     assert expected is not None
-    found = open_picture(saved(scene(), "PNG", icc_profile=profile))
+    found = open_image(saved(scene(), "PNG", icc_profile=profile))
     assert found.tobytes() == expected.tobytes()
 
 
@@ -161,14 +161,14 @@ def test_a_profile_is_applied_below_the_transparency() -> None:
     image.putalpha(128)
     data = saved(image, "PNG", icc_profile=linear_profile())
     expected = (as_srgb(np.asarray(scene()) / 255) + 255) / 2
-    assert abs(np.asarray(open_picture(data)) - expected).max() <= 3
+    assert abs(np.asarray(open_image(data)) - expected).max() <= 3
 
 
 def test_a_grey_picture_may_have_a_profile_of_colours() -> None:
     grey = scene().convert("L")
     data = saved(grey, "PNG", icc_profile=linear_profile())
     expected = as_srgb(np.asarray(grey)[..., None] / 255)
-    assert abs(np.asarray(open_picture(data)) - expected).max() <= 2
+    assert abs(np.asarray(open_image(data)) - expected).max() <= 2
 
 
 @pytest.mark.parametrize(
@@ -228,8 +228,8 @@ def test_no_note_in_a_png_is_a_reason_to_reject_it(chunks: list[tuple[bytes, byt
     noted = with_chunks(plain, *chunks)
     late = plain[:-12] + b"".join(png_part(*chunk) for chunk in chunks) + plain[-12:]
     for data in (noted, late):
-        assert picture_size(data) == SIZE
-        assert open_picture(data).tobytes() == scene().tobytes()
+        assert image_size(data) == SIZE
+        assert open_image(data).tobytes() == scene().tobytes()
         assert open_alpha(data) is None
 
 
@@ -237,18 +237,18 @@ def test_no_note_in_a_png_is_a_reason_to_reject_it(chunks: list[tuple[bytes, byt
 def test_a_png_with_fewer_rows_than_its_header_says_is_truncated(mode: str) -> None:
     black = Image.new(mode, (37, 21))
     data = saved(black, "PNG")
-    assert open_picture(data).size == (37, 21), "black to the last row is an image"
+    assert open_image(data).size == (37, 21), "black to the last row is an image"
     for height in (22, 42):
         header = data[16:20] + struct.pack(">I", height) + data[24:29]
         forged = data[:8] + png_part(b"IHDR", header) + data[33:]
-        with pytest.raises(PictureError, match="truncated: its data end before its last row"):
-            open_picture(forged)
+        with pytest.raises(ImageError, match="truncated: its data end before its last row"):
+            open_image(forged)
 
 
 def test_a_note_of_a_png_with_a_wrong_checksum_is_no_damage() -> None:
     noted = bytearray(with_chunks(saved(scene(), "PNG"), (b"tEXt", b"workflow\0{}")))
     noted[noted.index(b"workflow")] ^= 1
-    assert open_picture(bytes(noted)).tobytes() == scene().tobytes()
+    assert open_image(bytes(noted)).tobytes() == scene().tobytes()
 
 
 @pytest.mark.parametrize(
@@ -260,7 +260,7 @@ def test_a_note_of_a_png_with_a_wrong_checksum_is_no_damage() -> None:
 )
 def test_a_png_is_turned_as_its_xmp_says(chunk: tuple[bytes, bytes]) -> None:
     data = with_chunks(saved(scene(), "PNG"), (b"tEXt", b"workflow\0" + LONG), chunk)
-    assert picture_size(data) == open_picture(data).size == SIZE[::-1]
+    assert image_size(data) == open_image(data).size == SIZE[::-1]
 
 
 def test_a_large_profile_of_a_png_is_obeyed() -> None:
@@ -268,23 +268,23 @@ def test_a_large_profile_of_a_png_is_obeyed() -> None:
     large = linear_profile() + bytes(2_000_000)
     large = struct.pack(">I", len(large)) + large[4:]
     chunk = (b"iCCP", b"large\0\0" + zlib.compress(large))
-    expected = open_picture(saved(scene(), "PNG", icc_profile=linear_profile()))
-    assert open_picture(with_chunks(saved(scene(), "PNG"), chunk)).tobytes() == expected.tobytes()
+    expected = open_image(saved(scene(), "PNG", icc_profile=linear_profile()))
+    assert open_image(with_chunks(saved(scene(), "PNG"), chunk)).tobytes() == expected.tobytes()
 
 
 @pytest.mark.parametrize("form", ["JPEG", "WEBP", "PNG", "TIFF", "AVIF"])
 def test_exif_that_cannot_be_read_turns_nothing(form: str) -> None:
     exif = b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + bytes(range(200))
     data = saved(scene(), form, **({} if form == "TIFF" else {"exif": exif}))
-    assert picture_size(data) == open_picture(data).size == SIZE
+    assert image_size(data) == open_image(data).size == SIZE
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_values_that_are_no_numbers_are_refused(value: float) -> None:
     levels = np.full((20, 30), 0.5, np.float32)
     levels[7, 9] = value
-    with pytest.raises(PictureError, match=r"no numbers \(NaN or infinity\)"):
-        open_picture(saved(Image.fromarray(levels), "TIFF"))
+    with pytest.raises(ImageError, match=r"no numbers \(NaN or infinity\)"):
+        open_image(saved(Image.fromarray(levels), "TIFF"))
 
 
 # Damage in TIFFs and BMPs that Pillow's decoders make do with.
@@ -302,7 +302,7 @@ def place_of_strip(data: bytes) -> tuple[int, int]:
 def test_a_tiff_with_a_hole_is_refused(packing: str, capfd: pytest.CaptureFixture[str]) -> None:
     image = scene((160, 128)).convert("1")
     data = saved(image, "TIFF", compression=packing)
-    assert open_picture(data).tobytes() == image.convert("RGB").tobytes()
+    assert open_image(data).tobytes() == image.convert("RGB").tobytes()
     start, size = place_of_strip(data)
     for share in (0.2, 0.5, 0.9):
         at = start + int(size * share)
@@ -310,8 +310,8 @@ def test_a_tiff_with_a_hole_is_refused(packing: str, capfd: pytest.CaptureFixtur
         holed = data[: at - 20] + bytes(20) + data[at:]
         # In group 3 zeros may stand between lines; in PackBits they are runs of one byte.
         for damaged in (unended,) if packing in ("group3", "packbits") else (unended, holed):
-            with pytest.raises((PictureError, OSError)) as caught:
-                open_picture(damaged)
+            with pytest.raises((ImageError, OSError)) as caught:
+                open_image(damaged)
             assert "damaged" in explain(caught.value) or "truncated" in explain(caught.value)
     assert "Fax" not in capfd.readouterr().err
 
@@ -324,8 +324,8 @@ def test_a_fax_with_a_wrong_code_is_refused() -> None:
         damaged = data.copy()
         damaged[at] ^= 0x10
         try:
-            open_picture(bytes(damaged))
-        except PictureError:
+            open_image(bytes(damaged))
+        except ImageError:
             num_refused += 1
     assert num_refused > 15
 
@@ -335,8 +335,8 @@ def test_a_tiff_whose_strips_lie_beyond_its_end_is_refused(tag: int) -> None:
     data = saved(scene(), "TIFF", compression="tiff_adobe_deflate")
     entry = data.index(struct.pack("<HHI", tag, 4, 1))
     moved = data[: entry + 8] + struct.pack("<I", len(data)) + data[entry + 12 :]
-    with pytest.raises(PictureError, match="the file ends before the image does"):
-        open_picture(moved)
+    with pytest.raises(ImageError, match="the file ends before the image does"):
+        open_image(moved)
 
 
 def rle_bmp(runs: bytes, size: tuple[int, int] = (16, 2), kind: int = 1) -> bytes:
@@ -362,7 +362,7 @@ ROW, END_OF_ROW, END = b"\x10\x07", b"\0\0", b"\0\1"
     ],
 )
 def test_a_bmp_in_whole_runs_is_taken(kind: int, runs: bytes) -> None:
-    assert open_picture(rle_bmp(runs, kind=kind)).size == (16, 2)
+    assert open_image(rle_bmp(runs, kind=kind)).size == (16, 2)
 
 
 @pytest.mark.parametrize("kind", [1, 2])
@@ -379,8 +379,8 @@ def test_a_bmp_in_whole_runs_is_taken(kind: int, runs: bytes) -> None:
     ],
 )
 def test_a_bmp_whose_runs_do_not_fit_is_refused(kind: int, runs: bytes) -> None:
-    with pytest.raises((PictureError, ValueError)) as caught:
-        open_picture(rle_bmp(runs, kind=kind))
+    with pytest.raises((ImageError, ValueError)) as caught:
+        open_image(rle_bmp(runs, kind=kind))
     assert "damaged" in explain(caught.value) or "truncated" in explain(caught.value)
 
 
@@ -398,14 +398,14 @@ def cut_inside(data: bytes, num: int) -> bytes:
 )
 def test_a_cut_jpeg_is_refused_though_it_has_an_end_mark(mode: str, options: Any) -> None:
     data = saved(scene((160, 128)).convert(mode), "JPEG", **options)
-    whole, num_glued = open_picture(data).tobytes(), 0
+    whole, num_glued = open_image(data).tobytes(), 0
     for num in (10, 11, *range(13, len(data) * 3 // 4, 59)):
-        with pytest.raises((PictureError, OSError)) as caught:
-            open_picture(cut_inside(data, num))
+        with pytest.raises((ImageError, OSError)) as caught:
+            open_image(cut_inside(data, num))
         assert "truncated" in explain(caught.value), num
         num_glued += "a part before it is missing" in str(caught.value)  # Pillow alone takes it
     assert num_glued > 3
-    assert open_picture(data).tobytes() == whole
+    assert open_image(data).tobytes() == whole
 
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_rows": 1}])
@@ -419,7 +419,7 @@ def test_a_jpeg_is_decoded_as_pillow_decodes_it_and_once(
     made: list[str] = []
     real = Image._getdecoder
     monkeypatch.setattr(Image, "_getdecoder", lambda *args: (made.append(args[1]), real(*args))[1])
-    assert open_picture(data).tobytes() == expected
+    assert open_image(data).tobytes() == expected
     assert made == ["jpeg"]
 
 
@@ -427,13 +427,13 @@ def test_a_jpeg_is_decoded_as_pillow_decodes_it_and_once(
 @pytest.mark.parametrize("progressive", [False, True])
 def test_grey_jpegs_are_whole(level: int, progressive: bool) -> None:
     image = Image.new("RGB", (70, 50), (level, level, level))
-    assert open_picture(saved(image, "JPEG", progressive=progressive)).size == (70, 50)
+    assert open_image(saved(image, "JPEG", progressive=progressive)).size == (70, 50)
 
 
 def test_a_jpeg_with_more_behind_its_end_is_whole() -> None:
     data = saved(scene(), "JPEG", progressive=True)
-    assert open_picture(data + b"trailer \xff\xd8 of a phone" * 9).tobytes() == (
-        open_picture(data).tobytes()
+    assert open_image(data + b"trailer \xff\xd8 of a phone" * 9).tobytes() == (
+        open_image(data).tobytes()
     )
 
 
@@ -443,8 +443,8 @@ def test_a_jpeg_that_lacks_scans_is_refused() -> None:
     starts = [place for place in range(len(data)) if data[place : place + 2] == b"\xff\xda"]
     assert len(starts) > 5
     for start in starts[1:]:
-        with pytest.raises(PictureError, match="a part before it is missing"):
-            open_picture(data[:start] + b"\xff\xd9")
+        with pytest.raises(ImageError, match="a part before it is missing"):
+            open_image(data[:start] + b"\xff\xd9")
 
 
 @pytest.mark.parametrize("form", ["PNG", "GIF", "WEBP", "AVIF", "JPEG2000", "BMP", "PPM", "TIFF"])
@@ -452,7 +452,7 @@ def test_other_forms_are_refused_wherever_they_are_cut(form: str) -> None:
     data = saved(scene(), form)
     for share in np.linspace(0.02, 0.98, 25):
         with pytest.raises(Exception) as caught:
-            open_picture(data[: int(len(data) * share)])
+            open_image(data[: int(len(data) * share)])
         reason = explain(caught.value)
         assert "truncated" in reason or "damaged" in reason or "no image" in reason, reason
         assert "\n" not in reason and "Error" not in reason and " at 0x" not in reason
@@ -464,15 +464,15 @@ def test_other_forms_are_refused_wherever_they_are_cut(form: str) -> None:
 def test_sizes_are_refused_before_a_pixel_is_decoded() -> None:
     header = struct.pack(">IIBBBBB", 2**31 - 1, 2**31 - 1, 8, 2, 0, 0, 0)
     data = b"\x89PNG\r\n\x1a\n" + png_part(b"IHDR", header) + png_part(b"IDAT", b"")
-    for read in (picture_size, open_picture):
-        with pytest.raises(PictureError, match=r"^2147483647 x 2147483647 pixels are more than"):
+    for read in (image_size, open_image):
+        with pytest.raises(ImageError, match=r"^2147483647 x 2147483647 pixels are more than"):
             read(data)
 
 
 def test_the_longest_that_is_taken_is_8_to_1() -> None:
-    assert picture_size(saved(Image.new("L", (800, 100)), "PNG")) == (800, 100)
-    with pytest.raises(PictureError, match="100 x 801 pixels are longer than 8:1"):
-        picture_size(saved(Image.new("L", (100, 801)), "PNG"))
+    assert image_size(saved(Image.new("L", (800, 100)), "PNG")) == (800, 100)
+    with pytest.raises(ImageError, match="100 x 801 pixels are longer than 8:1"):
+        image_size(saved(Image.new("L", (100, 801)), "PNG"))
 
 
 def test_of_large_pictures_one_is_in_memory() -> None:
@@ -494,7 +494,7 @@ def test_of_large_pictures_one_is_in_memory() -> None:
 def test_the_header_of_a_png_is_read_without_its_pixels() -> None:
     data = saved(scene(), "PNG")
     place = data.index(b"IDAT") + 4
-    assert picture_size(data[:place] + bytes(len(data) - place)) == SIZE
+    assert image_size(data[:place] + bytes(len(data) - place)) == SIZE
 
 
 @pytest.mark.parametrize("late", [False, True])
@@ -510,7 +510,7 @@ def test_a_png_may_lie_on_its_side(late: bool) -> None:
         data = data.replace(part, b"")
         end = data.index(b"IEND") - 4
         data = data[:end] + part + data[end:]
-    assert picture_size(data) == open_picture(data).size == SIZE[::-1]
+    assert image_size(data) == open_image(data).size == SIZE[::-1]
 
 
 # Others.
@@ -531,14 +531,14 @@ def test_heic_is_taken_with_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
     precompute.images.decode._heif_plugin.cache_clear()
     data = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(50)
     try:
-        assert open_picture(data).tobytes() == scene().tobytes()
+        assert open_image(data).tobytes() == scene().tobytes()
     finally:
         monkeypatch.undo()
         Image.OPEN.pop("HEIF", None)
         Image.ID.remove("HEIF")
         precompute.images.decode._heif_plugin.cache_clear()
-    with pytest.raises(PictureError, match="a HEIC image"):
-        open_picture(data)
+    with pytest.raises(ImageError, match="a HEIC image"):
+        open_image(data)
 
 
 def test_memory_that_runs_out_is_no_property_of_a_picture() -> None:
@@ -549,6 +549,6 @@ def test_memory_that_runs_out_is_no_property_of_a_picture() -> None:
 def test_postscript_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocess, "Popen", None)
     data = saved(scene(), "EPS")
-    with pytest.raises(PictureError, match="a PostScript drawing"):
-        open_picture(data)
+    with pytest.raises(ImageError, match="a PostScript drawing"):
+        open_image(data)
     assert "PostScript" in str(unidentified(data))
