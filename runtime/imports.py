@@ -9,6 +9,7 @@ of it.
 import sys
 import threading
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
@@ -50,7 +51,8 @@ class _Finder(MetaPathFinder):
                 spec.loader = _Later(spec.loader)
             return spec
         if name.startswith(f"{COMPILER}."):
-            sys.meta_path.remove(self)
+            with suppress(ValueError):  # another thread was first
+                sys.meta_path.remove(self)
             load_now(sys.modules[COMPILER])
             if name in sys.modules:  # it came with the whole
                 return ModuleSpec(name, _Loaded(sys.modules[name]))

@@ -3,6 +3,8 @@
 import ctypes
 import os
 import sys
+from contextlib import suppress
+from pathlib import Path
 
 # Of mallopt(3). glibc maps what is larger than the one by itself, and unmaps it when it is freed;
 # it gives back the end of the heap when that is free and larger than the other.
@@ -45,3 +47,43 @@ def let_segments_grow() -> None:
     """
     if sys.platform == "linux" and not any(name in os.environ for name in ALLOCATOR):
         os.environ.update(dict.fromkeys(ALLOCATOR, "expandable_segments:True"))
+
+
+CGROUPS = Path("/sys/fs/cgroup")
+
+
+def free_memory() -> int:
+    """Bytes of main memory that this process may still take: what the machine has available, or
+    less where a container or a scheduler allows less."""
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    for folder, most, used in _cgroups():
+        with suppress(OSError, ValueError):  # there is no such limit ("max")
+            limit = int((folder / most).read_text())
+            taken = int((folder / used).read_text())
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            cached = int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
+            free = min(free, max(0, limit - taken + cached))  # the file cache gives way
+    return free
+
+
+def _cgroups() -> list[tuple[Path, str, str]]:
+    """The folders that may limit this process, with the names of limit and use: of both versions
+    of cgroups, its own and those above it."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:  # not Linux
+        return []
+    found = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root, names = CGROUPS, ("memory.max", "memory.current")
+        elif "memory" in controllers.split(","):
+            root, names = CGROUPS / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        else:
+            continue
+        own = root / path.lstrip("/")
+        found += [(place, *names) for place in (own, *own.parents) if place.is_relative_to(root)]
+    return found

@@ -52,7 +52,8 @@ class Snapshot:
         if component not in self._fetched:
             patterns = _patterns(component)
             self._download(patterns, ignore_patterns=FP16_FILES)
-            has_weights = any((self.folder / component).glob("*.safetensors"))
+            weights = (self.folder / component).glob("*.safetensors")
+            has_weights = any(".fp16" not in path.name for path in weights)
             if component in MODELS and not has_weights:
                 self._download(patterns)
             self._fetched.add(component)

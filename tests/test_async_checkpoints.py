@@ -1,6 +1,7 @@
 """Checkpoints are written beside the steps, and hold the step that they are of."""
 
 import errno
+import signal
 import threading
 from collections import namedtuple
 from pathlib import Path
@@ -9,12 +10,19 @@ from typing import Any
 import psutil
 import pytest
 import safetensors.torch
+from made import learner_of
 from ranks import train_on, written
-from runs import at_step, config_of, losses, run
+from runs import at_step, config_of, losses, run, stop_by
 
 import train.checkpoint
+import train.weights
+from runtime import process
+from runtime.signals import Stopped
+from sdxl.base import open_base
 from train.checkpoint import CheckpointWriter, newest_checkpoint, numbered
+from train.distributed import DistContext
 from train.option_values import Every
+from train.weights import WeightsFormat, publish
 
 SETTINGS: dict[str, Any] = {"steps": 4, "checkpoint_at": (1,), "log_every": 1, "ema": 0.9}
 
@@ -153,3 +161,95 @@ def test_each_rank_writes_files_of_its_own(cache: Path, base: Path, tmp_path: Pa
     assert not first & second
     for part in ("optimizer/", "ema/unet/", "checkpoint-1.partial/unet/"):
         assert any(part in name for name in first) and any(part in name for name in second), part
+
+
+# Found by reading: each of these was once told as a success, or ended a run for nothing.
+
+
+def test_a_stop_where_a_checkpoint_is_due_waits_for_it(
+    cache: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {**SETTINGS, "checkpoint_every": Every(2)}
+    with at_step(2, stop_by(signal.SIGTERM)), pytest.raises(Stopped):
+        run(cache, base, tmp_path / "whole", **settings)
+    assert 2 in numbered(tmp_path / "whole")
+    fill_disk(monkeypatch, "checkpoint-2")
+    with (
+        at_step(2, stop_by(signal.SIGTERM)),
+        pytest.raises(OSError, match="checkpoint-2: cannot be written: the disk is full"),
+    ):
+        run(cache, base, tmp_path / "full", **settings)
+
+
+def test_an_error_of_the_thread_itself_reaches_the_run(
+    cache: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as that another rank is gone."""
+
+    def lost(*_: Any) -> None:
+        raise RuntimeError("gloo/transport: connection closed")
+
+    monkeypatch.setattr(CheckpointWriter, "_agreed", lost)
+    with pytest.raises(RuntimeError, match="connection closed"):
+        run(cache, base, tmp_path, **{**SETTINGS, "checkpoint_at": ()})
+    assert not numbered(tmp_path)
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_ends_no_run(
+    cache: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def busy(*_: Any) -> None:
+        raise OSError(errno.ENOTEMPTY, "Directory not empty")
+
+    monkeypatch.setattr(train.checkpoint, "discard_folder", busy)
+    settings = {**SETTINGS, "checkpoint_at": (), "checkpoint_every": Every(1), "keep": 1}
+    with pytest.warns(UserWarning, match="an old checkpoint is not deleted: .*not empty"):
+        run(cache, base, tmp_path, **settings)
+    assert list(numbered(tmp_path)) == [1, 2, 3, 4]
+
+
+def test_an_error_without_words_is_told_to_the_other_ranks(base: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+
+    class World(DistContext):
+        def gather(self, names: list[str], group: Any = None) -> list[str]:
+            said.extend(names)
+            return names
+
+    learner = learner_of(base)
+    kind = WeightsFormat(False, open_base(base), learner.schedule)
+    writer = CheckpointWriter(tmp_path, learner, kind, None, lambda step: None)
+    writer.world = World(learner.world.device)
+    assert isinstance(writer._agreed(MemoryError()), MemoryError)
+    assert said == ["MemoryError"]
+
+
+def test_the_room_that_is_asked_for_is_what_is_written(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The average is fp32, and the fp16 copy as large as bf16 weights."""
+    asked: list[int] = []
+    monkeypatch.setattr(train.weights, "check_space", lambda path, size: asked.append(size))
+    settings = {"pure_bf16": True, "allow_cpu_bf16": True, "precision": "bf16"}
+    for number, ema in enumerate((0.0, 0.9)):
+        learner = learner_of(base, full=True, ema=ema, **settings)
+        kind = WeightsFormat(True, open_base(base), learner.schedule)
+        out = tmp_path / str(number)
+        out.mkdir()
+        publish(learner.unet, kind, out, learner.world, learner.ema, steps=1)
+        written = sum(path.stat().st_size for path in out.rglob("*.safetensors"))
+        assert 0 < written - asked[-1] < 300_000  # headers
+
+
+def test_a_containers_limit_is_the_memory_that_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = process.free_memory()
+    (tmp_path / "memory.max").write_text(f"{5_000_000}\n")
+    (tmp_path / "memory.current").write_text(f"{3_000_000}\n")
+    (tmp_path / "memory.stat").write_text("anon 2000000\ninactive_file 1000000\n")
+    places = [(tmp_path, "memory.max", "memory.current"), (tmp_path / "none", "a", "b")]
+    monkeypatch.setattr(process, "_cgroups", lambda: places)
+    assert process.free_memory() == 3_000_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert process.free_memory() == pytest.approx(free, rel=0.2)

@@ -15,7 +15,6 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import xxhash
 from safetensors import safe_open
@@ -33,6 +32,7 @@ from runtime.files import (
     writing,
 )
 from runtime.parsing import MAX_JSON_BYTES, read_bounded
+from runtime.process import free_memory
 from runtime.workers import rank_info
 from sdxl.base import find_weights
 from train.config import TrainConfig
@@ -85,7 +85,9 @@ def warn_of_space(config: TrainConfig, step: int, learner: Learner, kind: Weight
 
 
 def _weights_bytes(learner: Learner, kind: WeightsFormat) -> int:
-    return weights_bytes(learner.unet, kind) * (1 if learner.ema is None else 2)
+    return weights_bytes(learner.unet, kind, None) + (
+        0 if learner.ema is None else weights_bytes(learner.unet, kind, learner.ema)
+    )
 
 
 class CheckpointWriter:
@@ -141,7 +143,9 @@ class CheckpointWriter:
         if isinstance(files, Generator):
             write()
         else:
-            self._thread = threading.Thread(target=write, name=THREAD, daemon=True)
+            self._thread = threading.Thread(
+                target=self._noting_errors, args=(write,), name=THREAD, daemon=True
+            )
             self._thread.start()
         if wait:
             self.finish()
@@ -172,7 +176,8 @@ class CheckpointWriter:
         if self.world.is_main:
             try:
                 for left in final.parent.glob("*" + PARTIAL):  # by a run that was killed
-                    remove_path(left)
+                    with suppress(OSError):  # somebody may be reading it
+                        remove_path(left)
                 check_space(final, size)
                 with writing(final):
                     partial.mkdir(parents=True)
@@ -211,9 +216,28 @@ class CheckpointWriter:
         if error is None:
             self.good, self._failures = final, 0
             if self.world.is_main:
-                error = _caught(final, functools.partial(self.after, record["step"]))
+                error = self._finish_up(record["step"])
         if error is not None:
             self._fail(error)
+
+    def _finish_up(self, step: int) -> Exception | None:
+        """What is done when a checkpoint is whole. It stays whole where an old one cannot be
+        deleted, as somebody may be reading it."""
+        try:
+            self.after(step)
+        except OSError as error:
+            warnings.warn(f"an old checkpoint is not deleted: {error}", stacklevel=2)
+        except Exception as error:
+            return error
+        return None
+
+    def _noting_errors(self, write: Callable[[], None]) -> None:
+        """In the thread: what ``_write`` raises itself, such as that another rank is gone, is
+        raised again by ``finish``."""
+        try:
+            write()
+        except Exception as error:
+            self._error = error
 
     def _seal(self, final: Path, partial: Path, record: dict[str, Any]) -> None:
         sealed = seal({**record, "files": _digests(partial)})
@@ -224,7 +248,7 @@ class CheckpointWriter:
 
     def _agreed(self, error: Exception | None) -> Exception | None:
         """The error of this rank, or of another one; None where all went well."""
-        words = "" if error is None else str(error)
+        words = "" if error is None else str(error) or type(error).__name__
         told = [text for text in self.world.gather([words], self._group) if text]
         return error or (OSError(told[0]) if told else None)
 
@@ -255,7 +279,7 @@ def _fits_in_memory(size: int) -> bool:
     """Whether there is room for a copy of so many bytes for each process of this machine, and for
     the file that is being written."""
     needed = size + min(size, MAX_FILE_BYTES)
-    return bool(needed * rank_info().local_size < MEMORY_SHARE * psutil.virtual_memory().available)
+    return needed * rank_info().local_size < MEMORY_SHARE * free_memory()
 
 
 def _digests(folder: Path) -> dict[str, str]:

@@ -291,9 +291,13 @@ def warm_up(learner: Learner, config: TrainConfig, plan: Plan, tokens: int) -> N
         room = state_bytes(config.optimizer, shapes)
         room //= learner.world.size if config.full else 1
         state = torch.empty(room, dtype=torch.uint8, device=device)
-    with learner.grad_sync(True):
-        losses = learner.losses(learner.forward, batch.to(device))
-        learner.scaler.scale(losses.mean()).backward()  # type: ignore[no-untyped-call]
+    # With accumulation the gradients of a step's first passes are there beside a later one.
+    accumulates = plan.global_batch > config.batch_size * learner.world.size
+    for last in (False, True) if accumulates else (True,):
+        with learner.grad_sync(last):
+            losses = learner.losses(learner.forward, batch.to(device))
+            learner.scaler.scale(losses.mean()).backward()  # type: ignore[no-untyped-call]
+            del losses
     learner.optimizer.zero_grad()
     del state
 

@@ -188,7 +188,7 @@ def _run(run: Run) -> Path:
         run.log.artifact(path)
         failed = False
         return path
-    except SystemExit:  # told to stop, which is no failure
+    except Stopped:  # which is no failure
         failed = False
         raise
     except BaseException as error:
@@ -262,7 +262,7 @@ def _steps(run: Run) -> None:
             if previews:
                 _preview(run, done)
             if kind:
-                _write_checkpoint(run, done, kind)
+                _write_checkpoint(run, done, kind, wait=last or stop)
             if stop and not last:
                 log.say(f"stopped after step {done}; --resume goes on from its checkpoint")
                 vote.close()
@@ -346,7 +346,7 @@ def _listed(names: Iterable[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + more
 
 
-def _write_checkpoint(run: Run, step: int, kind: str) -> None:
+def _write_checkpoint(run: Run, step: int, kind: str, *, wait: bool) -> None:
     config, batches_done = run.config, run.batches_done(step)
     state = state_of(config, run.plan, run.identity, batches_done) | {
         "kind": kind,
@@ -354,7 +354,7 @@ def _write_checkpoint(run: Run, step: int, kind: str) -> None:
         "skipped_in_a_row": run.skipped_in_a_row,
         "scaler": run.learner.scaler.state_dict(),
     }
-    run.writer.begin(step, state, wait=kind in ("last", "stop"))
+    run.writer.begin(step, state, wait=wait)
     run.log.resume_clock()
 
 

@@ -16,9 +16,10 @@ import json
 import os
 import re
 import secrets
+import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -188,6 +189,7 @@ def recover_with_warning(out: Path) -> None:
 
 # A run's folder: whether it may be used, its lock, and the settings that it keeps.
 
+SHARED_SECONDS = 20  # in which each rank must see what another one wrote
 NONCE = "ranks.nonce"  # while the ranks ask whether they see the same folder
 LOCK = "train.lock"  # while a run is at work in the folder
 
@@ -287,6 +289,12 @@ def _check_shared(out: Path, world: DistContext) -> None:
     if world.is_main:
         path.write_text(nonce)
     world.wait()
+    end = time.monotonic() + SHARED_SECONDS
+    while not path.is_file() and time.monotonic() < end:
+        with suppress(OSError):  # a network file system remembers for a while what was not there
+            os.listdir(out.parent)
+            os.listdir(out)
+        time.sleep(0.1)
     seen = path.read_text() if path.is_file() else ""
     all_see_it = set(world.gather([seen])) == {nonce}
     if world.is_main:

@@ -269,10 +269,11 @@ def read_weights(unet: Any, full: bool, folder: Path, ema: Ema | None) -> None:
                 parameter.copy_(kept[name])
 
 
-def weights_bytes(unet: Any, kind: WeightsFormat) -> int:
-    """What ``write_weights`` will take on the disk, but for headers and configs."""
+def weights_bytes(unet: Any, kind: WeightsFormat, ema: Ema | None) -> int:
+    """What ``weights_files`` will take on the disk, but for headers and configs."""
     if kind.full:
-        return sum(sizes_of(dict(unet.named_parameters())).values())
+        sizes = sizes_of(dict(unet.named_parameters())) if ema is None else ema.sizes()
+        return sum(sizes.values())
     return len(LORA_FILES) * sum(4 * parameter.numel() for parameter in trainable(unet).values())
 
 
@@ -301,7 +302,7 @@ def publish(
     """The run's result: its averaged weights, where it keeps an average. A UNet comes as files of
     the dtype it was trained in and as fp16 files."""
     name, owners = run.resolve().name, cycle(range(world.size))
-    size = weights_bytes(unet, kind)
+    size = weights_bytes(unet, kind, ema)
     if not kind.full:
         if world.is_main:
             check_space(run / LORA, size)
@@ -312,7 +313,8 @@ def publish(
     partial_folder = run / f"{UNET}{PARTIAL}"
     if world.is_main:
         remove_path(partial_folder)
-        check_space(run / UNET, size + size // 2)
+        halves = sum(2 * parameter.numel() for parameter in unet.parameters())
+        check_space(run / UNET, size + halves)
         partial_folder.mkdir()
     world.wait()  # the others write into it too
     with writing(run / UNET), removed_on_error(partial_folder):
