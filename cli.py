@@ -12,6 +12,7 @@ import click
 
 from runtime.errors import echo, handle_errors, silence_libraries
 from runtime.imports import skip_unused_imports
+from runtime.messages import pluralize
 from runtime.options import Commands, FilePath, PathText, StageCommand
 from runtime.process import keep_freed_memory, let_segments_grow, let_threads_sleep
 from runtime.workers import is_main_process, launch, num_processes, rank_info
@@ -224,15 +225,15 @@ def generate(ctx: click.Context, debug: bool, **values: Any) -> None:
 
         report = run(settings)
         if report is not None:
-            one = "" if report.num_generated == 1 else "s"
             rate = (
                 f" ({report.num_generated / report.seconds:.3g} images/s)"
                 if report.num_generated
                 else ""
             )
+            drawn = pluralize(report.num_generated, "image")
             echo(
-                f"{report.num_generated} image{one} drawn{rate}, {report.num_kept} kept, in "
-                f"{settings.out}; all at a glance: {report.sheet}"
+                f"{drawn} drawn{rate}, {report.num_kept} kept, in {settings.out}; all at a glance: "
+                f"{report.sheet}"
             )
 
 

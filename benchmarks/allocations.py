@@ -9,6 +9,8 @@ the CPU's fused kernel, which keeps what a card's does.
 """
 
 import weakref
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,7 +29,7 @@ from sdxl.base import ModelSource, open_base
 from shards.batches import Batch
 from train.config import TrainConfig
 from train.distributed import DistContext
-from train.learner import build_learner, train_step
+from train.learner import Learner, build_learner, train_step
 from train.objective import objective_of
 from train.unet import build_unet
 
@@ -115,18 +117,25 @@ def batch_of(pixels: int, num: int = 1) -> Batch:
     )
 
 
-def peaks(config: TrainConfig, pixels: int) -> dict[str, float]:
-    """Bytes before the second step, when all state is there, and at its peak."""
+@contextmanager
+def fake_learner(config: TrainConfig, *modes: Any) -> Iterator[Learner]:
+    """The run's learner on the CPU; while entered, tensors are fake, and ``modes`` are entered too,
+    before it is made."""
     base = open_base(config.base)
     objective = objective_of(config, base.scheduler_config)  # of real numbers
     unet = unet_without_data(config)
-    with (
-        mock.patch("train.learner.objective_of", lambda *_: objective),
-        mock.patch("train.learner.build_unet", lambda *_: fill(unet)),
-        FakeTensorMode(allow_non_fake_inputs=True),
-        Allocations() as allocations,
-    ):
-        learner = build_learner(config, base, DistContext(CPU))
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch("train.learner.objective_of", lambda *_: objective))
+        stack.enter_context(mock.patch("train.learner.build_unet", lambda *_: fill(unet)))
+        for mode in (FakeTensorMode(allow_non_fake_inputs=True), *modes):
+            stack.enter_context(mode)
+        yield build_learner(config, base, DistContext(CPU))
+
+
+def peaks(config: TrainConfig, pixels: int) -> dict[str, float]:
+    """Bytes before the second step, when all state is there, and at its peak."""
+    allocations = Allocations()
+    with fake_learner(config, allocations) as learner:
         train_step(learner, iter([batch_of(pixels)]), 0, 1e-4)
         before = allocations.peak = allocations.live
         train_step(learner, iter([batch_of(pixels)]), 1, 1e-4)

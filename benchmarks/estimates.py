@@ -200,13 +200,13 @@ RECOMPUTED = "with checkpointing"
 
 def expected(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Images/s of each card, if it reached that share: counted work by assumed rates."""
-    found = []
+    rates_of = []
     for row in rows:
         once = row["forward + backward TFLOP"]
         for how, tflop in (("", once), (RECOMPUTED, once + row["forward TFLOP"])):
             rates = {card: share * peak / tflop for card, (peak, share) in CARDS.items()}
-            found.append({"run": f"{row['run']} {how}".strip(), "px": row["px"], **rates})
-    return found
+            rates_of.append({"run": f"{row['run']} {how}".strip(), "px": row["px"], **rates})
+    return rates_of
 
 
 @click.command()

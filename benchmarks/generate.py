@@ -27,7 +27,7 @@ from infer.settings import GenerateSettings
 from runtime.devices import pick_device
 from sdxl.base import base_path
 
-COLOURS = ("red", "blue", "green", "yellow")
+COLORS = ("red", "blue", "green", "yellow")
 SHAPES = ("circle", "square", "triangle", "star")
 GUIDANCE = 5.0
 
@@ -35,7 +35,7 @@ GUIDANCE = 5.0
 def prompts_of(num: int) -> list[str]:
     """Different ones: a bare loop encodes equal prompts again and again."""
     return [
-        f"a {COLOURS[n % 4]} {SHAPES[n // 4 % 4]} on a white ground, number {n}" for n in range(num)
+        f"a {COLORS[n % 4]} {SHAPES[n // 4 % 4]} on a white ground, number {n}" for n in range(num)
     ]
 
 

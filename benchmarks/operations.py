@@ -17,18 +17,14 @@ from unittest import mock
 
 import click
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.allocations import CPU, batch_of, fill, unet_without_data
+from benchmarks.allocations import batch_of, fake_learner
 from benchmarks.estimates import config_of
 from benchmarks.report import keep, machine, show
-from sdxl.base import open_base
 from train.config import TrainConfig
-from train.distributed import DistContext
-from train.learner import build_learner, train_step
-from train.objective import objective_of
+from train.learner import train_step
 
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "attention")
 NOT_LAUNCHED = ("empty", "detach", "alias", "_local_scalar_dense", "set_", "lift_fresh")
@@ -92,16 +88,8 @@ def library_forwards() -> Iterator[None]:
 
 def step_of(config: TrainConfig, pixels: int, num: int) -> Counter[str]:
     """Counts of a step, when there is an optimizer state, and the bytes that its forward saves."""
-    base = open_base(config.base)
-    objective = objective_of(config, base.scheduler_config)  # of real numbers
-    unet = unet_without_data(config)
-    with (
-        mock.patch("train.learner.objective_of", lambda *_: objective),
-        mock.patch("train.learner.build_unet", lambda *_: fill(unet)),
-        FakeTensorMode(allow_non_fake_inputs=True),
-    ):
+    with fake_learner(config) as learner:
         batch = batch_of(pixels, num)
-        learner = build_learner(config, base, DistContext(CPU))
         train_step(learner, iter([batch]), 0, 1e-4)
         parameters = {p.untyped_storage()._cdata for p in learner.unet.parameters()}
         saved: dict[int, torch.UntypedStorage] = {}

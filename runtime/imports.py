@@ -85,7 +85,7 @@ class _Loaded(Loader):
         return self.module
 
     def exec_module(self, module: ModuleType) -> None:
-        pass
+        """It has run already."""
 
 
 class _TransformGetItemToIndex:

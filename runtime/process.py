@@ -1,4 +1,4 @@
-"""How this process waits, and how it keeps memory: set before torch is imported."""
+"""How this process waits and keeps memory, set before torch is imported; how much it may take."""
 
 import ctypes
 import os
@@ -75,7 +75,7 @@ def _cgroups() -> list[tuple[Path, str, str]]:
         lines = Path("/proc/self/cgroup").read_text().splitlines()
     except OSError:  # not Linux
         return []
-    found = []
+    places: list[tuple[Path, str, str]] = []
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers == "":
@@ -85,5 +85,6 @@ def _cgroups() -> list[tuple[Path, str, str]]:
         else:
             continue
         own = root / path.lstrip("/")
-        found += [(place, *names) for place in (own, *own.parents) if place.is_relative_to(root)]
-    return found
+        above = [folder for folder in own.parents if folder.is_relative_to(root)]
+        places += [(folder, *names) for folder in (own, *above)]
+    return places

@@ -205,6 +205,25 @@ def test_the_warm_up_has_room_for_the_state_beside_the_activations(
     assert peak - without == pytest.approx(state, rel=0.01)
 
 
+def peak_with_accumulation(cache: Path, base: Path, global_batch: int) -> tuple[int, int]:
+    """The most bytes allocated in a warm-up, and those of all gradients."""
+    config = config_of(base, cache, device="cuda", batch_size=1, full=True)
+    learner = learner_for(config, DistContext(GPU))
+    train.learner.state_bytes = lambda *_: 0  # type: ignore[assignment]
+    torch.cuda.reset_peak_memory_stats()
+    warm_up(learner, config, Plan(Cache(cache).groups(), 0, global_batch), 77)
+    gradients = sum(4 * p.numel() for p in learner.optimizer.parameters.values())
+    return torch.cuda.max_memory_allocated(), gradients
+
+
+def test_the_warm_up_has_the_gradients_of_earlier_micro_batches(
+    cuda: PretendedCuda, cache: Path, base: Path
+) -> None:
+    peak, gradients = cuda(peak_with_accumulation, cache, base, 2)
+    alone, _ = cuda(peak_with_accumulation, cache, base, 1)
+    assert peak - alone > gradients / 2  # some were there beside the activations anyway
+
+
 def checkpointing_on(cache: Path, base: Path) -> bool | None:
     config = config_of(base, cache, device="cuda", batch_size=2)
     world = DistContext(GPU)

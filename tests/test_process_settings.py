@@ -14,8 +14,9 @@ ROOT = Path(__file__).parent.parent
 
 # What a VAE does on a CPU: large tensors, one after the other.
 FAULTS = """
-import json, resource, sys
+import ctypes, json, resource, sys
 from runtime.process import keep_freed_memory
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # no huge pages, of which the machine has more or fewer
 kept = sys.argv[1] == "keep" and keep_freed_memory()
 import numpy as np
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

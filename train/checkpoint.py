@@ -9,7 +9,7 @@ import json
 import math
 import threading
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from itertools import cycle
 from pathlib import Path
@@ -138,15 +138,13 @@ class CheckpointWriter:
             return
         files = self._files(step, tensors)
         if _fits_in_memory(size if not self.kind.full else size // self.world.size):
-            files = iter(list(files))
-        write = functools.partial(self._write, final, partial, files, record)
-        if isinstance(files, Generator):
-            write()
-        else:
+            arguments = final, partial, list(files), record
             self._thread = threading.Thread(
-                target=self._noting_errors, args=(write,), name=THREAD, daemon=True
+                target=self._write_beside, args=arguments, name=THREAD, daemon=True
             )
             self._thread.start()
+        else:
+            self._write(final, partial, files, record)
         if wait:
             self.finish()
 
@@ -231,11 +229,11 @@ class CheckpointWriter:
             return error
         return None
 
-    def _noting_errors(self, write: Callable[[], None]) -> None:
-        """In the thread: what ``_write`` raises itself, such as that another rank is gone, is
+    def _write_beside(self, *arguments: Any) -> None:
+        """``_write`` in the thread: what it raises itself, such as that another rank is gone, is
         raised again by ``finish``."""
         try:
-            write()
+            self._write(*arguments)
         except Exception as error:
             self._error = error
 

@@ -153,11 +153,11 @@ class TrainConfig:
     )
     ema_on_cpu: bool = option(
         False,
-        "Keep the moving average in CPU memory; then --ema-every 10 spares the CPU.",
+        "Keep the moving average in CPU memory. --ema-every 10 then takes a tenth of the CPU time.",
     )
     ema_every: int = option(
         1,
-        "Update the moving average after every Nth step, as if by all N.",
+        "Update the moving average at every Nth step, with the decay of N steps.",
         metavar="N",
     )
     seed: int = option(

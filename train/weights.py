@@ -243,7 +243,7 @@ def _config_text(unet: Any) -> str:
 
 
 def read_weights(unet: Any, full: bool, folder: Path, ema: Ema | None) -> None:
-    """Put what ``write_weights`` wrote back, bit for bit: on a UNet of the same making, or in
+    """Put what ``weights_files`` wrote back, bit for bit: on a UNet of the same making, or in
     ``ema``."""
     if full:
         parameters = dict(unet.named_parameters())
