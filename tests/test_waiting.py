@@ -83,9 +83,15 @@ class Told:
 
 
 @pytest.mark.slow
-def test_no_copy_to_or_from_the_device_blocks(base: Path) -> None:
-    """On the meta device, whose values nobody can read: a wait is an error, a copy is seen."""
+def test_no_copy_to_or_from_the_device_blocks(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device, whose values nobody can read: a wait is an error, a copy is seen.
+
+    The batch goes there as a pinned one goes to a GPU; of ``to_device`` test_devices tells.
+    """
     meta = torch.device("meta")
+    monkeypatch.setattr(
+        "shards.batches.to_device", lambda tensor, device: tensor.to(device, non_blocking=True)
+    )
     with meta:
         config = UNet2DConditionModel.load_config(base / "unet")
         unet: Any = UNet2DConditionModel.from_config(config).train()
