@@ -26,18 +26,22 @@ from precompute.plan.reuse import (
     shard_names,
 )
 from precompute.plan.scan import Notes, add_digests, plan_images, remember_encoded
-from precompute.prompts import sync_prompts
+from precompute.prompts import (
+    sync_prompts,
+    text_shape,
+    unconditional_is_whole,
+    write_unconditional,
+)
 from precompute.recipe import read_recipe
 from precompute.report import Report
-from precompute.settings import EncodeSettings
-from precompute.spot_checks import (
+from precompute.sanity import (
     Candidate,
     check_cache,
+    check_drawings,
     choose_candidates,
     earlier_checks,
-    warn_of_drawings,
 )
-from precompute.text_encoding import text_shape, unconditional_is_whole, write_unconditional
+from precompute.settings import EncodeSettings
 from runtime.files import PARTIAL, fsync_folder, remove_path, write_changed
 from sdxl.base import Base
 from sdxl.latent_rgb import LatentSums
@@ -265,7 +269,7 @@ def prepare(plan: CachePlan, encoders: Encoders, prompts: list[Prompt] | None) -
             task for shard_task in plan.shard_tasks for task in shard_task.tasks if task.is_encoded
         ]
         if any(task.latents is None for task in tasks):
-            warn_of_drawings(encoders.drawings)
+            check_drawings(encoders)
         if not text_is_whole or any(task.text is None for task in tasks):
             assert encoders.text
         write_plan_file(
