@@ -1,10 +1,9 @@
 """The index of a shard: where each sample and slice lies in the tar, and the digests of parts."""
 
 import hashlib
-import itertools
 import json
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,13 +33,14 @@ from runtime.schema import (
 )
 from shards.format import (
     CAPTION_TENSORS,
-    LATENT_TENSORS,
     MASK_TENSORS,
     TENSORS,
     VARIANT_TENSORS,
     CacheError,
     Layout,
     OtherFormat,
+    SampleLayout,
+    make_sample_layout,
 )
 
 NAME = b"shardtune-index"
@@ -48,7 +48,6 @@ MAGIC = NAME + b"2"  # the version of the format; in the first it was a line's e
 ALIGNMENT = 64
 SHA_BYTES = 32
 DIGEST_BYTES = 8
-NUM_FIXED_DIGESTS = 2  # digests before: the JSON's, the header's
 
 RECORD_DTYPE = np.dtype(
     [
@@ -98,40 +97,6 @@ class IndexRecord(NamedTuple):
     header_size: int
     tensors: bytes
     reserved: int
-
-
-class TensorSlice(NamedTuple):
-    """One variant or caption of a tensor; its bytes within its span."""
-
-    name: str
-    start: int
-    stop: int
-
-
-class SampleSpan(NamedTuple):
-    """Adjacent slices of one variant or caption, which share a digest; their bytes within the
-    safetensors member."""
-
-    label: str
-    start: int
-    stop: int
-    slices: tuple[TensorSlice, ...]
-    digest: int  # which of the sample's
-
-
-class SampleLayout(NamedTuple):
-    """Where a sample's slices are; most samples of a shard share one layout."""
-
-    variants: tuple[tuple[SampleSpan, ...], ...]  # of each, but for its mask
-    masks: tuple[tuple[SampleSpan, ...], ...]  # of each variant; empty without one
-    captions: tuple[tuple[SampleSpan, ...], ...]
-    digests: struct.Struct  # of all its parts
-    tensors: frozenset[str]  # those that the sample has
-
-    def spans(self) -> Iterator[SampleSpan]:
-        """All spans, in the order of their digests."""
-        for group in (*self.variants, *self.masks, *self.captions):
-            yield from group
 
 
 def map_file(path: Path) -> memoryview:
@@ -299,52 +264,6 @@ class Index:
         for span in sample_layout.spans():
             parts.append(HashedSpan(span.label, record.offset + span.start, span.stop - span.start))
         yield from zip(parts, self.digests(record, sample_layout), strict=True)
-
-
-def make_sample_layout(
-    counts: Sequence[int], offsets: Sequence[int], layout: Layout
-) -> SampleLayout:
-    """The layout of a sample with ``counts`` (of variants, of captions) and its tensors at
-    ``offsets``."""
-    where = dict(zip(TENSORS, offsets, strict=True))
-    digests = itertools.count(NUM_FIXED_DIGESTS)
-
-    def of_each(label: str, count: int, names: Sequence[str]) -> Iterator[tuple[SampleSpan, ...]]:
-        present = sorted((where[name], name) for name in names if where[name])
-        for position in range(count):
-            places = []
-            for offset, name in present:
-                size = layout.slice_bytes(name)
-                start = offset + position * size
-                places.append((name, start, start + size))
-            runs = _adjacent_runs(places)
-            yield tuple(_span(f"{label} {position}", run, next(digests)) for run in runs)
-
-    variants = tuple(of_each("variant", counts[0], LATENT_TENSORS))
-    masks = tuple(of_each("variant", counts[0], MASK_TENSORS))
-    captions = tuple(of_each("caption", counts[1], CAPTION_TENSORS))
-    tensors = frozenset(name for name, offset in where.items() if offset)
-    return SampleLayout(variants, masks, captions, struct.Struct(f"<{next(digests)}Q"), tensors)
-
-
-SliceSpan = tuple[str, int, int]  # of a slice in the member
-
-
-def _adjacent_runs(places: Sequence[SliceSpan]) -> list[list[SliceSpan]]:
-    runs: list[list[SliceSpan]] = []
-    for place in places:
-        if runs and runs[-1][-1][2] == place[1]:
-            runs[-1].append(place)
-        else:
-            runs.append([place])
-    return runs
-
-
-def _span(label: str, run: Sequence[SliceSpan], digest: int) -> SampleSpan:
-    description = f"{label} ({', '.join(name for name, _, _ in run)})"
-    first, last = run[0][1], run[-1][2]
-    slices = tuple(TensorSlice(name, start - first, stop - first) for name, start, stop in run)
-    return SampleSpan(description, first, last, slices, digest)
 
 
 # What an index must contain to be readable, whoever wrote it: see ``runtime.schema``.
