@@ -61,13 +61,13 @@ class LatentEncoder:
         posterior = self._encode(self._vae, images)
         if self._vae.dtype == torch.float32 or bool(posterior.is_finite.all()):
             return posterior
-        again, is_finite = (
+        in_fp32, is_finite = (
             self._encode(self.fp32_vae, images),
             posterior.is_finite.view(-1, 1, 1, 1),
         )
         return Posterior(
-            torch.where(is_finite, posterior.mean, again.mean),
-            torch.where(is_finite, posterior.std, again.std),
+            torch.where(is_finite, posterior.mean, in_fp32.mean),
+            torch.where(is_finite, posterior.std, in_fp32.std),
         )
 
     @torch.inference_mode()
