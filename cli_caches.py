@@ -1,4 +1,4 @@
-"""The bodies of ``verify`` (with ``--repair``) and ``inspect``."""
+"""The commands ``verify`` and ``inspect``, apart from ``cli.py``, whose help loads no torch."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Caches of SDXL's real sample sizes, made of random numbers, or of nothing at all."""
+"""Makes caches of SDXL's real sample sizes, of random numbers or as sparse files."""
 
 import os
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Steps a second of ``cli.py train`` against the bare loop, on the same UNet and optimizer.
+"""Compares ``cli.py train`` with the bare loop, on the same UNet and optimizer: steps a second.
 
 The bare loop has its tensors resident and does nothing but forward, backward, clip and step, by the
 forward passes of peft and diffusers (with ``--same-forwards`` by the product's own). Both

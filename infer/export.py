@@ -1,5 +1,7 @@
-"""Weights in the forms that other tools read. What was written is read back and compared with what
-it was made from, before it gets its name."""
+"""Exports weights to files that other tools read: a LoRA, or a whole model.
+
+What was written is read back and compared with what it was made from, before it gets its name.
+"""
 
 import math
 import warnings

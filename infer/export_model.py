@@ -1,5 +1,4 @@
-"""A whole model in the original layout, or a UNet folder: of a fine-tuned UNet, or of a base with a
-LoRA merged into it."""
+"""Exports a fine-tuned UNet, or a base with a LoRA merged into it, as one file or a UNet folder."""
 
 import json
 import warnings

@@ -1,4 +1,4 @@
-"""Load one component of a base alone. Missing, surplus or misshapen tensors are refused."""
+"""Loads one component of a base alone. Missing, surplus or misshapen tensors are refused."""
 
 import inspect
 import warnings

@@ -1,4 +1,4 @@
-"""A cache in numbers: buckets, captions, recipe, statistics, what was rejected."""
+"""Describes a cache: buckets, captions, recipe, statistics, rejected images."""
 
 import re
 import statistics

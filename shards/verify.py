@@ -1,4 +1,4 @@
-"""Re-hash a whole cache and name what is damaged; with ``--repair``, drop it, and only it.
+"""Hashes a whole cache again and names what is damaged; with ``--repair``, drops that alone.
 
 The intact samples of a damaged shard are written into a new shard of the same name. A sample is
 intact if each of its parts has the digest that the index names, whatever happened to the tar around

@@ -1,4 +1,4 @@
-"""A small SDXL with random weights, in diffusers layout: every code path, none of the gigabytes.
+"""Makes a small SDXL with random weights, in diffusers' layout, for tests of every code path.
 
 Shapes: B images, C channels, H W image or latent size.
 """

@@ -1,4 +1,4 @@
-"""The caches of a run: opened, and refused where they were not made for its base."""
+"""Opens the caches of a run, and refuses those that do not fit its base or each other."""
 
 import warnings
 

@@ -1,7 +1,7 @@
 """Checkpoints: weights in their final format, the rest as safetensors and one JSON.
 
 ``RUN/checkpoints/checkpoint-STEP/`` appears by a rename, after all its files are on disk; the JSON
-holds their digests. A folder of that name is whole, or damaged and named.
+holds their digests. A folder of that name is complete, or it is reported as damaged.
 """
 
 import functools

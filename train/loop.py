@@ -1,4 +1,4 @@
-"""A run, in the order in which it happens.
+"""The training run, in the order in which it happens: set up, train, evaluate, save.
 
 The life of a step: the plan says which samples are the next global batch, the same ones at any
 number of processes (``shards/plan.py``). Threads read this process's share of it from the shards

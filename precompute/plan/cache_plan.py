@@ -1,4 +1,4 @@
-"""The plan of one output cache (train or val): how it is made, prepared and finished."""
+"""Plans one output cache (train or val), prepares its folder, and finishes it."""
 
 import json
 import warnings

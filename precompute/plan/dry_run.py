@@ -1,4 +1,4 @@
-"""What an encode would do, without loading a model or writing a byte."""
+"""Reports what an encode would do (``--dry-run``), without loading a model or writing a byte."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence

@@ -25,7 +25,7 @@ tags: [stable-diffusion-xl, miniature]
 # Miniature SDXL
 
 An SDXL of the real classes in {megabytes:.2f} MB, for trying things out and for tests: it draws one
-coloured shape on a coloured ground, 64x64 pixels, from sentences such as *{example}*.
+colored shape on a colored ground, 64x64 pixels, from sentences such as *{example}*.
 Trained from nothing on drawn images by `python -m tools.miniature.build`; the UNet through
 `cli.py encode` and `cli.py train --full` alone.
 
@@ -41,7 +41,7 @@ image.save("circle.png")
 | --- | --- | --- |
 {parts}
 
-It knows {colours};
+It knows {colors};
 {shapes};
 small and large; left, right, top, bottom, middle. It does not know hearts and moons: those are for
 a fine-tune to learn (`python cli.py demo`). It was trained on originals of 4 to 128 pixels and on
@@ -88,8 +88,8 @@ def write_card(asset: Path, drawn: Path, generate: Callable[[str], None]) -> Sco
     parts = {name: sum(p.numel() for p in getattr(pipeline, name).parameters()) for name in PARTS}
     rows = {
         "shape as asked": f"{found.shape:.3f}",
-        "both colours as asked": f"{found.colours:.3f}",
-        "shape and colours as asked": f"{found.both:.3f}",
+        "both colors as asked": f"{found.colors:.3f}",
+        "shape and colors as asked": f"{found.both:.3f}",
         "overlap with the ideal shape (IoU)": f"{found.overlap:.3f}",
         "VAE, trained shapes": f"{_psnr(pipeline.vae, OLD_SHAPES):.1f} dB",
         "VAE, hearts and moons": f"{_psnr(pipeline.vae, ('heart', 'moon')):.1f} dB",
@@ -99,7 +99,7 @@ def write_card(asset: Path, drawn: Path, generate: Callable[[str], None]) -> Sco
         megabytes=size / 1e6,
         example=captions[0],
         parts="\n".join(f"| {name} | {num:,} | {PARTS[name]} |" for name, num in parts.items()),
-        colours="red, green, blue, yellow, purple, orange, white, black",
+        colors="red, green, blue, yellow, purple, orange, white, black",
         shapes=", ".join(OLD_SHAPES),
         num=NUM_PROMPTS,
         scores=_table(rows),
