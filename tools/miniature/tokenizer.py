@@ -42,9 +42,9 @@ def make_tokenizers(folder: Path) -> tuple[CLIPTokenizer, CLIPTokenizer]:
 
 def corpus() -> Counter[str]:
     """Words and how often they are met: the captions' words often, common ones once."""
-    own = " ".join([*COLORS, *OLD_SHAPES, *NEW_SHAPES, *POSITIONS, "small large"])
-    own += " " + " ".join(SENTENCES).translate(str.maketrans("{},", "   "))
-    return Counter({word: 20 for word in own.split()}) + Counter(COMMON.split())
+    vocabulary = " ".join([*COLORS, *OLD_SHAPES, *NEW_SHAPES, *POSITIONS, "small large"])
+    vocabulary += " " + " ".join(SENTENCES).translate(str.maketrans("{},", "   "))
+    return Counter({word: 20 for word in vocabulary.split()}) + Counter(COMMON.split())
 
 
 def learn_merges(words: Counter[str], num: int) -> list[Pair]:
