@@ -1,4 +1,4 @@
-"""What a step of the product allocates at its peak, at full size, on a CPU: over fake tensors.
+"""Counts the peak memory of a full-size training step, on a CPU, over fake tensors.
 
 Fake tensors have shapes and no data, so the real UNet, adapter, loss, backward pass and optimizer
 run as they are, and nothing is computed. Every storage is counted from its making to its end, in

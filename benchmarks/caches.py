@@ -1,4 +1,4 @@
-"""Caches of SDXL's real sample sizes, made of random numbers, or of nothing at all."""
+"""Makes caches of SDXL's real sample sizes, of random numbers or as sparse files."""
 
 import os
 from dataclasses import dataclass
@@ -10,8 +10,8 @@ import torch
 import xxhash
 
 from sdxl.base import open_base
-from shards.format import TENSORS, Layout, Sample, sample_key
-from shards.index import RECORD_DTYPE, Index, make_sample_layout, write_index
+from shards.format import TENSORS, Layout, Sample, make_sample_layout, sample_key
+from shards.index import RECORD_DTYPE, Index, write_index
 from shards.manifest import UNCONDITIONAL, write_manifest
 from shards.writer import shard_name, write_shard
 

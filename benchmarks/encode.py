@@ -1,4 +1,4 @@
-"""What ``cli.py encode`` costs beside the bare work, on a CPU; how its memory and its rescan grow.
+"""Compares ``cli.py encode`` with the bare work on a CPU; measures its memory and its rescan.
 
 The bare work is what nobody can do without: read, decode, resize and crop each image, the VAE and
 both text encoders of diffusers and transformers on batches of the same size. Both run in this

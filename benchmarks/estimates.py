@@ -1,4 +1,4 @@
-"""What a CPU can say of a GPU: memory by fake tensors and operations by the meta device.
+"""Estimates memory and operations of full-size SDXL on a GPU, from fake and meta tensors on a CPU.
 
 The figures are estimates of full-size SDXL, and stand beside the targets until a card measures
 them (``benchmarks.gpu``). Nothing is computed and no weights are made.

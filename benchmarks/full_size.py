@@ -1,4 +1,4 @@
-"""The real architecture on a CPU: two LoRA steps at 512 px from shards, and what they hold.
+"""Measures two full-size LoRA steps at 512 px on a CPU, with and without encoders in memory.
 
     python -m benchmarks.full_size [--work FOLDER] [--out benchmark-output]
 

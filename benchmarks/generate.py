@@ -1,4 +1,4 @@
-"""Images a second of ``cli.py generate`` against the bare loop over diffusers' own pipeline.
+"""Compares ``cli.py generate`` with the bare loop over diffusers' own pipeline: images a second.
 
 Both draw the same prompts and seeds at the same batch size and write PNGs, in this process, in
 turns (A B, B A, ...), so that a noisy machine disturbs both alike. Models are loaded before. Then

@@ -1,4 +1,4 @@
-"""Full-size SDXL with random weights on one CUDA card; nothing is downloaded.
+"""Measures full-size SDXL with random weights on one CUDA card; nothing is downloaded.
 
 Cells are independent, one process each, dearest last. Their figures go into one JSON as they come;
 run again, it goes on with what is missing, and ``--budget-seconds`` starts no cell after that time.

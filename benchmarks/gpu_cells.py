@@ -1,4 +1,4 @@
-"""What ``benchmarks.gpu`` measures, each in a process of its own.
+"""The measurements of ``benchmarks.gpu``, each run in a process of its own.
 
 A cell takes the settings that it is named with and returns its figures. ``tiny`` is the miniature
 on any device, to try the code; images are an eighth as wide then.

@@ -1,4 +1,4 @@
-"""The peer: a LoRA trained the plain way, encoding images and captions at every step.
+"""Trains a LoRA online, the usual way: images and captions are encoded at every step.
 
 In the manner of the LoRA example script for SDXL that comes with diffusers, from the same parts:
 images decoded and cut in the data loader, VAE and both text encoders in every step, peft on the

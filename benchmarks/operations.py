@@ -1,5 +1,6 @@
-"""What a LoRA step at full size launches and moves, with our forward passes and with peft's and
-diffusers' own: counted over fake tensors, where nothing is computed.
+"""Counts the kernel launches and bytes of a full-size LoRA step, over fake tensors.
+
+Both are counted with the product's forward passes and with those of peft and diffusers.
 
 A launch is an operation that writes memory (views and empty tensors are none). Its bytes are those
 of the tensors that it reads and writes. Operations that are no matrix product, convolution or

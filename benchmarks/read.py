@@ -1,4 +1,4 @@
-"""Samples a second from a warm page cache, against a bare copy, webdataset and npz.
+"""Compares reading a cache with a bare copy, webdataset and npz: samples a second, warm.
 
 Real SDXL sample sizes; all read the same samples in turns (A B C, B C A, ...), in processor time of
 one thread, medians. Then the time to a first batch and the resident memory of large caches,

@@ -1,4 +1,4 @@
-"""Ways to bring a sample's tensors from a warm page cache into memory of one's own."""
+"""The readers that ``benchmarks.read`` compares: each copies a sample's tensors into memory."""
 
 import io
 import mmap

@@ -1,4 +1,4 @@
-"""What every benchmark does: take turns, tell the machine, print a table, keep a JSON."""
+"""Shared by all benchmarks: rounds in turns, the machine's description, tables, JSON files."""
 
 import datetime
 import importlib.metadata

@@ -1,5 +1,7 @@
-"""What the imports of each command take: processor seconds in a process of its own, with and
-without what ``runtime/imports.py`` leaves out. (A whole command imports a little more on its way.)
+"""Measures the processor seconds of each command's imports, in a process of its own.
+
+They are measured with and without the imports that ``runtime/imports.py`` skips. (A whole command
+imports a little more later.)
 
     python -m benchmarks.startup [--rounds 3]
 """

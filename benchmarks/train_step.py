@@ -1,4 +1,4 @@
-"""Steps a second of ``cli.py train`` against the bare loop, on the same UNet and optimizer.
+"""Compares ``cli.py train`` with the bare loop, on the same UNet and optimizer: steps a second.
 
 The bare loop has its tensors resident and does nothing but forward, backward, clip and step, by the
 forward passes of peft and diffusers (with ``--same-forwards`` by the product's own). Both
@@ -81,7 +81,7 @@ def compare(
     resident = [batch.to(device) for batch in islice(stream, plan.num_batches)]
     stream.close()
     endless = cycle(resident)
-    optimizer = bare.optimizer.whole
+    optimizer = bare.optimizer.joint
     works = {
         "ours": lambda: ours.steps(steps),
         "bare": lambda: bare_steps(bare, optimizer, list(islice(endless, steps))),

@@ -57,16 +57,10 @@ class GenerateSettings:
     }
 
     base: str = option(
-        MISSING,
-        BASE_HELP,
-        metavar="BASE",
-        aliases="--pretrained-model-name-or-path --ckpt",
+        MISSING, BASE_HELP, metavar="BASE", aliases="--pretrained-model-name-or-path --ckpt"
     )
     out: Path = option(
-        MISSING,
-        "Folder for the images.",
-        metavar="PATH",
-        aliases="--outdir --output-dir",
+        MISSING, "Folder for the images.", metavar="PATH", aliases="--outdir --output-dir"
     )
     prompts: Path | None = option(
         None,
@@ -76,20 +70,12 @@ class GenerateSettings:
         aliases="--prompt-file --from-file",
     )
     prompt: str | None = option(
-        None,
-        "A single prompt, which may contain the same options.",
-        metavar="TEXT",
+        None, "A single prompt, which may contain the same options.", metavar="TEXT"
     )
     vae: str | None = option(
-        None,
-        "Use another VAE: its folder or file, or a base that contains it.",
-        metavar="PATH",
+        None, "Use another VAE: its folder or file, or a base that contains it.", metavar="PATH"
     )
-    tokenizers: Path | None = option(
-        None,
-        TOKENIZERS_HELP,
-        metavar="FOLDER",
-    )
+    tokenizers: Path | None = option(None, TOKENIZERS_HELP, metavar="FOLDER")
     lora: tuple[LoraUse, ...] = option(
         (),
         "LoRA file, or a run or checkpoint folder with one; FILE,WEIGHT sets its strength. "
@@ -101,13 +87,9 @@ class GenerateSettings:
         "UNet folder as train --full writes it, or a run or checkpoint folder with one.",
         metavar="PATH",
     )
-    ema: bool = option(
-        False,
-        "Use the averaged weights of a checkpoint of a run with --ema.",
-    )
+    ema: bool = option(False, "Use the averaged weights of a checkpoint of a run with --ema.")
     compare: bool = option(
-        False,
-        "Generate each prompt without the LoRA or UNet too, and show both side by side.",
+        False, "Generate each prompt without the LoRA or UNet too, and show both side by side."
     )
     num_images: int | None = option(
         None,
@@ -115,9 +97,7 @@ class GenerateSettings:
         "its --n-images.",
     )
     size: str | None = option(
-        None,
-        "N or WxH in pixels. Default: the size of the base.",
-        metavar="N|WxH",
+        None, "N or WxH in pixels. Default: the size of the base.", metavar="N|WxH"
     )
     original_size: str | None = option(
         None,
@@ -125,27 +105,19 @@ class GenerateSettings:
         metavar="N|WxH",
     )
     crop: str = option(
-        "0,0",
-        "LEFT,TOP in pixels: crop position that SDXL is conditioned on.",
-        metavar="LEFT,TOP",
+        "0,0", "LEFT,TOP in pixels: crop position that SDXL is conditioned on.", metavar="LEFT,TOP"
     )
     sampler: Literal["euler", "euler-a", "ddim", "ddpm", "dpm++2m"] | None = option(
-        None,
-        "Sampler. Default: that of the base.",
+        None, "Sampler. Default: that of the base."
     )
     num_steps: int = option(
-        30,
-        "Number of denoising steps.",
-        aliases="--steps --num-inference-steps",
+        30, "Number of denoising steps.", aliases="--steps --num-inference-steps"
     )
     guidance_scale: float = option(
-        5.0,
-        "Scale of classifier-free guidance; 1 or less disables it.",
-        aliases="--cfg-scale",
+        5.0, "Scale of classifier-free guidance; 1 or less disables it.", aliases="--cfg-scale"
     )
     guidance_rescale: float = option(
-        0.0,
-        "From 0 to 1: reduces overexposure by guidance, for example 0.7 for zero-SNR bases.",
+        0.0, "From 0 to 1: reduces overexposure by guidance, for example 0.7 for zero-SNR bases."
     )
     negative: str | None = option(
         None,
@@ -153,35 +125,25 @@ class GenerateSettings:
         metavar="TEXT",
         aliases="--negative-prompt",
     )
-    seed: int = option(
-        0,
-        "Random seed of the first image; each further image adds 1.",
-    )
+    seed: int = option(0, "Random seed of the first image; each further image adds 1.")
     format: Literal["simple", "coco"] = option(
         "simple",
         "simple writes images and captions.jsonl; coco writes images/ and annotations.json.",
     )
-    batch_size: int = option(
-        4,
-        "Number of images generated at a time.",
-    )
+    batch_size: int = option(4, "Number of images generated at a time.")
     window: int = option(
         512,
         "Number of images between two changes of model on a card that cannot hold them all. A "
         "larger window means fewer changes, and more CPU memory.",
     )
     low_memory: bool | None = option(
-        None,
-        "Keep one model at a time on the card. Default: if they do not all fit.",
+        None, "Keep one model at a time on the card. Default: if they do not all fit."
     )
     vae_tiling: bool | None = option(
-        None,
-        "Decode in tiles, which takes less memory. Default: above 1536 x 1536 pixels.",
+        None, "Decode in tiles, which takes less memory. Default: above 1536 x 1536 pixels."
     )
     device: str = option(
-        "auto",
-        "Device to generate on: auto, cuda, cuda:N, mps or cpu.",
-        metavar="DEVICE",
+        "auto", "Device to generate on: auto, cuda, cuda:N, mps or cpu.", metavar="DEVICE"
     )
     gpus: str | None = option(
         "auto",
@@ -240,10 +202,10 @@ def _parse_size(name: str, text: str | None, multiple: int) -> Size | None:
         return None
     match = re.fullmatch(r"([0-9]{1,9})(?:x([0-9]{1,9}))?", text.lower())
     sides = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
-    most = MAX_SIDE if multiple > 1 else MAX_PIXELS
-    if any(not multiple <= side <= most or side % multiple for side in sides):
+    limit = MAX_SIDE if multiple > 1 else MAX_PIXELS
+    if any(not multiple <= side <= limit or side % multiple for side in sides):
         condition = f", multiples of {multiple}" if multiple > 1 else ""
-        raise ValueError(f"--{name} must be N or WxH{condition}, up to {most}, not {text!r}")
+        raise ValueError(f"--{name} must be N or WxH{condition}, up to {limit}, not {text!r}")
     return sides
 
 
@@ -261,9 +223,7 @@ class ExportSettings:
 
     weights: Path
     out: Path = option(
-        MISSING,
-        "The .safetensors file to write; with --merge it may be a folder.",
-        metavar="PATH",
+        MISSING, "The .safetensors file to write; with --merge it may be a folder.", metavar="PATH"
     )
     base: str | None = option(
         None,
@@ -272,36 +232,26 @@ class ExportSettings:
         metavar="BASE",
     )
     format: Literal["auto", "kohya", "diffusers"] = option(
-        "auto",
-        "LoRA output format. auto writes kohya, or diffusers when the input is kohya.",
+        "auto", "LoRA output format. auto writes kohya, or diffusers when the input is kohya."
     )
     merge: bool = option(
         False,
         "Merge the LoRA into the base: OUT.safetensors becomes a whole model, a folder OUT "
         "gets the UNet.",
     )
-    weight: float = option(
-        1.0,
-        "Strength of the LoRA with --merge.",
-    )
+    weight: float = option(1.0, "Strength of the LoRA with --merge.")
     vae: str | None = option(
         None,
         "Use another VAE in a whole model: its folder or file, or a base that contains it.",
         metavar="PATH",
     )
     dtype: Literal["auto", "fp16", "bf16", "fp32"] = option(
-        "auto",
-        "Precision to write. auto is fp16; a LoRA file keeps its own.",
+        "auto", "Precision to write. auto is fp16; a LoRA file keeps its own."
     )
     name: str | None = option(
-        None,
-        "Title in the metadata. Default: the name of OUT.",
-        metavar="TEXT",
+        None, "Title in the metadata. Default: the name of OUT.", metavar="TEXT"
     )
-    overwrite: bool = option(
-        False,
-        "Replace what is at OUT.",
-    )
+    overwrite: bool = option(False, "Replace what is at OUT.")
 
     def __post_init__(self) -> None:
         if self.merge and self.base is None:

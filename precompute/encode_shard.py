@@ -1,4 +1,4 @@
-"""One shard: copy what is still valid, encode the rest, write it."""
+"""Makes one shard: copies what is still valid, encodes the rest, writes it."""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +21,7 @@ from precompute.images.masks import shows_anything
 from precompute.plan.placement import UNMATCHED, PlannedSample, short_digest
 from precompute.plan.plan_file import CopySource, SampleTask, ShardTask
 from precompute.plan.reuse import remove_shard
-from precompute.text_encoding import text_shape
+from precompute.prompts import text_shape
 from sdxl.latent_rgb import LatentSums
 from shards.format import CAPTION_TENSORS, VARIANT_TENSORS, CacheError, Layout, Sample
 from shards.index import Index

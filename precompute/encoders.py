@@ -1,17 +1,89 @@
-"""The VAE and the text encoders, each loaded when it is first needed."""
+"""The VAE and the text encoders, loaded on first use; encodes images to scaled latents."""
 
-from functools import cached_property
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from precompute.latents import LatentEncoder
-from precompute.sanity import measure_drawings
 from precompute.settings import EncodeSettings
-from precompute.text_encoding import load_text
 from runtime.devices import DTYPES, check_bf16, pick_device
-from sdxl.base import Base
+from sdxl.base import Base, ModelSource
+from sdxl.load import load_vae
+from sdxl.sampling import scale_mean, scale_std
 from sdxl.text_encoders import TextEncoders
+
+
+@dataclass(frozen=True, eq=False)
+class Posterior:
+    """The scaled posterior of N images: ``mean`` and ``std`` [N, C, h, w] fp32, on the CPU."""
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    @property
+    def is_finite(self) -> torch.Tensor:
+        """[N] bool: whether all numbers of an image are finite."""
+        both = torch.stack([self.mean, self.std])
+        return both.isfinite().all(dim=0).flatten(1).all(dim=1)
+
+
+class LatentEncoder:
+    """Encodes images with the VAE, at one fixed batch size."""
+
+    def __init__(
+        self, vae: ModelSource, dtype: torch.dtype, device: torch.device, batch_size: int
+    ) -> None:
+        self._vae: Any = load_vae(vae, dtype).to(device)
+        self._source = vae
+        self._fp32_vae: Any = None
+        self.batch_size = batch_size
+
+    @property
+    def channels(self) -> int:
+        return int(self._vae.config.latent_channels)
+
+    @property
+    def fp32_vae(self) -> Any:
+        """The VAE in fp32: itself, or loaded again from its files, since weights in half precision
+        are rounded, or even infinite."""
+        if self._vae.dtype == torch.float32:
+            return self._vae
+        if self._fp32_vae is None:
+            self._fp32_vae = load_vae(self._source, torch.float32).to(self._vae.device)
+        return self._fp32_vae
+
+    def encode(self, images: torch.Tensor) -> Posterior:
+        """Up to ``batch_size`` images [N, 3, H, W] in -1..1.
+
+        The batch is always filled up: a VAE's last bits change with the batch size, but not with
+        what else is in the batch. An image whose latents are not finite is encoded again in fp32.
+        """
+        posterior = self._encode(self._vae, images)
+        if self._vae.dtype == torch.float32 or bool(posterior.is_finite.all()):
+            return posterior
+        in_fp32, is_finite = (
+            self._encode(self.fp32_vae, images),
+            posterior.is_finite.view(-1, 1, 1, 1),
+        )
+        return Posterior(
+            torch.where(is_finite, posterior.mean, in_fp32.mean),
+            torch.where(is_finite, posterior.std, in_fp32.std),
+        )
+
+    @torch.inference_mode()
+    def _encode(self, vae: Any, images: torch.Tensor) -> Posterior:
+        count = len(images)
+        filled = images.new_zeros((self.batch_size, *images.shape[1:]))
+        filled[:count] = images
+        posterior = vae.encode(filled.to(vae.device, vae.dtype)).latent_dist
+        mean, std = posterior.mean[:count].float().cpu(), posterior.std[:count].float().cpu()
+        return Posterior(scale_mean(vae.config, mean), scale_std(vae.config, std))
+
+
+def load_text(base: Base, device: torch.device, num_chunks: int) -> TextEncoders:
+    """The base's text encoders, in the precision that captions are encoded in."""
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    return TextEncoders(base, dtype, device, num_chunks)
 
 
 class Encoders:
@@ -20,6 +92,7 @@ class Encoders:
     def __init__(self, settings: EncodeSettings, base: Base, batch_size: int) -> None:
         self.settings, self.base, self.batch_size = settings, base, batch_size
         self.device = pick_device(settings.device)
+        self.drawing_measures: dict[str, Any] | None = None  # kept for ``precompute.sanity``
         self._latents: LatentEncoder | None = None
         self._text: TextEncoders | None = None
 
@@ -45,12 +118,6 @@ class Encoders:
                 check_bf16("--vae-dtype bf16", self.device)
             self._latents = LatentEncoder(self.base.vae, dtype, self.device, self.batch_size)
         return self._latents
-
-    @cached_property
-    def drawings(self) -> dict[str, Any]:
-        """The measures of the built-in drawings, encoded by this stage (see
-        ``precompute.sanity``)."""
-        return measure_drawings(self.latents)
 
     @property
     def text(self) -> TextEncoders:

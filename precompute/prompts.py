@@ -1,23 +1,79 @@
-"""Writes embeddings of preview prompts into a cache, for a trainer that loads no text encoder."""
+"""Writes the embeddings of the empty prompt and of preview prompts into a cache.
 
+Training loads no text encoder, so it takes both from there.
+"""
+
+import hashlib
 import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from precompute.encoders import Encoders
-from precompute.recipe import read_text_recipe
-from precompute.text_encoding import load_text, text_recipe_digest
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+
+from precompute.encoders import Encoders, load_text
+from precompute.recipe import read_text_recipe, text_recipe_digest
 from runtime.devices import DTYPES, exact_fp32, pick_device
 from runtime.files import write_durable
 from runtime.locks import locked
 from sdxl.base import Base, open_base
 from sdxl.prompts import Prompt, read_prompts
 from sdxl.text_encoders import Conditioning, TextEncoders
-from shards.manifest import LOCK, MANIFEST, PROMPTS, read_manifest, update_side_file_digest
-from shards.previews import PreviewFile
+from shards.manifest import (
+    LOCK,
+    MANIFEST,
+    PROMPTS,
+    UNCONDITIONAL,
+    read_manifest,
+    update_side_file_digest,
+)
+from shards.previews import KEY, PreviewFile
 
 BATCH_SIZE = 4  # always the same: the last bits of an embedding depend on it
+
+
+def write_unconditional(
+    folder: Path, encoders: TextEncoders, batch_size: int, recipe: dict[str, Any]
+) -> None:
+    """Write the empty prompt both ways, as zeros and encoded; ``text_shape`` reads its shapes."""
+    empty = encoders.encode([""], batch_size).to(DTYPES[recipe["storage"]["dtype"]])
+    zeros = empty.zeros_like()
+    tensors = {
+        "empty.prompt_embeds": empty.prompt,
+        "empty.pooled_prompt_embeds": empty.pooled,
+        "zeros.prompt_embeds": zeros.prompt,
+        "zeros.pooled_prompt_embeds": zeros.pooled,
+    }
+    write_durable(folder / UNCONDITIONAL, _with_digest(tensors, text_recipe_digest(recipe)))
+
+
+def _with_digest(tensors: dict[str, torch.Tensor], recipe_digest: str) -> bytes:
+    """A file with a digest of its own, for an interrupted encode leaves no manifest to check it."""
+    digest = hashlib.sha256(safetensors.torch.save(tensors)).hexdigest()
+    return safetensors.torch.save(tensors, metadata={KEY: f"{recipe_digest} {digest}"})
+
+
+def unconditional_is_complete(folder: Path, recipe: dict[str, Any]) -> bool:
+    """Whether an earlier run wrote the file that this one would write, up to last bits."""
+    try:
+        data = (folder / UNCONDITIONAL).read_bytes()
+        tensors = safetensors.torch.load(data)
+    except (OSError, SafetensorError):
+        return False
+    return _with_digest(tensors, text_recipe_digest(recipe)) == data
+
+
+def text_shape(folder: Path) -> dict[str, int]:
+    """``tokens`` and ``depth`` of a prompt embedding, and the width of the ``pooled`` one."""
+    tensors = safetensors.torch.load((folder / UNCONDITIONAL).read_bytes())
+    _, tokens, depth = tensors["empty.prompt_embeds"].shape
+    return {
+        "tokens": tokens,
+        "depth": depth,
+        "pooled": tensors["empty.pooled_prompt_embeds"].shape[1],
+    }
 
 
 def change_prompts(

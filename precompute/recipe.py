@@ -3,6 +3,7 @@
 from typing import Any
 
 from precompute.settings import EncodeSettings
+from runtime.files import content_digest
 from sdxl.base import Base
 from sdxl.fingerprint import config_digest, tokenizer_digest, weights_digest
 
@@ -52,3 +53,11 @@ def read_text_recipe(base: Base) -> dict[str, dict[str, str]]:
             "tokenizer": tokenizer_digest(tokenizer),
         }
     return recipe
+
+
+def text_recipe_digest(recipe: dict[str, Any]) -> str:
+    """A digest of everything but the text that decides a stored embedding."""
+    parts = [recipe["text_encoder"], recipe["text_encoder_2"], recipe["storage"]["dtype"]]
+    if "long_captions" in recipe:
+        parts.append(recipe["long_captions"])
+    return content_digest(parts)

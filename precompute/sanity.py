@@ -1,16 +1,23 @@
-"""Checks the stage's latents against the bare VAE, by a second, independent code path.
+"""Checks what encode stores against the bare VAE, by a second, independent code path.
 
 Latents that are encoded without the images' normalization train with losses that look as usual.
-So built-in drawings go through the whole stage, and beside it, from their 8-bit
-pixels, through diffusers' VAE alone with a scaling of its own; and what is stored of some images
-is compared with what the VAE alone gives of their files. The stage is measured by the VAE, not by
-an ideal: a VAE of random weights raises no alarm.
+So built-in drawings go through the whole stage and, from their 8-bit pixels, through diffusers'
+VAE alone with a scaling of its own; and the stored latents of a few images are compared with those
+that the VAE alone gives for their files. The stage is measured by the VAE, not by an ideal: a VAE
+of random weights raises no alarm. Which images are taken, and what is measured, follows from the
+cache's contents alone, whoever encoded it and in however many runs.
 
 Legend: C latent channels, h w latent height and width.
 """
 
+import heapq
 import io
 import math
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,12 +25,20 @@ import numpy.typing as npt
 import torch
 from PIL import Image, ImageDraw
 
+from precompute.encoders import Encoders, LatentEncoder, Posterior
 from precompute.images.decode import ORIENTATION, open_image
 from precompute.images.variants import render
-from precompute.latents import LatentEncoder, Posterior
+from precompute.plan.placement import PlannedSample, ShardPlan
+from runtime.files import content_digest
 from shards.buckets import Geometry, cover
+from shards.format import CacheError
+from shards.index import Index
+from shards.manifest import read_manifest
+from shards.reader import Shard
 
 Pixels = npt.NDArray[np.uint8]
+NUM_CHECKED = 3  # images
+NUM_CANDIDATES = 16  # some may have been rejected, or cannot be compared
 SIDE = 64  # of a drawing, pixels
 WINDOW = 16  # latent pixels: the middle of an image, which is decoded back
 MAX_ERROR = 0.1  # of the latents' norm; storing in bf16 costs 0.002, a VAE in bf16 about 0.01
@@ -31,6 +46,94 @@ MAX_STD_FACTOR = 1.25  # of the posterior's std, which in half precision is know
 NEGLIGIBLE_ERROR = 0.01  # latents this close decode to the same image
 MAX_PSNR_LOSS = 1.0  # dB
 SPREAD = (0.2, 5.0)  # standard deviation of scaled latents: the UNet expects about 1
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """An image that may be checked, and the shard it is in."""
+
+    shard: str
+    planned: PlannedSample
+
+    @property
+    def key(self) -> str:
+        return self.planned.record.key
+
+
+def choose_candidates(shards: Iterable[ShardPlan]) -> list[Candidate]:
+    """The images of a cache that may be checked: the first ones in key order."""
+    members = (Candidate(shard.name, member) for shard in shards for member in shard.members)
+    return heapq.nsmallest(NUM_CANDIDATES, members, key=lambda candidate: candidate.key)
+
+
+def earlier_checks(folder: Path) -> dict[str, Any]:
+    """The checks that the manifest of a finished cache records; empty where there is none."""
+    try:
+        return dict(read_manifest(folder).get("sanity", {}))
+    except CacheError:
+        return {}
+
+
+def check_cache(
+    folder: Path,
+    recipe: dict[str, Any],
+    candidates: list[Candidate],
+    fingerprints: dict[str, list[Any]],
+    before: dict[str, Any],
+    encoders: Encoders,
+) -> dict[str, Any]:
+    """The manifest's ``sanity`` entry; warns of measures out of bounds.
+
+    ``fingerprints`` are by key. ``before`` is the entry of an earlier run: it is kept, and the VAE
+    is not loaded, if it is of the same images and was made in the same way.
+    """
+    parts = [recipe[name] for name in ("preprocessing", "vae", "storage")]
+    digest = content_digest(
+        [*parts, *([candidate.key, *fingerprints[candidate.key][:3]] for candidate in candidates)]
+    )
+    if before.get("of") != digest:
+        measured = (_check_image(folder, candidate, encoders) for candidate in candidates)
+        images = [*islice((image for image in measured if image is not None), NUM_CHECKED)]
+        before = {"of": digest, "drawings": _drawings(encoders), "pictures": images}
+    _warn(alarms_of_drawings(before["drawings"]))
+    _warn(line for image in before["pictures"] for line in alarms_of_image(image))
+    return before
+
+
+def check_drawings(encoders: Encoders) -> None:
+    """Warn if the built-in drawings do not become the latents that the VAE alone gives."""
+    _warn(alarms_of_drawings(_drawings(encoders)))
+
+
+def _drawings(encoders: Encoders) -> dict[str, Any]:
+    """The measures of the built-in drawings, which a run encodes once."""
+    if encoders.drawing_measures is None:
+        encoders.drawing_measures = measure_drawings(encoders.latents)
+    return encoders.drawing_measures
+
+
+def _warn(lines: Iterable[str]) -> None:
+    for line in lines:
+        warnings.warn(f"DO NOT TRAIN ON THIS CACHE: {line}", stacklevel=1)
+
+
+def _check_image(folder: Path, candidate: Candidate, encoders: Encoders) -> dict[str, Any] | None:
+    """Measure one image; None where it was rejected, or is of a kind that cannot be compared."""
+    record = candidate.planned.record
+    index = Index(folder / f"{candidate.shard}.index")
+    row = int(np.searchsorted(index.records["key"], record.key.encode()))
+    if row == len(index) or index.key(row) != record.key:
+        return None
+    if index.records["num_variants"][row] != len(candidate.planned.variants):
+        return None  # which of them were dropped is not known here
+    try:
+        data = record.image.read()
+    except (OSError, ValueError):  # gone or changed since
+        return None
+    stored = torch.empty(index.layout.latent)
+    Shard(folder, candidate.shard, index.sha256).read_into(stored, row, "latents.mean")
+    geometry = candidate.planned.variants[0]
+    return measure_image(encoders.latents, record.path, data, geometry, stored)
 
 
 def measure_drawings(encoder: LatentEncoder) -> dict[str, Any]:

@@ -245,11 +245,11 @@ def _value(field: str, name: str, text: str) -> Any:
         raise ValueError(f"option {name} must be {allowed}, not {_shown(text)}") from None
 
 
-def _whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
+def _whole_number(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
     def read(text: str) -> int:
         number = int(text) if WHOLE_NUMBER.fullmatch(text) else -1
-        if number < least or (most is not None and number > most):
-            limits = f"of at least {least}" if most is None else f"from {least} to {most}"
+        if number < minimum or (maximum is not None and number > maximum):
+            limits = f"of at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
             raise ValueError(f"a whole number {limits}")
         return number
 

@@ -14,8 +14,7 @@ import numpy as np
 import torch
 
 from runtime.devices import DTYPES, to_device
-from shards.format import CAPTION_TENSORS, TENSORS, Layout
-from shards.index import SampleSpan
+from shards.format import CAPTION_TENSORS, TENSORS, Layout, SampleSpan
 from shards.manifest import UNCONDITIONAL
 from shards.plan import Draws, Entry, GlobalBatch, Plan, RankShare, pick
 from shards.reader import Cache, Shard, read_ahead

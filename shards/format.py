@@ -1,4 +1,4 @@
-"""The cache format: its specification, a sample, and its two tar members.
+"""The cache format: its specification, a sample, its two tar members, and their parts.
 
 Format ``shardtune-cache``, version 2
 =====================================
@@ -68,9 +68,12 @@ which may be replaced in a finished cache (``cli.py prompts``).
 """
 
 import hashlib
+import itertools
 import json
+import struct
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
@@ -85,6 +88,7 @@ MASK_TENSORS = ("mask",)
 LATENT_TENSORS = tuple(name for name in VARIANT_TENSORS if name not in MASK_TENSORS)
 CAPTION_TENSORS = ("prompt_embeds", "pooled_prompt_embeds")
 TENSORS = VARIANT_TENSORS + CAPTION_TENSORS
+NUM_FIXED_DIGESTS = 2  # of a sample, before those of its slices: the JSON's, the header's
 
 
 class CacheError(ValueError):
@@ -109,7 +113,7 @@ def sample_key(path: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """The shapes and dtype that every sample of one shard has in common (see ``shards``)."""
+    """The shapes and dtype that every sample of one shard has in common."""
 
     dtype: str  # fp16, bf16 or fp32
     latent: tuple[int, int, int]  # (channels, h, w)
@@ -132,6 +136,86 @@ class Layout:
 
     def slice_bytes(self, name: str) -> int:
         return int(torch.Size(self.shape(name)).numel()) * self.torch_dtype(name).itemsize
+
+
+class TensorSlice(NamedTuple):
+    """One variant or caption of a tensor; its bytes within its span."""
+
+    name: str
+    start: int
+    stop: int
+
+
+class SampleSpan(NamedTuple):
+    """Adjacent slices of one variant or caption, which share a digest; their bytes within the
+    safetensors member."""
+
+    label: str
+    start: int
+    stop: int
+    slices: tuple[TensorSlice, ...]
+    digest: int  # which of the sample's
+
+
+class SampleLayout(NamedTuple):
+    """Where a sample's slices are; most samples of a shard share one layout."""
+
+    variants: tuple[tuple[SampleSpan, ...], ...]  # of each, but for its mask
+    masks: tuple[tuple[SampleSpan, ...], ...]  # of each variant; empty without one
+    captions: tuple[tuple[SampleSpan, ...], ...]
+    digests: struct.Struct  # of all its parts
+    tensors: frozenset[str]  # those that the sample has
+
+    def spans(self) -> Iterator[SampleSpan]:
+        """All spans, in the order of their digests."""
+        for group in (*self.variants, *self.masks, *self.captions):
+            yield from group
+
+
+def make_sample_layout(
+    counts: Sequence[int], offsets: Sequence[int], layout: Layout
+) -> SampleLayout:
+    """The layout of a sample with ``counts`` (of variants, of captions) and its tensors at
+    ``offsets``."""
+    where = dict(zip(TENSORS, offsets, strict=True))
+    digests = itertools.count(NUM_FIXED_DIGESTS)
+
+    def of_each(label: str, count: int, names: Sequence[str]) -> Iterator[tuple[SampleSpan, ...]]:
+        present = sorted((where[name], name) for name in names if where[name])
+        for position in range(count):
+            places = []
+            for offset, name in present:
+                size = layout.slice_bytes(name)
+                start = offset + position * size
+                places.append((name, start, start + size))
+            runs = _adjacent_runs(places)
+            yield tuple(_span(f"{label} {position}", run, next(digests)) for run in runs)
+
+    variants = tuple(of_each("variant", counts[0], LATENT_TENSORS))
+    masks = tuple(of_each("variant", counts[0], MASK_TENSORS))
+    captions = tuple(of_each("caption", counts[1], CAPTION_TENSORS))
+    tensors = frozenset(name for name, offset in where.items() if offset)
+    return SampleLayout(variants, masks, captions, struct.Struct(f"<{next(digests)}Q"), tensors)
+
+
+SliceSpan = tuple[str, int, int]  # of a slice in the member
+
+
+def _adjacent_runs(places: Sequence[SliceSpan]) -> list[list[SliceSpan]]:
+    runs: list[list[SliceSpan]] = []
+    for place in places:
+        if runs and runs[-1][-1][2] == place[1]:
+            runs[-1].append(place)
+        else:
+            runs.append([place])
+    return runs
+
+
+def _span(label: str, run: Sequence[SliceSpan], digest: int) -> SampleSpan:
+    description = f"{label} ({', '.join(name for name, _, _ in run)})"
+    first, last = run[0][1], run[-1][2]
+    slices = tuple(TensorSlice(name, start - first, stop - first) for name, start, stop in run)
+    return SampleSpan(description, first, last, slices, digest)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

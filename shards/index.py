@@ -1,10 +1,9 @@
 """The index of a shard: where each sample and slice lies in the tar, and the digests of parts."""
 
 import hashlib
-import itertools
 import json
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,23 +23,24 @@ from runtime.schema import (
     each,
     fields,
     flag,
+    integer,
     like,
     misfit,
     number,
     read_json,
     record,
     text,
-    whole,
 )
 from shards.format import (
     CAPTION_TENSORS,
-    LATENT_TENSORS,
     MASK_TENSORS,
     TENSORS,
     VARIANT_TENSORS,
     CacheError,
     Layout,
     OtherFormat,
+    SampleLayout,
+    make_sample_layout,
 )
 
 NAME = b"shardtune-index"
@@ -48,7 +48,6 @@ MAGIC = NAME + b"2"  # the version of the format; in the first it was a line's e
 ALIGNMENT = 64
 SHA_BYTES = 32
 DIGEST_BYTES = 8
-NUM_FIXED_DIGESTS = 2  # digests before: the JSON's, the header's
 
 RECORD_DTYPE = np.dtype(
     [
@@ -98,40 +97,6 @@ class IndexRecord(NamedTuple):
     header_size: int
     tensors: bytes
     reserved: int
-
-
-class TensorSlice(NamedTuple):
-    """One variant or caption of a tensor; its bytes within its span."""
-
-    name: str
-    start: int
-    stop: int
-
-
-class SampleSpan(NamedTuple):
-    """Adjacent slices of one variant or caption, which share a digest; their bytes within the
-    safetensors member."""
-
-    label: str
-    start: int
-    stop: int
-    slices: tuple[TensorSlice, ...]
-    digest: int  # which of the sample's
-
-
-class SampleLayout(NamedTuple):
-    """Where a sample's slices are; most samples of a shard share one layout."""
-
-    variants: tuple[tuple[SampleSpan, ...], ...]  # of each, but for its mask
-    masks: tuple[tuple[SampleSpan, ...], ...]  # of each variant; empty without one
-    captions: tuple[tuple[SampleSpan, ...], ...]
-    digests: struct.Struct  # of all its parts
-    tensors: frozenset[str]  # those that the sample has
-
-    def spans(self) -> Iterator[SampleSpan]:
-        """All spans, in the order of their digests."""
-        for group in (*self.variants, *self.masks, *self.captions):
-            yield from group
 
 
 def map_file(path: Path) -> memoryview:
@@ -301,60 +266,14 @@ class Index:
         yield from zip(parts, self.digests(record, sample_layout), strict=True)
 
 
-def make_sample_layout(
-    counts: Sequence[int], offsets: Sequence[int], layout: Layout
-) -> SampleLayout:
-    """The layout of a sample with ``counts`` (of variants, of captions) and its tensors at
-    ``offsets``."""
-    where = dict(zip(TENSORS, offsets, strict=True))
-    digests = itertools.count(NUM_FIXED_DIGESTS)
-
-    def of_each(label: str, count: int, names: Sequence[str]) -> Iterator[tuple[SampleSpan, ...]]:
-        present = sorted((where[name], name) for name in names if where[name])
-        for position in range(count):
-            places = []
-            for offset, name in present:
-                size = layout.slice_bytes(name)
-                start = offset + position * size
-                places.append((name, start, start + size))
-            runs = _adjacent_runs(places)
-            yield tuple(_span(f"{label} {position}", run, next(digests)) for run in runs)
-
-    variants = tuple(of_each("variant", counts[0], LATENT_TENSORS))
-    masks = tuple(of_each("variant", counts[0], MASK_TENSORS))
-    captions = tuple(of_each("caption", counts[1], CAPTION_TENSORS))
-    tensors = frozenset(name for name, offset in where.items() if offset)
-    return SampleLayout(variants, masks, captions, struct.Struct(f"<{next(digests)}Q"), tensors)
-
-
-SliceSpan = tuple[str, int, int]  # of a slice in the member
-
-
-def _adjacent_runs(places: Sequence[SliceSpan]) -> list[list[SliceSpan]]:
-    runs: list[list[SliceSpan]] = []
-    for place in places:
-        if runs and runs[-1][-1][2] == place[1]:
-            runs[-1].append(place)
-        else:
-            runs.append([place])
-    return runs
-
-
-def _span(label: str, run: Sequence[SliceSpan], digest: int) -> SampleSpan:
-    description = f"{label} ({', '.join(name for name, _, _ in run)})"
-    first, last = run[0][1], run[-1][2]
-    slices = tuple(TensorSlice(name, start - first, stop - first) for name, start, stop in run)
-    return SampleSpan(description, first, last, slices, digest)
-
-
 # What an index must contain to be readable, whoever wrote it: see ``runtime.schema``.
 
 MAX_SLICE_BYTES = 2**40
 REQUIRED_TENSORS = ("latents.mean", "sizes", *CAPTION_TENSORS)
 HEADER = {
     "shard": SHARD,
-    "count": whole(),
-    "tar_bytes": whole(),
+    "count": integer(),
+    "tar_bytes": integer(),
     "tar_sha256": DIGEST,
     "dtype": lambda value: isinstance(value, str) and value in DTYPES,
     "latent": each(SIDE, 3),
@@ -378,16 +297,16 @@ ENCODE_FIELDS = {  # what encode adds; a shard that another program wrote may la
             **dict.fromkeys(("preprocessing", "vae", "text_encoder", "text_encoder_2"), record),
             "storage": fields({"dtype": text, "mean_only": flag}),
         },
-        {"long_captions": whole(1, 1000)},
+        {"long_captions": integer(1, 1000)},
     ),
     "members": each(_is_member_row),
     "rejected": each(each(text, 2)),
     "made_with": each(record),
     "sums": fields(dict.fromkeys(("gram", "cross"), each(each(number)))),
-    "num_cut_captions": whole(),
+    "num_cut_captions": integer(),
     "dropped_variants": each(
         lambda value: (
-            isinstance(value, list) and len(value) == 2 and text(value[0]) and whole()(value[1])
+            isinstance(value, list) and len(value) == 2 and text(value[0]) and integer()(value[1])
         )
     ),
 }
@@ -450,10 +369,10 @@ def _misfit_of_tensors(records: npt.NDArray[np.void], layout: Layout) -> str | N
     return None if (covered == size).all() else "a sample holds more than its tensors"
 
 
-def _fits(offset: Any, size: Any, most: Any) -> npt.NDArray[np.bool_]:
+def _fits(offset: Any, size: Any, limit: Any) -> npt.NDArray[np.bool_]:
     """Whether [offset, offset + size) lies in [0, most), in numbers that cannot overflow."""
     offset, size = offset.astype(np.uint64), size.astype(np.uint64)
-    limit = np.broadcast_to(np.asarray(most, np.uint64), offset.shape)
+    limit = np.broadcast_to(np.asarray(limit, np.uint64), offset.shape)
     inside = offset <= limit
     fits: npt.NDArray[np.bool_] = inside & (size <= limit - np.where(inside, offset, np.uint64(0)))
     return fits

@@ -18,8 +18,8 @@ from runtime import schema
 from runtime.devices import DTYPES
 from runtime.schema import misfit, read_json
 from shards.buckets import Size
-from shards.format import CAPTION_TENSORS, CacheError
-from shards.index import HashedSpan, Index, IndexRecord, SampleLayout, SampleSpan, map_file
+from shards.format import CAPTION_TENSORS, CacheError, SampleLayout, SampleSpan
+from shards.index import HashedSpan, Index, IndexRecord, map_file
 from shards.manifest import UNCONDITIONAL, data_digest, read_manifest, read_side_file
 from shards.plan import Group
 

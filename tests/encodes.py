@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 import precompute.encode
-import precompute.encoders
-from precompute.latents import LatentEncoder
+import precompute.sanity
+from precompute.encoders import LatentEncoder
 from precompute.report import Report
 from precompute.settings import EncodeSettings
 from sdxl.text_encoders import TextEncoders
@@ -37,7 +37,7 @@ class Count:
 def counted() -> Iterator[Count]:
     """What the encoders are given from here on; not the empty prompt of every cache, nor the
     built-in drawings."""
-    count, measure = Count(), precompute.encoders.measure_drawings
+    count, measure = Count(), precompute.sanity.measure_drawings
     latents, text = LatentEncoder.encode, TextEncoders.encode
 
     def encode_latents(self: LatentEncoder, pictures: Any) -> Any:
@@ -55,7 +55,7 @@ def counted() -> Iterator[Count]:
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(precompute.encoders, "measure_drawings", measure_drawings)
+        patch.setattr(precompute.sanity, "measure_drawings", measure_drawings)
         patch.setattr(LatentEncoder, "encode", encode_latents)
         patch.setattr(TextEncoders, "encode", encode_text)
         yield count

@@ -98,7 +98,7 @@ def good_files() -> Iterator[tuple[str, bytes]]:
         picked = values[..., [0, 3]] if channels == 2 else values[..., :channels]
         yield f"16-{name}.png", png_16(picked)
     yield "clear-palette.png", saved(image.convert("P"), "PNG", transparency=3)
-    yield "clear-colour.png", saved(image, "PNG", transparency=(200, 40, 90))
+    yield "clear-color.png", saved(image, "PNG", transparency=(200, 40, 90))
     yield "animated.png", saved(image, "PNG", save_all=True, append_images=[scene(seed=1)])
     yield "profile.png", saved(image, "PNG", icc_profile=linear_profile())
     yield "grey-profile.png", saved(image.convert("L"), "PNG", icc_profile=linear_profile(b"GRAY"))

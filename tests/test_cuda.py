@@ -350,16 +350,16 @@ def test_a_run_on_cuda_is_itself_after_a_resume(
 
 
 def encode_on_cuda(pictures: Path, base: Path, out: Path) -> set[str]:
-    from precompute import text_encoding
+    from precompute import encoders
 
     loaded: set[str] = set()
-    load = text_encoding.TextEncoders
+    load = encoders.TextEncoders
 
     def spy(source: Any, dtype: torch.dtype, device: torch.device, *rest: Any) -> Any:
         loaded.add(f"{dtype} {device}")
         return load(source, dtype, device, *rest)
 
-    text_encoding.TextEncoders = spy  # type: ignore[assignment,misc]
+    encoders.TextEncoders = spy  # type: ignore[assignment,misc]
     encode(
         EncodeSettings(
             dataset=pictures,

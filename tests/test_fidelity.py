@@ -314,20 +314,20 @@ def test_the_latent_is_drawn_afresh_from_the_posterior(cache: Path) -> None:
     assert abs(float(every.mean())) < 0.05 and abs(float(every.std()) - 1) < 0.05
 
 
-def test_a_latent_mapped_by_the_fitted_colours_looks_like_its_picture(
+def test_a_latent_mapped_by_the_fitted_colors_looks_like_its_picture(
     cache: Path, pictures: Path
 ) -> None:
     """The map is the least-squares one: numpy finds the same from the samples."""
     manifest = json.loads((cache / "manifest.json").read_text())
-    rows, colours = [], []
+    rows, colors = [], []
     for path, sample in samples_of(cache).items():
         pixels = pixels_of(pictures / path, sample.tensors["sizes"][0].tolist())
         small = torch.nn.functional.avg_pool2d(pixels[None], 8)[0]
-        colours.append(small.flatten(1).T.numpy())
+        colors.append(small.flatten(1).T.numpy())
         rows.append(sample.tensors["latents.mean"][0].flatten(1).T.numpy())
     latents = np.concatenate(rows).astype(np.float64)
     design = np.concatenate([latents, np.ones((len(latents), 1))], axis=1)
-    solved = np.linalg.lstsq(design, np.concatenate(colours).astype(np.float64), rcond=None)[0]
+    solved = np.linalg.lstsq(design, np.concatenate(colors).astype(np.float64), rcond=None)[0]
     fitted = np.array([*manifest["latent_rgb"]["weight"], manifest["latent_rgb"]["bias"]])
     assert np.allclose(fitted, solved, atol=1e-3)
     assert np.allclose(manifest["latents"]["mean"], latents.mean(axis=0), atol=1e-6)

@@ -164,7 +164,7 @@ def test_a_profile_is_applied_below_the_transparency() -> None:
     assert abs(np.asarray(open_image(data)) - expected).max() <= 3
 
 
-def test_a_grey_picture_may_have_a_profile_of_colours() -> None:
+def test_a_grey_picture_may_have_a_profile_of_colors() -> None:
     grey = scene().convert("L")
     data = saved(grey, "PNG", icc_profile=linear_profile())
     expected = as_srgb(np.asarray(grey)[..., None] / 255)

@@ -135,10 +135,10 @@ def test_sheets_show_the_pictures_in_their_frames(
     """In the colors of the images, without a VAE; gray is what was cut away."""
     data_set = tmp_path / "set"
     data_set.mkdir()
-    colours = {"red": (220, 30, 30), "green": (20, 160, 40), "blue": (30, 30, 200)}
-    for name, colour in colours.items():
+    colors = {"red": (220, 30, 30), "green": (20, 160, 40), "blue": (30, 30, 200)}
+    for name, color in colors.items():
         for number in range(3):
-            Image.new("RGB", (160, 64 + number), colour).save(data_set / f"{name}{number}.png")
+            Image.new("RGB", (160, 64 + number), color).save(data_set / f"{name}{number}.png")
             (data_set / f"{name}{number}.txt").write_text(name)
     cache = Cache(encode_to(data_set, tmp_path / "cache", base="miniature", square=True))
     monkeypatch.setattr("diffusers.AutoencoderKL.from_pretrained", None)
@@ -152,15 +152,15 @@ def test_sheets_show_the_pictures_in_their_frames(
     tiles = tiles_of(path, len(captions))
     for tile, caption in zip(tiles, captions, strict=True):
         middle = np.asarray(tile)[123:133, 123:133].mean(axis=(0, 1))
-        distances = {name: abs(middle - colour).max() for name, colour in colours.items()}
+        distances = {name: abs(middle - color).max() for name, color in colors.items()}
         assert min(distances, key=lambda name: distances[name]) == caption
         assert distances[caption] < 100
         assert tile.getpixel((TILE // 8, TILE // 2)) == CUT_AWAY
         assert tile.getpixel((TILE // 2, 10)) == (255, 255, 255)
 
 
-def box_of(tile: Image.Image, colour: tuple[int, int, int]) -> tuple[int, int, int, int]:
-    rows, columns = np.nonzero((np.asarray(tile) == colour).all(axis=2))
+def box_of(tile: Image.Image, color: tuple[int, int, int]) -> tuple[int, int, int, int]:
+    rows, columns = np.nonzero((np.asarray(tile) == color).all(axis=2))
     return columns.min(), rows.min(), columns.max(), rows.max()
 
 

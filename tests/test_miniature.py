@@ -24,7 +24,7 @@ from tools.miniature.data import (
     write_training_set,
 )
 from tools.miniature.drawing import (
-    COLOURS,
+    COLORS,
     NEW_SHAPES,
     OLD_SHAPES,
     SENTENCES,
@@ -161,7 +161,7 @@ def test_the_score_of_true_pictures_is_1(size: tuple[int, int]) -> None:
     scenes, _ = fresh_prompts(60, SHAPES, seed=1)
     pictures = [draw_scene(scene, random.Random(n), *size) for n, scene in enumerate(scenes)]
     found = score(scenes, pictures)
-    assert (found.shape, found.colours, found.both) == (1, 1, 1)
+    assert (found.shape, found.colors, found.both) == (1, 1, 1)
     assert found.overlap > 0.9
 
 
@@ -171,14 +171,14 @@ def test_the_score_sees_what_is_wrong() -> None:
     shifted = score(scenes, [*pictures[1:], pictures[0]])
     assert (shifted.shape, shifted.both) == (0, 0)
     grey = look_at(Image.new("RGB", (64, 64), "grey"))
-    assert grey.colour == grey.ground
+    assert grey.color == grey.ground
     assert max(grey.overlaps.values()) == 0
     noise = Image.effect_noise((64, 64), 100).convert("RGB")
     assert max(look_at(noise).overlaps.values()) < 0.7
 
 
 def test_captions_are_english() -> None:
-    orange = Scene(shape="arrow", colour="orange", ground="orange", position="on the left")
+    orange = Scene(shape="arrow", color="orange", ground="orange", position="on the left")
     captions = {orange.caption(random.Random(seed)) for seed in range(60)}
     assert len(captions) == len(SENTENCES)
     assert "an orange arrow on the left on an orange ground" in captions
@@ -211,7 +211,7 @@ def test_the_sample_data_set_says_what_it_shows(tmp_path: Path) -> None:
             sizes.add(picture.size)
         said = row["text"].replace(",", "").split()
         assert seen.shape in said
-        assert {seen.colour, seen.ground} == set(said) & set(COLOURS)
+        assert {seen.color, seen.ground} == set(said) & set(COLORS)
         words |= set(said)
     assert set(NEW_SHAPES) <= words
     assert sizes == {(64, 64), (80, 48), (48, 80)}

@@ -375,7 +375,7 @@ def test_encode_reads_the_prompts_before_all_else(
     assert not out.exists()
 
 
-class ColourVae:
+class ColorVae:
     """A VAE whose latents are the colors of 8 x 8 pixels, mixed: what a trained one is nearly."""
 
     def __init__(self) -> None:
@@ -385,12 +385,12 @@ class ColourVae:
         self.device, self.dtype = torch.device("cpu"), torch.float32
 
     def scaled(self, pictures: torch.Tensor) -> torch.Tensor:
-        colours = F.avg_pool2d(pictures.double(), 8)
-        return (torch.einsum("cr,nrhw->nchw", self.mix, colours) - 0.7).float() * 0.25
+        colors = F.avg_pool2d(pictures.double(), 8)
+        return (torch.einsum("cr,nrhw->nchw", self.mix, colors) - 0.7).float() * 0.25
 
     def decode(self, latents: torch.Tensor, return_dict: bool) -> tuple[torch.Tensor]:
-        colours = torch.einsum("rc,nchw->nrhw", torch.linalg.pinv(self.mix), latents.double())
-        return (F.interpolate(colours, scale_factor=8).float(),)
+        colors = torch.einsum("rc,nchw->nrhw", torch.linalg.pinv(self.mix), latents.double())
+        return (F.interpolate(colors, scale_factor=8).float(),)
 
 
 def rendered(path: Path) -> torch.Tensor:
@@ -399,8 +399,8 @@ def rendered(path: Path) -> torch.Tensor:
     return render(image, cover(image.size, BUCKETS[image.size]))[None]
 
 
-def test_the_maps_colours_are_those_of_the_decoded_picture(pictures: Path) -> None:
-    vae, sums = ColourVae(), LatentSums.empty(4)
+def test_the_maps_colors_are_those_of_the_decoded_picture(pictures: Path) -> None:
+    vae, sums = ColorVae(), LatentSums.empty(4)
     drawn = [rendered(path) for path in sorted(pictures.glob("*.png"))]
     for picture in drawn:
         sums.add(vae.scaled(picture), picture)
@@ -422,7 +422,7 @@ def test_the_cached_map_is_the_best_linear_one(
     prompted: Path, previews: PreviewPrompts, pictures: Path
 ) -> None:
     """Against numpy's least squares, on latents as cached and images as files."""
-    latents, colours, drawn = [], [], []
+    latents, colors, drawn = [], [], []
     opened = Cache(prompted)
     for group in opened.groups():
         for row in range(group.count):
@@ -431,10 +431,10 @@ def test_the_cached_map_is_the_best_linear_one(
             shard.read_into(mean, at, "latents.mean")
             picture = rendered(pictures / shard.metadata(at)["path"])[0]
             latents.append(mean.flatten(1).T)
-            colours.append(F.avg_pool2d(picture, 8).flatten(1).T)
+            colors.append(F.avg_pool2d(picture, 8).flatten(1).T)
             drawn.append(latents_to_rgb(mean[None], previews.weight, previews.bias)[0].flatten(1).T)
     known = np.concatenate([torch.cat(latents), np.ones((len(torch.cat(latents)), 1))], axis=1)
-    best = known @ np.linalg.lstsq(known, torch.cat(colours).numpy(), rcond=None)[0]
+    best = known @ np.linalg.lstsq(known, torch.cat(colors).numpy(), rcond=None)[0]
     assert np.abs(torch.cat(drawn).numpy() - (best / 2 + 0.5).clip(0, 1)).max() < 1e-3
 
 
@@ -479,7 +479,7 @@ def test_a_sheet_shows_what_the_pipeline_draws(
         assert np.abs(ours - theirs).max() <= 2 and ours.std() > 10
 
 
-def test_without_a_vae_the_colours_are_of_the_map(
+def test_without_a_vae_the_colors_are_of_the_map(
     base: Path, unet: Any, previews: PreviewPrompts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept = []

@@ -340,7 +340,7 @@ def test_a_fresh_encode_reads_each_large_picture_once(
         return real(self)
 
     monkeypatch.setattr(Blob, "read", read)
-    monkeypatch.setattr(precompute.spot_checks, "NUM_CHECKED", 0)  # they read their own
+    monkeypatch.setattr(precompute.sanity, "NUM_CHECKED", 0)  # they read their own
     settings = settings_of(data, base, tmp_path / "cache")
     [*dry_run(settings)]
     assert not reads

@@ -74,7 +74,7 @@ def test_previews_change_nothing_but_what_is_seen(
     assert not np.array_equal(pixels(drawn / "previews" / sheets[2]), first), "it has learned"
 
 
-def test_true_colours_are_the_vaes(prompted: Path, base: Path, tmp_path: Path) -> None:
+def test_true_colors_are_the_vaes(prompted: Path, base: Path, tmp_path: Path) -> None:
     out = run(prompted, base, tmp_path / "run", preview_every=Every(9), preview_vae=True)
     previews = read_preview_prompts(Cache(prompted))
     assert previews is not None

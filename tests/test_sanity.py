@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 
 import precompute.encode_samples
+import precompute.encoders
 import precompute.images.variants
-import precompute.latents
+from precompute.encoders import LatentEncoder
 from precompute.images.decode import open_image
 from precompute.images.variants import render
-from precompute.latents import LatentEncoder
 from precompute.sanity import (
     SIDE,
     alarms_of_drawings,
@@ -44,8 +44,8 @@ PIXEL_FAULTS: dict[str, Change] = {
 def plant(patch: pytest.MonkeyPatch, fault: str) -> None:
     """In the stage's own code, as a slip of the pen would."""
     if fault == "doubled scale":
-        real: Any = precompute.latents.scale_mean
-        patch.setattr(precompute.latents, "scale_mean", lambda *args: 2 * real(*args))
+        real: Any = precompute.encoders.scale_mean
+        patch.setattr(precompute.encoders, "scale_mean", lambda *args: 2 * real(*args))
         return
     change, render_variants = PIXEL_FAULTS[fault], precompute.images.variants.render_variants
     for module in (precompute.images.variants, precompute.encode_samples):
@@ -150,8 +150,8 @@ def test_a_wrong_scaling_factor_of_a_vae_is_seen(base: Path, tmp_path: Path) -> 
 
 
 def test_a_posterior_twice_as_wide_is_seen(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real: Any = precompute.latents.scale_std
-    monkeypatch.setattr(precompute.latents, "scale_std", lambda *args: 2 * real(*args))
+    real: Any = precompute.encoders.scale_std
+    monkeypatch.setattr(precompute.encoders, "scale_std", lambda *args: 2 * real(*args))
     (line,) = alarms_of_drawings(
         measure_drawings(LatentEncoder(open_base(base).vae, torch.float32, CPU, 2))
     )

@@ -1,4 +1,4 @@
-"""What a training run can be told. Imports no torch: ``--help`` is made from it."""
+"""The settings of a training run, and which exclude each other. No torch: ``--help`` reads them."""
 
 from dataclasses import MISSING, dataclass, fields
 from math import ceil
@@ -34,36 +34,21 @@ class TrainConfig:
 
     caches: tuple[CacheUse, ...]
     base: str = option(
-        MISSING,
-        BASE_HELP,
-        metavar="BASE",
-        aliases="--pretrained-model-name-or-path",
+        MISSING, BASE_HELP, metavar="BASE", aliases="--pretrained-model-name-or-path"
     )
-    out: Path = option(
-        MISSING,
-        "Folder of the run.",
-        metavar="PATH",
-        aliases="--output-dir",
-    )
+    out: Path = option(MISSING, "Folder of the run.", metavar="PATH", aliases="--output-dir")
     val: Path | None = option(
-        None,
-        "Validation cache. Default: CACHE/val, if there is one.",
-        metavar="CACHE",
+        None, "Validation cache. Default: CACHE/val, if there is one.", metavar="CACHE"
     )
 
-    full: bool = option(
-        False,
-        "Train the whole UNet instead of a LoRA.",
-    )
+    full: bool = option(False, "Train the whole UNet instead of a LoRA.")
     adapter: Literal["lora", "rslora", "dora"] = option(
         "lora",
         "Kind of LoRA. rslora scales by alpha / sqrt(rank); dora learns direction and length "
         "apart (user interfaces cannot apply it: give them what export --merge writes).",
     )
     rank: int | None = option(
-        None,
-        "Rank of the LoRA. Default: 8.",
-        aliases="--lora-rank --network-dim",
+        None, "Rank of the LoRA. Default: 8.", aliases="--lora-rank --network-dim"
     )
     alpha: float | None = option(
         None,
@@ -77,8 +62,7 @@ class TrainConfig:
         metavar="NAME|REGEX",
     )
     conv: bool = option(
-        False,
-        "Adapt the convolutions of the ResNets and samplers too (not conv_in and conv_out).",
+        False, "Adapt the convolutions of the ResNets and samplers too (not conv_in and conv_out)."
     )
     init_lora: Path | None = option(
         None,
@@ -99,23 +83,12 @@ class TrainConfig:
         aliases="--optimizer-type",
     )
     lr_schedule: Literal["constant", "linear", "cosine", "cosine-restarts"] = option(
-        "constant",
-        "Learning-rate schedule after the warmup.",
-        aliases="--lr-scheduler",
+        "constant", "Learning-rate schedule after the warmup.", aliases="--lr-scheduler"
     )
-    num_cycles: int = option(
-        1,
-        "Number of cycles of --lr-schedule cosine-restarts.",
-    )
-    warmup_steps: int = option(
-        0,
-        "Number of steps of linear warmup.",
-        aliases="--lr-warmup-steps",
-    )
+    num_cycles: int = option(1, "Number of cycles of --lr-schedule cosine-restarts.")
+    warmup_steps: int = option(0, "Number of steps of linear warmup.", aliases="--lr-warmup-steps")
     weight_decay: float = option(
-        1e-2,
-        "Decoupled weight decay, as in AdamW.",
-        aliases="--adam-weight-decay",
+        1e-2, "Decoupled weight decay, as in AdamW.", aliases="--adam-weight-decay"
     )
     steps: int | None = option(
         None,
@@ -128,19 +101,14 @@ class TrainConfig:
         aliases="--num-train-epochs --max-train-epochs",
     )
     batch_size: int = option(
-        1,
-        "Samples per process and forward pass.",
-        aliases="--train-batch-size",
+        1, "Samples per process and forward pass.", aliases="--train-batch-size"
     )
     accumulate: int = option(
         1,
         "Gradient accumulation: forward and backward passes per optimizer step.",
         aliases="--gradient-accumulation-steps",
     )
-    max_grad_norm: float = option(
-        1.0,
-        "Clip gradients to this norm; 0 disables clipping.",
-    )
+    max_grad_norm: float = option(1.0, "Clip gradients to this norm; 0 disables clipping.")
     max_skipped: int = option(
         20,
         "Stop after N skipped steps in a row; a step is skipped when its loss or gradient is "
@@ -156,75 +124,45 @@ class TrainConfig:
         "Keep the moving average in CPU memory. --ema-every 10 then takes a tenth of the CPU time.",
     )
     ema_every: int = option(
-        1,
-        "Update the moving average at every Nth step, with the decay of N steps.",
-        metavar="N",
+        1, "Update the moving average at every Nth step, with the decay of N steps.", metavar="N"
     )
-    seed: int = option(
-        0,
-        "Random seed.",
-    )
+    seed: int = option(0, "Random seed.")
 
     prediction_type: Literal["epsilon", "v_prediction"] | None = option(
-        None,
-        "What the UNet predicts. Default: what the base's scheduler config says.",
+        None, "What the UNet predicts. Default: what the base's scheduler config says."
     )
     zero_terminal_snr: bool | None = option(
-        None,
-        "Rescale the noise schedule to end in pure noise. Default: what the base says.",
+        None, "Rescale the noise schedule to end in pure noise. Default: what the base says."
     )
     min_snr_gamma: float | None = option(
-        None,
-        "Weigh the loss by min-SNR with this gamma, for example 5.",
-        aliases="--snr-gamma",
+        None, "Weigh the loss by min-SNR with this gamma, for example 5.", aliases="--snr-gamma"
     )
     noise_offset: float = option(
-        0.0,
-        "Strength of an added noise that is constant over each channel, for example 0.05.",
+        0.0, "Strength of an added noise that is constant over each channel, for example 0.05."
     )
-    loss: Literal["mse", "huber"] = option(
-        "mse",
-        "Loss between prediction and target.",
-    )
+    loss: Literal["mse", "huber"] = option("mse", "Loss between prediction and target.")
     huber_delta: float = option(
-        0.1,
-        "Difference at which --loss huber turns from quadratic to linear.",
+        0.1, "Difference at which --loss huber turns from quadratic to linear."
     )
     timesteps: Literal["uniform", "logit-normal"] = option(
-        "uniform",
-        "Distribution from which timesteps are drawn.",
+        "uniform", "Distribution from which timesteps are drawn."
     )
     logit_mean: float = option(
-        0.0,
-        "Mean of --timesteps logit-normal; above 0 favors noisier timesteps.",
+        0.0, "Mean of --timesteps logit-normal; above 0 favors noisier timesteps."
     )
-    logit_std: float = option(
-        1.0,
-        "Standard deviation of --timesteps logit-normal.",
-    )
+    logit_std: float = option(1.0, "Standard deviation of --timesteps logit-normal.")
     timestep_range: tuple[int, ...] = option(
-        (),
-        "LOW,HIGH: train on timesteps from LOW up to, not including, HIGH.",
-        metavar="LOW,HIGH",
+        (), "LOW,HIGH: train on timesteps from LOW up to, not including, HIGH.", metavar="LOW,HIGH"
     )
-    masked_loss: bool = option(
-        False,
-        "Weigh the loss by the masks of the samples that have one.",
-    )
+    masked_loss: bool = option(False, "Weigh the loss by the masks of the samples that have one.")
     caption_dropout: float = option(
-        0.0,
-        "Probability that a sample is trained without its caption.",
+        0.0, "Probability that a sample is trained without its caption."
     )
     unconditional: Literal["empty", "zeros"] = option(
-        "empty",
-        "Embedding of a dropped caption: the encoded empty prompt, or zeros.",
+        "empty", "Embedding of a dropped caption: the encoded empty prompt, or zeros."
     )
 
-    device: str = option(
-        "auto",
-        "Device to train on: auto, cuda, mps or cpu.",
-        metavar="DEVICE",
-    )
+    device: str = option("auto", "Device to train on: auto, cuda, mps or cpu.", metavar="DEVICE")
     gpus: str | None = option(
         None,
         "Number of processes to start, one per GPU of this machine, or auto for all.",
@@ -237,8 +175,7 @@ class TrainConfig:
         aliases="--mixed-precision",
     )
     allow_cpu_bf16: bool = option(
-        False,
-        "Compute in bf16 or fp16 on a CPU too, where --precision asks for it.",
+        False, "Compute in bf16 or fp16 on a CPU too, where --precision asks for it."
     )
     gradient_checkpointing: bool | None = option(
         None,
@@ -246,8 +183,7 @@ class TrainConfig:
         "no room for them all.",
     )
     base_quant: Literal["none", "int8", "nf4"] = option(
-        "none",
-        "Store the linear layers of a LoRA's frozen base in 8 or 4 bits.",
+        "none", "Store the linear layers of a LoRA's frozen base in 8 or 4 bits."
     )
     pure_bf16: bool = option(
         False,
@@ -258,23 +194,14 @@ class TrainConfig:
         "With --full: update each weight as soon as its gradient is there, so that gradients "
         "take no memory.",
     )
-    compile: bool = option(
-        False,
-        "Compile the transformer blocks with torch.compile.",
-    )
-    channels_last: bool = option(
-        False,
-        "Use the channels-last memory layout.",
-    )
+    compile: bool = option(False, "Compile the transformer blocks with torch.compile.")
+    channels_last: bool = option(False, "Use the channels-last memory layout.")
     warm_up: bool | None = option(
         None,
         "Try the largest bucket before the first step, so that a lack of memory shows at "
         "once. Default: on with CUDA.",
     )
-    reader_threads: int = option(
-        4,
-        "Number of threads that read samples ahead.",
-    )
+    reader_threads: int = option(4, "Number of threads that read samples ahead.")
 
     eval_every: Every = option(
         Every(),
@@ -287,8 +214,7 @@ class TrainConfig:
         "(2ep), and before the first step; 0: never.",
     )
     preview_vae: bool = option(
-        False,
-        "Decode previews with the base's VAE instead of the cache's linear map.",
+        False, "Decode previews with the base's VAE instead of the cache's linear map."
     )
     checkpoint_every: Every = option(
         Every(),
@@ -296,8 +222,7 @@ class TrainConfig:
         aliases="--checkpointing-steps --save-every-n-steps",
     )
     checkpoint_at: tuple[int, ...] = option(
-        (),
-        "Save a checkpoint after these steps too, for example 600,680,750.",
+        (), "Save a checkpoint after these steps too, for example 600,680,750."
     )
     keep: int = option(
         0,
@@ -306,34 +231,18 @@ class TrainConfig:
         metavar="N",
         aliases="--checkpoints-total-limit",
     )
-    log_every: int = option(
-        10,
-        "Write metrics every N steps; every step is in them.",
-    )
-    resume: bool = option(
-        False,
-        "Resume from the newest undamaged checkpoint in the run's folder.",
-    )
+    log_every: int = option(10, "Write metrics every N steps; every step is in them.")
+    resume: bool = option(False, "Resume from the newest undamaged checkpoint in the run's folder.")
     allow_changed_data: bool = option(
-        False,
-        "With --resume: accept other data than before; the epoch starts again.",
+        False, "With --resume: accept other data than before; the epoch starts again."
     )
     overwrite: bool = option(
         False,
         "Replace the run in the folder; the old one is deleted when the new one has a checkpoint.",
     )
-    dry_run: bool = option(
-        False,
-        "Print the plan and a memory estimate, then exit.",
-    )
-    wandb: Literal["disabled", "offline", "online"] = option(
-        "disabled",
-        "Log to Weights & Biases.",
-    )
-    wandb_project: str = option(
-        "shardtune",
-        "Project of --wandb.",
-    )
+    dry_run: bool = option(False, "Print the plan and a memory estimate, then exit.")
+    wandb: Literal["disabled", "offline", "online"] = option("disabled", "Log to Weights & Biases.")
+    wandb_project: str = option("shardtune", "Project of --wandb.")
 
     def __post_init__(self) -> None:
         check_ranges(vars(self))
@@ -404,7 +313,7 @@ def check_choices(config: "TrainConfig") -> None:
             raise ValueError("--init-lora brings its own kind of adapter; leave --adapter out")
     if config.compile and config.adapter == "dora":
         raise ValueError("--compile: DoRA cannot be compiled; leave --compile out")
-    for name, needed, is_there in (
+    for name, required, is_set in (
         ("ema_on_cpu", "--ema", config.ema > 0),
         ("ema_every", "--ema", config.ema > 0),
         ("preview_vae", "--preview-every", bool(config.preview_every)),
@@ -415,8 +324,8 @@ def check_choices(config: "TrainConfig") -> None:
         ("unconditional", "--caption-dropout", config.caption_dropout > 0),
     ):
         default = config.__dataclass_fields__[name].default
-        if getattr(config, name) != default and not is_there:
-            raise ValueError(f"{flag(name)} does nothing without {needed}")
+        if getattr(config, name) != default and not is_set:
+            raise ValueError(f"{flag(name)} does nothing without {required}")
 
 
 def check_memory(config: "TrainConfig") -> None:

@@ -1,5 +1,6 @@
-"""Forward passes of LoRA layers, attention and ResNet blocks, for training: what peft and diffusers
-compute, in fewer operations.
+"""Faster forward passes for training: LoRA layers, attention and ResNet blocks.
+
+They compute what those of peft and diffusers do, in fewer operations.
 
 The modules stay peft's and diffusers', and so do names, parameters, loading and saving; only
 ``forward`` is replaced, and only where it is known to be the plain formula.
@@ -194,12 +195,12 @@ def _attention(
     hidden_states: torch.Tensor,
     encoder_hidden_states: torch.Tensor | None = None,
     attention_mask: torch.Tensor | None = None,
-    **others: Any,
+    **extras: Any,
 ) -> torch.Tensor:
     """[B, tokens, width] to the same."""
-    if attention_mask is not None or others:
+    if attention_mask is not None or extras:
         return type(attention).forward(  # type: ignore[no-any-return]
-            attention, hidden_states, encoder_hidden_states, attention_mask, **others
+            attention, hidden_states, encoder_hidden_states, attention_mask, **extras
         )
     layers = attention.to_q, attention.to_k, attention.to_v
     if encoder_hidden_states is None:

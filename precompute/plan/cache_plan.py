@@ -1,4 +1,4 @@
-"""The plan of one output cache (train or val): how it is made, prepared and finished."""
+"""Plans one output cache (train or val), prepares its folder, and finishes it."""
 
 import json
 import warnings
@@ -26,18 +26,22 @@ from precompute.plan.reuse import (
     shard_names,
 )
 from precompute.plan.scan import Notes, add_digests, plan_images, remember_encoded
-from precompute.prompts import sync_prompts
+from precompute.prompts import (
+    sync_prompts,
+    text_shape,
+    unconditional_is_complete,
+    write_unconditional,
+)
 from precompute.recipe import read_recipe
 from precompute.report import Report
-from precompute.settings import EncodeSettings
-from precompute.spot_checks import (
+from precompute.sanity import (
     Candidate,
     check_cache,
+    check_drawings,
     choose_candidates,
     earlier_checks,
-    warn_of_drawings,
 )
-from precompute.text_encoding import text_shape, unconditional_is_whole, write_unconditional
+from precompute.settings import EncodeSettings
 from runtime.files import PARTIAL, fsync_folder, remove_path, write_changed
 from sdxl.base import Base
 from sdxl.latent_rgb import LatentSums
@@ -92,8 +96,8 @@ def check_out(folder: Path, dataset: Path) -> None:
         raise ValueError(f"{folder}: not a folder")
     names = [path.name for path in folder.iterdir()] if folder.exists() else []
     cache_files = (UNCONDITIONAL, MANIFEST, PLAN)
-    known = (*ENCODE_FILES, REPLACED)
-    foreign = [name for name in names if name not in known and not name.endswith(PARTIAL)]
+    own_names = (*ENCODE_FILES, REPLACED)
+    foreign = [name for name in names if name not in own_names and not name.endswith(PARTIAL)]
     if foreign and not any(name in names for name in cache_files) and not shard_names(folder):
         raise ValueError(
             f"{folder}: not empty and no cache (holds {min(foreign)}); give another --out"
@@ -259,14 +263,14 @@ def prepare(plan: CachePlan, encoders: Encoders, prompts: list[Prompt] | None) -
     removed.
     """
     folder, recipe = plan.folder, plan.recipe
-    text_is_whole = unconditional_is_whole(folder, recipe)
-    if plan.has_work or not text_is_whole:
+    has_unconditional = unconditional_is_complete(folder, recipe)
+    if plan.has_work or not has_unconditional:
         tasks = [
             task for shard_task in plan.shard_tasks for task in shard_task.tasks if task.is_encoded
         ]
         if any(task.latents is None for task in tasks):
-            warn_of_drawings(encoders.drawings)
-        if not text_is_whole or any(task.text is None for task in tasks):
+            check_drawings(encoders)
+        if not has_unconditional or any(task.text is None for task in tasks):
             assert encoders.text
         write_plan_file(
             folder, {"recipe": recipe, "made_with": encoders.made_with}, plan.shard_tasks
@@ -278,7 +282,7 @@ def prepare(plan: CachePlan, encoders: Encoders, prompts: list[Prompt] | None) -
     for name in plan.broken:
         remove_shard(folder, name)
     retire(folder, plan.outdated)
-    if not text_is_whole:
+    if not has_unconditional:
         write_unconditional(folder, encoders.text, encoders.batch_size, recipe)
     return sync_prompts(folder, prompts, encoders, recipe)
 
@@ -303,11 +307,11 @@ def finish(plan: CachePlan, report: Report, encoders: Encoders, memory: Memory) 
     if total is not None and report.num_samples:
         fields["latents"] = {"channels": len(total.gram) - 1, **total.statistics()}
         fields["latent_rgb"] = total.fit()
-        gone = {rejection.key for rejection in rejected}
+        rejected_keys = {rejection.key for rejection in rejected}
         first = [
             candidate
             for candidate in plan.check_candidates
-            if candidate.planned.record.key not in gone
+            if candidate.planned.record.key not in rejected_keys
         ]
         fields["sanity"] = check_cache(
             folder, plan.recipe, first, fingerprints, plan.sanity, encoders

@@ -1,5 +1,7 @@
-"""Assigns each image to a shard. The assignment is fixed before any image is decoded: an image that
-fails later leaves a gap in its shard and moves no other.
+"""Assigns each image to a shard.
+
+The assignment is fixed before any image is decoded: an image that fails later leaves a gap in its
+shard and moves no other.
 """
 
 import hashlib
