@@ -14,7 +14,7 @@ from sdxl.lora.names import LORA
 from sdxl.lora.read import find_lora
 from shards.plan import Plan, RankShare
 from shards.reader import Cache, groups_of
-from train.checkpoint import load_checkpoint, newest_checkpoint
+from train.checkpoint import load_checkpoint
 from train.config import TrainConfig
 from train.distributed import DistContext
 from train.learner import Learner
@@ -76,15 +76,19 @@ class Start:
 
 
 def find_start(
-    config: TrainConfig, base: Base, caches: Sequence[Cache], world: DistContext
+    config: TrainConfig,
+    base: Base,
+    caches: Sequence[Cache],
+    world: DistContext,
+    checkpoint: tuple[Path, dict[str, Any]] | None,
 ) -> tuple[Start, Plan, RankShare, dict[str, Any]]:
-    """Start, plan, this rank's share of it, and the run's identity.
+    """Start, plan, this rank's share of it, and the run's identity; ``checkpoint`` is what it goes
+    on from, if there is one.
 
     Raises:
         ValueError: what the run's folder holds cannot go on with these settings, data, base or
             processes.
     """
-    checkpoint = newest_checkpoint(config.out) if config.resume else None
     share = RankShare(batch_size=config.batch_size, world=world.size, rank=world.rank)
     if checkpoint is None:
         identity = identity_of(config, base, caches, world)
