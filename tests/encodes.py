@@ -26,11 +26,11 @@ LONG_AGO = 1_000_000_000  # seconds: a time of change that is remembered at once
 
 @dataclass
 class Count:
-    pictures: int = 0
+    images: int = 0
     captions: int = 0
 
     def __eq__(self, other: object) -> bool:
-        return (self.pictures, self.captions) == other
+        return (self.images, self.captions) == other
 
 
 @contextmanager
@@ -40,18 +40,18 @@ def counted() -> Iterator[Count]:
     count, measure = Count(), precompute.sanity.measure_drawings
     latents, text = LatentEncoder.encode, TextEncoders.encode
 
-    def encode_latents(self: LatentEncoder, pictures: Any) -> Any:
-        count.pictures += len(pictures)
-        return latents(self, pictures)
+    def encode_latents(self: LatentEncoder, images: Any) -> Any:
+        count.images += len(images)
+        return latents(self, images)
 
     def encode_text(self: TextEncoders, prompts: list[str], *more: Any) -> Any:
         count.captions += 0 if prompts == [""] else len(prompts)
         return text(self, prompts, *more)
 
     def measure_drawings(encoder: LatentEncoder) -> Any:
-        before = count.pictures
+        before = count.images
         found = measure(encoder)
-        count.pictures = before
+        count.images = before
         return found
 
     with pytest.MonkeyPatch.context() as patch:

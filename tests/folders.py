@@ -14,7 +14,7 @@ from precompute.dataset.sources import read_dataset
 from precompute.settings import EncodeSettings
 
 
-def picture(form: str = "PNG", side: int = 16) -> bytes:
+def image_bytes(form: str = "PNG", side: int = 16) -> bytes:
     file = io.BytesIO()
     Image.linear_gradient("L").resize((side, side)).convert("RGB").save(file, form)
     return file.getvalue()

@@ -15,7 +15,7 @@ from precompute.dataset.file_roles import IMAGE_ENDINGS, TEXTS, UNREAD, stem_of,
 from precompute.dataset.records import Source
 from precompute.dataset.sources import read_dataset
 from precompute.settings import EncodeSettings
-from tests.folders import captions, picture, put, put_list, read_one, read_set, reasons
+from tests.folders import captions, image_bytes, put, put_list, read_one, read_set, reasons
 
 FOLDERS = ["", "", "", "sub", "sub/deep", "masks", "images", "Test", "validation", "train"]
 FOLDERS += [".ipynb_checkpoints", "__MACOSX", "@eaDir", "10_cat", "test shots", "a.b"]
@@ -23,7 +23,7 @@ STEMS = ["a", "A", "b", "photo.v2", "a_mask", "mask-b", "a.mask", "._a", "Thumbs
 ENDINGS = [".jpg", ".PNG", ".webp", ".mpo", ".heif", ".jxl", ".tga", ".CR2", "", ""]
 ENDINGS += [".txt", ".TXT", ".caption", ".json", ".md", ".csv", ".db", ".tar", ".tar.gz", ".npz"]
 LISTED = ["captions.jsonl", "metadata.csv", "Metadata.JSONL"]
-PNG = picture()
+PNG = image_bytes()
 
 
 def random_bytes(rng: random.Random, name: str) -> bytes:
@@ -214,7 +214,7 @@ def test_a_raw_file_beside_its_image_is_not_rejected(tmp_path: Path) -> None:
 def test_files_without_an_ending_are_told_by_their_first_bytes(tmp_path: Path) -> None:
     forms = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "JPEG2000")
     for form in forms:
-        put(tmp_path / "a.b" / form, data=picture(form))
+        put(tmp_path / "a.b" / form, data=image_bytes(form))
         (tmp_path / "a.b" / f"{form}.txt").write_text(form)
     put(tmp_path / "LICENSE", data=b"This is a text, and long enough to be told from an image.")
     put(tmp_path / "short", data=b"BM")

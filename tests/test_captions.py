@@ -78,7 +78,7 @@ def test_a_list_may_give_several_captions(tmp_path: Path) -> None:
     ids=["reject", "keep empty", "empty", "text", "text, keep empty"],
 )
 @pytest.mark.parametrize("listed", [False, True])
-def test_pictures_without_a_caption(
+def test_images_without_a_caption(
     tmp_path: Path, rule: dict[str, Any], expected: dict[str, tuple[str, ...]], listed: bool
 ) -> None:
     texts = {"full": "full", "empty": "", "none": None}

@@ -85,7 +85,7 @@ def change_caption(work: Path, name: str = "003") -> dict[str, Any]:
     return {}
 
 
-def change_picture(work: Path) -> dict[str, Any]:
+def change_image(work: Path) -> dict[str, Any]:
     path = work / "data" / "003.png"
     with Image.open(path) as image:
         size = image.size
@@ -94,7 +94,7 @@ def change_picture(work: Path) -> dict[str, Any]:
 
 
 def change_both(work: Path) -> dict[str, Any]:
-    return change_caption(work) | change_picture(work)
+    return change_caption(work) | change_image(work)
 
 
 def change_weights(work: Path, base: Path, part: str) -> Path:
@@ -124,7 +124,7 @@ def assert_encodes(
     ("change", "expected", "said"),
     [
         (change_caption, (0, 1), "1 caption changed, 13 unchanged"),
-        (change_picture, (1, 0), "1 image changed, 13 unchanged"),
+        (change_image, (1, 0), "1 image changed, 13 unchanged"),
         (change_both, (1, 1), "1 caption changed, 1 image changed, 13 unchanged"),
     ],
 )
@@ -217,16 +217,16 @@ def test_who_joins_fills_the_last_shard_and_who_leaves_moves_nobody(work: Path, 
     assert_as_fresh(work, base)
 
 
-def test_a_picture_of_other_bytes_but_the_same_time_is_told_how_to_be_read(
+def test_a_image_of_other_bytes_but_the_same_time_is_told_how_to_be_read(
     work: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And of images with several variants fewer are decoded ahead: each takes as much."""
     again(work, base)
-    picture = work / "data" / "000.png"
-    data = bytearray(picture.read_bytes())
+    image = work / "data" / "000.png"
+    data = bytearray(image.read_bytes())
     data[-1] ^= 1
-    picture.write_bytes(data)
-    os.utime(picture, (LONG_AGO, LONG_AGO))
+    image.write_bytes(data)
+    os.utime(image, (LONG_AGO, LONG_AGO))
     ahead, real = [], precompute.encode_samples.read_ahead
 
     def read_ahead(function: Any, items: Any, threads: int, most: int) -> Any:

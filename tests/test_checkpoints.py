@@ -182,10 +182,10 @@ def test_a_resume_says_what_it_takes_and_what_it_skips(
 
 @pytest.mark.slow
 def test_changed_data_is_refused_by_name_or_starts_the_epoch_again(
-    pictures: Path, base: Path, tmp_path: Path, encode_to: Encode
+    images: Path, base: Path, tmp_path: Path, encode_to: Encode
 ) -> None:
     data, cache, out = tmp_path / "data", tmp_path / "cache", tmp_path / "run"
-    shutil.copytree(pictures, data)
+    shutil.copytree(images, data)
     encode_to(data, cache, dtype="fp32")
     run(cache, base, out, steps=11)  # three steps into the second epoch of 8
     next(data.glob("*.txt")).write_text("quite another caption")

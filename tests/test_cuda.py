@@ -13,7 +13,7 @@ from typing import Any, get_args, get_type_hints
 import numpy as np
 import pytest
 import torch
-from drawing import PROMPTS, draw, pictures_in, settings_of
+from drawing import PROMPTS, draw, images_in, settings_of
 from made import config_of
 from pretended_cuda import PretendedCuda
 from runs import assert_same_run, at_step, evals, rows, run, stop_by
@@ -349,7 +349,7 @@ def test_a_run_on_cuda_is_itself_after_a_resume(
 # Encoding and generating.
 
 
-def encode_on_cuda(pictures: Path, base: Path, out: Path) -> set[str]:
+def encode_on_cuda(images: Path, base: Path, out: Path) -> set[str]:
     from precompute import encoders
 
     loaded: set[str] = set()
@@ -362,7 +362,7 @@ def encode_on_cuda(pictures: Path, base: Path, out: Path) -> set[str]:
     encoders.TextEncoders = spy  # type: ignore[assignment,misc]
     encode(
         EncodeSettings(
-            dataset=pictures,
+            dataset=images,
             out=out,
             base=str(base),
             resolution=64,
@@ -376,9 +376,9 @@ def encode_on_cuda(pictures: Path, base: Path, out: Path) -> set[str]:
 
 
 def test_a_cache_encoded_on_cuda_is_that_of_a_cpu(
-    cuda: PretendedCuda, pictures: Path, cache: Path, base: Path, tmp_path: Path
+    cuda: PretendedCuda, images: Path, cache: Path, base: Path, tmp_path: Path
 ) -> None:
-    assert cuda(encode_on_cuda, pictures, base, tmp_path / "cache") == {"torch.float16 cuda"}
+    assert cuda(encode_on_cuda, images, base, tmp_path / "cache") == {"torch.float16 cuda"}
     here, there = (epoch_tensors(folder) for folder in (cache, tmp_path / "cache"))
     assert here.keys() == there.keys() and len(here) == 14
     for key, tensors in here.items():
@@ -425,7 +425,7 @@ def test_images_drawn_on_cuda_are_those_of_a_cpu(
     settings = settings_of(base, tmp_path / "cuda", PROMPTS, precision=precision)
     settings = replace(settings, device="cuda")
     assert cuda(draw_on_cuda, settings, total_memory=gib << 30) == expected
-    there = pictures_in(tmp_path / "cuda")
+    there = images_in(tmp_path / "cuda")
     assert len(there) == len(here) == len(PROMPTS)
     for one, other in zip(here, there, strict=True):
         assert np.abs(one - other).mean() <= (0.01 if precision == "fp32" else 3.0)

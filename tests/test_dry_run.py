@@ -26,9 +26,9 @@ def run(*arguments: Any) -> tuple[int, str]:
 
 
 @pytest.fixture
-def data_set(pictures: Path, tmp_path: Path) -> Path:
+def data_set(images: Path, tmp_path: Path) -> Path:
     """14 good images, one of them with a long caption; a wide one, a small one, two bad ones."""
-    folder = Path(shutil.copytree(pictures, tmp_path / "set"))
+    folder = Path(shutil.copytree(images, tmp_path / "set"))
     (folder / "000.txt").write_text("a b c d e " * 40)
     for name, size in (("wide", (400, 80)), ("small", (40, 30))):
         Image.new("RGB", size).save(folder / f"{name}.png")
@@ -121,7 +121,7 @@ def test_repeats_are_counted(data_set: Path, base: Path, tmp_path: Path) -> None
     assert "  1 mask images" in output.splitlines()
 
 
-def test_small_pictures_are_refused_by_size(data_set: Path, base: Path, tmp_path: Path) -> None:
+def test_small_images_are_refused_by_size(data_set: Path, base: Path, tmp_path: Path) -> None:
     code, output = run(
         *("encode", data_set, "--base", base, "--out", tmp_path / "out", *SETTINGS),
         *("--min-size", 31, "--dry-run"),
@@ -133,7 +133,7 @@ def test_small_pictures_are_refused_by_size(data_set: Path, base: Path, tmp_path
 
 
 @pytest.mark.usefixtures("no_models")
-def test_too_little_disk_is_said_before_the_first_picture(
+def test_too_little_disk_is_said_before_the_first_image(
     data_set: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = Usage(10**9, 10**9 - 10**5, 10**5)

@@ -30,12 +30,12 @@ def models(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def few(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def few(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Five images of two buckets."""
     folder = tmp_path_factory.mktemp("few")
     for number in (0, 1, 3, 6, 7):
         for end in ("png", "txt"):
-            shutil.copy(pictures / f"{number:03}.{end}", folder)
+            shutil.copy(images / f"{number:03}.{end}", folder)
     make_old(folder)
     return folder
 

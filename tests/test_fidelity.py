@@ -67,7 +67,7 @@ def pipeline(base: Path) -> Any:
     return StableDiffusionXLPipeline.from_pretrained(str(base))
 
 
-def test_latents_are_the_vaes_scaled(cache: Path, pictures: Path, base: Path) -> None:
+def test_latents_are_the_vaes_scaled(cache: Path, images: Path, base: Path) -> None:
     """Bit for bit, when the reference sees the same batch."""
     vae = AutoencoderKL.from_pretrained(str(base), subfolder="vae")
     samples = samples_of(cache)
@@ -80,7 +80,7 @@ def test_latents_are_the_vaes_scaled(cache: Path, pictures: Path, base: Path) ->
         for start in range(0, len(members), 4):
             batch = members[start : start + 4]
             sizes = [sample.tensors["sizes"][0].tolist() for sample in batch]
-            inputs = [pixels_of(pictures / s.path, z) for s, z in zip(batch, sizes, strict=True)]
+            inputs = [pixels_of(images / s.path, z) for s, z in zip(batch, sizes, strict=True)]
             inputs += [torch.zeros_like(inputs[0])] * (4 - len(batch))  # always a batch of 4
             with torch.no_grad():
                 posterior = vae.encode(torch.stack(inputs)).latent_dist
@@ -91,10 +91,10 @@ def test_latents_are_the_vaes_scaled(cache: Path, pictures: Path, base: Path) ->
 
 
 def test_half_precision_is_the_same_values_rounded_once(
-    cache: Path, pictures: Path, encode_to: Encode, tmp_path: Path
+    cache: Path, images: Path, encode_to: Encode, tmp_path: Path
 ) -> None:
     for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
-        half = samples_of(encode_to(pictures, tmp_path / name, dtype=name))
+        half = samples_of(encode_to(images, tmp_path / name, dtype=name))
         for path, sample in samples_of(cache).items():
             for tensor, values in sample.tensors.items():
                 expected = values if tensor == "sizes" else values.to(dtype)
@@ -120,14 +120,14 @@ def test_the_unconditional_is_zeros_and_the_empty_prompt(cache: Path, pipeline: 
         assert torch.equal(held[f"zeros.{name}"], torch.zeros_like(held[f"empty.{name}"]))
 
 
-def test_captions_stay_with_their_pictures(cache: Path, pictures: Path) -> None:
+def test_captions_stay_with_their_images(cache: Path, images: Path) -> None:
     for path, sample in samples_of(cache).items():
-        assert sample.captions == ((pictures / path).with_suffix(".txt").read_text().strip(),)
+        assert sample.captions == ((images / path).with_suffix(".txt").read_text().strip(),)
 
 
-def test_sizes_are_of_each_picture(cache: Path, pictures: Path) -> None:
+def test_sizes_are_of_each_image(cache: Path, images: Path) -> None:
     for path, sample in samples_of(cache).items():
-        with Image.open(pictures / path) as image:
+        with Image.open(images / path) as image:
             width, height = image.size
         latents = sample.tensors["latents.mean"]
         target = (latents.shape[3] * 8, latents.shape[2] * 8)
@@ -256,7 +256,7 @@ def test_accumulated_micro_batches_are_one_batch(cache: Path, base: Path) -> Non
 
 
 def test_twenty_steps_from_the_cache_are_twenty_steps_encoding_online(
-    cache: Path, pictures: Path, base: Path, pipeline: Any
+    cache: Path, images: Path, base: Path, pipeline: Any
 ) -> None:
     """The same noise, times and order; the reference opens images and runs VAE and encoders."""
     config = make_config(cache, base, targets="all")
@@ -271,9 +271,7 @@ def test_twenty_steps_from_the_cache_are_twenty_steps_encoding_online(
         loss = train_step(ours, batches, number, 1e-3).loss
         batch = next(again)
         members = [paths[key] for key in batch.keys]
-        inputs = [
-            pixels_of(pictures / one.path, one.tensors["sizes"][0].tolist()) for one in members
-        ]
+        inputs = [pixels_of(images / one.path, one.tensors["sizes"][0].tolist()) for one in members]
         with torch.no_grad():
             posterior = pipeline.vae.encode(torch.stack(inputs)).latent_dist
             captions = [one.captions[0] for one in members]
@@ -314,14 +312,14 @@ def test_the_latent_is_drawn_afresh_from_the_posterior(cache: Path) -> None:
     assert abs(float(every.mean())) < 0.05 and abs(float(every.std()) - 1) < 0.05
 
 
-def test_a_latent_mapped_by_the_fitted_colors_looks_like_its_picture(
-    cache: Path, pictures: Path
+def test_a_latent_mapped_by_the_fitted_colors_looks_like_its_image(
+    cache: Path, images: Path
 ) -> None:
     """The map is the least-squares one: numpy finds the same from the samples."""
     manifest = json.loads((cache / "manifest.json").read_text())
     rows, colors = [], []
     for path, sample in samples_of(cache).items():
-        pixels = pixels_of(pictures / path, sample.tensors["sizes"][0].tolist())
+        pixels = pixels_of(images / path, sample.tensors["sizes"][0].tolist())
         small = torch.nn.functional.avg_pool2d(pixels[None], 8)[0]
         colors.append(small.flatten(1).T.numpy())
         rows.append(sample.tensors["latents.mean"][0].flatten(1).T.numpy())

@@ -40,7 +40,7 @@ def test_repeat_folders_that_are_not_there_are_a_warning(tmp_path: Path) -> None
         assert repeats(tmp_path, repeat_folders=True) == {"cats/a.png": 1}
 
 
-def test_repeat_folders_whose_pictures_are_all_refused_are_there(tmp_path: Path) -> None:
+def test_repeat_folders_whose_images_are_all_refused_are_there(tmp_path: Path) -> None:
     put(tmp_path / "2_cats" / "a.png")
     assert repeats(tmp_path, repeat_folders=True) == {}  # no warning: it would be an error
 
@@ -81,7 +81,7 @@ def masks(folder: Path, **settings: Any) -> dict[str, bytes | None]:
     return {record.path: record.mask and record.mask.read() for record in records}
 
 
-def test_a_mask_beside_a_picture_is_no_picture(tmp_path: Path) -> None:
+def test_a_mask_beside_a_image_is_no_image(tmp_path: Path) -> None:
     for name in ("a.jpg", "b.png", "sub/a.png", "c.png", "lone.mask.png", "two.png"):
         put(tmp_path / name, "x")
     for name in ("a.mask.png", "b-masklabel.PNG", "two.mask.png", "two-masklabel.png"):
@@ -97,7 +97,7 @@ def test_a_mask_beside_a_picture_is_no_picture(tmp_path: Path) -> None:
     assert why == {"two.png": "both two-masklabel.png and two.mask.png: which is its mask?"}
 
 
-def test_a_title_with_the_word_mask_and_a_caption_is_a_picture(tmp_path: Path) -> None:
+def test_a_title_with_the_word_mask_and_a_caption_is_a_image(tmp_path: Path) -> None:
     titles = ["gas mask.png", "sub/mask cat.png"]
     for name in ("gas.png", "sub/Cat.png", "dog.png", *titles):
         put(tmp_path / name, name)

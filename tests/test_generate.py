@@ -140,7 +140,7 @@ def test_a_rerun_draws_only_what_is_missing_or_other(base: Path, tmp_path: Path)
     check_equal(again, shorter)
 
 
-def test_someone_elses_picture_is_not_overwritten(base: Path, tmp_path: Path) -> None:
+def test_someone_elses_image_is_not_overwritten(base: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "out" / "000000.png")
     with pytest.raises(ValueError, match=r"000000.png: not drawn by shardtune"):

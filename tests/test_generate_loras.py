@@ -12,7 +12,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from drawing import (
     PROMPTS,
-    Pictures,
+    Images,
     check_equal,
     check_same,
     differ,
@@ -71,10 +71,10 @@ def test_several_with_weights(base: Path, two: tuple[Path, Path], tmp_path: Path
     assert differ(first, ours) > 0.1
 
 
-def halves(pictures: Pictures, side: int = 64) -> tuple[Pictures, Pictures]:
+def halves(images: Images, side: int = 64) -> tuple[Images, Images]:
     """The images of both sides, without their labels."""
-    assert all(one.shape == (side + 20, 2 * side + 4, 3) for one in pictures)
-    return [one[20:, :side] for one in pictures], [one[20:, side + 4 :] for one in pictures]
+    assert all(one.shape == (side + 20, 2 * side + 4, 3) for one in images)
+    return [one[20:, :side] for one in images], [one[20:, side + 4 :] for one in images]
 
 
 @pytest.mark.slow
@@ -222,7 +222,7 @@ def test_a_weight_that_is_none(text: str) -> None:
         LoraUse.parse(text)
 
 
-def test_all_that_decides_a_picture_is_in_its_record(base: Path, tmp_path: Path) -> None:
+def test_all_that_decides_a_image_is_in_its_record(base: Path, tmp_path: Path) -> None:
     """Also what the base says of the unconditional, and how the side without LoRA is sampled."""
     folder = tmp_path / "base"
     shutil.copytree(base, folder)

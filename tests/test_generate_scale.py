@@ -17,7 +17,7 @@ from drawing import (
     differ,
     draw,
     draw_on,
-    pictures_in,
+    images_in,
     reference,
     settings_of,
     start,
@@ -52,13 +52,13 @@ def test_any_number_of_processes_draws_the_same(base: Path, tmp_path: Path) -> N
     for world in (2, 3):
         settings = settings_of(base, tmp_path / str(world), LINES, batch_size=2, window=5)
         draw_on(settings, world)
-        check_same(pictures_in(settings.out), alone)
+        check_same(images_in(settings.out), alone)
         for name in ("captions.jsonl", "contact-sheet.png"):
             assert (settings.out / name).read_bytes() == (tmp_path / "1" / name).read_bytes()
 
 
 @pytest.mark.slow
-def test_batch_size_changes_no_picture(base: Path, tmp_path: Path) -> None:
+def test_batch_size_changes_no_image(base: Path, tmp_path: Path) -> None:
     """Mean absolute difference of at most 1e-4, of images in 0..1."""
     at_once = draw(base, tmp_path / "8", LINES, batch_size=8)
     for size in (1, 3):
@@ -144,7 +144,7 @@ def test_what_is_free_decides_whether_models_take_turns(
 
 
 @pytest.mark.slow
-def test_large_pictures_are_decoded_in_tiles(base: Path, tmp_path: Path) -> None:
+def test_large_images_are_decoded_in_tiles(base: Path, tmp_path: Path) -> None:
     lines = [f"{text} --w 96 --h 96" for text in PROMPTS]
     tiled = draw(base, tmp_path / "tiled", lines, vae_tiling=True)
     size = {"height": 96, "width": 96}
@@ -179,7 +179,7 @@ def test_an_infinite_pixel_is_no_white_one(base: Path) -> None:
     assert infer.pipeline._decode_images(vae, latents).isfinite().all()
 
 
-def test_a_picture_that_is_not_finite_is_no_picture(
+def test_a_image_that_is_not_finite_is_no_image(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*arguments: Any, **options: Any) -> torch.Tensor:
@@ -192,7 +192,7 @@ def test_a_picture_that_is_not_finite_is_no_picture(
 
 
 @pytest.mark.slow
-def test_a_kill_leaves_no_half_picture(base: Path, tmp_path: Path) -> None:
+def test_a_kill_leaves_no_half_image(base: Path, tmp_path: Path) -> None:
     settings = settings_of(base, tmp_path / "out", PROMPTS * 3, batch_size=1, num_steps=8)
     (process,) = start(settings, 1)
     while len(list(settings.out.glob("*.png"))) < 2:
@@ -210,7 +210,7 @@ def test_a_kill_leaves_no_half_picture(base: Path, tmp_path: Path) -> None:
     assert all(path.stat().st_mtime_ns == mark for path, mark in there.items())
     assert not list(settings.out.glob("*.partial"))
     check_same(
-        pictures_in(settings.out),
+        images_in(settings.out),
         draw(base, tmp_path / "whole", PROMPTS * 3, batch_size=1, num_steps=8),
     )
 
@@ -244,7 +244,7 @@ def test_any_flipped_bit_is_seen(base: Path, tmp_path: Path) -> None:
         assert why_stale(path, record) == "damaged", length
 
 
-def test_pictures_not_asked_for_are_named(base: Path, tmp_path: Path) -> None:
+def test_images_not_asked_for_are_named(base: Path, tmp_path: Path) -> None:
     draw(base, tmp_path / "out", PROMPTS, num_steps=1)
     with pytest.warns(UserWarning, match=r"000001.png and 1 more: not asked for this time"):
         draw(base, tmp_path / "out", PROMPTS[:1], num_steps=1)
@@ -256,8 +256,8 @@ def test_cocos_layout(base: Path, tmp_path: Path) -> None:
     draw(base, out, lines, num_steps=1, format="coco")
     found = json.loads((out / "annotations.json").read_text("utf-8"))
     for image in found["images"]:
-        with Image.open(out / "images" / image["file_name"]) as picture:
-            assert picture.size == (image["width"], image["height"])
+        with Image.open(out / "images" / image["file_name"]) as opened:
+            assert opened.size == (image["width"], image["height"])
     names = [image["file_name"] for image in found["images"]]
     assert names == [f"{number:012d}.png" for number in (1, 2, 3)]
     assert sorted(path.name for path in (out / "images").iterdir()) == names

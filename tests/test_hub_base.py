@@ -69,13 +69,13 @@ def test_a_moving_branch_mixes_no_models(
     parts: set[str],
     hub: Hub,
     cache: Path,
-    pictures: Path,
+    images: Path,
     tmp_path: Path,
 ) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle --w 64 --h 64 --s 2\n")
     hub.moves_after = moves_after
-    places = {"CACHE": cache, "PICTURES": pictures, "PROMPTS": prompts, "OUT": tmp_path}
+    places = {"CACHE": cache, "PICTURES": images, "PROMPTS": prompts, "OUT": tmp_path}
     for name, path in places.items():
         command = command.replace(name, str(path))
     environment = {

@@ -67,8 +67,8 @@ def test_it_counts_what_is_there(varied: Path) -> None:
     assert "rejected: none" in text
 
 
-def test_it_counts_a_real_cache(pictures: Path, tmp_path: Path, encode_to: Encode) -> None:
-    data_set = shutil.copytree(pictures, tmp_path / "set")
+def test_it_counts_a_real_cache(images: Path, tmp_path: Path, encode_to: Encode) -> None:
+    data_set = shutil.copytree(images, tmp_path / "set")
     for number in range(3):
         (data_set / f"bad{number}.png").write_bytes(b"no image")
         (data_set / f"bad{number}.txt").write_text("a")
@@ -87,7 +87,7 @@ def test_it_counts_a_real_cache(pictures: Path, tmp_path: Path, encode_to: Encod
     assert "rejected: 5" in text
     assert "      3  not an image that Pillow can read" in text
     assert "      2  N x N pixels are longer than N:N" in text
-    captions = Counter(path.read_text().strip() for path in pictures.glob("*.txt"))
+    captions = Counter(path.read_text().strip() for path in images.glob("*.txt"))
     text_of_most, count = captions.most_common(1)[0]
     assert re.search(rf"^ +{count}  {text_of_most}$", text, re.MULTILINE) or count == 1
 
@@ -129,7 +129,7 @@ def tiles_of(sheet: Path, num: int) -> list[Image.Image]:
     ]
 
 
-def test_sheets_show_the_pictures_in_their_frames(
+def test_sheets_show_the_images_in_their_frames(
     tmp_path: Path, encode_to: Encode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the colors of the images, without a VAE; gray is what was cut away."""
@@ -188,7 +188,7 @@ def test_the_box_is_where_the_sizes_say(
     assert box_of(tile, BOX) == pytest.approx(expected, abs=2)
 
 
-def test_a_sheet_has_each_variant(pictures: Path, tmp_path: Path, encode_to: Encode) -> None:
+def test_a_sheet_has_each_variant(images: Path, tmp_path: Path, encode_to: Encode) -> None:
     data_set = tmp_path / "set"
     draw_images(data_set, count=1, size=64)
     encode_to(data_set, tmp_path / "cache", flip=True)

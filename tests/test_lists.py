@@ -11,8 +11,8 @@ from shards.reader import Cache
 from tests.conftest import Encode
 from tests.folders import (
     captions,
+    image_bytes,
     key_of,
-    picture,
     put,
     put_list,
     read_one,
@@ -83,7 +83,7 @@ BAD_LINES: list[tuple[Any, str, str]] = [
 def refused(tmp_path: Path) -> Path:
     """BAD_LINES after two good ones, and an image that no line names."""
     folder = tmp_path / "set"
-    whole = picture("PNG", 64)
+    whole = image_bytes("PNG", 64)
     for name in ("a.png", "b.png", "null.png", "bare.png", "empty.png", "unnamed.png"):
         put(folder / name, data=whole)
     put(tmp_path / "x.png", data=whole)
@@ -91,7 +91,7 @@ def refused(tmp_path: Path) -> Path:
     put(folder / "broken.png", data=b"\x89P and then nothing of the kind")
     put(folder / "text.md", data=b"# Not an image")
     for name, form in (("half.jpg", "JPEG"), ("half.png", "PNG")):
-        data = picture(form, 64)
+        data = image_bytes(form, 64)
         put(folder / name, data=data[: len(data) * 3 // 4])
     good = [{"file_name": name, "text": "good"} for name in ("a.png", "b.png")]
     put_list(folder, *good, *(line for line, _, _ in BAD_LINES))

@@ -88,11 +88,11 @@ def test_one_chunk_is_the_pipelines_own(base: Path, pipeline: Any) -> None:
 
 @pytest.fixture(scope="module")
 def long_cache(
-    tmp_path_factory: pytest.TempPathFactory, pictures: Path, encode_to: Encode, words: list[str]
+    tmp_path_factory: pytest.TempPathFactory, images: Path, encode_to: Encode, words: list[str]
 ) -> Path:
     """Some captions of 100 words, the others short; in two chunks, with preview prompts."""
     folder = tmp_path_factory.mktemp("long")
-    shutil.copytree(pictures, folder / "set")
+    shutil.copytree(images, folder / "set")
     for number, path in enumerate(sorted((folder / "set").glob("*.txt"))):
         if number % 2:
             path.write_text(" ".join(random.Random(number).choices(words, k=100)))

@@ -60,10 +60,10 @@ def test_a_damaged_mark_is_damage(cache: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("more", [[], ["--dry-run"], ["--repack"]])
 def test_an_encode_refuses_it_and_touches_nothing(
-    old: Path, pictures: Path, base: Path, more: list[str]
+    old: Path, images: Path, base: Path, more: list[str]
 ) -> None:
     before = state(old)
-    found = run("encode", pictures, "--base", base, "--out", old, "--resolution", 64, *more)
+    found = run("encode", images, "--base", base, "--out", old, "--resolution", 64, *more)
     assert found.exit_code == 2
     assert "cache format version 1; this shardtune reads version 2. Encode" in found.stderr
     assert found.stderr.strip().splitlines()[-1].startswith(f"Error: {old}/")

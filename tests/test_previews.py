@@ -246,7 +246,7 @@ def test_a_command_that_was_killed_is_refused_by_name_and_mended(
     copy: Path,
     base: Path,
     file: Path,
-    pictures: Path,
+    images: Path,
     encode_to: Encode,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -255,7 +255,7 @@ def test_a_command_that_was_killed_is_refused_by_name_and_mended(
     file.write_text(OTHER)
     for mend in (
         lambda: change_prompts(copy, file, str(base), "cpu"),
-        lambda: encode_to(pictures, copy, dtype="fp32"),
+        lambda: encode_to(images, copy, dtype="fp32"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr("precompute.prompts.update_side_file_digest", lambda *_: sys.exit(9))
@@ -323,10 +323,10 @@ def test_embeddings_that_overflow_the_caches_dtype_are_refused(
 @pytest.mark.filterwarnings("ignore:.*settings changed")
 @pytest.mark.filterwarnings("ignore:--batch-size 3")
 def test_encode_takes_prompts_and_keeps_them(
-    cache: Path, prompted: Path, pictures: Path, encode_to: Encode, file: Path, tmp_path: Path
+    cache: Path, prompted: Path, images: Path, encode_to: Encode, file: Path, tmp_path: Path
 ) -> None:
     def encode(**settings: Any) -> dict[str, int]:
-        encode_to(pictures, out, **{"dtype": "fp32", **settings})
+        encode_to(images, out, **{"dtype": "fp32", **settings})
         assert faults_of(out) == []
         return {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
 
@@ -349,28 +349,28 @@ def test_encode_takes_prompts_and_keeps_them(
 
 
 def test_prompts_outlive_an_encode_that_is_interrupted(
-    prompted: Path, pictures: Path, encode_to: Encode, tmp_path: Path
+    prompted: Path, images: Path, encode_to: Encode, tmp_path: Path
 ) -> None:
     """Without a manifest the file vouches for itself; where it cannot, it goes."""
     out = Path(shutil.copytree(prompted, tmp_path / "out"))
     whole = (out / PROMPTS).read_bytes()
     min(out.glob("*.index")).unlink()
     (out / MANIFEST).unlink()
-    encode_to(pictures, out, dtype="fp32")
+    encode_to(images, out, dtype="fp32")
     assert (out / PROMPTS).read_bytes() == whole
     (out / MANIFEST).unlink()
     (out / PROMPTS).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.warns(UserWarning, match=r"prompts.safetensors: damaged: removed"):
-        encode_to(pictures, out, dtype="fp32")
+        encode_to(images, out, dtype="fp32")
     assert faults_of(out) == [] and not (out / PROMPTS).exists()
 
 
 def test_encode_reads_the_prompts_before_all_else(
-    pictures: Path, base: Path, file: Path, tmp_path: Path
+    images: Path, base: Path, file: Path, tmp_path: Path
 ) -> None:
     file.write_text("a cat --w 63\n")
     out = tmp_path / "out"
-    code, output = run("encode", pictures, "--base", base, "--out", out, "--preview-prompts", file)
+    code, output = run("encode", images, "--base", base, "--out", out, "--preview-prompts", file)
     assert code == 2 and "prompts.txt, line 1: option --w" in output
     assert not out.exists()
 
@@ -384,8 +384,8 @@ class ColorVae:
         self.config = {"scaling_factor": 0.25, "shift_factor": 0.7}
         self.device, self.dtype = torch.device("cpu"), torch.float32
 
-    def scaled(self, pictures: torch.Tensor) -> torch.Tensor:
-        colors = F.avg_pool2d(pictures.double(), 8)
+    def scaled(self, images: torch.Tensor) -> torch.Tensor:
+        colors = F.avg_pool2d(images.double(), 8)
         return (torch.einsum("cr,nrhw->nchw", self.mix, colors) - 0.7).float() * 0.25
 
     def decode(self, latents: torch.Tensor, return_dict: bool) -> tuple[torch.Tensor]:
@@ -399,15 +399,15 @@ def rendered(path: Path) -> torch.Tensor:
     return render(image, cover(image.size, BUCKETS[image.size]))[None]
 
 
-def test_the_maps_colors_are_those_of_the_decoded_picture(pictures: Path) -> None:
+def test_the_maps_colors_are_those_of_the_decoded_image(images: Path) -> None:
     vae, sums = ColorVae(), LatentSums.empty(4)
-    drawn = [rendered(path) for path in sorted(pictures.glob("*.png"))]
-    for picture in drawn:
-        sums.add(vae.scaled(picture), picture)
+    drawn = [rendered(path) for path in sorted(images.glob("*.png"))]
+    for image in drawn:
+        sums.add(vae.scaled(image), image)
     fit = {name: torch.tensor(value) for name, value in sums.fit().items()}
     mapped, decoded = [], []
-    for picture in drawn:
-        latents = vae.scaled(picture)
+    for image in drawn:
+        latents = vae.scaled(image)
         rgb = latents_to_rgb(latents, **fit)
         assert rgb.shape == (1, 3, *latents.shape[2:]) and rgb.dtype == torch.float32
         assert rgb.min() >= 0 and rgb.max() <= 1
@@ -419,7 +419,7 @@ def test_the_maps_colors_are_those_of_the_decoded_picture(pictures: Path) -> Non
 
 
 def test_the_cached_map_is_the_best_linear_one(
-    prompted: Path, previews: PreviewPrompts, pictures: Path
+    prompted: Path, previews: PreviewPrompts, images: Path
 ) -> None:
     """Against numpy's least squares, on latents as cached and images as files."""
     latents, colors, drawn = [], [], []
@@ -429,9 +429,9 @@ def test_the_cached_map_is_the_best_linear_one(
             shard, at = opened.locate(group, row)
             mean = torch.empty(shard.index.layout.shape("latents.mean"))
             shard.read_into(mean, at, "latents.mean")
-            picture = rendered(pictures / shard.metadata(at)["path"])[0]
+            image = rendered(images / shard.metadata(at)["path"])[0]
             latents.append(mean.flatten(1).T)
-            colors.append(F.avg_pool2d(picture, 8).flatten(1).T)
+            colors.append(F.avg_pool2d(image, 8).flatten(1).T)
             drawn.append(latents_to_rgb(mean[None], previews.weight, previews.bias)[0].flatten(1).T)
     known = np.concatenate([torch.cat(latents), np.ones((len(torch.cat(latents)), 1))], axis=1)
     best = known @ np.linalg.lstsq(known, torch.cat(colors).numpy(), rcond=None)[0]
@@ -628,7 +628,7 @@ def test_a_sampler_without_zero_snr_is_warned_of(base: Path, tmp_path: Path) -> 
         assert load_scheduler(open_base(other), "v_prediction", True).config.skip_prk_steps is False
 
 
-def test_a_cache_without_pictures_is_refused(prompted: Path) -> None:
+def test_a_cache_without_images_is_refused(prompted: Path) -> None:
     opened = Cache(prompted)
     empty = SimpleNamespace(folder=prompted, manifest=opened.manifest, groups=list)
     with pytest.raises(CacheError, match="holds no image"):

@@ -240,15 +240,15 @@ def test_a_truncated_encoder_is_named(own_base: Path, run_train: Train, name: st
 def test_a_cache_made_with_a_vae_of_its_own_is_taken(
     own_base: Path,
     base: Path,
-    pictures: Path,
+    images: Path,
     encode_to: Callable[..., Path],
     tmp_path: Path,
     run_train: Train,
 ) -> None:
     flip_last_byte(weights_of(own_base, "vae"))
-    made = encode_to(pictures, tmp_path / "other-vae", vae=str(own_base / "vae"))
+    made = encode_to(images, tmp_path / "other-vae", vae=str(own_base / "vae"))
     check_encoders(Cache(made), open_base(base))
-    plain = encode_to(pictures, tmp_path / "own-vae", base=str(own_base))
+    plain = encode_to(images, tmp_path / "own-vae", base=str(own_base))
     with pytest.raises(ValueError, match="made with another vae than"):
         check_encoders(Cache(plain), open_base(base))
 

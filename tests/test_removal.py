@@ -141,7 +141,7 @@ def test_a_dataset_that_was_moved_is_the_same(work: Path, base: Path) -> None:
     assert count == (0, 0) and summarize(report.changes) == "14 unchanged"
 
 
-def test_pictures_that_were_edited_in_place_are_no_other_dataset(work: Path, base: Path) -> None:
+def test_images_that_were_edited_in_place_are_no_other_dataset(work: Path, base: Path) -> None:
     encode(work / "data", base, work / "cache")
     draw_other(work / "data")
     report = encode(work / "data", base, work / "cache", rehash=True)
@@ -151,8 +151,8 @@ def test_pictures_that_were_edited_in_place_are_no_other_dataset(work: Path, bas
 # What moved.
 
 
-def test_a_folder_that_was_renamed_is_copied(pictures: Path, base: Path, tmp_path: Path) -> None:
-    copy_old(pictures, tmp_path / "data" / "before")
+def test_a_folder_that_was_renamed_is_copied(images: Path, base: Path, tmp_path: Path) -> None:
+    copy_old(images, tmp_path / "data" / "before")
     encode(tmp_path / "data", base, tmp_path / "cache")
     (tmp_path / "data" / "before").rename(tmp_path / "data" / "after")
     with counted() as count:
@@ -219,11 +219,11 @@ def test_a_tar_that_was_renamed_is_copied(base: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kill", [False, True])
 def test_what_moved_between_train_and_val_is_copied(
-    pictures: Path, base: Path, tmp_path: Path, kill: bool, monkeypatch: pytest.MonkeyPatch
+    images: Path, base: Path, tmp_path: Path, kill: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where the run is stopped after the one that it left was written anew."""
     data, out = tmp_path / "data", tmp_path / "cache"
-    copy_old(pictures, data / "train")
+    copy_old(images, data / "train")
     (data / "val").mkdir()
 
     def move(source: str, target: str, *names: str) -> None:
@@ -265,7 +265,7 @@ def test_what_moved_between_train_and_val_is_copied(
         assert not (out / part / "replaced").exists()
 
 
-def test_one_new_picture_a_day_fills_one_shard(pictures: Path, base: Path, tmp_path: Path) -> None:
+def test_one_new_image_a_day_fills_one_shard(images: Path, base: Path, tmp_path: Path) -> None:
     data, out = tmp_path / "data", tmp_path / "cache"
     data.mkdir()
     for number in range(5):
@@ -321,7 +321,7 @@ def rename(data: Path, name: str, folder: str) -> None:
 # What is read, and what is remembered of it.
 
 
-def test_a_fresh_encode_reads_each_large_picture_once(
+def test_a_fresh_encode_reads_each_large_image_once(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = tmp_path / "data"
@@ -422,7 +422,7 @@ def test_one_dataset_by_its_full_and_by_its_relative_path(
 
 
 @pytest.mark.filterwarnings("ignore:.*settings changed")
-def test_a_picture_that_goes_away_under_way_costs_no_other(
+def test_a_image_that_goes_away_under_way_costs_no_other(
     work: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = precompute.encode.refuse_losses

@@ -75,11 +75,11 @@ def test_each_variant_has_latents_of_its_own(rich: Path, data_set: Path, base: P
     vae = AutoencoderKL.from_pretrained(str(base), subfolder="vae")
     for path, sample in samples_of(rich).items():
         name = path[0]
-        picture = Image.new("RGB", SIZES[name], "white")
+        pasted = Image.new("RGB", SIZES[name], "white")
         with Image.open(data_set / path) as image:
-            picture.paste(image, mask=image if image.mode == "RGBA" else None)
+            pasted.paste(image, mask=image if image.mode == "RGBA" else None)
         variants = seen_by(
-            name, sample, resized_for(name, sample, picture, Image.Resampling.LANCZOS)
+            name, sample, resized_for(name, sample, pasted, Image.Resampling.LANCZOS)
         )
         assert len(variants) == len(sample.tensors["latents.mean"]) == VARIANTS[name]
         for number, pixels in enumerate(variants):

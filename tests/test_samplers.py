@@ -77,7 +77,7 @@ def test_guidance_rescale_changes_what_it_should(base: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_noise_on_the_way_is_each_pictures_own(base: Path, tmp_path: Path) -> None:
+def test_noise_on_the_way_is_each_images_own(base: Path, tmp_path: Path) -> None:
     lines = [f"{text} --ss {name}" for name in ("euler-a", "ddpm") for text in PROMPTS]
     at_once = draw(base, tmp_path / "3", lines, batch_size=3)
     one_by_one = draw(base, tmp_path / "1", lines, batch_size=1)

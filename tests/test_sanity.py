@@ -66,7 +66,7 @@ def test_a_planted_fault_is_seen(
     fault: str,
     which: str,
     base: Path,
-    pictures: Path,
+    images: Path,
     tmp_path: Path,
     encode_to: Encode,
     monkeypatch: pytest.MonkeyPatch,
@@ -75,24 +75,24 @@ def test_a_planted_fault_is_seen(
     with monkeypatch.context() as patch:
         plant(patch, fault)
         with pytest.warns(UserWarning, match="DO NOT TRAIN ON THIS CACHE") as caught:
-            encode_to(pictures, tmp_path / "cache", **settings)
+            encode_to(images, tmp_path / "cache", **settings)
     lines = told([*caught])
     assert any("built-in drawings" in line for line in lines)
     if fault != "swapped channels":  # which some images look the same with
         assert any(".png: its latents are" in line for line in lines)
     assert all("\n" not in line for line in lines)
     with pytest.warns(UserWarning, match="DO NOT TRAIN ON THIS CACHE") as caught:
-        encode_to(pictures, tmp_path / "cache", **settings)  # nothing to do; it is still wrong
+        encode_to(images, tmp_path / "cache", **settings)  # nothing to do; it is still wrong
     assert set(told([*caught])) == set(lines)
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
 @pytest.mark.parametrize("vae_dtype", ["fp32", "bf16"])
 def test_a_right_cache_raises_no_alarm(
-    dtype: str, vae_dtype: str, pictures: Path, tmp_path: Path, encode_to: Encode
+    dtype: str, vae_dtype: str, images: Path, tmp_path: Path, encode_to: Encode
 ) -> None:
     """Of a VAE of random weights; warnings are errors here."""
-    encode_to(pictures, tmp_path / "cache", dtype=dtype, vae_dtype=vae_dtype)
+    encode_to(images, tmp_path / "cache", dtype=dtype, vae_dtype=vae_dtype)
     found = sanity_of(tmp_path / "cache")
     assert len(found["pictures"]) == 3
     most = 0.04 if "bf16" in (dtype, vae_dtype) else 0.001
@@ -102,16 +102,16 @@ def test_a_right_cache_raises_no_alarm(
 
 @pytest.mark.parametrize("settings", [{"flip": True}, {"crops": 2}, {"square": True}], ids=str)
 def test_variants_raise_no_alarm(
-    settings: dict[str, Any], pictures: Path, tmp_path: Path, encode_to: Encode
+    settings: dict[str, Any], images: Path, tmp_path: Path, encode_to: Encode
 ) -> None:
-    encode_to(pictures, tmp_path / "cache", **settings)
+    encode_to(images, tmp_path / "cache", **settings)
     assert len(sanity_of(tmp_path / "cache")["pictures"]) == 3
 
 
-def test_the_miniature_gives_its_pictures_back(
-    pictures: Path, tmp_path: Path, encode_to: Encode
+def test_the_miniature_gives_its_images_back(
+    images: Path, tmp_path: Path, encode_to: Encode
 ) -> None:
-    encode_to(pictures, tmp_path / "cache", base="miniature")
+    encode_to(images, tmp_path / "cache", base="miniature")
     found = sanity_of(tmp_path / "cache")
     assert found["drawings"]["psnr"] > 14
     assert all(one["psnr"] > 15 for one in found["pictures"])
@@ -119,10 +119,10 @@ def test_the_miniature_gives_its_pictures_back(
 
 
 def test_it_follows_from_what_the_cache_holds(
-    pictures: Path, tmp_path: Path, encode_to: Encode, monkeypatch: pytest.MonkeyPatch
+    images: Path, tmp_path: Path, encode_to: Encode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not from the runs it took; and no VAE is loaded where the images are the same."""
-    data_set = shutil.copytree(pictures, tmp_path / "set")
+    data_set = shutil.copytree(images, tmp_path / "set")
     late = sorted(data_set.glob("*.png"))[4:]
     for path in late:
         path.rename(tmp_path / path.name)

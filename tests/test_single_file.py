@@ -80,23 +80,23 @@ def prefixes(names: list[str]) -> set[str]:
 
 @pytest.fixture(scope="module")
 def single_cache(
-    single: Path, base: Path, pictures: Path, encode_to: Encode, tmp_path_factory: Any
+    single: Path, base: Path, images: Path, encode_to: Encode, tmp_path_factory: Any
 ) -> Path:
     out = tmp_path_factory.mktemp("cache") / "cache"
-    return encode_to(pictures, out, base=str(single), tokenizers=base, dtype="fp32")
+    return encode_to(images, out, base=str(single), tokenizers=base, dtype="fp32")
 
 
 @pytest.mark.usefixtures("no_network")
 def test_encode(
     single: Path,
     base: Path,
-    pictures: Path,
+    images: Path,
     cache: Path,
     tmp_path: Path,
     encode_to: Encode,
     read: list[str],
 ) -> None:
-    out = encode_to(pictures, tmp_path / "cache", base=str(single), tokenizers=base, dtype="fp32")
+    out = encode_to(images, tmp_path / "cache", base=str(single), tokenizers=base, dtype="fp32")
     names = sorted(path.name for path in cache.iterdir() if path.name != SCAN)
     assert sorted(path.name for path in out.iterdir() if path.name != SCAN) == names
     assert filecmp.cmpfiles(cache, out, names, shallow=False)[0] == names
@@ -222,7 +222,7 @@ def test_a_vae_of_its_own(single: Path, base: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_another_vae_draws_other_pictures(single: Path, base: Path, tmp_path: Path) -> None:
+def test_another_vae_draws_other_images(single: Path, base: Path, tmp_path: Path) -> None:
     part = parts_of(base)["vae"]
     part.tensors["decoder.conv_out.bias"][:] += 0.5
     other = tmp_path / "vae.safetensors"

@@ -30,8 +30,8 @@ def single(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Commands:
     """The three commands, with a base that they refuse, and tokenizers that are good."""
 
-    def __init__(self, folder: Path, pictures: Path, cache: Path, tokenizers: Path) -> None:
-        self.folder, self.image_folder, self.cache = folder, pictures, cache
+    def __init__(self, folder: Path, images: Path, cache: Path, tokenizers: Path) -> None:
+        self.folder, self.image_folder, self.cache = folder, images, cache
         self.tokenizers = tokenizers
 
     def encode(self, base: Path, tokenizers: Path | None = None) -> str:
@@ -57,8 +57,8 @@ class Commands:
 
 
 @pytest.fixture
-def commands(tmp_path: Path, pictures: Path, cache: Path, base: Path) -> Commands:
-    return Commands(tmp_path, pictures, cache, base)
+def commands(tmp_path: Path, images: Path, cache: Path, base: Path) -> Commands:
+    return Commands(tmp_path, images, cache, base)
 
 
 def test_a_missing_unet_tensor(commands: Commands, single: Path, tmp_path: Path) -> None:

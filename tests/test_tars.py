@@ -17,7 +17,7 @@ from precompute.dataset.sources import read_dataset
 from precompute.settings import EncodeSettings
 from shards.reader import Cache
 from tests.conftest import Encode
-from tests.folders import captions, picture, put, read_one, reasons
+from tests.folders import captions, image_bytes, put, read_one, reasons
 
 
 def put_tar(path: Path, members: dict[str, bytes], *, kind: int = tarfile.PAX_FORMAT) -> Path:
@@ -35,7 +35,7 @@ def as_downloaded(number: int, caption: str | None, **more: Any) -> dict[str, by
     key = f"{number:09d}"
     row = {"caption": caption, "url": "x", "key": key, "status": "success", "error_message": None}
     return {
-        f"{key}.jpg": picture("JPEG", 16 + number),
+        f"{key}.jpg": image_bytes("JPEG", 16 + number),
         f"{key}.txt": (caption or "").encode(),
         f"{key}.json": json.dumps(row | more, indent=4).encode(),
     }
@@ -175,7 +175,7 @@ def test_a_damaged_tar_is_named_and_what_lies_before_is_read(
     assert why.startswith("damaged tar: ") and "byte" in why
 
 
-def test_what_is_no_tar_or_holds_no_pictures(tmp_path: Path) -> None:
+def test_what_is_no_tar_or_holds_no_images(tmp_path: Path) -> None:
     put_tar(tmp_path / "good.tar", SAMPLES)
     (tmp_path / "text.tar").write_bytes(b"no tar" * 200)
     (tmp_path / "empty.tar").write_bytes(b"")
@@ -220,7 +220,7 @@ def test_webdatasets_own_tars_are_encoded(tmp_path: Path, encode_to: Encode) -> 
     (tmp_path / "set").mkdir()
     with webdataset.TarWriter(str(tmp_path / "set" / "a.tar"), encoder=False) as writer:
         for number in range(3):
-            sample = {"png": picture(side=64), "txt": f"caption {number}".encode()}
+            sample = {"png": image_bytes(side=64), "txt": f"caption {number}".encode()}
             writer.write({"__key__": f"{number:05d}", **sample})
     cache = Cache(encode_to(tmp_path / "set", tmp_path / "cache"))
     (group,) = cache.groups()
@@ -228,7 +228,7 @@ def test_webdatasets_own_tars_are_encoded(tmp_path: Path, encode_to: Encode) -> 
     assert {one["path"]: one["captions"] for one in abouts} == {
         f"a.tar/{number:05d}.png": [f"caption {number}"] for number in range(3)
     }
-    digest = hashlib.sha256(picture(side=64)).hexdigest()
+    digest = hashlib.sha256(image_bytes(side=64)).hexdigest()
     assert {one["digests"]["picture"] for one in abouts} == {digest}
 
 

@@ -124,7 +124,7 @@ def test_a_mask_is_the_mean_over_the_area_of_a_latent(shape: tuple[int, int]) ->
         np.testing.assert_allclose(values[0].numpy(), cell_means(mask, one), atol=1e-6)
 
 
-def test_a_mask_lies_where_its_picture_shows_the_same() -> None:
+def test_a_mask_lies_where_its_image_shows_the_same() -> None:
     """An image that is its own mask: both shrink to the same, whatever the variant."""
     image = noise((20, 10), 1).convert("L").resize((400, 200), Image.Resampling.BICUBIC)
     for centre in (cover((400, 200), (96, 80)), stretch((400, 200), (64, 64))):
@@ -143,7 +143,7 @@ def test_whole_masks_are_exact() -> None:
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "RGB", "P", "I;16", "RGBA"])
-def test_mask_pictures_of_every_mode(mode: str) -> None:
+def test_mask_images_of_every_mode(mode: str) -> None:
     grey = Image.linear_gradient("L").resize((40, 20)).point(lambda v: 255 * (v > 99))
     if mode == "I;16":
         image = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
@@ -172,7 +172,7 @@ def test_a_mask_that_hides_all_is_refused() -> None:
         open_alpha(stored(Image.new("RGBA", (40, 20))))
 
 
-def test_alpha_is_upright_like_its_picture() -> None:
+def test_alpha_is_upright_like_its_image() -> None:
     image = noise((40, 20)).convert("RGBA")
     alpha = noise((40, 20), 5).getchannel(0)
     image.putalpha(alpha)
@@ -190,7 +190,7 @@ def test_alpha_is_upright_like_its_picture() -> None:
     assert open_alpha(stored(noise((40, 20)))) is None
 
 
-def test_alpha_of_palettes_and_grey_pictures() -> None:
+def test_alpha_of_palettes_and_grey_images() -> None:
     values = np.zeros((8, 8), np.uint8)
     values[:, :3] = 7
     expected = 255 * (values != 7)
