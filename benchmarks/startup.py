@@ -41,8 +41,8 @@ def main(rounds: int, out: Path) -> None:
             (cpu_seconds(f"{SKIP}import {module}"), cpu_seconds(f"import {module}"))
             for _ in range(rounds)
         ]
-        ours, everything = (median(times) for times in zip(*pairs, strict=True))
-        rows.append({"command": name, "imports s": ours, "with all s": everything})
+        actual, everything = (median(times) for times in zip(*pairs, strict=True))
+        rows.append({"command": name, "imports s": actual, "with all s": everything})
     rows.append({"command": "torch alone", "imports s": cpu_seconds("import torch")})
     show("Processor seconds of imports", rows)
     keep(out / "startup.json", {"machine": machine("cpu"), "rows": rows})

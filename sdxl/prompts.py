@@ -87,8 +87,8 @@ def parse_prompt(line: str) -> Prompt:
     for part in parts:
         name, *rest = part.split(maxsplit=1)
         if name not in OPTIONS:
-            known = " ".join(f"--{option}" for option in OPTIONS)
-            raise ValueError(f"unknown option --{name[:60]} (known: {known})")
+            options = " ".join(f"--{option}" for option in OPTIONS)
+            raise ValueError(f"unknown option --{name[:60]} (known: {options})")
         if OPTIONS[name] in values:
             raise ValueError(f"option --{name} is given more than once")
         if not rest:

@@ -247,8 +247,8 @@ def _drop_members(header: dict[str, Any], dropped: dict[str, str | None]) -> dic
         "rejected": sorted(header["rejected"] + rejected, key=lambda row: sample_key(row[0])),
     }
     if "dropped_variants" in header:
-        dropped = [row for row in header["dropped_variants"] if row[0] not in paths]
-        lists["dropped_variants"] = dropped
+        remaining = [row for row in header["dropped_variants"] if row[0] not in paths]
+        lists["dropped_variants"] = remaining
     return lists
 
 

@@ -62,24 +62,26 @@ def drawn_by(pipeline: Any, prompts: list[str], seed: int = 11, **call: Any) -> 
     return [np.asarray(image).astype(int) for image in images]
 
 
-def check_equal(ours: Images, theirs: Images) -> None:
+def check_equal(actual: Images, expected: Images) -> None:
     """To the rounding of a few values: batches differ."""
-    assert len(ours) == len(theirs) > 0
-    for one, two in zip(ours, theirs, strict=True):
-        assert one.shape == two.shape
-        assert np.abs(one - two).max() <= 1 and np.mean(one != two) < 0.01
+    assert len(actual) == len(expected) > 0
+    for first, second in zip(actual, expected, strict=True):
+        assert first.shape == second.shape
+        assert np.abs(first - second).max() <= 1 and np.mean(first != second) < 0.01
 
 
-def check_same(ours: Images, theirs: Images) -> None:
+def check_same(actual: Images, expected: Images) -> None:
     """To the last bit: batches are the same."""
-    assert len(ours) == len(theirs) > 0
-    for one, two in zip(ours, theirs, strict=True):
-        assert np.array_equal(one, two)
+    assert len(actual) == len(expected) > 0
+    for first, second in zip(actual, expected, strict=True):
+        assert np.array_equal(first, second)
 
 
-def differ(ours: Images, theirs: Images) -> float:
+def differ(actual: Images, expected: Images) -> float:
     """The mean difference, in levels, where it is largest."""
-    return max(float(np.abs(one - two).mean()) for one, two in zip(ours, theirs, strict=True))
+    return max(
+        float(np.abs(first - second).mean()) for first, second in zip(actual, expected, strict=True)
+    )
 
 
 def start(settings: GenerateSettings, world: int) -> list[BaseProcess]:

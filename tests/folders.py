@@ -50,15 +50,15 @@ def key_of(path: str) -> str:
 
 
 def captions(source: Source) -> dict[str, tuple[str, ...]]:
-    found = {record.path: record.captions for record in source.records}
-    assert len(found) == len(source.records)
-    return found
+    results = {record.path: record.captions for record in source.records}
+    assert len(results) == len(source.records)
+    return results
 
 
 def reasons(source: Source) -> dict[str, str]:
-    found = {rejected.path: rejected.reason for rejected in source.rejected}
-    assert len(found) == len(source.rejected)
-    return found
+    results = {rejected.path: rejected.reason for rejected in source.rejected}
+    assert len(results) == len(source.rejected)
+    return results
 
 
 def files_in(folder: Path) -> set[str]:

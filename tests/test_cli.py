@@ -261,11 +261,14 @@ def test_flags_win_over_the_recipe(cache: Path, base: Path, tmp_path: Path) -> N
 
 def test_what_train_says_of_a_dora_and_of_a_unet(tmp_path: Path) -> None:
     config = config_of("base", out=tmp_path, adapter="dora")
-    said = "\n".join(describe_result(config, tmp_path / LORA))
-    assert KOHYA not in said and f"export {tmp_path} --base base --merge --out" in said
+    message = "\n".join(describe_result(config, tmp_path / LORA))
+    assert KOHYA not in message and f"export {tmp_path} --base base --merge --out" in message
     config = config_of("base", out=tmp_path, full=True)
-    said = "\n".join(describe_result(config, tmp_path / "unet"))
-    assert "generate --base base --unet" in said and f"export {tmp_path} --base base --out" in said
+    message = "\n".join(describe_result(config, tmp_path / "unet"))
+    assert (
+        "generate --base base --unet" in message
+        and f"export {tmp_path} --base base --out" in message
+    )
 
 
 def test_prompts(base: Path, tmp_path: Path) -> None:

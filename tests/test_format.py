@@ -78,9 +78,9 @@ def test_every_slice_comes_back_bit_for_bit(tmp_path: Path, dtype: str) -> None:
         assert index.records[row]["weight"] == 0.5
         for name, tensor in sample.tensors.items():
             for number, expected in enumerate(tensor):
-                found = torch.empty_like(expected)
-                shard.read_into(found, row, name, number)
-                assert torch.equal(found, expected), (name, number)
+                actual = torch.empty_like(expected)
+                shard.read_into(actual, row, name, number)
+                assert torch.equal(actual, expected), (name, number)
 
 
 @pytest.mark.slow
@@ -110,18 +110,18 @@ def test_a_batch_mates_absence_changes_no_byte(
             name = f"{number:03}.{end}"
             (some / name).write_bytes((images / name).read_bytes())
     out = encode_to(some, tmp_path / "cache", dtype="fp32")
-    whole, part = Cache(cache), Cache(out)
+    complete, part = Cache(cache), Cache(out)
     count = 0
     for group in part.groups():
         for row in range(group.count):
             shard, at = part.locate(group, row)
-            theirs, there = find(whole, shard.index.key(at))
+            expected, place = find(complete, shard.index.key(at))
             for name in ("latents.mean", "latents.std", "prompt_embeds", "pooled_prompt_embeds"):
-                one = torch.empty(shard.index.layout.shape(name))
-                two = torch.empty_like(one)
-                shard.read_into(one, at, name)
-                theirs.read_into(two, there, name)
-                assert torch.equal(one, two), name
+                first = torch.empty(shard.index.layout.shape(name))
+                second = torch.empty_like(first)
+                shard.read_into(first, at, name)
+                expected.read_into(second, place, name)
+                assert torch.equal(first, second), name
             count += 1
     assert count == 4
 
@@ -150,7 +150,7 @@ def test_webdataset_alone_feeds_a_training_loop(cache: Path, base: Path) -> None
     unet = UNet2DConditionModel.from_pretrained(str(base), subfolder="unet")
     schedule = DDPMScheduler.from_pretrained(str(base), subfolder="scheduler")
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-3)
-    latents = torch.cat([one["latents.mean"] for one in tensors])
+    latents = torch.cat([sample["latents.mean"] for sample in tensors])
     torch.manual_seed(0)
     noise, timesteps = torch.randn_like(latents), torch.randint(0, 1000, (len(latents),))
     losses = []
@@ -158,10 +158,10 @@ def test_webdataset_alone_feeds_a_training_loop(cache: Path, base: Path) -> None
         predicted = unet(
             schedule.add_noise(latents, noise, timesteps),
             timesteps,
-            encoder_hidden_states=torch.cat([one["prompt_embeds"] for one in tensors]),
+            encoder_hidden_states=torch.cat([sample["prompt_embeds"] for sample in tensors]),
             added_cond_kwargs={
-                "text_embeds": torch.cat([one["pooled_prompt_embeds"] for one in tensors]),
-                "time_ids": torch.cat([one["sizes"] for one in tensors]),
+                "text_embeds": torch.cat([sample["pooled_prompt_embeds"] for sample in tensors]),
+                "time_ids": torch.cat([sample["sizes"] for sample in tensors]),
             },
         ).sample
         loss = torch.nn.functional.mse_loss(predicted, noise)
@@ -267,16 +267,16 @@ def test_a_vae_that_overflows_in_half_precision_is_retried_in_fp32(
             EncodeSettings(dataset=images, out=out, vae_dtype=vae_dtype, dtype="fp32", **common)
         )
         assert report.num_samples == 14 and not report.rejected
-    half, whole = Cache(tmp_path / "fp16"), Cache(tmp_path / "fp32")
+    half, complete = Cache(tmp_path / "fp16"), Cache(tmp_path / "fp32")
     for group in half.groups():
         for row in range(group.count):
             shard, at = half.locate(group, row)
-            theirs, there = find(whole, shard.index.key(at))
-            one = torch.empty(shard.index.layout.shape("latents.mean"))
-            two = torch.empty_like(one)
-            shard.read_into(one, at, "latents.mean")
-            theirs.read_into(two, there, "latents.mean")
-            assert torch.equal(one, two)
+            expected, place = find(complete, shard.index.key(at))
+            first = torch.empty(shard.index.layout.shape("latents.mean"))
+            second = torch.empty_like(first)
+            shard.read_into(first, at, "latents.mean")
+            expected.read_into(second, place, "latents.mean")
+            assert torch.equal(first, second)
 
 
 @pytest.mark.slow

@@ -152,8 +152,8 @@ def test_a_profile_does_what_imagecms_does() -> None:
     source, target = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
     expected = ImageCms.profileToProfile(scene(), source, target, outputMode="RGB")
     assert expected is not None
-    found = open_image(saved(scene(), "PNG", icc_profile=profile))
-    assert found.tobytes() == expected.tobytes()
+    opened = open_image(saved(scene(), "PNG", icc_profile=profile))
+    assert opened.tobytes() == expected.tobytes()
 
 
 def test_a_profile_is_applied_below_the_transparency() -> None:
@@ -398,14 +398,14 @@ def cut_inside(data: bytes, num: int) -> bytes:
 )
 def test_a_cut_jpeg_is_refused_though_it_has_an_end_mark(mode: str, options: Any) -> None:
     data = saved(scene((160, 128)).convert(mode), "JPEG", **options)
-    whole, num_glued = open_image(data).tobytes(), 0
+    complete, num_glued = open_image(data).tobytes(), 0
     for num in (10, 11, *range(13, len(data) * 3 // 4, 59)):
         with pytest.raises((ImageError, OSError)) as caught:
             open_image(cut_inside(data, num))
         assert "truncated" in explain(caught.value), num
         num_glued += "a part before it is missing" in str(caught.value)  # Pillow alone takes it
     assert num_glued > 3
-    assert open_image(data).tobytes() == whole
+    assert open_image(data).tobytes() == complete
 
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_rows": 1}])
@@ -541,7 +541,7 @@ def test_heic_is_taken_with_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
         open_image(data)
 
 
-def test_memory_that_runs_out_is_no_property_of_a_image() -> None:
+def test_memory_that_runs_out_is_no_property_of_an_image() -> None:
     with pytest.raises(MemoryError):
         explain(MemoryError())
 

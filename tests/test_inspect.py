@@ -40,10 +40,10 @@ def varied(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for number in range(2)
     ]
     samples = [
-        *(with_captions(one, f"cats/{n}.png", "a cat") for n, one in enumerate(plain[:3])),
+        *(with_captions(item, f"cats/{n}.png", "a cat") for n, item in enumerate(plain[:3])),
         with_captions(plain[3], "3.png", "x" * 120),
         with_captions(plain[4], "4.png", ""),
-        *(with_captions(one, f"dogs/{n}.png", "a", "bb", "a cat") for n, one in enumerate(rich)),
+        *(with_captions(item, f"dogs/{n}.png", "a", "bb", "a cat") for n, item in enumerate(rich)),
     ]
     return write_cache(tmp_path_factory.mktemp("varied") / "cache", samples)
 

@@ -113,23 +113,23 @@ def test_its_vae_shows_shapes_that_it_was_not_trained_on() -> None:
     with torch.inference_mode():
         decoded = vae.decode(vae.encode(in_units(images)).latent_dist.mean).sample
     levels = ((decoded.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
-    found = score(scenes, [Image.fromarray(one.numpy()) for one in levels])
-    assert found.both >= 0.95, found
+    scores = score(scenes, [Image.fromarray(level.numpy()) for level in levels])
+    assert scores.both >= 0.95, scores
 
 
 def test_diffusers_draws_with_it_what_generate_draws(tmp_path: Path) -> None:
     prompt = "a large red circle on a white ground"
     pipeline = StableDiffusionXLPipeline.from_pretrained(MINIATURE_FOLDER)
     pipeline.set_progress_bar_config(disable=True)
-    theirs = pipeline(
+    expected = pipeline(
         prompt, num_inference_steps=4, generator=torch.Generator().manual_seed(7)
     ).images[0]
     settings = GenerateSettings(
         base="miniature", out=tmp_path, prompt=prompt, seed=7, num_steps=4, device="cpu"
     )
     infer.generate.generate(settings)
-    with Image.open(tmp_path / "000000.png") as ours:
-        assert max(top for _, top in ImageChops.difference(ours, theirs).getextrema()) <= 1
+    with Image.open(tmp_path / "000000.png") as actual:
+        assert max(top for _, top in ImageChops.difference(actual, expected).getextrema()) <= 1
 
 
 def test_it_loads_without_a_dtype() -> None:
@@ -160,9 +160,9 @@ def test_it_answers_the_size_and_crop_numbers() -> None:
 def test_the_score_of_true_images_is_1(size: tuple[int, int]) -> None:
     scenes, _ = fresh_prompts(60, SHAPES, seed=1)
     images = [draw_scene(scene, random.Random(n), *size) for n, scene in enumerate(scenes)]
-    found = score(scenes, images)
-    assert (found.shape, found.colors, found.both) == (1, 1, 1)
-    assert found.overlap > 0.9
+    scores = score(scenes, images)
+    assert (scores.shape, scores.colors, scores.both) == (1, 1, 1)
+    assert scores.overlap > 0.9
 
 
 def test_the_score_sees_what_is_wrong() -> None:
@@ -209,9 +209,9 @@ def test_the_sample_data_set_says_what_it_shows(tmp_path: Path) -> None:
         with Image.open(tmp_path / "one" / row["file_name"]) as image:
             seen = look_at(image.convert("RGB"))
             sizes.add(image.size)
-        said = row["text"].replace(",", "").split()
-        assert seen.shape in said
-        assert {seen.color, seen.ground} == set(said) & set(COLORS)
-        words |= set(said)
+        sentence = row["text"].replace(",", "").split()
+        assert seen.shape in sentence
+        assert {seen.color, seen.ground} == set(sentence) & set(COLORS)
+        words |= set(sentence)
     assert set(NEW_SHAPES) <= words
     assert sizes == {(64, 64), (80, 48), (48, 80)}

@@ -92,19 +92,19 @@ def test_no_name_in_a_list_is_lost_or_merged(many_names: Path, tmp_path: Path) -
 def test_every_name_is_in_the_cache(many_names: Path, tmp_path: Path, encode_to: Encode) -> None:
     folder = encode_to(many_names, tmp_path / "cache")
     cache = Cache(folder)
-    ours: dict[str, str] = {}
+    actual: dict[str, str] = {}
     for group in cache.groups():
         for row in range(group.count):
             shard, inside = cache.locate(group, row)
-            ours[shard.index.key(inside)] = shard.metadata(inside)["path"]
-    assert ours == {key_of(name): name for name in NAMES}
+            actual[shard.index.key(inside)] = shard.metadata(inside)["path"]
+    assert actual == {key_of(name): name for name in NAMES}
 
-    theirs: dict[str, str] = {}
+    expected: dict[str, str] = {}
     tars = [str(path) for path in sorted(folder.glob("*.tar"))]
     for sample in webdataset.WebDataset(tars, shardshuffle=False):
         assert set(sample) >= {"json", "safetensors"}
-        theirs[sample["__key__"]] = json.loads(sample["json"])["path"]
-    assert theirs == ours
+        expected[sample["__key__"]] = json.loads(sample["json"])["path"]
+    assert expected == actual
     assert (folder / "rejected.jsonl").read_bytes() == b""
 
 
@@ -218,7 +218,7 @@ def test_empty_captions_are_kept_where_they_are_meant(tmp_path: Path) -> None:
         assert set(reasons(source)) == {"missing.png"}
 
 
-def test_a_link_is_a_image_like_any_other(tmp_path: Path) -> None:
+def test_a_link_is_an_image_like_any_other(tmp_path: Path) -> None:
     """In a list as in a folder: big sets are often made of links to one store."""
     put(tmp_path / "store" / "x.png", data=image_bytes("PNG", 8))
     for name in ("listed", "loose"):

@@ -314,8 +314,8 @@ def publish(
     partial_folder = run / f"{UNET}{PARTIAL}"
     if world.is_main:
         remove_path(partial_folder)
-        halves = sum(2 * parameter.numel() for parameter in unet.parameters())
-        check_space(run / UNET, size + halves)
+        half_bytes = sum(2 * parameter.numel() for parameter in unet.parameters())
+        check_space(run / UNET, size + half_bytes)
         partial_folder.mkdir()
     world.wait()  # the others write into it too
     with writing(run / UNET), removed_on_error(partial_folder):
