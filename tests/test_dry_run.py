@@ -58,7 +58,8 @@ def printed_bytes(output: str) -> float:
 
 
 def bytes_in(tar: Path) -> int:
-    """Of its members with their headers; a tar of any size ends in up to 10 kB of nothing."""
+    """The bytes of its members with their headers; a tar of any size ends in up to 10 kB of
+    zeros."""
     with tarfile.open(tar) as archive:
         return sum(512 + -(-member.size // 512) * 512 for member in archive)
 

@@ -438,7 +438,7 @@ def test_a_jpeg_with_more_behind_its_end_is_whole() -> None:
 
 
 def test_a_jpeg_that_lacks_scans_is_refused() -> None:
-    """Of a progressive file, whole up to some scan: it would be blurred, not gray."""
+    """A progressive file that is complete up to some scan: it would be blurred, not gray."""
     data = saved(scene(), "JPEG", progressive=True)
     starts = [place for place in range(len(data)) if data[place : place + 2] == b"\xff\xda"]
     assert len(starts) > 5

@@ -56,7 +56,8 @@ def rich(tmp_path_factory: pytest.TempPathFactory, data_set: Path, encode_to: En
 
 
 def seen_by(name: str, sample: Sample, values: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
-    """Of pixels [H, W, ...] resized for a sample, what each variant shows by its sizes alone."""
+    """The part of pixels [H, W, ...], resized for a sample, that each variant shows by its
+    sizes."""
     results = []
     sizes = sample.tensors["sizes"].tolist()
     for number, (_, _, top, left, height, width) in enumerate(sizes):

@@ -91,7 +91,7 @@ def test_a_planted_fault_is_seen(
 def test_a_right_cache_raises_no_alarm(
     dtype: str, vae_dtype: str, images: Path, tmp_path: Path, encode_to: Encode
 ) -> None:
-    """Of a VAE of random weights; warnings are errors here."""
+    """With a VAE of random weights; warnings are errors here."""
     encode_to(images, tmp_path / "cache", dtype=dtype, vae_dtype=vae_dtype)
     sanity = sanity_of(tmp_path / "cache")
     assert len(sanity["pictures"]) == 3
