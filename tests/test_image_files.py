@@ -55,10 +55,10 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run_encode(data_set: Path, out: Path, base: Path, *flags: str) -> Result:
+def run_encode(dataset: Path, out: Path, base: Path, *flags: str) -> Result:
     """``cli.py encode`` in this process."""
     settings = ["--resolution", "64", "--bucket-step", "16", "--batch-size", "4", "--threads", "1"]
-    command = ["encode", str(data_set), "--base", str(base), "--out", str(out), *settings, *flags]
+    command = ["encode", str(dataset), "--base", str(base), "--out", str(out), *settings, *flags]
     return CliRunner().invoke(cli.commands, command)
 
 
