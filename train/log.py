@@ -156,7 +156,7 @@ class RunLog:
             self._wandb.log(row, step=step + self._wandb_ahead)
 
     def resume_clock(self) -> None:
-        """Measure the rate from now on: the time between the steps is not theirs."""
+        """Measure the rate from now on, without the time that was spent between the steps."""
         self._since = time.perf_counter()
 
     def print(self, line: str) -> None:
