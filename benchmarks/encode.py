@@ -65,11 +65,11 @@ class BareWork:
     def __init__(self, settings: EncodeSettings) -> None:
         self.base = open_base(settings.base)
         planned, _ = plan_images(read_dataset(settings)[""].records, settings)
-        planned.sort(key=lambda one: (one.bucket, one.record.key))
+        planned.sort(key=lambda sample: (sample.bucket, sample.record.key))
         self.jobs: dict[Any, list[tuple[Path, Geometry, str]]] = {}
-        for one in planned:
-            job = (one.record.image.file, one.variants[0], one.record.captions[0])
-            self.jobs.setdefault(one.bucket, []).append(job)
+        for sample in planned:
+            job = (sample.record.image.file, sample.variants[0], sample.record.captions[0])
+            self.jobs.setdefault(sample.bucket, []).append(job)
 
     @torch.inference_mode()
     def run(self) -> None:
@@ -83,8 +83,11 @@ class BareWork:
                 part = jobs[start : start + BATCH_SIZE]
                 pixels = torch.stack([_pixels(file, geometry) for file, geometry, _ in part])
                 captions = [caption for _, _, caption in part]
-                found = vae.encode(pixels).latent_dist
-                _ = found.mean * vae.config.scaling_factor, found.std * vae.config.scaling_factor
+                encoded = vae.encode(pixels).latent_dist
+                _ = (
+                    encoded.mean * vae.config.scaling_factor,
+                    encoded.std * vae.config.scaling_factor,
+                )
                 for tokenizer, encoder in zip(tokenizers, encoders, strict=True):
                     ids = tokenizer(
                         captions, padding="max_length", truncation=True, return_tensors="pt"
@@ -114,11 +117,11 @@ def measure_cost(
     draw_images(dataset, count=images, size=resolution * 3 // 2)
     settings = settings_of(dataset, base, folder, resolution)
 
-    def ours() -> None:
+    def encode_once() -> None:
         out = folder / f"cache-of-round-{next(numbers)}"
         quiet(lambda: encode(replace(settings, out=out)))
 
-    works = {"ours": ours, "bare": BareWork(settings).run}
+    works = {"ours": encode_once, "bare": BareWork(settings).run}
     (row,) = rates(take_turns(works, rounds, PROCESSOR), images, "images", target=1.05)
     return [{**row, "ratio": 1 / row["ratio"]}]  # of seconds
 
@@ -133,7 +136,7 @@ def peak_bytes(settings: EncodeSettings) -> int:
 
 
 def measure_growth(folder: Path, base: str, images: int) -> dict[str, Any]:
-    """Of small images: memory of a fresh encode, and the speed of one that has nothing to do.
+    """For small images: memory of a fresh encode, and the speed of one that has nothing to do.
 
     Its files are images and captions; the speed is that of one core that is not shared.
     """

@@ -65,18 +65,18 @@ def memory() -> list[dict[str, Any]]:
     estimator, rows = Estimator(open_base(CONFIGS), TOKENS), []
     for name, settings, pixels, target in PEAKS:
         config, bucket = config_of(**settings), (pixels, pixels)
-        found = estimator.estimate(config, bucket)
+        estimate = estimator.estimate(config, bucket)
         rows.append(
             {
                 "run": name,
                 "px": pixels,
-                "estimated GB": found.peak / 1e9,
+                "estimated GB": estimate.peak / 1e9,
                 "target GB": target,
-                "weights": found.weights / 1e9,
-                "gradients": found.gradients / 1e9,
-                "optimizer": found.optimizer / 1e9,
-                "activations": found.activations / 1e9,
-                "working": found.working / 1e9,
+                "weights": estimate.weights / 1e9,
+                "gradients": estimate.gradients / 1e9,
+                "optimizer": estimate.optimizer / 1e9,
+                "activations": estimate.activations / 1e9,
+                "working": estimate.working / 1e9,
             }
         )
     return rows
@@ -86,14 +86,14 @@ def saved(pixels: int) -> list[dict[str, Any]]:
     """What autograd keeps of one image, in GB: in all, with checkpointing, its largest tensor."""
     estimator, rows = Estimator(open_base(CONFIGS), TOKENS), []
     for name, settings in (("LoRA 4", LORA), ("full", FULL)):
-        found = estimator.activations(config_of(**settings), (pixels, pixels))
+        activations = estimator.activations(config_of(**settings), (pixels, pixels))
         rows.append(
             {
                 "run": name,
                 "px": pixels,
-                "saved GB": found.total / 1e9,
-                "checkpointed GB": found.checkpointed / 1e9,
-                "largest tensor GB": found.largest / 1e9,
+                "saved GB": activations.total / 1e9,
+                "checkpointed GB": activations.checkpointed / 1e9,
+                "largest tensor GB": activations.largest / 1e9,
             }
         )
     return rows
@@ -193,7 +193,7 @@ def by_block(pixels: int) -> list[dict[str, Any]]:
 
 # Dense bf16 TFLOP/s with fp32 accumulation that the makers state, and the share of it that
 # published UNet runs reached: MLPerf Training 4.0's log of SD2 at 512 px on an H100, 127.4
-# images/s, is 31 % (derived); MosaicML's 36.3 on an A100 is 28 %. Of a 4090 none is published.
+# images/s, is 31 % (derived); MosaicML's 36.3 on an A100 is 28 %. For a 4090 none is published.
 CARDS = {"RTX 4090": (165.2, 0.31), "A100": (312.0, 0.28), "H100 SXM": (989.0, 0.31)}
 RECOMPUTED = "with checkpointing"
 

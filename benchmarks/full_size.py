@@ -36,9 +36,9 @@ def train_beside_encoders(arguments: list[str], encoders: str) -> None:
     from sdxl.load import load_text_encoders, load_vae
 
     base = open_base(encoders)
-    held = load_vae(base.vae, torch.float32), *load_text_encoders(base, torch.bfloat16)
+    models = load_vae(base.vae, torch.float32), *load_text_encoders(base, torch.bfloat16)
     commands.main(["train", *arguments], standalone_mode=False)
-    assert len(held) == 3
+    assert len(models) == 3
 
 
 @click.command()

@@ -51,9 +51,9 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name = function.overloadpacket.__name__
         given = _tensors((args, kwargs))
         made = _tensors(result)
-        known = {tensor.untyped_storage()._cdata for tensor in given}
+        storages = {tensor.untyped_storage()._cdata for tensor in given}
         views = not function._schema.is_mutable and all(
-            tensor.untyped_storage()._cdata in known for tensor in made
+            tensor.untyped_storage()._cdata in storages for tensor in made
         )
         if views or any(part in name for part in NOT_LAUNCHED):
             return result
@@ -121,8 +121,8 @@ def main(pixels: int, batch_size: int, rank: int, out: Path) -> None:
     for name, settings in SETTINGS:
         config = config_of(allow_cpu_bf16=True, rank=rank, **settings)
         with library_forwards():
-            theirs = step_of(config, pixels, batch_size)
-        for whose, counts in (("theirs", theirs), ("ours", step_of(config, pixels, batch_size))):
+            expected = step_of(config, pixels, batch_size)
+        for whose, counts in (("theirs", expected), ("ours", step_of(config, pixels, batch_size))):
             rows.append({"run": name, "forwards": whose, **_row(counts)})
     show(f"LoRA {rank}, {pixels} px, batch {batch_size}, bf16: a forward and backward pass", rows)
     keep(out / "operations.json", {"machine": machine(), "rows": rows})

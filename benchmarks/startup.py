@@ -24,7 +24,7 @@ USED = (
 
 
 def cpu_seconds(code: str) -> float:
-    """Of a new interpreter that runs ``code``."""
+    """Processor seconds of a new interpreter that runs ``code``."""
     command = [sys.executable, "-c", code + USED]
     done = subprocess.run(command, check=True, text=True, capture_output=True)
     return float(done.stdout.splitlines()[-1])
@@ -41,8 +41,8 @@ def main(rounds: int, out: Path) -> None:
             (cpu_seconds(f"{SKIP}import {module}"), cpu_seconds(f"import {module}"))
             for _ in range(rounds)
         ]
-        ours, everything = (median(times) for times in zip(*pairs, strict=True))
-        rows.append({"command": name, "imports s": ours, "with all s": everything})
+        actual, everything = (median(times) for times in zip(*pairs, strict=True))
+        rows.append({"command": name, "imports s": actual, "with all s": everything})
     rows.append({"command": "torch alone", "imports s": cpu_seconds("import torch")})
     show("Processor seconds of imports", rows)
     keep(out / "startup.json", {"machine": machine("cpu"), "rows": rows})

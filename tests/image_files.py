@@ -144,9 +144,9 @@ def _in_mode(image: Image.Image, mode: str) -> Image.Image:
     if mode != "LAB":
         return image.convert(mode)
     profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
-    found = ImageCms.profileToProfile(image, *profiles, outputMode="LAB")
-    assert found is not None
-    return found
+    result = ImageCms.profileToProfile(image, *profiles, outputMode="LAB")
+    assert result is not None
+    return result
 
 
 def _gif_bomb() -> bytes:

@@ -105,7 +105,7 @@ def test_a_bucket_shows_the_part_that_its_sizes_claim(original: Size, target: Si
 
 
 @pytest.mark.parametrize("original", ORIGINALS)
-def test_a_square_is_the_middle_of_the_picture(original: Size) -> None:
+def test_a_square_is_the_middle_of_the_image(original: Size) -> None:
     data = ramps_png(original)
     geometry = cover(image_size(data), (256, 256))
     longer = 256 * max(original) / min(original)
@@ -115,7 +115,7 @@ def test_a_square_is_the_middle_of_the_picture(original: Size) -> None:
 
 
 @pytest.mark.parametrize("original", ORIGINALS)
-def test_a_squashed_picture_is_all_there(original: Size) -> None:
+def test_a_squashed_image_is_all_there(original: Size) -> None:
     data = ramps_png(original)
     geometry = stretch(image_size(data), (256, 256))
     assert geometry.sizes == [original[1], original[0], 0, 0, 256, 256]
@@ -292,9 +292,9 @@ GREEN = (10, 200, 30)
     ],
 )
 def test_every_mode_becomes_rgb(mode: str, color: Any, expected: tuple[int, int, int]) -> None:
-    picture = to_srgb(Image.new(mode, (5, 4), color))
-    assert (picture.mode, picture.size) == ("RGB", (5, 4))
-    difference = np.asarray(picture).astype(int) - expected
+    image = to_srgb(Image.new(mode, (5, 4), color))
+    assert (image.mode, image.size) == ("RGB", (5, 4))
+    difference = np.asarray(image).astype(int) - expected
     assert abs(difference).max() <= 2
 
 
@@ -326,9 +326,9 @@ def one_color(mode: str, color: Any, transparency: Any = None) -> Image.Image:
 def test_palettes_and_transparent_colors(
     image: Image.Image, expected: tuple[int, int, int]
 ) -> None:
-    picture = to_srgb(image)
-    assert picture.mode == "RGB"
-    assert picture.getpixel((3, 3)) == pytest.approx(expected, abs=2)
+    converted = to_srgb(image)
+    assert converted.mode == "RGB"
+    assert converted.getpixel((3, 3)) == pytest.approx(expected, abs=2)
 
 
 @pytest.mark.parametrize(
@@ -353,9 +353,9 @@ def test_files_of_every_depth(
 ) -> None:
     file = io.BytesIO()
     image.save(file, form, **image.info)
-    picture = open_image(file.getvalue())
-    assert picture.mode == "RGB"
-    assert picture.getpixel((3, 3)) == pytest.approx(expected, abs=2)
+    opened = open_image(file.getvalue())
+    assert opened.mode == "RGB"
+    assert opened.getpixel((3, 3)) == pytest.approx(expected, abs=2)
 
 
 def test_white_is_one_and_black_minus_one() -> None:

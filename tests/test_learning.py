@@ -59,18 +59,18 @@ def draw(tmp_path: Path) -> Draw:
             f"generate --base miniature --prompts {prompts} --out {out} --num-steps 12 "
             f"--batch-size 16 --device cpu {flags}"
         )
-        found = score(scenes, read_generated_images(out, num))
-        print(shapes, flags, found)  # pytest shows it where a test fails
-        return found
+        scores = score(scenes, read_generated_images(out, num))
+        print(shapes, flags, scores)  # pytest shows it where a test fails
+        return scores
 
     return run
 
 
 @pytest.mark.slow
 def test_the_miniature_draws_what_it_is_asked(draw: Draw) -> None:
-    found = draw(OLD_SHAPES, num=80)
-    assert found.shape >= 0.9
-    assert found.colors >= 0.9
+    drawn = draw(OLD_SHAPES, num=80)
+    assert drawn.shape >= 0.9
+    assert drawn.colors >= 0.9
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ def open_data(
     """The training caches, and the validation cache if there is one.
 
     Raises:
-        ValueError: one of them cannot be used; names it and why.
+        ValueError: one of them cannot be used; names the cache and the reason.
     """
     caches = [open_cache(use, "train") for use in config.caches]
     val = open_val(config, caches[0])
@@ -90,20 +90,20 @@ def check_cache(cache: Cache, base: Base) -> None:
     folder, unet = base.unet.path, base.unet.config
     text, latents = cache.manifest["text"], cache.manifest.get("latents", {})
     added = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
-    for quantity, found, taken in (
+    for quantity, stored, taken in (
         ("prompt embeddings of width", text["depth"], unet["cross_attention_dim"]),
         ("pooled embeddings of width", text["pooled"], added),
         ("latent channels:", latents.get("channels"), unet["in_channels"]),
     ):
-        if found is not None and found != taken:
+        if stored is not None and stored != taken:
             raise ValueError(
-                f"{cache.folder}: holds {quantity} {found}, but {folder} takes {taken}: "
+                f"{cache.folder}: holds {quantity} {stored}, but {folder} takes {taken}: "
                 "encode the dataset with this base"
             )
 
 
 def check_encoders(cache: Cache, base: Base) -> None:
-    """Refuse a cache made with other encoders than the base holds; say what cannot be compared.
+    """Refuse a cache made with other encoders than the base's; warn of what cannot be compared.
 
     The base's files are hashed in a process of their own (and remembered): no file of an encoder
     is opened here.

@@ -14,7 +14,7 @@ _LORA_ONLY = ("rank", "alpha", "targets", "conv", "init_lora")
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Settings of one run. ``num`` of steps are optimizer steps."""
+    """Settings of one run. Steps are optimizer steps."""
 
     PANELS: ClassVar[dict[str, str]] = {
         "Essentials": "base out steps epochs lr batch_size",
@@ -279,7 +279,7 @@ class TrainConfig:
 
     @property
     def special_imports(self) -> frozenset[str]:
-        """What ``skip_unused_imports`` is to leave to this run."""
+        """Packages that ``skip_unused_imports`` must not skip in this run."""
         uses = {
             "bitsandbytes": self.optimizer == "adamw8bit" or self.base_quant == "nf4",
             "torch._dynamo": self.compile,
@@ -297,7 +297,7 @@ class TrainConfig:
 
 
 def check_choices(config: "TrainConfig") -> None:
-    """Settings that exclude each other, or that another one makes meaningless."""
+    """Refuse settings that exclude each other, or that another one makes meaningless."""
     if not config.caches:
         raise ValueError("name at least one cache to train on")
     if (config.steps is None) == (config.epochs is None):
@@ -336,7 +336,7 @@ def check_choices(config: "TrainConfig") -> None:
 
 
 def check_memory(config: "TrainConfig") -> None:
-    """What the ways to save memory can be combined with."""
+    """Refuse what the ways to save memory cannot be combined with."""
     if config.base_quant != "none" and config.full:
         raise ValueError("--base-quant is for a frozen base, and --full trains all of it")
     if config.pure_bf16:
@@ -358,7 +358,7 @@ def check_memory(config: "TrainConfig") -> None:
 
 
 def check_processes(config: "TrainConfig", num: int) -> None:
-    """What cannot be had in ``num`` processes.
+    """Refuse what ``num`` processes cannot do.
 
     Raises:
         ValueError: names the option.

@@ -28,7 +28,7 @@ from train.unet import BLOCKS, add_adapter, trainable
 
 QUANT_BYTES = {"int8": 1.01, "nf4": 0.57}  # a weight, with its scales
 FREE_SHARE = 0.9  # of what a card has free, that an estimate may take
-WORKING_TENSORS = 4  # of the largest size there is, in flight beside what is saved
+WORKING_TENSORS = 4  # of the largest activation's size, in use beside what is saved
 
 
 def size_text(num_bytes: float) -> str:
@@ -268,7 +268,8 @@ _STATE_BYTES: dict[str, Callable[[torch.Size], int]] = {
 
 
 def state_bytes(optimizer: str, shapes: Iterable[torch.Size]) -> int:
-    """Of the state that ``--optimizer`` keeps of parameters of these shapes, after a step."""
+    """Bytes of the state that ``--optimizer`` keeps for parameters of these shapes, after a
+    step."""
     return sum(map(_STATE_BYTES[optimizer], shapes))
 
 

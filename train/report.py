@@ -25,7 +25,7 @@ from train.run_folder import check_folder
 
 @dataclass(frozen=True)
 class BucketRow:
-    """What a run would read of one bucket in an epoch, and take for it."""
+    """One bucket's row: samples, batches and memory of an epoch."""
 
     bucket: str
     num_samples: int
@@ -36,7 +36,7 @@ class BucketRow:
 def dry_run(config: TrainConfig) -> Iterator[str]:
     """The lines to show.
 
-    For a CUDA card, whether there is one or not, unless ``--device`` says otherwise.
+    The estimates are for a CUDA card, present or not, unless ``--device`` is another device.
 
     Raises:
         ValueError: what a run with these settings would be refused for.

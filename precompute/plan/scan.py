@@ -128,12 +128,12 @@ def add_digests(
         if not isinstance(result, Rejected):
             remember_digest(memory, stamp(sample.record.image), result)
     rejected = [result for result in results.values() if isinstance(result, Rejected)]
-    gone = {rejection.key for rejection in rejected}
+    rejected_keys = {rejection.key for rejection in rejected}
     digests = {key: result for key, result in results.items() if not isinstance(result, Rejected)}
     return [
         replace(sample, image_digest=digests.get(sample.record.key, sample.image_digest))
         for sample in planned
-        if sample.record.key not in gone
+        if sample.record.key not in rejected_keys
     ], rejected
 
 
