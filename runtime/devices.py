@@ -3,7 +3,7 @@
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -70,6 +70,27 @@ def start_copy_to_host(
     arrived = torch.Event(next(iter(sources.values())).device)
     arrived.record()
     return arrived
+
+
+def fetch(tensors: Mapping[str, torch.Tensor]) -> Callable[[], dict[str, torch.Tensor]]:
+    """Start to copy tensors of one device to the host; what is returned waits until they are there.
+
+    On CUDA the host does not wait before that, and the device may be given more work meanwhile.
+    """
+    if next(iter(tensors.values())).device.type != "cuda":
+        here = {name: tensor.cpu() for name, tensor in tensors.items()}
+        return lambda: here
+    pinned = {
+        name: torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        for name, tensor in tensors.items()
+    }
+    arrived = start_copy_to_host(tensors, pinned)
+
+    def wait() -> dict[str, torch.Tensor]:
+        arrived.synchronize()
+        return pinned
+
+    return wait
 
 
 def has_bf16(device: torch.device) -> bool:

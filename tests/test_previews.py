@@ -23,10 +23,10 @@ from torch.distributed.fsdp import fully_shard
 
 import cli
 from precompute.images.decode import open_image
-from precompute.images.variants import render
+from precompute.images.variants import normalize, render
 from precompute.prompts import change_prompts
 from sdxl.base import open_base
-from sdxl.latent_rgb import LatentSums, latents_to_rgb
+from sdxl.latent_rgb import LatentSums, latents_to_rgb, mean_colors
 from sdxl.load import load_scheduler, load_unet, load_vae
 from sdxl.sampling import decode_latents
 from shards.buckets import cover
@@ -396,14 +396,14 @@ class ColourVae:
 def rendered(path: Path) -> torch.Tensor:
     """A drawn image in its bucket, [1, 3, H, W] in -1..1."""
     image = open_image(path.read_bytes())
-    return render(image, cover(image.size, BUCKETS[image.size]))[None]
+    return normalize(render(image, cover(image.size, BUCKETS[image.size])))[None]
 
 
 def test_the_maps_colours_are_those_of_the_decoded_picture(pictures: Path) -> None:
     vae, sums = ColourVae(), LatentSums.empty(4)
     drawn = [rendered(path) for path in sorted(pictures.glob("*.png"))]
     for picture in drawn:
-        sums.add(vae.scaled(picture), picture)
+        sums.add(vae.scaled(picture), mean_colors(picture))
     fit = {name: torch.tensor(value) for name, value in sums.fit().items()}
     mapped, decoded = [], []
     for picture in drawn:
