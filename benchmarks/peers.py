@@ -1,4 +1,4 @@
-"""The same LoRA from a cache, and by encoding online: images a second, memory, whole runs.
+"""Compares training from a cache with encoding online: images a second, memory, whole runs.
 
 Data, base, rank, batch, steps and precision are the same; each run is a command in a process of
 its own, start and loading included. From two lengths come seconds an epoch and seconds before the
@@ -36,7 +36,7 @@ class Peers:
         out = ["--out", str(self.folder / "cache"), "--batch-size", "4"]
         return measured([*command, *out, *self.size, *self.common])
 
-    def ours(self, epochs: int) -> tuple[Used, dict[str, Any]]:
+    def train_cached(self, epochs: int) -> tuple[Used, dict[str, Any]]:
         run = self.folder / "run"
         command = [sys.executable, "cli.py", "train", str(self.folder / "cache")]
         more = ["--out", str(run), "--overwrite", "--epochs", str(epochs)]
@@ -57,9 +57,9 @@ class Peers:
 
 def line_of(walls: dict[int, float]) -> tuple[float, float]:
     """(seconds before the first epoch, seconds an epoch) by the shortest and the longest run."""
-    least, most = min(walls), max(walls)
-    each = (walls[most] - walls[least]) / (most - least)
-    return walls[least] - least * each, each
+    shortest, longest = min(walls), max(walls)
+    per_epoch = (walls[longest] - walls[shortest]) / (longest - shortest)
+    return walls[shortest] - shortest * per_epoch, per_epoch
 
 
 def compare(peers: Peers, epochs: tuple[int, ...]) -> list[dict[str, Any]]:
@@ -67,22 +67,24 @@ def compare(peers: Peers, epochs: tuple[int, ...]) -> list[dict[str, Any]]:
     encoding = peers.encode()
     runs: dict[str, dict[int, tuple[Used, dict[str, Any]]]] = {}
     for number in epochs:  # in turns, for the noise of the machine
-        runs.setdefault("ours, from shards", {})[number] = peers.ours(number)
+        runs.setdefault("ours, from shards", {})[number] = peers.train_cached(number)
         for dtype in ("fp32", "bf16"):
             runs.setdefault(f"online, VAE {dtype}", {})[number] = peers.online(number, dtype)
     rows = []
-    for name, found in runs.items():
-        once = encoding if name.startswith("ours") else None
-        longest = found[max(epochs)]
+    for name, by_epochs in runs.items():
+        encode_use = encoding if name.startswith("ours") else None
+        longest = by_epochs[max(epochs)]
         row: dict[str, Any] = {
             "way": name,
             "images/s": longest[1]["images_per_second"],
             "peak GB": longest[1]["peak_bytes"] / 1e9,
-            "encode s": once.cpu_seconds if once else 0.0,
+            "encode s": encode_use.cpu_seconds if encode_use else 0.0,
         }
-        for number, (used, _) in found.items():
-            row[f"{number} ep s"] = used.cpu_seconds + (once.cpu_seconds if once else 0.0)
-        row["wall s"] = {n: used.wall_seconds for n, (used, _) in found.items()}
+        for number, (used, _) in by_epochs.items():
+            row[f"{number} ep s"] = used.cpu_seconds + (
+                encode_use.cpu_seconds if encode_use else 0.0
+            )
+        row["wall s"] = {n: used.wall_seconds for n, (used, _) in by_epochs.items()}
         rows.append(row)
     _add_break_even(rows, epochs)
     return rows
@@ -91,11 +93,11 @@ def compare(peers: Peers, epochs: tuple[int, ...]) -> list[dict[str, Any]]:
 def _add_break_even(rows: list[dict[str, Any]], epochs: tuple[int, ...]) -> None:
     """The epoch in which our run, encoding included, overtakes each other one."""
     lines = [line_of({n: row[f"{n} ep s"] for n in epochs}) for row in rows]
-    before, each = lines[0]
-    for row, (their_before, their_each) in zip(rows[1:], lines[1:], strict=True):
-        gain = their_each - each
+    before, per_epoch = lines[0]
+    for row, (their_before, their_per_epoch) in zip(rows[1:], lines[1:], strict=True):
+        gain = their_per_epoch - per_epoch
         row["pays from epoch"] = (before - their_before) / gain if gain > 0 else None
-        row["s an epoch / ours"] = their_each / each
+        row["s an epoch / ours"] = their_per_epoch / per_epoch
 
 
 @click.command()

@@ -1,4 +1,4 @@
-"""Runs text encoders, then the UNet, then the VAE over the requests, a window at a time.
+"""Generates the requested images: text encoders, then the UNet, then the VAE, window by window.
 
 On a small card one model is on the device at a time; on a big one all stay there, and each batch
 is decoded as soon as it is sampled.
@@ -116,16 +116,16 @@ class TextEmbeddings:
 
     def __init__(self, batch_size: int, compare: bool, plain: str | None = None) -> None:
         self.batch_size, self.compare, self.plain = batch_size, compare, plain
-        self._known: dict[bool, EmbeddingsByText] = {}
+        self._embeddings: dict[bool, EmbeddingsByText] = {}
 
     def of(self, text: str | None, with_loras: bool) -> Conditioning:
-        return self._known.get(with_loras, self._known[True])[text]
+        return self._embeddings.get(with_loras, self._embeddings[True])[text]
 
     def encode(self, models: ModelSlots, window: list[Batch], later: Iterable[Batch]) -> None:
         """Encode the new texts of ``window``; drop the embeddings that no batch needs any more."""
         needed, still = _texts(window), _texts(later)
-        known = self._known.get(True, {})
-        if new := sorted(needed - known.keys()):
+        embeddings = self._embeddings.get(True, {})
+        if new := sorted(needed - embeddings.keys()):
             encoders: TextEncoders = models.acquire(TEXT)
             for with_loras in self._variants(encoders):
                 model = TEXT if with_loras or self.plain is None else self.plain
@@ -137,8 +137,8 @@ class TextEmbeddings:
                     stacklevel=2,
                 )
         kept = needed | still | {None}
-        for with_loras, encoded in self._known.items():
-            self._known[with_loras] = {
+        for with_loras, encoded in self._embeddings.items():
+            self._embeddings[with_loras] = {
                 text: conditioning for text, conditioning in encoded.items() if text in kept
             }
 
@@ -149,12 +149,12 @@ class TextEmbeddings:
     def _encode(self, encoders: TextEncoders, texts: list[str], with_loras: bool) -> None:
         for model in encoders.models:
             enable_loras(model, with_loras)
-        known = self._known.setdefault(with_loras, {})
-        if None not in known:
-            known |= encoders.encode_each(texts, self.batch_size)
+        embeddings = self._embeddings.setdefault(with_loras, {})
+        if None not in embeddings:
+            embeddings |= encoders.encode_each(texts, self.batch_size)
             return
         rows = encoders.encode(texts, self.batch_size)
-        known |= {text: rows[row : row + 1] for row, text in enumerate(texts)}
+        embeddings |= {text: rows[row : row + 1] for row, text in enumerate(texts)}
 
 
 def _texts(batches: Iterable[Batch]) -> set[Any]:
@@ -322,6 +322,6 @@ def _decode_images(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     if vae.dtype == torch.float32 or images.isfinite().all():
         return images
     dtype = vae.dtype
-    again = decode_latents(vae.to(torch.float32), latents)
+    images = decode_latents(vae.to(torch.float32), latents)
     vae.to(dtype)
-    return again
+    return images

@@ -128,12 +128,17 @@ def _make_job(settings: EncodeSettings, base: Base, plans: list[CachePlan]) -> E
     before = next((plan.made_with for plan in plans if plan.made_with), {})
     chosen = {}
     for name, default in (("batch_size", BATCH_SIZE), ("threads", num_cores())):
-        asked, earlier = getattr(settings, name), before.get(name)
-        chosen[name] = asked or earlier or default
-        if asked and earlier and asked != earlier and any(plan.shard_tasks for plan in plans):
+        requested, earlier = getattr(settings, name), before.get(name)
+        chosen[name] = requested or earlier or default
+        if (
+            requested
+            and earlier
+            and requested != earlier
+            and any(plan.shard_tasks for plan in plans)
+        ):
             warnings.warn(
-                f"--{name.replace('_', '-')} {asked}: the cache was encoded with {earlier}; what "
-                "is encoded now may differ from that in the last bits",
+                f"--{name.replace('_', '-')} {requested}: the cache was encoded with {earlier}; "
+                "what is encoded now may differ from that in the last bits",
                 stacklevel=2,
             )
     return EncodeJob(
@@ -193,8 +198,9 @@ def _report_interrupt(plans: list[CachePlan]) -> Iterator[None]:
     except KeyboardInterrupt as stop:
         names = [plan.folder / f"{name}.index" for plan in plans for name in plan.names]
         if names:
-            num_whole = sum(name.exists() for name in names)
+            num_complete = sum(name.exists() for name in names)
             stop.add_note(
-                f"{num_whole} of {len(names)} shards are whole; the same command goes on from there"
+                f"{num_complete} of {len(names)} shards are whole; the same command goes on from "
+                "there"
             )
         raise

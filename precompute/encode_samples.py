@@ -1,7 +1,7 @@
-"""The two outputs of a sample, encoded: images to latents, captions to embeddings.
+"""Encodes the two parts of samples: images to latents, captions to embeddings.
 
 Batches are always filled to one fixed size: the last bits of an encoder's output depend on the
-batch size, but not on who else is in the batch. So they may run across samples.
+batch size, but not on what else is in the batch. So they may run across samples.
 """
 
 import errno
@@ -260,8 +260,8 @@ def _open_member(planned: PlannedSample, settings: EncodeSettings) -> _Opened:
     digests = {"picture": hashlib.sha256(data).hexdigest()}
     if mask is not None:
         digests["mask"] = hashlib.sha256(mask).hexdigest()
-    image, mask_now = (short_digest(digests.get(name, "")) for name in ("picture", "mask"))
-    if (planned.image_digest or image, planned.mask_digest) != (image, mask_now):
+    image, mask_digest = (short_digest(digests.get(name, "")) for name in ("picture", "mask"))
+    if (planned.image_digest or image, planned.mask_digest) != (image, mask_digest):
         failed = Failed(
             "it changed, and its size and time do not show it; encode again with --rehash",
             is_permanent=False,

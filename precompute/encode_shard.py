@@ -1,4 +1,4 @@
-"""One shard: copy what is still valid, encode the rest, write it."""
+"""Makes one shard: copies what is still valid, encodes the rest, writes it."""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence

@@ -74,11 +74,11 @@ class LatentEncoder:
         """With the images that are not finite encoded again, in fp32."""
         if bool(posterior.is_finite.all()):
             return posterior
-        again = self._start(self.fp32_vae, images)()
+        in_fp32 = self._start(self.fp32_vae, images)()
         is_finite = posterior.is_finite.view(-1, 1, 1, 1)
         return Posterior(
-            torch.where(is_finite, posterior.mean, again.mean),
-            torch.where(is_finite, posterior.std, again.std),
+            torch.where(is_finite, posterior.mean, in_fp32.mean),
+            torch.where(is_finite, posterior.std, in_fp32.std),
         )
 
     @torch.inference_mode()

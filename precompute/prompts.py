@@ -55,7 +55,7 @@ def _with_digest(tensors: dict[str, torch.Tensor], recipe_digest: str) -> bytes:
     return safetensors.torch.save(tensors, metadata={KEY: f"{recipe_digest} {digest}"})
 
 
-def unconditional_is_whole(folder: Path, recipe: dict[str, Any]) -> bool:
+def unconditional_is_complete(folder: Path, recipe: dict[str, Any]) -> bool:
     """Whether an earlier run wrote the file that this one would write, up to last bits."""
     try:
         data = (folder / UNCONDITIONAL).read_bytes()

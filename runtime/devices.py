@@ -32,15 +32,15 @@ def pick_device(name: str) -> torch.device:
         "cpu": True,
     }
     if name == "auto":
-        name = next(device for device, there in available.items() if there)
-    known = re.fullmatch(r"(cuda|mps|cpu)(:\d+)?", name)
-    if not known or not available[known[1]]:
+        name = next(device for device, is_available in available.items() if is_available)
+    match = re.fullmatch(r"(cuda|mps|cpu)(:\d+)?", name)
+    if not match or not available[match[1]]:
         raise ValueError(f"--device {name}: torch finds no such device here")
-    this = rank_info()
-    if known[1] == "cuda" and this.size > 1:
-        if known[2]:
+    info = rank_info()
+    if match[1] == "cuda" and info.size > 1:
+        if match[2]:
             raise ValueError(f"--device {name} is one GPU for several processes; give cuda")
-        name = f"cuda:{this.local_rank}"
+        name = f"cuda:{info.local_rank}"
     # Off by default, and not to be switched on by a library: the algorithms that it tries on each
     # new size can double the peak of memory.
     torch.backends.cudnn.benchmark = False

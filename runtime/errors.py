@@ -55,8 +55,8 @@ def handle_errors(debug: bool) -> Iterator[None]:
         kind = BadInput if isinstance(error, ValueError) else click.ClickException
         text, notes = describe_error(error), getattr(error, "__notes__", [])
         period = "." if notes and not text.endswith(".") else ""
-        said = " ".join([text + period, *notes])
-        raise kind(printable(process_label() + " ".join(said.split()))) from error
+        message = " ".join([text + period, *notes])
+        raise kind(printable(process_label() + " ".join(message.split()))) from error
     finally:
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
@@ -66,8 +66,8 @@ def _printed_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if is_main_process():
-            ours = r"(precompute|train|infer|runtime|shards|sdxl)\."
-            warnings.filterwarnings("default", module=ours)
+            own_modules = r"(precompute|train|infer|runtime|shards|sdxl)\."
+            warnings.filterwarnings("default", module=own_modules)
         warnings.showwarning = lambda message, *_, **__: echo(f"Warning: {message}", err=True)
         yield
 
@@ -81,8 +81,8 @@ def describe_error(error: Exception) -> str:
     if isinstance(error, MemoryError):
         return text or "out of memory: this machine has too little for the command"
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        both = (name for name in (error.filename, error.filename2) if name is not None)
-        return f"{', '.join(map(str, both))}: {error.strerror}"
+        names = (name for name in (error.filename, error.filename2) if name is not None)
+        return f"{', '.join(map(str, names))}: {error.strerror}"
     if isinstance(error, (ValueError, OSError, FloatingPointError)) and text:
         return text
     if type(error).__name__ == "SafetensorError":

@@ -1,9 +1,9 @@
-"""Files and folders that are whole or not there: how they are renamed, synced and digested.
+"""Writes files and folders so that they exist complete or not at all; renames, syncs, digests.
 
 A file is written beside its name (``.partial``), synced, and renamed. What is replaced is first
 renamed aside, and deleted only when the new one has its name: a kill at any point leaves the old
-one or the new one, whole. JSON that a later run reads back carries a digest of its own, so that a
-flipped bit is found and never believed.
+one or the new one, complete. JSON that a later run reads back carries a digest of its own, so that
+a flipped bit is found and never believed.
 """
 
 import errno
@@ -37,13 +37,13 @@ def writing(path: Path, still_good: str = "") -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        ours = isinstance(error, OSError) and error.errno is None and error.args
-        if ours or getattr(error, "names_file", False):
-            raise  # it says what it is of: a message of our own, or of an inner ``writing``
+        has_message = isinstance(error, OSError) and error.errno is None and error.args
+        if has_message or getattr(error, "names_file", False):
+            raise  # it names its file: a message of our own, or of an inner ``writing``
         full = getattr(error, "errno", None) in FULL or "os error 28" in str(error)
         reason = "the disk is full" if full else (getattr(error, "strerror", None) or str(error))
-        said = f"{path}: cannot be written: {reason}" + (f". {still_good}" if still_good else "")
-        named = OSError(said)
+        message = f"{path}: cannot be written: {reason}" + (f". {still_good}" if still_good else "")
+        named = OSError(message)
         named.errno = errno.ENOSPC if full else getattr(error, "errno", None)
         named.names_file = True  # type: ignore[attr-defined]
         raise named from error
@@ -188,13 +188,13 @@ def rename_folder(folder: Path, new: Path) -> None:
     fsync_folder(new.parent)
 
 
-def discard_folder(folder: Path, doomed: Path) -> None:
-    """Delete a folder by way of the name ``doomed``: a kill in between leaves no half of it under
-    its own name. What an earlier call left at ``doomed`` goes too."""
-    remove_path(doomed)
+def discard_folder(folder: Path, temporary: Path) -> None:
+    """Rename a folder to ``temporary``, then delete it: a kill in between leaves no half of it
+    under its own name. What an earlier call left at ``temporary`` is deleted too."""
+    remove_path(temporary)
     if folder.exists():
-        os.replace(folder, doomed)
-    remove_path(doomed)
+        os.replace(folder, temporary)
+    remove_path(temporary)
 
 
 def remove_path(path: Path) -> None:
@@ -244,8 +244,8 @@ def content_digest(value: Any) -> str:
 
 def seal(value: dict[str, Any]) -> dict[str, Any]:
     """A JSON object with the digest of all its other fields in the field ``digest``."""
-    rest = {name: field for name, field in value.items() if name != DIGEST}
-    return {**rest, DIGEST: content_digest(rest)}
+    fields = {name: field for name, field in value.items() if name != DIGEST}
+    return {**fields, DIGEST: content_digest(fields)}
 
 
 def unseal(data: bytes) -> dict[str, Any]:
@@ -337,9 +337,9 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def free_bytes(folder: Path) -> int:
-    """Free on the disk that ``folder`` lies, or will lie, on."""
-    there = next(part for part in (folder, *folder.absolute().parents) if part.exists())
-    return shutil.disk_usage(there).free
+    """Bytes that are free on the disk where ``folder`` lies or will lie."""
+    existing = next(part for part in (folder, *folder.absolute().parents) if part.exists())
+    return shutil.disk_usage(existing).free
 
 
 def format_bytes(num_bytes: int) -> str:

@@ -53,7 +53,7 @@ class _Finder(MetaPathFinder):
         if name.startswith(f"{COMPILER}."):
             with suppress(ValueError):  # another thread was first
                 sys.meta_path.remove(self)
-            load_now(sys.modules[COMPILER])
+            load_compiler(sys.modules[COMPILER])
             if name in sys.modules:  # it came with the whole
                 return ModuleSpec(name, _Loaded(sys.modules[name]))
         return None
@@ -92,21 +92,21 @@ class _TransformGetItemToIndex:
     """Whoever makes an object of the class gets one of the real one."""
 
     def __new__(cls) -> Any:
-        load_now(sys.modules[COMPILER])
+        load_compiler(sys.modules[COMPILER])
         from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 
         return TransformGetItemToIndex()
 
 
-def _same(function: Any = None, *_: Any, **__: Any) -> Any:
+def _identity(function: Any = None, *_: Any, **__: Any) -> Any:
     """What the compiler's decorators do to a function that is not compiled."""
-    return _same if function is None else function
+    return _identity if function is None else function
 
 
 _MARKS: dict[str, Callable[..., Any]] = {
-    "allow_in_graph": _same,
-    "assume_constant_result": _same,
-    "disable": _same,
+    "allow_in_graph": _identity,
+    "assume_constant_result": _identity,
+    "disable": _identity,
     "graph_break": lambda *_, **__: None,
 }
 _loading = threading.RLock()
@@ -121,11 +121,11 @@ class _Compiler(ModuleType):
             return _MARKS[name]
         if name.startswith("__"):  # Python's own questions to every module
             raise AttributeError(name)
-        load_now(self)
+        load_compiler(self)
         return getattr(self, name)
 
 
-def load_now(module: ModuleType) -> None:
+def load_compiler(module: ModuleType) -> None:
     """Load the compiler if that was put off."""
     with _loading:
         if type(module) is _Compiler:

@@ -21,10 +21,10 @@ def first_line(error: BaseException) -> str:
     return lines[0][:200] if lines else type(error).__name__
 
 
-def shortened(value: Any, most: int = 60) -> str:
+def shortened(value: Any, limit: int = 60) -> str:
     """A value in a message: whatever a file holds, the message stays one short line."""
-    text = value if isinstance(value, str) and len(value) > most else repr(value)
-    return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"
+    text = value if isinstance(value, str) and len(value) > limit else repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}... ({len(text):,} characters)"
 
 
 def pluralize(number: int, noun: str) -> str:

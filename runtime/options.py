@@ -193,19 +193,20 @@ class StageCommand(click.Command):
 
     def make_settings(self, ctx: click.Context, values: dict[str, Any], recipe: Path | None) -> Any:
         """The settings from flags and, where none is given, from a recipe file."""
-        given = {
+        settings = {
             name: value
             for name, value in values.items()
             if ctx.get_parameter_source(name) == ParameterSource.COMMANDLINE
         }
+        # Not click's default_map, which reads batch_size = 2.5 as 2, and names no file in errors.
         if recipe is not None:
             for name, value in read_recipe(recipe, self._options).items():
-                if _RIVALS.get(name) not in given:
-                    given.setdefault(name, _from_toml(self._options[name], value, recipe, ctx))
+                if _RIVALS.get(name) not in settings:
+                    settings.setdefault(name, _from_toml(self._options[name], value, recipe, ctx))
         for spec in fields(self.settings):
-            if spec.default is MISSING and spec.name not in given:
+            if spec.default is MISSING and spec.name not in settings:
                 raise click.MissingParameter(ctx=ctx, param=self._options[spec.name])
-        return self.settings(**given)
+        return self.settings(**settings)
 
 
 _RIVALS = {"steps": "epochs", "epochs": "steps"}  # a flag replaces the recipe's other one too
@@ -275,8 +276,8 @@ def _from_toml(option: click.Parameter, value: Any, recipe: Path, ctx: click.Con
     if option.nargs == -1 or option.multiple:
         return tuple(_converted(option, part, recipe, ctx) for part in parts)
     if isinstance(option.type, Numbers):
-        each = (_converted(option, part, recipe, ctx) for part in parts)
-        return tuple(number for numbers in each for number in numbers)
+        lists = (_converted(option, part, recipe, ctx) for part in parts)
+        return tuple(number for numbers in lists for number in numbers)
     return _converted(option, value, recipe, ctx)
 
 
@@ -294,9 +295,9 @@ def _converted(option: click.Parameter, value: Any, recipe: Path, ctx: click.Con
             raise click.BadParameter("the number is out of range")
         return option.type.convert(str(value), option, ctx)
     except click.BadParameter as error:
-        said = error.message  # a value in it may be of any length
-        said = said if len(said) <= MAX_MESSAGE else f"{said[:MAX_MESSAGE]}..."
-        raise ValueError(f"{recipe}: {option.name}: {said}") from None
+        message = error.message  # a value in it may be of any length
+        message = message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]}..."
+        raise ValueError(f"{recipe}: {option.name}: {message}") from None
 
 
 # Recipes: options from a TOML file (``train --config``).
@@ -305,12 +306,12 @@ MAX_BYTES = 1_000_000
 MAX_NAME = 60  # characters of an unknown option in a message
 
 
-def read_recipe(path: Path, known: Collection[str]) -> dict[str, Any]:
-    """Options from a TOML file, by their names with ``-`` or ``_``; ``known`` are the names, with
-    ``_``, that there are.
+def read_recipe(path: Path, names: Collection[str]) -> dict[str, Any]:
+    """The options of a TOML file by name, which may be spelled with ``-`` or ``_`` there; ``names``
+    are those of the command's options, with ``_``.
 
     Raises:
-        ValueError: unreadable, an option that stands there twice, or a key that is no option (the
+        ValueError: unreadable, an option that is given twice, or a key that is no option (the
             nearest and the known ones are listed).
     """
     values: dict[str, Any] = {}
@@ -322,11 +323,11 @@ def read_recipe(path: Path, known: Collection[str]) -> dict[str, Any]:
                 "keep one of the two"
             )
         values[name] = value
-    if unknown := sorted(set(values) - set(known)):
-        near = get_close_matches(unknown[0], known, n=3)
+    if unknown := sorted(set(values) - set(names)):
+        near = get_close_matches(unknown[0], names, n=3)
         hint = f"did you mean {' or '.join(map(_written, near))}? " if near else ""
-        names = ", ".join(sorted(map(_written, known)))
-        raise ValueError(f"{path}: unknown option {_written(unknown[0])} ({hint}known: {names})")
+        known = ", ".join(sorted(map(_written, names)))
+        raise ValueError(f"{path}: unknown option {_written(unknown[0])} ({hint}known: {known})")
     return values
 
 

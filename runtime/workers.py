@@ -93,12 +93,12 @@ def num_processes(gpus: str | None, device: str) -> int:
     num_gpus = torch.cuda.device_count() if device in ("auto", "cuda") else 0
     if gpus == "auto":
         return max(1, num_gpus)
-    asked = int(gpus)
-    if num_gpus and asked > num_gpus:
-        raise ValueError(f"--gpus {asked}: this machine has {num_gpus}")
-    if not num_gpus and asked > (num_cores := os.cpu_count() or 1) and asked > MIN_ON_CPU:
-        raise ValueError(f"--gpus {asked}: this machine has no GPU, and {num_cores} CPU cores")
-    return asked
+    num = int(gpus)
+    if num_gpus and num > num_gpus:
+        raise ValueError(f"--gpus {num}: this machine has {num_gpus}")
+    if not num_gpus and num > (num_cores := os.cpu_count() or 1) and num > MIN_ON_CPU:
+        raise ValueError(f"--gpus {num}: this machine has no GPU, and {num_cores} CPU cores")
+    return num
 
 
 def launch(num: int) -> None:
@@ -114,7 +114,7 @@ def launch(num: int) -> None:
 
     # Older versions of torch have no shutdown_timeout: there it is 30 seconds.
     options: dict[str, Any] = {"shutdown_timeout": SHUTDOWN_SECONDS}
-    known = {field.name for field in fields(LaunchConfig)}
+    parameters = {field.name for field in fields(LaunchConfig)}
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -124,7 +124,7 @@ def launch(num: int) -> None:
         rdzv_endpoint="localhost:0",
         max_restarts=0,
         logs_specs=DefaultLogsSpecs(),
-        **{name: value for name, value in options.items() if name in known},
+        **{name: value for name, value in options.items() if name in parameters},
     )
     os.environ[LAUNCHER] = str(os.getpid())
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num)))
@@ -184,8 +184,8 @@ class WorkQueue:
     """
 
     def __init__(self) -> None:
-        this = rank_info()
-        self.rank, self.size = this.rank, this.size
+        info = rank_info()
+        self.rank, self.size = info.rank, info.size
         self._store: Any = None
         self._sums: Counter[str] = Counter()  # of a process alone
         if self.size > 1:

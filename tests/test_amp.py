@@ -40,8 +40,8 @@ def learner_of(cache: Path, base: Path, **settings: Any) -> Learner:
 
 
 def whole_of(learner: Learner) -> torch.optim.Optimizer:
-    assert learner.optimizer.whole is not None
-    return learner.optimizer.whole
+    assert learner.optimizer.joint is not None
+    return learner.optimizer.joint
 
 
 def batches_of(cache: Path) -> Any:

@@ -314,7 +314,7 @@ def test_a_resumed_run_may_change_its_weight_decay(kind: Any) -> None:
     run(first, range(2))
     second = Optimizer(parameters, config_of(optimizer=kind, weight_decay=0.3), CPU)
     second.load(*first.state())
-    assert second.whole is not None and second.whole.param_groups[0]["weight_decay"] == 0.3
+    assert second.joint is not None and second.joint.param_groups[0]["weight_decay"] == 0.3
 
 
 def test_eight_bit_state_is_in_eight_bits() -> None:

@@ -68,7 +68,7 @@ def test_a_loss_that_is_not_finite_changes_no_weight(base: Path, way: str) -> No
     assert not changed(weights, weights_of(learner))
     after = learner.optimizer.state()
     assert all(bool(t.isfinite().all()) for t in after[0].values() if t.is_floating_point())
-    if learner.optimizer.whole is not None or learner_kind(learner) == "adamw":
+    if learner.optimizer.joint is not None or learner_kind(learner) == "adamw":
         assert not changed(tensors, after[0]) and numbers == after[1]
     assert all(p.grad is None for p in learner.optimizer.parameters.values())
     assert bool(step(learner, 2, batches[2]).finite)
@@ -95,7 +95,7 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(base: Path, way: str) -
     assert all(bool(t.isfinite().all()) for t in after.values() if t.is_floating_point())
     if learner.fused is None:
         assert not changed(weights, now)
-        if learner.optimizer.whole is not None or learner_kind(learner) == "adamw":
+        if learner.optimizer.joint is not None or learner_kind(learner) == "adamw":
             assert not changed(state, after)
     else:
         assert name not in changed(weights, now)

@@ -97,9 +97,9 @@ def test_no_copy_to_or_from_the_device_blocks(base: Path, monkeypatch: pytest.Mo
         unet: Any = UNet2DConditionModel.from_config(config).train()
     parameters = dict(unet.named_parameters())
     optimizer = Optimizer(parameters, config_of(full=True), meta)
-    assert not supports_found_inf(optimizer.whole)  # type: ignore[arg-type]
+    assert not supports_found_inf(optimizer.joint)  # type: ignore[arg-type]
     told: Any = Told()
-    optimizer.whole = told
+    optimizer.joint = told
     learner = Learner(
         unet=unet,
         forward=unet,

@@ -70,14 +70,14 @@ def has_masks(cache: Cache) -> bool:
 def _check_alike(first: Cache, other: Cache) -> None:
     """Refuse caches that one run cannot mix."""
     for name in ENCODERS:
-        mine, theirs = (cache.manifest["recipe"][name]["digest"] for cache in (first, other))
-        if mine != theirs:
+        digests = {cache.manifest["recipe"][name]["digest"] for cache in (first, other)}
+        if len(digests) > 1:
             raise ValueError(f"{other.folder}: made with another {name} than {first.folder}")
-    mine, theirs = (cache.manifest["text"]["tokens"] for cache in (first, other))
-    if mine != theirs:
+    tokens, other_tokens = (cache.manifest["text"]["tokens"] for cache in (first, other))
+    if tokens != other_tokens:
         raise ValueError(
-            f"{other.folder}: its captions have {theirs} tokens, and those of {first.folder} "
-            f"{mine}: encode both alike"
+            f"{other.folder}: its captions have {other_tokens} tokens, and those of {first.folder} "
+            f"{tokens}: encode both alike"
         )
 
 
@@ -90,14 +90,14 @@ def check_cache(cache: Cache, base: Base) -> None:
     folder, unet = base.unet.path, base.unet.config
     text, latents = cache.manifest["text"], cache.manifest.get("latents", {})
     added = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
-    for quantity, held, taken in (
+    for quantity, found, taken in (
         ("prompt embeddings of width", text["depth"], unet["cross_attention_dim"]),
         ("pooled embeddings of width", text["pooled"], added),
         ("latent channels:", latents.get("channels"), unet["in_channels"]),
     ):
-        if held is not None and held != taken:
+        if found is not None and found != taken:
             raise ValueError(
-                f"{cache.folder}: holds {quantity} {held}, but {folder} takes {taken}: "
+                f"{cache.folder}: holds {quantity} {found}, but {folder} takes {taken}: "
                 "encode the dataset with this base"
             )
 
@@ -109,13 +109,13 @@ def check_encoders(cache: Cache, base: Base) -> None:
     is opened here.
     """
     recipe, missing = cache.manifest["recipe"], []
-    theirs = encoder_digests_in_subprocess(base)
+    digests = encoder_digests_in_subprocess(base)
     for name in ENCODERS:
-        if theirs[name] is None:
+        if digests[name] is None:
             missing.append(name)
         elif name == "vae" and not recipe["vae"]["of_base"]:
             continue  # encoded with --vae: meant to be another one
-        elif theirs[name] != recipe[name]["digest"]:
+        elif digests[name] != recipe[name]["digest"]:
             raise ValueError(
                 f"{cache.folder}: made with another {name} than {base} holds; encode the dataset "
                 "with this base, or train from the base it was made with"

@@ -247,8 +247,8 @@ class CheckpointWriter:
     def _agreed(self, error: Exception | None) -> Exception | None:
         """The error of this rank, or of another one; None where all went well."""
         words = "" if error is None else str(error) or type(error).__name__
-        told = [text for text in self.world.gather([words], self._group) if text]
-        return error or (OSError(told[0]) if told else None)
+        errors = [text for text in self.world.gather([words], self._group) if text]
+        return error or (OSError(errors[0]) if errors else None)
 
     def _fail(self, error: Exception) -> None:
         self._error = error
@@ -276,8 +276,8 @@ def _below(name: str, write: Write) -> Write:
 def _fits_in_memory(size: int) -> bool:
     """Whether there is room for a copy of so many bytes for each process of this machine, and for
     the file that is being written."""
-    needed = size + min(size, MAX_FILE_BYTES)
-    return needed * rank_info().local_size < MEMORY_SHARE * free_memory()
+    num_bytes = size + min(size, MAX_FILE_BYTES)
+    return num_bytes * rank_info().local_size < MEMORY_SHARE * free_memory()
 
 
 def _digests(folder: Path) -> dict[str, str]:
@@ -318,11 +318,11 @@ def rotate(run: Path, keep: int, newest: int) -> None:
             try:
                 states[step] = _unsealed(path)
             except ValueError:
-                continue  # damaged: not ours to judge
+                continue  # damaged: it may be of use to the user
     turning = [step for step, state in states.items() if state.get("kind") in ("every", "stop")]
     evals = {step: states[step].get("eval_loss") for step in turning}
-    known = {n: loss for n, loss in evals.items() if loss is not None and math.isfinite(loss)}
-    best = min(known, key=lambda step: known[step]) if known else None
+    losses = {n: loss for n, loss in evals.items() if loss is not None and math.isfinite(loss)}
+    best = min(losses, key=lambda step: losses[step]) if losses else None
     for step in sorted(turning)[:-keep]:
         if step != best:
             discard_folder(paths[step], paths[step].with_name(paths[step].name + PARTIAL))

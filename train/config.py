@@ -313,7 +313,7 @@ def check_choices(config: "TrainConfig") -> None:
             raise ValueError("--init-lora brings its own kind of adapter; leave --adapter out")
     if config.compile and config.adapter == "dora":
         raise ValueError("--compile: DoRA cannot be compiled; leave --compile out")
-    for name, needed, is_there in (
+    for name, required, is_set in (
         ("ema_on_cpu", "--ema", config.ema > 0),
         ("ema_every", "--ema", config.ema > 0),
         ("preview_vae", "--preview-every", bool(config.preview_every)),
@@ -324,8 +324,8 @@ def check_choices(config: "TrainConfig") -> None:
         ("unconditional", "--caption-dropout", config.caption_dropout > 0),
     ):
         default = config.__dataclass_fields__[name].default
-        if getattr(config, name) != default and not is_there:
-            raise ValueError(f"{flag(name)} does nothing without {needed}")
+        if getattr(config, name) != default and not is_set:
+            raise ValueError(f"{flag(name)} does nothing without {required}")
 
 
 def check_memory(config: "TrainConfig") -> None:

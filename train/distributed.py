@@ -87,7 +87,7 @@ class StopVote:
     def __init__(self, world: DistContext) -> None:
         self._alone = world.size == 1
         self._group: Any = None if self._alone else dist.new_group(timeout=TIMEOUT, backend="gloo")
-        self._asked: tuple[Any, torch.Tensor] | None = None
+        self._pending: tuple[Any, torch.Tensor] | None = None
 
     def any(self, flag: bool) -> bool:
         """The answer to the question before this one; alone, to this one. Every rank must ask."""
@@ -95,22 +95,22 @@ class StopVote:
             return flag
         answer = self.close()
         votes = torch.tensor([int(flag)])
-        self._asked = dist.all_reduce(votes, group=self._group, async_op=True), votes
+        self._pending = dist.all_reduce(votes, group=self._group, async_op=True), votes
         return answer
 
     def close(self) -> bool:
         """Wait for the question that is still out; its answer."""
-        if self._asked is None:
+        if self._pending is None:
             return False
-        (work, votes), self._asked = self._asked, None
+        (work, votes), self._pending = self._pending, None
         work.wait()
         return bool(votes.item())
 
 
 def start_world(device: str) -> DistContext:
     """Join the process group that torchrun's environment names, if it does."""
-    this = rank_info()
-    if this.size == 1:
+    info = rank_info()
+    if info.size == 1:
         alone = DistContext(pick_device(device))
         if alone.device.index is not None:
             torch.cuda.set_device(alone.device)
@@ -121,13 +121,13 @@ def start_world(device: str) -> DistContext:
         torch.cuda.set_device(picked)
     backend = "nccl" if picked.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=TIMEOUT)
-    return DistContext(picked, this.rank, this.size)
+    return DistContext(picked, info.rank, info.size)
 
 
 def is_lost(error: RuntimeError, world: DistContext) -> bool:
     """Whether an exchange among ranks failed, as it does when one of them is gone."""
-    known = (dist.DistBackendError, dist.DistNetworkError)  # of NCCL; gloo has none of its own
-    return world.size > 1 and (isinstance(error, known) or "gloo/transport" in str(error))
+    error_types = (dist.DistBackendError, dist.DistNetworkError)  # NCCL's; gloo has no own type
+    return world.size > 1 and (isinstance(error, error_types) or "gloo/transport" in str(error))
 
 
 def stop_world(world: DistContext) -> None:

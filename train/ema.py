@@ -64,11 +64,11 @@ class Ema:
     @torch.no_grad()
     def _blend(self, first: int, end: int) -> None:
         """Take the steps from ``first`` to before ``end`` together."""
-        kept = math.prod(min(self.decay, (1 + n) / (WARMUP + n)) for n in range(first, end))
+        decay = math.prod(min(self.decay, (1 + n) / (WARMUP + n)) for n in range(first, end))
         weights = {name: to_local(p.detach()) for name, p in self.parameters.items()}
         values = self.values
         if not (self.on_cpu and next(iter(weights.values())).is_cuda):
-            self._lerp(values, weights, 1 - kept)
+            self._lerp(values, weights, 1 - decay)
             return
         if not self._stages:
             self._stages = {
@@ -79,7 +79,7 @@ class Ema:
 
         def work() -> None:
             arrived.synchronize()
-            self._lerp(values, self._stages, 1 - kept)
+            self._lerp(values, self._stages, 1 - decay)
 
         self._blending = self._pool.submit(work)
 
@@ -99,17 +99,17 @@ class Ema:
         """While entered, the parameters are the average."""
         values = self.values
         with torch.no_grad():
-            kept = {}
+            saved = {}
             for name, parameter in self.parameters.items():
-                here = to_local(parameter.detach())
-                kept[name] = here.to(values[name].device, copy=True)
-                here.copy_(values[name])
+                local = to_local(parameter.detach())
+                saved[name] = local.to(values[name].device, copy=True)
+                local.copy_(values[name])
         try:
             yield
         finally:
             with torch.no_grad():
                 for name, parameter in self.parameters.items():
-                    to_local(parameter.detach()).copy_(kept[name])
+                    to_local(parameter.detach()).copy_(saved[name])
 
     def sizes(self) -> dict[str, int]:
         """The bytes of each whole tensor."""

@@ -194,12 +194,12 @@ def _attention(
     hidden_states: torch.Tensor,
     encoder_hidden_states: torch.Tensor | None = None,
     attention_mask: torch.Tensor | None = None,
-    **others: Any,
+    **extras: Any,
 ) -> torch.Tensor:
     """[B, tokens, width] to the same."""
-    if attention_mask is not None or others:
+    if attention_mask is not None or extras:
         return type(attention).forward(  # type: ignore[no-any-return]
-            attention, hidden_states, encoder_hidden_states, attention_mask, **others
+            attention, hidden_states, encoder_hidden_states, attention_mask, **extras
         )
     layers = attention.to_q, attention.to_k, attention.to_v
     if encoder_hidden_states is None:

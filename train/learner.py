@@ -217,8 +217,8 @@ def _update(learner: Learner, step: Step, number: int) -> None:
         step.finite = step.loss.isfinite() & step.grad_norm.isfinite()
     else:
         if learner.scaler.is_enabled():
-            assert optimizer.whole is not None
-            learner.scaler.unscale_(optimizer.whole)
+            assert optimizer.joint is not None
+            learner.scaler.unscale_(optimizer.joint)
         limit = learner.max_grad_norm or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(optimizer.parameters.values(), limit)
         step.grad_norm = norm.full_tensor() if is_dtensor(norm) else norm
@@ -235,13 +235,13 @@ def evaluate(learner: Learner, val: Cache, config: TrainConfig) -> float:
     """Mean squared error over a validation cache, always with the same noise and timesteps, plain:
     each sample counts once, without its weight, the run's loss weights, offsets and choice of
     timesteps."""
-    world, mine = learner.world, learner.objective
+    world, training = learner.world, learner.objective
     plan = Plan(val.groups(), EVAL_SEED, config.batch_size * world.size)
     share = RankShare(batch_size=config.batch_size, world=world.size, rank=world.rank)
     reader = Reader([val], plan, share)
-    alphas = mine.alphas_cumprod
+    alphas = training.alphas_cumprod
     objective = Objective(
-        alphas_cumprod=alphas, prediction_type=mine.prediction_type, high=len(alphas)
+        alphas_cumprod=alphas, prediction_type=training.prediction_type, high=len(alphas)
     )
 
     def read(place: tuple[int, int]) -> Batch:

@@ -144,11 +144,11 @@ class RunLog:
     def eval(self, step: int, loss: float) -> None:
         """Note an evaluation after ``step`` steps."""
         self._write([{"step": step, "eval/loss": _json(loss)}])
-        self.say(f"step {step}: eval loss {loss:.5f}")
+        self.print(f"step {step}: eval loss {loss:.5f}")
 
     def preview(self, step: int, path: Path) -> None:
         """Note a sheet of previews after ``step`` steps."""
-        self.say(f"step {step}: previews in {path}")
+        self.print(f"step {step}: previews in {path}")
         if self._wandb is not None:
             import wandb
 
@@ -159,7 +159,7 @@ class RunLog:
         """What came between the steps is not theirs: the rate counts from here."""
         self._since = time.perf_counter()
 
-    def say(self, line: str) -> None:
+    def print(self, line: str) -> None:
         """One line above the bar. Names of samples in it cannot command the terminal."""
         if self.world.is_main:
             tqdm.write(printable(line))
@@ -255,16 +255,16 @@ def _start_wandb(config: TrainConfig, run_config: Any) -> Any:
     """A new W&B run, or the same one where the run's folder names it."""
     import wandb
 
-    known = (read_own_json(config.out / WANDB_ID) or {}).get("id")
-    if not (isinstance(known, str) and re.fullmatch(r"[\w-]+", known)):
-        known = None
+    run_id = (read_own_json(config.out / WANDB_ID) or {}).get("id")
+    if not (isinstance(run_id, str) and re.fullmatch(r"[\w-]+", run_id)):
+        run_id = None
     try:
         run = wandb.init(
             project=config.wandb_project,
             dir=str(config.out),
             mode=config.wandb,
-            id=known,
-            resume="allow" if known else None,
+            id=run_id,
+            resume="allow" if run_id else None,
             config=run_config,
             settings=wandb.Settings(silent=True),
         )

@@ -88,8 +88,8 @@ def train(config: TrainConfig) -> Path:
     """
     world = start_world(config.device)
     try:
-        with ExitStack() as held:
-            held.enter_context(lock_folder(config, world))
+        with ExitStack() as stack:
+            stack.enter_context(lock_folder(config, world))
             if world.is_main:
                 check_wandb(config)
             base = _open_base(config, world)
@@ -106,7 +106,7 @@ def train(config: TrainConfig) -> Path:
             warm_up(learner, config, plan, tokens)
             if world.is_main and start.step < num_steps:
                 warn_of_space(config, num_steps, learner, kind)
-            held.enter_context(begin_run(config, world, settings))
+            stack.enter_context(begin_run(config, world, settings))
             run = Run(
                 config=config,
                 reader=Reader(caches, plan, share, _reading(config)),
@@ -125,14 +125,14 @@ def train(config: TrainConfig) -> Path:
         stop_world(world)
         return path
     except torch.OutOfMemoryError as error:
-        said = advice(config, base, largest_bucket(plan), tokens, world.size, error)
-        raise _with_notes(MemoryError(said), error) from error
+        message = advice(config, base, largest_bucket(plan), tokens, world.size, error)
+        raise _with_notes(MemoryError(message), error) from error
     except RuntimeError as error:
         if not is_lost(error, world):
             raise
         time.sleep(LOST_SECONDS)
-        gone = ConnectionError("another process of this run is gone")
-        raise _with_notes(gone, error) from error
+        lost = ConnectionError("another process of this run is gone")
+        raise _with_notes(lost, error) from error
 
 
 def _checkpoint_writer(
@@ -149,9 +149,9 @@ def _checkpoint_writer(
 
 def _open_base(config: TrainConfig, world: DistContext) -> Base:
     """The base, on all ranks the same: a hub id's commit is the one that the main rank finds."""
-    mine = open_base(config.base) if world.is_main else None
-    pinned = world.share(mine.pinned if mine else "")
-    return mine or open_base(pinned)
+    main_base = open_base(config.base) if world.is_main else None
+    pinned = world.share(main_base.pinned if main_base else "")
+    return main_base or open_base(pinned)
 
 
 def _with_notes(error: Exception, cause: BaseException) -> Exception:
@@ -168,16 +168,16 @@ def _run(run: Run) -> Path:
         if run.start.path is not None:
             left = run.num_steps - run.start.step
             progress = f"{left:,} of {run.num_steps:,} steps are left" if left else "it is finished"
-            run.log.say(f"goes on from {run.start.path}: {progress}")
+            run.log.print(f"goes on from {run.start.path}: {progress}")
         num = sum(p.numel() for p in run.learner.optimizer.parameters.values())
-        run.log.say(
+        run.log.print(
             f"trains {num:,} parameters on {run.plan.num_entries:,} samples an epoch, "
             f"{run.plan.num_batches:,} steps each"
         )
         learner = run.learner
         if run.start.config.gradient_checkpointing is None and learner.world.device.type == "cuda":
             decided = "on" if run.config.gradient_checkpointing else "off"
-            run.log.say(
+            run.log.print(
                 f"gradient checkpointing is {decided}, by the memory that the card has free"
             )
         _steps(run)
@@ -264,7 +264,7 @@ def _steps(run: Run) -> None:
             if kind:
                 _write_checkpoint(run, done, kind, wait=last or stop)
             if stop and not last:
-                log.say(f"stopped after step {done}; --resume goes on from its checkpoint")
+                log.print(f"stopped after step {done}; --resume goes on from its checkpoint")
                 vote.close()
                 raise Stopped(signals.received or signal.SIGTERM)
         vote.close()
@@ -321,15 +321,15 @@ def _report_skipped(run: Run, number: int, step: Step) -> None:
     bad, broken, every = gather(bad), gather(broken), gather(every)
     if not bad:
         if not run.learner.scaler.is_enabled():  # fp16's scale was too high, and is halved
-            run.log.say(f"step {number} left out, its gradient is not finite")
+            run.log.print(f"step {number} left out, its gradient is not finite")
         return
     reason = f"step {number} left out, its loss is not finite"
     if broken:
-        run.log.say(f"{reason}: the cache holds values that are not finite of {_listed(broken)}")
+        run.log.print(f"{reason}: the cache holds values that are not finite of {_listed(broken)}")
     elif len(bad) < len(every) or run.skipped_in_a_row == 1:
-        run.log.say(f"{reason}: {_listed(bad)}")
+        run.log.print(f"{reason}: {_listed(bad)}")
     else:
-        run.log.say(reason)
+        run.log.print(reason)
 
 
 def _has_finite_data(run: Run, epoch: int, number: int, micro: int) -> list[bool]:

@@ -1,4 +1,4 @@
-"""How much memory a run will take, by part, before it is tried.
+"""Estimates how much memory a run will take, by part, before it is tried.
 
 Weights, gradients and optimizer state are counted. Activations are what autograd saves in a pass
 of the real UNet over fake tensors, which have shapes and no data: attention's are those of a fused
@@ -77,7 +77,7 @@ class Estimator:
         self.num = num  # processes, over which a full fine-tune is sharded
         self.unet_config = base.unet.config
         self.tokens, self.on_cuda = tokens, device.startswith("cuda")
-        self._known: dict[Any, Any] = {}
+        self._memo: dict[Any, Any] = {}
 
     def num_trained(self, config: TrainConfig) -> int:
         """Parameters that the run trains."""
@@ -86,10 +86,10 @@ class Estimator:
         return sum(p.numel() for p in trainable(self._unet(config)).values())
 
     def estimate(self, config: TrainConfig, bucket: Size) -> Estimate:
-        """Of the run at its largest: in the backward pass of a batch of ``bucket``."""
+        """The peak of the run: in the backward pass of a batch of ``bucket``."""
         unet, dtype = self._unet(config), self._dtype(config)
         trained = self.num_trained(config)
-        kept = dtype.itemsize if not config.full or config.pure_bf16 else 4
+        weight_bytes = dtype.itemsize if not config.full or config.pure_bf16 else 4
         base = 0.0
         for name, module in unet.named_modules():
             for part, parameter in module.named_parameters(recurse=False):
@@ -97,7 +97,7 @@ class Estimator:
                 size = (
                     QUANT_BYTES[config.base_quant]
                     if packed and config.base_quant != "none"
-                    else kept
+                    else weight_bytes
                 )
                 base += 0 if "lora_" in name else size * parameter.numel()
         lora = 0 if config.full else 4 * trained
@@ -124,16 +124,18 @@ class Estimator:
         )
 
     def activations(self, config: TrainConfig, bucket: Size) -> Activations:
-        """Of one sample of ``bucket``, by a pass over fake tensors."""
+        """What autograd saves for one sample of ``bucket``, by a pass over fake tensors."""
         dtype = self._dtype(config)
-        kept = dtype if config.pure_bf16 else torch.float32  # of what is trained
-        key = self._key(config), kept, min(bucket), max(bucket)
-        if key not in self._known:
+        trained_dtype = dtype if config.pure_bf16 else torch.float32  # of what is trained
+        key = self._key(config), trained_dtype, min(bucket), max(bucket)
+        if key not in self._memo:
             # Norms with half-precision weights are kept out of autocast.
             masters = config.full and not config.pure_bf16
             with CudaNorms() if masters and self.on_cuda else nullcontext():
-                self._known[key] = _measure(self._unet(config), bucket, self.tokens, dtype, kept)
-        activations: Activations = self._known[key]
+                self._memo[key] = _measure(
+                    self._unet(config), bucket, self.tokens, dtype, trained_dtype
+                )
+        activations: Activations = self._memo[key]
         return activations
 
     def advice(self, config: TrainConfig, bucket: Size) -> list[tuple[str, int]]:
@@ -162,7 +164,7 @@ class Estimator:
     def _unet(self, config: TrainConfig) -> Any:
         """The UNet on the meta device, with the run's adapter."""
         key = self._key(config)
-        if key not in self._known:
+        if key not in self._memo:
             with torch.device("meta"):
                 unet: Any = UNet2DConditionModel.from_config(self.unet_config)
                 if config.full:
@@ -171,8 +173,8 @@ class Estimator:
                     unet.requires_grad_(False)
                     add_adapter(unet, replace(config, init_lora=None))
                 use_direct_forwards(unet)
-            self._known[key] = unet.train()
-        return self._known[key]
+            self._memo[key] = unet.train()
+        return self._memo[key]
 
     def _dtype(self, config: TrainConfig) -> torch.dtype:
         name = config.precision
@@ -181,8 +183,8 @@ class Estimator:
         return DTYPES["bf16" if name == "auto" else name]
 
     def _checkpoints(self, config: TrainConfig) -> bool:
-        asked = config.gradient_checkpointing
-        return self.on_cuda if asked is None else asked
+        choice = config.gradient_checkpointing
+        return self.on_cuda if choice is None else choice
 
 
 def choose_checkpointing(
@@ -264,7 +266,7 @@ class CudaNorms(TorchFunctionMode):
 
 
 def _measure(
-    unet: Any, bucket: Size, tokens: int, dtype: torch.dtype, kept: torch.dtype
+    unet: Any, bucket: Size, tokens: int, dtype: torch.dtype, trained_dtype: torch.dtype
 ) -> Activations:
     width, height = bucket[0] // 8, bucket[1] // 8
     config = unet.config
@@ -274,7 +276,7 @@ def _measure(
         tensors = {
             name: torch.empty(
                 p.shape,
-                dtype=kept if p.requires_grad else dtype,
+                dtype=trained_dtype if p.requires_grad else dtype,
                 requires_grad=p.requires_grad,
             )
             for name, p in unet.named_parameters()
@@ -317,12 +319,12 @@ class _Seen:
 @contextmanager
 def _saved(unet: Any, parameters: set[int]) -> Iterator[_Seen]:
     """Count the storages that autograd saves, and those that each checkpointed block does."""
-    seen, kept, starts = _Seen(), {}, []
+    seen, storages, starts = _Seen(), {}, []
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in parameters and storage._cdata not in kept:
-            kept[storage._cdata] = storage  # held, so that its address is not used again
+        if storage._cdata not in parameters and storage._cdata not in storages:
+            storages[storage._cdata] = storage  # held, so that its address is not used again
             seen.total += storage.nbytes()
             seen.largest = max(seen.largest, storage.nbytes())
         return tensor

@@ -18,7 +18,7 @@ MASK_OF_BF16 = -65536  # the upper 16 bits of an fp32's 32
 
 
 def learning_rate(config: TrainConfig, step: int, num_steps: int) -> float:
-    """Of optimizer step 0..num_steps-1: linear warmup, then what ``lr_schedule`` says."""
+    """The learning rate of optimizer step 0..num_steps-1: linear warmup, then ``lr_schedule``."""
     peak, warmup = config.peak_lr, config.warmup_steps
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -33,10 +33,10 @@ def learning_rate(config: TrainConfig, step: int, num_steps: int) -> float:
 
 
 def optimizer_maker(config: TrainConfig, device: torch.device) -> Make:
-    """The kind of optimizer that the run asks for.
+    """A function that makes the run's kind of optimizer over given parameters.
 
     Raises:
-        ValueError: it is of a package that is not installed.
+        ValueError: the package that it needs is not installed.
     """
     lr, decay = config.peak_lr, config.weight_decay
     if config.optimizer == "adamw":
@@ -59,28 +59,28 @@ def optimizer_maker(config: TrainConfig, device: torch.device) -> Make:
 
     def prodigy(parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
         with redirect_stdout(None):  # it prints
-            made: torch.optim.Optimizer = Prodigy(
+            optimizer: torch.optim.Optimizer = Prodigy(
                 parameters,
                 lr=lr,
                 weight_decay=decay,
                 use_bias_correction=True,
                 safeguard_warmup=True,
             )
-        return made
+        return optimizer
 
     return prodigy
 
 
 def supports_found_inf(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether it can leave a step out by itself, told on the device: torch's fused ones."""
+    """Whether it can skip a step by a flag on the device, as torch's fused optimizers do."""
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
 def step_if(optimizer: torch.optim.Optimizer, lr: float, finite: torch.Tensor) -> None:
     """A step at ``lr`` if ``finite`` (a bool scalar on the device).
 
-    A fused optimizer is told on the device, so that the host does not wait; of others the flag is
-    read.
+    A fused optimizer reads the flag on the device, so that the host does not wait for it; for
+    another kind the host reads it.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -123,17 +123,19 @@ class PerParameterOptimizer:
         """Use up the parameter's gradient in optimizer step ``step``."""
         parameter, stepped = self.parameter, self.stepped
         assert parameter.grad is not None
-        told = supports_found_inf(self.optimizer)
-        before = None if told or self.is_half else parameter.clone()
+        skips_on_device = supports_found_inf(self.optimizer)
+        before = None if skips_on_device or self.is_half else parameter.clone()
         if self.is_half:
             stepped.data = parameter.float()
             stepped.grad = parameter.grad.float()
             parameter.grad = None
-        if not told:
+        if not skips_on_device:
             assert stepped.grad is not None
             # Zeros for NaN: the state stays finite, and the weights are put back below.
             stepped.grad = torch.where(finite, stepped.grad, 0.0)
-        step_if(self.optimizer, lr, finite if told else finite.new_ones((), device="cpu"))
+        step_if(
+            self.optimizer, lr, finite if skips_on_device else finite.new_ones((), device="cpu")
+        )
         if self.is_half:
             generator = torch.Generator(parameter.device)
             generator.manual_seed(derive_key("round", self.seed, step, self.number) >> 65)
@@ -158,19 +160,19 @@ class Optimizer:
         make = optimizer_maker(config, device)
         self.parameters = parameters
         self.slots: list[PerParameterOptimizer] = []
-        self.whole: torch.optim.Optimizer | None = None
+        self.joint: torch.optim.Optimizer | None = None
         if config.pure_bf16 or config.fused_backward:
             values = enumerate(parameters.values())
             self.slots = [
                 PerParameterOptimizer(number, p, make, config.seed) for number, p in values
             ]
         else:
-            self.whole = make(parameters.values())
+            self.joint = make(parameters.values())
 
     def step(self, step: int, lr: float, finite: torch.Tensor) -> None:
-        """Optimizer step ``step`` with the gradients that are there, if ``finite``."""
-        if self.whole is not None:
-            step_if(self.whole, lr, finite)
+        """Optimizer step ``step`` with the present gradients, if ``finite``."""
+        if self.joint is not None:
+            step_if(self.joint, lr, finite)
         for slot in self.slots:
             slot.step(step, lr, finite)
 
@@ -179,14 +181,14 @@ class Optimizer:
             parameter.grad = None
 
     def parts(self) -> list[tuple[list[str], torch.optim.Optimizer]]:
-        """Each torch optimizer with its parameters' names, in its order."""
+        """Each torch optimizer with the names of its parameters, in the optimizer's order."""
         names = list(self.parameters)
-        if self.whole is not None:
-            return [(names, self.whole)]
+        if self.joint is not None:
+            return [(names, self.joint)]
         return [([name], slot.optimizer) for name, slot in zip(names, self.slots, strict=True)]
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """Tensors by ``parameter|field``, and all else that is plain numbers."""
+        """The tensors of the state by ``parameter|field``, and likewise its plain numbers."""
         tensors: dict[str, torch.Tensor] = {}
         numbers: dict[str, Any] = {}
         for names, optimizer in self.parts():
@@ -196,8 +198,8 @@ class Optimizer:
                 for field, value in optimizer.state.get(parameter, {}).items():
                     into = tensors if isinstance(value, torch.Tensor) else numbers
                     into[f"{name}|{field}"] = value
-        if self.whole is not None:  # Prodigy keeps what it has learned of the step size here
-            for name, value in self.whole.param_groups[0].items():
+        if self.joint is not None:  # Prodigy keeps what it has learned of the step size here
+            for name, value in self.joint.param_groups[0].items():
                 if type(value) in (int, float) and name not in ("lr", "weight_decay"):
                     numbers[f"|{name}"] = value
         return tensors, numbers
@@ -229,9 +231,9 @@ def _laid_out(value: Any, parameter: torch.Tensor) -> Any:
     return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
 
 
-# Fused backward: each weight is stepped as soon as its gradient is there, which then goes, so that
-# there are never more than a few gradients at a time. For one process without accumulation;
-# clipping is of each parameter alone, as the norm over all is known too late.
+# Fused backward: each weight is updated as soon as its gradient is computed, which is then freed,
+# so that only a few gradients exist at a time. It works in one process without accumulation; each
+# parameter's gradient is clipped alone, as the norm over all is known too late.
 
 
 class FusedBackward:
@@ -247,7 +249,7 @@ class FusedBackward:
             parameter.register_post_accumulate_grad_hook(self._hook_of(slot))
 
     def arm(self, step: int, lr: float, finite: torch.Tensor) -> None:
-        """The next backward pass is optimizer step ``step``, left out unless ``finite``."""
+        """The next backward pass is optimizer step ``step``, skipped unless ``finite``."""
         self.step, self.lr, self.finite = step, lr, finite
         self._squares = torch.zeros((), device=self.device)
         self.armed = True

@@ -11,7 +11,7 @@ from typing import Any
 from runtime.workers import check_gpus
 
 MAX_COUNT = 2**31 - 1  # of steps, samples, threads: far beyond what can be trained
-_LEAST = {
+_MINIMA = {
     "rank": 1,
     "num_cycles": 1,
     "ema_every": 1,
@@ -86,8 +86,8 @@ class Every:
         if not match:
             raise ValueError(f"{text!r} is no interval: give steps (500) or epochs (2ep)")
         every = cls(float(match[2]), True) if match[2] else cls(int(match[1]))
-        most, least = (MAX_EPOCHS, 1 / MAX_EPOCHS) if every.of_epochs else (MAX_COUNT, 1)
-        if every and not least <= every.amount <= most:
+        maximum, minimum = (MAX_EPOCHS, 1 / MAX_EPOCHS) if every.of_epochs else (MAX_COUNT, 1)
+        if every and not minimum <= every.amount <= maximum:
             raise ValueError(f"{str(text)[:50]!r} is out of range for an interval")
         return every
 
@@ -114,10 +114,10 @@ def check_ranges(settings: Mapping[str, Any]) -> None:
     Raises:
         ValueError: names the option and the range.
     """
-    for name, least in _LEAST.items():
+    for name, minimum in _MINIMA.items():
         value = settings[name]
-        if value is not None and value < least:
-            raise ValueError(f"{flag(name)} must be at least {least}, not {value}")
+        if value is not None and value < minimum:
+            raise ValueError(f"{flag(name)} must be at least {minimum}, not {value}")
         if value is not None and name not in ("seed", *_FINITE) and not value <= MAX_COUNT:
             raise ValueError(f"{flag(name)} must be at most {MAX_COUNT}, not {value}")
     for name in _POSITIVE:

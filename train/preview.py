@@ -64,11 +64,11 @@ def read_preview_prompts(cache: Cache) -> PreviewPrompts | None:
         raise CacheError(f"{cache.folder}: its manifest has no latent_rgb map; encode it again")
     data = read_side_file(cache.folder, manifest, PROMPTS, REMEDY)
     try:
-        held = PreviewFile.from_bytes(data)
-        prompts = tuple(Prompt(**fields) for fields in held.prompts)
+        file = PreviewFile.from_bytes(data)
+        prompts = tuple(Prompt(**fields) for fields in file.prompts)
     except (ValueError, TypeError) as error:
         raise CacheError(f"{cache.folder / PROMPTS}: {error}; {REMEDY}") from None
-    tensors, colors = held.tensors, manifest["latent_rgb"]
+    tensors, colors = file.tensors, manifest["latent_rgb"]
     largest = max(cache.groups(), key=lambda g: (g.bucket[0] * g.bucket[1], g.count, g.bucket))
     return PreviewPrompts(
         prompts=prompts,

@@ -1,4 +1,4 @@
-"""An adapter's frozen base in fewer bytes: int8 by a layer of ours, nf4 by bitsandbytes."""
+"""Stores the frozen base of a LoRA in 8 or 4 bits: int8 by a layer below, nf4 by bitsandbytes."""
 
 import re
 from typing import Any
@@ -56,8 +56,8 @@ class Int8Linear(torch.nn.Linear):
     """A frozen linear layer whose weight W [out, in] is an int8 matrix Q times a scale per row:
     scale = max |W| / 127.5 and Q = round(W / scale), symmetric, without a zero point.
 
-    (torchao's layer, which rounds the same way, keeps the weight in half precision for the backward
-    pass, of each layer: without checkpointing that is a second base in memory.)
+    (torchao's layer rounds the same way, but keeps each weight in half precision for the backward
+    pass: without checkpointing that is a second base in memory.)
     """
 
     def __init__(self, module: torch.nn.Linear) -> None:

@@ -142,15 +142,16 @@ def with_init_lora(
         ValueError: ``--init-lora`` is another file than the run began with, or options of a new
             LoRA are given.
     """
-    given, lora = config.init_lora, state["identity"].get(INIT_LORA)
+    init_lora, lora = config.init_lora, state["identity"].get(INIT_LORA)
     if lora is None:
-        return config, None if given is None else file_digest(find_lora(given))
-    if given is not None:
+        return config, None if init_lora is None else file_digest(find_lora(init_lora))
+    if init_lora is not None:
         try:
-            lora = file_digest(find_lora(given))
+            lora = file_digest(find_lora(init_lora))
         except (ValueError, OSError):
             warnings.warn(
-                f"{given}: cannot be read, and is not needed: the run goes on from {checkpoint}",
+                f"{init_lora}: cannot be read, and is not needed: the run goes on from "
+                f"{checkpoint}",
                 stacklevel=2,
             )
     try:
@@ -197,9 +198,9 @@ def identity_of(
     }
 
 
-def _agree(config: TrainConfig, world: DistContext, mine: str) -> None:
+def _agree(config: TrainConfig, world: DistContext, digest: str) -> None:
     """All processes must have found the same checkpoint, data and base."""
-    if len(set(world.gather([mine]))) > 1:
+    if len(set(world.gather([digest]))) > 1:
         raise ValueError(
             f"{config.out}: the processes do not see the same run there; machines need a shared "
             "folder"
@@ -211,19 +212,19 @@ def _plain(value: Any) -> Any:
 
 
 def _check_settings(config: TrainConfig, state: dict[str, Any]) -> None:
-    settings, theirs = config.resolved(), state["config"]
+    settings, saved = config.resolved(), state["config"]
     for name in FIXED:
-        if name in theirs and theirs[name] != settings[name]:
+        if name in saved and saved[name] != settings[name]:
             raise ValueError(
                 f"{config.out}: cannot resume with {flag(name)} {settings[name]}: the run has "
-                f"{theirs[name]}"
+                f"{saved[name]}"
             )
     for name in NOTED:
         if name in ("steps", "epochs") and config.lr_schedule == "constant":
             continue  # the length of the run shapes the other schedules alone
-        if name in theirs and theirs[name] != _plain(settings[name]):
+        if name in saved and saved[name] != _plain(settings[name]):
             warnings.warn(
-                f"the run goes on with {flag(name)} {settings[name]}; it was {theirs[name]}",
+                f"the run goes on with {flag(name)} {settings[name]}; it was {saved[name]}",
                 stacklevel=2,
             )
 

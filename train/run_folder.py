@@ -90,9 +90,9 @@ def check_input(path: Path, out: Path) -> None:
     Raises:
         ValueError: names the input.
     """
-    doomed = run_entries(out) + [p for p in (out / REPLACED_RUN, out / _MOVING) if p.exists()]
-    is_out = bool(doomed) and path.resolve() == out.resolve()
-    if is_out or any(_is_inside(part, entry) for part in _with_links(path) for entry in doomed):
+    to_delete = run_entries(out) + [p for p in (out / REPLACED_RUN, out / _MOVING) if p.exists()]
+    is_out = bool(to_delete) and path.resolve() == out.resolve()
+    if is_out or any(_is_inside(part, entry) for part in _with_links(path) for entry in to_delete):
         raise ValueError(
             f"{path}: --overwrite would delete it, because it lies in the run that {out} holds; "
             "move it elsewhere, or give another --out"

@@ -76,11 +76,11 @@ def _matching(pattern: str, names: Iterable[str]) -> list[str]:
     shown = f"--targets {pattern[:100]}"
     end = time.monotonic() + MATCH_SECONDS
     try:
-        wanted = regex.compile(pattern)
+        compiled = regex.compile(pattern)
         return [
             name
             for name in names
-            if wanted.fullmatch(name, timeout=max(end - time.monotonic(), 0.001))
+            if compiled.fullmatch(name, timeout=max(end - time.monotonic(), 0.001))
         ]
     except TimeoutError:
         raise ValueError(
@@ -125,7 +125,7 @@ def trainable(unet: Any) -> dict[str, torch.nn.Parameter]:
 # The UNet itself: loaded, cast, checkpointed, sharded, compiled.
 
 COMPILE: dict[str, Any] = {"fullgraph": True, "dynamic": True}
-MOST_GRAPHS = 64
+MAX_GRAPHS = 64
 NORMS = (torch.nn.GroupNorm, torch.nn.LayerNorm)
 BLOCKS = (BasicTransformerBlock, ResnetBlock2D)  # what FSDP gathers at a time
 
@@ -174,8 +174,8 @@ def weight_dtype(config: TrainConfig, precision: Precision) -> torch.dtype:
 
 
 def uses_checkpointing(config: TrainConfig, device: torch.device) -> bool:
-    asked = config.gradient_checkpointing
-    return device.type == "cuda" if asked is None else asked
+    choice = config.gradient_checkpointing
+    return device.type == "cuda" if choice is None else choice
 
 
 def _checkpointed(unet: Any) -> Callable[..., Any]:
@@ -235,5 +235,5 @@ def _compile(unet: Any) -> None:
     no gradients, and for blocks of other widths. ``fullgraph``: what cannot be compiled, or would
     be compiled for ever anew, is an error, and never falls back to eager in silence.
     """
-    torch._dynamo.config.recompile_limit = MOST_GRAPHS
+    torch._dynamo.config.recompile_limit = MAX_GRAPHS
     unet.compile_repeated_blocks(**COMPILE)

@@ -100,13 +100,13 @@ def tensor_files(
         counted = f"-{number:05d}-of-{len(parts):05d}" if len(parts) > 1 else ""
         file_name = f"{stem}{dot}{counted}.safetensors"
         files |= dict.fromkeys(names, file_name.rpartition("/")[2])
-        is_mine = next(owners) == world.rank
+        is_owner = next(owners) == world.rank
         state = {}
         for name in names:
             tensor = full_tensor(get(name).detach())
-            if is_mine:
+            if is_owner:
                 state[name] = convert(name, tensor.cpu()).contiguous().clone()
-        if is_mine:
+        if is_owner:
             yield partial(_write_tensor_file, file_name, state, metadata)
     if world.is_main and len(parts) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files}
@@ -207,7 +207,7 @@ def weights_files(
             yield partial(_write_lora, lora_bytes(unet, None if ema is None else ema.values, card))
         return
     if world.is_main:
-        yield partial(_write_about, kind, _config_text(unet))
+        yield partial(_write_configs, kind, _config_text(unet))
     parameters = dict(unet.named_parameters())
     if ema is None:
         yield from tensor_files(
@@ -227,7 +227,7 @@ def _write_lora(files: dict[str, bytes], folder: Path) -> None:
         (folder / KOHYA).unlink(missing_ok=True)
 
 
-def _write_about(kind: WeightsFormat, config: str, folder: Path) -> None:
+def _write_configs(kind: WeightsFormat, config: str, folder: Path) -> None:
     """What lies beside the tensors of a UNet."""
     folder.mkdir(parents=True, exist_ok=True)
     write_schedule(kind.base, kind.schedule, folder)
@@ -256,7 +256,7 @@ def read_weights(unet: Any, full: bool, folder: Path, ema: Ema | None) -> None:
                         into.copy_(value)
         return
     averaged = {} if ema is None else ema.parameters
-    kept = {name: parameter.detach().clone() for name, parameter in averaged.items()}
+    before = {name: parameter.detach().clone() for name, parameter in averaged.items()}
     state = safetensors.torch.load_file(folder / LORA)
     state = {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
     adapter = next(iter(unet.peft_config))
@@ -266,7 +266,7 @@ def read_weights(unet: Any, full: bool, folder: Path, ema: Ema | None) -> None:
         with torch.no_grad():
             for name, parameter in ema.parameters.items():
                 ema.values[name].copy_(parameter)
-                parameter.copy_(kept[name])
+                parameter.copy_(before[name])
 
 
 def weights_bytes(unet: Any, kind: WeightsFormat, ema: Ema | None) -> int:

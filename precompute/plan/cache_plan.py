@@ -29,7 +29,7 @@ from precompute.plan.scan import Notes, add_digests, plan_images, remember_encod
 from precompute.prompts import (
     sync_prompts,
     text_shape,
-    unconditional_is_whole,
+    unconditional_is_complete,
     write_unconditional,
 )
 from precompute.recipe import read_recipe
@@ -263,14 +263,14 @@ def prepare(plan: CachePlan, encoders: Encoders, prompts: list[Prompt] | None) -
     removed.
     """
     folder, recipe = plan.folder, plan.recipe
-    text_is_whole = unconditional_is_whole(folder, recipe)
-    if plan.has_work or not text_is_whole:
+    has_unconditional = unconditional_is_complete(folder, recipe)
+    if plan.has_work or not has_unconditional:
         tasks = [
             task for shard_task in plan.shard_tasks for task in shard_task.tasks if task.is_encoded
         ]
         if any(task.latents is None for task in tasks):
             check_drawings(encoders)
-        if not text_is_whole or any(task.text is None for task in tasks):
+        if not has_unconditional or any(task.text is None for task in tasks):
             assert encoders.text
         write_plan_file(
             folder, {"recipe": recipe, "made_with": encoders.made_with}, plan.shard_tasks
@@ -282,7 +282,7 @@ def prepare(plan: CachePlan, encoders: Encoders, prompts: list[Prompt] | None) -
     for name in plan.broken:
         remove_shard(folder, name)
     retire(folder, plan.outdated)
-    if not text_is_whole:
+    if not has_unconditional:
         write_unconditional(folder, encoders.text, encoders.batch_size, recipe)
     return sync_prompts(folder, prompts, encoders, recipe)
 
