@@ -62,6 +62,11 @@ class Tf32(TorchDispatchMode):
             for place in PRODUCTS[func]:
                 rounded[place] = to_tf32(args[place], cut_off=self.cut_off)
             args = tuple(rounded)
+        else:  # in inference mode operations come whole, and are made of others
+            with self:
+                result = func.decompose(*args, **(kwargs or {}))
+            if result is not NotImplemented:
+                return result
         return func(*args, **(kwargs or {}))
 
 

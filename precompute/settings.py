@@ -156,7 +156,7 @@ class EncodeSettings:
     batch_size: int | None = option(
         None,
         "Images encoded at a time; each 1024 x 1024 image takes about 3 GB. Default: as the "
-        "cache was encoded so far, else 2.",
+        "cache was encoded so far, else by the GPU's memory and the resolution, else 2.",
         aliases="--vae-batch-size",
     )
     threads: int | None = option(

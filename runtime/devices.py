@@ -47,6 +47,13 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def total_memory(device: torch.device) -> int | None:
+    """Bytes of memory of a CUDA device; None for another."""
+    if device.type != "cuda":
+        return None
+    return int(torch.cuda.get_device_properties(device).total_memory)
+
+
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The tensor there; the host does not wait where that is safe: on CUDA, from pinned memory.
 

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from precompute.dataset.records import Blob, SourceImage
 from precompute.images.decode import image_size, open_image, to_srgb
@@ -370,12 +371,23 @@ def test_white_is_one_and_black_minus_one() -> None:
 
 def test_each_level_is_normalized_to_the_bits_that_caches_have() -> None:
     """A GPU would multiply by the reciprocal of a number, which differs in some levels' last bits;
-    by a tensor it divides."""
+    by a tensor of its own it divides."""
     pixels = torch.arange(256).to(torch.uint8)
     expected = np.arange(256, dtype=np.float32) / np.float32(127.5) - np.float32(1)
     np.testing.assert_array_equal(normalize(pixels).numpy(), expected)
     reciprocal = np.arange(256, dtype=np.float32) * (np.float32(1) / np.float32(127.5))
     assert (reciprocal - np.float32(1) != expected).any()
+    divisors = []
+
+    class Divisions(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any, kwargs: Any) -> Any:
+            if function is torch.ops.aten.div.Tensor:
+                divisors.append(args[1])
+            return function(*args, **(kwargs or {}))
+
+    with Divisions():
+        normalize(torch.empty(2, dtype=torch.uint8, device="meta"))
+    assert [divisor.device.type for divisor in divisors] == ["meta"]
 
 
 def test_shrinking_averages() -> None:
