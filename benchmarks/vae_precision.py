@@ -48,11 +48,11 @@ def to_tf32(tensor: torch.Tensor, *, cut_off: bool = False) -> torch.Tensor:
     return ((bits + half) & -(1 << DROPPED_BITS)).view(torch.float32)
 
 
-class Tf32(TorchDispatchMode):
+class Tf32(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Convolutions and matrix products as in TF32. Attention must be made of such products."""
 
     def __init__(self, *, cut_off: bool = False) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.cut_off, self.num_products = cut_off, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -8,7 +8,7 @@ import torch
 
 from precompute.images.variants import normalize
 from precompute.settings import EncodeSettings
-from runtime.devices import DTYPES, check_bf16, fetch, pick_device, to_device
+from runtime.devices import DTYPES, check_bf16, check_tf32, fetch, pick_device, tf32, to_device
 from sdxl.base import Base, ModelSource
 from sdxl.load import load_vae
 from sdxl.sampling import scale_mean, scale_std
@@ -30,11 +30,17 @@ class Posterior:
 
 
 class LatentEncoder:
-    """Encodes images with the VAE, at one fixed batch size."""
+    """Encodes images with the VAE, at one fixed batch size; if ``in_tf32``, an fp32 one in TF32."""
 
     def __init__(
-        self, vae: ModelSource, dtype: torch.dtype, device: torch.device, batch_size: int
+        self,
+        vae: ModelSource,
+        dtype: torch.dtype,
+        device: torch.device,
+        batch_size: int,
+        in_tf32: bool = False,
     ) -> None:
+        self._in_tf32 = in_tf32
         self._vae: Any = load_vae(vae, dtype).to(device)
         self._source = vae
         self._fp32_vae: Any = None
@@ -89,7 +95,8 @@ class LatentEncoder:
         torch.stack([*images], out=pixels[:count])
         filled = normalize(to_device(pixels, device))
         filled[count:] = 0
-        posterior = vae.encode(filled.to(vae.dtype)).latent_dist
+        with tf32(self._in_tf32):
+            posterior = vae.encode(filled.to(vae.dtype)).latent_dist
         wait = fetch({"mean": posterior.mean[:count].float(), "std": posterior.std[:count].float()})
 
         def scaled() -> Posterior:
@@ -137,10 +144,15 @@ class Encoders:
     @property
     def latents(self) -> LatentEncoder:
         if self._latents is None:
-            dtype = DTYPES[self.settings.vae_dtype]
-            if dtype == torch.bfloat16:
+            name = self.settings.vae_dtype
+            if name == "bf16":
                 check_bf16("--vae-dtype bf16", self.device)
-            self._latents = LatentEncoder(self.base.vae, dtype, self.device, self.batch_size)
+            if name == "tf32":
+                check_tf32("--vae-dtype tf32", self.device)
+            dtype = DTYPES["fp32" if name == "tf32" else name]
+            self._latents = LatentEncoder(
+                self.base.vae, dtype, self.device, self.batch_size, in_tf32=name == "tf32"
+            )
         return self._latents
 
     @property

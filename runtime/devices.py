@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -17,7 +18,47 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32} 
 def exact_fp32() -> None:
     """Make fp32 mean fp32 on NVIDIA cards: cuDNN's convolutions are TF32 (10 bits) by default."""
     torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
+
+
+@contextmanager
+def tf32(allowed: bool = True) -> Iterator[None]:
+    """Compute what is started here in TF32 where it is fp32 on CUDA, if ``allowed``."""
+    products: list[Any] = [torch.backends.cudnn, torch.backends.cuda.matmul]
+    before = [kind.allow_tf32 for kind in products]
+    for kind in products:
+        kind.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        for kind, was in zip(products, before, strict=True):
+            kind.allow_tf32 = was
+
+
+def has_tf32(device: torch.device) -> bool:
+    """Whether ``device`` is a GPU that computes in TF32: from compute capability 8.0 on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def check_tf32(option: str, device: torch.device) -> None:
+    """Refuse TF32 where there is none; it would be fp32, by another name.
+
+    Raises:
+        ValueError: names ``option`` and what to give instead.
+    """
+    if not has_tf32(device):
+        raise ValueError(
+            f"{option}: only NVIDIA GPUs of compute capability 8.0 or more have TF32, and this is "
+            f"{_describe(device)}; use fp32"
+        )
+
+
+def _describe(device: torch.device) -> str:
+    if device.type != "cuda":
+        return {"cpu": "a CPU", "mps": "an Apple GPU"}.get(device.type, device.type)
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor})"
 
 
 def pick_device(name: str) -> torch.device:
