@@ -306,9 +306,9 @@ def verify(cache: Path, repair: bool, debug: bool) -> None:
     Names each damaged file and sample; the exit code is 1 if there is any.
     """
     with handle_errors(debug):
-        from cli_caches import parts_of, verify_one
+        from cli_caches import caches_in, verify_cache
 
-        if not all([verify_one(folder, repair) for folder in parts_of(cache)]):
+        if not all([verify_cache(folder, repair) for folder in caches_in(cache)]):
             raise SystemExit(1)
 
 
@@ -323,11 +323,11 @@ def verify(cache: Path, repair: bool, debug: bool) -> None:
 def inspect(cache: Path, sheets: Path | None, debug: bool) -> None:
     """Describe CACHE: buckets, captions, statistics, rejected images."""
     with handle_errors(debug):
-        from cli_caches import inspect_one, parts_of
+        from cli_caches import caches_in, inspect_cache
 
-        parts = parts_of(cache)
+        parts = caches_in(cache)
         for folder in parts:
-            inspect_one(folder, sheets and (sheets / folder.name if len(parts) > 1 else sheets))
+            inspect_cache(folder, sheets and (sheets / folder.name if len(parts) > 1 else sheets))
 
 
 if __name__ == "__main__":

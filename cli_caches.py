@@ -1,4 +1,4 @@
-"""The bodies of ``verify`` (with ``--repair``) and ``inspect``."""
+"""The commands ``verify`` and ``inspect``, apart from ``cli.py``, whose help loads no torch."""
 
 from pathlib import Path
 
@@ -15,13 +15,13 @@ from shards.reader import Cache
 from shards.verify import drop_damaged, rebuild_manifest, verify
 
 
-def parts_of(cache: Path) -> list[Path]:
+def caches_in(cache: Path) -> list[Path]:
     """The caches in a folder: itself, or its train and val."""
     parts = [cache / name for name in ("train", "val") if (cache / name).is_dir()]
     return [cache] if (cache / MANIFEST).exists() or not parts else parts
 
 
-def verify_one(folder: Path, repair: bool) -> bool:
+def verify_cache(folder: Path, repair: bool) -> bool:
     """Say what is damaged in one cache, and drop it; whether nothing is."""
     if not repair or not (folder / MANIFEST).exists():
         return _verify(folder, repair=False)
@@ -53,12 +53,12 @@ def _verify(folder: Path, *, repair: bool) -> bool:
             echo("next: run the same encode again, it makes what was dropped")
     if not faults and "digest" in manifest:
         samples = manifest["num_samples"]
-        whole = f"{pluralize(samples, 'sample')} in {pluralize(num_shards, 'shard')}, all whole"
-        echo(f"{folder}: {whole}")
+        summary = f"{pluralize(samples, 'sample')} in {pluralize(num_shards, 'shard')}, all whole"
+        echo(f"{folder}: {summary}")
     return not faults and "digest" in manifest
 
 
-def inspect_one(folder: Path, sheets: Path | None) -> None:
+def inspect_cache(folder: Path, sheets: Path | None) -> None:
     """Say what one cache holds; draw its sheets into ``sheets``."""
     cache = Cache(folder)
     num_shards = sum(1 for shard in cache.manifest["shards"] if shard["count"])

@@ -1,4 +1,4 @@
-"""What a step of the product allocates at its peak, at full size, on a CPU: over fake tensors.
+"""Counts the peak memory of a full-size training step, on a CPU, over fake tensors.
 
 Fake tensors have shapes and no data, so the real UNet, adapter, loss, backward pass and optimizer
 run as they are, and nothing is computed. Every storage is counted from its making to its end, in
@@ -49,7 +49,7 @@ class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
-        self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+        self._counted: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -64,10 +64,10 @@ class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def _note(self, storage: torch.UntypedStorage) -> None:
-        if storage in self._known:
+        if storage in self._counted:
             return
         size = -(-storage.nbytes() // STEP) * STEP
-        self._known.add(storage)
+        self._counted.add(storage)
         self.live += size
         weakref.finalize(storage, self._end, size)
 
@@ -148,8 +148,8 @@ def main(out: Path) -> None:
     """A table of peaks in GB, at batch 1 in bf16."""
     rows = []
     for name, settings, pixels, target in RUNS:
-        found = peaks(config_of(allow_cpu_bf16=True, **settings), pixels)
-        gb = {f"{what} GB": size / 1e9 for what, size in found.items()}
+        result = peaks(config_of(allow_cpu_bf16=True, **settings), pixels)
+        gb = {f"{kind} GB": size / 1e9 for kind, size in result.items()}
         rows.append({"run": name, "px": pixels, **gb, "target GB": target})
     show("peak of the second step's allocations over fake tensors, batch 1, bf16", rows)
     keep(out / "allocations.json", {"machine": machine(), "rows": rows})

@@ -1,4 +1,4 @@
-"""Caches of SDXL's real sample sizes, made of random numbers, or of nothing at all."""
+"""Makes caches of SDXL's real sample sizes, of random numbers or as sparse files."""
 
 import os
 from dataclasses import dataclass
@@ -88,7 +88,7 @@ def write_random(folder: Path, kind: Kind, samples: list[Sample]) -> None:
     for number, start in enumerate(range(0, len(samples), SHARD_SIZE)):
         names.append(shard_name((kind.pixels, kind.pixels), number))
         part = samples[start : start + SHARD_SIZE]
-        write_shard(folder, names[-1], part, kind.layout, _about(kind))
+        write_shard(folder, names[-1], part, kind.layout, _header_fields(kind))
     _finish(folder, kind, names)
 
 
@@ -123,7 +123,7 @@ def _write_hole(folder: Path, name: str, kind: Kind, count: int, seed: int) -> N
         records["tensors"][:, TENSORS.index(tensor)] = at
         at += kind.layout.slice_bytes(tensor)
     form = make_sample_layout((1, 1), records["tensors"][0].tolist(), kind.layout)
-    parts = [JSON_BYTES, HEADER_BYTES, *(one.stop - one.start for one in form.spans())]
+    parts = [JSON_BYTES, HEADER_BYTES, *(span.stop - span.start for span in form.spans())]
     per_sample = [xxhash.xxh3_64_intdigest(bytes(size)) for size in parts]
     records["first_digest"] = np.arange(count, dtype=np.uint64) * np.uint64(len(per_sample))
     with open(folder / f"{name}.tar", "wb") as file:
@@ -138,12 +138,12 @@ def _write_hole(folder: Path, name: str, kind: Kind, count: int, seed: int) -> N
         "latent": layout.latent,
         "prompt": layout.prompt,
         "pooled": layout.pooled,
-        **_about(kind),
+        **_header_fields(kind),
     }
     write_index(folder / f"{name}.index", header, records, per_sample * count)
 
 
-def _about(kind: Kind) -> dict[str, object]:
+def _header_fields(kind: Kind) -> dict[str, object]:
     return {"bucket": [kind.pixels, kind.pixels], "repeats": 1}
 
 
@@ -156,9 +156,9 @@ def _finish(folder: Path, kind: Kind, names: list[str]) -> None:
     }
     safetensors.torch.save_file(unconditional, folder / UNCONDITIONAL)
     encoders = ("vae", "text_encoder", "text_encoder_2")
-    about = {
+    metadata = {
         "recipe": {name: {"digest": "made", "of_base": True} for name in encoders},
         "text": {"depth": kind.width, "pooled": kind.pooled, "tokens": TOKENS},
         "latents": {"channels": 4},
     }
-    write_manifest(folder, about, [Index(folder / f"{name}.index") for name in names])
+    write_manifest(folder, metadata, [Index(folder / f"{name}.index") for name in names])

@@ -1,4 +1,4 @@
-"""What ``cli.py encode`` costs beside the bare work, on a CPU; how its memory and its rescan grow.
+"""Compares ``cli.py encode`` with the bare work on a CPU; measures its memory and its rescan.
 
 The bare work is what nobody can do without: read, decode, resize and crop each image, the VAE and
 both text encoders of diffusers and transformers on batches of the same size. Both run in this
@@ -65,11 +65,11 @@ class BareWork:
     def __init__(self, settings: EncodeSettings) -> None:
         self.base = open_base(settings.base)
         planned, _ = plan_images(read_dataset(settings)[""].records, settings)
-        planned.sort(key=lambda one: (one.bucket, one.record.key))
+        planned.sort(key=lambda sample: (sample.bucket, sample.record.key))
         self.jobs: dict[Any, list[tuple[Path, Geometry, str]]] = {}
-        for one in planned:
-            job = (one.record.image.file, one.variants[0], one.record.captions[0])
-            self.jobs.setdefault(one.bucket, []).append(job)
+        for sample in planned:
+            job = (sample.record.image.file, sample.variants[0], sample.record.captions[0])
+            self.jobs.setdefault(sample.bucket, []).append(job)
 
     @torch.inference_mode()
     def run(self) -> None:
@@ -83,8 +83,11 @@ class BareWork:
                 part = jobs[start : start + BATCH_SIZE]
                 pixels = torch.stack([_pixels(file, geometry) for file, geometry, _ in part])
                 captions = [caption for _, _, caption in part]
-                found = vae.encode(pixels).latent_dist
-                _ = found.mean * vae.config.scaling_factor, found.std * vae.config.scaling_factor
+                encoded = vae.encode(pixels).latent_dist
+                _ = (
+                    encoded.mean * vae.config.scaling_factor,
+                    encoded.std * vae.config.scaling_factor,
+                )
                 for tokenizer, encoder in zip(tokenizers, encoders, strict=True):
                     ids = tokenizer(
                         captions, padding="max_length", truncation=True, return_tensors="pt"
@@ -114,11 +117,11 @@ def measure_cost(
     draw_images(dataset, count=images, size=resolution * 3 // 2)
     settings = settings_of(dataset, base, folder, resolution)
 
-    def ours() -> None:
+    def encode_once() -> None:
         out = folder / f"cache-of-round-{next(numbers)}"
         quiet(lambda: encode(replace(settings, out=out)))
 
-    works = {"ours": ours, "bare": BareWork(settings).run}
+    works = {"ours": encode_once, "bare": BareWork(settings).run}
     (row,) = rates(take_turns(works, rounds, PROCESSOR), images, "images", target=1.05)
     return [{**row, "ratio": 1 / row["ratio"]}]  # of seconds
 

@@ -1,4 +1,4 @@
-"""What a CPU can say of a GPU: memory by fake tensors and operations by the meta device.
+"""Estimates memory and operations of full-size SDXL on a GPU, from fake and meta tensors on a CPU.
 
 The figures are estimates of full-size SDXL, and stand beside the targets until a card measures
 them (``benchmarks.gpu``). Nothing is computed and no weights are made.
@@ -65,18 +65,18 @@ def memory() -> list[dict[str, Any]]:
     estimator, rows = Estimator(open_base(CONFIGS), TOKENS), []
     for name, settings, pixels, target in PEAKS:
         config, bucket = config_of(**settings), (pixels, pixels)
-        found = estimator.estimate(config, bucket)
+        estimate = estimator.estimate(config, bucket)
         rows.append(
             {
                 "run": name,
                 "px": pixels,
-                "estimated GB": found.peak / 1e9,
+                "estimated GB": estimate.peak / 1e9,
                 "target GB": target,
-                "weights": found.weights / 1e9,
-                "gradients": found.gradients / 1e9,
-                "optimizer": found.optimizer / 1e9,
-                "activations": found.activations / 1e9,
-                "working": found.working / 1e9,
+                "weights": estimate.weights / 1e9,
+                "gradients": estimate.gradients / 1e9,
+                "optimizer": estimate.optimizer / 1e9,
+                "activations": estimate.activations / 1e9,
+                "working": estimate.working / 1e9,
             }
         )
     return rows
@@ -86,14 +86,14 @@ def saved(pixels: int) -> list[dict[str, Any]]:
     """What autograd keeps of one image, in GB: in all, with checkpointing, its largest tensor."""
     estimator, rows = Estimator(open_base(CONFIGS), TOKENS), []
     for name, settings in (("LoRA 4", LORA), ("full", FULL)):
-        found = estimator.activations(config_of(**settings), (pixels, pixels))
+        activations = estimator.activations(config_of(**settings), (pixels, pixels))
         rows.append(
             {
                 "run": name,
                 "px": pixels,
-                "saved GB": found.total / 1e9,
-                "checkpointed GB": found.checkpointed / 1e9,
-                "largest tensor GB": found.largest / 1e9,
+                "saved GB": activations.total / 1e9,
+                "checkpointed GB": activations.checkpointed / 1e9,
+                "largest tensor GB": activations.largest / 1e9,
             }
         )
     return rows

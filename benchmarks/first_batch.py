@@ -1,4 +1,4 @@
-"""Time to the first batch of a cache, and what it keeps in memory; in a process of its own.
+"""Measures the time to a cache's first batch, and the memory used, in a process of its own.
 
 python -m benchmarks.first_batch CACHE
 """

@@ -1,4 +1,4 @@
-"""A base of SDXL's real architecture with random weights: nothing is downloaded.
+"""Makes a base of SDXL's real architecture with random weights; nothing is downloaded.
 
     python -m benchmarks.full_base FOLDER [--encoders]
 

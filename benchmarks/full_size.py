@@ -1,4 +1,4 @@
-"""The real architecture on a CPU: two LoRA steps at 512 px from shards, and what they hold.
+"""Measures two full-size LoRA steps at 512 px on a CPU, with and without encoders in memory.
 
     python -m benchmarks.full_size [--work FOLDER] [--out benchmark-output]
 
@@ -36,9 +36,9 @@ def train_beside_encoders(arguments: list[str], encoders: str) -> None:
     from sdxl.load import load_text_encoders, load_vae
 
     base = open_base(encoders)
-    held = load_vae(base.vae, torch.float32), *load_text_encoders(base, torch.bfloat16)
+    models = load_vae(base.vae, torch.float32), *load_text_encoders(base, torch.bfloat16)
     commands.main(["train", *arguments], standalone_mode=False)
-    assert len(held) == 3
+    assert len(models) == 3
 
 
 @click.command()

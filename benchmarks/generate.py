@@ -1,4 +1,4 @@
-"""Images a second of ``cli.py generate`` against the bare loop over diffusers' own pipeline.
+"""Compares ``cli.py generate`` with the bare loop over diffusers' own pipeline: images a second.
 
 Both draw the same prompts and seeds at the same batch size and write PNGs, in this process, in
 turns (A B, B A, ...), so that a noisy machine disturbs both alike. Models are loaded before. Then
@@ -56,7 +56,7 @@ def settings_of(options: dict[str, Any], out: Path) -> GenerateSettings:
     )
 
 
-def ours(options: dict[str, Any], folder: Path, keep_loaded: bool) -> Callable[[int], None]:
+def product(options: dict[str, Any], folder: Path, keep_loaded: bool) -> Callable[[int], None]:
     """The product: plan, digests, windows, PNGs with their settings, captions, contact sheet."""
     pipeline: Pipeline = make_pipeline(
         settings_of(options, folder / "ours"), keep_loaded=keep_loaded
@@ -88,7 +88,7 @@ def bare(options: dict[str, Any], folder: Path) -> Callable[[int], None]:
         for start in range(0, len(prompts), size):
             some = prompts[start : start + size]
             generators = [torch.Generator().manual_seed(start + n) for n in range(len(some))]
-            found = pipeline(
+            result = pipeline(
                 some,
                 generator=generators,
                 num_inference_steps=options["steps"],
@@ -96,7 +96,7 @@ def bare(options: dict[str, Any], folder: Path) -> Callable[[int], None]:
                 width=options["side"] or None,
                 guidance_scale=GUIDANCE,
             )
-            for offset, image in enumerate(found.images):
+            for offset, image in enumerate(result.images):
                 image.save(out / f"{start + offset:06d}.png")
 
     return loop
@@ -112,7 +112,7 @@ def peak_of(which: str, options: dict[str, Any]) -> dict[str, float]:
 
 def draw_alone(which: str, options: dict[str, Any], folder: Path) -> dict[str, float]:
     """Load and draw once, and say the peaks."""
-    work = ours(options, folder, keep_loaded=False) if which == "ours" else bare(options, folder)
+    work = product(options, folder, keep_loaded=False) if which == "ours" else bare(options, folder)
     work(0)
     # Not getrusage: of a process just started it tells the peak of the one that started it.
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
@@ -124,7 +124,7 @@ def draw_alone(which: str, options: dict[str, Any], folder: Path) -> dict[str, f
 
 def compare(options: dict[str, Any], rounds: int, folder: Path) -> list[dict[str, Any]]:
     """A row per clock."""
-    works = {"ours": ours(options, folder, keep_loaded=True), "bare": bare(options, folder)}
+    works = {"ours": product(options, folder, keep_loaded=True), "bare": bare(options, folder)}
     numbers = count()  # each draws into a folder of its own
     turns = {name: lambda work=work: work(next(numbers)) for name, work in works.items()}
     seconds = take_turns(turns, rounds, clocks(pick_device(options["device"])))
@@ -151,8 +151,12 @@ def main(rounds: int, out: Path, alone: str | None, **options: Any) -> None:
     peaks = [{"way": name, **peak_of(name, options)} for name in ("ours", "bare")]
     show(f"{options['base']}, batch {options['batch_size']}, {rounds} rounds", rows)
     show("peak memory", peaks)
-    about = {"machine": machine(str(pick_device(options["device"]))), **options, "rounds": rounds}
-    keep(out / "generate.json", {**about, "rows": rows, "peaks": peaks})
+    metadata = {
+        "machine": machine(str(pick_device(options["device"]))),
+        **options,
+        "rounds": rounds,
+    }
+    keep(out / "generate.json", {**metadata, "rows": rows, "peaks": peaks})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Full-size SDXL with random weights on one CUDA card; nothing is downloaded.
+"""Measures full-size SDXL with random weights on one CUDA card; nothing is downloaded.
 
 Cells are independent, one process each, dearest last. Their figures go into one JSON as they come;
 run again, it goes on with what is missing, and ``--budget-seconds`` starts no cell after that time.
@@ -55,44 +55,44 @@ PEAKS = {512: ("<= 5.8 GB", "<= 3.6 GB"), 1024: ("<= 6.5 GB", "<= 4.2 GB")}
 
 def grid() -> list[Cell]:
     """What is measured, in the order in which it is."""
-    found = Grid()
-    found.add("ceiling", "matrix product bf16")
+    result = Grid()
+    result.add("ceiling", "matrix product bf16")
     for px in (512, 1024):
-        whole, packed = PEAKS[px]
-        found.add("train", f"LoRA 4, {px}, b1", whole, pixels=px, batch_size=1, **LORA)
+        peak, packed_peak = PEAKS[px]
+        result.add("train", f"LoRA 4, {px}, b1", peak, pixels=px, batch_size=1, **LORA)
         for quant in ("int8", "nf4"):
-            found.add(
+            result.add(
                 "train",
                 f"LoRA 4, {px}, b1, {quant}",
-                packed,
+                packed_peak,
                 pixels=px,
                 batch_size=1,
                 base_quant=quant,
                 **LORA,
             )
-        found.add("train", f"LoRA 16, {px}, b1", pixels=px, batch_size=1, **{**LORA, "rank": 16})
-        found.add("encode bare", f"encode bare, {px}", pixels=px, batch_size=4)
-        found.add("encode", f"encode, {px}", pixels=px, batch_size=4)
-    _add_throughput(found)
+        result.add("train", f"LoRA 16, {px}, b1", pixels=px, batch_size=1, **{**LORA, "rank": 16})
+        result.add("encode bare", f"encode bare, {px}", pixels=px, batch_size=4)
+        result.add("encode", f"encode, {px}", pixels=px, batch_size=4)
+    _add_throughput(result)
     for px in (512, 1024):
-        found.add("generate", f"generate, {px}", pixels=px, batch_size=4, num_steps=30)
+        result.add("generate", f"generate, {px}", pixels=px, batch_size=4, num_steps=30)
     for gib in (12, 16, 24):
         for px in (512, 1024):
-            found.add(
+            result.add(
                 "largest batch", f"largest LoRA 4, {px}, {gib} GiB", pixels=px, gib=gib, **LORA
             )
-        found.add("largest batch", f"largest full, 1024, {gib} GiB", pixels=1024, gib=gib, **FULL)
-    return found.cells
+        result.add("largest batch", f"largest full, 1024, {gib} GiB", pixels=1024, gib=gib, **FULL)
+    return result.cells
 
 
-def _add_throughput(found: Grid) -> None:
+def _add_throughput(actual: Grid) -> None:
     half = ">= 50 % of the ceiling"
     for px, batch in ((512, 16), (1024, 4)):
         at: dict[str, Any] = {"pixels": px, "batch_size": batch}
-        found.add("train", f"LoRA 4, {px}, b{batch}", **at, **LORA)
+        actual.add("train", f"LoRA 4, {px}, b{batch}", **at, **LORA)
         lora, full = (half, half) if px == 1024 else ("", "")
-        found.add("train", f"LoRA 4, {px}, b{batch}, no ckpt", lora, **at, **{**LORA, **PLAIN})
-        found.add(
+        actual.add("train", f"LoRA 4, {px}, b{batch}, no ckpt", lora, **at, **{**LORA, **PLAIN})
+        actual.add(
             "train",
             f"LoRA 4, {px}, b{batch}, no ckpt, compile",
             lora,
@@ -100,8 +100,8 @@ def _add_throughput(found: Grid) -> None:
             compile=True,
             **{**LORA, **PLAIN},
         )
-        found.add("train", f"full, {px}, b{batch}, no ckpt", full, **at, **{**FULL, **PLAIN})
-        found.add(
+        actual.add("train", f"full, {px}, b{batch}, no ckpt", full, **at, **{**FULL, **PLAIN})
+        actual.add(
             "train",
             f"full, {px}, b{batch}, no ckpt, compile",
             full,
@@ -111,9 +111,9 @@ def _add_throughput(found: Grid) -> None:
         )
     for px in (512, 1024):
         peak = "<= 9.5 GB" if px == 1024 else ""
-        found.add("train", f"full, {px}, b1, fused", peak, pixels=px, batch_size=1, **FULL)
+        actual.add("train", f"full, {px}, b1, fused", peak, pixels=px, batch_size=1, **FULL)
         unfused = {**FULL, "fused_backward": False}
-        found.add("train", f"full, {px}, b1, not fused", pixels=px, batch_size=1, **unfused)
+        actual.add("train", f"full, {px}, b1, not fused", pixels=px, batch_size=1, **unfused)
 
 
 def run_cell(cell: Cell, options: list[str]) -> dict[str, Any]:
@@ -126,8 +126,8 @@ def run_cell(cell: Cell, options: list[str]) -> dict[str, Any]:
     last = (run.stdout.splitlines() or [""])[-1]
     if run.returncode or not last.startswith(ANSWER):
         return {"error": (run.stderr.strip().splitlines() or ["no output"])[-1][:300]}
-    found: dict[str, Any] = json.loads(last.removeprefix(ANSWER))
-    return found
+    data: dict[str, Any] = json.loads(last.removeprefix(ANSWER))
+    return data
 
 
 def fill_in(
@@ -136,7 +136,7 @@ def fill_in(
     """Run what has no figures yet, until the time is up; all results by name."""
     start = time.perf_counter()
     results: dict[str, Any] = json.loads(path.read_text())["cells"] if path.exists() else {}
-    about = machine()
+    metadata = machine()
     for cell in cells:
         if "error" not in results.get(cell.name, {"error": ""}):
             continue
@@ -147,7 +147,7 @@ def fill_in(
         since = time.perf_counter()
         figures = run_cell(cell, options)
         results[cell.name] = {**figures, "cell_seconds": round(time.perf_counter() - since, 1)}
-        keep(path, {"machine": about | figures.get("machine", {}), "cells": results})
+        keep(path, {"machine": metadata | figures.get("machine", {}), "cells": results})
     return results
 
 
@@ -156,19 +156,19 @@ def rows_of(cells: list[Cell], results: dict[str, Any]) -> list[dict[str, object
     most = results.get("matrix product bf16", {}).get("tflops")
     rows: list[dict[str, object]] = []
     for cell in cells:
-        found = results.get(cell.name, {"error": "not measured"})
-        tflops = found.get("tflops")
+        result = results.get(cell.name, {"error": "not measured"})
+        tflops = result.get("tflops")
         rows.append(
             {
                 "cell": cell.name,
-                "images/s": found.get("images_per_second"),
+                "images/s": result.get("images_per_second"),
                 "TFLOP/s": tflops,
                 "of ceiling": tflops / most if tflops and most else None,
-                "allocated GB": found.get("peak_allocated_gb"),
-                "reserved GB": found.get("peak_reserved_gb"),
-                "batch": found.get("largest_batch"),
+                "allocated GB": result.get("peak_allocated_gb"),
+                "reserved GB": result.get("peak_reserved_gb"),
+                "batch": result.get("largest_batch"),
                 "target": cell.target,
-                "error": found.get("error", ""),
+                "error": result.get("error", ""),
             }
         )
     return rows

@@ -1,4 +1,4 @@
-"""What ``benchmarks.gpu`` measures, each in a process of its own.
+"""The measurements of ``benchmarks.gpu``, each run in a process of its own.
 
 A cell takes the settings that it is named with and returns its figures. ``tiny`` is the miniature
 on any device, to try the code; images are an eighth as wide then.
@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.caches import kind_for, random_samples, write_random
 from benchmarks.report import timed
-from benchmarks.train_step import Ours
+from benchmarks.train_step import ProductLoop
 from infer.generate import generate
 from infer.settings import GenerateSettings
 from precompute.encode import encode
@@ -59,12 +59,12 @@ class Place:
 def ceiling(place: Place, side: int = 8192) -> Figures:
     """TFLOP/s of a bf16 matrix product: what the other cells are measured against."""
     side = 256 if place.tiny else side
-    one, other = (
+    first, other = (
         torch.randn(side, side, dtype=torch.bfloat16, device=place.device) for _ in range(2)
     )
     best = math.inf
     for _ in range(10):
-        best = min(best, timed(lambda: [one @ other for _ in range(10)], place.device) / 10)
+        best = min(best, timed(lambda: [first @ other for _ in range(10)], place.device) / 10)
     return {"tflops": 2 * side**3 / best / 1e12}
 
 
@@ -170,7 +170,7 @@ class Training:
         self.opened = Cache(cache)
         self._start(batch_size)
         with FlopCounterMode(display=False) as counter:  # it cannot look into what is compiled
-            self.ours.steps(1)
+            self.loop.steps(1)
         self.flops = counter.get_total_flops()
         if compiles:
             self.learner.unet.compile_repeated_blocks(**COMPILE)
@@ -178,11 +178,11 @@ class Training:
     def _start(self, batch_size: int) -> None:
         plan = Plan(self.opened.groups(), 0, batch_size)
         config = TrainConfig(**{**vars(self.config), "batch_size": batch_size})
-        self.ours = Ours(config, self.learner, self.opened, plan)
+        self.loop = ProductLoop(config, self.learner, self.opened, plan)
 
     def stop(self) -> None:
-        self.ours.batches.close()
-        self.ours.log.close(failed=False)
+        self.loop.batches.close()
+        self.loop.log.close(failed=False)
 
     def restart(self, batch_size: int) -> None:
         """Go on with another batch size."""
@@ -203,10 +203,10 @@ def train_rate(
     """Images and TFLOP a second of training, and its peaks; recomputation counts as work."""
     training = Training(place, pixels, batch_size, **settings)
     try:
-        training.ours.steps(2)
+        training.loop.steps(2)
         if place.on_cuda:
             torch.cuda.reset_peak_memory_stats()
-        seconds = timed(lambda: training.ours.steps(num), place.device)
+        seconds = timed(lambda: training.loop.steps(num), place.device)
     finally:
         training.stop()
     return {
@@ -232,7 +232,7 @@ def largest_batch(
     def fits(batch_size: int) -> bool:
         training.restart(batch_size)
         try:
-            training.ours.steps(2)
+            training.loop.steps(2)
         except torch.OutOfMemoryError:
             training.learner.optimizer.zero_grad()
             return False

@@ -1,4 +1,4 @@
-"""The peer: a LoRA trained the plain way, encoding images and captions at every step.
+"""Trains a LoRA online, the usual way: images and captions are encoded at every step.
 
 In the manner of the LoRA example script for SDXL that comes with diffusers, from the same parts:
 images decoded and cut in the data loader, VAE and both text encoders in every step, peft on the
@@ -29,7 +29,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ATTENTION = ["to_k", "to_q", "to_v", "to_out.0"]
 
 
-class Pictures(Dataset[dict[str, Any]]):
+class ImageDataset(Dataset[dict[str, Any]]):
     """Center squares in -1..1, with their captions and SDXL's sizes."""
 
     def __init__(self, folder: Path, side: int) -> None:
@@ -98,19 +98,19 @@ class Online:
             ids = tokenizer(
                 captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
             ).input_ids
-            found = encoder(ids.to(self.device), output_hidden_states=True)
-            hidden.append(found.hidden_states[-2])
-        return torch.cat(hidden, dim=-1), found.text_embeds
+            result = encoder(ids.to(self.device), output_hidden_states=True)
+            hidden.append(result.hidden_states[-2])
+        return torch.cat(hidden, dim=-1), result.text_embeds
 
     @torch.no_grad()
-    def encode_pictures(self, pixels: torch.Tensor) -> torch.Tensor:
+    def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
         """Scaled latents [B, 4, h, w]."""
         posterior = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist
         latents: torch.Tensor = posterior.sample().float() * self.vae.config.scaling_factor
         return latents
 
     def step(self, batch: dict[str, Any]) -> None:
-        latents = self.encode_pictures(batch["pixels"])
+        latents = self.encode_images(batch["pixels"])
         prompt, pooled = self.encode_text(batch["caption"])
         noise = torch.randn_like(latents)
         num = self.schedule.config.num_train_timesteps
@@ -158,7 +158,7 @@ def main(
     torch.manual_seed(0)
     place = torch.device(device)
     online = Online(str(base_path(base)), place, DTYPES[precision], DTYPES[vae_dtype], rank)
-    images = Pictures(dataset, resolution)
+    images = ImageDataset(dataset, resolution)
     loader = DataLoader(images, batch_size=batch_size, shuffle=True)
     start = time.perf_counter()
     for _ in range(epochs):

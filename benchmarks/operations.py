@@ -1,5 +1,6 @@
-"""What a LoRA step at full size launches and moves, with our forward passes and with peft's and
-diffusers' own: counted over fake tensors, where nothing is computed.
+"""Counts the kernel launches and bytes of a full-size LoRA step, over fake tensors.
+
+Both are counted with the product's forward passes and with those of peft and diffusers.
 
 A launch is an operation that writes memory (views and empty tensors are none). Its bytes are those
 of the tensors that it reads and writes. Operations that are no matrix product, convolution or
@@ -50,9 +51,9 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name = function.overloadpacket.__name__
         given = _tensors((args, kwargs))
         made = _tensors(result)
-        known = {tensor.untyped_storage()._cdata for tensor in given}
+        storages = {tensor.untyped_storage()._cdata for tensor in given}
         views = not function._schema.is_mutable and all(
-            tensor.untyped_storage()._cdata in known for tensor in made
+            tensor.untyped_storage()._cdata in storages for tensor in made
         )
         if views or any(part in name for part in NOT_LAUNCHED):
             return result
@@ -120,8 +121,8 @@ def main(pixels: int, batch_size: int, rank: int, out: Path) -> None:
     for name, settings in SETTINGS:
         config = config_of(allow_cpu_bf16=True, rank=rank, **settings)
         with library_forwards():
-            theirs = step_of(config, pixels, batch_size)
-        for whose, counts in (("theirs", theirs), ("ours", step_of(config, pixels, batch_size))):
+            expected = step_of(config, pixels, batch_size)
+        for whose, counts in (("theirs", expected), ("ours", step_of(config, pixels, batch_size))):
             rows.append({"run": name, "forwards": whose, **_row(counts)})
     show(f"LoRA {rank}, {pixels} px, batch {batch_size}, bf16: a forward and backward pass", rows)
     keep(out / "operations.json", {"machine": machine(), "rows": rows})

@@ -1,4 +1,4 @@
-"""Samples a second from a warm page cache, against a bare copy, webdataset and npz.
+"""Compares reading a cache with a bare copy, webdataset and npz: samples a second, warm.
 
 Real SDXL sample sizes; all read the same samples in turns (A B C, B C A, ...), in processor time of
 one thread, medians. Then the time to a first batch and the resident memory of large caches,
@@ -39,7 +39,7 @@ def compare(folder: Path, kind: Kind, count: int, rounds: int) -> list[dict[str,
     works = {
         "mmap copy": readers.mmap_copy(cache),
         "hash, then copy": readers.hash_and_copy(cache),
-        "ours": readers.ours(cache, kind),
+        "ours": readers.shards_in_order(cache, kind),
         "ours, with draws": readers.training(cache),
         "webdataset": readers.stock_webdataset(cache),
         "npz": readers.npz(folder / "npz"),
@@ -61,11 +61,11 @@ def open_large(folder: Path, count: int, rounds: int) -> dict[str, Any]:
     """Medians over processes that each open the cache anew."""
     write_sparse(folder, KINDS["449 kB"], count)
     command = [sys.executable, "-m", "benchmarks.first_batch", str(folder)]
-    found = []
+    results = []
     for _ in range(rounds):
         run = subprocess.run(command, check=True, capture_output=True, text=True)
-        found.append(json.loads(run.stdout))
-    medians = {name: statistics.median(one[name] for one in found) for name in found[0]}
+        results.append(json.loads(run.stdout))
+    medians = {name: statistics.median(item[name] for item in results) for name in results[0]}
     return {"samples": f"{count:,}", **medians}
 
 

@@ -1,4 +1,4 @@
-"""Ways to bring a sample's tensors from a warm page cache into memory of one's own."""
+"""The readers that ``benchmarks.read`` compares: each copies a sample's tensors into memory."""
 
 import io
 import mmap
@@ -26,9 +26,11 @@ Bytes = npt.NDArray[np.uint8]
 
 def places(cache: Cache) -> list[tuple[str, int]]:
     """(shard, row) of every sample, in one shuffled order that all who can seek go by."""
-    found = [(shard.path.stem, row) for shard in cache.shards() for row in range(len(shard.index))]
-    random.Random(0).shuffle(found)
-    return found
+    results = [
+        (shard.path.stem, row) for shard in cache.shards() for row in range(len(shard.index))
+    ]
+    random.Random(0).shuffle(results)
+    return results
 
 
 def _spans(cache: Cache) -> tuple[list[tuple[Bytes, int, int]], Bytes]:
@@ -63,7 +65,7 @@ def mmap_copy(cache: Cache) -> Work:
     return work
 
 
-def ours(cache: Cache, kind: Kind) -> Work:
+def shards_in_order(cache: Cache, kind: Kind) -> Work:
     """All of each sample, found by its place in the plan's order, hashed, and copied into the
     tensors of a batch."""
     group = cache.groups()[0]

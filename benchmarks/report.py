@@ -1,4 +1,4 @@
-"""What every benchmark does: take turns, tell the machine, print a table, keep a JSON."""
+"""Shared by all benchmarks: rounds in turns, the machine's description, tables, JSON files."""
 
 import datetime
 import importlib.metadata
@@ -77,18 +77,18 @@ def rates(
     return [
         {
             "clock": clock,
-            **{f"{n} {unit}/s": amount / statistics.median(found[n]) for n in ("ours", "bare")},
-            "ratio": ratio(found, "ours", "bare"),
+            **{f"{n} {unit}/s": amount / statistics.median(times[n]) for n in ("ours", "bare")},
+            "ratio": ratio(times, "ours", "bare"),
             "target": target,
         }
-        for clock, found in seconds.items()
+        for clock, times in seconds.items()
     ]
 
 
-def ratio(seconds: Mapping[str, Sequence[float]], one: str, other: str) -> float:
-    """How often ``one`` is as fast as ``other``: the median over the rounds."""
-    pairs = zip(seconds[other], seconds[one], strict=True)
-    return statistics.median(theirs / mine for theirs, mine in pairs)
+def ratio(seconds: Mapping[str, Sequence[float]], first: str, other: str) -> float:
+    """How many times ``first`` is as fast as ``other``: the median over the rounds."""
+    pairs = zip(seconds[other], seconds[first], strict=True)
+    return statistics.median(other_time / time for other_time, time in pairs)
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,8 @@ def measured(command: Sequence[str]) -> Used:
             pid, status, usage = os.wait4(child.pid, os.WNOHANG)
             if pid:
                 break
-            found = resident_bytes(child.pid)
-            anonymous, most = max(anonymous, found["RssAnon"]), max(most, found["VmHWM"])
+            result = resident_bytes(child.pid)
+            anonymous, most = max(anonymous, result["RssAnon"]), max(most, result["VmHWM"])
             time.sleep(0.05)
         seconds, child.returncode = time.perf_counter() - start, os.waitstatus_to_exitcode(status)
         output.seek(0)
@@ -133,21 +133,21 @@ def measured(command: Sequence[str]) -> Used:
 def resident_bytes(pid: int | str = "self") -> dict[str, int]:
     """A process's own memory and that of mapped files, as far as it is resident, and the most that
     both ever were together; 0 but on Linux."""
-    found = {"RssAnon": 0, "RssFile": 0, "VmHWM": 0}
+    results = {"RssAnon": 0, "RssFile": 0, "VmHWM": 0}
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
-        return found
+        return results
     for line in lines:
         name, _, value = line.partition(":")
-        if name in found:
-            found[name] = int(value.split()[0]) * 1024
-    return found
+        if name in results:
+            results[name] = int(value.split()[0]) * 1024
+    return results
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
     """Date, processor and versions, which every figure is to be read with."""
-    about: dict[str, Any] = {
+    description: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "processor": _processor(),
         "cores": os.cpu_count(),
@@ -156,9 +156,9 @@ def machine(device: str = "cpu") -> dict[str, Any]:
         "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
     }
     if device.startswith("cuda"):
-        about["gpu"] = torch.cuda.get_device_name(device)
-        about["cuda"] = torch.version.cuda
-    return about
+        description["gpu"] = torch.cuda.get_device_name(device)
+        description["cuda"] = torch.version.cuda
+    return description
 
 
 def _processor() -> str:

@@ -1,5 +1,7 @@
-"""What the imports of each command take: processor seconds in a process of its own, with and
-without what ``runtime/imports.py`` leaves out. (A whole command imports a little more on its way.)
+"""Measures the processor seconds of each command's imports, in a process of its own.
+
+They are measured with and without the imports that ``runtime/imports.py`` skips. (A whole command
+imports a little more later.)
 
     python -m benchmarks.startup [--rounds 3]
 """
@@ -39,8 +41,8 @@ def main(rounds: int, out: Path) -> None:
             (cpu_seconds(f"{SKIP}import {module}"), cpu_seconds(f"import {module}"))
             for _ in range(rounds)
         ]
-        ours, everything = (median(times) for times in zip(*pairs, strict=True))
-        rows.append({"command": name, "imports s": ours, "with all s": everything})
+        actual, everything = (median(times) for times in zip(*pairs, strict=True))
+        rows.append({"command": name, "imports s": actual, "with all s": everything})
     rows.append({"command": "torch alone", "imports s": cpu_seconds("import torch")})
     show("Processor seconds of imports", rows)
     keep(out / "startup.json", {"machine": machine("cpu"), "rows": rows})

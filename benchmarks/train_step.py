@@ -1,4 +1,4 @@
-"""Steps a second of ``cli.py train`` against the bare loop, on the same UNet and optimizer.
+"""Compares ``cli.py train`` with the bare loop, on the same UNet and optimizer: steps a second.
 
 The bare loop has its tensors resident and does nothing but forward, backward, clip and step, by the
 forward passes of peft and diffusers (with ``--same-forwards`` by the product's own). Both
@@ -44,7 +44,7 @@ def bare_steps(learner: Learner, optimizer: Any, batches: list[Batch]) -> None:
         optimizer.zero_grad(set_to_none=True)
 
 
-class Ours:
+class ProductLoop:
     """The product's own steps: read ahead from the shards, logged, flushed."""
 
     def __init__(self, config: TrainConfig, learner: Learner, cache: Cache, plan: Plan) -> None:
@@ -73,7 +73,7 @@ def compare(
     opened = Cache(config.caches[0].folder)
     plan = Plan(opened.groups(), 0, config.batch_size)
     base = open_base(config.base)
-    ours = Ours(config, build_learner(config, base, DistContext(device)), opened, plan)
+    product = ProductLoop(config, build_learner(config, base, DistContext(device)), opened, plan)
     with nullcontext() if same_forwards else library_forwards():
         bare = build_learner(config, base, DistContext(device))
     reader = Reader([opened], plan, RankShare(batch_size=config.batch_size, world=1, rank=0))
@@ -83,12 +83,12 @@ def compare(
     endless = cycle(resident)
     optimizer = bare.optimizer.joint
     works = {
-        "ours": lambda: ours.steps(steps),
+        "ours": lambda: product.steps(steps),
         "bare": lambda: bare_steps(bare, optimizer, list(islice(endless, steps))),
     }
     seconds = take_turns(works, rounds, clocks(device))
-    ours.batches.close()
-    ours.log.close(failed=False)
+    product.batches.close()
+    product.log.close(failed=False)
     return seconds
 
 
@@ -132,8 +132,8 @@ def main(
         )
         seconds = compare(config, place, rounds, steps, same_forwards)
     rows = rates(seconds, steps, "steps", target=0.97)
-    what = "the whole UNet" if full else "LoRA"
-    show(f"{what} of {base}, batch {batch_size}, {rounds} rounds of {steps} steps", rows)
+    trained = "the whole UNet" if full else "LoRA"
+    show(f"{trained} of {base}, batch {batch_size}, {rounds} rounds of {steps} steps", rows)
     keep(out / "train_step.json", {"machine": machine(str(place)), "pixels": pixels, "rows": rows})
 
 

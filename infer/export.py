@@ -1,5 +1,7 @@
-"""Weights in the forms that other tools read. What was written is read back and compared with what
-it was made from, before it gets its name."""
+"""Exports weights to files that other tools read: a LoRA, or a whole model.
+
+What was written is read back and compared with what it was made from, before it gets its name.
+"""
 
 import math
 import warnings
@@ -168,14 +170,14 @@ def _compare(read_back: Parts, expected: Parts, path: Path) -> None:
     Raises:
         OSError: they differ.
     """
-    same = {part: modules.keys() for part, modules in read_back.items()} == {
+    is_equal = {part: modules.keys() for part, modules in read_back.items()} == {
         part: modules.keys() for part, modules in expected.items()
     }
-    for part in expected if same else ():
-        same = same and all(
+    for part in expected if is_equal else ():
+        is_equal = is_equal and all(
             _same(read_back[part][n], adapter) for n, adapter in expected[part].items()
         )
-    if not same:
+    if not is_equal:
         raise OSError(f"{path}: what was read back is not what was written; nothing is kept")
 
 

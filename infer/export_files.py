@@ -74,8 +74,8 @@ def _check_inputs(settings: ExportSettings, unet: Path | None) -> None:
     """Refuse an OUT that would replace a file that is read."""
     for path in _written(settings):
         for option, source in _input_paths(settings, unet):
-            same = path.exists() and source.exists() and path.samefile(source)
-            if same or is_inside(source, path) or is_inside(path, source):
+            is_same_file = path.exists() and source.exists() and path.samefile(source)
+            if is_same_file or is_inside(source, path) or is_inside(path, source):
                 raise ValueError(
                     f"--out {settings.out}: {path} would replace what {option} is read from "
                     f"({source}); give another --out"
@@ -92,8 +92,8 @@ def _input_paths(settings: ExportSettings, unet: Path | None) -> Iterator[tuple[
         path = base_path(source) if source is not None else None
         if path is None or not path.exists():
             continue
-        is_whole = path.is_file() or (path / "config.json").is_file()
-        parts = [path] if is_whole else [path / name for name in _PARTS]
+        is_complete = path.is_file() or (path / "config.json").is_file()
+        parts = [path] if is_complete else [path / name for name in _PARTS]
         yield from ((option, part) for part in parts if part.exists())
 
 

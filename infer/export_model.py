@@ -1,5 +1,4 @@
-"""A whole model in the original layout, or a UNet folder: of a fine-tuned UNet, or of a base with a
-LoRA merged into it."""
+"""Exports a fine-tuned UNet, or a base with a LoRA merged into it, as one file or a UNet folder."""
 
 import json
 import warnings
@@ -217,6 +216,8 @@ def _compare(module: Any, part: Component, path: Path) -> None:
         OSError: it has not.
     """
     tensors = module.state_dict()
-    same = tensors.keys() == part.tensors.keys()
-    if not same or any(not torch.equal(tensors[n], tensor) for n, tensor in part.tensors.items()):
+    is_equal = tensors.keys() == part.tensors.keys()
+    if not is_equal or any(
+        not torch.equal(tensors[n], tensor) for n, tensor in part.tensors.items()
+    ):
         raise OSError(f"{path}: what was read back is not what was written; nothing is kept")

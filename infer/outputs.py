@@ -135,17 +135,17 @@ def read_record(path: Path, to_the_end: bool = True) -> tuple[dict[str, Any] | N
         file.seek(len(SIGNATURE))
         # Where a length in the file is damaged, what comes after it is not found chunk by chunk.
         record: dict[str, Any] | None = {} if RECORD_START in head else None
-        is_whole = is_png = head.startswith(SIGNATURE) or not head
+        is_complete = is_png = head.startswith(SIGNATURE) or not head
         if not is_png and record is None:
             raise ValueError(f"{path}: no PNG file; move it away, or give another --out")
         for kind, data, sound in _png_chunks(file):
             if kind == b"IDAT" and not to_the_end:
-                return record, is_whole
-            is_whole = is_whole and sound
+                return record, is_complete
+            is_complete = is_complete and sound
             if sound and (kind + data).startswith(RECORD_START):
                 record = _parse_record(data)
             if kind == b"IEND":
-                return record, is_whole
+                return record, is_complete
     return record, False
 
 
@@ -183,7 +183,7 @@ def caption_row(path: Path, record: dict[str, Any] | None) -> CaptionRow | None:
     return CaptionRow(path.name, prompt, *size) if all(type(n) is int for n in size) else None
 
 
-def why_stale(path: Path, asked: dict[str, Any]) -> str | None:
+def why_stale(path: Path, requested: dict[str, Any]) -> str | None:
     """Why an image must be generated: empty if it is missing, None if it is up to date.
 
     Raises:
@@ -191,14 +191,14 @@ def why_stale(path: Path, asked: dict[str, Any]) -> str | None:
     """
     if not path.exists():
         return ""
-    recorded, is_whole = read_record(path)
-    if recorded is None and is_whole:
+    recorded, is_complete = read_record(path)
+    if recorded is None and is_complete:
         raise ValueError(f"{path}: not drawn by shardtune; move it away, or give another --out")
-    if recorded is None or not is_whole:
+    if recorded is None or not is_complete:
         return "damaged"
-    if recorded.get("compare") != asked["compare"]:  # the other fields follow from it
-        recorded, asked = _without_comparison(recorded), _without_comparison(asked)
-    changed = sorted(name for name in asked if recorded.get(name) != asked[name])
+    if recorded.get("compare") != requested["compare"]:  # the other fields follow from it
+        recorded, requested = _without_comparison(recorded), _without_comparison(requested)
+    changed = sorted(name for name in requested if recorded.get(name) != requested[name])
     return f"{', '.join(changed)} changed" if changed else None
 
 
@@ -368,8 +368,8 @@ class ImageFolder:
             warnings.warn(
                 f"{_summarize_paths(paths)}: to be generated again: {reason}", stacklevel=2
             )
-        asked = {self.path(request) for request in requests}
-        if others := [path for path in self._existing_images() if path not in asked]:
+        requested = {self.path(request) for request in requests}
+        if others := [path for path in self._existing_images() if path not in requested]:
             warnings.warn(
                 f"{_summarize_paths(others)}: not asked for this time; left as it is", stacklevel=2
             )

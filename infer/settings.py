@@ -203,10 +203,10 @@ def _parse_size(name: str, text: str | None, multiple: int) -> Size | None:
         return None
     match = re.fullmatch(r"([0-9]{1,9})(?:x([0-9]{1,9}))?", text.lower())
     sides = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
-    most = MAX_SIDE if multiple > 1 else MAX_PIXELS
-    if any(not multiple <= side <= most or side % multiple for side in sides):
+    limit = MAX_SIDE if multiple > 1 else MAX_PIXELS
+    if any(not multiple <= side <= limit or side % multiple for side in sides):
         condition = f", multiples of {multiple}" if multiple > 1 else ""
-        raise ValueError(f"--{name} must be N or WxH{condition}, up to {most}, not {text!r}")
+        raise ValueError(f"--{name} must be N or WxH{condition}, up to {limit}, not {text!r}")
     return sides
 
 

@@ -1,4 +1,4 @@
-"""The models that encode: the VAE, images to scaled latents; the text encoders, by captions."""
+"""The VAE and the text encoders, loaded on first use; encodes images to scaled latents."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

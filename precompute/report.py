@@ -1,4 +1,4 @@
-"""What an encode prints: its progress, and a report on each cache."""
+"""Prints the progress of an encode, and a report on each cache."""
 
 import time
 from collections.abc import Iterator

@@ -201,13 +201,13 @@ class EncodeSettings:
         if self.square and self.squash:
             raise ValueError("--square and --squash exclude each other")
         check_gpus(self.gpus)
-        least = {"batch_size": 1, "shard_size": 1, "resolution": 1}
-        least |= {"shuffle_tags": 0, "keep_tokens": 0, "min_size": 0, "crops": 0}
-        for name, smallest in least.items():
+        minima = {"batch_size": 1, "shard_size": 1, "resolution": 1}
+        minima |= {"shuffle_tags": 0, "keep_tokens": 0, "min_size": 0, "crops": 0}
+        for name, minimum in minima.items():
             value = getattr(self, name)
-            if value is not None and value < smallest:
+            if value is not None and value < minimum:
                 flag = name.replace("_", "-")
-                raise ValueError(f"--{flag} must be at least {smallest}, not {value}")
+                raise ValueError(f"--{flag} must be at least {minimum}, not {value}")
         if not 1 <= self.long_captions <= 32:
             raise ValueError(f"--long-captions must be from 1 to 32, not {self.long_captions}")
         if self.crops > MAX_CROPS:

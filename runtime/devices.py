@@ -1,4 +1,4 @@
-"""Where to compute, in which precision, and with how many threads."""
+"""Chooses the device, the precision and the number of threads; the one table of dtypes."""
 
 import os
 import re

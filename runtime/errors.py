@@ -1,4 +1,4 @@
-"""How errors, warnings and signals leave a command: as one line and an exit code."""
+"""Turns the errors, warnings and signals of a command into one line and an exit code."""
 
 import logging
 import os

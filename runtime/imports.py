@@ -1,4 +1,4 @@
-"""What the libraries of a command need not import.
+"""Spares a command the imports of its libraries that it does not use, so that it starts sooner.
 
 diffusers, peft and transformers import whatever they might be asked for: packages that quantize,
 wherever these are installed, torch's compiler, and tensors that are sharded over processes. That

@@ -1,4 +1,4 @@
-"""Text in messages, and on its way to a terminal or a log."""
+"""Text for messages: unsafe characters escaped, long values cut, numbers with their nouns."""
 
 import re
 from typing import Any

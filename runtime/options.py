@@ -326,8 +326,8 @@ def read_recipe(path: Path, names: Collection[str]) -> dict[str, Any]:
     if unknown := sorted(set(values) - set(names)):
         near = get_close_matches(unknown[0], names, n=3)
         hint = f"did you mean {' or '.join(map(_written, near))}? " if near else ""
-        known = ", ".join(sorted(map(_written, names)))
-        raise ValueError(f"{path}: unknown option {_written(unknown[0])} ({hint}known: {known})")
+        listed = ", ".join(sorted(map(_written, names)))
+        raise ValueError(f"{path}: unknown option {_written(unknown[0])} ({hint}known: {listed})")
     return values
 
 

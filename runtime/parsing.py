@@ -1,4 +1,4 @@
-"""JSON and TOML that somebody else wrote, within bounds.
+"""Reads JSON and TOML that others wrote, within bounds of size and depth.
 
 A name may belong to a pipe that never ends, JSON may be nested deeper than Python recurses, and a
 number may have more digits than ``int`` takes. Each is a ``ValueError`` of one line.

@@ -24,9 +24,9 @@ def read_json(data: bytes | str) -> Any:
         raise ValueError("nested too deep") from None
 
 
-def whole(least: int = 0, most: int = LARGEST) -> Check:
+def integer(minimum: int = 0, maximum: int = LARGEST) -> Check:
     """A whole number in a range."""
-    return lambda value: type(value) is int and least <= value <= most
+    return lambda value: type(value) is int and minimum <= value <= maximum
 
 
 def number(value: Any) -> bool:
@@ -108,7 +108,7 @@ def record(value: Any) -> bool:
 
 
 DIGEST = like("[0-9a-f]{64}")
-SIDE = whole(1, 2**20)  # a side of a tensor or an image
+SIDE = integer(1, 2**20)  # a side of a tensor or an image
 BUCKET = each(SIDE, 2)
-REPEATS = whole(1, 10**6)
+REPEATS = integer(1, 10**6)
 SHARD = like(r"\d+x\d+-\d{6,9}")

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: one mechanism for all commands."""
+"""Handles Ctrl-C and SIGTERM, in the same way for all commands."""
 
 import signal
 from types import FrameType, TracebackType

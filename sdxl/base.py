@@ -12,7 +12,7 @@ from sdxl import BaseError
 from sdxl.checks import check_channels, check_config
 from sdxl.hub import Snapshot
 from sdxl.single_file import CLASSES, PICKLES, SingleFile, sdxl_config
-from sdxl.tokenizers import SharedTokenizers, TokenizerFiles, given_tokenizer
+from sdxl.tokenizers import SharedTokenizers, TokenizerFiles, tokenizer_override
 
 MINIATURE = "miniature"  # names the base that comes with the checkout
 MINIATURE_FOLDER = Path(__file__).parents[1] / "assets" / "miniature-sdxl"
@@ -43,13 +43,13 @@ _PIECE = re.compile(r"[^/\\\0]+\.safetensors")
 _CONFIGS = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
 
 
-def base_path(given: str) -> Path:
+def base_path(name_or_path: str) -> Path:
     """The path of a base on this machine; for a hub id nothing exists at it."""
-    return MINIATURE_FOLDER if given == MINIATURE else Path(given)
+    return MINIATURE_FOLDER if name_or_path == MINIATURE else Path(name_or_path)
 
 
 def open_base(
-    given: str | Path, *, vae: str | None = None, tokenizers: Path | None = None
+    name_or_path: str | Path, *, vae: str | None = None, tokenizers: Path | None = None
 ) -> "Base":
     """Open a base: a diffusers folder, one file, a hub id, or ``miniature``.
 
@@ -60,16 +60,16 @@ def open_base(
     Raises:
         BaseError: there is no such base, its file cannot be read, or it is of something else.
     """
-    given = str(given)
-    if not given:
+    name_or_path = str(name_or_path)
+    if not name_or_path:
         raise BaseError("--base: empty; give a diffusers folder, a file, a hub id, or miniature")
-    path = base_path(given)
+    path = base_path(name_or_path)
     options: dict[str, Any] = {"other_vae": vae, "given_tokenizers": tokenizers}
     if path.is_file() or (_is_file_name(path) and not path.is_dir()):
-        return Base(given, file=SingleFile(path), **options)
+        return Base(name_or_path, file=SingleFile(path), **options)
     if path.exists():
-        return Base(given, folder=path, **options)
-    return Base(given, snapshot=Snapshot(given), **options)
+        return Base(name_or_path, folder=path, **options)
+    return Base(name_or_path, snapshot=Snapshot(name_or_path), **options)
 
 
 def _is_file_name(path: Path) -> bool:
@@ -111,29 +111,29 @@ class Base:
     """A base model, opened by ``open_base``; one of ``folder``, ``file`` and ``snapshot`` is set. A
     missing component is an error when it is needed, and not before."""
 
-    given: str  # the user's name for it; messages begin with it
+    name_or_path: str  # the user's name for it; messages begin with it
     folder: Path | None = None
     file: SingleFile | None = None
     snapshot: Snapshot | None = None
     other_vae: str | None = None
-    given_tokenizers: Path | None = None
+    tokenizers_folder: Path | None = None
     _models: dict[str, ModelSource] = field(default_factory=dict, init=False, repr=False)
 
     def __str__(self) -> str:
-        return self.given
+        return self.name_or_path
 
     @property
     def name(self) -> str:
         """Its folder's or file's name, or its hub id; never its path."""
         if self.snapshot is not None:
             return self.snapshot.repo
-        path = base_path(self.given).resolve()
+        path = base_path(self.name_or_path).resolve()
         return path.name if self.file is None else path.stem
 
     @property
     def pinned(self) -> str:
         """The name by which another process opens the same base: a hub id with its commit."""
-        return self.given if self.snapshot is None else self.snapshot.pinned
+        return self.name_or_path if self.snapshot is None else self.snapshot.pinned
 
     @property
     def unet(self) -> ModelSource:
@@ -190,15 +190,15 @@ class Base:
         Raises:
             BaseError: they cannot be found.
         """
-        if self.given_tokenizers is not None:
-            return given_tokenizer(base_path(str(self.given_tokenizers)), name)
+        if self.tokenizers_folder is not None:
+            return tokenizer_override(base_path(str(self.tokenizers_folder)), name)
         if self.file is not None:
             return self._shared_tokenizers.find(name)
         return TokenizerFiles(self._component_folder(name))
 
     @cached_property
     def _shared_tokenizers(self) -> SharedTokenizers:
-        return SharedTokenizers(self.given)
+        return SharedTokenizers(self.name_or_path)
 
     @cached_property
     def scheduler_config(self) -> dict[str, Any]:
@@ -258,15 +258,15 @@ class Base:
         return own_name or stated.get("license")
 
 
-def open_vae(given: str) -> ModelSource:
+def open_vae(name_or_path: str) -> ModelSource:
     """Open a VAE: its own folder or file, or the one of a base.
 
     Raises:
         BaseError: there is no VAE of SDXL's kind.
     """
-    path = base_path(given)
+    path = base_path(name_or_path)
     is_alone = (path / "config.json").is_file()
-    return ModelSource("vae", path) if is_alone else open_base(given).vae
+    return ModelSource("vae", path) if is_alone else open_base(name_or_path).vae
 
 
 def _check_unet(path: Path, config: dict[str, Any]) -> None:
@@ -330,11 +330,11 @@ def find_weights(folder: Path) -> Weights:
             variants.setdefault(match["whole"] or match["pieces"] or "", path)
     if not variants:
         raise BaseError(f"{folder}: {_instead_of_weights(folder)}")
-    known = [variant for variant in ("", "fp16") if variant in variants]
-    if not known and len(variants) > 1:
+    preferred = [variant for variant in ("", "fp16") if variant in variants]
+    if not preferred and len(variants) > 1:
         names = _listing([path.name for path in variants.values()])
         raise BaseError(f"{folder}: several variants of its weights and no plain one: {names}")
-    variant = known[0] if known else next(iter(variants))
+    variant = preferred[0] if preferred else next(iter(variants))
     path = variants[variant]
     files = (path,) if path.suffix == ".safetensors" else _pieces(path)
     return Weights(variant or None, files)

@@ -144,13 +144,13 @@ def check_config(where: str | Path, component: str, config: dict[str, Any]) -> N
             raise BaseError(f"{where}: its {name} must be {kind}, not {_shown(value)}")
 
 
-def _is_plain(value: Any, most: int, depth: int = MAX_DEPTH) -> bool:
+def _is_plain(value: Any, limit: int, depth: int = MAX_DEPTH) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float | list | dict):
         return True
     if isinstance(value, int | float):
-        return -most <= value <= most  # false of NaN too
+        return -limit <= value <= limit  # false of NaN too
     parts = value.values() if isinstance(value, dict) else value
-    return depth > 0 and all(_is_plain(part, most, depth - 1) for part in parts)
+    return depth > 0 and all(_is_plain(part, limit, depth - 1) for part in parts)
 
 
 def _is_of(value: Any, kind: str) -> bool:

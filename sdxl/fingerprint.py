@@ -110,13 +110,13 @@ def weights_digest(source: ModelSource) -> str:
     key = hashlib.sha256(json.dumps([source.component, stamps]).encode()).hexdigest()
     store = _store()
     try:
-        known = unseal(store.read_bytes())
+        digests = unseal(store.read_bytes())
     except (OSError, ValueError):  # none, damaged, or of an earlier version: computed again
-        known = {}
-    if key not in known:
-        known[key] = tensors_digest(source)
-        _remember(store, known)
-    return str(known[key])
+        digests = {}
+    if key not in digests:
+        digests[key] = tensors_digest(source)
+        _remember(store, digests)
+    return str(digests[key])
 
 
 def file_digest(path: Path) -> str:
@@ -130,13 +130,13 @@ def config_digest(config: dict[str, Any]) -> str:
     Ignored are who saved it, fields that only training reads, and fields with the library's
     default.
     """
-    kept = {
+    relevant = {
         name: value
         for name, value in config.items()
         if not (name.startswith("_") or name in _IGNORED_KEYS)
         and value not in (None, _DEFAULTS.get(name))
     }
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()
 
 
 def tokenizer_digest(tokenizer: TokenizerFiles) -> str:
@@ -150,7 +150,9 @@ def encoder_digests_in_subprocess(base: Base) -> dict[str, str | None]:
     For a hub id only the local hub cache is read: nothing is downloaded.
     """
     root = Path(__file__).resolve().parent.parent
-    folder_or_id = str(base_path(base.given).resolve()) if base.snapshot is None else base.pinned
+    folder_or_id = (
+        str(base_path(base.name_or_path).resolve()) if base.snapshot is None else base.pinned
+    )
     run = subprocess.run(
         [sys.executable, "-m", "sdxl.fingerprint", folder_or_id],
         cwd=root,
@@ -167,16 +169,16 @@ def _store() -> Path:
     return user_cache() / "fingerprints.json"
 
 
-def _remember(store: Path, known: dict[str, str]) -> None:
+def _remember(store: Path, digests: dict[str, str]) -> None:
     try:
         store.parent.mkdir(parents=True, exist_ok=True)
-        write_durable(store, canonical_json(seal(known)).encode())
+        write_durable(store, canonical_json(seal(digests)).encode())
     except OSError:  # a read-only home: the digests are computed again next time
         return
 
 
-def _main(given: str) -> None:
-    base = open_base(given)
+def _main(name_or_path: str) -> None:
+    base = open_base(name_or_path)
     digests: dict[str, str | None] = {}
     for component in ENCODERS:
         try:

@@ -27,11 +27,11 @@ class Snapshot:
         BaseError: no hub id, or it cannot be downloaded.
     """
 
-    def __init__(self, given: str) -> None:
-        match = _HUB_ID.fullmatch(given)
+    def __init__(self, name_or_path: str) -> None:
+        match = _HUB_ID.fullmatch(name_or_path)
         if match is None:
-            raise BaseError(f"{given}: no such folder")
-        self.given, self.repo = given, match["repo"]
+            raise BaseError(f"{name_or_path}: no such folder")
+        self.name_or_path, self.repo = name_or_path, match["repo"]
         self._revision: str | None = match["revision"]
         self._fetched: set[str] = set()
         self.folder = self._download(["model_index.json"])
@@ -73,7 +73,7 @@ class Snapshot:
         from huggingface_hub import snapshot_download
 
         with _as_base_error(
-            f"{self.given}: no such folder, and could not be downloaded from the hub"
+            f"{self.name_or_path}: no such folder, and could not be downloaded from the hub"
         ):
             return Path(
                 snapshot_download(
@@ -95,7 +95,7 @@ def cached_component(repo: str, component: str) -> Path | None:
     return path if path.is_dir() else None
 
 
-def download_base(given: str, out: Path, *, fp16: bool = False, file: str | None = None) -> Path:
+def download_base(hub_id: str, out: Path, *, fp16: bool = False, file: str | None = None) -> Path:
     """Download a base of the hub into ``out``: configs, tokenizers and safetensors only, with one
     set of weights per model (fp16 if asked for, or if there are no others); or the single file
     ``file``, or the only one in the repository. Files of an earlier call are kept; when a
@@ -106,9 +106,9 @@ def download_base(given: str, out: Path, *, fp16: bool = False, file: str | None
     Raises:
         BaseError: no such repository, nothing in it that can be used, or a download that failed.
     """
-    match = _HUB_ID.fullmatch(given)
+    match = _HUB_ID.fullmatch(hub_id)
     if match is None:
-        raise BaseError(f"{given}: no hub id; one is OWNER/NAME, or OWNER/NAME@REVISION")
+        raise BaseError(f"{hub_id}: no hub id; one is OWNER/NAME, or OWNER/NAME@REVISION")
     repo, revision = match["repo"], match["revision"]
     if out.exists() and not out.is_dir():
         raise BaseError(f"{out}: not a folder")

@@ -1,4 +1,4 @@
-"""Load one component of a base alone. Missing, surplus or misshapen tensors are refused."""
+"""Loads one component of a base alone. Missing, surplus or misshapen tensors are refused."""
 
 import inspect
 import warnings
@@ -94,8 +94,8 @@ def load_scheduler(
     config = base.scheduler_config
     name = str(config.get("_class_name"))
     kind: Any = getattr(diffusers, name, None)
-    known = isinstance(kind, type) and issubclass(kind, SchedulerMixin)
-    if not known:
+    is_scheduler = isinstance(kind, type) and issubclass(kind, SchedulerMixin)
+    if not is_scheduler:
         raise BaseError(f"{base}: unknown scheduler {name}")
     changes: dict[str, Any] = {}
     if prediction_type is not None:
@@ -111,9 +111,9 @@ def load_scheduler(
             "not know it",
             stacklevel=2,
         )
-    kept = {name: value for name, value in changes.items() if name in takes}
+    supported = {name: value for name, value in changes.items() if name in takes}
     try:
-        return kind.from_config(config | kept)
+        return kind.from_config(config | supported)
     except Exception as error:  # diffusers raises anything of a config that it cannot take
         reason = f"its scheduler's config makes no {name}: {first_line(error)}"
         raise BaseError(f"{base}: {reason}") from error
@@ -178,11 +178,11 @@ def _load_from_file(
     shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     wanted = {modern_name(component, name): name for name in shapes}
     tensor_mappings = single_file.tensor_mappings(component)
-    given = {name for mapping in tensor_mappings.values() for name in mapping.names or ()}
+    available = {name for mapping in tensor_mappings.values() for name in mapping.names or ()}
     surplus = [key for key, mapping in tensor_mappings.items() if mapping.names is None]
     for fault, names in (
-        ("missing", [name for name in wanted if name not in given]),
-        ("unexpected", [*surplus, *(given - wanted.keys())]),
+        ("missing", [name for name in wanted if name not in available]),
+        ("unexpected", [*surplus, *(available - wanted.keys())]),
     ):
         if names:
             raise _weights_error(path, fault, names)

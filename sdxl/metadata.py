@@ -125,22 +125,24 @@ class ModelMetadata:
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> "ModelMetadata":
         """The reverse of ``to_dict``; a field of another type is ignored."""
-        known = {field.name: record.get(field.name) for field in fields(cls)}
+        values = {field.name: record.get(field.name) for field in fields(cls)}
         texts = ("name", "base", "license", "prediction_type")
-        kept: dict[str, Any] = {name: known[name] for name in texts if isinstance(known[name], str)}
+        kept: dict[str, Any] = {
+            name: values[name] for name in texts if isinstance(values[name], str)
+        }
         for name in ("steps", "rank", "long_captions"):
-            if isinstance(known[name], int):
-                kept[name] = known[name]
-        if isinstance(known["alpha"], int | float):
+            if isinstance(values[name], int):
+                kept[name] = values[name]
+        if isinstance(values["alpha"], int | float):
             with suppress(OverflowError):
-                kept["alpha"] = float(known["alpha"])
-        if isinstance(known["rescale_betas_zero_snr"], bool):
-            kept["rescale_betas_zero_snr"] = known["rescale_betas_zero_snr"]
-        if isinstance(known["caches"], list | tuple):
-            kept["caches"] = tuple(str(cache) for cache in known["caches"])
+                kept["alpha"] = float(values["alpha"])
+        if isinstance(values["rescale_betas_zero_snr"], bool):
+            kept["rescale_betas_zero_snr"] = values["rescale_betas_zero_snr"]
+        if isinstance(values["caches"], list | tuple):
+            kept["caches"] = tuple(str(cache) for cache in values["caches"])
         with suppress(ValueError, TypeError, OverflowError):
             kept["buckets"] = tuple(
-                (int(w), int(h), int(num)) for w, h, num in known["buckets"] or ()
+                (int(w), int(h), int(num)) for w, h, num in values["buckets"] or ()
             )
         return cls(**kept)
 

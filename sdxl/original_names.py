@@ -1,10 +1,10 @@
-"""The original layout of SDXL, which most shared files have, beside that of diffusers: names of
-tensors both ways, and the differences in the tensors themselves. Imports no torch.
+"""Names of tensors in SDXL's original layout and in diffusers', converted both ways. No torch.
 
-One file holds all models, each under a prefix, by the names of Stability's code (UNet and VAE), of
-transformers (text encoder 1) and of open_clip (text encoder 2). Three things differ in more than
-the name: open_clip joins q, k and v to one tensor, and keeps its projection transposed; the
-attention of the VAE is a 1x1 convolution there and a linear layer in diffusers.
+Most shared files have the original layout. One file holds all models, each under a prefix, by the
+names of Stability's code (UNet and VAE), of transformers (text encoder 1) and of open_clip (text
+encoder 2). Three things differ in more than the name: open_clip joins q, k and v to one tensor, and
+keeps its projection transposed; the attention of the VAE is a 1x1 convolution there and a linear
+layer in diffusers.
 """
 
 import re

@@ -87,8 +87,8 @@ def parse_prompt(line: str) -> Prompt:
     for part in parts:
         name, *rest = part.split(maxsplit=1)
         if name not in OPTIONS:
-            known = " ".join(f"--{option}" for option in OPTIONS)
-            raise ValueError(f"unknown option --{name[:60]} (known: {known})")
+            options = " ".join(f"--{option}" for option in OPTIONS)
+            raise ValueError(f"unknown option --{name[:60]} (known: {options})")
         if OPTIONS[name] in values:
             raise ValueError(f"option --{name} is given more than once")
         if not rest:
@@ -245,11 +245,11 @@ def _value(field: str, name: str, text: str) -> Any:
         raise ValueError(f"option {name} must be {allowed}, not {_shown(text)}") from None
 
 
-def _whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
+def _whole_number(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
     def read(text: str) -> int:
         number = int(text) if WHOLE_NUMBER.fullmatch(text) else -1
-        if number < least or (most is not None and number > most):
-            limits = f"of at least {least}" if most is None else f"from {least} to {most}"
+        if number < minimum or (maximum is not None and number > maximum):
+            limits = f"of at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
             raise ValueError(f"a whole number {limits}")
         return number
 

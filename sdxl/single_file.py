@@ -305,8 +305,8 @@ class SingleFile:
         if name != "weight" or not beside:
             return None
         weight, scale = self.tensors[full], self.tensors[beside[0]]
-        known = weight.dtype in _FP8 and scale.dtype in ("F32", "F16", "BF16")
-        if not known or math.prod(scale.shape) not in (1, *weight.shape[:1]):
+        is_supported = weight.dtype in _FP8 and scale.dtype in ("F32", "F16", "BF16")
+        if not is_supported or math.prod(scale.shape) not in (1, *weight.shape[:1]):
             raise BaseError(
                 f"{self.path}: {beside[0]} scales {full} in a form that cannot be read; use the "
                 "fp16 file"

@@ -70,13 +70,13 @@ class TokenizerFiles:
                 if (folder / name).is_file():
                     config |= read_json_object(folder / name)
             special = {name: _content(config.get(name, value)) for name, value in _SPECIAL.items()}
-            most = special["model_max_length"] or NUM_TOKENS
-            if not isinstance(most, int | float) or not most >= 3:
-                raise ValueError(f"its model_max_length is {str(most)[:60]}")
+            max_length = special["model_max_length"] or NUM_TOKENS
+            if not isinstance(max_length, int | float) or not max_length >= 3:
+                raise ValueError(f"its model_max_length is {str(max_length)[:60]}")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             reason = first_line(error)
             raise BaseError(f"{folder}: no tokenizer can be read from it ({reason})") from None
-        special["model_max_length"] = int(min(most, NUM_TOKENS))
+        special["model_max_length"] = int(min(max_length, NUM_TOKENS))
         if self.pad_token is not None:
             special["pad_token"] = self.pad_token
         return {"vocabulary": vocabulary, "merges": merges, **special}
@@ -100,7 +100,7 @@ def has_vocabulary(folder: Path) -> bool:
     return (folder / "tokenizer.json").is_file() or all(path.is_file() for path in pair)
 
 
-def given_tokenizer(folder: Path, name: str) -> TokenizerFiles:
+def tokenizer_override(folder: Path, name: str) -> TokenizerFiles:
     """``tokenizer`` or ``tokenizer_2`` in the folder of ``--tokenizers``.
 
     Raises:
@@ -117,11 +117,11 @@ def given_tokenizer(folder: Path, name: str) -> TokenizerFiles:
 
 
 class SharedTokenizers:
-    """SDXL's own tokenizers, for the single file ``given``, which has none: in the hub's local
-    cache, or else on the hub."""
+    """SDXL's own tokenizers, for the single file ``name_or_path``, which has none: from the hub's
+    local cache, or else from the hub."""
 
-    def __init__(self, given: str) -> None:
-        self._given = given
+    def __init__(self, name_or_path: str) -> None:
+        self._name_or_path = name_or_path
         self._snapshot: Snapshot | None = None
 
     def find(self, name: str) -> TokenizerFiles:
@@ -133,12 +133,14 @@ class SharedTokenizers:
         cached = cached_component(HUB_ID, name)
         if cached is not None and has_vocabulary(cached):
             return TokenizerFiles(cached)
-        warnings.warn(f"{self._given} has no tokenizers: fetching {name} of {HUB_ID}", stacklevel=2)
+        warnings.warn(
+            f"{self._name_or_path} has no tokenizers: fetching {name} of {HUB_ID}", stacklevel=2
+        )
         try:
             self._snapshot = self._snapshot or Snapshot(HUB_ID)
             return TokenizerFiles(self._snapshot.fetch(name))
         except BaseError as error:
             raise BaseError(
-                f"{self._given}: a single file has no tokenizers, and those of {HUB_ID} are not at "
-                f"hand; give --tokenizers DIR ({error})"
+                f"{self._name_or_path}: a single file has no tokenizers, and those of {HUB_ID} are "
+                f"not at hand; give --tokenizers DIR ({error})"
             ) from error

@@ -1,4 +1,4 @@
-"""Write a base as one file in the original layout, tensor by tensor."""
+"""Writes a base as one file in the original layout, tensor by tensor."""
 
 import json
 import math

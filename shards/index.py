@@ -23,13 +23,13 @@ from runtime.schema import (
     each,
     fields,
     flag,
+    integer,
     like,
     misfit,
     number,
     read_json,
     record,
     text,
-    whole,
 )
 from shards.format import (
     CAPTION_TENSORS,
@@ -272,8 +272,8 @@ MAX_SLICE_BYTES = 2**40
 REQUIRED_TENSORS = ("latents.mean", "sizes", *CAPTION_TENSORS)
 HEADER = {
     "shard": SHARD,
-    "count": whole(),
-    "tar_bytes": whole(),
+    "count": integer(),
+    "tar_bytes": integer(),
     "tar_sha256": DIGEST,
     "dtype": lambda value: isinstance(value, str) and value in DTYPES,
     "latent": each(SIDE, 3),
@@ -297,16 +297,16 @@ ENCODE_FIELDS = {  # what encode adds; a shard that another program wrote may la
             **dict.fromkeys(("preprocessing", "vae", "text_encoder", "text_encoder_2"), record),
             "storage": fields({"dtype": text, "mean_only": flag}),
         },
-        {"long_captions": whole(1, 1000)},
+        {"long_captions": integer(1, 1000)},
     ),
     "members": each(_is_member_row),
     "rejected": each(each(text, 2)),
     "made_with": each(record),
     "sums": fields(dict.fromkeys(("gram", "cross"), each(each(number)))),
-    "num_cut_captions": whole(),
+    "num_cut_captions": integer(),
     "dropped_variants": each(
         lambda value: (
-            isinstance(value, list) and len(value) == 2 and text(value[0]) and whole()(value[1])
+            isinstance(value, list) and len(value) == 2 and text(value[0]) and integer()(value[1])
         )
     ),
 }
@@ -369,10 +369,10 @@ def _misfit_of_tensors(records: npt.NDArray[np.void], layout: Layout) -> str | N
     return None if (covered == size).all() else "a sample holds more than its tensors"
 
 
-def _fits(offset: Any, size: Any, most: Any) -> npt.NDArray[np.bool_]:
+def _fits(offset: Any, size: Any, limit: Any) -> npt.NDArray[np.bool_]:
     """Whether [offset, offset + size) lies in [0, most), in numbers that cannot overflow."""
     offset, size = offset.astype(np.uint64), size.astype(np.uint64)
-    limit = np.broadcast_to(np.asarray(most, np.uint64), offset.shape)
+    limit = np.broadcast_to(np.asarray(limit, np.uint64), offset.shape)
     inside = offset <= limit
     fits: npt.NDArray[np.bool_] = inside & (size <= limit - np.where(inside, offset, np.uint64(0)))
     return fits

@@ -1,4 +1,4 @@
-"""A cache in numbers: buckets, captions, recipe, statistics, what was rejected."""
+"""Describes a cache: buckets, captions, recipe, statistics, rejected images."""
 
 import re
 import statistics
@@ -107,10 +107,10 @@ def _read_rejected(cache: Cache) -> Counts:
 
 
 def _describe_buckets(contents: Contents) -> Iterator[str]:
-    most = max(contents.buckets.values(), default=1)
+    largest = max(contents.buckets.values(), default=1)
     for bucket, count in sorted(contents.buckets.items()):
         size = contents.bucket_bytes[bucket] / 1e6
-        bar = "#" * max(1, round(BAR * count / most))
+        bar = "#" * max(1, round(BAR * count / largest))
         yield f"  {bucket:>9}  {count:7d}  {size:9.1f} MB  {bar}"
 
 
@@ -168,8 +168,8 @@ def _top(title: str, counts: Counts) -> Iterator[str]:
 
 def _spread(counts: Counts) -> str:
     """``1``, or ``1 to 3``."""
-    least, most = min(counts, default=0), max(counts, default=0)
-    return f"{least:g}" if least == most else f"{least:g} to {most:g}"
+    low, high = min(counts, default=0), max(counts, default=0)
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
 
 
 def _short(text: str) -> str:

@@ -29,18 +29,18 @@ FIELDS = {
                 "name": schema.SHARD,
                 "bucket": schema.BUCKET,
                 "repeats": schema.REPEATS,
-                "count": schema.whole(0, 2**40),
-                "bytes": schema.whole(),
+                "count": schema.integer(0, 2**40),
+                "bytes": schema.integer(),
                 "index_sha256": schema.DIGEST,
             }
         )
     ),
     "side_files": schema.table(lambda name: name in SIDE_FILES, schema.DIGEST),
-    "num_samples": schema.whole(),
+    "num_samples": schema.integer(),
     "recipe": schema.fields(
         {"vae": _ENCODER, "text_encoder": _TEXT_ENCODER, "text_encoder_2": _TEXT_ENCODER},
         {
-            "long_captions": schema.whole(1, 1000),
+            "long_captions": schema.integer(1, 1000),
             "storage": schema.fields({"dtype": schema.text}),
             "preprocessing": schema.fields({"mode": schema.text}),
         },
@@ -121,9 +121,9 @@ def data_digest(manifest: dict[str, Any]) -> str:
 
     In a cache without them it is the manifest's own ``digest``.
     """
-    kept = {name: value for name, value in manifest.items() if name != "digest"}
-    kept["side_files"] = {n: sha for n, sha in kept["side_files"].items() if n != PROMPTS}
-    return content_digest(kept)
+    fields = {name: value for name, value in manifest.items() if name != "digest"}
+    fields["side_files"] = {n: sha for n, sha in fields["side_files"].items() if n != PROMPTS}
+    return content_digest(fields)
 
 
 def read_side_file(folder: Path, manifest: dict[str, Any], name: str, remedy: str) -> bytes:

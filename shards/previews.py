@@ -38,13 +38,13 @@ def _or_none(check: Check) -> Check:
 
 _SIZES = ("width", "height", "num_steps", "num_images", "original_width", "original_height")
 PROMPT_FIELDS = {
-    **dict.fromkeys(_SIZES, _or_none(schema.whole(1, 2**31))),
+    **dict.fromkeys(_SIZES, _or_none(schema.integer(1, 2**31))),
     "negative": _or_none(schema.text),
-    "seed": _or_none(schema.whole(0, 2**64)),
+    "seed": _or_none(schema.integer(0, 2**64)),
     "guidance_scale": _or_none(schema.number),
     "sampler": _or_none(schema.text),
-    "crop_left": _or_none(schema.whole(-(2**31), 2**31)),
-    "crop_top": _or_none(schema.whole(-(2**31), 2**31)),
+    "crop_left": _or_none(schema.integer(-(2**31), 2**31)),
+    "crop_top": _or_none(schema.integer(-(2**31), 2**31)),
 }
 HEADER_FIELDS = {
     "prompts": schema.each(schema.fields({"text": schema.text}, PROMPT_FIELDS)),

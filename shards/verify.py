@@ -1,4 +1,4 @@
-"""Re-hash a whole cache and name what is damaged; with ``--repair``, drop it, and only it.
+"""Hashes a whole cache again and names what is damaged; with ``--repair``, drops that alone.
 
 The intact samples of a damaged shard are written into a new shard of the same name. A sample is
 intact if each of its parts has the digest that the index names, whatever happened to the tar around
@@ -57,8 +57,8 @@ def verify(folder: Path, manifest: dict[str, Any]) -> Iterator[list[Fault]]:
 
 
 def _check_side_files(folder: Path, manifest: dict[str, Any]) -> Iterator[Fault]:
-    known = {MANIFEST, *ENCODE_FILES, *manifest["side_files"]}
-    known |= {f"{s['name']}.{end}" for s in manifest["shards"] for end in ("tar", "index")}
+    expected = {MANIFEST, *ENCODE_FILES, *manifest["side_files"]}
+    expected |= {f"{s['name']}.{end}" for s in manifest["shards"] for end in ("tar", "index")}
     for name, digest in manifest["side_files"].items():
         path = folder / name
         if not path.is_file():
@@ -72,7 +72,7 @@ def _check_side_files(folder: Path, manifest: dict[str, Any]) -> Iterator[Fault]
             message = f"{path}: cannot be read ({error.strerror or error})"
             yield Fault(path=path, kind="unreadable", message=message)
     for path in sorted(folder.iterdir()):
-        if path.is_file() and path.name not in known:
+        if path.is_file() and path.name not in expected:
             message = f"{path}: not a file of this cache; encode again, or remove it"
             yield Fault(path=path, kind="foreign", message=message)
 
@@ -183,19 +183,19 @@ def salvage(folder: Path, name: str, index_sha256: str, into: Path) -> Salvage |
         if index.sha256 != index_sha256 or not isinstance(index.header.get("members"), list):
             return None
         header = {key: v for key, v in index.header.items() if key not in WRITER_FIELDS}
-        kept = _IntactSamples(file, index, header)
+        intact = _IntactSamples(file, index, header)
         try:
             with writing(
                 into / f"{name}.tar",
                 SHARD_UNCHANGED,
             ):
-                write_members(into, name, kept.samples(), index.layout, header)
+                write_members(into, name, intact.samples(), index.layout, header)
         except FORGED_SAMPLE_ERRORS:
             return None
-    if not kept.num_kept:
+    if not intact.num_kept:
         return None
     is_as_before = Index(into / f"{name}.index").sha256 == index.sha256
-    return Salvage(kept.num_kept, len(index) - kept.num_kept, is_as_before)
+    return Salvage(intact.num_kept, len(index) - intact.num_kept, is_as_before)
 
 
 class _IntactSamples:
@@ -247,8 +247,8 @@ def _drop_members(header: dict[str, Any], dropped: dict[str, str | None]) -> dic
         "rejected": sorted(header["rejected"] + rejected, key=lambda row: sample_key(row[0])),
     }
     if "dropped_variants" in header:
-        kept = [row for row in header["dropped_variants"] if row[0] not in paths]
-        lists["dropped_variants"] = kept
+        remaining = [row for row in header["dropped_variants"] if row[0] not in paths]
+        lists["dropped_variants"] = remaining
     return lists
 
 
@@ -380,8 +380,8 @@ def rebuild_manifest(folder: Path, error: CacheError) -> dict[str, Any]:
         CacheError: ``error`` itself, if the manifest is not damaged but of another version or
             program; or an index is.
     """
-    is_ours = (folder / UNCONDITIONAL).exists() or any(folder.glob("*.index"))
-    if isinstance(error, OtherFormat) or not is_ours:
+    is_cache = (folder / UNCONDITIONAL).exists() or any(folder.glob("*.index"))
+    if isinstance(error, OtherFormat) or not is_cache:
         raise error
     shards = []
     for path in sorted(folder.glob("*.index")):

@@ -1,4 +1,4 @@
-"""Write one shard: the tar first, and when it is on disk for good, its index."""
+"""Writes one shard: the tar first, and when it is on disk for good, its index."""
 
 import hashlib
 import tarfile

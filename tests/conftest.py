@@ -48,7 +48,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """14 captioned images: 64x64, 85x53 and 53x85 pixels."""
     folder = tmp_path_factory.mktemp("pictures")
     draw_images(folder, count=14, size=64)
@@ -74,18 +74,16 @@ def encode_to(base: Path) -> Encode:
 
 
 @pytest.fixture(scope="session")
-def cache(tmp_path_factory: pytest.TempPathFactory, pictures: Path, encode_to: Encode) -> Path:
+def cache(tmp_path_factory: pytest.TempPathFactory, images: Path, encode_to: Encode) -> Path:
     """The 14 images, in fp32: 3 buckets of 5, 5 and 4. Copy it before you change it."""
-    return encode_to(pictures, tmp_path_factory.mktemp("cache") / "cache", dtype="fp32")
+    return encode_to(images, tmp_path_factory.mktemp("cache") / "cache", dtype="fp32")
 
 
 @pytest.fixture(scope="session")
-def split_cache(
-    tmp_path_factory: pytest.TempPathFactory, pictures: Path, encode_to: Encode
-) -> Path:
+def split_cache(tmp_path_factory: pytest.TempPathFactory, images: Path, encode_to: Encode) -> Path:
     """The same in fp16, split into train and val."""
     out = tmp_path_factory.mktemp("split") / "cache"
-    return encode_to(pictures, out, val_share=0.3)
+    return encode_to(images, out, val_share=0.3)
 
 
 @pytest.fixture(scope="session")
@@ -114,10 +112,10 @@ def sdxl_configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def finished(pictures: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(images: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``data`` and its ``cache``: six shards of at most three."""
     folder = tmp_path_factory.mktemp("finished")
-    encodes.encode(encodes.copy_old(pictures, folder / "data"), base, folder / "cache")
+    encodes.encode(encodes.copy_old(images, folder / "data"), base, folder / "cache")
     return folder
 
 

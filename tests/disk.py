@@ -90,7 +90,7 @@ class Disk:
             if os.stat(folder).st_ino == at
             for name in (*folders, *files)
         }
-        self.renames = [one for one in self.renames if _name(one[1]) not in self.named]
+        self.renames = [rename for rename in self.renames if _name(rename[1]) not in self.named]
 
     def _replace(self, real: Callable[..., Any], old: Path, new: Path) -> None:
         self._one()
@@ -144,8 +144,8 @@ class Disk:
 class _CountedFile:
     """A file whose every write is an operation, which may end half done."""
 
-    def __init__(self, file: Any, one: Callable[[Callable[[], Any]], None]) -> None:
-        self._file, self._one = file, one
+    def __init__(self, file: Any, first: Callable[[Callable[[], Any]], None]) -> None:
+        self._file, self._one = file, first
 
     def write(self, data: bytes) -> int:
         def half() -> None:

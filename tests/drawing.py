@@ -16,7 +16,7 @@ from infer.generate import generate
 from infer.settings import GenerateSettings
 
 PROMPTS = ["a red circle", "a blue square on a white ground", "a green triangle"]
-Pictures = list[np.ndarray]
+Images = list[np.ndarray]
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["infer.generate"])
@@ -32,12 +32,12 @@ def settings_of(base: Path, out: Path, prompts: list[str], **settings: Any) -> G
     )
 
 
-def draw(base: Path, out: Path, prompts: list[str], **settings: Any) -> Pictures:
+def draw(base: Path, out: Path, prompts: list[str], **settings: Any) -> Images:
     generate(settings_of(base, out, prompts, **settings))
-    return pictures_in(out)
+    return images_in(out)
 
 
-def pictures_in(folder: Path) -> Pictures:
+def images_in(folder: Path) -> Images:
     return [load(path) for path in sorted(folder.glob("0*.png"))]
 
 
@@ -46,7 +46,7 @@ def load(path: Path) -> np.ndarray:
         return np.asarray(image).astype(int)
 
 
-def reference(base: Path, prompts: list[str], change: Any = None, **call: Any) -> Pictures:
+def reference(base: Path, prompts: list[str], change: Any = None, **call: Any) -> Images:
     """What the pipeline draws when it is called directly."""
     pipeline = StableDiffusionXLPipeline.from_pretrained(str(base))
     pipeline.set_progress_bar_config(disable=True)
@@ -55,31 +55,33 @@ def reference(base: Path, prompts: list[str], change: Any = None, **call: Any) -
     return drawn_by(pipeline, prompts, **call)
 
 
-def drawn_by(pipeline: Any, prompts: list[str], seed: int = 11, **call: Any) -> Pictures:
+def drawn_by(pipeline: Any, prompts: list[str], seed: int = 11, **call: Any) -> Images:
     generators = [torch.Generator().manual_seed(seed + number) for number in range(len(prompts))]
     defaults = {"num_inference_steps": 5, "height": 64, "width": 64, "guidance_scale": 5.0}
-    pictures = pipeline(prompts, generator=generators, **{**defaults, **call}).images
-    return [np.asarray(picture).astype(int) for picture in pictures]
+    images = pipeline(prompts, generator=generators, **{**defaults, **call}).images
+    return [np.asarray(image).astype(int) for image in images]
 
 
-def check_equal(ours: Pictures, theirs: Pictures) -> None:
+def check_equal(actual: Images, expected: Images) -> None:
     """To the rounding of a few values: batches differ."""
-    assert len(ours) == len(theirs) > 0
-    for one, two in zip(ours, theirs, strict=True):
-        assert one.shape == two.shape
-        assert np.abs(one - two).max() <= 1 and np.mean(one != two) < 0.01
+    assert len(actual) == len(expected) > 0
+    for first, second in zip(actual, expected, strict=True):
+        assert first.shape == second.shape
+        assert np.abs(first - second).max() <= 1 and np.mean(first != second) < 0.01
 
 
-def check_same(ours: Pictures, theirs: Pictures) -> None:
+def check_same(actual: Images, expected: Images) -> None:
     """To the last bit: batches are the same."""
-    assert len(ours) == len(theirs) > 0
-    for one, two in zip(ours, theirs, strict=True):
-        assert np.array_equal(one, two)
+    assert len(actual) == len(expected) > 0
+    for first, second in zip(actual, expected, strict=True):
+        assert np.array_equal(first, second)
 
 
-def differ(ours: Pictures, theirs: Pictures) -> float:
+def differ(actual: Images, expected: Images) -> float:
     """The mean difference, in levels, where it is largest."""
-    return max(float(np.abs(one - two).mean()) for one, two in zip(ours, theirs, strict=True))
+    return max(
+        float(np.abs(first - second).mean()) for first, second in zip(actual, expected, strict=True)
+    )
 
 
 def start(settings: GenerateSettings, world: int) -> list[BaseProcess]:

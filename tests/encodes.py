@@ -26,11 +26,11 @@ LONG_AGO = 1_000_000_000  # seconds: a time of change that is remembered at once
 
 @dataclass
 class Count:
-    pictures: int = 0
+    images: int = 0
     captions: int = 0
 
     def __eq__(self, other: object) -> bool:
-        return (self.pictures, self.captions) == other
+        return (self.images, self.captions) == other
 
 
 @contextmanager
@@ -40,19 +40,19 @@ def counted() -> Iterator[Count]:
     count, measure = Count(), precompute.sanity.measure_drawings
     latents, text = LatentEncoder.start, TextEncoders.start
 
-    def start_latents(self: LatentEncoder, pictures: Any) -> Any:
-        count.pictures += len(pictures)
-        return latents(self, pictures)
+    def start_latents(self: LatentEncoder, images: Any) -> Any:
+        count.images += len(images)
+        return latents(self, images)
 
     def start_text(self: TextEncoders, prompts: list[str], *more: Any) -> Any:
         count.captions += 0 if prompts == [""] else len(prompts)
         return text(self, prompts, *more)
 
     def measure_drawings(encoder: LatentEncoder) -> Any:
-        before = count.pictures
-        found = measure(encoder)
-        count.pictures = before
-        return found
+        before = count.images
+        result = measure(encoder)
+        count.images = before
+        return result
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(precompute.sanity, "measure_drawings", measure_drawings)
@@ -107,21 +107,21 @@ def stamps(folder: Path) -> dict[str, tuple[int, int]]:
 
 def samples_of(folder: Path) -> dict[str, dict[str, bytes]]:
     """The tar members of each sample, by its path in the dataset, every byte checked."""
-    found = {}
+    results = {}
     for path in sorted(folder.glob("*.index")):
         shard = Shard(folder, path.stem, Index(path).sha256)
         for row in range(len(shard.index)):
-            found[shard.metadata(row)["path"]] = shard.members(row)
-    return found
+            results[shard.metadata(row)["path"]] = shard.members(row)
+    return results
 
 
 def shards_of(folder: Path) -> dict[str, set[str]]:
     """The paths in each shard."""
-    found = {}
+    results = {}
     for path in sorted(folder.glob("*.index")):
         shard = Shard(folder, path.stem, Index(path).sha256)
-        found[path.stem] = {shard.metadata(row)["path"] for row in range(len(shard.index))}
-    return found
+        results[path.stem] = {shard.metadata(row)["path"] for row in range(len(shard.index))}
+    return results
 
 
 def again(work: Path, base: Path, **settings: Any) -> Report:
@@ -134,7 +134,7 @@ def assert_as_fresh(work: Path, base: Path, **settings: Any) -> None:
     fresh = work / "fresh"
     encode(work / "data", base, fresh, **settings)
     assert samples_of(work / "cache") == samples_of(fresh)
-    assert [fault for found in verify(fresh, read_manifest(fresh)) for fault in found] == []
+    assert [fault for result in verify(fresh, read_manifest(fresh)) for fault in result] == []
     with counted() as count:
         again(work, base, repack=True, **settings)
     assert count == (0, 0)

@@ -14,7 +14,7 @@ from precompute.dataset.sources import read_dataset
 from precompute.settings import EncodeSettings
 
 
-def picture(form: str = "PNG", side: int = 16) -> bytes:
+def image_bytes(form: str = "PNG", side: int = 16) -> bytes:
     file = io.BytesIO()
     Image.linear_gradient("L").resize((side, side)).convert("RGB").save(file, form)
     return file.getvalue()
@@ -50,15 +50,15 @@ def key_of(path: str) -> str:
 
 
 def captions(source: Source) -> dict[str, tuple[str, ...]]:
-    found = {record.path: record.captions for record in source.records}
-    assert len(found) == len(source.records)
-    return found
+    results = {record.path: record.captions for record in source.records}
+    assert len(results) == len(source.records)
+    return results
 
 
 def reasons(source: Source) -> dict[str, str]:
-    found = {rejected.path: rejected.reason for rejected in source.rejected}
-    assert len(found) == len(source.rejected)
-    return found
+    results = {rejected.path: rejected.reason for rejected in source.rejected}
+    assert len(results) == len(source.rejected)
+    return results
 
 
 def files_in(folder: Path) -> set[str]:

@@ -138,10 +138,11 @@ def main() -> int:
                 traceback.print_exc()
                 failed = True
                 continue
-            said = ", ".join(f"{number:,} {how}" for how, number in sorted(endings.items()))
+            summary = ", ".join(f"{number:,} {how}" for how, number in sorted(endings.items()))
             print(
                 f"{name}: seed {given.seed}, {endings.total():,} inputs in "
-                f"{time.monotonic() - start:.0f} s ({said}), {_most_bytes() / 1e6:.0f} MB at most",
+                f"{time.monotonic() - start:.0f} s ({summary}), "
+                f"{_most_bytes() / 1e6:.0f} MB at most",
                 flush=True,
             )
     return int(failed)

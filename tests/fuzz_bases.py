@@ -45,8 +45,8 @@ def fuzz_single_file(work: Path, base: Path) -> Try:
     data = write_single(base, work / "whole.safetensors").read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
     header = data[8 : 8 + length]
-    about = json.loads(header)
-    configs = json.loads(about["__metadata__"]["shardtune.configs"])
+    fields = json.loads(header)
+    configs = json.loads(fields["__metadata__"]["shardtune.configs"])
     path.write_bytes(data)
 
     def read() -> None:
@@ -60,10 +60,12 @@ def fuzz_single_file(work: Path, base: Path) -> Try:
         if how < 2:
             other = damage(rng, header)
         elif how == 2:
-            other = json_text(forge(rng, about)).encode()
+            other = json_text(forge(rng, fields)).encode()
         else:
-            metadata = about["__metadata__"] | {"shardtune.configs": json_text(forge(rng, configs))}
-            other = json.dumps(about | {"__metadata__": metadata}).encode()
+            metadata = fields["__metadata__"] | {
+                "shardtune.configs": json_text(forge(rng, configs))
+            }
+            other = json.dumps(fields | {"__metadata__": metadata}).encode()
         size = rng.choice((len(other), len(other), len(other), 2**63, rng.randrange(2**20)))
         with open(path, "wb") as file:
             file.write(struct.pack("<Q", size) + other)
@@ -81,7 +83,7 @@ def fuzz_base_folder(work: Path, base: Path) -> Try:
     index.write_text('{"metadata": {}, "weight_map": {"a": "b.safetensors"}}')
     (folder / "unet" / "b.safetensors").touch()
     paths = [path for path in sorted(folder.rglob("*")) if path.suffix in (".json", ".txt")]
-    whole = {path: path.read_bytes() for path in paths}
+    originals = {path: path.read_bytes() for path in paths}
 
     def read() -> None:
         opened = open_base(folder)
@@ -95,12 +97,12 @@ def fuzz_base_folder(work: Path, base: Path) -> Try:
     def try_one(rng: random.Random) -> str:
         path = rng.choice(paths)
         if rng.random() < 0.5 and path.suffix == ".json":
-            path.write_text(json_text(forge(rng, json.loads(whole[path]))))
+            path.write_text(json_text(forge(rng, json.loads(originals[path]))))
         else:
-            path.write_bytes(damage(rng, whole[path]))
+            path.write_bytes(damage(rng, originals[path]))
         try:
             return ending(read, folder)
         finally:
-            path.write_bytes(whole[path])
+            path.write_bytes(originals[path])
 
     return try_one

@@ -30,10 +30,10 @@ from tests.mutations import Try, ending, forge, json_text, with_written
 
 def fuzz_cache(work: Path, base: Path) -> Try:
     """Manifests, indexes, samples and side files; then all that reads a cache."""
-    whole, folder = make_cache(work / "whole"), work / "cache"
+    complete, folder = make_cache(work / "whole"), work / "cache"
 
     def try_one(rng: random.Random) -> str:
-        shutil.copytree(whole, folder)
+        shutil.copytree(complete, folder)
         try:
             forge_cache(folder, rng)
             return use(folder)
@@ -55,21 +55,21 @@ def make_cache(folder: Path) -> Path:
         for kind in ("", "negative.")
         for name, shape in (("prompt_embeds", (TOKENS, WIDTH)), ("pooled_prompt_embeds", (POOLED,)))
     }
-    held = PreviewFile(prompts=[{"text": "a"}], made_with={}, tensors=tensors)
-    (folder / PROMPTS).write_bytes(held.to_bytes())
-    about = {
+    stored = PreviewFile(prompts=[{"text": "a"}], made_with={}, tensors=tensors)
+    (folder / PROMPTS).write_bytes(stored.to_bytes())
+    metadata = {
         "latent_rgb": {"weight": [[0.1] * 3] * 4, "bias": [0.0] * 3},
         "latents": {"channels": 4, "mean": [0.0] * 4, "std": [1.0] * 4},
         "sanity": {"drawings": {"psnr": 30.0}, "pictures": [{"psnr": 30.0}]},
     }
     for path in sorted(folder.glob("*.index")):
-        forge_index(path, _add_about)
-    sign_all(folder, lambda manifest: manifest.update(about))
+        forge_index(path, _add_fields)
+    sign_all(folder, lambda manifest: manifest.update(metadata))
     return folder
 
 
-def _add_about(header: dict[str, Any], records: Any) -> None:
-    keys = [one["key"].decode() for one in records]
+def _add_fields(header: dict[str, Any], records: Any) -> None:
+    keys = [record["key"].decode() for record in records]
     header |= {
         "members": [[key, "a", "", "b", "c", 1.0] for key in keys]
         + [["f" * 20, "", "", "", "", 0]],
@@ -132,7 +132,7 @@ def forge_cache(folder: Path, rng: random.Random) -> None:
         _forge_sample(folder, path, rng)
     elif kind == "side":
         _forge_side_file(folder, rng)
-    sign_all(folder, lambda one: forge(rng, one) if kind == "manifest" else None)
+    sign_all(folder, lambda first: forge(rng, first) if kind == "manifest" else None)
 
 
 def _forge_record(records: Any, rng: random.Random) -> None:
@@ -151,8 +151,8 @@ def _forge_sample(folder: Path, path: Path, rng: random.Random) -> None:
     index, tar = Index(path), path.with_suffix(".tar")
     record, data = index.record(0), bytearray(tar.read_bytes())
     place = slice(record.json_offset, record.json_offset + record.json_size)
-    about = forge(rng, json.loads(data[place]))
-    text = json_text(about).encode() if rng.random() < 0.8 else rng.randbytes(40)
+    metadata = forge(rng, json.loads(data[place]))
+    text = json_text(metadata).encode() if rng.random() < 0.8 else rng.randbytes(40)
     text = text[: record.json_size].ljust(record.json_size)
     data[place] = text
     tar.write_bytes(data)

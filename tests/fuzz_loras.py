@@ -26,7 +26,7 @@ LAYER = f"{BLOCK}attn1_to_q"  # [32, 32]
 CONV = "lora_unet_input_blocks_3_0_in_layers_2"  # [32, 16, 3, 3]
 DOWN, UP = (4, 32), (32, 4)
 Shapes = dict[str, tuple[int, ...]]
-WHOLE: dict[str, Shapes] = {
+COMPLETE: dict[str, Shapes] = {
     "LoRA": {f"{LAYER}.lora_down.weight": DOWN, f"{LAYER}.lora_up.weight": UP},
     "DoRA": {
         f"{LAYER}.lora_down.weight": DOWN,
@@ -121,8 +121,8 @@ def change_header(rng: Random, data: bytes) -> bytes:
     else:
         stated.update(rng.choice(({"x": 1}, {"shape": [0]}, {"dtype": "F32", "shape": []})))
     text = json.dumps(header).encode()
-    said = rng.choice((len(text), len(text), 0, 1 << 50))
-    return struct.pack("<Q", said) + text + data[8 + length :]
+    length_field = rng.choice((len(text), len(text), 0, 1 << 50))
+    return struct.pack("<Q", length_field) + text + data[8 + length :]
 
 
 def change_bytes(rng: Random, data: bytes) -> bytes:
@@ -138,7 +138,7 @@ def odd_file(rng: Random) -> bytes:
         return safetensors.torch.save(tensors, {"lora_adapter_metadata": rng.choice(SETTINGS)})
     tensors = {
         name: torch.tensor(1) if name.endswith("on_input") else torch.randn(shape) / 4
-        for name, shape in WHOLE[rng.choice(list(WHOLE))].items()
+        for name, shape in COMPLETE[rng.choice(list(COMPLETE))].items()
     }
     how = rng.choice(("tensors", "tensors", "tensors", "header", "bytes", "nothing"))
     for _ in range(rng.choice((1, 1, 1, 2, 4)) if how == "tensors" else 0):

@@ -116,8 +116,8 @@ def fuzz_checkpoint(work: Path, base: Path) -> Try:
 
     def try_one(rng: random.Random) -> str:
         def state_file(state: dict[str, Any]) -> bytes:
-            is_whole = rng.random() < 0.4
-            return canonical_json(seal(state)).encode() if is_whole else sealed(rng, state)
+            is_sealed = rng.random() < 0.4
+            return canonical_json(seal(state)).encode() if is_sealed else sealed(rng, state)
 
         remove_path(run)
         write_checkpoints(run, state_file)
@@ -165,10 +165,10 @@ def fuzz_plan(work: Path, base: Path) -> Try:
     lines = [line[17:] for line in (work / PLAN).read_bytes().splitlines()]
     members = [task.planned for task in example_work().tasks]
     notes = Notes(work / "out", work)
-    for one in members:
-        notes.memory.remember(f"image {one.record.path}:0", 9, 1, [one.image_digest, 64, 64])
+    for member in members:
+        notes.memory.remember(f"image {member.record.path}:0", 9, 1, [member.image_digest, 64, 64])
     notes.write()
-    held = notes._path.read_bytes()
+    stored = notes._path.read_bytes()
 
     def try_one(rng: random.Random) -> str:
         which = rng.randrange(len(lines) + 1)
@@ -181,9 +181,9 @@ def fuzz_plan(work: Path, base: Path) -> Try:
         (work / PLAN).write_bytes(damage(rng, data) if which == len(lines) else data)
         read_plan_header(work).get("made_with")
         places = read_places(work)
-        placed = [one for shard in assign_shards(members, places, 2) for one in shard.members]
-        assert {one.record.key for one in placed} == {one.record.key for one in members}
-        notes._path.write_bytes(damage(rng, held))
+        placed = [member for shard in assign_shards(members, places, 2) for member in shard.members]
+        assert {sample.record.key for sample in placed} == {member.record.key for member in members}
+        notes._path.write_bytes(damage(rng, stored))
         Notes(work / "out", work).memory.find("image a.png:0", 9, 1)
         return "read" if places else "refused"
 
@@ -195,11 +195,11 @@ def example_work() -> ShardTask:
     geometry = Geometry(original=(70, 64), resized=(70, 64), crop=(3, 0), target=(64, 64))
     records = [SourceImage(f"{name}.png", blob, ("a cat",), mask=blob) for name in "abc"]
     planned = sorted(
-        (PlannedSample(one, "f" * 20, (geometry,), "e" * 20) for one in records), key=_key
+        (PlannedSample(record, "f" * 20, (geometry,), "e" * 20) for record in records), key=_key
     )
-    found = CopySource("64x64-000000", 0, planned[0].record.key)
+    result = CopySource("64x64-000000", 0, planned[0].record.key)
     tasks = [
-        SampleTask(planned[0], found, found),
+        SampleTask(planned[0], result, result),
         SampleTask(planned[1]),
         SampleTask(planned[2], reason="empty"),
     ]
@@ -232,8 +232,8 @@ DRAWING = ImageRequest(
 
 def fuzz_generated(work: Path, base: Path) -> Try:
     """Images that generate wrote, with their records, and the captions beside them."""
-    about = {"samplers": {"": {"name": "euler", "config": {}}}, "weights": {"unet": "0" * 64}}
-    asked = make_record(DRAWING, about)
+    metadata = {"samplers": {"": {"name": "euler", "config": {}}}, "weights": {"unet": "0" * 64}}
+    requested = make_record(DRAWING, metadata)
     row = CaptionRow("000000.png", "a cat", 16, 8)
     layouts = {"folder": jsonl_listing([row]), "coco": coco_listing([row])}
 
@@ -242,7 +242,7 @@ def fuzz_generated(work: Path, base: Path) -> Try:
         folder = ImageFolder(work / "out", rng.choice([*layouts]))
         folder.image_folder.mkdir(parents=True)
         path, listing = folder.image_folder / "000000.png", folder.listing
-        data = image_with(json_text(forge(rng, asked) if rng.random() < 0.5 else asked))
+        data = image_with(json_text(forge(rng, requested) if rng.random() < 0.5 else requested))
         path.write_bytes(damage(rng, data) if rng.random() < 0.3 else data)
         text = layouts["coco" if folder.is_coco else "folder"]
         how = rng.randrange(4)
@@ -253,7 +253,7 @@ def fuzz_generated(work: Path, base: Path) -> Try:
         def read() -> None:
             record, _ = read_record(path)
             caption_row(path, record)
-            why_stale(path, asked)
+            why_stale(path, requested)
             with folder.open():
                 pass
 

@@ -23,7 +23,7 @@ class Hub(ThreadingHTTPServer):
         self.folder = folder
         self.cut: dict[str, int] = {}
         self.lost = ""
-        self.asked: list[str] = []  # the file of each download
+        self.requests: list[str] = []  # the file of each download
         self.listings: list[str] = []  # the path of each request for what a commit holds
         self.moves_after = ""
         self.next_folder = folder
@@ -47,8 +47,10 @@ class _Handler(BaseHTTPRequestHandler):
     server: Hub
 
     def do_GET(self) -> None:
-        asked = next((r for r in (REVISION, NEXT_REVISION) if r in self.path), self.server.branch)
-        files = self.server.files(asked)
+        requested = next(
+            (r for r in (REVISION, NEXT_REVISION) if r in self.path), self.server.branch
+        )
+        files = self.server.files(requested)
         if self.path.startswith("/api/models/"):
             self.server.listings.append(self.path)
         if self.path.startswith(f"/api/models/{REPO}/tree/"):
@@ -56,7 +58,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send_json(rows)
         elif self.path.startswith(f"/api/models/{REPO}"):
             rows = [{"rfilename": name, "size": size} for name, size in files.items()]
-            self._send_json({"id": REPO, "sha": asked, "siblings": rows})
+            self._send_json({"id": REPO, "sha": requested, "siblings": rows})
         else:
             self._send_file(head=False)
 
@@ -81,19 +83,19 @@ class _Handler(BaseHTTPRequestHandler):
             self.end_headers()
             return
         path = self.server.root(revision) / name
-        data, asked = path.read_bytes(), self.headers.get("Range")
-        begin = int(asked.removeprefix("bytes=").partition("-")[0]) if asked else 0
-        self.send_response(206 if asked else 200)
+        data, requested = path.read_bytes(), self.headers.get("Range")
+        begin = int(requested.removeprefix("bytes=").partition("-")[0]) if requested else 0
+        self.send_response(206 if requested else 200)
         self.send_header("ETag", f'"{len(data)}-{revision[:8]}-{name.replace("/", "-")}"')
         self.send_header("X-Repo-Commit", revision)
         self.send_header("Accept-Ranges", "bytes")
-        if asked:
+        if requested:
             self.send_header("Content-Range", f"bytes {begin}-{len(data) - 1}/{len(data)}")
         self.send_header("Content-Length", str(len(data) - begin))
         self.end_headers()
         if head:
             return
-        self.server.asked.append(name)
+        self.server.requests.append(name)
         if name == self.server.moves_after:
             self.server.branch = NEXT_REVISION
         cut = self.server.cut.pop(name, len(data))

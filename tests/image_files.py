@@ -98,7 +98,7 @@ def good_files() -> Iterator[tuple[str, bytes]]:
         picked = values[..., [0, 3]] if channels == 2 else values[..., :channels]
         yield f"16-{name}.png", png_16(picked)
     yield "clear-palette.png", saved(image.convert("P"), "PNG", transparency=3)
-    yield "clear-colour.png", saved(image, "PNG", transparency=(200, 40, 90))
+    yield "clear-color.png", saved(image, "PNG", transparency=(200, 40, 90))
     yield "animated.png", saved(image, "PNG", save_all=True, append_images=[scene(seed=1)])
     yield "profile.png", saved(image, "PNG", icc_profile=linear_profile())
     yield "grey-profile.png", saved(image.convert("L"), "PNG", icc_profile=linear_profile(b"GRAY"))
@@ -144,9 +144,9 @@ def _in_mode(image: Image.Image, mode: str) -> Image.Image:
     if mode != "LAB":
         return image.convert(mode)
     profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
-    found = ImageCms.profileToProfile(image, *profiles, outputMode="LAB")
-    assert found is not None
-    return found
+    result = ImageCms.profileToProfile(image, *profiles, outputMode="LAB")
+    assert result is not None
+    return result
 
 
 def _gif_bomb() -> bytes:

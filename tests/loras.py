@@ -34,14 +34,14 @@ def made_lora(base: Path, folder: Path, **settings: Any) -> Any:
     return unet
 
 
-def halves(unet: Any) -> dict[str, dict[str, torch.Tensor]]:
+def lora_factors(unet: Any) -> dict[str, dict[str, torch.Tensor]]:
     """By module: down, up, and the magnitude of DoRA."""
-    found: dict[str, dict[str, torch.Tensor]] = {}
+    results: dict[str, dict[str, torch.Tensor]] = {}
     kinds = {"lora_A": "down", "lora_B": "up", "lora_magnitude_vector": "magnitude"}
     for name, parameter in unet.named_parameters():
         if match := re.fullmatch(r"(.*)\.(lora_\w+)\.\w+\.weight", name):
-            found.setdefault(match[1], {})[kinds[match[2]]] = parameter.detach().clone()
-    return found
+            results.setdefault(match[1], {})[kinds[match[2]]] = parameter.detach().clone()
+    return results
 
 
 @cache
@@ -70,14 +70,14 @@ def fused_by_diffusers(base: Path, lora: Path) -> Tensors:
 def fused(base: Path, unet: Any, scale: float) -> Tensors:
     """All weights of the base with scale B A in them, and with DoRA's rows."""
     weights = plain(base)
-    for module, one in halves(unet).items():
-        down, up = one["down"], one["up"]
+    for module, factors in lora_factors(unet).items():
+        down, up = factors["down"], factors["up"]
         product = torch.einsum("or,ri->oi", up.flatten(1), down.flatten(1))
-        whole = weights[f"{module}.weight"] + scale * product.reshape(len(up), *down.shape[1:])
-        if "magnitude" in one:
-            rows = one["magnitude"].flatten() / whole.square().flatten(1).sum(1).sqrt()
-            whole = whole * rows.reshape(-1, *[1] * (whole.ndim - 1))
-        weights[f"{module}.weight"] = whole
+        merged = weights[f"{module}.weight"] + scale * product.reshape(len(up), *down.shape[1:])
+        if "magnitude" in factors:
+            rows = factors["magnitude"].flatten() / merged.square().flatten(1).sum(1).sqrt()
+            merged = merged * rows.reshape(-1, *[1] * (merged.ndim - 1))
+        weights[f"{module}.weight"] = merged
     return weights
 
 
@@ -90,30 +90,30 @@ def state_after(unet: Any) -> Tensors:
     return {name: tensor for name, tensor in state.items() if "lora_" not in name}
 
 
-def assert_close(found: Tensors, expected: Tensors) -> None:
-    assert found.keys() == expected.keys()
+def assert_close(actual: Tensors, expected: Tensors) -> None:
+    assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert torch.allclose(found[name], tensor, atol=2e-6, rtol=1e-5), name
+        assert torch.allclose(actual[name], tensor, atol=2e-6, rtol=1e-5), name
 
 
-def num_changed(found: Tensors, base: Path) -> int:
+def num_changed(actual: Tensors, base: Path) -> int:
     """Weights that are not the base's any more."""
     before = _plain(base)
-    return sum(not torch.allclose(found[n], before[n], atol=1e-4) for n in before)
+    return sum(not torch.allclose(actual[n], before[n], atol=1e-4) for n in before)
 
 
 def as_diffusers(unet: Any, prefix: str = "unet.", old: bool = False) -> Tensors:
     """Without settings; ``old``: as attention processors kept theirs."""
     state = {}
-    for module, one in halves(unet).items():
+    for module, factors in lora_factors(unet).items():
         if old:
             name = re.sub(r"\.to_out\.0$", ".to_out", module)
             name = re.sub(r"\.(to_\w+)$", r".processor.\1_lora", name)
-            state[f"{prefix}{name}.down.weight"] = one["down"]
-            state[f"{prefix}{name}.up.weight"] = one["up"]
+            state[f"{prefix}{name}.down.weight"] = factors["down"]
+            state[f"{prefix}{name}.up.weight"] = factors["up"]
         else:
-            state[f"{prefix}{module}.lora_A.weight"] = one["down"]
-            state[f"{prefix}{module}.lora_B.weight"] = one["up"]
+            state[f"{prefix}{module}.lora_A.weight"] = factors["down"]
+            state[f"{prefix}{module}.lora_B.weight"] = factors["up"]
     return state
 
 
@@ -130,9 +130,12 @@ def as_peft(unet: Any, folder: Path, **settings: Any) -> Path:
 def as_underscored(unet: Any, alpha: float) -> Tensors:
     """kohya's tensors under diffusers' names, as some trainers write them."""
     state: Tensors = {}
-    for module, one in halves(unet).items():
+    for module, factors in lora_factors(unet).items():
         key = "lora_unet_" + module.replace(".", "_")
-        state[f"{key}.lora_down.weight"], state[f"{key}.lora_up.weight"] = one["down"], one["up"]
+        state[f"{key}.lora_down.weight"], state[f"{key}.lora_up.weight"] = (
+            factors["down"],
+            factors["up"],
+        )
         state[f"{key}.alpha"] = torch.tensor(alpha)
     return state
 
@@ -141,8 +144,8 @@ def text_lora(rank: int, alpha: float, widths: tuple[int, int]) -> Tensors:
     """kohya's tensors for the first attention of both text encoders."""
     state: Tensors = {}
     for number, width in enumerate(widths, 1):
-        for one in ("q", "out"):
-            key = f"lora_te{number}_text_model_encoder_layers_0_self_attn_{one}_proj"
+        for projection in ("q", "out"):
+            key = f"lora_te{number}_text_model_encoder_layers_0_self_attn_{projection}_proj"
             state[f"{key}.lora_down.weight"] = torch.randn(rank, width) / 4
             state[f"{key}.lora_up.weight"] = torch.randn(width, rank) / 4
             state[f"{key}.alpha"] = torch.tensor(alpha)

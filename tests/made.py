@@ -85,7 +85,7 @@ def write_cache(
     """A finished cache of these samples, in shards by bucket, with its unconditional."""
     folder.mkdir(parents=True)
     buckets: dict[tuple[int, int], list[Sample]] = {}
-    for sample in sorted(samples, key=lambda one: one.key):
+    for sample in sorted(samples, key=lambda sample: sample.key):
         *_, height, width = sample.tensors["latents.mean"].shape
         tensors = {n: t if n == "sizes" else t.to(DTYPES[dtype]) for n, t in sample.tensors.items()}
         cast = Sample(**{**vars(sample), "tensors": tensors})
@@ -99,17 +99,17 @@ def write_cache(
         names.append(shard_name(bucket, 0))
         write_shard(folder, names[-1], members, layout, {"bucket": list(bucket), "repeats": 1})
     unconditional = {}
-    for name, held in (("prompt_embeds", prompt), ("pooled_prompt_embeds", pooled)):
-        unconditional[f"empty.{name}"] = torch.randn(1, *held.shape[1:]).to(DTYPES[dtype])
-        unconditional[f"zeros.{name}"] = torch.zeros(1, *held.shape[1:]).to(DTYPES[dtype])
+    for name, stored in (("prompt_embeds", prompt), ("pooled_prompt_embeds", pooled)):
+        unconditional[f"empty.{name}"] = torch.randn(1, *stored.shape[1:]).to(DTYPES[dtype])
+        unconditional[f"zeros.{name}"] = torch.zeros(1, *stored.shape[1:]).to(DTYPES[dtype])
     safetensors.torch.save_file(unconditional, folder / UNCONDITIONAL)
     digests = {n: {"digest": encoders, "of_base": True} for n in ("text_encoder", "text_encoder_2")}
-    about = {
+    metadata = {
         "recipe": {**digests, "vae": {"digest": encoders, "of_base": True}},
         "text": {"depth": prompt.shape[2], "pooled": pooled.shape[1], "tokens": prompt.shape[1]},
         "latents": {"channels": 4},
     }
-    write_manifest(folder, about, [Index(folder / f"{name}.index") for name in names])
+    write_manifest(folder, metadata, [Index(folder / f"{name}.index") for name in names])
     return folder
 
 
@@ -187,8 +187,8 @@ def parameters_of(seed: int, dtype: torch.dtype = torch.float32) -> Parameters:
     }
 
 
-def same(one: Parameters, other: Parameters) -> bool:
-    return all(torch.equal(one[name], other[name]) for name in one)
+def same(first: Parameters, other: Parameters) -> bool:
+    return all(torch.equal(first[name], other[name]) for name in first)
 
 
 def learner_for(config: TrainConfig, world: DistContext) -> Learner:

@@ -89,14 +89,16 @@ def damaged_json(rng: random.Random, value: Any) -> bytes:
     return damage(rng, text) if kind > 0.5 else text
 
 
-def ending(read: Callable[[], Any], named: Path | None, ours: type[Exception] = ValueError) -> str:
+def ending(
+    read: Callable[[], Any], named: Path | None, actual: type[Exception] = ValueError
+) -> str:
     """ "read", or "refused" where ``read`` raises ``ours``, in one line that names ``named``.
 
     A subclass that a library raises (of decoding, of JSON) is none of ours.
     """
     try:
         read()
-    except ours as error:
+    except actual as error:
         text = str(error)
         assert type(error).__module__ != "json.decoder", error
         assert not isinstance(error, UnicodeError), error

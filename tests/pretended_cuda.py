@@ -75,11 +75,11 @@ class PretendedCuda:
     Arguments and result are pickled."""
 
     def __init__(self, library: Path) -> None:
-        self._calls, theirs = Pipe()
-        number = theirs.fileno()
+        self._calls, expected = Pipe()
+        number = expected.fileno()
         command = [sys.executable, __file__, str(library), str(number)]
         self._process = subprocess.Popen(command, pass_fds=[number], cwd=ROOT)
-        theirs.close()
+        expected.close()
 
     def __call__(self, function: Any, *args: Any, **card: Any) -> Any:
         """``card`` are fields of ``Card``.

@@ -109,9 +109,9 @@ def _seen(out: Path, rank: int) -> Path:
 
 def seen(out: Path) -> dict[tuple[int, int], Counter[str]]:
     """The keys of the samples in each global batch (epoch, number), of all ranks that were."""
-    found: dict[tuple[int, int], Counter[str]] = {}
+    results: dict[tuple[int, int], Counter[str]] = {}
     for path in out.parent.glob(f"{out.name}.seen-*"):
         for line in path.read_text().splitlines():
             epoch, number, keys = json.loads(line)
-            found.setdefault((epoch, number), Counter()).update(keys)
-    return found
+            results.setdefault((epoch, number), Counter()).update(keys)
+    return results

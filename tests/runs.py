@@ -98,17 +98,17 @@ def last_state(out: Path) -> dict[str, Any]:
     return read_state(list(numbered(out).values())[-1])
 
 
-def same_weights(one: Path, two: Path) -> bool:
-    first, second = safetensors.torch.load_file(one), safetensors.torch.load_file(two)
+def same_weights(left: Path, right: Path) -> bool:
+    first, second = safetensors.torch.load_file(left), safetensors.torch.load_file(right)
     return first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
 
 
-def assert_same_run(one: Path, two: Path) -> None:
+def assert_same_run(left: Path, right: Path) -> None:
     """Equal losses, evals, published weights; and to the bit all that a checkpoint holds: weights,
     average, optimizer, scaler, place in the plan."""
-    assert losses(one) == losses(two)
-    assert evals(one) == evals(two)
-    first, second = last_state(one), last_state(two)
+    assert losses(left) == losses(right)
+    assert evals(left) == evals(right)
+    first, second = last_state(left), last_state(right)
     assert first == second, [name for name in first if first[name] != second[name]]
-    name = LORA if (one / LORA).exists() else UNET
-    assert same_weights(one / name, two / name)
+    name = LORA if (left / LORA).exists() else UNET
+    assert same_weights(left / name, right / name)

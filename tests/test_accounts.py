@@ -15,7 +15,7 @@ from precompute.dataset.file_roles import IMAGE_ENDINGS, TEXTS, UNREAD, stem_of,
 from precompute.dataset.records import Source
 from precompute.dataset.sources import read_dataset
 from precompute.settings import EncodeSettings
-from tests.folders import captions, picture, put, put_list, read_one, read_set, reasons
+from tests.folders import captions, image_bytes, put, put_list, read_one, read_set, reasons
 
 FOLDERS = ["", "", "", "sub", "sub/deep", "masks", "images", "Test", "validation", "train"]
 FOLDERS += [".ipynb_checkpoints", "__MACOSX", "@eaDir", "10_cat", "test shots", "a.b"]
@@ -23,7 +23,7 @@ STEMS = ["a", "A", "b", "photo.v2", "a_mask", "mask-b", "a.mask", "._a", "Thumbs
 ENDINGS = [".jpg", ".PNG", ".webp", ".mpo", ".heif", ".jxl", ".tga", ".CR2", "", ""]
 ENDINGS += [".txt", ".TXT", ".caption", ".json", ".md", ".csv", ".db", ".tar", ".tar.gz", ".npz"]
 LISTED = ["captions.jsonl", "metadata.csv", "Metadata.JSONL"]
-PNG = picture()
+PNG = image_bytes()
 
 
 def random_bytes(rng: random.Random, name: str) -> bytes:
@@ -79,7 +79,7 @@ def leaves(root: Path) -> set[str]:
     }
 
 
-def unaccounted(root: Path, sources: dict[str, Source], said: str) -> list[str]:
+def unaccounted(root: Path, sources: dict[str, Source], message: str) -> list[str]:
     """Leaves that are in no account; whose sidecar a file is, is judged by its name alone."""
     images, skipped, unused = set[str](), list[str](), set[str]()
     for name, source in sources.items():
@@ -88,21 +88,23 @@ def unaccounted(root: Path, sources: dict[str, Source], said: str) -> list[str]:
         skipped += [inside + path for path in source.hidden]
         unused |= {inside + path for path in source.unused}
         for path in [*source.hidden, *source.unused]:
-            assert path in said or "; e.g. " in said, f"{path} is not named"
+            assert path in message or "; e.g. " in message, f"{path} is not named"
     assert not images & unused, "what is encoded is not unused"
-    held_out = {path for path in leaves(root) if any(one in said for one in folders_of(root, path))}
+    held_out = {
+        path for path in leaves(root) if any(folder in message for folder in folders_of(root, path))
+    }
     if inside_of(root, "train", sources.get("train", Source([], []))):
-        (not_read,) = re.findall(r"not read, as only .* are: (.*)", said) or [""]
+        (not_read,) = re.findall(r"not read, as only .* are: (.*)", message) or [""]
         tops = {name.rstrip("/") for name in not_read.split(", ")}
         held_out |= {path for path in leaves(root) if path.partition("/")[0] in tops}
     stems = {stem_of(path).lower() for path in images | held_out}
-    packed = "\n".join([*images, *skipped, *unused, said])
+    packed = "\n".join([*images, *skipped, *unused, message])
 
     def is_accounted(path: str) -> bool:
         is_text = path.lower().endswith(TEXTS) and stem_of(path).lower() in stems
         is_mask = any(stem.lower() in stems for stem in stems_of_masked(path))
         is_tar = path.endswith(".tar") and re.search(re.escape(path) + "(/|: no images)", packed)
-        is_skipped = any(f"{path}/".startswith(f"{one.rstrip('/')}/") for one in skipped)
+        is_skipped = any(f"{path}/".startswith(f"{entry.rstrip('/')}/") for entry in skipped)
         is_list = path.rpartition("/")[2] in LISTED
         return bool(is_text or is_mask or is_tar or is_skipped or is_list)
 
@@ -115,14 +117,14 @@ def inside_of(root: Path, name: str, source: Source) -> str:
     """Paths of a split that is a folder of its own are relative to it."""
     folder = {"train": "train/", "val": "validation/"}.get(name, "")
     is_split = (root / "train").is_dir() and (root / "validation").is_dir()
-    return folder if is_split and not any((root / one).is_file() for one in LISTED) else ""
+    return folder if is_split and not any((root / item).is_file() for item in LISTED) else ""
 
 
 def folders_of(root: Path, path: str) -> list[str]:
     """As warnings name those that are held out or not read."""
     parts = path.split("/")[:-1]
-    found = ["/".join(parts[:number]) for number in range(1, len(parts) + 1)]
-    return [f"name of {one}/" for one in found]
+    results = ["/".join(parts[:number]) for number in range(1, len(parts) + 1)]
+    return [f"name of {item}/" for item in results]
 
 
 def test_everything_in_a_folder_is_encoded_a_sidecar_or_named(tmp_path: Path) -> None:
@@ -143,8 +145,8 @@ def test_everything_in_a_folder_is_encoded_a_sidecar_or_named(tmp_path: Path) ->
                 assert str(root) in str(error), "refused as a whole, by name"
                 outcomes["refused"] += 1
                 continue
-        said = "\n".join(str(one.message) for one in caught)
-        assert unaccounted(root, sources, said) == [], (seed, said)
+        message = "\n".join(str(warning.message) for warning in caught)
+        assert unaccounted(root, sources, message) == [], (seed, message)
         outcomes["read"] += 1
         outcomes["encoded"] += sum(len(source.records) for source in sources.values())
         outcomes["rejected"] += sum(len(source.rejected) for source in sources.values())
@@ -214,7 +216,7 @@ def test_a_raw_file_beside_its_image_is_not_rejected(tmp_path: Path) -> None:
 def test_files_without_an_ending_are_told_by_their_first_bytes(tmp_path: Path) -> None:
     forms = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "JPEG2000")
     for form in forms:
-        put(tmp_path / "a.b" / form, data=picture(form))
+        put(tmp_path / "a.b" / form, data=image_bytes(form))
         (tmp_path / "a.b" / f"{form}.txt").write_text(form)
     put(tmp_path / "LICENSE", data=b"This is a text, and long enough to be told from an image.")
     put(tmp_path / "short", data=b"BM")
@@ -281,4 +283,4 @@ def test_a_mask_without_an_image_is_no_image(tmp_path: Path) -> None:
     assert set(captions(source)) == {"x.png", "masks/venice.png", "face_mask.png"}
     why = reasons(source)
     assert set(why) == {"gone_mask.png", "masks/gone.png"}
-    assert all("named like a mask" in one for one in why.values())
+    assert all("named like a mask" in item for item in why.values())

@@ -212,10 +212,10 @@ def test_a_run_goes_on_from_a_lora_file(overfit: Train, cache: Path, base: Path,
     """Its rank, strength and targets; and what it has learned."""
     first, config = overfit("first", rank=8, alpha=3.0, adapter="rslora", steps=10)
     second, _ = overfit("second", init_lora=first / name, steps=1, lr=1e-9, weight_decay=0.0)
-    one = safetensors.torch.load_file(first / LORA)
-    two = safetensors.torch.load_file(second / LORA)
-    assert one.keys() == two.keys()
-    assert all(torch.allclose(one[name], two[name], atol=1e-7) for name in one)
+    left = safetensors.torch.load_file(first / LORA)
+    right = safetensors.torch.load_file(second / LORA)
+    assert left.keys() == right.keys()
+    assert all(torch.allclose(left[name], right[name], atol=1e-7) for name in left)
     assert eval_loss(reloaded(base, first), config, cache) == pytest.approx(
         eval_loss(reloaded(base, second), config, cache), abs=1e-6
     )

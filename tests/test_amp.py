@@ -39,7 +39,7 @@ def learner_of(cache: Path, base: Path, **settings: Any) -> Learner:
     return learner_for(config, DistContext(CPU))
 
 
-def whole_of(learner: Learner) -> torch.optim.Optimizer:
+def torch_optimizer(learner: Learner) -> torch.optim.Optimizer:
     assert learner.optimizer.joint is not None
     return learner.optimizer.joint
 
@@ -99,9 +99,10 @@ def test_bf16_is_autocast_without_a_scaler(cache: Path, base: Path, full: bool) 
     batches.close()
     assert seen == {"linear": {torch.bfloat16}, "out": {torch.bfloat16}}
     assert loss.dtype == torch.float32 and torch.isfinite(loss) and norm > 0
-    for group in whole_of(learner).param_groups:
+    for group in torch_optimizer(learner).param_groups:
         assert all(
-            whole_of(learner).state[p]["exp_avg"].dtype == torch.float32 for p in group["params"]
+            torch_optimizer(learner).state[p]["exp_avg"].dtype == torch.float32
+            for p in group["params"]
         )
 
 
@@ -157,15 +158,15 @@ def test_norms_of_fp32_weights_are_autocasts(cache: Path, base: Path) -> None:
 @contextmanager
 def saved_storages() -> Iterator[dict[int, torch.UntypedStorage]]:
     """What autograd keeps."""
-    found: dict[int, torch.UntypedStorage] = {}
+    results: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        found[storage._cdata] = storage
+        results[storage._cdata] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield found
+        yield results
 
 
 @pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
@@ -174,7 +175,7 @@ def test_a_loras_input_is_not_cast_in_vain(
     cache: Path, base: Path, precision: str, settings: dict[str, Any]
 ) -> None:
     """peft takes it to fp32, and autograd keeps that for each LoRA."""
-    found, sizes = [], []
+    results, sizes = [], []
     for forwards in (nullcontext, library_forwards):
         with forwards():
             learner = learner_of(
@@ -182,10 +183,10 @@ def test_a_loras_input_is_not_cast_in_vain(
             )
         batches = batches_of(cache)
         with saved_storages() as saved:
-            found += [[float(train_step(learner, batches, n, 1e-3).loss) for n in range(2)]]
+            results += [[float(train_step(learner, batches, n, 1e-3).loss) for n in range(2)]]
         batches.close()
         sizes.append(sum(storage.nbytes() for storage in saved.values()))
-    assert found[0] == pytest.approx(found[1], rel=2e-2)
+    assert results[0] == pytest.approx(results[1], rel=2e-2)
     assert sizes[0] < 0.9 * sizes[1]
 
 
@@ -197,16 +198,16 @@ def test_dora_computes_its_norms_in_fp32(cache: Path, base: Path) -> None:
 
 
 def test_half_precision_losses_are_near_those_of_fp32(cache: Path, base: Path) -> None:
-    found = {}
+    results = {}
     for precision in ("fp32", "bf16", "fp16"):
         learner = learner_of(cache, base, precision=precision, allow_cpu_bf16=True)
         batches = batches_of(cache)
-        found[precision] = [float(train_step(learner, batches, n, 1e-3).loss) for n in range(3)]
+        results[precision] = [float(train_step(learner, batches, n, 1e-3).loss) for n in range(3)]
         batches.close()
     for precision, tolerance in (("bf16", 2e-2), ("fp16", 4e-3)):
-        assert found[precision] != found["fp32"]
-        for ours, exact in zip(found[precision], found["fp32"], strict=True):
-            assert ours == pytest.approx(exact, rel=tolerance)
+        assert results[precision] != results["fp32"]
+        for actual, exact in zip(results[precision], results["fp32"], strict=True):
+            assert actual == pytest.approx(exact, rel=tolerance)
 
 
 def test_fp16_is_autocast_with_a_scaler_that_is_undone_before_clipping(
@@ -218,8 +219,8 @@ def test_fp16_is_autocast_with_a_scaler_that_is_undone_before_clipping(
         learner.max_grad_norm = 1e-3
         seen, batches = seen_dtypes(learner), batches_of(cache)
         grads: list[torch.Tensor] = []
-        parameters = whole_of(learner).param_groups[0]["params"]
-        step = whole_of(learner).step
+        parameters = torch_optimizer(learner).param_groups[0]["params"]
+        step = torch_optimizer(learner).step
 
         def spy(
             *args: Any, parameters: Any = parameters, grads: Any = grads, step: Any = step
@@ -227,7 +228,7 @@ def test_fp16_is_autocast_with_a_scaler_that_is_undone_before_clipping(
             grads.append(torch.stack([p.grad.norm() for p in parameters]).norm())
             return step(*args)
 
-        whole_of(learner).step = spy  # type: ignore[method-assign]
+        torch_optimizer(learner).step = spy  # type: ignore[method-assign]
         norm = train_step(learner, batches, 0, 1e-3).grad_norm
         batches.close()
         norms[precision] = float(norm)
@@ -240,17 +241,17 @@ def test_fp16_is_autocast_with_a_scaler_that_is_undone_before_clipping(
 def test_an_overflow_skips_the_step_and_halves_the_scale(cache: Path, base: Path) -> None:
     learner = learner_of(cache, base, precision="fp16", allow_cpu_bf16=True)
     learner.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
-    before = [p.detach().clone() for p in whole_of(learner).param_groups[0]["params"]]
+    before = [p.detach().clone() for p in torch_optimizer(learner).param_groups[0]["params"]]
     batches = batches_of(cache)
     train_step(learner, batches, 0, 1e-3)
-    after = whole_of(learner).param_groups[0]["params"]
-    assert all(torch.equal(one, two) for one, two in zip(before, after, strict=True))
+    after = torch_optimizer(learner).param_groups[0]["params"]
+    assert all(torch.equal(first, second) for first, second in zip(before, after, strict=True))
     assert learner.scaler.get_scale() == 2.0**39
     for number in range(1, 31):
         train_step(learner, batches, number, 1e-3)
     batches.close()
     assert learner.scaler.get_scale() < 2.0**39
-    assert not all(torch.equal(one, two) for one, two in zip(before, after, strict=True))
+    assert not all(torch.equal(first, second) for first, second in zip(before, after, strict=True))
     assert all(bool(p.isfinite().all()) for p in after)
 
 

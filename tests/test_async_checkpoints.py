@@ -103,9 +103,9 @@ def test_one_checkpoint_that_finds_no_room_does_not_end_the_run(
     settings = {**SETTINGS, "checkpoint_at": (1, 2, 3)}
     fill_disk(monkeypatch, "checkpoint-2")
     line = r"checkpoint-2: cannot be written: the disk is full; the run goes on to its next check"
-    with pytest.warns(UserWarning, match=line) as told:
+    with pytest.warns(UserWarning, match=line) as caught:
         run(cache, base, tmp_path, **settings)
-    assert len(told) == 1
+    assert len(caught) == 1
     assert list(numbered(tmp_path)) == [1, 3, 4]
     assert not list(tmp_path.rglob("*.partial"))
 
@@ -122,8 +122,8 @@ def test_a_second_one_in_a_row_ends_it_with_the_good_one_kept(
         run(cache, base, tmp_path, **settings)
     (note,) = caught.value.__notes__
     assert note.startswith(f"The newest whole checkpoint is {tmp_path}/checkpoints/checkpoint-1;")
-    found = newest_checkpoint(tmp_path)
-    assert found and found[1]["step"] == 1 and list(numbered(tmp_path)) == [1]
+    checkpoint = newest_checkpoint(tmp_path)
+    assert checkpoint and checkpoint[1]["step"] == 1 and list(numbered(tmp_path)) == [1]
     assert not list(tmp_path.rglob("*.partial"))
     monkeypatch.undo()
     run(cache, base, tmp_path, **settings, resume=True)
@@ -209,11 +209,11 @@ def test_an_old_checkpoint_that_cannot_be_deleted_ends_no_run(
 
 
 def test_an_error_without_words_is_told_to_the_other_ranks(base: Path, tmp_path: Path) -> None:
-    said: list[str] = []
+    messages: list[str] = []
 
     class World(DistContext):
         def gather(self, names: list[str], group: Any = None) -> list[str]:
-            said.extend(names)
+            messages.extend(names)
             return names
 
     learner = learner_of(base)
@@ -221,15 +221,15 @@ def test_an_error_without_words_is_told_to_the_other_ranks(base: Path, tmp_path:
     writer = CheckpointWriter(tmp_path, learner, kind, None, lambda step: None)
     writer.world = World(learner.world.device)
     assert isinstance(writer._agreed(MemoryError()), MemoryError)
-    assert said == ["MemoryError"]
+    assert messages == ["MemoryError"]
 
 
 def test_the_room_that_is_asked_for_is_what_is_written(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The average is fp32, and the fp16 copy as large as bf16 weights."""
-    asked: list[int] = []
-    monkeypatch.setattr(train.weights, "check_space", lambda path, size: asked.append(size))
+    requested: list[int] = []
+    monkeypatch.setattr(train.weights, "check_space", lambda path, size: requested.append(size))
     settings = {"pure_bf16": True, "allow_cpu_bf16": True, "precision": "bf16"}
     for number, ema in enumerate((0.0, 0.9)):
         learner = learner_of(base, full=True, ema=ema, **settings)
@@ -238,7 +238,7 @@ def test_the_room_that_is_asked_for_is_what_is_written(
         out.mkdir()
         publish(learner.unet, kind, out, learner.world, learner.ema, steps=1)
         written = sum(path.stat().st_size for path in out.rglob("*.safetensors"))
-        assert 0 < written - asked[-1] < 300_000  # headers
+        assert 0 < written - requested[-1] < 300_000  # headers
 
 
 def test_a_containers_limit_is_the_memory_that_is_free(

@@ -44,8 +44,8 @@ def original_unet(single: Path, prefix: str) -> Tensors:
     return {prefix + n.removeprefix(start): t for n, t in tensors if n.startswith(start)}
 
 
-def refused(path: Path, what: str) -> None:
-    with pytest.raises(BaseError, match=what) as caught:
+def refused(path: Path, problem: str) -> None:
+    with pytest.raises(BaseError, match=problem) as caught:
         load_unet(open_base(path).unet, torch.float32)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
@@ -74,8 +74,8 @@ def test_a_unet_alone(
         {prefix + n: t for n, t in own.items()} if diffusers else original_unet(single, prefix)
     )
     safetensors.torch.save_file(tensors, path, metadata=metadata)
-    found = load_unet(open_base(path).unet, torch.float32).state_dict()
-    assert found.keys() == own.keys() and all(torch.equal(found[n], own[n]) for n in own)
+    state = load_unet(open_base(path).unet, torch.float32).state_dict()
+    assert state.keys() == own.keys() and all(torch.equal(state[n], own[n]) for n in own)
     assert tensors_digest(open_base(path).model("unet")) == tensors_digest(
         ModelSource("unet", base / "unet")
     )
@@ -97,10 +97,10 @@ def test_position_ids_say_nothing(single: Path, tmp_path: Path) -> None:
         "conditioner.embedders.1.model.transformer.text_model.embeddings.position_ids",
     )
     rewrite(single, {name: torch.arange(77)[None] for name in names}, path)
-    ours, plain = (load_text_encoders(open_base(one), torch.float32) for one in (path, single))
-    for mine, theirs in zip(ours, plain, strict=True):
-        expected = theirs.state_dict()
-        assert all(torch.equal(t, expected[n]) for n, t in mine.state_dict().items())
+    actual, plain = (load_text_encoders(open_base(item), torch.float32) for item in (path, single))
+    for result, reference in zip(actual, plain, strict=True):
+        expected = reference.state_dict()
+        assert all(torch.equal(t, expected[n]) for n, t in result.state_dict().items())
     for part in ("text_encoder", "text_encoder_2"):
         assert tensors_digest(open_base(path).model(part)) == tensors_digest(
             open_base(single).model(part)
@@ -119,9 +119,9 @@ def test_scaled_fp8_is_multiplied(single: Path, metadata: dict[str, str], tmp_pa
     tensors[f"{prefix}scaled_fp8"] = torch.ones(2).to(torch.float8_e4m3fn)
     safetensors.torch.save_file(tensors, path, metadata=metadata)
     plain = load_unet(open_base(single).unet, torch.float32).state_dict()
-    found = load_unet(open_base(path).unet, torch.float32).state_dict()
-    (other,) = [n for n in plain if not torch.equal(found[n], plain[n])]
-    assert torch.equal(found[other], tensors[name].float() * factor)
+    state = load_unet(open_base(path).unet, torch.float32).state_dict()
+    (other,) = [n for n in plain if not torch.equal(state[n], plain[n])]
+    assert torch.equal(state[other], tensors[name].float() * factor)
     digest = tensors_digest(open_base(path).model("unet"))
     tensors[name.replace("weight", scale_name)] = factor * 2
     safetensors.torch.save_file(tensors, path, metadata=metadata)
@@ -135,7 +135,7 @@ def test_scaled_fp8_is_multiplied(single: Path, metadata: dict[str, str], tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("changes", "what"),
+    ("changes", "problem"),
     [
         ({"input_blocks.0.0.weight": torch.ones(16, 9, 3, 3)}, "an inpainting UNet"),
         ({"input_blocks.0.0.weight": torch.ones(16, 8, 3, 3)}, "InstructPix2Pix"),
@@ -146,18 +146,18 @@ def test_scaled_fp8_is_multiplied(single: Path, metadata: dict[str, str], tmp_pa
     ],
 )
 def test_what_cannot_be_used_is_named(
-    single: Path, tmp_path: Path, changes: Tensors, what: str
+    single: Path, tmp_path: Path, changes: Tensors, problem: str
 ) -> None:
     for prefix in ("", PREFIXES["unet"]):
         path = tmp_path / "one.safetensors"
         tensors = original_unet(single, prefix) | {prefix + n: t for n, t in changes.items()}
         with safetensors.safe_open(single, framework="pt") as file:
             safetensors.torch.save_file(tensors, path, metadata=file.metadata())
-        refused(path, what)
+        refused(path, problem)
 
 
 @pytest.mark.parametrize(
-    ("content", "what"),
+    ("content", "problem"),
     [
         (b"GGUF\x03\0\0\0" + bytes(40), "a GGUF file"),
         (b"PK\x03\x04" + bytes(40), "a pickle: never loaded"),
@@ -166,10 +166,10 @@ def test_what_cannot_be_used_is_named(
     ],
 )
 def test_files_that_are_something_else_by_their_bytes(
-    tmp_path: Path, content: bytes, what: str
+    tmp_path: Path, content: bytes, problem: str
 ) -> None:
     (tmp_path / "one.safetensors").write_bytes(content)
-    refused(tmp_path / "one.safetensors", what)
+    refused(tmp_path / "one.safetensors", problem)
 
 
 def test_an_inpainting_folder(base: Path, tmp_path: Path) -> None:
@@ -194,16 +194,16 @@ def test_the_only_variant_is_used(base: Path, tmp_path: Path, variant: str) -> N
         (path,) = (tmp_path / "base" / name).glob("*.safetensors")
         path.rename(path.with_name(f"{path.stem}.{variant}.safetensors"))
         assert find_weights(path.parent).variant == variant
-    found = load_unet(open_base(tmp_path / "base").unet, torch.float32).state_dict()
+    state = load_unet(open_base(tmp_path / "base").unet, torch.float32).state_dict()
     expected = load_unet(open_base(base).unet, torch.float32).state_dict()
-    assert all(torch.equal(found[n], expected[n]) for n in expected)
+    assert all(torch.equal(state[n], expected[n]) for n in expected)
 
 
 def test_weights_that_cannot_be_chosen_are_named(base: Path, tmp_path: Path) -> None:
     shutil.copytree(base, tmp_path / "base")
     unet = tmp_path / "base" / "unet"
     (path,) = unet.glob("*.safetensors")
-    for names, what in (
+    for names, kind in (
         (["diffusion_pytorch_model.a.safetensors", "model.b.safetensors"], "several variants"),
         (["my_unet.safetensors"], r"knows \(found: my_unet.safetensors\)"),
         (["diffusion_pytorch_model-00001-of-00002.safetensors"], r"index\.json that lists them"),
@@ -213,7 +213,7 @@ def test_weights_that_cannot_be_chosen_are_named(base: Path, tmp_path: Path) -> 
         path = path.rename(tmp_path / "weights")
         for name in names:
             shutil.copy(path, unet / name)
-        refused(tmp_path / "base", what)
+        refused(tmp_path / "base", kind)
         for name in names:
             (unet / name).unlink()
 
@@ -227,7 +227,7 @@ def test_a_forged_list_of_pieces(tmp_path: Path) -> None:
         '{"a": ["b"]}',
         '{"a": 1, "b": ""}',
     )
-    forged = [f'{{"weight_map": {one}}}' for one in maps]
+    forged = [f'{{"weight_map": {weight_map}}}' for weight_map in maps]
     for content in (*forged, "{}", "[]", "{", "", "[" * 200_000, "1" * 5000):
         (tmp_path / INDEX).write_text(content)
         with pytest.raises(BaseError) as caught:
@@ -283,9 +283,9 @@ def test_a_remembered_digest_that_was_changed_is_computed_again(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     store = tmp_path / "shardtune" / "fingerprints.json"
     digest = weights_digest(ModelSource("vae", base / "vae"))
-    whole = store.read_text()
-    assert digest in whole
-    for content in (whole.replace(digest, "0" * 64), '{"a": "b"}', "[" * 10_000, ""):
+    complete = store.read_text()
+    assert digest in complete
+    for content in (complete.replace(digest, "0" * 64), '{"a": "b"}', "[" * 10_000, ""):
         store.write_text(content)
         assert weights_digest(ModelSource("vae", base / "vae")) == digest
-        assert store.read_text() == whole
+        assert store.read_text() == complete

@@ -41,8 +41,8 @@ def test_random_caches_are_whole_and_their_samples_differ(tmp_path: Path) -> Non
     samples = random_samples(SMALL, 5)
     write_random(tmp_path / "cache", SMALL, samples)
     cache = Cache(tmp_path / "cache")
-    assert [fault for found in verify(cache.folder, cache.manifest) for fault in found] == []
-    assert len({bytes(one.tensors["latents.mean"].numpy()) for one in samples}) == 5
+    assert [fault for result in verify(cache.folder, cache.manifest) for fault in result] == []
+    assert len({bytes(sample.tensors["latents.mean"].numpy()) for sample in samples}) == 5
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # webdataset closes its tars late
@@ -55,7 +55,7 @@ def test_every_reader_reads_the_whole_cache(tmp_path: Path) -> None:
     assert len(set(readers.places(cache))) == 5
     for work in (
         readers.mmap_copy(cache),
-        readers.ours(cache, SMALL),
+        readers.shards_in_order(cache, SMALL),
         readers.hash_and_copy(cache),
         readers.training(cache),
         readers.stock_webdataset(cache),
@@ -88,18 +88,18 @@ def test_turns_and_ratios() -> None:
 
 
 def test_allocations_are_counted_from_making_to_end() -> None:
-    with FakeTensorMode(), Allocations() as found:
-        one = torch.empty(128)  # 512 bytes
-        view = one.view(2, 64)
-        two = one + torch.empty(1)  # and for a moment 512 of the allocator's for 4
-        assert (found.live, found.peak) == (1024, 1536)
-        del one, two
-        assert found.live == 512  # the view holds it
+    with FakeTensorMode(), Allocations() as result:
+        first = torch.empty(128)  # 512 bytes
+        view = first.view(2, 64)
+        second = first + torch.empty(1)  # and for a moment 512 of the allocator's for 4
+        assert (result.live, result.peak) == (1024, 1536)
+        del first, second
+        assert result.live == 512  # the view holds it
         weight = torch.empty(256, 256, requires_grad=True)
         (view.new_empty(4, 256) @ weight).square().sum().backward()
         del view
-        assert found.live == 2 * 4 * 256 * 256  # the weight and its gradient
-    assert found.peak > found.live
+        assert result.live == 2 * 4 * 256 * 256  # the weight and its gradient
+    assert result.peak > result.live
 
 
 @pytest.mark.slow
@@ -107,12 +107,12 @@ def test_allocations_are_counted_from_making_to_end() -> None:
 def test_what_a_step_allocates_is_near_the_estimate(run: Any) -> None:
     _, settings, pixels, target = run
     config = config_of(allow_cpu_bf16=True, **settings)
-    found = peaks(config, pixels)
+    actual = peaks(config, pixels)
     expected = Estimator(open_base(CONFIGS), 77).estimate(config, (pixels, pixels))
     state = expected.weights + expected.optimizer
-    assert found["kept"] == pytest.approx(state, rel=0.02)
-    assert found["peak"] == pytest.approx(expected.peak, rel=0.05)
-    assert found["peak"] < 1e9 * target
+    assert actual["kept"] == pytest.approx(state, rel=0.02)
+    assert actual["peak"] == pytest.approx(expected.peak, rel=0.05)
+    assert actual["peak"] < 1e9 * target
 
 
 @pytest.mark.parametrize("most", [1, 2, 7, 8, 100])
@@ -136,8 +136,8 @@ def test_cells_have_names_of_their_own_and_settings_that_go_together() -> None:
     assert len({cell.name for cell in cells}) == len(cells) > 30
     assert {cell.kind for cell in cells} == set(gpu_cells.KINDS)
     for pixels in (512, 1024):
-        for what in ("LoRA 4", "LoRA 16", "full"):
-            assert any(cell.name.startswith(f"{what}, {pixels}") for cell in cells)
+        for kind in ("LoRA 4", "LoRA 16", "full"):
+            assert any(cell.name.startswith(f"{kind}, {pixels}") for cell in cells)
 
 
 def one_of_each() -> Iterator[Any]:
@@ -156,8 +156,8 @@ def one_of_each() -> Iterator[Any]:
 @pytest.mark.filterwarnings("ignore")  # of the compiler and of torchao
 @pytest.mark.parametrize("cell", [*one_of_each()])
 def test_a_cell_runs_tiny_on_a_cpu(tmp_path: Path, cell: Cell) -> None:
-    found = measure(cell, tmp_path, "cpu", tiny=True)
-    figures = [value for value in found.values() if not isinstance(value, dict)]
+    result = measure(cell, tmp_path, "cpu", tiny=True)
+    figures = [value for value in result.values() if not isinstance(value, dict)]
     assert figures and all(value > 0 for value in figures)
     assert not list(tmp_path.iterdir())  # nothing is left
 
@@ -178,11 +178,11 @@ def test_a_cell_is_rehearsed_on_pretended_cuda(
     """So that its first run on a card does not die of a name. Neither nf4, as instead of
     bitsandbytes' kernels its plain Python would run, for minutes, nor what is compiled for a card.
     """
-    found = cuda(measured_on_cuda, cell, tmp_path)
-    assert found.pop("machine")["gpu"] == "pretended"
-    assert found and all(value > 0 for value in found.values())
+    result = cuda(measured_on_cuda, cell, tmp_path)
+    assert result.pop("machine")["gpu"] == "pretended"
+    assert result and all(value > 0 for value in result.values())
     if cell.kind != "ceiling":
-        assert found["peak_allocated_gb"] > 0 and found["peak_reserved_gb"] > 0
+        assert result["peak_allocated_gb"] > 0 and result["peak_reserved_gb"] > 0
 
 
 def the_command(folder: Path, only: str) -> str:
@@ -194,8 +194,8 @@ def the_command(folder: Path, only: str) -> str:
 
 
 def test_the_command_is_rehearsed_on_pretended_cuda(cuda: PretendedCuda, tmp_path: Path) -> None:
-    said = cuda(the_command, tmp_path, "matrix product")
-    assert said.splitlines()[-1].split()[:4] == ["matrix", "product", "bf16", "-"]
+    output = cuda(the_command, tmp_path, "matrix product")
+    assert output.splitlines()[-1].split()[:4] == ["matrix", "product", "bf16", "-"]
     kept = json.loads((tmp_path / "gpu.json").read_text())
     assert (
         kept["machine"]["gpu"] == "pretended" and kept["cells"]["matrix product bf16"]["tflops"] > 0
@@ -220,35 +220,35 @@ def test_the_work_of_a_step_is_counted(tmp_path: Path) -> None:
 def test_a_batch_that_does_not_fit_is_stepped_back_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = gpu_cells.Ours.steps
+    real = gpu_cells.ProductLoop.steps
 
     def steps(self: Any, num: int) -> None:
         if self.config.batch_size > 1:
             raise torch.OutOfMemoryError("planted")
         real(self, num)
 
-    monkeypatch.setattr(gpu_cells.Ours, "steps", steps)
+    monkeypatch.setattr(gpu_cells.ProductLoop, "steps", steps)
     (cell,) = [cell for cell in grid() if cell.name == "largest LoRA 4, 512, 12 GiB"]
     assert measure(cell, tmp_path, "cpu", tiny=True)["largest_batch"] == 1
 
 
 def test_it_goes_on_with_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cells = [Cell(name, "ceiling", {}) for name in "abc"]
-    asked: list[str] = []
+    requested: list[str] = []
 
     def run_cell(cell: Cell, options: list[str]) -> dict[str, Any]:
-        asked.append(cell.name)
-        return {"error": "planted"} if asked == ["a", "b"] else {"tflops": 1.0}
+        requested.append(cell.name)
+        return {"error": "planted"} if requested == ["a", "b"] else {"tflops": 1.0}
 
     monkeypatch.setattr(gpu, "run_cell", run_cell)
     path = tmp_path / "gpu.json"
     fill_in(cells[:2], path, [], 1e9)
     results = fill_in(cells, path, [], 1e9)  # b failed, c was never run
-    assert asked == ["a", "b", "b", "c"]
+    assert requested == ["a", "b", "b", "c"]
     assert json.loads(path.read_text())["cells"] == results
     assert [row["TFLOP/s"] for row in rows_of(cells, results)] == [1.0] * 3
     fill_in([*cells, replace(cells[0], name="d")], path, [], budget_seconds=-1)
-    assert len(asked) == 4, "no cell starts when the time is up"
+    assert len(requested) == 4, "no cell starts when the time is up"
 
 
 @pytest.mark.slow

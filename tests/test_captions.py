@@ -78,7 +78,7 @@ def test_a_list_may_give_several_captions(tmp_path: Path) -> None:
     ids=["reject", "keep empty", "empty", "text", "text, keep empty"],
 )
 @pytest.mark.parametrize("listed", [False, True])
-def test_pictures_without_a_caption(
+def test_images_without_a_caption(
     tmp_path: Path, rule: dict[str, Any], expected: dict[str, tuple[str, ...]], listed: bool
 ) -> None:
     texts = {"full": "full", "empty": "", "none": None}
@@ -133,15 +133,15 @@ def test_each_caption_is_shuffled_behind_its_prefix(tmp_path: Path) -> None:
         "keep_tokens": 1,
         "caption_prefix": "my, style,",
     }
-    found = captions(read_one(tmp_path, **settings))
-    assert len(found["a.png"]) == len(set(found["a.png"])) == 8
-    for number, caption in enumerate(found["a.png"]):
+    result = captions(read_one(tmp_path, **settings))
+    assert len(result["a.png"]) == len(set(result["a.png"])) == 8
+    for number, caption in enumerate(result["a.png"]):
         assert caption.startswith("my, style, k, ")
         tags = caption.removeprefix("my, style, k, ").split(", ")
         assert sorted(tags) == [["a", "b", "c"], ["d", "e", "f"]][number // 4]
-    assert found["one.png"] == ("my, style, lonely",)
-    assert found["twin.png"] != found["a.png"], "each image has orders of its own"
-    assert captions(read_one(tmp_path, **settings)) == found
+    assert result["one.png"] == ("my, style, lonely",)
+    assert result["twin.png"] != result["a.png"], "each image has orders of its own"
+    assert captions(read_one(tmp_path, **settings)) == result
 
 
 @pytest.mark.parametrize(
@@ -185,8 +185,8 @@ def test_a_text_is_the_same_in_any_encoding_and_place(
         put_tar(tmp_path / "x.tar", files)
     else:
         put(tmp_path / "a.png", data)
-    (found,) = captions(read_one(tmp_path)).values()
-    assert found == (text,)
+    (result,) = captions(read_one(tmp_path)).values()
+    assert result == (text,)
 
 
 @pytest.mark.parametrize(

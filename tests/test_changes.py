@@ -85,7 +85,7 @@ def change_caption(work: Path, name: str = "003") -> dict[str, Any]:
     return {}
 
 
-def change_picture(work: Path) -> dict[str, Any]:
+def change_image(work: Path) -> dict[str, Any]:
     path = work / "data" / "003.png"
     with Image.open(path) as image:
         size = image.size
@@ -94,7 +94,7 @@ def change_picture(work: Path) -> dict[str, Any]:
 
 
 def change_both(work: Path) -> dict[str, Any]:
-    return change_caption(work) | change_picture(work)
+    return change_caption(work) | change_image(work)
 
 
 def change_weights(work: Path, base: Path, part: str) -> Path:
@@ -103,43 +103,43 @@ def change_weights(work: Path, base: Path, part: str) -> Path:
     shutil.copytree(base, other)
     (file,) = (other / part).glob("*.safetensors")
     weights = safetensors.torch.load_file(file)
-    name = max(weights, key=lambda one: weights[one].numel())
+    name = max(weights, key=lambda name: weights[name].numel())
     weights[name] = weights[name] * 1.01
     safetensors.torch.save_file(weights, file, metadata={"format": "pt"})
     return other
 
 
 def assert_encodes(
-    work: Path, base: Path, expected: tuple[int, int], said: str, **more: Any
+    work: Path, base: Path, expected: tuple[int, int], message: str, **more: Any
 ) -> None:
     """A rerun encodes so many images and captions, says why, and ends as it should."""
     with counted() as count:
         report = again(work, base, **more)
     assert count == expected
-    assert summarize(report.changes) == said
+    assert summarize(report.changes) == message
     assert_as_fresh(work, base, **more)
 
 
 @pytest.mark.parametrize(
-    ("change", "expected", "said"),
+    ("change", "expected", "message"),
     [
         (change_caption, (0, 1), "1 caption changed, 13 unchanged"),
-        (change_picture, (1, 0), "1 image changed, 13 unchanged"),
+        (change_image, (1, 0), "1 image changed, 13 unchanged"),
         (change_both, (1, 1), "1 caption changed, 1 image changed, 13 unchanged"),
     ],
 )
 def test_a_changed_file_is_encoded_alone(
-    work: Path, base: Path, change: Any, expected: tuple[int, int], said: str
+    work: Path, base: Path, change: Any, expected: tuple[int, int], message: str
 ) -> None:
     before = stamps(work / "cache")
     change(work)
-    assert_encodes(work, base, expected, said)
+    assert_encodes(work, base, expected, message)
     after = stamps(work / "cache")
     assert sum(before[n] == after[n] for n in before if n.endswith((".tar", ".index"))) == 2 * 5
 
 
 @pytest.mark.parametrize(
-    ("settings", "expected", "said"),
+    ("settings", "expected", "message"),
     [
         ({"resolution": 80}, (14, 0), f"{PREPROCESSING} changed for 14"),
         ({"squash": True}, (9, 0), f"{PREPROCESSING} changed for 9, 5 unchanged"),
@@ -148,10 +148,10 @@ def test_a_changed_file_is_encoded_alone(
     ],
 )
 def test_a_changed_setting_encodes_what_it_touches(
-    work: Path, base: Path, settings: dict[str, Any], expected: tuple[int, int], said: str
+    work: Path, base: Path, settings: dict[str, Any], expected: tuple[int, int], message: str
 ) -> None:
     with pytest.warns(UserWarning, match="settings changed, so what they touch"):
-        assert_encodes(work, base, expected, said, **settings)
+        assert_encodes(work, base, expected, message, **settings)
 
 
 def test_other_batches_and_threads_leave_what_is_there(work: Path, base: Path) -> None:
@@ -164,12 +164,12 @@ def test_other_batches_and_threads_leave_what_is_there(work: Path, base: Path) -
     change_both(work)
     with pytest.warns(UserWarning, match="--batch-size 1: the cache was encoded with 4"):
         assert summarize(again(work, base, batch_size=1).changes).endswith("13 unchanged")
-    four, one = ({"batch_size": size, "device": "cpu", "threads": 1} for size in (4, 1))
+    four, first = ({"batch_size": size, "device": "cpu", "threads": 1} for size in (4, 1))
     assert sorted(map(len, made_with())) == [1, 1, 1, 1, 1, 2]
-    assert [one, four] in made_with() and [four] in made_with()
+    assert [first, four] in made_with() and [four] in made_with()
     change_caption(work, "001")
     again(work, base, batch_size=None, threads=None)
-    assert all(found in ([four], [one, four]) for found in made_with())
+    assert all(result in ([four], [first, four]) for result in made_with())
 
 
 def test_another_vae_leaves_the_text(work: Path, base: Path) -> None:
@@ -217,16 +217,16 @@ def test_who_joins_fills_the_last_shard_and_who_leaves_moves_nobody(work: Path, 
     assert_as_fresh(work, base)
 
 
-def test_a_picture_of_other_bytes_but_the_same_time_is_told_how_to_be_read(
+def test_an_image_of_other_bytes_but_the_same_time_is_told_how_to_be_read(
     work: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And of images with several variants fewer are decoded ahead: each takes as much."""
     again(work, base)
-    picture = work / "data" / "000.png"
-    data = bytearray(picture.read_bytes())
+    image = work / "data" / "000.png"
+    data = bytearray(image.read_bytes())
     data[-1] ^= 1
-    picture.write_bytes(data)
-    os.utime(picture, (LONG_AGO, LONG_AGO))
+    image.write_bytes(data)
+    os.utime(image, (LONG_AGO, LONG_AGO))
     ahead, real = [], precompute.encode_samples.read_ahead
 
     def read_ahead(function: Any, items: Any, threads: int, most: int) -> Any:

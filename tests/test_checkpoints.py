@@ -88,13 +88,13 @@ def test_a_damaged_newer_checkpoint_costs_no_whole_one(
         run(cache, base, tmp_path, **{**settings, "keep": 0})
     for step in (4, 5):
         flip(tmp_path / "checkpoints" / f"checkpoint-{step}" / "optimizer" / "model.safetensors")
-    with pytest.warns(UserWarning) as told, at_step(5, die), pytest.raises(Died):
+    with pytest.warns(UserWarning) as caught, at_step(5, die), pytest.raises(Died):
         run(cache, base, tmp_path, **settings, resume=True)
-    assert len([one for one in told if "passed over" in str(one.message)]) == 2
+    assert len([warning for warning in caught if "passed over" in str(warning.message)]) == 2
     assert list(numbered(tmp_path)) == [4, 5], "3 went when 4 was whole again; 5 is still damaged"
     with pytest.warns(UserWarning, match="passed over: .*checkpoint-5"):
-        found = newest_checkpoint(tmp_path)
-    assert found and found[1]["step"] == 4
+        checkpoint = newest_checkpoint(tmp_path)
+    assert checkpoint and checkpoint[1]["step"] == 4
     with pytest.warns(UserWarning, match="passed over: .*checkpoint-5"):
         run(cache, base, tmp_path, **settings, resume=True)
     assert list(numbered(tmp_path)) == [8, 9]
@@ -157,10 +157,10 @@ def test_a_resume_says_what_it_takes_and_what_it_skips(
     flip(folder / "checkpoint-2" / "pytorch_lora_weights.safetensors")
     (folder / "checkpoint-9.partial").mkdir()
     capsys.readouterr()
-    with pytest.warns(UserWarning) as told:
+    with pytest.warns(UserWarning) as caught:
         run(cache, base, tmp_path, steps=5, resume=True)
-    said = [str(one.message).partition("checkpoints/")[2] for one in told]
-    assert said == [
+    messages = [str(warning.message).partition("checkpoints/")[2] for warning in caught]
+    assert messages == [
         "checkpoint-4/optimizer/model.safetensors: missing",
         "checkpoint-3/state.json: damaged: its digest differs",
         "checkpoint-2/pytorch_lora_weights.safetensors: damaged (xxh3 differs)",
@@ -182,10 +182,10 @@ def test_a_resume_says_what_it_takes_and_what_it_skips(
 
 @pytest.mark.slow
 def test_changed_data_is_refused_by_name_or_starts_the_epoch_again(
-    pictures: Path, base: Path, tmp_path: Path, encode_to: Encode
+    images: Path, base: Path, tmp_path: Path, encode_to: Encode
 ) -> None:
     data, cache, out = tmp_path / "data", tmp_path / "cache", tmp_path / "run"
-    shutil.copytree(pictures, data)
+    shutil.copytree(images, data)
     encode_to(data, cache, dtype="fp32")
     run(cache, base, out, steps=11)  # three steps into the second epoch of 8
     next(data.glob("*.txt")).write_text("quite another caption")
@@ -199,9 +199,13 @@ def test_changed_data_is_refused_by_name_or_starts_the_epoch_again(
         run(cache, base, out, steps=14, precision="bf16", allow_cpu_bf16=True, **again)
     run(cache, base, out, steps=14, **again)
     epoch = json.loads((out / "config.json").read_text())["steps_per_epoch"]
-    found = newest_checkpoint(out)
-    assert epoch < 8 and found
-    assert (found[1]["step"], found[1]["epoch"], found[1]["batches_of_epoch"]) == (14, 1, 3)
+    checkpoint = newest_checkpoint(out)
+    assert epoch < 8 and checkpoint
+    assert (checkpoint[1]["step"], checkpoint[1]["epoch"], checkpoint[1]["batches_of_epoch"]) == (
+        14,
+        1,
+        3,
+    )
     run(cache, base, out, epochs=2, resume=True)
     assert len(losses(out)) == 11 + epoch, "the second epoch, whole"
 
@@ -236,9 +240,9 @@ def test_what_cannot_change_is_refused_and_what_can_is_noted(
     for use in (CacheUse(cache, weight=0.5), CacheUse(cache, repeats=2)):
         with pytest.raises(ValueError, match="the cache is not the run's any more"):
             run((use,), base, out, **same)
-    with pytest.warns(UserWarning) as told:
+    with pytest.warns(UserWarning) as caught:
         run(cache, base, out, **same, lr=5e-4, caption_dropout=0.5, timestep_range=(0, 500))
-    assert sorted(str(one.message) for one in told) == [
+    assert sorted(str(warning.message) for warning in caught) == [
         "the run goes on with --caption-dropout 0.5; it was 0.0",
         "the run goes on with --lr 0.0005; it was 0.001",
         "the run goes on with --timestep-range (0, 500); it was []",

@@ -39,8 +39,8 @@ def test_data_sets(base: Path, tmp_path: Path) -> None:
     assert "Missing argument" in refused("encode", *out)
 
 
-def test_encode_settings(base: Path, pictures: Path, tmp_path: Path) -> None:
-    common = ["encode", pictures, "--base", base, "--out", tmp_path / "out"]
+def test_encode_settings(base: Path, images: Path, tmp_path: Path) -> None:
+    common = ["encode", images, "--base", base, "--out", tmp_path / "out"]
     assert "--square and --squash exclude" in refused(*common, "--square", "--squash")
     assert "--batch-size must be at least 1, not 0" in refused(*common, "--batch-size", 0)
     assert "--val-share must be in 0..1" in refused(*common, "--val-share", "1.5")
@@ -51,9 +51,9 @@ def test_encode_settings(base: Path, pictures: Path, tmp_path: Path) -> None:
     assert "not empty and no cache (holds thesis.txt)" in refused(*common, "--resolution", 64)
 
 
-def test_bases(base: Path, pictures: Path, tmp_path: Path) -> None:
+def test_bases(base: Path, images: Path, tmp_path: Path) -> None:
     def encode(folder: Path) -> str:
-        return refused("encode", pictures, "--base", folder, "--out", tmp_path / "out")
+        return refused("encode", images, "--base", folder, "--out", tmp_path / "out")
 
     assert "nowhere: no such folder" in encode(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
@@ -261,11 +261,14 @@ def test_flags_win_over_the_recipe(cache: Path, base: Path, tmp_path: Path) -> N
 
 def test_what_train_says_of_a_dora_and_of_a_unet(tmp_path: Path) -> None:
     config = config_of("base", out=tmp_path, adapter="dora")
-    said = "\n".join(describe_result(config, tmp_path / LORA))
-    assert KOHYA not in said and f"export {tmp_path} --base base --merge --out" in said
+    message = "\n".join(describe_result(config, tmp_path / LORA))
+    assert KOHYA not in message and f"export {tmp_path} --base base --merge --out" in message
     config = config_of("base", out=tmp_path, full=True)
-    said = "\n".join(describe_result(config, tmp_path / "unet"))
-    assert "generate --base base --unet" in said and f"export {tmp_path} --base base --out" in said
+    message = "\n".join(describe_result(config, tmp_path / "unet"))
+    assert (
+        "generate --base base --unet" in message
+        and f"export {tmp_path} --base base --out" in message
+    )
 
 
 def test_prompts(base: Path, tmp_path: Path) -> None:
@@ -303,9 +306,9 @@ def test_debug_shows_the_traceback(tmp_path: Path, base: Path) -> None:
     assert isinstance(result.exception, ValueError)
 
 
-def test_one_bad_picture_never_costs_the_rest(pictures: Path, base: Path, tmp_path: Path) -> None:
+def test_one_bad_image_never_costs_the_rest(images: Path, base: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
-    shutil.copytree(pictures, data)
+    shutil.copytree(images, data)
     (data / "bad.png").write_bytes((data / "000.png").read_bytes()[:60])
     (data / "bad.txt").write_text("half an image")
     (data / "000.txt").unlink()

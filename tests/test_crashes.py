@@ -81,11 +81,11 @@ def test_a_run_that_dies_in_any_file_operation_goes_on_from_a_whole_checkpoint(
     folders = sorted(Path("crashed").glob("*/*"))
     assert len(folders) > 2 * 20
     for folder in folders:
-        found = newest_checkpoint(folder / RUN)
-        assert found and found[1] == states[found[1]["step"]], folder
+        checkpoint = newest_checkpoint(folder / RUN)
+        assert checkpoint and checkpoint[1] == states[checkpoint[1]["step"]], folder
         if " cut" not in folder.name:
             assert all(read_state(path) for path in numbered(folder / RUN).values())
-        if (left := what_is_left(folder / RUN)) not in seen:
+        if (left := surviving_states(folder / RUN)) not in seen:
             seen.add(left)
             run(cache, base, folder / RUN, **settings, resume=True)
             assert_same_run(RUN, folder / RUN)
@@ -99,16 +99,16 @@ def join_writer() -> None:
             thread.join()
 
 
-def what_is_left(folder: Path) -> frozenset[tuple[str, bytes]]:
+def surviving_states(folder: Path) -> frozenset[tuple[str, bytes]]:
     """The files below ``folder`` with what they hold; of what is ``.partial`` the topmost name."""
-    found = set()
+    result = set()
     for path in folder.rglob("*"):
         name = str(path.relative_to(folder))
         if ".partial" in name:
-            found.add((name.split(".partial")[0], b"partial"))
+            result.add((name.split(".partial")[0], b"partial"))
         elif path.is_file():
-            found.add((name, path.read_bytes()))
-    return frozenset(found)
+            result.add((name, path.read_bytes()))
+    return frozenset(result)
 
 
 @pytest.mark.slow
@@ -126,8 +126,8 @@ def test_a_soak_of_kills_at_random_times(cache: Path, base: Path, tmp_path: Path
         rank.kill()
         rank.join()
         kills += 1
-        found = newest_checkpoint(out)
-        assert found or not list(out.glob("checkpoints/checkpoint-*[0-9]"))
+        checkpoint = newest_checkpoint(out)
+        assert checkpoint or not list(out.glob("checkpoints/checkpoint-*[0-9]"))
     assert rank.exitcode == 0 and kills, output_of(out)
     assert_same_run(tmp_path / "whole", out)
 
@@ -158,9 +158,9 @@ def test_the_command_killed_at_a_random_time_goes_on(
     time.sleep(random.Random(0).uniform(0, 1))
     child.kill()
     assert child.wait() == -signal.SIGKILL
-    found = newest_checkpoint(out)
-    assert found and found[1]["step"] < 299
-    same: dict[str, Any] = {"steps": found[1]["step"] + 2, "full": True, "ema": 0.9}
+    checkpoint = newest_checkpoint(out)
+    assert checkpoint and checkpoint[1]["step"] < 299
+    same: dict[str, Any] = {"steps": checkpoint[1]["step"] + 2, "full": True, "ema": 0.9}
     run(cache, base, out, **same, resume=True)
     run(cache, base, tmp_path / "whole", **same)
     assert_same_run(tmp_path / "whole", out)

@@ -13,7 +13,7 @@ from typing import Any, get_args, get_type_hints
 import numpy as np
 import pytest
 import torch
-from drawing import PROMPTS, draw, pictures_in, settings_of
+from drawing import PROMPTS, draw, images_in, settings_of
 from made import config_of
 from pretended_cuda import PretendedCuda
 from runs import assert_same_run, at_step, evals, rows, run, stop_by
@@ -140,19 +140,19 @@ def test_steps_on_cuda_are_those_of_a_cpu(
     major: int,
     expected: Settings,
 ) -> None:
-    found = cuda(steps_on, "cuda", cache, base, settings, major=major)
-    assert {name: found[name] for name in expected} == expected
-    assert found["devices"] == found["state"] == {"cuda"}
-    assert found["copies"] == {(True, True)}, "each copy is from pinned memory and not waited for"
+    actual = cuda(steps_on, "cuda", cache, base, settings, major=major)
+    assert {name: actual[name] for name in expected} == expected
+    assert actual["devices"] == actual["state"] == {"cuda"}
+    assert actual["copies"] == {(True, True)}, "each copy is from pinned memory and not waited for"
     if settings.get("optimizer", "adamw") == "adamw":
-        assert found["reads"] == [], "no step waits for the device"
+        assert actual["reads"] == [], "no step waits for the device"
     reference: Settings = {"precision": "fp32"}
     if settings.get("pure_bf16"):
         reference = {"precision": "bf16", "allow_cpu_bf16": True}
     on_cpu = steps_on("cpu", cache, base, {**settings, **reference})
     exact = settings.get("precision") == "fp32"
     for name in ("losses", "norms"):
-        assert found[name] == pytest.approx(on_cpu[name], rel=1e-5 if exact else 0.05), name
+        assert actual[name] == pytest.approx(on_cpu[name], rel=1e-5 if exact else 0.05), name
 
 
 def wrapped_by_ddp(cache: Path, base: Path) -> Settings:
@@ -263,9 +263,9 @@ def test_a_run_that_does_not_fit_says_so_before_its_folder_is_made(
 ) -> None:
     config = config_of(base, cache, device="cuda", batch_size=2, full=True)
     weights = Estimator(open_base(base), 77).estimate(config, (64, 64)).weights
-    said = cuda(too_large, cache, base, tmp_path / "run", total_memory=2 * weights)
-    assert said.startswith("out of memory; the largest bucket is 64x64, at batch size 2")
-    assert "--pure-bf16 (about" in said and "CUDA out of memory" in said
+    message = cuda(too_large, cache, base, tmp_path / "run", total_memory=2 * weights)
+    assert message.startswith("out of memory; the largest bucket is 64x64, at batch size 2")
+    assert "--pure-bf16 (about" in message and "CUDA out of memory" in message
     assert not (tmp_path / "run").exists()
 
 
@@ -276,40 +276,40 @@ def averages_of(every: int) -> dict[str, Any]:
     """By a thread beside the steps, and on the GPU, after seven steps."""
     torch.manual_seed(0)
     weights = {name: torch.nn.Parameter(torch.randn(9, device=GPU)) for name in "ab"}
-    beside, here = Ema(weights, 0.9, True, every), Ema(weights, 0.9, False, every)
-    real, may_go, went = beside._lerp, threading.Semaphore(0), []
+    on_cpu, on_gpu = Ema(weights, 0.9, True, every), Ema(weights, 0.9, False, every)
+    real, may_go, went = on_cpu._lerp, threading.Semaphore(0), []
 
     def lerp(*given: Any) -> None:
         went.append(may_go.acquire(timeout=60))
         real(*given)
 
-    beside._lerp = lerp  # type: ignore[method-assign]
+    on_cpu._lerp = lerp  # type: ignore[method-assign]
     for step in range(7):
         for weight in weights.values():
             weight.data += torch.randn(9, device=GPU)
-        beside.update(step)  # returns, while the thread waits
-        here.update(step)
+        on_cpu.update(step)  # returns, while the thread waits
+        on_gpu.update(step)
         if step % every == every - 1:
             may_go.release()
-    beside.finish(7)
-    here.finish(7)
+    on_cpu.finish(7)
+    on_gpu.finish(7)
     may_go.release()
     return {
-        "beside": {name: value.tolist() for name, value in beside.values.items()},
-        "here": {name: value.cpu().tolist() for name, value in here.values.items()},
-        "devices": {value.device.type for value in beside.values.values()},
-        "pinned": all(stage.is_pinned() for stage in beside._stages.values()),
+        "beside": {name: value.tolist() for name, value in on_cpu.values.items()},
+        "here": {name: value.cpu().tolist() for name, value in on_gpu.values.items()},
+        "devices": {value.device.type for value in on_cpu.values.values()},
+        "pinned": all(stage.is_pinned() for stage in on_cpu._stages.values()),
         "went": went,
     }
 
 
 @pytest.mark.parametrize("every", [1, 3])
 def test_an_average_in_main_memory_is_that_of_the_gpu(cuda: PretendedCuda, every: int) -> None:
-    found = cuda(averages_of, every)
+    result = cuda(averages_of, every)
     for name in "ab":
-        assert found["beside"][name] == pytest.approx(found["here"][name], abs=1e-6)
-    assert found["devices"] == {"cpu"} and found["pinned"]
-    assert found["went"] == [True] * (7 if every == 1 else 3)
+        assert result["beside"][name] == pytest.approx(result["here"][name], abs=1e-6)
+    assert result["devices"] == {"cpu"} and result["pinned"]
+    assert result["went"] == [True] * (7 if every == 1 else 3)
 
 
 # A whole run.
@@ -351,18 +351,18 @@ def test_a_run_on_cuda_is_itself_after_a_resume(
     cache = tmp_path / "split" / "train"
     (tmp_path / "prompts.txt").write_text("a red circle --s 2")
     change_prompts(cache, tmp_path / "prompts.txt", str(base), "cpu")
-    found = cuda(a_run_and_a_resumed_one, cache, base, tmp_path)
-    assert found["path"].exists() and len(evals(tmp_path / "straight")) == 3
+    result = cuda(a_run_and_a_resumed_one, cache, base, tmp_path)
+    assert result["path"].exists() and len(evals(tmp_path / "straight")) == 3
     assert len([*(tmp_path / "straight" / "previews").iterdir()]) == 3
     name = "train/peak_memory_bytes"
-    told = [row[name] for row in rows(tmp_path / "straight") if name in row]
-    assert told == sorted(told) and 0 < told[-1] <= found["peak"]
+    peaks = [row[name] for row in rows(tmp_path / "straight") if name in row]
+    assert peaks == sorted(peaks) and 0 < peaks[-1] <= result["peak"]
 
 
 # Encoding and generating.
 
 
-def encode_on_cuda(pictures: Path, base: Path, out: Path) -> set[str]:
+def encode_on_cuda(images: Path, base: Path, out: Path) -> set[str]:
     from precompute import encoders
 
     loaded: set[str] = set()
@@ -375,7 +375,7 @@ def encode_on_cuda(pictures: Path, base: Path, out: Path) -> set[str]:
     encoders.TextEncoders = spy  # type: ignore[assignment,misc]
     encode(
         EncodeSettings(
-            dataset=pictures,
+            dataset=images,
             out=out,
             base=str(base),
             resolution=64,
@@ -389,15 +389,15 @@ def encode_on_cuda(pictures: Path, base: Path, out: Path) -> set[str]:
 
 
 def test_a_cache_encoded_on_cuda_is_that_of_a_cpu(
-    cuda: PretendedCuda, pictures: Path, cache: Path, base: Path, tmp_path: Path
+    cuda: PretendedCuda, images: Path, cache: Path, base: Path, tmp_path: Path
 ) -> None:
-    assert cuda(encode_on_cuda, pictures, base, tmp_path / "cache") == {"torch.float16 cuda"}
-    here, there = (epoch_tensors(folder) for folder in (cache, tmp_path / "cache"))
-    assert here.keys() == there.keys() and len(here) == 14
-    for key, tensors in here.items():
+    assert cuda(encode_on_cuda, images, base, tmp_path / "cache") == {"torch.float16 cuda"}
+    on_cpu, on_cuda = (epoch_tensors(folder) for folder in (cache, tmp_path / "cache"))
+    assert on_cpu.keys() == on_cuda.keys() and len(on_cpu) == 14
+    for key, tensors in on_cpu.items():
         for name, tensor in tensors.items():
             tolerance = 1e-5 if name == "latents" else 2e-2  # text encoders are fp16 on CUDA
-            torch.testing.assert_close(there[key][name], tensor, rtol=tolerance, atol=tolerance)
+            torch.testing.assert_close(on_cuda[key][name], tensor, rtol=tolerance, atol=tolerance)
 
 
 def epoch_tensors(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
@@ -434,11 +434,11 @@ def test_images_drawn_on_cuda_are_those_of_a_cpu(
     gib: int,
     expected: tuple[str, bool],
 ) -> None:
-    here = draw(base, tmp_path / "cpu", PROMPTS)
+    on_cpu = draw(base, tmp_path / "cpu", PROMPTS)
     settings = settings_of(base, tmp_path / "cuda", PROMPTS, precision=precision)
     settings = replace(settings, device="cuda")
     assert cuda(draw_on_cuda, settings, total_memory=gib << 30) == expected
-    there = pictures_in(tmp_path / "cuda")
-    assert len(there) == len(here) == len(PROMPTS)
-    for one, other in zip(here, there, strict=True):
-        assert np.abs(one - other).mean() <= (0.01 if precision == "fp32" else 3.0)
+    on_cuda = images_in(tmp_path / "cuda")
+    assert len(on_cuda) == len(on_cpu) == len(PROMPTS)
+    for first, other in zip(on_cpu, on_cuda, strict=True):
+        assert np.abs(first - other).mean() <= (0.01 if precision == "fp32" else 3.0)

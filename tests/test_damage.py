@@ -60,7 +60,7 @@ def data_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(
+def intact(
     tmp_path_factory: pytest.TempPathFactory, data_set: Path, encode_to: Callable[..., Path]
 ) -> Path:
     """3 shards of 2 samples, and one rejected image. Not to be changed."""
@@ -71,14 +71,14 @@ def whole(
 
 
 @pytest.fixture(scope="module")
-def other(whole: Path, data_set: Path, encode_to: Callable[..., Path]) -> Path:
+def other(intact: Path, data_set: Path, encode_to: Callable[..., Path]) -> Path:
     """The same images in bf16: files of the same names and sizes."""
-    return encode_to(data_set, whole.with_name("other"), dtype="bf16")
+    return encode_to(data_set, intact.with_name("other"), dtype="bf16")
 
 
 @pytest.fixture
-def copy(whole: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(whole, tmp_path / "cache")
+def copy(intact: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(intact, tmp_path / "cache")
 
 
 @pytest.fixture
@@ -146,8 +146,8 @@ def hits(folder: Path, flips: list[Flip]) -> Iterator[tuple[Flip, Member | None]
     """Each flip with the sample's data that it hits: None between them and in other files."""
     members = {tar.name: members_of(tar) for tar in folder.glob("*.tar")}
     for flip in flips:
-        found = [m for m in members.get(flip.name, []) if m.start <= flip.offset < m.stop]
-        yield flip, found[0] if found else None
+        results = [m for m in members.get(flip.name, []) if m.start <= flip.offset < m.stop]
+        yield flip, results[0] if results else None
 
 
 def read_all(folder: Path) -> list[str]:
@@ -166,17 +166,17 @@ def resign(folder: Path, **changes: Any) -> None:
     (folder / MANIFEST).write_text(canonical_json(manifest))
 
 
-def swap(one: Path, another: Path) -> None:
-    data = one.read_bytes()
-    one.write_bytes(another.read_bytes())
+def swap(first: Path, another: Path) -> None:
+    data = first.read_bytes()
+    first.write_bytes(another.read_bytes())
     another.write_bytes(data)
 
 
-def test_a_whole_cache_has_no_fault(whole: Path, other: Path) -> None:
-    assert faults_of(whole) == faults_of(other) == []
-    keys = {member.key for tar in whole.glob("*.tar") for member in members_of(tar)}
+def test_a_whole_cache_has_no_fault(intact: Path, other: Path) -> None:
+    assert faults_of(intact) == faults_of(other) == []
+    keys = {member.key for tar in intact.glob("*.tar") for member in members_of(tar)}
     assert len(keys) == 6
-    assert sorted(read_all(whole)) == sorted(keys)
+    assert sorted(read_all(intact)) == sorted(keys)
 
 
 @pytest.mark.slow
@@ -194,8 +194,8 @@ def test_every_flipped_bit_is_named_with_its_file_and_sample(copy: Path) -> None
             assert f"sample {member.key}" in faults[0].message, (flip, faults)
         key = None if member is None else member.key
         shard = Path(flip.name).stem if flip.name.endswith((".tar", ".index")) else None
-        found = faults[0]
-        assert (found.kind, found.shard, found.sample) == ("damaged", shard, key), (flip, faults)
+        result = faults[0]
+        assert (result.kind, result.shard, result.sample) == ("damaged", shard, key), (flip, faults)
     assert num_in_samples > 300
     assert faults_of(copy) == []
 
@@ -374,12 +374,12 @@ def run_verify() -> Callable[[Path], Result]:
 Verify = Callable[[Path], Result]
 
 
-def test_verify_says_that_a_cache_is_whole(whole: Path) -> None:
+def test_verify_says_that_a_cache_is_whole(intact: Path) -> None:
     run = subprocess.run(
-        [sys.executable, "cli.py", "verify", str(whole)], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "cli.py", "verify", str(intact)], cwd=ROOT, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
-    assert run.stdout == f"{whole}: 6 samples in 3 shards, all whole\n"
+    assert run.stdout == f"{intact}: 6 samples in 3 shards, all whole\n"
 
 
 def test_verify_names_all_damage_and_exits_with_1(
@@ -406,12 +406,12 @@ def test_verify_exits_with_1_for_a_damaged_manifest(copy: Path, run_verify: Veri
     assert run.exit_code == 1
 
 
-@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize("exists", [False, True])
 def test_verify_exits_with_2_where_there_is_no_cache(
-    tmp_path: Path, run_verify: Verify, there: bool
+    tmp_path: Path, run_verify: Verify, exists: bool
 ) -> None:
     folder = tmp_path / "nothing"
-    if there:
+    if exists:
         folder.mkdir()
     run = run_verify(folder)
     assert run.exit_code == 2

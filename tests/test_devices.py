@@ -61,31 +61,31 @@ def test_auto_is_bf16_where_the_gpu_has_it(
     capability: Any, major: int, minor: int, dtype: str
 ) -> None:
     capability(major, minor)
-    found = pick_precision("auto", CUDA)
-    assert (found.dtype, found.autocast) == (getattr(torch, dtype), True)
-    assert found.scaler == (dtype == "float16")
+    precision = pick_precision("auto", CUDA)
+    assert (precision.dtype, precision.autocast) == (getattr(torch, dtype), True)
+    assert precision.scaler == (dtype == "float16")
     assert has_bf16(CUDA) == (dtype == "bfloat16")
 
 
 @pytest.mark.parametrize("major", [7, 8])
 def test_what_is_asked_for_is_taken(capability: Any, major: int) -> None:
     capability(major, 0)
-    for asked, dtype, autocast, scaler in (
+    for requested, dtype, autocast, scaler in (
         ("fp16", torch.float16, True, True),
         ("fp32", torch.float32, False, False),
         *([("bf16", torch.bfloat16, True, False)] if major >= 8 else []),
     ):
-        found = pick_precision(asked, CUDA)
-        assert (found.dtype, found.autocast, found.scaler) == (dtype, autocast, scaler)
+        precision = pick_precision(requested, CUDA)
+        assert (precision.dtype, precision.autocast, precision.scaler) == (dtype, autocast, scaler)
 
 
 def test_bf16_is_refused_where_the_gpu_has_none(capability: Any, base: Path) -> None:
     capability(7, 5)
-    said = r": Old Card has no bf16 \(compute capability 7.5; it takes 8.0\); use fp16 or fp32"
-    with pytest.raises(ValueError, match="--precision bf16" + said):
+    message = r": Old Card has no bf16 \(compute capability 7.5; it takes 8.0\); use fp16 or fp32"
+    with pytest.raises(ValueError, match="--precision bf16" + message):
         pick_precision("bf16", CUDA)
     pure = config_of(base, full=True, pure_bf16=True)
-    with pytest.raises(ValueError, match="--pure-bf16" + said):
+    with pytest.raises(ValueError, match="--pure-bf16" + message):
         learner_for(pure, DistContext(CUDA))
     fused = config_of(base, full=True, fused_backward=True)
     with pytest.raises(ValueError, match=r"--fused-backward .* this GPU has no bf16"):
@@ -93,7 +93,7 @@ def test_bf16_is_refused_where_the_gpu_has_none(capability: Any, base: Path) -> 
     settings = EncodeSettings(
         dataset=base, out=base, base=str(base), vae_dtype="bf16", device="cuda"
     )
-    with pytest.raises(ValueError, match="--vae-dtype bf16" + said):
+    with pytest.raises(ValueError, match="--vae-dtype bf16" + message):
         _ = Encoders(settings, open_base(base), 1).latents
 
 
@@ -180,9 +180,9 @@ def encode_in_tf32(images: Path, base: Path, out: Path) -> Any:
 
 
 def test_a_cache_of_tf32_is_told_from_an_exact_one(
-    cuda: PretendedCuda, pictures: Path, base: Path, tmp_path: Path
+    cuda: PretendedCuda, images: Path, base: Path, tmp_path: Path
 ) -> None:
-    data = copy_old(pictures, tmp_path / "data")
+    data = copy_old(images, tmp_path / "data")
     seen, in_the_end = cuda(encode_in_tf32, data, base, tmp_path / "cache")
     calls = seen["AutoencoderKL.encode"]
     # Drawings in TF32, then exactly, one by one; the batches; three images of the checks, exactly.

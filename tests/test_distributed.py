@@ -32,9 +32,9 @@ def two_caches(split_cache: Path, cache: Path) -> tuple[CacheUse, ...]:
     return CacheUse(split_cache, repeats=2), CacheUse(cache, weight=0.5)
 
 
-def close(one: list[tuple[int, float]], two: list[tuple[int, float]]) -> bool:
-    return [step for step, _ in one] == [step for step, _ in two] and all(
-        abs(a - b) <= 1e-5 for (_, a), (_, b) in zip(one, two, strict=True)
+def close(first: list[tuple[int, float]], second: list[tuple[int, float]]) -> bool:
+    return [step for step, _ in first] == [step for step, _ in second] and all(
+        abs(a - b) <= 1e-5 for (_, a), (_, b) in zip(first, second, strict=True)
     )
 
 
@@ -55,20 +55,20 @@ def test_any_number_of_processes_and_any_change_of_it_is_one_run(
         train_on(config_of(two_caches, base, tmp_path / out, **settings), world)
         return tmp_path / out
 
-    one = train("1", 1)
-    plan = seen(one)
-    num_batches = json.loads((one / "config.json").read_text())["steps_per_epoch"]
+    single = train("1", 1)
+    plan = seen(single)
+    num_batches = json.loads((single / "config.json").read_text())["steps_per_epoch"]
     assert num_batches < STEPS and {sum(batch.values()) for batch in plan.values()} > {12}
     epoch = sum((plan[0, number] for number in range(num_batches)), Counter())
     assert epoch == Counter(2 * keys_of(split_cache / "train") + keys_of(cache))
     for world in (3, 4):
         other = train(str(world), world)
-        assert close(losses(other), losses(one)) and close(evals(other), evals(one)), world
+        assert close(losses(other), losses(single)) and close(evals(other), evals(single)), world
         assert seen(other) == plan, world
     for number, (world, steps) in enumerate([(3, 2), (1, 4), (4, 6), (2, STEPS)]):
         mixed = train("mixed", world, steps, resume=number > 0)
-    assert close(losses(mixed), losses(one)) and seen(mixed) == plan
-    first, second = (safetensors.torch.load_file(out / LORA) for out in (one, mixed))
+    assert close(losses(mixed), losses(single)) and seen(mixed) == plan
+    first, second = (safetensors.torch.load_file(out / LORA) for out in (single, mixed))
     assert all(torch.allclose(first[name], second[name], atol=1e-3) for name in first)
 
 
@@ -83,8 +83,10 @@ def test_ranks_that_see_other_folders_are_refused_at_once(
         rank.join(60)
     assert [rank.exitcode for rank in ranks] == [1, 1]
     for out in outs:
-        said = f"{out}: the processes do not see the same folder there; machines need a shared one"
-        assert said in output_of(out)
+        message = (
+            f"{out}: the processes do not see the same folder there; machines need a shared one"
+        )
+        assert message in output_of(out)
         assert not (out / "ranks.nonce").exists() and not (out / "config.json").exists()
 
 
@@ -94,12 +96,12 @@ def test_a_sharded_run_goes_on_with_another_number_of_processes(
 ) -> None:
     """FSDP: files of bounded size, written by two processes, read by one, then by three."""
     settings: dict[str, Any] = {"full": True, "ema": 0.5, "log_every": 2}
-    one, mixed = tmp_path / "one", tmp_path / "mixed"
-    run(cache, base, one, batch_size=6, steps=5, checkpoint_at=(2,), **settings)
+    single, mixed = tmp_path / "one", tmp_path / "mixed"
+    run(cache, base, single, batch_size=6, steps=5, checkpoint_at=(2,), **settings)
     for number, (world, steps) in enumerate([(2, 2), (1, 3), (3, 5)]):
         more = {**settings, "batch_size": 6 // world, "steps": steps, "resume": number > 0}
         train_on(config_of(cache, base, mixed, **more), world, max_file_bytes=400_000)
-    assert close(losses(mixed), losses(one))
+    assert close(losses(mixed), losses(single))
     passes = sum(
         (Counter(keys) for (epoch, _), keys in seen(mixed).items() if not epoch), Counter()
     )
@@ -108,13 +110,13 @@ def test_a_sharded_run_goes_on_with_another_number_of_processes(
     for folder in (written / "unet", written / "ema" / "unet", written / "optimizer"):
         files = find_weights(folder).files
         assert len(files) > 3 and all(path.stat().st_size < 500_000 for path in files), folder
-    same = one / "checkpoints" / "checkpoint-2"
+    same = single / "checkpoints" / "checkpoint-2"
     for part in ("", "ema"):
         loaded = UNet2DConditionModel.from_pretrained(written / part / "unet").state_dict()
         weights = safetensors.torch.load_file(same / part / UNET)
         assert loaded.keys() == weights.keys()
         assert all(torch.allclose(loaded[n], weights[n], atol=1e-4) for n in weights), part
-    first = safetensors.torch.load_file(one / UNET)
+    first = safetensors.torch.load_file(single / UNET)
     second = UNet2DConditionModel.from_pretrained(mixed / "unet").state_dict()
     assert all(torch.allclose(first[name], second[name], atol=1e-3) for name in first)
 
@@ -183,11 +185,11 @@ def test_a_process_that_fails_ends_them_all_with_its_reason(
     )
     assert ended.returncode == code, ended.stderr
     lines = [line for line in ended.stderr.replace("\r", "\n").splitlines() if "Error: " in line]
-    said = [line[line.index("Error: ") :] for line in lines]
-    assert said[-1].startswith(f"Error: {reason}"), said
+    errors = [line[line.index("Error: ") :] for line in lines]
+    assert errors[-1].startswith(f"Error: {reason}"), errors
     # Process 0 adds what can be resumed, where it notices the end before it is ended itself.
-    gone = "Error: another process of this run is gone"
-    others = [line for line in said[:-1] if not line.startswith(gone)]
+    end = "Error: another process of this run is gone"
+    others = [line for line in errors[:-1] if not line.startswith(end)]
     assert others == ["Error: process 1: cache: a sample is damaged"] * (code == 2)
     assert "Traceback" not in ended.stderr
 
@@ -201,8 +203,8 @@ def signalled(arguments: list[str], out: Path, row: int, number: int) -> int:
             child.send_signal(number)
             break
         time.sleep(0.02)
-    _, said = child.communicate(timeout=90)
-    assert "Traceback" not in said, said
+    _, message = child.communicate(timeout=90)
+    assert "Traceback" not in message, message
     return child.returncode
 
 
@@ -260,6 +262,10 @@ def is_running(pid: int) -> bool:
 
 
 def stopped_at(out: Path) -> int:
-    found = newest_checkpoint(out)
-    assert found and found[1]["kind"] == "stop" and found[1]["step"] == losses(out)[-1][0]
-    return int(found[1]["step"])
+    checkpoint = newest_checkpoint(out)
+    assert (
+        checkpoint
+        and checkpoint[1]["kind"] == "stop"
+        and checkpoint[1]["step"] == losses(out)[-1][0]
+    )
+    return int(checkpoint[1]["step"])

@@ -37,8 +37,8 @@ def hub(base: Path, tmp_path: Path) -> Iterator[Hub]:
     for name in SURPLUS:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(b"not to be had")
-    with serve(folder) as one:
-        yield one
+    with serve(folder) as first:
+        yield first
 
 
 def download(hub: Hub, out: Path, *more: str, repo: str = REPO) -> subprocess.CompletedProcess[str]:
@@ -70,10 +70,10 @@ def test_it_takes_what_a_base_needs(hub: Hub, base: Path, tmp_path: Path) -> Non
     assert run.returncode == 0, run.stderr
     assert f"--base {tmp_path / 'out'}" in run.stdout
     assert files(tmp_path / "out") == files(base)
-    assert files(tmp_path / "out").keys() == set(hub.asked)
-    hub.asked.clear()
+    assert files(tmp_path / "out").keys() == set(hub.requests)
+    hub.requests.clear()
     assert download(hub, tmp_path / "out").returncode == 0
-    assert hub.asked == []
+    assert hub.requests == []
 
 
 def test_a_revision_is_taken_where_one_is_named(hub: Hub, base: Path, tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_a_broken_connection_is_tried_again(hub: Hub, base: Path, tmp_path: Path
     hub.cut[UNET] = 100_000
     run = download(hub, tmp_path / "out")
     assert run.returncode == 0, run.stderr
-    assert hub.asked.count(UNET) == 2
+    assert hub.requests.count(UNET) == 2
     assert files(tmp_path / "out") == files(base)
 
 
@@ -97,11 +97,11 @@ def test_what_is_whole_is_kept(hub: Hub, base: Path, tmp_path: Path) -> None:
     line = refused(download(hub, out))
     assert f"{REPO}: not whole in {out}, run again to go on" in line
     assert "unet" not in {path.split("/")[0] for path in files(out) if path.endswith("tensors")}
-    hub.asked.clear()
+    hub.requests.clear()
     hub.lost = ""
     assert download(hub, out).returncode == 0
-    assert UNET in hub.asked
-    assert not set(hub.asked) & {"vae/config.json", "model_index.json"}
+    assert UNET in hub.requests
+    assert not set(hub.requests) & {"vae/config.json", "model_index.json"}
     assert files(out) == files(base)
     assert not list(out.rglob("*.incomplete"))
     load_unet(open_base(out).unet, torch.float32)
@@ -114,8 +114,8 @@ def test_fp16_files_where_they_are_asked_for(hub: Hub, tmp_path: Path) -> None:
             hub.folder / part / f"{stem}.fp16.safetensors",
         )
     assert download(hub, tmp_path / "out", "--fp16").returncode == 0
-    found = {name for name in files(tmp_path / "out") if name.endswith(".safetensors")}
-    assert found == {
+    results = {name for name in files(tmp_path / "out") if name.endswith(".safetensors")}
+    assert results == {
         "unet/diffusion_pytorch_model.fp16.safetensors",
         "vae/diffusion_pytorch_model.fp16.safetensors",
         "text_encoder/model.fp16.safetensors",
@@ -151,14 +151,14 @@ def test_pick_files() -> None:
         with pytest.raises(BaseError, match=f"has no {wrong} in safetensors"):
             pick_files("o/n", singles, False, wrong)
     parts = [f"{part}/config.json" for part in ("unet", "vae", "text_encoder", "text_encoder_2")]
-    whole = ["model_index.json", *parts]
+    complete = ["model_index.json", *parts]
     with pytest.raises(BaseError, match=r"its unet has no safetensors \(found: unet/model.bin\)"):
-        pick_files("o/n", [*whole, "unet/model.bin"], False, None)
+        pick_files("o/n", [*complete, "unet/model.bin"], False, None)
     weights = [path.replace("config.json", "model.fp16.safetensors") for path in parts[1:]]
     numbered = [f"unet/diffusion_pytorch_model-0000{n}-of-00002.safetensors" for n in (1, 2)]
     numbered.append("unet/diffusion_pytorch_model.safetensors.index.json")
-    assert set(pick_files("o/n", [*whole, *weights, *numbered], False, None)) == {
-        *whole,
+    assert set(pick_files("o/n", [*complete, *weights, *numbered], False, None)) == {
+        *complete,
         *weights,
         *numbered,
     }

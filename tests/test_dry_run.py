@@ -26,9 +26,9 @@ def run(*arguments: Any) -> tuple[int, str]:
 
 
 @pytest.fixture
-def data_set(pictures: Path, tmp_path: Path) -> Path:
+def data_set(images: Path, tmp_path: Path) -> Path:
     """14 good images, one of them with a long caption; a wide one, a small one, two bad ones."""
-    folder = Path(shutil.copytree(pictures, tmp_path / "set"))
+    folder = Path(shutil.copytree(images, tmp_path / "set"))
     (folder / "000.txt").write_text("a b c d e " * 40)
     for name, size in (("wide", (400, 80)), ("small", (40, 30))):
         Image.new("RGB", size).save(folder / f"{name}.png")
@@ -51,10 +51,10 @@ def buckets(output: str) -> list[list[str]]:
     return [line.split()[:2] for line in output.splitlines() if re.match(r" +\d+x\d+ ", line)]
 
 
-def said_bytes(output: str) -> float:
-    found = re.search(r"  about ([\d.]+) ([MG])B", output)
-    assert found, output
-    return float(found[1]) * {"M": 1e6, "G": 1e9}[found[2]]
+def printed_bytes(output: str) -> float:
+    match = re.search(r"  about ([\d.]+) ([MG])B", output)
+    assert match, output
+    return float(match[1]) * {"M": 1e6, "G": 1e9}[match[2]]
 
 
 def bytes_in(tar: Path) -> int:
@@ -95,18 +95,18 @@ def test_what_it_says_comes_true(
         Image.new("L", image.size, 255).save(data_set / "001.mask.png")
     Image.new("L", (64, 20), 255).save(data_set / "002.mask.png")
     command = ["encode", data_set, "--base", base, "--out", tmp_path / "out", *SETTINGS, *more]
-    code, told = run(*command, "--dry-run")
-    assert code == 0, told
-    assert "  rejected: 002.png: its mask: of 64 x 20 pixels, where its" in told
+    code, output = run(*command, "--dry-run")
+    assert code == 0, output
+    assert "  rejected: 002.png: its mask: of 64 x 20 pixels, where its" in output
     code, done = run(*command)
     assert code == 0, done
-    assert buckets(told) == buckets(done)
+    assert buckets(output) == buckets(done)
     num_bytes = sum(map(bytes_in, (tmp_path / "out").glob("*.tar")))
-    assert said_bytes(told) == pytest.approx(num_bytes, rel=0.05)
+    assert printed_bytes(output) == pytest.approx(num_bytes, rel=0.05)
     for pattern in (r"^  ([\d,]+) variants of them", r"^  ([\d,]+) images an epoch"):
-        both = [re.findall(pattern, text, re.MULTILINE) for text in (told, done)]
+        both = [re.findall(pattern, text, re.MULTILINE) for text in (output, done)]
         assert both[0] == both[1], pattern
-    cut = re.findall(r"  cut: (\d+) captions", told)
+    cut = re.findall(r"  cut: (\d+) captions", output)
     assert cut == re.findall(r"  (\d+) captions cut at", done) and len(cut) == 1
 
 
@@ -121,7 +121,7 @@ def test_repeats_are_counted(data_set: Path, base: Path, tmp_path: Path) -> None
     assert "  1 mask images" in output.splitlines()
 
 
-def test_small_pictures_are_refused_by_size(data_set: Path, base: Path, tmp_path: Path) -> None:
+def test_small_images_are_refused_by_size(data_set: Path, base: Path, tmp_path: Path) -> None:
     code, output = run(
         *("encode", data_set, "--base", base, "--out", tmp_path / "out", *SETTINGS),
         *("--min-size", 31, "--dry-run"),
@@ -133,7 +133,7 @@ def test_small_pictures_are_refused_by_size(data_set: Path, base: Path, tmp_path
 
 
 @pytest.mark.usefixtures("no_models")
-def test_too_little_disk_is_said_before_the_first_picture(
+def test_too_little_disk_is_said_before_the_first_image(
     data_set: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = Usage(10**9, 10**9 - 10**5, 10**5)
@@ -146,5 +146,9 @@ def test_too_little_disk_is_said_before_the_first_picture(
         r"out: needs about 0\.\d\d MB of disk, where 0\.10 MB are free: make room", line
     )
     assert not [*out.glob("*.tar")]
-    code, told = run("encode", data_set, "--base", base, "--out", out, *SETTINGS, "--dry-run")
-    assert code == 1 and "0.10 MB are free on the disk of" in told and line in told.splitlines()
+    code, reported = run("encode", data_set, "--base", base, "--out", out, *SETTINGS, "--dry-run")
+    assert (
+        code == 1
+        and "0.10 MB are free on the disk of" in reported
+        and line in reported.splitlines()
+    )

@@ -110,12 +110,12 @@ def test_the_average_is_what_is_evaluated_and_published(
     assert evaluate(learner, val, config) != averaged
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(unrolled(0.7, [one[name] for one in history]))
+            parameter.copy_(unrolled(0.7, [weights[name] for weights in history]))
     assert evaluate(learner, val, config) == pytest.approx(averaged, rel=1e-5)
     if full:
-        found = dict(UNet2DConditionModel.from_pretrained(tmp_path / "unet").named_parameters())
+        actual = dict(UNet2DConditionModel.from_pretrained(tmp_path / "unet").named_parameters())
         expected = dict(parameters)
     else:
-        found, expected = safetensors.torch.load_file(tmp_path / LORA), lora_state(learner.unet)
-    assert found.keys() == expected.keys()
-    assert all(torch.allclose(found[n], value, atol=1e-5) for n, value in expected.items())
+        actual, expected = safetensors.torch.load_file(tmp_path / LORA), lora_state(learner.unet)
+    assert actual.keys() == expected.keys()
+    assert all(torch.allclose(actual[n], value, atol=1e-5) for n, value in expected.items())

@@ -88,7 +88,7 @@ def test_a_batch_ahead_changes_no_byte(
 # On a GPU.
 
 
-def shards_on_cuda(pictures: Path, base: Path, out: Path, settings: dict[str, Any]) -> Any:
+def shards_on_cuda(images: Path, base: Path, out: Path, settings: dict[str, Any]) -> Any:
     """The order of starts and waits of latents and of text, and what went over the bus."""
     import precompute.encoders
     import sdxl.text_encoders
@@ -111,7 +111,7 @@ def shards_on_cuda(pictures: Path, base: Path, out: Path, settings: dict[str, An
 
     precompute.encode.encode_shard = watched
     precompute.encode.encode(
-        EncodeSettings(dataset=pictures, out=out, base=str(base), device="cuda", **settings)
+        EncodeSettings(dataset=images, out=out, base=str(base), device="cuda", **settings)
     )
     made_with = [i for path in out.glob("*.index") for i in Index(path).header["made_with"]]
     return {
@@ -123,10 +123,10 @@ def shards_on_cuda(pictures: Path, base: Path, out: Path, settings: dict[str, An
 
 
 def test_the_host_waits_for_a_batch_when_the_next_one_is_started(
-    cuda: PretendedCuda, pictures: Path, base: Path, tmp_path: Path
+    cuda: PretendedCuda, images: Path, base: Path, tmp_path: Path
 ) -> None:
     settings = {"resolution": 64, "square": True, "batch_size": 4}
-    found = cuda(shards_on_cuda, pictures, base, tmp_path / "cache", settings)
+    found = cuda(shards_on_cuda, images, base, tmp_path / "cache", settings)
     assert found["order"] == {"latents": ahead_by_one(4), "text": ahead_by_one(4)}
     assert found["copies"] == {(True, True)}, "from pinned memory, and not waited for"
     assert found["reads"] == [], "nothing else makes the host wait"
@@ -163,9 +163,9 @@ def test_the_default_batch_size_is_by_the_gpus_memory(
 
 
 def test_a_cache_keeps_the_batch_size_that_it_began_with(
-    cuda: PretendedCuda, pictures: Path, base: Path, tmp_path: Path
+    cuda: PretendedCuda, images: Path, base: Path, tmp_path: Path
 ) -> None:
-    data = encodes.copy_old(pictures, tmp_path / "data")
+    data = encodes.copy_old(images, tmp_path / "data")
     (data / "000.txt").rename(tmp_path / "000.txt")
     settings = {"resolution": 64, "square": True}
     first = cuda(shards_on_cuda, data, base, tmp_path / "cache", settings)

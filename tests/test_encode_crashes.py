@@ -30,12 +30,12 @@ def models(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def few(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def few(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Five images of two buckets."""
     folder = tmp_path_factory.mktemp("few")
     for number in (0, 1, 3, 6, 7):
         for end in ("png", "txt"):
-            shutil.copy(pictures / f"{number:03}.{end}", folder)
+            shutil.copy(images / f"{number:03}.{end}", folder)
     make_old(folder)
     return folder
 
@@ -79,7 +79,7 @@ def test_an_encode_that_dies_in_any_file_operation_ends_as_if_it_had_not(
             traceback.print_exc()
             os._exit(1)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # no power will fail from here on
-    whole, seen = contents(expected), set[frozenset[tuple[str, bytes]]]()
+    complete, seen = contents(expected), set[frozenset[tuple[str, bytes]]]()
     folders = sorted(Path("crashed").glob("*/*"))
     assert len(folders) > 2 * 50
     for folder in folders:
@@ -88,7 +88,7 @@ def test_an_encode_that_dies_in_any_file_operation_ends_as_if_it_had_not(
         if left not in seen:
             seen.add(left)
             encode(data, base, folder, **KINDS[kind])
-            assert contents(folder) == whole, folder
+            assert contents(folder) == complete, folder
 
 
 def assert_nothing_half_is_vouched_for(folder: Path) -> None:

@@ -9,7 +9,7 @@ from PIL import Image
 
 import cli
 from shards.reader import Cache
-from tests.folders import picture, put
+from tests.folders import image_bytes, put
 from tests.test_fidelity import samples_of
 from tests.test_tars import as_downloaded, put_tar
 
@@ -27,9 +27,9 @@ def run(*arguments: Any) -> tuple[int, str]:
 
 
 def lay_out(folder: Path) -> None:
-    put(folder / "3_cat" / "a.png", "k, a, b, c\nplain", picture(side=80))
-    put(folder / "tiny.png", "tiny", picture(side=31))
-    put(folder / "none.png", None, picture(side=64))
+    put(folder / "3_cat" / "a.png", "k, a, b, c\nplain", image_bytes(side=80))
+    put(folder / "tiny.png", "tiny", image_bytes(side=31))
+    put(folder / "none.png", None, image_bytes(side=64))
     Image.new("L", (64, 64), 99).save(folder / "none.mask.png")
     image = Image.new("RGB", (64, 80), "red")
     image.putalpha(Image.linear_gradient("L").resize((64, 80)))
@@ -71,7 +71,7 @@ def test_all_options_at_once(tmp_path: Path) -> None:
 
 
 def test_bad_options_are_one_line(tmp_path: Path) -> None:
-    put(tmp_path / "set" / "a.png", "a", picture())
+    put(tmp_path / "set" / "a.png", "a", image_bytes())
     for options, words in (
         (["--long-captions", 0], "--long-captions must be from 1 to 32, not 0"),
         (["--crops", -1], "--crops must be at least 0, not -1"),

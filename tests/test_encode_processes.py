@@ -49,34 +49,34 @@ def encode_on(world: int, data: Path, base: Path, out: Path, **settings: Any) ->
 
 
 @pytest.fixture(scope="module")
-def alone(pictures: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def alone(images: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("alone") / "cache"
-    encode(pictures, base, out)
+    encode(images, base, out)
     return out
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3])
 def test_any_number_of_processes_writes_the_same_bytes(
-    alone: Path, pictures: Path, base: Path, tmp_path: Path, world: int
+    alone: Path, images: Path, base: Path, tmp_path: Path, world: int
 ) -> None:
     """Whatever number of threads the launcher gave them."""
-    out = encode_on(world, pictures, base, tmp_path / "cache")
+    out = encode_on(world, images, base, tmp_path / "cache")
     assert contents(out) == contents(alone)
 
 
 @pytest.mark.slow
 def test_a_rerun_on_several_processes_copies_what_is_right(
-    pictures: Path, base: Path, tmp_path: Path
+    images: Path, base: Path, tmp_path: Path
 ) -> None:
     """train/ and val/ at once, and shards taken apart and put together again."""
     outs = [tmp_path / "one", tmp_path / "several"]
     for out, world in zip(outs, (1, 2), strict=True):
         for change in ({"shard_size": 2}, {"repack": True, "shard_size": 5}):
             if world == 1:
-                precompute.encode.encode(settings_of(pictures, base, out, val_share=0.3, **change))
+                precompute.encode.encode(settings_of(images, base, out, val_share=0.3, **change))
             else:
-                encode_on(world, pictures, base, out, val_share=0.3, **change)
+                encode_on(world, images, base, out, val_share=0.3, **change)
     assert contents(outs[0]) == contents(outs[1])
 
 

@@ -33,14 +33,14 @@ def command(*arguments: Any) -> tuple[int, str]:
     """The command line's exit code, and all that it prints."""
     from click.testing import CliRunner
 
-    result = CliRunner().invoke(commands, [str(one) for one in arguments])
+    result = CliRunner().invoke(commands, [str(argument) for argument in arguments])
     return result.exit_code, result.output
 
 
 # Images that fail.
 
 
-def test_a_picture_that_fails_is_tried_again_when_it_changes(work: Path, base: Path) -> None:
+def test_an_image_that_fails_is_tried_again_when_it_changes(work: Path, base: Path) -> None:
     data, cache = work / "data", work / "cache"
     good = (data / "003.png").read_bytes()
     (data / "003.png").write_bytes(good[:-30])  # its header is whole
@@ -66,7 +66,7 @@ def test_a_picture_that_fails_is_tried_again_when_it_changes(work: Path, base: P
     assert_as_fresh(work, base)
 
 
-def test_a_picture_that_changes_under_way_is_tried_again(
+def test_an_image_that_changes_under_way_is_tried_again(
     work: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also if it then is again what it was when its header was read."""
@@ -88,7 +88,7 @@ def test_a_picture_that_changes_under_way_is_tried_again(
     with monkeypatch.context() as patch:
         patch.setattr(os, "fstat", touched)
         report = again(work, base, rehash=True)
-    assert [one.path for one in report.rejected] == ["003.png"]
+    assert [rejection.path for rejection in report.rejected] == ["003.png"]
     assert "changed while" in report.rejected[0].reason
     assert not again(work, base).rejected
     assert_as_fresh(work, base)
@@ -112,11 +112,11 @@ def test_a_damaged_half_is_encoded_again(work: Path, base: Path) -> None:
 
 
 def test_too_many_rejected_are_refused_as_soon_as_they_are_known(
-    pictures: Path, base: Path, tmp_path: Path
+    images: Path, base: Path, tmp_path: Path
 ) -> None:
     """By their headers before anything is written; by their data when the rest is finished."""
-    data, out = copy_old(pictures, tmp_path / "data"), tmp_path / "cache"
-    whole = (data / "000.png").read_bytes()
+    data, out = copy_old(images, tmp_path / "data"), tmp_path / "cache"
+    complete = (data / "000.png").read_bytes()
     for number in range(8):
         (data / f"{number:03}.png").write_bytes(b"no image")
     given = ["encode", data, "--base", base, "--out", out, "--resolution", 64]
@@ -126,7 +126,7 @@ def test_too_many_rejected_are_refused_as_soon_as_they_are_known(
     assert "8 rejected: not an image that Pillow can read: 000.png, 001.png" in output
     assert not [*out.glob("*.*")]
     for number in range(8):
-        (data / f"{number:03}.png").write_bytes(whole[: len(whole) // 2])
+        (data / f"{number:03}.png").write_bytes(complete[: len(complete) // 2])
     code, output = command(*given)
     assert code == 1 and "57% of the images were rejected (--max-rejected 0.5)" in output
     assert read_manifest(out)["num_samples"] == 6
@@ -193,7 +193,7 @@ def test_a_full_disk_is_one_line_and_a_rerun_goes_on(
     assert not list((work / "cache").rglob("*.partial"))
     with counted() as count:
         again(work, base)
-    assert count.captions <= 2 and count.pictures == 0
+    assert count.captions <= 2 and count.images == 0
     assert_as_fresh(work, base)
 
 

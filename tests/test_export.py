@@ -10,7 +10,15 @@ import safetensors.torch
 import torch
 from click.testing import CliRunner
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
-from loras import assert_close, fused, fused_by_diffusers, halves, made_lora, num_changed, text_lora
+from loras import (
+    assert_close,
+    fused,
+    fused_by_diffusers,
+    lora_factors,
+    made_lora,
+    num_changed,
+    text_lora,
+)
 from runs import run as train
 from safetensors import safe_open
 
@@ -56,20 +64,22 @@ def test_a_run_writes_both_files_and_they_say_what_they_are(
     out = tmp_path / "hearts"
     train(cache, licensed, out, steps=3, rank=4, alpha=2.0, checkpoint_at=(2,))
     both = [read_lora_file(out / name) for name in (LORA, KOHYA)]
-    assert [one.kind for one in both] == ["diffusers", "kohya"]
-    for one in both:
-        card = one.model_metadata
+    assert [file.kind for file in both] == ["diffusers", "kohya"]
+    for file in both:
+        card = file.model_metadata
         assert (card.name, card.base, card.license) == ("hearts", "some-base", "fair-ai")
         assert card.caches == (Cache(cache).data_digest,)
         assert (card.steps, card.rank, card.alpha) == (3, 4, 2.0)
         assert (card.prediction_type, card.rescale_betas_zero_snr) == ("epsilon", False)
     buckets = json.loads(metadata_of(out / KOHYA)["ss_bucket_info"])["buckets"].values()
-    assert sorted((*one["resolution"], one["count"]) for one in buckets) == list(card.buckets)
-    assert sum(one["count"] for one in buckets) == 14 and len(buckets) == 3
-    first, second = (one.parts[UNET] for one in both)
+    assert sorted((*bucket["resolution"], bucket["count"]) for bucket in buckets) == list(
+        card.buckets
+    )
+    assert sum(bucket["count"] for bucket in buckets) == 14 and len(buckets) == 3
+    first, second = (file.parts[UNET] for file in both)
     assert len(first) == len(second) > 30
     deltas = [
-        sorted(float(o.delta().double().norm()) for o in one.values()) for one in (first, second)
+        sorted(float(o.delta().double().norm()) for o in file.values()) for file in (first, second)
     ]
     assert deltas[0] == pytest.approx(deltas[1]) and deltas[0][0] > 0
     early = out / "checkpoints" / "checkpoint-2"
@@ -104,16 +114,16 @@ def test_to_kohya_and_back_is_the_same_adapter(
     base: Path, tmp_path: Path, settings: dict[str, Any]
 ) -> None:
     unet = made_lora(base, tmp_path, targets="all", **settings)
-    there = do(tmp_path, tmp_path / "there.safetensors", base=str(base))
-    back = do(there, tmp_path / "back.safetensors", base=str(base))
-    assert [read_lora_file(one).kind for one in (there, back)] == ["kohya", "diffusers"]
-    ours = safetensors.torch.load_file(tmp_path / LORA)
+    kohya = do(tmp_path, tmp_path / "there.safetensors", base=str(base))
+    back = do(kohya, tmp_path / "back.safetensors", base=str(base))
+    assert [read_lora_file(path).kind for path in (kohya, back)] == ["kohya", "diffusers"]
+    actual = safetensors.torch.load_file(tmp_path / LORA)
     again = safetensors.torch.load_file(back)
-    assert ours.keys() == again.keys() and all(torch.equal(ours[n], again[n]) for n in ours)
+    assert actual.keys() == again.keys() and all(torch.equal(actual[n], again[n]) for n in actual)
     third = do(back, tmp_path / "third.safetensors", base=str(base))
-    first, second = (safetensors.torch.load_file(one) for one in (there, third))
+    first, second = (safetensors.torch.load_file(path) for path in (kohya, third))
     assert first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
-    scale = read_lora_file(tmp_path).parts[UNET][next(iter(halves(unet)))].scale
+    scale = read_lora_file(tmp_path).parts[UNET][next(iter(lora_factors(unet)))].scale
     assert_close(fused_by_diffusers(base, back), fused(base, unet, scale))
 
 
@@ -121,8 +131,8 @@ def test_to_kohya_and_back_is_the_same_adapter(
 def test_text_encoders_and_precisions_go_along(base: Path, tmp_path: Path, dtype: str) -> None:
     made_lora(base, tmp_path, rank=4, alpha=16.0)
     both = safetensors.torch.load_file(tmp_path / KOHYA) | text_lora(2, 8.0, (32, 48))
-    said = {"ss_steps": "1200", "modelspec.license": "mine"}
-    safetensors.torch.save_file(both, tmp_path / "both.safetensors", said)
+    metadata = {"ss_steps": "1200", "modelspec.license": "mine"}
+    safetensors.torch.save_file(both, tmp_path / "both.safetensors", metadata)
     out = do(
         tmp_path / "both.safetensors", tmp_path / "out.safetensors", base=str(base), dtype=dtype
     )
@@ -152,38 +162,38 @@ def test_a_fine_tuned_unet_becomes_one_file(
     train(cache, base, tmp_path / "run", steps=2, full=True, lr=1e-2, **v)
     out = do(tmp_path / "run", tmp_path / "out.safetensors", base=str(base), dtype=dtype)
     kind = DTYPES[dtype]
-    one, two = load_text_encoders(open_base(base), kind)
+    text_encoder, text_encoder_2 = load_text_encoders(open_base(base), kind)
     sources = {
         "unet": load_unet(ModelSource("unet", tmp_path / "run" / "unet"), kind),
         "vae": load_vae(open_base(base).vae, kind),
-        "text_encoder": one,
-        "text_encoder_2": two,
+        "text_encoder": text_encoder,
+        "text_encoder_2": text_encoder_2,
     }
     first, second = load_text_encoders(open_base(out), kind)
-    found = {
+    results = {
         "unet": load_unet(open_base(out).unet, kind),
         "vae": load_vae(open_base(out).vae, kind),
         "text_encoder": first,
         "text_encoder_2": second,
     }
     for name, model in sources.items():
-        expected, state = model.state_dict(), found[name].state_dict()
+        expected, state = model.state_dict(), results[name].state_dict()
         assert expected.keys() == state.keys()
         assert all(torch.equal(state[n], tensor) for n, tensor in expected.items())
-    assert num_changed(found["unet"].float().state_dict(), base) > 30
+    assert num_changed(results["unet"].float().state_dict(), base) > 30
     config = open_base(out).scheduler_config
     assert config["prediction_type"] == "v_prediction" and config["rescale_betas_zero_snr"] is True
     tensors = safetensors.torch.load_file(out)
     assert {"v_pred", "ztsnr"} <= tensors.keys()
     assert {t.dtype for t in tensors.values() if t.numel()} == {kind}
-    said = metadata_of(out)
-    assert said["modelspec.architecture"] == "stable-diffusion-xl-v1-base"
-    assert said["modelspec.prediction_type"] == "v" and said["modelspec.title"] == "out"
-    assert read_model_metadata(said).steps == 2
-    theirs = UNet2DConditionModel.from_single_file(
+    metadata = metadata_of(out)
+    assert metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base"
+    assert metadata["modelspec.prediction_type"] == "v" and metadata["modelspec.title"] == "out"
+    assert read_model_metadata(metadata).steps == 2
+    reference = UNet2DConditionModel.from_single_file(
         str(out), config=str(base), subfolder="unet", torch_dtype=kind, local_files_only=True
     ).state_dict()
-    assert all(torch.equal(theirs[n], t) for n, t in sources["unet"].state_dict().items())
+    assert all(torch.equal(reference[n], t) for n, t in sources["unet"].state_dict().items())
 
 
 @pytest.mark.parametrize(
@@ -205,9 +215,9 @@ def test_a_merged_lora_is_what_the_adapter_draws(
     assert_close(load_unet(open_base(out).unet, torch.float32).state_dict(), expected)
     folder = do(tmp_path / KOHYA, tmp_path / "merged", **common)
     assert sorted(path.name for path in folder.iterdir()) == ["scheduler", "unet"]
-    theirs = UNet2DConditionModel.from_pretrained(folder / "unet").state_dict()
-    assert_close(theirs, expected)
-    assert num_changed(theirs, base) == len(halves(unet)) > 40
+    reference = UNet2DConditionModel.from_pretrained(folder / "unet").state_dict()
+    assert_close(reference, expected)
+    assert num_changed(reference, base) == len(lora_factors(unet)) > 40
     half = load_unet(
         open_base(
             str(
@@ -238,7 +248,7 @@ def test_a_merge_has_the_text_encoders_parts_and_another_vae(base: Path, tmp_pat
     written = load_vae(open_base(out).vae, torch.float32).state_dict()
     assert all(torch.equal(written[name], tensor) for name, tensor in other.items())
     plain = load_text_encoders(open_base(base), torch.float32)
-    for number, (one, merged) in enumerate(
+    for number, (item, merged) in enumerate(
         zip(plain, load_text_encoders(open_base(out), torch.float32), strict=True), 1
     ):
         for name, tensor in merged.state_dict().items():
@@ -246,7 +256,7 @@ def test_a_merge_has_the_text_encoders_parts_and_another_vae(base: Path, tmp_pat
                 ".", "_"
             )
             key = key.removesuffix("_weight")
-            expected = one.state_dict()[name]
+            expected = item.state_dict()[name]
             if f"{key}.alpha" in both:
                 up, down = both[f"{key}.lora_up.weight"], both[f"{key}.lora_down.weight"]
                 expected = expected + 4 * up @ down

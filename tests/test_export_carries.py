@@ -53,12 +53,12 @@ def test_of_what_a_lora_does_not_say_the_base_decides(base: Path, tmp_path: Path
     """As ``generate`` samples it, so the merged one is."""
     make_random_base(tmp_path / "base")
     path = tmp_path / "base" / "scheduler" / "scheduler_config.json"
-    told = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
-    path.write_text(json.dumps(json.loads(path.read_bytes()) | told))
+    settings = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | settings))
     lora = lora_with(tmp_path / "base", tmp_path, prediction_type="v_prediction")
     out = merged(tmp_path / "base", lora, tmp_path / "out.safetensors")
-    found = open_base(out).scheduler_config
-    assert {name: found[name] for name in told} == told
+    result = open_base(out).scheduler_config
+    assert {name: result[name] for name in settings} == settings
 
 
 def test_a_vae_in_another_dtype_than_the_unet_keeps_its_bits(base: Path, tmp_path: Path) -> None:
@@ -69,9 +69,9 @@ def test_a_vae_in_another_dtype_than_the_unet_keeps_its_bits(base: Path, tmp_pat
     made_lora(tmp_path / "base", tmp_path)
     out = merged(tmp_path / "base", tmp_path / LORA, tmp_path / "out.safetensors", "fp32")
     expected = load_vae(open_base(tmp_path / "base").vae, torch.float32).state_dict()
-    found = load_vae(open_base(out).vae, torch.float32).state_dict()
+    actual = load_vae(open_base(out).vae, torch.float32).state_dict()
     assert any(not torch.equal(t, t.half().float()) for t in expected.values())
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize("name", [LORA, KOHYA])

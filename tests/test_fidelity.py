@@ -46,8 +46,8 @@ def samples_of(folder: Path) -> dict[str, Sample]:
                 file = archive.extractfile(member)
                 assert file is not None
                 members.setdefault(key, {})[extension] = file.read()
-    found = [Sample.from_members(key, parts) for key, parts in members.items()]
-    return {sample.path: sample for sample in found}
+    results = [Sample.from_members(key, parts) for key, parts in members.items()]
+    return {sample.path: sample for sample in results}
 
 
 def pixels_of(path: Path, sizes: list[int]) -> torch.Tensor:
@@ -67,7 +67,7 @@ def pipeline(base: Path) -> Any:
     return StableDiffusionXLPipeline.from_pretrained(str(base))
 
 
-def test_latents_are_the_vaes_scaled(cache: Path, pictures: Path, base: Path) -> None:
+def test_latents_are_the_vaes_scaled(cache: Path, images: Path, base: Path) -> None:
     """Bit for bit, when the reference sees the same batch."""
     vae = AutoencoderKL.from_pretrained(str(base), subfolder="vae")
     samples = samples_of(cache)
@@ -80,7 +80,7 @@ def test_latents_are_the_vaes_scaled(cache: Path, pictures: Path, base: Path) ->
         for start in range(0, len(members), 4):
             batch = members[start : start + 4]
             sizes = [sample.tensors["sizes"][0].tolist() for sample in batch]
-            inputs = [pixels_of(pictures / s.path, z) for s, z in zip(batch, sizes, strict=True)]
+            inputs = [pixels_of(images / s.path, z) for s, z in zip(batch, sizes, strict=True)]
             inputs += [torch.zeros_like(inputs[0])] * (4 - len(batch))  # always a batch of 4
             with torch.no_grad():
                 posterior = vae.encode(torch.stack(inputs)).latent_dist
@@ -91,10 +91,10 @@ def test_latents_are_the_vaes_scaled(cache: Path, pictures: Path, base: Path) ->
 
 
 def test_half_precision_is_the_same_values_rounded_once(
-    cache: Path, pictures: Path, encode_to: Encode, tmp_path: Path
+    cache: Path, images: Path, encode_to: Encode, tmp_path: Path
 ) -> None:
     for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
-        half = samples_of(encode_to(pictures, tmp_path / name, dtype=name))
+        half = samples_of(encode_to(images, tmp_path / name, dtype=name))
         for path, sample in samples_of(cache).items():
             for tensor, values in sample.tensors.items():
                 expected = values if tensor == "sizes" else values.to(dtype)
@@ -111,23 +111,23 @@ def test_text_is_what_the_pipeline_encodes(cache: Path, pipeline: Any) -> None:
 
 
 def test_the_unconditional_is_zeros_and_the_empty_prompt(cache: Path, pipeline: Any) -> None:
-    held = safetensors.torch.load_file(cache / "unconditional.safetensors")
+    stored = safetensors.torch.load_file(cache / "unconditional.safetensors")
     prompt, _, pooled, _ = pipeline.encode_prompt([""] * 4, do_classifier_free_guidance=False)
-    assert torch.equal(held["empty.prompt_embeds"][0], prompt[0])
-    assert torch.equal(held["empty.pooled_prompt_embeds"][0], pooled[0])
-    assert held["empty.prompt_embeds"].abs().max() > 0
+    assert torch.equal(stored["empty.prompt_embeds"][0], prompt[0])
+    assert torch.equal(stored["empty.pooled_prompt_embeds"][0], pooled[0])
+    assert stored["empty.prompt_embeds"].abs().max() > 0
     for name in ("prompt_embeds", "pooled_prompt_embeds"):
-        assert torch.equal(held[f"zeros.{name}"], torch.zeros_like(held[f"empty.{name}"]))
+        assert torch.equal(stored[f"zeros.{name}"], torch.zeros_like(stored[f"empty.{name}"]))
 
 
-def test_captions_stay_with_their_pictures(cache: Path, pictures: Path) -> None:
+def test_captions_stay_with_their_images(cache: Path, images: Path) -> None:
     for path, sample in samples_of(cache).items():
-        assert sample.captions == ((pictures / path).with_suffix(".txt").read_text().strip(),)
+        assert sample.captions == ((images / path).with_suffix(".txt").read_text().strip(),)
 
 
-def test_sizes_are_of_each_picture(cache: Path, pictures: Path) -> None:
+def test_sizes_are_of_each_image(cache: Path, images: Path) -> None:
     for path, sample in samples_of(cache).items():
-        with Image.open(pictures / path) as image:
+        with Image.open(images / path) as image:
             width, height = image.size
         latents = sample.tensors["latents.mean"]
         target = (latents.shape[3] * 8, latents.shape[2] * 8)
@@ -138,11 +138,11 @@ def test_sizes_are_of_each_picture(cache: Path, pictures: Path) -> None:
 def test_the_schedule_is_ddpms(kind: str) -> None:
     config = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": kind}
     reference = DDPMScheduler(num_train_timesteps=1000, **config)
-    ours = alphas_cumprod({**config, "num_train_timesteps": 1000})
-    assert torch.equal(ours, reference.alphas_cumprod)
+    actual = alphas_cumprod({**config, "num_train_timesteps": 1000})
+    assert torch.equal(actual, reference.alphas_cumprod)
     latents, noise = torch.randn(2, 6, 4, 8, 8)
     timesteps = timesteps_of(torch.rand(6), 0, 1000)
-    alphas = ours[timesteps]
+    alphas = actual[timesteps]
     noised = reference.add_noise(latents, noise, timesteps)
     assert torch.equal(add_noise(latents, noise, alphas), noised)
     velocity = reference.get_velocity(latents, noise, timesteps)
@@ -157,9 +157,9 @@ def test_zero_terminal_snr_is_ddpms() -> None:
         "beta_schedule": "scaled_linear",
         "rescale_betas_zero_snr": True,
     }
-    ours, reference = alphas_cumprod(config), DDPMScheduler(**config).alphas_cumprod
-    assert ours[-1] == 0
-    assert torch.allclose(ours[:-1], reference[:-1], atol=1e-6, rtol=1e-3)
+    actual, reference = alphas_cumprod(config), DDPMScheduler(**config).alphas_cumprod
+    assert actual[-1] == 0
+    assert torch.allclose(actual[:-1], reference[:-1], atol=1e-6, rtol=1e-3)
 
 
 @pytest.mark.parametrize("change", [{"beta_start": None}, {"beta_schedule": "squaredcos_cap_v2"}])
@@ -228,15 +228,15 @@ def test_loss_and_gradients_are_the_plain_loops(
     batch = next(batches_of(cache, 3))
     losses = learner.losses(learner.unet, batch)
     losses.mean().backward()
-    ours = {n: p.grad.clone() for n, p in learner.unet.named_parameters() if p.grad is not None}
+    actual = {n: p.grad.clone() for n, p in learner.unet.named_parameters() if p.grad is not None}
     learner.unet.zero_grad()
     expected = plain_loss(learner.unet, schedule_of(base), kind, batch)
     expected.mean().backward()
     assert torch.allclose(losses, expected, atol=1e-6, rtol=0)
-    assert len(ours) > 50
+    assert len(actual) > 50
     for name, parameter in learner.unet.named_parameters():
         if parameter.grad is not None:
-            assert torch.allclose(ours[name], parameter.grad, atol=1e-6, rtol=1e-6), name
+            assert torch.allclose(actual[name], parameter.grad, atol=1e-6, rtol=1e-6), name
 
 
 def test_accumulated_micro_batches_are_one_batch(cache: Path, base: Path) -> None:
@@ -256,38 +256,39 @@ def test_accumulated_micro_batches_are_one_batch(cache: Path, base: Path) -> Non
 
 
 def test_twenty_steps_from_the_cache_are_twenty_steps_encoding_online(
-    cache: Path, pictures: Path, base: Path, pipeline: Any
+    cache: Path, images: Path, base: Path, pipeline: Any
 ) -> None:
     """The same noise, times and order; the reference opens images and runs VAE and encoders."""
     config = make_config(cache, base, targets="all")
     paths = {sample.key: sample for sample in samples_of(cache).values()}
-    ours = learner_for(config, DistContext(torch.device("cpu")))
-    theirs = learner_for(config, DistContext(torch.device("cpu")))
+    actual = learner_for(config, DistContext(torch.device("cpu")))
+    reference = learner_for(config, DistContext(torch.device("cpu")))
     schedule = schedule_of(base)
-    trained = [p for p in theirs.unet.parameters() if p.requires_grad]
+    trained = [p for p in reference.unet.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=1e-2)
     batches, again = batches_of(cache, 2), batches_of(cache, 2)
     for number in range(20):
-        loss = train_step(ours, batches, number, 1e-3).loss
+        loss = train_step(actual, batches, number, 1e-3).loss
         batch = next(again)
         members = [paths[key] for key in batch.keys]
         inputs = [
-            pixels_of(pictures / one.path, one.tensors["sizes"][0].tolist()) for one in members
+            pixels_of(images / member.path, member.tensors["sizes"][0].tolist())
+            for member in members
         ]
         with torch.no_grad():
             posterior = pipeline.vae.encode(torch.stack(inputs)).latent_dist
-            captions = [one.captions[0] for one in members]
+            captions = [member.captions[0] for member in members]
             prompt, _, pooled, _ = pipeline.encode_prompt(
                 captions, do_classifier_free_guidance=False
             )
         # The latent's draw is the reader's: its noise is what the cached posterior was drawn with.
-        std = torch.stack([one.tensors["latents.std"][0] for one in members])
-        mean = torch.stack([one.tensors["latents.mean"][0] for one in members])
+        std = torch.stack([member.tensors["latents.std"][0] for member in members])
+        mean = torch.stack([member.tensors["latents.mean"][0] for member in members])
         draw = (batch.latents - mean) / std
         online = posterior.mean * SCALING + posterior.std * SCALING * draw
         encoded = replace(batch, latents=online, prompt=prompt, pooled=pooled)
         optimizer.zero_grad()
-        expected = plain_loss(theirs.unet, schedule, "epsilon", encoded).mean()
+        expected = plain_loss(reference.unet, schedule, "epsilon", encoded).mean()
         expected.backward()
         torch.nn.utils.clip_grad_norm_(
             [p for g in optimizer.param_groups for p in g["params"]], 1.0
@@ -298,13 +299,13 @@ def test_twenty_steps_from_the_cache_are_twenty_steps_encoding_online(
 
 
 def test_the_latent_is_drawn_afresh_from_the_posterior(cache: Path) -> None:
-    held = {s.key: s.tensors for s in samples_of(cache).values()}
+    stored = {s.key: s.tensors for s in samples_of(cache).values()}
     draws: dict[str, list[torch.Tensor]] = {}
     batches = batches_of(cache, 7)
     for _ in range(2 * 3):  # two epochs: 5, 5 and 4 samples
         batch = next(batches)
         for key, latents in zip(batch.keys, batch.latents, strict=True):
-            standard = (latents - held[key]["latents.mean"][0]) / held[key]["latents.std"][0]
+            standard = (latents - stored[key]["latents.mean"][0]) / stored[key]["latents.std"][0]
             draws.setdefault(key, []).append(standard)
     batches.close()
     assert len(draws) == 14
@@ -314,20 +315,20 @@ def test_the_latent_is_drawn_afresh_from_the_posterior(cache: Path) -> None:
     assert abs(float(every.mean())) < 0.05 and abs(float(every.std()) - 1) < 0.05
 
 
-def test_a_latent_mapped_by_the_fitted_colours_looks_like_its_picture(
-    cache: Path, pictures: Path
+def test_a_latent_mapped_by_the_fitted_colors_looks_like_its_image(
+    cache: Path, images: Path
 ) -> None:
     """The map is the least-squares one: numpy finds the same from the samples."""
     manifest = json.loads((cache / "manifest.json").read_text())
-    rows, colours = [], []
+    rows, colors = [], []
     for path, sample in samples_of(cache).items():
-        pixels = pixels_of(pictures / path, sample.tensors["sizes"][0].tolist())
+        pixels = pixels_of(images / path, sample.tensors["sizes"][0].tolist())
         small = torch.nn.functional.avg_pool2d(pixels[None], 8)[0]
-        colours.append(small.flatten(1).T.numpy())
+        colors.append(small.flatten(1).T.numpy())
         rows.append(sample.tensors["latents.mean"][0].flatten(1).T.numpy())
     latents = np.concatenate(rows).astype(np.float64)
     design = np.concatenate([latents, np.ones((len(latents), 1))], axis=1)
-    solved = np.linalg.lstsq(design, np.concatenate(colours).astype(np.float64), rcond=None)[0]
+    solved = np.linalg.lstsq(design, np.concatenate(colors).astype(np.float64), rcond=None)[0]
     fitted = np.array([*manifest["latent_rgb"]["weight"], manifest["latent_rgb"]["bias"]])
     assert np.allclose(fitted, solved, atol=1e-3)
     assert np.allclose(manifest["latents"]["mean"], latents.mean(axis=0), atol=1e-6)
@@ -336,5 +337,5 @@ def test_a_latent_mapped_by_the_fitted_colours_looks_like_its_picture(
 
 def test_the_loss_is_a_mean_per_sample() -> None:
     a, b = torch.randn(2, 3, 4, 5, 6)
-    found = masked_mean(errors(a, b, "mse", 0.1), None)
-    assert torch.allclose(found, ((a - b) ** 2).mean(dim=(1, 2, 3)))
+    result = masked_mean(errors(a, b, "mse", 0.1), None)
+    assert torch.allclose(result, ((a - b) ** 2).mean(dim=(1, 2, 3)))

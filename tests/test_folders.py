@@ -28,8 +28,8 @@ def test_repeat_folders_count_where_they_are_wanted(tmp_path: Path) -> None:
     put(tmp_path / "0_off" / "u.png", "x")
     with pytest.warns(UserWarning, match="0_off/: each .* once an epoch; .* give --repeat-folders"):
         assert repeats(tmp_path) == dict.fromkeys([*names, "0_off/u.png"], 1)
-    found = repeats(tmp_path, repeat_folders=True)
-    assert found == dict(zip(names, [10, 10, 2, 1, 1], strict=True))
+    result = repeats(tmp_path, repeat_folders=True)
+    assert result == dict(zip(names, [10, 10, 2, 1, 1], strict=True))
     refused = reasons(read_one(tmp_path, repeat_folders=True))
     assert refused == {"0_off/u.png": "its folder 0_off takes it 0 times an epoch"}
 
@@ -40,7 +40,7 @@ def test_repeat_folders_that_are_not_there_are_a_warning(tmp_path: Path) -> None
         assert repeats(tmp_path, repeat_folders=True) == {"cats/a.png": 1}
 
 
-def test_repeat_folders_whose_pictures_are_all_refused_are_there(tmp_path: Path) -> None:
+def test_repeat_folders_whose_images_are_all_refused_are_there(tmp_path: Path) -> None:
     put(tmp_path / "2_cats" / "a.png")
     assert repeats(tmp_path, repeat_folders=True) == {}  # no warning: it would be an error
 
@@ -63,8 +63,8 @@ def test_weight_and_repeats_of_a_list(tmp_path: Path) -> None:
     named = [{"file_name": f"2_x/{n}.png", "text": "x"} | row for n, row in enumerate(rows)]
     put_list(tmp_path, *named)
     source = read_one(tmp_path, repeat_folders=True)
-    found = {record.path: (record.weight, record.repeats) for record in source.records}
-    assert found == {"2_x/0.png": (1.0, 2), "2_x/1.png": (0.25, 8), "2_x/2.png": (0.0, 2)}
+    results = {record.path: (record.weight, record.repeats) for record in source.records}
+    assert results == {"2_x/0.png": (1.0, 2), "2_x/1.png": (0.25, 8), "2_x/2.png": (0.0, 2)}
     why = reasons(source)
     assert set(why) == {f"2_x/{number}.png" for number in range(3, len(rows))}
     for path, words in why.items():
@@ -81,7 +81,7 @@ def masks(folder: Path, **settings: Any) -> dict[str, bytes | None]:
     return {record.path: record.mask and record.mask.read() for record in records}
 
 
-def test_a_mask_beside_a_picture_is_no_picture(tmp_path: Path) -> None:
+def test_a_mask_beside_an_image_is_no_image(tmp_path: Path) -> None:
     for name in ("a.jpg", "b.png", "sub/a.png", "c.png", "lone.mask.png", "two.png"):
         put(tmp_path / name, "x")
     for name in ("a.mask.png", "b-masklabel.PNG", "two.mask.png", "two-masklabel.png"):
@@ -97,14 +97,14 @@ def test_a_mask_beside_a_picture_is_no_picture(tmp_path: Path) -> None:
     assert why == {"two.png": "both two-masklabel.png and two.mask.png: which is its mask?"}
 
 
-def test_a_title_with_the_word_mask_and_a_caption_is_a_picture(tmp_path: Path) -> None:
+def test_a_title_with_the_word_mask_and_a_caption_is_an_image(tmp_path: Path) -> None:
     titles = ["gas mask.png", "sub/mask cat.png"]
     for name in ("gas.png", "sub/Cat.png", "dog.png", *titles):
         put(tmp_path / name, name)
     put(tmp_path / "dog mask.png", data=b"of the dog")
-    found = masks(tmp_path)
-    assert found["dog.png"] == b"of the dog"
-    assert found.keys() == {"gas.png", "sub/Cat.png", "dog.png", *titles}
+    by_path = masks(tmp_path)
+    assert by_path["dog.png"] == b"of the dog"
+    assert by_path.keys() == {"gas.png", "sub/Cat.png", "dog.png", *titles}
     put(tmp_path / "cat.png", "x")
     put(tmp_path / "cat_mask.png", "a caption that a tool wrote for every file")
     assert masks(tmp_path)["cat.png"] is not None
@@ -156,21 +156,23 @@ def test_a_text_is_not_opened_again_until_it_changes(tmp_path: Path) -> None:
         os.utime(text, ns=(1, 1))
 
     def read(memory: Memory) -> dict[str, str]:
-        return {n: one.records[0].captions[0] for n, one in read_dataset(settings, memory).items()}
+        return {
+            n: item.records[0].captions[0] for n, item in read_dataset(settings, memory).items()
+        }
 
     first = Memory()
     assert read(first) == {"train": "train", "val": "val"}
-    known = json.loads(json.dumps(first.seen))
+    stored = json.loads(json.dumps(first.seen))
     for text in texts.values():
         text.write_text(text.read_text()[::-1])
         os.utime(text, ns=(1, 1))  # unseen: as long and as old as before
-    again = Memory(known)
+    again = Memory(stored)
     assert read(again) == {"train": "train", "val": "val"}
-    assert again.seen == known
+    assert again.seen == stored
     os.utime(texts["train"], ns=(2, 2))
-    assert read(Memory(known)) == {"train": "niart", "val": "val"}
+    assert read(Memory(stored)) == {"train": "niart", "val": "val"}
     texts["val"].write_text("longer")
-    assert read(Memory(known)) == {"train": "niart", "val": "longer"}
+    assert read(Memory(stored)) == {"train": "niart", "val": "longer"}
 
 
 def test_what_was_just_written_is_not_remembered(tmp_path: Path) -> None:
@@ -189,12 +191,12 @@ def test_what_was_just_written_is_not_remembered(tmp_path: Path) -> None:
 def test_a_blob_is_what_it_was_or_an_error(tmp_path: Path) -> None:
     file = tmp_path / "a.bin"
     file.write_bytes(b"0123456789")
-    whole = Blob.of(file)
-    part = Blob(file, 4, whole.mtime_ns, offset=3)
-    assert (whole.read(), part.read()) == (b"0123456789", b"3456")
+    blob = Blob.of(file)
+    part = Blob(file, 4, blob.mtime_ns, offset=3)
+    assert (blob.read(), part.read()) == (b"0123456789", b"3456")
     with pytest.raises(ValueError, match="it changed"):
-        Blob(file, 11, whole.mtime_ns).read()
+        Blob(file, 11, blob.mtime_ns).read()
     os.utime(file, ns=(1, 1))
-    for blob in (whole, part):
+    for changed in (blob, part):
         with pytest.raises(ValueError, match="it changed"):
-            blob.read()
+            changed.read()

@@ -22,29 +22,29 @@ from train.checkpoint import newest_checkpoint, read_state
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Not to be changed."""
     return make_cache(tmp_path_factory.mktemp("forged") / "whole")
 
 
-def test_a_cache_that_is_not_forged_is_read(whole: Path) -> None:
-    assert use(whole) == "read"
+def test_a_cache_that_is_not_forged_is_read(intact: Path) -> None:
+    assert use(intact) == "read"
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        lambda one: one["shards"][0].update(name="../../x"),
-        lambda one: one["shards"][0].update(count=10**400),
-        lambda one: one["shards"][0].update(bucket=[64]),
-        lambda one: one.update(side_files={"../x": "0" * 64}),
-        lambda one: one["shards"].append(one["shards"][0]),
-        lambda one: one.pop("text"),
-        lambda one: one.pop("recipe"),
+        lambda first: first["shards"][0].update(name="../../x"),
+        lambda first: first["shards"][0].update(count=10**400),
+        lambda first: first["shards"][0].update(bucket=[64]),
+        lambda first: first.update(side_files={"../x": "0" * 64}),
+        lambda first: first["shards"].append(first["shards"][0]),
+        lambda first: first.pop("text"),
+        lambda first: first.pop("recipe"),
     ],
 )
-def test_a_forged_manifest_is_named(whole: Path, tmp_path: Path, change: Any) -> None:
-    folder = shutil.copytree(whole, tmp_path / "cache")
+def test_a_forged_manifest_is_named(intact: Path, tmp_path: Path, change: Any) -> None:
+    folder = shutil.copytree(intact, tmp_path / "cache")
     sign_all(folder, lambda manifest: change(manifest) and None)
     with pytest.raises(CacheError, match=r"manifest\.json: not a manifest that shardtune writes: "):
         read_manifest(folder)
@@ -66,9 +66,9 @@ def test_a_forged_manifest_is_named(whole: Path, tmp_path: Path, change: Any) ->
     ],
 )
 def test_a_forged_record_does_not_lead_out_of_the_file(
-    whole: Path, tmp_path: Path, name: str, value: Any
+    intact: Path, tmp_path: Path, name: str, value: Any
 ) -> None:
-    folder = shutil.copytree(whole, tmp_path / "cache")
+    folder = shutil.copytree(intact, tmp_path / "cache")
 
     def change(_: Any, records: Any) -> None:
         records[name][0] = value

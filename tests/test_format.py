@@ -78,19 +78,19 @@ def test_every_slice_comes_back_bit_for_bit(tmp_path: Path, dtype: str) -> None:
         assert index.records[row]["weight"] == 0.5
         for name, tensor in sample.tensors.items():
             for number, expected in enumerate(tensor):
-                found = torch.empty_like(expected)
-                shard.read_into(found, row, name, number)
-                assert torch.equal(found, expected), (name, number)
+                actual = torch.empty_like(expected)
+                shard.read_into(actual, row, name, number)
+                assert torch.equal(actual, expected), (name, number)
 
 
 @pytest.mark.slow
 def test_two_encodes_give_the_same_bytes(
-    cache: Path, pictures: Path, base: Path, tmp_path: Path
+    cache: Path, images: Path, base: Path, tmp_path: Path
 ) -> None:
     """In another process, of a copy of the images, into another folder."""
     copy = tmp_path / "copy"
     copy.mkdir()
-    for path in sorted(pictures.iterdir(), reverse=True):
+    for path in sorted(images.iterdir(), reverse=True):
         (copy / path.name).write_bytes(path.read_bytes())
     settings = ["--resolution", "64", "--bucket-step", "16", "--dtype", "fp32"]
     settings += ["--threads", "1", "--batch-size", "4"]
@@ -100,7 +100,7 @@ def test_two_encodes_give_the_same_bytes(
 
 
 def test_a_batch_mates_absence_changes_no_byte(
-    cache: Path, pictures: Path, encode_to: Encode, tmp_path: Path
+    cache: Path, images: Path, encode_to: Encode, tmp_path: Path
 ) -> None:
     """An image is encoded to the same bits whoever is encoded beside it."""
     some = tmp_path / "some"
@@ -108,20 +108,20 @@ def test_a_batch_mates_absence_changes_no_byte(
     for number in (0, 3, 6, 7):
         for end in ("png", "txt"):
             name = f"{number:03}.{end}"
-            (some / name).write_bytes((pictures / name).read_bytes())
+            (some / name).write_bytes((images / name).read_bytes())
     out = encode_to(some, tmp_path / "cache", dtype="fp32")
-    whole, part = Cache(cache), Cache(out)
+    complete, part = Cache(cache), Cache(out)
     count = 0
     for group in part.groups():
         for row in range(group.count):
             shard, at = part.locate(group, row)
-            theirs, there = find(whole, shard.index.key(at))
+            expected, place = find(complete, shard.index.key(at))
             for name in ("latents.mean", "latents.std", "prompt_embeds", "pooled_prompt_embeds"):
-                one = torch.empty(shard.index.layout.shape(name))
-                two = torch.empty_like(one)
-                shard.read_into(one, at, name)
-                theirs.read_into(two, there, name)
-                assert torch.equal(one, two), name
+                first = torch.empty(shard.index.layout.shape(name))
+                second = torch.empty_like(first)
+                shard.read_into(first, at, name)
+                expected.read_into(second, place, name)
+                assert torch.equal(first, second), name
             count += 1
     assert count == 4
 
@@ -150,7 +150,7 @@ def test_webdataset_alone_feeds_a_training_loop(cache: Path, base: Path) -> None
     unet = UNet2DConditionModel.from_pretrained(str(base), subfolder="unet")
     schedule = DDPMScheduler.from_pretrained(str(base), subfolder="scheduler")
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-3)
-    latents = torch.cat([one["latents.mean"] for one in tensors])
+    latents = torch.cat([sample["latents.mean"] for sample in tensors])
     torch.manual_seed(0)
     noise, timesteps = torch.randn_like(latents), torch.randint(0, 1000, (len(latents),))
     losses = []
@@ -158,10 +158,10 @@ def test_webdataset_alone_feeds_a_training_loop(cache: Path, base: Path) -> None
         predicted = unet(
             schedule.add_noise(latents, noise, timesteps),
             timesteps,
-            encoder_hidden_states=torch.cat([one["prompt_embeds"] for one in tensors]),
+            encoder_hidden_states=torch.cat([sample["prompt_embeds"] for sample in tensors]),
             added_cond_kwargs={
-                "text_embeds": torch.cat([one["pooled_prompt_embeds"] for one in tensors]),
-                "time_ids": torch.cat([one["sizes"] for one in tensors]),
+                "text_embeds": torch.cat([sample["pooled_prompt_embeds"] for sample in tensors]),
+                "time_ids": torch.cat([sample["sizes"] for sample in tensors]),
             },
         ).sample
         loss = torch.nn.functional.mse_loss(predicted, noise)
@@ -173,9 +173,9 @@ def test_webdataset_alone_feeds_a_training_loop(cache: Path, base: Path) -> None
 
 
 def test_a_rerun_adopts_what_is_whole(
-    cache: Path, pictures: Path, encode_to: Encode, base: Path, tmp_path: Path
+    cache: Path, images: Path, encode_to: Encode, base: Path, tmp_path: Path
 ) -> None:
-    out = encode_to(pictures, tmp_path / "cache", dtype="fp32")
+    out = encode_to(images, tmp_path / "cache", dtype="fp32")
     before = contents(out)
     marks = {path.name: path.stat().st_mtime_ns for path in out.glob("*-*")}
     # As a kill would leave it: a shard without its mark, another in flight, no manifest.
@@ -185,7 +185,7 @@ def test_a_rerun_adopts_what_is_whole(
     with pytest.raises(CacheError, match="unfinished; run the same encode again"):
         Cache(out)
     settings = EncodeSettings(
-        dataset=pictures,
+        dataset=images,
         base=str(base),
         out=out,
         resolution=64,
@@ -208,11 +208,11 @@ def test_a_rerun_adopts_what_is_whole(
     [({"dtype": "fp16"}, "dtype"), ({"square": True}, PREPROCESSING), ({}, "captions")],
 )
 def test_what_is_stale_is_encoded_again(
-    pictures: Path, encode_to: Encode, base: Path, tmp_path: Path, settings: Any, cause: str
+    images: Path, encode_to: Encode, base: Path, tmp_path: Path, settings: Any, cause: str
 ) -> None:
     data = tmp_path / "data"
     data.mkdir()
-    for path in pictures.iterdir():
+    for path in images.iterdir():
         (data / path.name).write_bytes(path.read_bytes())
     common = {"base": str(base), "resolution": 64, "bucket_step": 16, "dtype": "fp32", "threads": 1}
     encode(EncodeSettings(dataset=data, out=tmp_path / "cache", **common))
@@ -238,9 +238,9 @@ def test_a_failure_while_writing_leaves_no_shard(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_manifest_knows_neither_time_nor_place(cache: Path, pictures: Path) -> None:
+def test_the_manifest_knows_neither_time_nor_place(cache: Path, images: Path) -> None:
     text = (cache / "manifest.json").read_text()
-    assert str(cache.parent) not in text and str(pictures) not in text
+    assert str(cache.parent) not in text and str(images) not in text
     manifest = json.loads(text)
     assert manifest["num_samples"] == 14
     for shard in manifest["shards"]:
@@ -249,7 +249,7 @@ def test_the_manifest_knows_neither_time_nor_place(cache: Path, pictures: Path) 
 
 
 def test_a_vae_that_overflows_in_half_precision_is_retried_in_fp32(
-    pictures: Path, base: Path, tmp_path: Path
+    images: Path, base: Path, tmp_path: Path
 ) -> None:
     """fp16 latents of a VAE whose activations pass 65,504 are NaN; the cache's are not."""
     other = tmp_path / "vae"
@@ -264,19 +264,19 @@ def test_a_vae_that_overflows_in_half_precision_is_retried_in_fp32(
     for vae_dtype in ("fp16", "fp32"):
         out = tmp_path / vae_dtype
         (report,) = encode(
-            EncodeSettings(dataset=pictures, out=out, vae_dtype=vae_dtype, dtype="fp32", **common)
+            EncodeSettings(dataset=images, out=out, vae_dtype=vae_dtype, dtype="fp32", **common)
         )
         assert report.num_samples == 14 and not report.rejected
-    half, whole = Cache(tmp_path / "fp16"), Cache(tmp_path / "fp32")
+    half, complete = Cache(tmp_path / "fp16"), Cache(tmp_path / "fp32")
     for group in half.groups():
         for row in range(group.count):
             shard, at = half.locate(group, row)
-            theirs, there = find(whole, shard.index.key(at))
-            one = torch.empty(shard.index.layout.shape("latents.mean"))
-            two = torch.empty_like(one)
-            shard.read_into(one, at, "latents.mean")
-            theirs.read_into(two, there, "latents.mean")
-            assert torch.equal(one, two)
+            expected, place = find(complete, shard.index.key(at))
+            first = torch.empty(shard.index.layout.shape("latents.mean"))
+            second = torch.empty_like(first)
+            shard.read_into(first, at, "latents.mean")
+            expected.read_into(second, place, "latents.mean")
+            assert torch.equal(first, second)
 
 
 @pytest.mark.slow
@@ -316,10 +316,10 @@ def test_an_interrupted_encode_goes_on_to_the_same_bytes(
 
 @pytest.mark.filterwarnings("ignore:.*settings changed")
 def test_a_rerun_that_is_refused_leaves_the_cache(
-    pictures: Path, encode_to: Encode, base: Path, tmp_path: Path
+    images: Path, encode_to: Encode, base: Path, tmp_path: Path
 ) -> None:
     """A VAE that does not load is refused before any shard of the old one is removed."""
-    out = encode_to(pictures, tmp_path / "cache")
+    out = encode_to(images, tmp_path / "cache")
     before = contents(out)
     shutil.copytree(base / "vae", tmp_path / "vae")
     file = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
@@ -327,29 +327,29 @@ def test_a_rerun_that_is_refused_leaves_the_cache(
     weights.popitem()
     safetensors.torch.save_file(weights, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match="1 tensors missing"):
-        encode_to(pictures, out, vae=str(tmp_path / "vae"))
+        encode_to(images, out, vae=str(tmp_path / "vae"))
     assert contents(out) == before
 
 
 @pytest.mark.filterwarnings("ignore:.*settings changed")
-def test_files_of_the_user_stay(pictures: Path, encode_to: Encode, tmp_path: Path) -> None:
+def test_files_of_the_user_stay(images: Path, encode_to: Encode, tmp_path: Path) -> None:
     data = tmp_path / "data"
     for name in ("train", "val"):
-        shutil.copytree(pictures, data / name)
+        shutil.copytree(images, data / name)
     (data / "train" / "originals.tar").write_bytes(b"precious")
     with pytest.raises(ValueError, match="train: is the dataset; give another --out"):
         encode_to(data, data)
     with pytest.raises(ValueError, match=r"not empty and no cache \(holds 000.png\)"):
-        encode_to(pictures, data / "train")
-    out = encode_to(pictures, tmp_path / "cache")
+        encode_to(images, data / "train")
+    out = encode_to(images, tmp_path / "cache")
     (out / "backup.tar").write_bytes(b"precious")
-    encode_to(pictures, out, dtype="fp32")
+    encode_to(images, out, dtype="fp32")
     assert (out / "backup.tar").read_bytes() == b"precious"
     assert [line.split(": ")[0] for line in faults(out)] == [str(out / "backup.tar")]
 
 
 def test_a_read_error_ends_the_run_and_rejects_nothing(
-    pictures: Path, encode_to: Encode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    images: Path, encode_to: Encode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A disk that fails for a moment says nothing about the image."""
     real, reads = Blob.read, []
@@ -363,7 +363,7 @@ def test_a_read_error_ends_the_run_and_rejects_nothing(
 
     monkeypatch.setattr(Blob, "read", failing)
     with pytest.raises(OSError, match="Input/output error"):
-        encode_to(pictures, tmp_path / "cache")
-    encode_to(pictures, tmp_path / "cache")
+        encode_to(images, tmp_path / "cache")
+    encode_to(images, tmp_path / "cache")
     assert read_manifest(tmp_path / "cache")["num_samples"] == 14
     assert (tmp_path / "cache" / "rejected.jsonl").read_bytes() == b""

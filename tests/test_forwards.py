@@ -51,13 +51,13 @@ def adapted(**settings: Any) -> Any:
     our forwards."""
     targets = ["to_q", "to_k", "to_v", "to_out.0", "last", "conv1", "conv_shortcut", "after"]
     config = LoraConfig(**{"r": 4, "lora_alpha": 3, "target_modules": targets, **settings})
-    theirs: Any = get_peft_model(Block(), config).base_model.model
-    for name, parameter in theirs.named_parameters():
+    expected: Any = get_peft_model(Block(), config).base_model.model
+    for name, parameter in expected.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.3)
-    ours = copy.deepcopy(theirs)
-    use_direct_forwards(ours)
-    return theirs.train(), ours.train()
+    actual = copy.deepcopy(expected)
+    use_direct_forwards(actual)
+    return expected.train(), actual.train()
 
 
 def inputs(dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
@@ -76,17 +76,17 @@ def result_of(
     output = (block if call is None else call)(*given)
     output.backward(grad.to(output.dtype))
     grads = {name: p.grad for name, p in block.named_parameters() if p.requires_grad}
-    found = {"output": output.detach(), **grads, **{str(i): t.grad for i, t in enumerate(given)}}
+    results = {"output": output.detach(), **grads, **{str(i): t.grad for i, t in enumerate(given)}}
     block.zero_grad()
-    assert all(tensor is not None for tensor in found.values())
-    return found
+    assert all(tensor is not None for tensor in results.values())
+    return results
 
 
-def assert_close(found: Kinds, expected: Kinds, tolerance: float) -> None:
-    assert found.keys() == expected.keys()
+def assert_close(actual: Kinds, expected: Kinds, tolerance: float) -> None:
+    assert actual.keys() == expected.keys()
     for name, value in expected.items():
-        assert found[name].dtype == value.dtype and found[name].shape == value.shape, name
-        error = (found[name] - value).float().norm() / value.float().norm()
+        assert actual[name].dtype == value.dtype and actual[name].shape == value.shape, name
+        error = (actual[name] - value).float().norm() / value.float().norm()
         assert error < tolerance, (name, error)
 
 
@@ -105,53 +105,53 @@ SETTINGS: list[Kinds] = [
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_outputs_and_gradients_are_pefts(settings: Kinds) -> None:
     """In fp64, which shows every difference that is more than rounding."""
-    theirs, ours = (block.double() for block in adapted(**settings))
-    assert len(replaced(ours)) == 15 and not replaced(theirs)
+    reference, actual = (block.double() for block in adapted(**settings))
+    assert len(replaced(actual)) == 15 and not replaced(reference)
     given, grad = inputs(torch.float64), torch.randn(2, 16, 7)
-    expected = result_of(theirs, given, grad)
+    expected = result_of(reference, given, grad)
     assert len(expected) == 1 + 3 + 2 * 12
-    assert_close(result_of(ours, given, grad), expected, 1e-11)
+    assert_close(result_of(actual, given, grad), expected, 1e-11)
     assert_close(
-        result_of(ours, given, grad, lambda *x: checkpoint(ours, *x, use_reentrant=False)),
+        result_of(actual, given, grad, lambda *x: checkpoint(actual, *x, use_reentrant=False)),
         expected,
         1e-11,
     )
     with torch.no_grad():
-        assert torch.allclose(ours.eval()(*given), expected["output"], rtol=1e-11)
+        assert torch.allclose(actual.eval()(*given), expected["output"], rtol=1e-11)
 
 
 @pytest.mark.parametrize("scale", [3, 4])
 def test_one_layer_in_fp32_is_pefts_to_1e_6(scale: float) -> None:
     base = torch.nn.Sequential(torch.nn.Linear(64, 48))
     config = LoraConfig(r=4, lora_alpha=scale, target_modules=["0"])
-    theirs: Any = get_peft_model(base, config).base_model.model
-    torch.nn.init.normal_(theirs[0].lora_B["default"].weight)
-    ours = copy.deepcopy(theirs)
-    use_direct_forwards(ours)
+    expected: Any = get_peft_model(base, config).base_model.model
+    torch.nn.init.normal_(expected[0].lora_B["default"].weight)
+    actual = copy.deepcopy(expected)
+    use_direct_forwards(actual)
     given, grad = [torch.randn(2, 5, 64)], torch.randn(2, 5, 48)
-    assert_close(result_of(ours, given, grad), result_of(theirs, given, grad), 1e-6)
+    assert_close(result_of(actual, given, grad), result_of(expected, given, grad), 1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("half_base", [True, False])
 def test_rounding_is_no_worse_than_pefts(dtype: torch.dtype, half_base: bool) -> None:
-    theirs, ours = adapted()
-    for block in (theirs, ours):
+    reference, actual = adapted()
+    for block in (reference, actual):
         for name, parameter in block.named_parameters():
             if half_base and not parameter.requires_grad and "norm" not in name:
                 parameter.data = parameter.data.to(dtype)
-    exact_block = copy.deepcopy(theirs).double()
+    exact_block = copy.deepcopy(reference).double()
     given, grad = inputs(), torch.randn(2, 16, 7)
     exact = result_of(exact_block, [tensor.double() for tensor in given], grad)
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        expected, found = (result_of(block, given, grad) for block in (theirs, ours))
+        expected, result = (result_of(block, given, grad) for block in (reference, actual))
     errors: dict[str, list[float]] = {"mine": [], "other": []}
     for name, value in exact.items():
-        assert found[name].dtype == expected[name].dtype, name
-        for whose, tensors in (("mine", found), ("other", expected)):
+        assert result[name].dtype == expected[name].dtype, name
+        for whose, tensors in (("mine", result), ("other", expected)):
             errors[whose].append(float((tensors[name] - value).norm() / value.norm()))
-    mine, other = (sum(values) for values in errors.values())
-    assert mine < 1.2 * other, errors
+    first, other = (sum(values) for values in errors.values())
+    assert first < 1.2 * other, errors
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
@@ -161,17 +161,17 @@ def test_on_quantized_bases_too(kind: str) -> None:
 
     make = Int8Linear if kind == "int8" else _nf4_maker(torch.float32, CPU)
     base = torch.nn.Sequential(make(torch.nn.Linear(64, 64)))
-    theirs: Any = get_peft_model(base, LoraConfig(r=4, lora_alpha=3, target_modules=["0"]))
-    theirs = theirs.base_model.model
-    torch.nn.init.normal_(theirs[0].lora_B["default"].weight)
-    ours = copy.deepcopy(theirs)
-    use_direct_forwards(ours)
-    assert replaced(ours) == {"0"}
+    reference: Any = get_peft_model(base, LoraConfig(r=4, lora_alpha=3, target_modules=["0"]))
+    reference = reference.base_model.model
+    torch.nn.init.normal_(reference[0].lora_B["default"].weight)
+    actual = copy.deepcopy(reference)
+    use_direct_forwards(actual)
+    assert replaced(actual) == {"0"}
     given, grad = [torch.randn(2, 5, 64)], torch.randn(2, 5, 64)
-    assert_close(result_of(ours, given, grad), result_of(theirs, given, grad), 1e-6)
+    assert_close(result_of(actual, given, grad), result_of(reference, given, grad), 1e-6)
     with torch.autocast("cpu", torch.bfloat16):
-        found, expected = (result_of(block, given, grad) for block in (ours, theirs))
-    assert_close(found, expected, 0.02)
+        result, expected = (result_of(block, given, grad) for block in (actual, reference))
+    assert_close(result, expected, 0.02)
 
 
 @pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
@@ -179,18 +179,18 @@ def test_on_quantized_bases_too(kind: str) -> None:
     "settings", [{"use_dora": True}, {"lora_dropout": 0.5}, {"lora_bias": True}], ids=str
 )
 def test_what_is_not_the_plain_formula_stays_pefts(settings: Kinds) -> None:
-    _, ours = adapted(**settings)
-    assert replaced(ours) == {"own", "cross", "resnet"}
+    _, actual = adapted(**settings)
+    assert replaced(actual) == {"own", "cross", "resnet"}
 
 
 def test_a_second_adapter_stays_pefts_and_a_switch_is_obeyed() -> None:
-    theirs, ours = adapted()
+    expected, actual = adapted()
     given = inputs()
-    for block in (theirs, ours):
+    for block in (expected, actual):
         for module in block.modules():
             if isinstance(module, LoraLayer):
                 module.enable_adapters(False)
-    assert torch.equal(ours(*given), theirs(*given))
+    assert torch.equal(actual(*given), expected(*given))
     twice: Any = get_peft_model(Block(), LoraConfig(target_modules=["to_q"]))
     twice.add_adapter("second", LoraConfig(target_modules=["to_q"]))
     use_direct_forwards(twice)
@@ -207,25 +207,25 @@ def test_attention_with_more_to_it_stays_diffusers(settings: Kinds) -> None:
 
 
 def test_a_mask_is_obeyed() -> None:
-    theirs = Attention(query_dim=8, heads=2, dim_head=4)
-    ours = copy.deepcopy(theirs)
-    use_direct_forwards(ours)
+    expected = Attention(query_dim=8, heads=2, dim_head=4)
+    actual = copy.deepcopy(expected)
+    use_direct_forwards(actual)
     mask = torch.zeros(2, 1, 6).masked_fill(torch.rand(2, 1, 6) < 0.5, -1e4)
     hidden = torch.randn(2, 6, 8)
-    assert torch.equal(ours(hidden, attention_mask=mask), theirs(hidden, attention_mask=mask))
+    assert torch.equal(actual(hidden, attention_mask=mask), expected(hidden, attention_mask=mask))
 
 
 def test_without_adapters_bits_are_diffusers_and_nothing_is_divided_by_one() -> None:
-    theirs = Block().train()
-    ours = copy.deepcopy(theirs)
-    use_direct_forwards(ours)
-    assert replaced(ours) == {"own", "cross", "resnet"}
+    reference = Block().train()
+    actual = copy.deepcopy(reference)
+    use_direct_forwards(actual)
+    assert replaced(actual) == {"own", "cross", "resnet"}
     given, grad = inputs(), torch.randn(2, 16, 7)
     with Operations() as before:
-        expected = result_of(theirs, given, grad)
+        expected = result_of(reference, given, grad)
     with Operations() as after:
-        found = result_of(ours, given, grad)
-    assert all(torch.equal(found[name], value) for name, value in expected.items())
+        result = result_of(actual, given, grad)
+    assert all(torch.equal(result[name], value) for name, value in expected.items())
     assert before.counts["divisions by 1"] == 6 and not after.counts["divisions by 1"]
 
 
@@ -240,8 +240,8 @@ def test_a_run_uses_them_for_every_layer(base: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the compiler
 def test_joined_layers_compile_whole() -> None:
-    theirs, ours = adapted()
+    reference, actual = adapted()
     given, grad = [torch.randn(2, TOKENS, WIDTH)], torch.randn(2, TOKENS, WIDTH)
-    compiled = torch.compile(ours.own, fullgraph=True, dynamic=True)
-    expected = result_of(theirs.own, given, grad)
-    assert_close(result_of(ours.own, given, grad, compiled), expected, 1e-4)
+    compiled = torch.compile(actual.own, fullgraph=True, dynamic=True)
+    expected = result_of(reference.own, given, grad)
+    assert_close(result_of(actual.own, given, grad, compiled), expected, 1e-4)

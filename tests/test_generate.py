@@ -41,9 +41,9 @@ def trained(cache: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def test_the_base_draws_as_the_pipeline_does(base: Path, tmp_path: Path) -> None:
-    ours = draw(base, tmp_path / "out", PROMPTS)
-    check_same(ours, reference(base, PROMPTS))
-    assert np.abs(ours[0] - ours[1]).mean() > 5
+    actual = draw(base, tmp_path / "out", PROMPTS)
+    check_same(actual, reference(base, PROMPTS))
+    assert np.abs(actual[0] - actual[1]).mean() > 5
 
 
 @pytest.mark.slow
@@ -51,8 +51,8 @@ def test_negative_prompts_sizes_and_guidance(base: Path, tmp_path: Path) -> None
     lines = [f"{prompt} --n a black square --w 80 --h 48 --l 3.5 --s 4" for prompt in PROMPTS]
     call = {"width": 80, "height": 48, "guidance_scale": 3.5, "num_inference_steps": 4}
     negative = ["a black square"] * 3
-    theirs = reference(base, PROMPTS, negative_prompt=negative, **call)
-    check_equal(draw(base, tmp_path / "out", lines), theirs)
+    expected = reference(base, PROMPTS, negative_prompt=negative, **call)
+    check_equal(draw(base, tmp_path / "out", lines), expected)
     empty = draw(base, tmp_path / "empty", PROMPTS, negative="")
     check_equal(empty, reference(base, PROMPTS, negative_prompt=[""] * 3))
     without = draw(base, tmp_path / "without", PROMPTS, guidance_scale=1.0)
@@ -63,20 +63,24 @@ def test_negative_prompts_sizes_and_guidance(base: Path, tmp_path: Path) -> None
 def test_a_lora_has_its_strength_in_diffusers(base: Path, trained: Trained, tmp_path: Path) -> None:
     """Rank 8 with alpha 3: read as alpha = rank, or as alpha = 1, it would draw otherwise."""
     lora = trained(rank=8, alpha=3.0)
-    ours = draw(base, tmp_path / "out", PROMPTS, lora=(LoraUse(lora),))
-    theirs = reference(base, PROMPTS, lambda pipeline: pipeline.load_lora_weights(str(lora)))
-    check_equal(ours, theirs)
+    actual = draw(base, tmp_path / "out", PROMPTS, lora=(LoraUse(lora),))
+    expected = reference(base, PROMPTS, lambda pipeline: pipeline.load_lora_weights(str(lora)))
+    check_equal(actual, expected)
     folder = str(lora.parent)
-    check_equal(ours, reference(base, PROMPTS, lambda p: p.load_lora_weights(folder)))
+    check_equal(actual, reference(base, PROMPTS, lambda p: p.load_lora_weights(folder)))
     plain = reference(base, PROMPTS)
-    assert max(np.abs(one - two).mean() for one, two in zip(ours, plain, strict=True)) > 2
+    assert (
+        max(np.abs(first - second).mean() for first, second in zip(actual, plain, strict=True)) > 2
+    )
 
     def stronger(pipeline: Any) -> None:
         pipeline.load_lora_weights(str(lora), adapter_name="one")
         pipeline.set_adapters("one", 8 / 3)
 
     wrong = reference(base, PROMPTS, stronger)
-    assert max(np.abs(one - two).mean() for one, two in zip(ours, wrong, strict=True)) > 1
+    assert (
+        max(np.abs(first - second).mean() for first, second in zip(actual, wrong, strict=True)) > 1
+    )
 
 
 def test_the_file_adds_alpha_over_rank_times_its_product(base: Path, trained: Trained) -> None:
@@ -111,14 +115,16 @@ def test_a_full_unet_draws_as_in_diffusers(base: Path, trained: Trained, tmp_pat
         pipeline.unet = UNet2DConditionModel.from_pretrained(str(unet))
         assert pipeline.unet.dtype == torch.float32
 
-    ours = draw(base, tmp_path / "out", PROMPTS, unet=unet)
-    check_equal(ours, reference(base, PROMPTS, replace))
+    actual = draw(base, tmp_path / "out", PROMPTS, unet=unet)
+    check_equal(actual, reference(base, PROMPTS, replace))
     plain = reference(base, PROMPTS)
-    assert max(np.abs(one - two).mean() for one, two in zip(ours, plain, strict=True)) > 2
+    assert (
+        max(np.abs(first - second).mean() for first, second in zip(actual, plain, strict=True)) > 2
+    )
     half = UNet2DConditionModel.from_pretrained(str(unet), variant="fp16", torch_dtype=torch.half)
-    whole = UNet2DConditionModel.from_pretrained(str(unet)).state_dict()
+    complete = UNet2DConditionModel.from_pretrained(str(unet)).state_dict()
     for name, value in half.state_dict().items():
-        assert torch.equal(value, whole[name].half())
+        assert torch.equal(value, complete[name].half())
 
 
 @pytest.mark.slow
@@ -133,14 +139,14 @@ def test_a_rerun_draws_only_what_is_missing_or_other(base: Path, tmp_path: Path)
     assert changed == {"000001.png"}
     with pytest.warns(UserWarning, match=r"000000.png and 2 more: .*generated again: num_steps"):
         shorter = draw(base, out, PROMPTS, num_steps=3)
-    whole = (out / "000002.png").read_bytes()
-    (out / "000002.png").write_bytes(whole[: len(whole) // 2])
+    complete = (out / "000002.png").read_bytes()
+    (out / "000002.png").write_bytes(complete[: len(complete) // 2])
     with pytest.warns(UserWarning, match=r"000002.png: .*generated again: damaged"):
         again = draw(base, out, PROMPTS, num_steps=3)
     check_equal(again, shorter)
 
 
-def test_someone_elses_picture_is_not_overwritten(base: Path, tmp_path: Path) -> None:
+def test_someone_elses_image_is_not_overwritten(base: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "out" / "000000.png")
     with pytest.raises(ValueError, match=r"000000.png: not drawn by shardtune"):

@@ -67,10 +67,10 @@ def test_captions_set_aside_by_a_run_that_was_killed_come_back(base: Path, tmp_p
     for layout, name in (("simple", "captions.jsonl"), ("coco", "annotations.json")):
         out = tmp_path / layout
         draw(base, out, PROMPTS[:2], **SHORT, format=layout)
-        whole = (out / name).read_bytes()
+        complete = (out / name).read_bytes()
         set_aside(out / name)
         with ImageFolder(out, layout).open():
-            assert (out / name).read_bytes() == whole
+            assert (out / name).read_bytes() == complete
         assert not aside_of(out / name).exists()
 
 
@@ -109,7 +109,7 @@ def test_a_damaged_file_that_says_nothing_is_kept_beside(base: Path, tmp_path: P
     assert read_record(out / "000000.png")[0]
 
 
-def test_a_picture_of_ours_of_any_size_is_read_without_its_pixels(tmp_path: Path) -> None:
+def test_an_image_of_ours_of_any_size_is_read_without_its_pixels(tmp_path: Path) -> None:
     path, record = tmp_path / "000000.png", {"compare": False, "seed": 1}
     mark = SETTINGS_KEY.encode() + b"\0"
     path.write_bytes(png(60_000, 60_000, mark + json.dumps(record).encode()))
@@ -127,10 +127,10 @@ def test_compare_alone_is_all_that_changed(tmp_path: Path) -> None:
         "weights": {"unet": "a", "unet_without": "c"},
     }
     path, mark = tmp_path / "000000.png", SETTINGS_KEY.encode() + b"\0"
-    for there, asked in ((plain, both), (both, plain)):
-        path.write_bytes(png(8, 8, mark + json.dumps(there).encode()))
-        assert why_stale(path, asked) == "compare changed"
-        other = asked | {"weights": {"unet": "d"}}
+    for recorded, requested in ((plain, both), (both, plain)):
+        path.write_bytes(png(8, 8, mark + json.dumps(recorded).encode()))
+        assert why_stale(path, requested) == "compare changed"
+        other = requested | {"weights": {"unet": "d"}}
         assert why_stale(path, other) == "compare, weights changed"
 
 
@@ -144,8 +144,8 @@ def test_images_that_do_not_fit_on_the_disk_are_warned_of(
 
 def test_a_sheet_of_long_prompts() -> None:
     """Linear in the prompt: a million letters are no more work than a line."""
-    picture = Image.new("RGB", (8, 8))
+    image = Image.new("RGB", (8, 8))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        sheet = contact_sheet([(picture, "word " * 200_000), (picture, "x" * 1_000_000)])
+        sheet = contact_sheet([(image, "word " * 200_000), (image, "x" * 1_000_000)])
     assert sheet.size == (512, 274)

@@ -12,7 +12,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from drawing import (
     PROMPTS,
-    Pictures,
+    Images,
     check_equal,
     check_same,
     differ,
@@ -35,7 +35,7 @@ from train.option_values import Every
 
 
 @pytest.fixture(scope="module")
-def two(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def loras(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Two random LoRAs; the second as kohya's file, with parts for both text encoders."""
     folder = tmp_path_factory.mktemp("loras")
     made_lora(base, folder / "one", rank=8, alpha=3.0, targets="all")
@@ -45,13 +45,13 @@ def two(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pat
     return folder / "one" / LORA, folder / "both.safetensors"
 
 
-def with_two(two: tuple[Path, Path]) -> Any:
+def with_loras_of(loras: tuple[Path, Path]) -> Any:
     """The change to diffusers' pipeline that two LoRAs at their weights are."""
 
     def change(pipeline: Any) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of peft: that there is one already
-            for name, path in zip("ab", two, strict=True):
+            for name, path in zip("ab", loras, strict=True):
                 pipeline.load_lora_weights(str(path), adapter_name=name)
         pipeline.set_adapters(["a", "b"], [0.8, 0.5])
 
@@ -59,32 +59,34 @@ def with_two(two: tuple[Path, Path]) -> Any:
 
 
 @pytest.mark.slow
-def test_several_with_weights(base: Path, two: tuple[Path, Path], tmp_path: Path) -> None:
-    uses = (LoraUse.parse(f"{two[0]},0.8"), LoraUse.parse(f"{two[1]},0.5"))
-    ours = draw(base, tmp_path / "out", PROMPTS, lora=uses)
-    check_equal(ours, reference(base, PROMPTS, with_two(two)))
+def test_several_with_weights(base: Path, loras: tuple[Path, Path], tmp_path: Path) -> None:
+    uses = (LoraUse.parse(f"{loras[0]},0.8"), LoraUse.parse(f"{loras[1]},0.5"))
+    actual = draw(base, tmp_path / "out", PROMPTS, lora=uses)
+    check_equal(actual, reference(base, PROMPTS, with_loras_of(loras)))
     with Image.open(tmp_path / "out" / "000000.png") as image:
         line = image.info["parameters"].splitlines()[-1]
     assert line.endswith('Lora weights: "pytorch_lora_weights: 0.8, both: 0.5"')
     with pytest.warns(UserWarning, match="generated again: weights changed"):
-        first = draw(base, tmp_path / "out", PROMPTS, lora=(*uses[:1], LoraUse(two[1], 0.4)))
-    assert differ(first, ours) > 0.1
+        first = draw(base, tmp_path / "out", PROMPTS, lora=(*uses[:1], LoraUse(loras[1], 0.4)))
+    assert differ(first, actual) > 0.1
 
 
-def halves(pictures: Pictures, side: int = 64) -> tuple[Pictures, Pictures]:
+def both_sides(images: Images, side: int = 64) -> tuple[Images, Images]:
     """The images of both sides, without their labels."""
-    assert all(one.shape == (side + 20, 2 * side + 4, 3) for one in pictures)
-    return [one[20:, :side] for one in pictures], [one[20:, side + 4 :] for one in pictures]
+    assert all(image.shape == (side + 20, 2 * side + 4, 3) for image in images)
+    return [image[20:, :side] for image in images], [image[20:, side + 4 :] for image in images]
 
 
 @pytest.mark.slow
-def test_compare_draws_with_and_without(base: Path, two: tuple[Path, Path], tmp_path: Path) -> None:
+def test_compare_draws_with_and_without(
+    base: Path, loras: tuple[Path, Path], tmp_path: Path
+) -> None:
     """Also where a LoRA changes the text encoders, and the base is told the unchanged text."""
-    uses = (LoraUse(two[0], 0.8), LoraUse(two[1], 0.5))
-    found = draw(base, tmp_path / "both", PROMPTS, lora=uses, compare=True, low_memory=True)
-    without, with_loras = halves(found)
+    uses = (LoraUse(loras[0], 0.8), LoraUse(loras[1], 0.5))
+    drawn = draw(base, tmp_path / "both", PROMPTS, lora=uses, compare=True, low_memory=True)
+    without, with_loras = both_sides(drawn)
     check_same(without, reference(base, PROMPTS))
-    check_equal(with_loras, reference(base, PROMPTS, with_two(two)))
+    check_equal(with_loras, reference(base, PROMPTS, with_loras_of(loras)))
     assert differ(without, with_loras) > 1
     with Image.open(tmp_path / "both" / "contact-sheet.png") as sheet:
         assert sheet.size[0] == 2 * 512
@@ -92,7 +94,7 @@ def test_compare_draws_with_and_without(base: Path, two: tuple[Path, Path], tmp_
 
 @pytest.mark.slow
 def test_what_peft_cannot_hold_is_merged(
-    base: Path, two: tuple[Path, Path], tmp_path: Path
+    base: Path, loras: tuple[Path, Path], tmp_path: Path
 ) -> None:
     """A LoHa on the UNet and a text encoder, beside a LoRA: with it and without it, on a device
     that holds one model at a time; and merged by export."""
@@ -113,33 +115,33 @@ def test_what_peft_cannot_hold_is_merged(
         modules = pipeline.text_encoder.named_modules()
         text = next(module for name, module in modules if name.endswith("0.self_attn.q_proj"))
         for key, module, scale in ((unet_key, layer, 2 / 4), (text_key, text, 1)):
-            a, b, c, d = (factors[f"{key}.hada_w{one}"] for one in ("1_a", "1_b", "2_a", "2_b"))
+            a, b, c, d = (factors[f"{key}.hada_w{item}"] for item in ("1_a", "1_b", "2_a", "2_b"))
             module.weight.data += 0.8 * scale * (a @ b) * (c @ d)
 
     def both(pipeline: Any) -> None:
         merged(pipeline)
-        pipeline.load_lora_weights(str(two[0]), adapter_name="a")
+        pipeline.load_lora_weights(str(loras[0]), adapter_name="a")
         pipeline.set_adapters(["a"], [0.5])
 
-    uses = (LoraUse(path, 0.8), LoraUse(two[0], 0.5))
+    uses = (LoraUse(path, 0.8), LoraUse(loras[0], 0.5))
     out = tmp_path / "both"
-    found = draw(base, out, PROMPTS, lora=uses, compare=True, low_memory=True)
-    without, with_loras = halves(found)
+    drawn = draw(base, out, PROMPTS, lora=uses, compare=True, low_memory=True)
+    without, with_loras = both_sides(drawn)
     check_same(without, reference(base, PROMPTS))
     check_equal(with_loras, reference(base, PROMPTS, both))
     assert differ(without, with_loras) > 1
     with pytest.warns(UserWarning, match="again: .*weights"):
         alone = draw(base, tmp_path / "both", PROMPTS, lora=(LoraUse(path, 0.8),))
     check_equal(alone, reference(base, PROMPTS, merged))
-    whole = tmp_path / "merged.safetensors"
+    complete = tmp_path / "merged.safetensors"
     settings = {"weight": 0.8, "dtype": "fp32", "merge": True}
-    export(ExportSettings(weights=path, out=whole, base=str(base), **settings))
-    check_same(draw(whole, tmp_path / "whole", PROMPTS, tokenizers=base), alone)
+    export(ExportSettings(weights=path, out=complete, base=str(base), **settings))
+    check_same(draw(complete, tmp_path / "whole", PROMPTS, tokenizers=base), alone)
 
 
 @pytest.mark.slow
 def test_compare_with_a_whole_unet(
-    base: Path, cache: Path, two: tuple[Path, Path], tmp_path: Path
+    base: Path, cache: Path, loras: tuple[Path, Path], tmp_path: Path
 ) -> None:
     """Of a UNet the other side is the base's; of a LoRA on it, the UNet without the LoRA."""
     out = tmp_path / "run"
@@ -150,15 +152,17 @@ def test_compare_with_a_whole_unet(
 
     def both(pipeline: Any) -> None:
         replace(pipeline)
-        pipeline.load_lora_weights(str(two[0]))
+        pipeline.load_lora_weights(str(loras[0]))
 
     tuned = reference(base, PROMPTS, replace)
-    found = draw(base, tmp_path / "unet", PROMPTS, unet=out, compare=True)
-    without, with_unet = halves(found)
+    drawn = draw(base, tmp_path / "unet", PROMPTS, unet=out, compare=True)
+    without, with_unet = both_sides(drawn)
     check_same(without, reference(base, PROMPTS))
     check_same(with_unet, tuned)
-    found = draw(base, tmp_path / "lora", PROMPTS, unet=out, lora=(LoraUse(two[0]),), compare=True)
-    without, with_both = halves(found)
+    drawn = draw(
+        base, tmp_path / "lora", PROMPTS, unet=out, lora=(LoraUse(loras[0]),), compare=True
+    )
+    without, with_both = both_sides(drawn)
     check_same(without, tuned)
     check_equal(with_both, reference(base, PROMPTS, both))
     early = draw(base, tmp_path / "early", PROMPTS, unet=out / "checkpoints" / "checkpoint-2")
@@ -222,7 +226,7 @@ def test_a_weight_that_is_none(text: str) -> None:
         LoraUse.parse(text)
 
 
-def test_all_that_decides_a_picture_is_in_its_record(base: Path, tmp_path: Path) -> None:
+def test_all_that_decides_an_image_is_in_its_record(base: Path, tmp_path: Path) -> None:
     """Also what the base says of the unconditional, and how the side without LoRA is sampled."""
     folder = tmp_path / "base"
     shutil.copytree(base, folder)
@@ -232,21 +236,21 @@ def test_all_that_decides_a_picture_is_in_its_record(base: Path, tmp_path: Path)
         base=str(folder), out=tmp_path / "out", prompt="a", lora=use, compare=True
     )
 
-    def about() -> Any:
+    def record() -> Any:
         requests = make_requests(settings, [parse_prompt("a")], 64)
         return _provenance(make_pipeline(settings), requests)
 
-    first = about()
-    assert about() == first
+    first = record()
+    assert record() == first
     path = folder / "scheduler" / "scheduler_config.json"
     before = path.read_text()
-    told = json.loads(before)
-    path.write_text(json.dumps(told | {"prediction_type": "v_prediction"}))
-    second = about()  # the LoRA says for itself what it predicts
+    output = json.loads(before)
+    path.write_text(json.dumps(output | {"prediction_type": "v_prediction"}))
+    second = record()  # the LoRA says for itself what it predicts
     assert second["samplers"] != first["samplers"] and second["weights"] == first["weights"]
     path.write_text(before)
-    assert about() == first
+    assert record() == first
     index = folder / "model_index.json"
-    told = json.loads(index.read_bytes()) | {"force_zeros_for_empty_prompt": False}
-    index.write_text(json.dumps(told))
-    assert about()["weights"] != first["weights"]
+    output = json.loads(index.read_bytes()) | {"force_zeros_for_empty_prompt": False}
+    index.write_text(json.dumps(output))
+    assert record()["weights"] != first["weights"]

@@ -17,7 +17,7 @@ from drawing import (
     differ,
     draw,
     draw_on,
-    pictures_in,
+    images_in,
     reference,
     settings_of,
     start,
@@ -52,35 +52,35 @@ def test_any_number_of_processes_draws_the_same(base: Path, tmp_path: Path) -> N
     for world in (2, 3):
         settings = settings_of(base, tmp_path / str(world), LINES, batch_size=2, window=5)
         draw_on(settings, world)
-        check_same(pictures_in(settings.out), alone)
+        check_same(images_in(settings.out), alone)
         for name in ("captions.jsonl", "contact-sheet.png"):
             assert (settings.out / name).read_bytes() == (tmp_path / "1" / name).read_bytes()
 
 
 @pytest.mark.slow
-def test_batch_size_changes_no_picture(base: Path, tmp_path: Path) -> None:
+def test_batch_size_changes_no_image(base: Path, tmp_path: Path) -> None:
     """Mean absolute difference of at most 1e-4, of images in 0..1."""
     at_once = draw(base, tmp_path / "8", LINES, batch_size=8)
     for size in (1, 3):
-        found = draw(base, tmp_path / str(size), LINES, batch_size=size)
-        assert differ(found, at_once) <= 1e-4 * 255
+        drawn = draw(base, tmp_path / str(size), LINES, batch_size=size)
+        assert differ(drawn, at_once) <= 1e-4 * 255
 
 
 @pytest.fixture
 def worked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Which model was put to work, in order; and that on a small card it was alone there."""
-    found: list[str] = []
+    results: list[str] = []
     real = ModelSlots.acquire
 
     def acquire(self: ModelSlots, name: str) -> Any:
         model = real(self, name)
-        if not found or found[-1] != name:
-            found.append(name)
+        if not results or results[-1] != name:
+            results.append(name)
         assert not self.takes_turns or self._on_device == {name}
         return model
 
     monkeypatch.setattr(ModelSlots, "acquire", acquire)
-    return found
+    return results
 
 
 @pytest.mark.slow
@@ -133,27 +133,27 @@ def test_what_is_free_decides_whether_models_take_turns(
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 200)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 100)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    held = {TEXT: FakeModel(300), UNET: FakeModel(400), VAE: FakeModel(200)}
-    loaders: Any = {name: (lambda model=model: model) for name, model in held.items()}
+    fakes = {TEXT: FakeModel(300), UNET: FakeModel(400), VAE: FakeModel(200)}
+    loaders: Any = {name: (lambda model=model: model) for name, model in fakes.items()}
     models = ModelSlots(torch.device("cuda"), loaders, 400, None)
     for name in (TEXT, UNET, VAE):
-        assert models.acquire(name) is held[name]
+        assert models.acquire(name) is fakes[name]
     assert models.takes_turns == small
-    where = [model.device for model in held.values()]
+    where = [model.device for model in fakes.values()]
     assert where == (["cpu", "cpu", "cuda"] if small else ["cuda"] * 3)
 
 
 @pytest.mark.slow
-def test_large_pictures_are_decoded_in_tiles(base: Path, tmp_path: Path) -> None:
+def test_large_images_are_decoded_in_tiles(base: Path, tmp_path: Path) -> None:
     lines = [f"{text} --w 96 --h 96" for text in PROMPTS]
     tiled = draw(base, tmp_path / "tiled", lines, vae_tiling=True)
     size = {"height": 96, "width": 96}
     check_same(tiled, reference(base, PROMPTS, lambda p: p.vae.enable_tiling(), **size))
-    whole = draw(base, tmp_path / "whole", lines)
-    assert differ(tiled, whole) > 0.01
+    complete = draw(base, tmp_path / "whole", lines)
+    assert differ(tiled, complete) > 0.01
     settings = settings_of(base, tmp_path / "x", PROMPTS)
     sizes = [Prompt(text="a", width=side, height=1536) for side in (1536, 1544)]
-    assert [one.tiled for one in make_requests(settings, sizes, 64)] == [False, True]
+    assert [request.tiled for request in make_requests(settings, sizes, 64)] == [False, True]
 
 
 def test_a_vae_that_overflows_in_half_decodes_in_fp32(base: Path) -> None:
@@ -162,9 +162,9 @@ def test_a_vae_that_overflows_in_half_decodes_in_fp32(base: Path) -> None:
         vae.decoder.conv_in.weight.mul_(3e4)
     latents = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     assert not decode_latents(vae, latents).isfinite().all()
-    found = infer.pipeline._decode_images(vae, latents)
+    result = infer.pipeline._decode_images(vae, latents)
     assert vae.dtype == torch.float16
-    assert torch.equal(found, decode_latents(vae.to(torch.float32), latents))
+    assert torch.equal(result, decode_latents(vae.to(torch.float32), latents))
 
 
 def test_an_infinite_pixel_is_no_white_one(base: Path) -> None:
@@ -179,7 +179,7 @@ def test_an_infinite_pixel_is_no_white_one(base: Path) -> None:
     assert infer.pipeline._decode_images(vae, latents).isfinite().all()
 
 
-def test_a_picture_that_is_not_finite_is_no_picture(
+def test_an_image_that_is_not_finite_is_no_image(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*arguments: Any, **options: Any) -> torch.Tensor:
@@ -192,7 +192,7 @@ def test_a_picture_that_is_not_finite_is_no_picture(
 
 
 @pytest.mark.slow
-def test_a_kill_leaves_no_half_picture(base: Path, tmp_path: Path) -> None:
+def test_a_kill_leaves_no_half_image(base: Path, tmp_path: Path) -> None:
     settings = settings_of(base, tmp_path / "out", PROMPTS * 3, batch_size=1, num_steps=8)
     (process,) = start(settings, 1)
     while len(list(settings.out.glob("*.png"))) < 2:
@@ -201,16 +201,16 @@ def test_a_kill_leaves_no_half_picture(base: Path, tmp_path: Path) -> None:
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     (settings.out / "000008.png.partial").write_bytes(b"half")
-    there = {path: path.stat().st_mtime_ns for path in settings.out.glob("*.png")}
-    assert 2 <= len(there) < 9
-    for path in there:
+    mtimes = {path: path.stat().st_mtime_ns for path in settings.out.glob("*.png")}
+    assert 2 <= len(mtimes) < 9
+    for path in mtimes:
         Image.open(path).load()
     report = generate(settings)
-    assert report is not None and report.num_kept == len(there) == 9 - report.num_generated
-    assert all(path.stat().st_mtime_ns == mark for path, mark in there.items())
+    assert report is not None and report.num_kept == len(mtimes) == 9 - report.num_generated
+    assert all(path.stat().st_mtime_ns == mark for path, mark in mtimes.items())
     assert not list(settings.out.glob("*.partial"))
     check_same(
-        pictures_in(settings.out),
+        images_in(settings.out),
         draw(base, tmp_path / "whole", PROMPTS * 3, batch_size=1, num_steps=8),
     )
 
@@ -244,7 +244,7 @@ def test_any_flipped_bit_is_seen(base: Path, tmp_path: Path) -> None:
         assert why_stale(path, record) == "damaged", length
 
 
-def test_pictures_not_asked_for_are_named(base: Path, tmp_path: Path) -> None:
+def test_images_not_asked_for_are_named(base: Path, tmp_path: Path) -> None:
     draw(base, tmp_path / "out", PROMPTS, num_steps=1)
     with pytest.warns(UserWarning, match=r"000001.png and 1 more: not asked for this time"):
         draw(base, tmp_path / "out", PROMPTS[:1], num_steps=1)
@@ -254,27 +254,31 @@ def test_cocos_layout(base: Path, tmp_path: Path) -> None:
     lines = ["a cat --w 80 --h 48 --n-images 2", "ünïcode 🦊"]
     out = tmp_path / "out"
     draw(base, out, lines, num_steps=1, format="coco")
-    found = json.loads((out / "annotations.json").read_text("utf-8"))
-    for image in found["images"]:
-        with Image.open(out / "images" / image["file_name"]) as picture:
-            assert picture.size == (image["width"], image["height"])
-    names = [image["file_name"] for image in found["images"]]
+    data = json.loads((out / "annotations.json").read_text("utf-8"))
+    for image in data["images"]:
+        with Image.open(out / "images" / image["file_name"]) as opened:
+            assert opened.size == (image["width"], image["height"])
+    names = [image["file_name"] for image in data["images"]]
     assert names == [f"{number:012d}.png" for number in (1, 2, 3)]
     assert sorted(path.name for path in (out / "images").iterdir()) == names
-    captions = {one["image_id"]: one["caption"] for one in found["annotations"]}
+    captions = {item["image_id"]: item["caption"] for item in data["annotations"]}
     assert captions == {1: "a cat", 2: "a cat", 3: "ünïcode 🦊"}
-    assert sorted(found) == ["annotations", "images", "info", "licenses"]
+    assert sorted(data) == ["annotations", "images", "info", "licenses"]
 
 
 def test_lines_take_turns(tmp_path: Path) -> None:
     prompts = [Prompt(text="a", num_images=2, seed=7), Prompt(text="b")]
     settings = GenerateSettings(base="x", out=tmp_path, prompt="unused", seed=100)
     drawings = make_requests(settings, prompts, 64)
-    assert [(one.prompt, one.seed) for one in drawings] == [("a", 7), ("a", 8), ("b", 102)]
+    assert [(request.prompt, request.seed) for request in drawings] == [
+        ("a", 7),
+        ("a", 8),
+        ("b", 102),
+    ]
     more = GenerateSettings(base="x", out=tmp_path, prompt="unused", seed=100, num_images=5)
     drawings = make_requests(more, prompts, 64)
     seeds = [("a", 7), ("a", 8), ("b", 102), ("a", 9), ("a", 10)]
-    assert [(one.prompt, one.seed) for one in drawings] == seeds
+    assert [(request.prompt, request.seed) for request in drawings] == seeds
     batches = make_batches(drawings, 3)
-    assert [[one.number for one in batch] for batch in batches] == [[0, 1, 3], [4, 2]]
+    assert [[request.number for request in batch] for batch in batches] == [[0, 1, 3], [4, 2]]
     assert np.prod([len(batch) for batch in batches]) == 6

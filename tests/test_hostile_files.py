@@ -46,7 +46,7 @@ def link_to(target: str) -> Callable[[Path], None]:
 
 
 @pytest.mark.parametrize(
-    ("make", "what"),
+    ("make", "problem"),
     [
         (a_pipe, "a named pipe"),
         (a_socket, "a socket"),
@@ -58,7 +58,7 @@ def link_to(target: str) -> Callable[[Path], None]:
 )
 @pytest.mark.parametrize("name", ["x.txt", "x.png", "x.tar", "captions.jsonl", "x.mask.png"])
 def test_what_is_no_file_is_never_opened(
-    tmp_path: Path, make: Callable[[Path], None], what: str, name: str
+    tmp_path: Path, make: Callable[[Path], None], problem: str, name: str
 ) -> None:
     put(tmp_path / "good.png", "good")
     put(tmp_path / "x.png", "x" if name != "x.txt" else None)
@@ -67,7 +67,7 @@ def test_what_is_no_file_is_never_opened(
     source = read_one(tmp_path)
     assert "good.png" in captions(source)
     named = "x.png" if name == "x.txt" else name
-    assert what in reasons(source)[named]
+    assert problem in reasons(source)[named]
 
 
 def test_a_file_that_becomes_a_pipe_or_goes_is_no_hang(tmp_path: Path) -> None:

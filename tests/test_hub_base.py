@@ -69,13 +69,13 @@ def test_a_moving_branch_mixes_no_models(
     parts: set[str],
     hub: Hub,
     cache: Path,
-    pictures: Path,
+    images: Path,
     tmp_path: Path,
 ) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle --w 64 --h 64 --s 2\n")
     hub.moves_after = moves_after
-    places = {"CACHE": cache, "PICTURES": pictures, "PROMPTS": prompts, "OUT": tmp_path}
+    places = {"CACHE": cache, "PICTURES": images, "PROMPTS": prompts, "OUT": tmp_path}
     for name, path in places.items():
         command = command.replace(name, str(path))
     environment = {
@@ -94,8 +94,8 @@ def test_a_moving_branch_mixes_no_models(
     )
     assert run.returncode == 0, run.stderr
     assert hub.branch == NEXT_REVISION  # it did move meanwhile
-    assert {name.split("/")[0] for name in hub.asked} - {"model_index.json"} == parts
-    twice = {name: count for name, count in Counter(hub.asked).items() if count > 1}
+    assert {name.split("/")[0] for name in hub.requests} - {"model_index.json"} == parts
+    twice = {name: count for name, count in Counter(hub.requests).items() if count > 1}
     assert not twice
     # Which commit it is, and what that holds: once, however many components and processes.
     assert len(hub.listings) == 2, hub.listings

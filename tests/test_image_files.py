@@ -91,25 +91,25 @@ def test_good_files_keep_their_pixels() -> None:
     """As Pillow alone makes them RGB, where no profile, depth or transparency is in the way."""
     num_alike = 0
     for name, data in good_files():
-        picture = open_image(data)
-        assert picture.mode == "RGB"
+        image = open_image(data)
+        assert image.mode == "RGB"
         size = SIZE[::-1] if name in LYING else SIZE
-        assert picture.size == image_size(data) == size, name
+        assert image.size == image_size(data) == size, name
         with Image.open(io.BytesIO(data)) as plain:
             plain.load()
             turned = plain.getexif().get(0x0112, 1) != 1
             is_plain = plain.mode in ("1", "L", "P", "RGB", "CMYK") and "profile" not in name
             if is_plain and not turned and not plain.has_transparency_data:
                 num_alike += 1
-                assert picture.tobytes() == plain.convert("RGB").tobytes(), name
+                assert image.tobytes() == plain.convert("RGB").tobytes(), name
     assert num_alike > 25
 
 
 @pytest.mark.parametrize("name", ["animated.png", "animated.gif", "animated.webp", "pages.tif"])
-def test_of_several_pictures_the_first_is_taken(name: str) -> None:
-    picture = np.asarray(open_image(dict(good_files())[name])).astype(int)
-    assert abs(picture - np.asarray(scene())).mean() < 8
-    assert abs(picture - np.asarray(scene(seed=1))).mean() > 20
+def test_of_several_images_the_first_is_taken(name: str) -> None:
+    image = np.asarray(open_image(dict(good_files())[name])).astype(int)
+    assert abs(image - np.asarray(scene())).mean() < 8
+    assert abs(image - np.asarray(scene(seed=1))).mean() > 20
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
@@ -117,8 +117,8 @@ def test_16_bits_keep_their_levels(channels: int) -> None:
     levels = np.arange(256, dtype=np.uint16).reshape(16, 16, 1).repeat(channels, axis=2) * 257
     if channels in (2, 4):
         levels[..., -1] = 65535
-    picture = np.asarray(open_image(png_16(levels))).astype(int)
-    assert abs(picture - (levels[..., :1] >> 8)).max() <= 1
+    image = np.asarray(open_image(png_16(levels))).astype(int)
+    assert abs(image - (levels[..., :1] >> 8)).max() <= 1
 
 
 # Color profiles.
@@ -152,8 +152,8 @@ def test_a_profile_does_what_imagecms_does() -> None:
     source, target = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
     expected = ImageCms.profileToProfile(scene(), source, target, outputMode="RGB")
     assert expected is not None
-    found = open_image(saved(scene(), "PNG", icc_profile=profile))
-    assert found.tobytes() == expected.tobytes()
+    opened = open_image(saved(scene(), "PNG", icc_profile=profile))
+    assert opened.tobytes() == expected.tobytes()
 
 
 def test_a_profile_is_applied_below_the_transparency() -> None:
@@ -164,7 +164,7 @@ def test_a_profile_is_applied_below_the_transparency() -> None:
     assert abs(np.asarray(open_image(data)) - expected).max() <= 3
 
 
-def test_a_grey_picture_may_have_a_profile_of_colours() -> None:
+def test_a_grey_image_may_have_a_profile_of_colors() -> None:
     grey = scene().convert("L")
     data = saved(grey, "PNG", icc_profile=linear_profile())
     expected = as_srgb(np.asarray(grey)[..., None] / 255)
@@ -398,14 +398,14 @@ def cut_inside(data: bytes, num: int) -> bytes:
 )
 def test_a_cut_jpeg_is_refused_though_it_has_an_end_mark(mode: str, options: Any) -> None:
     data = saved(scene((160, 128)).convert(mode), "JPEG", **options)
-    whole, num_glued = open_image(data).tobytes(), 0
+    complete, num_glued = open_image(data).tobytes(), 0
     for num in (10, 11, *range(13, len(data) * 3 // 4, 59)):
         with pytest.raises((ImageError, OSError)) as caught:
             open_image(cut_inside(data, num))
         assert "truncated" in explain(caught.value), num
         num_glued += "a part before it is missing" in str(caught.value)  # Pillow alone takes it
     assert num_glued > 3
-    assert open_image(data).tobytes() == whole
+    assert open_image(data).tobytes() == complete
 
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_rows": 1}])
@@ -475,7 +475,7 @@ def test_the_longest_that_is_taken_is_8_to_1() -> None:
         image_size(saved(Image.new("L", (100, 801)), "PNG"))
 
 
-def test_of_large_pictures_one_is_in_memory() -> None:
+def test_of_large_images_one_is_in_memory() -> None:
     large, small = (LARGE_PIXELS, 2), (1000, 1000)
     with limit_large_images(large), limit_large_images(small):
         taken = threading.Event()
@@ -541,7 +541,7 @@ def test_heic_is_taken_with_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
         open_image(data)
 
 
-def test_memory_that_runs_out_is_no_property_of_a_picture() -> None:
+def test_memory_that_runs_out_is_no_property_of_an_image() -> None:
     with pytest.raises(MemoryError):
         explain(MemoryError())
 

@@ -106,7 +106,7 @@ def test_a_bucket_shows_the_part_that_its_sizes_claim(original: Size, target: Si
 
 
 @pytest.mark.parametrize("original", ORIGINALS)
-def test_a_square_is_the_middle_of_the_picture(original: Size) -> None:
+def test_a_square_is_the_middle_of_the_image(original: Size) -> None:
     data = ramps_png(original)
     geometry = cover(image_size(data), (256, 256))
     longer = 256 * max(original) / min(original)
@@ -116,7 +116,7 @@ def test_a_square_is_the_middle_of_the_picture(original: Size) -> None:
 
 
 @pytest.mark.parametrize("original", ORIGINALS)
-def test_a_squashed_picture_is_all_there(original: Size) -> None:
+def test_a_squashed_image_is_all_there(original: Size) -> None:
     data = ramps_png(original)
     geometry = stretch(image_size(data), (256, 256))
     assert geometry.sizes == [original[1], original[0], 0, 0, 256, 256]
@@ -264,7 +264,7 @@ GREEN = (10, 200, 30)
 
 
 @pytest.mark.parametrize(
-    ("mode", "colour", "expected"),
+    ("mode", "color", "expected"),
     [
         ("1", 1, (255, 255, 255)),
         ("1", 0, (0, 0, 0)),
@@ -292,16 +292,16 @@ GREEN = (10, 200, 30)
         ("F", 300.0, (255, 255, 255)),
     ],
 )
-def test_every_mode_becomes_rgb(mode: str, colour: Any, expected: tuple[int, int, int]) -> None:
-    picture = to_srgb(Image.new(mode, (5, 4), colour))
-    assert (picture.mode, picture.size) == ("RGB", (5, 4))
-    difference = np.asarray(picture).astype(int) - expected
+def test_every_mode_becomes_rgb(mode: str, color: Any, expected: tuple[int, int, int]) -> None:
+    image = to_srgb(Image.new(mode, (5, 4), color))
+    assert (image.mode, image.size) == ("RGB", (5, 4))
+    difference = np.asarray(image).astype(int) - expected
     assert abs(difference).max() <= 2
 
 
-def one_colour(mode: str, colour: Any, transparency: Any = None) -> Image.Image:
+def one_color(mode: str, color: Any, transparency: Any = None) -> Image.Image:
     """Palette: 0 is black, 1 green, 2 red."""
-    image = Image.new(mode, (8, 8), colour)
+    image = Image.new(mode, (8, 8), color)
     if mode in ("P", "PA"):
         image.putpalette([0, 0, 0, *GREEN, 255, 0, 0])
     if transparency is not None:
@@ -312,41 +312,41 @@ def one_colour(mode: str, colour: Any, transparency: Any = None) -> Image.Image:
 @pytest.mark.parametrize(
     ("image", "expected"),
     [
-        (one_colour("P", 1), GREEN),
-        (one_colour("P", 1, transparency=0), GREEN),
-        (one_colour("P", 1, transparency=1), (255, 255, 255)),
-        (one_colour("P", 2, transparency=bytes([255, 255, 128])), RED_HALF),
-        (one_colour("PA", (2, 128)), RED_HALF),
-        (one_colour("PA", (1, 255)), GREEN),
-        (one_colour("L", 7, transparency=7), (255, 255, 255)),
-        (one_colour("L", 7, transparency=8), (7, 7, 7)),
-        (one_colour("RGB", GREEN, transparency=GREEN), (255, 255, 255)),
-        (one_colour("RGB", GREEN, transparency=(1, 2, 3)), GREEN),
+        (one_color("P", 1), GREEN),
+        (one_color("P", 1, transparency=0), GREEN),
+        (one_color("P", 1, transparency=1), (255, 255, 255)),
+        (one_color("P", 2, transparency=bytes([255, 255, 128])), RED_HALF),
+        (one_color("PA", (2, 128)), RED_HALF),
+        (one_color("PA", (1, 255)), GREEN),
+        (one_color("L", 7, transparency=7), (255, 255, 255)),
+        (one_color("L", 7, transparency=8), (7, 7, 7)),
+        (one_color("RGB", GREEN, transparency=GREEN), (255, 255, 255)),
+        (one_color("RGB", GREEN, transparency=(1, 2, 3)), GREEN),
     ],
 )
-def test_palettes_and_transparent_colours(
+def test_palettes_and_transparent_colors(
     image: Image.Image, expected: tuple[int, int, int]
 ) -> None:
-    picture = to_srgb(image)
-    assert picture.mode == "RGB"
-    assert picture.getpixel((3, 3)) == pytest.approx(expected, abs=2)
+    converted = to_srgb(image)
+    assert converted.mode == "RGB"
+    assert converted.getpixel((3, 3)) == pytest.approx(expected, abs=2)
 
 
 @pytest.mark.parametrize(
     ("image", "form", "expected"),
     [
-        (one_colour("I;16", 0x8000), "PNG", (128, 128, 128)),
-        (one_colour("I;16", 128 * 257), "TIFF", (128, 128, 128)),
-        (one_colour("I", 128 * 257), "TIFF", (128, 128, 128)),
-        (one_colour("F", 0.5), "TIFF", (128, 128, 128)),
-        (one_colour("RGBA", (255, 0, 0, 128)), "PNG", RED_HALF),
-        (one_colour("RGBA", (255, 0, 0, 0)), "PNG", (255, 255, 255)),
-        (one_colour("LA", (100, 128)), "PNG", GREY_HALF),
-        (one_colour("P", 2, transparency=bytes([255, 255, 128])), "PNG", RED_HALF),
-        (one_colour("P", 1, transparency=1), "GIF", (255, 255, 255)),
-        (one_colour("CMYK", (0, 255, 255, 0)), "JPEG", (255, 0, 0)),
-        (one_colour("1", 1), "PNG", (255, 255, 255)),
-        (one_colour("I;16", 700, transparency=700), "PNG", (255, 255, 255)),
+        (one_color("I;16", 0x8000), "PNG", (128, 128, 128)),
+        (one_color("I;16", 128 * 257), "TIFF", (128, 128, 128)),
+        (one_color("I", 128 * 257), "TIFF", (128, 128, 128)),
+        (one_color("F", 0.5), "TIFF", (128, 128, 128)),
+        (one_color("RGBA", (255, 0, 0, 128)), "PNG", RED_HALF),
+        (one_color("RGBA", (255, 0, 0, 0)), "PNG", (255, 255, 255)),
+        (one_color("LA", (100, 128)), "PNG", GREY_HALF),
+        (one_color("P", 2, transparency=bytes([255, 255, 128])), "PNG", RED_HALF),
+        (one_color("P", 1, transparency=1), "GIF", (255, 255, 255)),
+        (one_color("CMYK", (0, 255, 255, 0)), "JPEG", (255, 0, 0)),
+        (one_color("1", 1), "PNG", (255, 255, 255)),
+        (one_color("I;16", 700, transparency=700), "PNG", (255, 255, 255)),
     ],
 )
 def test_files_of_every_depth(
@@ -354,9 +354,9 @@ def test_files_of_every_depth(
 ) -> None:
     file = io.BytesIO()
     image.save(file, form, **image.info)
-    picture = open_image(file.getvalue())
-    assert picture.mode == "RGB"
-    assert picture.getpixel((3, 3)) == pytest.approx(expected, abs=2)
+    opened = open_image(file.getvalue())
+    assert opened.mode == "RGB"
+    assert opened.getpixel((3, 3)) == pytest.approx(expected, abs=2)
 
 
 def test_white_is_one_and_black_minus_one() -> None:

@@ -93,17 +93,17 @@ def test_a_compiled_run_imports_the_compiler() -> None:
 
 
 @pytest.mark.slow
-def test_commands_import_what_they_use(pictures: Path, base: Path, tmp_path: Path) -> None:
+def test_commands_import_what_they_use(images: Path, base: Path, tmp_path: Path) -> None:
     def imported_by(*arguments: object) -> set[str]:
         return set(json.loads(python(COMMAND, *arguments, "--base", base, "--device", "cpu")))
 
-    cache, run, images = tmp_path / "cache", tmp_path / "run", tmp_path / "images"
+    cache, run, generated = tmp_path / "cache", tmp_path / "run", tmp_path / "images"
     size = "--resolution", 64, "--bucket-step", 16
-    assert not UNUSED & imported_by("encode", pictures, "--out", cache, *size)
+    assert not UNUSED & imported_by("encode", images, "--out", cache, *size)
     train = "train", cache, "--steps", 2, "--rank", 2, "--out"
     assert not UNUSED & imported_by(*train, run)
     drawn = "--prompt", "a", "--num-steps", 1, "--size", "64x64"
-    assert not UNUSED & imported_by("generate", "--lora", run, "--out", images, *drawn)
+    assert not UNUSED & imported_by("generate", "--lora", run, "--out", generated, *drawn)
 
     assert not UNUSED & imported_by(*train, tmp_path / "int8", "--base-quant", "int8")
     nf4 = imported_by(*train, tmp_path / "nf4", "--base-quant", "nf4", "--optimizer", "adamw8bit")

@@ -40,10 +40,10 @@ def varied(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for number in range(2)
     ]
     samples = [
-        *(with_captions(one, f"cats/{n}.png", "a cat") for n, one in enumerate(plain[:3])),
+        *(with_captions(item, f"cats/{n}.png", "a cat") for n, item in enumerate(plain[:3])),
         with_captions(plain[3], "3.png", "x" * 120),
         with_captions(plain[4], "4.png", ""),
-        *(with_captions(one, f"dogs/{n}.png", "a", "bb", "a cat") for n, one in enumerate(rich)),
+        *(with_captions(item, f"dogs/{n}.png", "a", "bb", "a cat") for n, item in enumerate(rich)),
     ]
     return write_cache(tmp_path_factory.mktemp("varied") / "cache", samples)
 
@@ -67,8 +67,8 @@ def test_it_counts_what_is_there(varied: Path) -> None:
     assert "rejected: none" in text
 
 
-def test_it_counts_a_real_cache(pictures: Path, tmp_path: Path, encode_to: Encode) -> None:
-    data_set = shutil.copytree(pictures, tmp_path / "set")
+def test_it_counts_a_real_cache(images: Path, tmp_path: Path, encode_to: Encode) -> None:
+    data_set = shutil.copytree(images, tmp_path / "set")
     for number in range(3):
         (data_set / f"bad{number}.png").write_bytes(b"no image")
         (data_set / f"bad{number}.txt").write_text("a")
@@ -87,7 +87,7 @@ def test_it_counts_a_real_cache(pictures: Path, tmp_path: Path, encode_to: Encod
     assert "rejected: 5" in text
     assert "      3  not an image that Pillow can read" in text
     assert "      2  N x N pixels are longer than N:N" in text
-    captions = Counter(path.read_text().strip() for path in pictures.glob("*.txt"))
+    captions = Counter(path.read_text().strip() for path in images.glob("*.txt"))
     text_of_most, count = captions.most_common(1)[0]
     assert re.search(rf"^ +{count}  {text_of_most}$", text, re.MULTILINE) or count == 1
 
@@ -129,16 +129,16 @@ def tiles_of(sheet: Path, num: int) -> list[Image.Image]:
     ]
 
 
-def test_sheets_show_the_pictures_in_their_frames(
+def test_sheets_show_the_images_in_their_frames(
     tmp_path: Path, encode_to: Encode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the colors of the images, without a VAE; gray is what was cut away."""
     data_set = tmp_path / "set"
     data_set.mkdir()
-    colours = {"red": (220, 30, 30), "green": (20, 160, 40), "blue": (30, 30, 200)}
-    for name, colour in colours.items():
+    colors = {"red": (220, 30, 30), "green": (20, 160, 40), "blue": (30, 30, 200)}
+    for name, color in colors.items():
         for number in range(3):
-            Image.new("RGB", (160, 64 + number), colour).save(data_set / f"{name}{number}.png")
+            Image.new("RGB", (160, 64 + number), color).save(data_set / f"{name}{number}.png")
             (data_set / f"{name}{number}.txt").write_text(name)
     cache = Cache(encode_to(data_set, tmp_path / "cache", base="miniature", square=True))
     monkeypatch.setattr("diffusers.AutoencoderKL.from_pretrained", None)
@@ -152,15 +152,15 @@ def test_sheets_show_the_pictures_in_their_frames(
     tiles = tiles_of(path, len(captions))
     for tile, caption in zip(tiles, captions, strict=True):
         middle = np.asarray(tile)[123:133, 123:133].mean(axis=(0, 1))
-        distances = {name: abs(middle - colour).max() for name, colour in colours.items()}
+        distances = {name: abs(middle - color).max() for name, color in colors.items()}
         assert min(distances, key=lambda name: distances[name]) == caption
         assert distances[caption] < 100
         assert tile.getpixel((TILE // 8, TILE // 2)) == CUT_AWAY
         assert tile.getpixel((TILE // 2, 10)) == (255, 255, 255)
 
 
-def box_of(tile: Image.Image, colour: tuple[int, int, int]) -> tuple[int, int, int, int]:
-    rows, columns = np.nonzero((np.asarray(tile) == colour).all(axis=2))
+def box_of(tile: Image.Image, color: tuple[int, int, int]) -> tuple[int, int, int, int]:
+    rows, columns = np.nonzero((np.asarray(tile) == color).all(axis=2))
     return columns.min(), rows.min(), columns.max(), rows.max()
 
 
@@ -188,7 +188,7 @@ def test_the_box_is_where_the_sizes_say(
     assert box_of(tile, BOX) == pytest.approx(expected, abs=2)
 
 
-def test_a_sheet_has_each_variant(pictures: Path, tmp_path: Path, encode_to: Encode) -> None:
+def test_a_sheet_has_each_variant(images: Path, tmp_path: Path, encode_to: Encode) -> None:
     data_set = tmp_path / "set"
     draw_images(data_set, count=1, size=64)
     encode_to(data_set, tmp_path / "cache", flip=True)

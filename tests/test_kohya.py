@@ -13,7 +13,7 @@ from loras import (
     assert_close,
     fused,
     fused_by_diffusers,
-    halves,
+    lora_factors,
     made_lora,
     num_changed,
     plain,
@@ -48,14 +48,14 @@ def test_names_and_shapes_at_full_size_are_the_published_ones() -> None:
     import re
 
     unet = model_without_weights(UNET, sdxl_config(UNET))
-    found = {
+    results = {
         name: LoraWeights(torch.empty(8, *shape[1:], device="meta"), torch.empty(shape[0], 8), 3.0)
         for name, shape in adaptable(unet).items()
         if re.fullmatch(TARGETS["all"], name)
     }
-    state = kohya_state({UNET: found}, unet.config)
+    state = kohya_state({UNET: results}, unet.config)
     shapes = {name: list(tensor.shape) for name, tensor in state.items()}
-    assert len(found) == 722 and len(shapes) == 3 * 722
+    assert len(results) == 722 and len(shapes) == 3 * 722
     assert shapes == shapes | EXAMPLES
     lines = "\n".join(sorted(f"{name} {shape}" for name, shape in shapes.items()))
     assert hashlib.sha256(lines.encode()).hexdigest() == SDXL_KEYS
@@ -90,9 +90,9 @@ def test_diffusers_fuses_what_the_adapter_adds(
     base: Path, tmp_path: Path, settings: dict[str, Any], scale: float
 ) -> None:
     unet = made_lora(base, tmp_path, targets="all", **settings)
-    found = fused_by_diffusers(base, tmp_path / KOHYA)
-    assert_close(found, fused(base, unet, scale))
-    assert num_changed(found, base) == len(halves(unet)) > 30
+    result = fused_by_diffusers(base, tmp_path / KOHYA)
+    assert_close(result, fused(base, unet, scale))
+    assert num_changed(result, base) == len(lora_factors(unet)) > 30
 
 
 @pytest.mark.parametrize(("settings", "scale"), CASES)
@@ -102,9 +102,9 @@ def test_what_is_read_again_adds_the_same(
     unet = made_lora(base, tmp_path, targets="all", **settings)
     again = load_unet(open_base(base).unet, torch.float32)
     load_lora(again, tmp_path / KOHYA)
-    found = state_after(again)
-    assert_close(found, fused(base, unet, scale))
-    assert num_changed(found, base) == len(halves(unet)) > 30
+    state = state_after(again)
+    assert_close(state, fused(base, unet, scale))
+    assert num_changed(state, base) == len(lora_factors(unet)) > 30
 
 
 @pytest.mark.parametrize("conv", [False, True])
@@ -115,22 +115,24 @@ def test_dora_by_arithmetic(base: Path, tmp_path: Path, conv: bool) -> None:
     state = safetensors.torch.load_file(tmp_path / KOHYA)
     weights = plain(base)
     merged = state_after(unet)
-    keys = kohya_keys(halves(unet), unet.config)
+    keys = kohya_keys(lora_factors(unet), unet.config)
     assert len(keys) > 30 and len(state) == 4 * len(keys)
     for module, key in keys.items():
         down, up = state[f"{key}.lora_down.weight"], state[f"{key}.lora_up.weight"]
         scale, rows = float(state[f"{key}.alpha"]) / len(down), state[f"{key}.dora_scale"]
         weight = weights[f"{module}.weight"]
         assert rows.shape == (len(weight), *[1] * (weight.ndim - 1))
-        whole = weight + scale * (up.flatten(1) @ down.flatten(1)).reshape(weight.shape)
+        total = weight + scale * (up.flatten(1) @ down.flatten(1)).reshape(weight.shape)
         for row in range(0, len(weight), 7):
-            expected = rows[row].item() * whole[row] / whole[row].norm()
+            expected = rows[row].item() * total[row] / total[row].norm()
             assert torch.allclose(merged[f"{module}.weight"][row], expected, atol=2e-6), module
 
 
 def test_metadata_is_what_uis_read(base: Path, tmp_path: Path) -> None:
     unet = made_lora(base, tmp_path, rank=8, alpha=3.0, adapter="rslora", targets="all")
-    parts = {n: LoraWeights(o["down"], o["up"], 3.0, rslora=True) for n, o in halves(unet).items()}
+    parts = {
+        n: LoraWeights(o["down"], o["up"], 3.0, rslora=True) for n, o in lora_factors(unet).items()
+    }
     card = ModelMetadata(
         name="hearts",
         base="sdxl",
@@ -140,10 +142,10 @@ def test_metadata_is_what_uis_read(base: Path, tmp_path: Path) -> None:
         prediction_type="v_prediction",
         rescale_betas_zero_snr=True,
     )
-    found = kohya_metadata(parts, card, 1024)
-    assert all(isinstance(value, str) for value in found.values())
+    metadata = kohya_metadata(parts, card, 1024)
+    assert all(isinstance(value, str) for value in metadata.values())
     assert (
-        found.items()
+        metadata.items()
         >= {
             "ss_base_model_version": "sdxl_base_v1-0",
             "ss_network_module": "networks.lora",
@@ -160,9 +162,9 @@ def test_metadata_is_what_uis_read(base: Path, tmp_path: Path) -> None:
             "modelspec.resolution": "1024x1024",
         }.items()
     )
-    assert json.loads(found["shardtune"])["caches"] == ["12ab"]
+    assert json.loads(metadata["shardtune"])["caches"] == ["12ab"]
     with safe_open(tmp_path / KOHYA, framework="pt") as file:
-        assert file.metadata().keys() <= found.keys() | {KEY, METADATA_KEY}
+        assert file.metadata().keys() <= metadata.keys() | {KEY, METADATA_KEY}
 
 
 def test_equal_content_is_equal_bytes() -> None:
@@ -170,7 +172,7 @@ def test_equal_content_is_equal_bytes() -> None:
     tensors = {"b": torch.ones(3), "a": torch.zeros(2, dtype=torch.float16)}
     metadata = {f"key {number}": f'ü"\\\n{number}' for number in range(12)}
     plain = {safetensors.torch.save(tensors, metadata=metadata) for _ in range(10)}
-    settled = {sorted_metadata_bytes(tensors, metadata) for _ in range(10)}
-    assert len(plain) > 1 and len(settled) == 1
-    again = safetensors.torch.load(settled.pop())
+    sorted_files = {sorted_metadata_bytes(tensors, metadata) for _ in range(10)}
+    assert len(plain) > 1 and len(sorted_files) == 1
+    again = safetensors.torch.load(sorted_files.pop())
     assert torch.equal(again["b"], tensors["b"]) and again["a"].dtype == torch.float16

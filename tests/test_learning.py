@@ -59,18 +59,18 @@ def draw(tmp_path: Path) -> Draw:
             f"generate --base miniature --prompts {prompts} --out {out} --num-steps 12 "
             f"--batch-size 16 --device cpu {flags}"
         )
-        found = score(scenes, read_generated_images(out, num))
-        print(shapes, flags, found)  # pytest shows it where a test fails
-        return found
+        scores = score(scenes, read_generated_images(out, num))
+        print(shapes, flags, scores)  # pytest shows it where a test fails
+        return scores
 
     return run
 
 
 @pytest.mark.slow
 def test_the_miniature_draws_what_it_is_asked(draw: Draw) -> None:
-    found = draw(OLD_SHAPES, num=80)
-    assert found.shape >= 0.9
-    assert found.colours >= 0.9
+    drawn = draw(OLD_SHAPES, num=80)
+    assert drawn.shape >= 0.9
+    assert drawn.colors >= 0.9
 
 
 @pytest.mark.slow
@@ -83,7 +83,7 @@ def test_a_lora_learns_new_shapes_and_keeps_the_old(
     after = draw(NEW_SHAPES, f"--lora {run}")
     assert before.shape <= 0.1
     assert after.shape >= 0.6
-    assert after.colours >= 0.9
+    assert after.colors >= 0.9
     assert after.overlap - before.overlap >= 0.1
     assert draw(OLD_SHAPES, f"--lora {run}").both >= 0.55
 
@@ -97,7 +97,7 @@ def test_the_whole_unet_learns_new_shapes(caches: Path, draw: Draw, tmp_path: Pa
     )
     after = draw(NEW_SHAPES, f"--unet {run}")
     assert after.shape >= 0.5
-    assert after.colours >= 0.9
+    assert after.colors >= 0.9
 
 
 @pytest.mark.slow
@@ -109,6 +109,6 @@ def test_the_miniature_learns_to_predict_v(caches: Path, draw: Draw, tmp_path: P
     )
     new, old = draw(NEW_SHAPES, f"--unet {run}"), draw(OLD_SHAPES, f"--unet {run}")
     assert new.shape >= 0.5
-    assert new.colours >= 0.75
+    assert new.colors >= 0.75
     assert old.shape >= 0.6
-    assert old.colours >= 0.75
+    assert old.colors >= 0.75

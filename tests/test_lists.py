@@ -11,8 +11,8 @@ from shards.reader import Cache
 from tests.conftest import Encode
 from tests.folders import (
     captions,
+    image_bytes,
     key_of,
-    picture,
     put,
     put_list,
     read_one,
@@ -83,15 +83,15 @@ BAD_LINES: list[tuple[Any, str, str]] = [
 def refused(tmp_path: Path) -> Path:
     """BAD_LINES after two good ones, and an image that no line names."""
     folder = tmp_path / "set"
-    whole = picture("PNG", 64)
+    content = image_bytes("PNG", 64)
     for name in ("a.png", "b.png", "null.png", "bare.png", "empty.png", "unnamed.png"):
-        put(folder / name, data=whole)
-    put(tmp_path / "x.png", data=whole)
+        put(folder / name, data=content)
+    put(tmp_path / "x.png", data=content)
     (folder / "sub").mkdir()
     put(folder / "broken.png", data=b"\x89P and then nothing of the kind")
     put(folder / "text.md", data=b"# Not an image")
     for name, form in (("half.jpg", "JPEG"), ("half.png", "PNG")):
-        data = picture(form, 64)
+        data = image_bytes(form, 64)
         put(folder / name, data=data[: len(data) * 3 // 4])
     good = [{"file_name": name, "text": "good"} for name in ("a.png", "b.png")]
     put_list(folder, *good, *(line for line, _, _ in BAD_LINES))
@@ -106,13 +106,13 @@ def test_every_refusal_has_its_reason_and_stops_nothing(
     rows = [json.loads(line) for line in text.split("\n")[:-1]]
     assert [row["key"] for row in rows] == sorted(key_of(row["path"]) for row in rows)
     assert all(row["key"] == key_of(row["path"]) for row in rows)
-    found = {row["path"]: row["reason"] for row in rows}
-    assert found.pop("unnamed.png") == "not named in captions.jsonl, so it has no caption"
+    results = {row["path"]: row["reason"] for row in rows}
+    assert results.pop("unnamed.png") == "not named in captions.jsonl, so it has no caption"
     expected = {path.format(n): why.format(n) for n, (_, path, why) in enumerate(BAD_LINES, 3)}
-    assert set(found) == set(expected)
+    assert set(results) == set(expected)
     for path, why in expected.items():
-        assert why.lower() in found[path].lower(), path
-        assert "\n" not in found[path]
+        assert why.lower() in results[path].lower(), path
+        assert "\n" not in results[path]
     cache = Cache(out)
     (group,) = cache.groups()
     places = [cache.locate(group, row) for row in range(group.count)]
@@ -211,8 +211,10 @@ def test_a_table_is_a_list(tmp_path: Path, separator: str) -> None:
         put(tmp_path / f"{name}.png")
     (tmp_path / "metadata.csv").write_text(TABLE.format(separator))
     source = read_one(tmp_path)
-    found = {one.path: (one.captions, one.weight, one.repeats) for one in source.records}
-    assert found == {
+    results = {
+        record.path: (record.captions, record.weight, record.repeats) for record in source.records
+    }
+    assert results == {
         "a.png": (('a cat, "big"\nand red',), 0.5, 3),
         "b.png": (("a dog",), 1.0, 1),
     }

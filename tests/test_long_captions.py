@@ -40,21 +40,21 @@ def words(base: Path, pipeline: Any) -> list[str]:
     """Words of one token each."""
     letters = "abcdefghijklmnopqrstuvwxyz0123456789"
     tokenizer = pipeline.tokenizer
-    found = [one for one in letters if len(tokenizer(one).input_ids) == 3]
-    assert len(found) > 10
-    return found
+    results = [letter for letter in letters if len(tokenizer(letter).input_ids) == 3]
+    assert len(results) > 10
+    return results
 
 
 def reference(pipeline: Any, text: str, num_chunks: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The pipeline's own embeddings of each 75 words, one after the other."""
     pieces = [text.split()[start : start + 75] for start in range(0, 75 * num_chunks, 75)]
-    found = [
+    results = [
         pipeline.encode_prompt(
             [" ".join(piece)] + [""] * (BATCH - 1), do_classifier_free_guidance=False
         )
         for piece in pieces
     ]
-    return torch.cat([one[0][0] for one in found]), found[0][2][0]
+    return torch.cat([item[0][0] for item in results]), results[0][2][0]
 
 
 @pytest.mark.parametrize("num_chunks", [1, 2, 3])
@@ -65,22 +65,22 @@ def test_chunks_are_what_the_pipeline_makes_of_each_piece(
     lengths = [0, 1, 74, 75, 76, 149, 150, 151, 300]
     texts = [" ".join(draw.choices(words, k=length)) for length in lengths]
     encoders = TextEncoders(open_base(base), torch.float32, CPU, num_chunks)
-    found = encoders.encode(texts, BATCH)
-    assert found.prompt.shape[:2] == (len(texts), 77 * num_chunks)
+    encoded = encoders.encode(texts, BATCH)
+    assert encoded.prompt.shape[:2] == (len(texts), 77 * num_chunks)
     for row, (text, length) in enumerate(zip(texts, lengths, strict=True)):
         prompt, pooled = reference(pipeline, text, num_chunks)
-        assert torch.equal(found.prompt[row], prompt), length
-        assert torch.equal(found.pooled[row], pooled), length
+        assert torch.equal(encoded.prompt[row], prompt), length
+        assert torch.equal(encoded.pooled[row], pooled), length
         assert encoders.is_cut(text) == (length > 75 * num_chunks)
 
 
 def test_one_chunk_is_the_pipelines_own(base: Path, pipeline: Any) -> None:
     """Also of text that is no words."""
     texts = ["caf\u00e9 \U0001f642!", "a, b; (c:1.2)\n\td", "x" * 500, "  ", "<|endoftext|> a"]
-    found = TextEncoders(open_base(base), torch.float32, CPU).encode(texts, len(texts))
+    encoded = TextEncoders(open_base(base), torch.float32, CPU).encode(texts, len(texts))
     prompt, _, pooled, _ = pipeline.encode_prompt(texts, do_classifier_free_guidance=False)
-    assert torch.equal(found.prompt, prompt)
-    assert torch.equal(found.pooled, pooled)
+    assert torch.equal(encoded.prompt, prompt)
+    assert torch.equal(encoded.pooled, pooled)
 
 
 # Through the command line of each stage.
@@ -88,11 +88,11 @@ def test_one_chunk_is_the_pipelines_own(base: Path, pipeline: Any) -> None:
 
 @pytest.fixture(scope="module")
 def long_cache(
-    tmp_path_factory: pytest.TempPathFactory, pictures: Path, encode_to: Encode, words: list[str]
+    tmp_path_factory: pytest.TempPathFactory, images: Path, encode_to: Encode, words: list[str]
 ) -> Path:
     """Some captions of 100 words, the others short; in two chunks, with preview prompts."""
     folder = tmp_path_factory.mktemp("long")
-    shutil.copytree(pictures, folder / "set")
+    shutil.copytree(images, folder / "set")
     for number, path in enumerate(sorted((folder / "set").glob("*.txt"))):
         if number % 2:
             path.write_text(" ".join(random.Random(number).choices(words, k=100)))
@@ -114,9 +114,9 @@ def test_a_cache_of_two_chunks(long_cache: Path, pipeline: Any, base: Path) -> N
     for shard in cache.shards():
         for row in range(len(shard.index)):
             (caption,) = shard.metadata(row)["captions"]
-            found = torch.empty(154, cache.manifest["text"]["depth"])
-            shard.read_into(found, row, "prompt_embeds")
-            assert torch.equal(found, reference(pipeline, caption, 2)[0])
+            result = torch.empty(154, cache.manifest["text"]["depth"])
+            shard.read_into(result, row, "prompt_embeds")
+            assert torch.equal(result, reference(pipeline, caption, 2)[0])
     empty = safetensors.torch.load_file(long_cache / "unconditional.safetensors")
     assert torch.equal(empty["empty.prompt_embeds"][0], reference(pipeline, "", 2)[0])
 

@@ -115,16 +115,16 @@ def test_a_merged_layer_computes_what_lycoris_does(plain: Any, tmp_path: Path, k
     file = read_lora_file(written(tmp_path / "lycoris.safetensors", states))
     assert file.merged_parts == {UNET}
     for strength in (1.0, 0.6, -0.5):
-        found = dict(merged_weights(plain, UNET, [(file, strength)]))
+        merged = dict(merged_weights(plain, UNET, [(file, strength)]))
         for name, module in references.items():
             layer = plain.get_submodule(name)
-            values = {n: found.get(f"{name}.{n}", p) for n, p in layer.named_parameters()}
+            values = {n: merged.get(f"{name}.{n}", p) for n, p in layer.named_parameters()}
             inputs, module.multiplier = inputs_of(layer), strength
             with torch.no_grad():
                 expected, before = module(inputs), layer(inputs)
-                ours = torch.func.functional_call(layer, values, inputs)
+                actual = torch.func.functional_call(layer, values, inputs)
             assert (expected - before).abs().max() > 0.02, name
-            assert torch.allclose(ours, expected, atol=3e-5, rtol=1e-4), (name, strength)
+            assert torch.allclose(actual, expected, atol=3e-5, rtol=1e-4), (name, strength)
 
 
 def merged_of(plain: Any, path: Path, states: dict[str, Tensors], strength: float = 1.0) -> Tensors:
@@ -146,8 +146,8 @@ def test_other_spellings_are_the_same_weights(plain: Any, tmp_path: Path) -> Non
     difference = merged(bare) - layer.weight
     scaled = merged({**bare, "alpha": torch.tensor([6.0]), "scalar": torch.tensor(0.25)})
     assert torch.allclose(scaled - layer.weight, 6 / 3 * 0.25 * difference, atol=1e-6)
-    halves = merged({name: tensor.half() for name, tensor in bare.items()})
-    assert torch.allclose(halves - layer.weight, difference, atol=5e-3)
+    in_fp16 = merged({name: tensor.half() for name, tensor in bare.items()})
+    assert torch.allclose(in_fp16 - layer.weight, difference, atol=5e-3)
     _, glora = made("GLoRA", layer)
     swapped = dict(zip(["a1", "a2", "b1", "b2"], ["a2", "a1", "b2", "b1"], strict=True))
     early = {f"{old}.weight": glora[f"{new}.weight"] for old, new in swapped.items()}
@@ -172,7 +172,7 @@ def test_several_files_add_their_own_differences_of_the_base(plain: Any, tmp_pat
             f"lora_unet_{norm_key}": {"w_norm": torch.ones(16), "b_norm": -torch.ones(16)},
         },
     ]
-    paths = [written(tmp_path / str(number), one) for number, one in enumerate(states)]
+    paths = [written(tmp_path / str(number), state) for number, state in enumerate(states)]
     files = [
         (read_lora_file(path), weight) for path, weight in zip(paths, (0.5, 1, 2), strict=True)
     ]
@@ -182,11 +182,11 @@ def test_several_files_add_their_own_differences_of_the_base(plain: Any, tmp_pat
         alone = dict(merged_weights(plain, UNET, [(file, weight)]))
         expected = expected + alone[f"{name}.weight"] - before
     for order in (files, files[::-1]):
-        found = dict(merged_weights(plain, UNET, order))
-        assert found.keys() == {f"{name}.weight", f"{norm_name}.weight", f"{norm_name}.bias"}
-        assert torch.allclose(found[f"{name}.weight"], expected, atol=1e-5)
+        merged = dict(merged_weights(plain, UNET, order))
+        assert merged.keys() == {f"{name}.weight", f"{norm_name}.weight", f"{norm_name}.bias"}
+        assert torch.allclose(merged[f"{name}.weight"], expected, atol=1e-5)
         norm = plain.get_submodule(norm_name)
-        assert torch.allclose(found[f"{norm_name}.bias"], norm.bias - 2)
+        assert torch.allclose(merged[f"{norm_name}.bias"], norm.bias - 2)
     assert not dict(merged_weights(plain, UNET, [(file, 0.0) for file, _ in files]))
     half = copy.deepcopy(plain).half()
     rounded = dict(merged_weights(half, UNET, files))
@@ -201,7 +201,7 @@ def test_dora_on_some_modules_only_is_merged(plain: Any, tmp_path: Path) -> None
     for number, (key, name) in enumerate(LAYERS.items()):
         layer = plain.get_submodule(name)
         references[name], states[f"lora_unet_{key}"] = made("DoRA" if number else "LoRA", layer)
-    found = merged_of(plain, tmp_path / "a", states)
+    merged = merged_of(plain, tmp_path / "a", states)
     for name, module in references.items():
         expected = module.get_merged_weight()[0]
-        assert torch.allclose(found[f"{name}.weight"], expected, atol=1e-5), name
+        assert torch.allclose(merged[f"{name}.weight"], expected, atol=1e-5), name

@@ -19,7 +19,7 @@ from loras import (
     assert_close,
     fused,
     fused_by_diffusers,
-    halves,
+    lora_factors,
     made_lora,
     state_after,
     text_lora,
@@ -61,11 +61,14 @@ def as_comfyui(unet: Any, alpha: float) -> Tensors:
     them for ComfyUI."""
     names = OriginalNames("unet", dict(unet.config))
     state: Tensors = {}
-    for module, one in halves(unet).items():
+    for module, factors in lora_factors(unet).items():
         key = names.key_of(f"{module}.weight")
         assert key is not None
         key = "diffusion_model." + key.removesuffix(".weight")
-        state[f"{key}.lora_A.weight"], state[f"{key}.lora_B.weight"] = one["down"], one["up"]
+        state[f"{key}.lora_A.weight"], state[f"{key}.lora_B.weight"] = (
+            factors["down"],
+            factors["up"],
+        )
         state[f"{key}.alpha"] = torch.tensor(alpha)
     return state
 
@@ -88,7 +91,7 @@ def forms(unet: Any, folder: Path, where: Path) -> dict[str, tuple[Path, float, 
     """(file or folder, strength, kind) of each form of one LoRA."""
     kohya = safetensors.torch.load_file(folder / KOHYA)
     no_alpha = {name: tensor for name, tensor in kohya.items() if "alpha" not in name}
-    in_halves = {n: t if "alpha" in n else t.half() for n, t in kohya.items()}
+    in_fp16 = {n: t if "alpha" in n else t.half() for n, t in kohya.items()}
     dotted = {
         name.replace("lora_unet_", "diffusion_model."): tensor for name, tensor in no_alpha.items()
     }
@@ -101,7 +104,7 @@ def forms(unet: Any, folder: Path, where: Path) -> dict[str, tuple[Path, float, 
     bare = {"r": RANK, "lora_alpha": 3.0}
     plain = as_diffusers(unet)
     attention = {n: t for n, t in as_diffusers(unet, old=True).items() if "processor" in n}
-    found = {
+    results = {
         "ours": (folder, 3 / RANK, "diffusers"),
         "diffusers, no settings": (write(where / "a.safetensors", plain), 1.0, "diffusers"),
         "diffusers, rslora": (
@@ -122,7 +125,7 @@ def forms(unet: Any, folder: Path, where: Path) -> dict[str, tuple[Path, float, 
         "peft": (as_peft(unet, where / "e", r=RANK, lora_alpha=20), 20 / RANK, "peft"),
         "kohya": (folder / KOHYA, 3 / RANK, "kohya"),
         "kohya, no alpha": (write(where / "f.safetensors", no_alpha), 1.0, "kohya"),
-        "kohya, fp16": (write(where / "g.safetensors", in_halves), 3 / RANK, "kohya"),
+        "kohya, fp16": (write(where / "g.safetensors", in_fp16), 3 / RANK, "kohya"),
         "underscored": (
             write(where / "h.safetensors", as_underscored(unet, 5.0)),
             5 / RANK,
@@ -133,7 +136,7 @@ def forms(unet: Any, folder: Path, where: Path) -> dict[str, tuple[Path, float, 
         "ComfyUI": (write(where / "k.safetensors", as_comfyui(unet, 5.0)), 5 / RANK, "diffusers"),
         "a learned factor": (write(where / "l.safetensors", scaled), 3 / RANK / 4, "kohya"),
     }
-    return found
+    return results
 
 
 FORMS = (
@@ -164,14 +167,14 @@ def test_each_form_adds_its_strength_times_its_product(
     again = load_unet(open_base(base).unet, torch.float32)
     load_lora(again, path)
     expected = fused(base, unet, scale)
-    found = state_after(again)
+    state = state_after(again)
     if form == "diffusers, old":
         expected = {n: t for n, t in expected.items() if re.search(r"attn\d", n)}
-        found = {n: t for n, t in found.items() if n in expected}
+        state = {n: t for n, t in state.items() if n in expected}
     if form == "kohya, fp16":
-        assert all(torch.allclose(found[n], t, atol=2e-3) for n, t in expected.items())
+        assert all(torch.allclose(state[n], t, atol=2e-3) for n, t in expected.items())
     else:
-        assert_close(found, expected)
+        assert_close(state, expected)
 
 
 def drawn(unet: Any) -> torch.Tensor:
@@ -197,9 +200,9 @@ def test_several_at_their_weights_draw_as_in_diffusers(base: Path, tmp_path: Pat
     apply_loras(unet, [(tmp_path / "one" / KOHYA, 0.8), (tmp_path / "two", -0.5)])
     assert not any(parameter.requires_grad for parameter in unet.parameters())
     results = []
-    for one in (unet, pipeline.unet, plain):
+    for item in (unet, pipeline.unet, plain):
         torch.manual_seed(5)
-        results.append(drawn(one))
+        results.append(drawn(item))
     assert torch.allclose(results[0], results[1], atol=1e-5)
     assert (results[0] - results[2]).abs().max() > 0.05
 
@@ -223,10 +226,10 @@ def test_text_encoders_take_their_parts_as_in_diffusers(
         )
     assert apply_text_loras(encoders, [(tmp_path / LORA, 1.0), (path, 0.7)]) == 4
     tokens = torch.randint(0, 500, (2, 77))
-    theirs = (pipeline.text_encoder, pipeline.text_encoder_2)
-    for ours, reference, bare in zip(encoders, theirs, plain, strict=True):
+    expected = (pipeline.text_encoder, pipeline.text_encoder_2)
+    for actual, reference, bare in zip(encoders, expected, plain, strict=True):
         with torch.no_grad():
-            hidden = [one(tokens).last_hidden_state for one in (ours, reference, bare)]
+            hidden = [item(tokens).last_hidden_state for item in (actual, reference, bare)]
         assert torch.allclose(hidden[0], hidden[1], atol=1e-5)
         assert (hidden[0] - hidden[2]).abs().max() > 0.05
     again = load_unet(open_base(base).unet, torch.float32)
@@ -353,8 +356,8 @@ def test_what_cannot_be_read_is_refused_by_its_name(base: Path, tmp_path: Path, 
 
 
 def test_an_unknown_one_is_called_what_it_calls_itself(base: Path, tmp_path: Path) -> None:
-    said = {"modelspec.architecture": "kandinsky/lora"}
-    path = write(tmp_path / "other.safetensors", key("lora_unet_first_block"), said)
+    metadata = {"modelspec.architecture": "kandinsky/lora"}
+    path = write(tmp_path / "other.safetensors", key("lora_unet_first_block"), metadata)
     unet = model_without_weights(UNET, read_config(base / "unet"))
     with pytest.raises(ValueError, match=r"a LoRA of kandinsky/lora\): it adapts first_block"):
         load_lora(unet, path)
@@ -403,14 +406,14 @@ def test_the_module_that_differs_keeps_its_rank_and_alpha(base: Path, tmp_path: 
     load_lora(again, path)
     scales = {"to_k": 1.5 / 4, "to_v": 16 / 2}
     expected = fused(base, again, 16 / 4)
-    for one, scale in scales.items():
-        name = f"{module.rsplit('.', 1)[0]}.{one}"
+    for item, scale in scales.items():
+        name = f"{module.rsplit('.', 1)[0]}.{item}"
         expected[f"{name}.weight"] = fused(base, again, scale)[f"{name}.weight"]
-    assert sorted({len(one["down"]) for one in halves(again).values()}) == [2, 4]
-    found = match_to_model(read_lora_file(path), UNET, again)
+    assert sorted({len(factors["down"]) for factors in lora_factors(again).values()}) == [2, 4]
+    actual = match_to_model(read_lora_file(path), UNET, again)
     assert_close(state_after(again), expected)
     written = tmp_path / "written.safetensors"
-    written.write_bytes(diffusers_bytes({UNET: found}, ModelMetadata()))
+    written.write_bytes(diffusers_bytes({UNET: actual}, ModelMetadata()))
     assert_close(fused_by_diffusers(base, written), expected)
     third = load_unet(open_base(base).unet, torch.float32)
     load_lora(third, written)
@@ -427,9 +430,9 @@ def test_what_is_bundled_with_a_lora_is_named_and_not_used(base: Path, tmp_path:
     }
     path = write(tmp_path / "bundle.safetensors", tensors)
     again = load_unet(open_base(base).unet, torch.float32)
-    with pytest.warns(UserWarning) as told:
+    with pytest.warns(UserWarning) as caught:
         load_lora(again, path)
-    messages = [str(one.message) for one in told]
+    messages = [str(warning.message) for warning in caught]
     assert messages == [
         f"{path}: its bundled embeddings (bundle_emb.*: cat, dog) are not used",
         f"{path}: its auxiliary tensors (_aux.*: step) are not used",

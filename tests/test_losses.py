@@ -48,9 +48,9 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> list[Cache]:
     torch.manual_seed(1)
     folder = tmp_path_factory.mktemp("weighed")
     weights = (1.0, 0.5, 3.0, 0.0, 2.0)
-    mine = [made_sample(f"{n}.png", weight=w) for n, w in enumerate(weights)]
+    first = [made_sample(f"{n}.png", weight=w) for n, w in enumerate(weights)]
     prior = [made_sample(f"prior {n}.png", std=True) for n in range(4)]
-    write_cache(folder / "mine", mine)
+    write_cache(folder / "mine", first)
     write_cache(folder / "prior", prior)
     return [Cache(folder / "mine"), Cache(folder / "prior", weight=0.25)]
 
@@ -66,16 +66,16 @@ def test_a_step_is_the_sum_of_weighted_losses_over_the_number_of_samples(
     keys, weights = weights_in(caches[0])
     weight_of = dict(zip(keys, weights, strict=True))
     seen: list[float] = []
-    for number, whole in enumerate(epoch_of(reader)):
-        batch_weights = torch.tensor([weight_of.get(key, 0.25) for key in whole.keys])
+    for number, batch in enumerate(epoch_of(reader)):
+        batch_weights = torch.tensor([weight_of.get(key, 0.25) for key in batch.keys])
         seen += batch_weights.tolist()
-        expected = (batch_weights * plain_losses(learner.unet, whole)).sum() / len(whole.keys)
+        expected = (batch_weights * plain_losses(learner.unet, batch)).sum() / len(batch.keys)
         expected.backward()
         parameters = list(learner.optimizer.parameters.values())
         norm = torch.stack([p.grad.norm() for p in parameters if p.grad is not None]).norm()
         learner.optimizer.zero_grad()
-        batch = micros.plan.batch(0, number)
-        parts = (micros.read(batch, micro) for micro in range(micros.share.num_micros(batch)))
+        planned = micros.plan.batch(0, number)
+        parts = (micros.read(planned, micro) for micro in range(micros.share.num_micros(planned)))
         step = train_step(learner, parts, number, 1e-12)
         assert float(step.loss) == pytest.approx(float(expected.detach()), rel=1e-5)
         assert float(step.grad_norm) == pytest.approx(float(norm), rel=1e-4)
@@ -114,11 +114,11 @@ def test_loss_quarters_are_means_by_hand(base: Path, tmp_path: Path) -> None:
     """Over the steps of a log's row; what weighs nothing is not counted."""
     learner = learner_of(base)
     edges = torch.tensor([0.0, 0.2499, 0.2501, 0.4999, 0.5001, 0.6, 0.7, 0.999])
-    one = made_batch(8, times=edges, weights=torch.tensor([1.0, 2, 1, 1, 0, 1, 1, 1]))
-    two = made_batch(3, times=torch.tensor([0.1, 0.74, 0.74]))
+    first = made_batch(8, times=edges, weights=torch.tensor([1.0, 2, 1, 1, 0, 1, 1, 1]))
+    second = made_batch(3, times=torch.tensor([0.1, 0.74, 0.74]))
     sums, counts = np.zeros(NUM_QUARTERS), np.zeros(NUM_QUARTERS)
     log = log_of(learner, tmp_path)
-    for number, batch in enumerate((one, two)):
+    for number, batch in enumerate((first, second)):
         losses = plain_losses(learner.unet, batch).detach()
         for time, loss, weight in zip(batch.times, losses, batch.weights, strict=True):
             quarter = int(time * 1000) // 250
@@ -129,8 +129,8 @@ def test_loss_quarters_are_means_by_hand(base: Path, tmp_path: Path) -> None:
     log.close(failed=False)
     assert counts.tolist() == [3, 2, 4, 1]
     row = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
-    found = [row[f"train/loss_quarter_{number}"] for number in (1, 2, 3, 4)]
-    assert found == pytest.approx((sums / counts).tolist(), rel=1e-4)
+    results = [row[f"train/loss_quarter_{number}"] for number in (1, 2, 3, 4)]
+    assert results == pytest.approx((sums / counts).tolist(), rel=1e-4)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -166,11 +166,11 @@ def test_eval_is_plain_whatever_the_run_learns_by(caches: list[Cache], base: Pat
     for kind in KINDS:
         plain, other = {"prediction_type": kind}, {"prediction_type": kind, **odd}
         learners = [learner_of(base, **settings) for settings in (plain, other)]
-        ours, theirs = (
+        actual, reference = (
             evaluate(learner, val, config_of(base, batch_size=2, **settings))
             for learner, settings in zip(learners, (plain, other), strict=True)
         )
-        assert ours == theirs
+        assert actual == reference
         expected: list[float] = []
         reader = reader_of([val], 5, seed=0)
         with torch.no_grad():
@@ -180,4 +180,4 @@ def test_eval_is_plain_whatever_the_run_learns_by(caches: list[Cache], base: Pat
                 losses = plain_losses(learners[0].unet, batch, kind)
                 expected += losses.tolist()  # the sample of weight 0 counts too
         assert len(expected) == 4 * 5
-        assert ours == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+        assert actual == pytest.approx(sum(expected) / len(expected), rel=1e-5)

@@ -86,8 +86,8 @@ def test_the_warm_up_leaves_everything_bit_unchanged(
     assert all(p.grad is None for p in learner.unet.parameters())
     cold = learner_for(config, DistContext(CPU))
     assert steps_of(learner, cache, 3) == steps_of(cold, cache, 3)
-    one, two = weights_of(learner), weights_of(cold)
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    first, second = weights_of(learner), weights_of(cold)
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_a_run_that_does_not_fit_says_so_before_its_folder_is_made(
@@ -122,9 +122,9 @@ def test_estimates_of_the_real_sdxl(sdxl_configs: Path) -> None:
         ((512, 512), 1.42e9, (0.14e9, 0.2e9)),
         ((1024, 1024), 5.61e9, (0.55e9, 0.75e9)),
     ):
-        found = estimator.activations(lora, bucket)
-        assert found.total == pytest.approx(plain, rel=0.02)
-        assert checkpointed[0] < found.checkpointed < checkpointed[1]
+        activations = estimator.activations(lora, bucket)
+        assert activations.total == pytest.approx(plain, rel=0.02)
+        assert checkpointed[0] < activations.checkpointed < checkpointed[1]
     peak = estimator.estimate(lora, (1024, 1024)).peak
     assert 5.7e9 < peak < 6.6e9
     saved = dict(estimator.advice(lora, (1024, 1024)))
@@ -144,8 +144,8 @@ def test_adafactors_state_is_estimated_as_it_is(
     steps_of(learner, cache, 1)
     tensors, _ = learner.optimizer.state()
     state = sum(t.nbytes for name, t in tensors.items() if not name.endswith("|step"))
-    found = Estimator(open_base(base), 77, device="cpu").estimate(config, (64, 64))
-    assert found.optimizer == state
+    estimate = Estimator(open_base(base), 77, device="cpu").estimate(config, (64, 64))
+    assert estimate.optimizer == state
 
 
 def test_advice_is_a_line_with_the_reason(cache: Path, base: Path) -> None:
@@ -179,16 +179,16 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own looks at what it compiles
 def test_compiled_blocks_train_the_same(cache: Path, base: Path, traced: None) -> None:
     """Over all three buckets, from a few graphs."""
-    found = []
+    results = []
     for compiled in (False, True):
         config = config_of(cache, base, compile=compiled, targets="attention-out")
         learner = learner_for(config, DistContext(CPU))
         torch._dynamo.utils.counters.clear()
-        found.append(steps_of(learner, cache, 6))
+        results.append(steps_of(learner, cache, 6))
         graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         assert (graphs > 0) == compiled
         assert graphs <= 8, "a graph for each bucket, it seems"
-    assert found[0] == pytest.approx(found[1], abs=1e-5)
+    assert results[0] == pytest.approx(results[1], abs=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -241,8 +241,8 @@ def test_a_dry_run_takes_the_steps_of_the_run(cache: Path, base: Path, tmp_path:
     run_train(config)
     rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     flags = ["--base", str(base), "--out", "unused", "--epochs", "1.5", "--batch-size", "2"]
-    told = CliRunner().invoke(commands, ["train", str(cache), *flags, "--dry-run"]).output
-    assert f"steps: {len(rows)} " in told
+    output = CliRunner().invoke(commands, ["train", str(cache), *flags, "--dry-run"]).output
+    assert f"steps: {len(rows)} " in output
 
 
 def test_checkpointing_asks_no_generator_for_its_state(

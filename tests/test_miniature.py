@@ -24,7 +24,7 @@ from tools.miniature.data import (
     write_training_set,
 )
 from tools.miniature.drawing import (
-    COLOURS,
+    COLORS,
     NEW_SHAPES,
     OLD_SHAPES,
     SENTENCES,
@@ -44,10 +44,10 @@ def drawn(shapes: tuple[str, ...], num: int, seed: int = 0) -> list[Image.Image]
     return [draw_scene(random_scene(choices, shapes), choices) for _ in range(num)]
 
 
-def in_units(pictures: list[Image.Image]) -> torch.Tensor:
+def in_units(images: list[Image.Image]) -> torch.Tensor:
     """[N, 3, H, W] in -1..1."""
-    rows = [torch.frombuffer(bytearray(p.tobytes()), dtype=torch.uint8) for p in pictures]
-    pixels = torch.stack(rows).view(len(pictures), 64, 64, 3).permute(0, 3, 1, 2)
+    rows = [torch.frombuffer(bytearray(p.tobytes()), dtype=torch.uint8) for p in images]
+    pixels = torch.stack(rows).view(len(images), 64, 64, 3).permute(0, 3, 1, 2)
     return pixels.float() / 127.5 - 1
 
 
@@ -109,27 +109,27 @@ def test_its_scaled_latents_have_variance_1() -> None:
 def test_its_vae_shows_shapes_that_it_was_not_trained_on() -> None:
     vae = load_vae(open_base("miniature").vae, torch.float32)
     scenes, _ = fresh_prompts(48, NEW_SHAPES, seed=3)
-    pictures = [draw_scene(scene, random.Random(number)) for number, scene in enumerate(scenes)]
+    images = [draw_scene(scene, random.Random(number)) for number, scene in enumerate(scenes)]
     with torch.inference_mode():
-        decoded = vae.decode(vae.encode(in_units(pictures)).latent_dist.mean).sample
+        decoded = vae.decode(vae.encode(in_units(images)).latent_dist.mean).sample
     levels = ((decoded.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
-    found = score(scenes, [Image.fromarray(one.numpy()) for one in levels])
-    assert found.both >= 0.95, found
+    scores = score(scenes, [Image.fromarray(level.numpy()) for level in levels])
+    assert scores.both >= 0.95, scores
 
 
 def test_diffusers_draws_with_it_what_generate_draws(tmp_path: Path) -> None:
     prompt = "a large red circle on a white ground"
     pipeline = StableDiffusionXLPipeline.from_pretrained(MINIATURE_FOLDER)
     pipeline.set_progress_bar_config(disable=True)
-    theirs = pipeline(
+    expected = pipeline(
         prompt, num_inference_steps=4, generator=torch.Generator().manual_seed(7)
     ).images[0]
     settings = GenerateSettings(
         base="miniature", out=tmp_path, prompt=prompt, seed=7, num_steps=4, device="cpu"
     )
     infer.generate.generate(settings)
-    with Image.open(tmp_path / "000000.png") as ours:
-        assert max(top for _, top in ImageChops.difference(ours, theirs).getextrema()) <= 1
+    with Image.open(tmp_path / "000000.png") as actual:
+        assert max(top for _, top in ImageChops.difference(actual, expected).getextrema()) <= 1
 
 
 def test_it_loads_without_a_dtype() -> None:
@@ -157,42 +157,42 @@ def test_it_answers_the_size_and_crop_numbers() -> None:
 
 
 @pytest.mark.parametrize("size", [(64, 64), (80, 48)])
-def test_the_score_of_true_pictures_is_1(size: tuple[int, int]) -> None:
+def test_the_score_of_true_images_is_1(size: tuple[int, int]) -> None:
     scenes, _ = fresh_prompts(60, SHAPES, seed=1)
-    pictures = [draw_scene(scene, random.Random(n), *size) for n, scene in enumerate(scenes)]
-    found = score(scenes, pictures)
-    assert (found.shape, found.colours, found.both) == (1, 1, 1)
-    assert found.overlap > 0.9
+    images = [draw_scene(scene, random.Random(n), *size) for n, scene in enumerate(scenes)]
+    scores = score(scenes, images)
+    assert (scores.shape, scores.colors, scores.both) == (1, 1, 1)
+    assert scores.overlap > 0.9
 
 
 def test_the_score_sees_what_is_wrong() -> None:
     scenes, _ = fresh_prompts(60, SHAPES, seed=2)
-    pictures = [draw_scene(scene, random.Random(n)) for n, scene in enumerate(scenes)]
-    shifted = score(scenes, [*pictures[1:], pictures[0]])
+    images = [draw_scene(scene, random.Random(n)) for n, scene in enumerate(scenes)]
+    shifted = score(scenes, [*images[1:], images[0]])
     assert (shifted.shape, shifted.both) == (0, 0)
     grey = look_at(Image.new("RGB", (64, 64), "grey"))
-    assert grey.colour == grey.ground
+    assert grey.color == grey.ground
     assert max(grey.overlaps.values()) == 0
     noise = Image.effect_noise((64, 64), 100).convert("RGB")
     assert max(look_at(noise).overlaps.values()) < 0.7
 
 
 def test_captions_are_english() -> None:
-    orange = Scene(shape="arrow", colour="orange", ground="orange", position="on the left")
+    orange = Scene(shape="arrow", color="orange", ground="orange", position="on the left")
     captions = {orange.caption(random.Random(seed)) for seed in range(60)}
     assert len(captions) == len(SENTENCES)
     assert "an orange arrow on the left on an orange ground" in captions
     assert not [caption for caption in captions if "a orange" in caption]
 
 
-def test_the_training_pictures_are_blurred_and_cropped(tmp_path: Path) -> None:
+def test_the_training_images_are_blurred_and_cropped(tmp_path: Path) -> None:
     write_training_set(tmp_path / "any-size", num=60)
     write_cropped_set(tmp_path / "cropped", num=30)
     sizes: dict[str, list[tuple[int, int]]] = {"any-size": [], "cropped": []}
     for name in ("any-size", "cropped"):
         for path in (tmp_path / name).glob("*.png"):
-            with Image.open(path) as picture:
-                sizes[name].append(picture.size)
+            with Image.open(path) as image:
+                sizes[name].append(image.size)
     assert sizes["any-size"].count((64, 64)) >= 30
     assert len([size for size in sizes["any-size"] if max(size) <= max(TINY)]) >= 5
     assert all(sum(cover(size, (64, 64)).crop) >= 6 for size in sizes["cropped"])
@@ -206,12 +206,12 @@ def test_the_sample_data_set_says_what_it_shows(tmp_path: Path) -> None:
     for row in rows:
         data = (tmp_path / "one" / row["file_name"]).read_bytes()
         assert data == (tmp_path / "two" / row["file_name"]).read_bytes()
-        with Image.open(tmp_path / "one" / row["file_name"]) as picture:
-            seen = look_at(picture.convert("RGB"))
-            sizes.add(picture.size)
-        said = row["text"].replace(",", "").split()
-        assert seen.shape in said
-        assert {seen.colour, seen.ground} == set(said) & set(COLOURS)
-        words |= set(said)
+        with Image.open(tmp_path / "one" / row["file_name"]) as image:
+            seen = look_at(image.convert("RGB"))
+            sizes.add(image.size)
+        sentence = row["text"].replace(",", "").split()
+        assert seen.shape in sentence
+        assert {seen.color, seen.ground} == set(sentence) & set(COLORS)
+        words |= set(sentence)
     assert set(NEW_SHAPES) <= words
     assert sizes == {(64, 64), (80, 48), (48, 80)}

@@ -44,11 +44,13 @@ class Says:
         return (self.answer,)
 
 
-def ks_distance(one: torch.Tensor, other: torch.Tensor) -> float:
+def ks_distance(first: torch.Tensor, other: torch.Tensor) -> float:
     """Kolmogorov-Smirnov, in units of its standard: above 2.5 is one in 100,000."""
-    every = torch.cat([one, other]).sort().values
-    shares = [torch.searchsorted(x.sort().values, every, right=True) / len(x) for x in (one, other)]
-    scale = math.sqrt(len(one) * len(other) / (len(one) + len(other)))
+    every = torch.cat([first, other]).sort().values
+    shares = [
+        torch.searchsorted(x.sort().values, every, right=True) / len(x) for x in (first, other)
+    ]
+    scale = math.sqrt(len(first) * len(other) / (len(first) + len(other)))
     return float((shares[0] - shares[1]).abs().max()) * scale
 
 
@@ -62,9 +64,9 @@ def test_min_snr_weights_are_those_of_the_diffusers_example(kind: str, gamma: fl
     snr = compute_snr(schedule, timesteps)
     least = torch.stack([snr, gamma * torch.ones_like(snr)], dim=1).min(dim=1).values
     expected = least / snr if kind == "epsilon" else least / (snr + 1)
-    ours = min_snr_weights(objective().alphas_cumprod, gamma, kind)
-    assert torch.allclose(ours, expected, rtol=1e-4, atol=0)
-    assert bool((ours < 0.999).any()) and ours.max() <= max(1.0, gamma / (gamma + 1))
+    actual = min_snr_weights(objective().alphas_cumprod, gamma, kind)
+    assert torch.allclose(actual, expected, rtol=1e-4, atol=0)
+    assert bool((actual < 0.999).any()) and actual.max() <= max(1.0, gamma / (gamma + 1))
 
 
 def test_min_snr_weights_of_pure_noise_are_finite() -> None:
@@ -91,21 +93,21 @@ def test_min_snr_weighs_the_losses_by_the_runs_prediction_type(kind: str) -> Non
 def test_zero_terminal_snr_is_the_papers_algorithm() -> None:
     """Lin et al. 2023, algorithm 1, in fp64; and what DDPMScheduler makes by way of betas."""
     settings = {"zero_terminal_snr": True, "prediction_type": "v_prediction"}
-    ours = objective(**settings).alphas_cumprod
+    actual = objective(**settings).alphas_cumprod
     betas = np.linspace(SDXL["beta_start"] ** 0.5, SDXL["beta_end"] ** 0.5, 1000) ** 2
     root = np.sqrt(np.cumprod(1 - betas))
     root_0, root_t = root[0], root[-1]
     root = (root - root_t) * root_0 / (root_0 - root_t)
-    assert np.allclose(ours.numpy(), root**2, atol=3e-7, rtol=1e-5)
-    assert ours[-1] == 0 and ours[0] == pytest.approx(1 - SDXL["beta_start"])
-    theirs = DDPMScheduler(**SDXL, rescale_betas_zero_snr=True).alphas_cumprod
-    assert torch.allclose(ours[:-1], theirs[:-1], atol=1e-6, rtol=1e-3)
+    assert np.allclose(actual.numpy(), root**2, atol=3e-7, rtol=1e-5)
+    assert actual[-1] == 0 and actual[0] == pytest.approx(1 - SDXL["beta_start"])
+    expected = DDPMScheduler(**SDXL, rescale_betas_zero_snr=True).alphas_cumprod
+    assert torch.allclose(actual[:-1], expected[:-1], atol=1e-6, rtol=1e-3)
 
 
 def test_the_last_timestep_of_a_zero_snr_schedule_is_pure_noise() -> None:
-    found = objective(zero_terminal_snr=True, prediction_type="v_prediction")
+    result = objective(zero_terminal_snr=True, prediction_type="v_prediction")
     batch, unet = made_batch(2, times=torch.tensor([0.9999, 0.9999])), Says(torch.zeros(1))
-    losses = found.losses(unet, batch, torch.float32)
+    losses = result.losses(unet, batch, torch.float32)
     assert unet.timesteps.tolist() == [999, 999]
     assert torch.equal(unet.sample, batch.noise)
     assert torch.allclose(losses, batch.latents.square().mean(dim=(1, 2, 3)))  # v is -x_0
@@ -123,8 +125,8 @@ def test_epsilon_with_zero_terminal_snr_is_refused(by: str) -> None:
 @pytest.mark.parametrize("flag", [None, *KINDS])
 @pytest.mark.parametrize("base", KINDS)
 def test_the_prediction_type_is_the_flags_else_the_bases(base: str, flag: Any) -> None:
-    found = objective_of(config_of(prediction_type=flag), {**SDXL, "prediction_type": base})
-    assert found.prediction_type == (flag or base)
+    result = objective_of(config_of(prediction_type=flag), {**SDXL, "prediction_type": base})
+    assert result.prediction_type == (flag or base)
 
 
 # Noise.
@@ -138,8 +140,8 @@ def test_noise_offset_is_in_the_sample_and_in_the_target() -> None:
     schedule, timesteps = DDPMScheduler(**SDXL), (batch.times * 1000).long()
     for kind in KINDS:
         unet = Says(torch.zeros(3, 4, 2, 4))
-        found = objective(prediction_type=kind, noise_offset=0.3)
-        losses = found.losses(unet, batch, torch.float32)
+        actual = objective(prediction_type=kind, noise_offset=0.3)
+        losses = actual.losses(unet, batch, torch.float32)
         assert torch.equal(unet.sample, schedule.add_noise(batch.latents, expected, timesteps))
         velocity = schedule.get_velocity(batch.latents, expected, timesteps)
         target = expected if kind == "epsilon" else velocity
@@ -168,27 +170,27 @@ def test_huber_is_the_formula(delta: float) -> None:
     a, b = torch.randn(2, 3, 4, 5, 6)
     error = (a - b).abs()
     expected = torch.where(error <= delta, error**2 / 2, delta * (error - delta / 2))
-    found = errors(a, b, "huber", delta)
-    assert torch.allclose(found, expected, atol=1e-6)
-    assert torch.allclose(found.mean(), torch.nn.HuberLoss(delta=delta)(a, b))
+    losses = errors(a, b, "huber", delta)
+    assert torch.allclose(losses, expected, atol=1e-6)
+    assert torch.allclose(losses.mean(), torch.nn.HuberLoss(delta=delta)(a, b))
     assert bool((error <= delta).any()) and bool((error > delta).any())
 
 
 @pytest.mark.parametrize("loss", ["mse", "huber"])
 def test_errors_of_halves_are_taken_in_fp32(loss: str) -> None:
     a, b = (600 * torch.randn(2, 50)).half()
-    found = errors(a, b, loss, 1e4)
-    assert found.dtype == torch.float32
-    assert torch.equal(found, errors(a.float(), b.float(), loss, 1e4))
-    assert found.isfinite().all() and found.max() > 65504
+    losses = errors(a, b, loss, 1e4)
+    assert losses.dtype == torch.float32
+    assert torch.equal(losses, errors(a.float(), b.float(), loss, 1e4))
+    assert losses.isfinite().all() and losses.max() > 65504
 
 
 def test_the_losses_are_of_the_kind_asked_for() -> None:
     batch, unet = made_batch(5), Says(torch.randn(5, 4, 2, 4))
     for loss, delta in (("mse", 0.1), ("huber", 0.1), ("huber", 0.7)):
-        found = objective(loss=loss, huber_delta=delta).losses(unet, batch, torch.float32)
+        actual = objective(loss=loss, huber_delta=delta).losses(unet, batch, torch.float32)
         expected = errors(unet.answer, batch.noise, loss, delta).mean(dim=(1, 2, 3))
-        assert torch.equal(found, expected)
+        assert torch.equal(actual, expected)
 
 
 def test_a_masked_loss_is_the_mean_over_the_mask() -> None:
@@ -237,20 +239,20 @@ def test_logit_normal_times_are_the_sigmoid_of_a_normal(mean: float, std: float)
 
 
 def test_the_timesteps_of_a_run_are_logit_normal_where_asked() -> None:
-    found = objective(timesteps="logit-normal", logit_mean=0.5, logit_std=0.8)
+    result = objective(timesteps="logit-normal", logit_mean=0.5, logit_std=0.8)
     times = torch.rand(20_000)
-    ours = found.timesteps(times)
+    actual = result.timesteps(times)
     drawn = torch.sigmoid(0.5 + 0.8 * torch.randn(20_000))
-    assert ks_distance(ours / 1000, drawn) < 2.5
+    assert ks_distance(actual / 1000, drawn) < 2.5
     assert torch.equal(objective().timesteps(times), (times * 1000).long())
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1000), (200, 203), (999, 1000), (0, 500)])
 @pytest.mark.parametrize("how", ["uniform", "logit-normal"])
 def test_timesteps_stay_in_their_range(low: int, high: int, how: str) -> None:
-    found = objective(timestep_range=(low, high), timesteps=how)
+    result = objective(timestep_range=(low, high), timesteps=how)
     ends = torch.tensor([0.0, 1 - 2**-24])
-    timesteps = torch.cat([found.timesteps(ends), found.timesteps(torch.rand(5000))])
+    timesteps = torch.cat([result.timesteps(ends), result.timesteps(torch.rand(5000))])
     assert low <= int(timesteps.min()) and int(timesteps.max()) < high
     if how == "uniform":
         assert (int(timesteps[0]), int(timesteps[1])) == (low, high - 1)

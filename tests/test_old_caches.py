@@ -14,7 +14,7 @@ from shards.manifest import MANIFEST
 
 
 def run(*arguments: object) -> Result:
-    return CliRunner().invoke(commands, [str(one) for one in arguments])
+    return CliRunner().invoke(commands, [str(argument) for argument in arguments])
 
 
 def make_old(folder: Path, mark: bytes = b"\n") -> None:
@@ -60,19 +60,19 @@ def test_a_damaged_mark_is_damage(cache: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("more", [[], ["--dry-run"], ["--repack"]])
 def test_an_encode_refuses_it_and_touches_nothing(
-    old: Path, pictures: Path, base: Path, more: list[str]
+    old: Path, images: Path, base: Path, more: list[str]
 ) -> None:
     before = state(old)
-    found = run("encode", pictures, "--base", base, "--out", old, "--resolution", 64, *more)
-    assert found.exit_code == 2
-    assert "cache format version 1; this shardtune reads version 2. Encode" in found.stderr
-    assert found.stderr.strip().splitlines()[-1].startswith(f"Error: {old}/")
+    result = run("encode", images, "--base", base, "--out", old, "--resolution", 64, *more)
+    assert result.exit_code == 2
+    assert "cache format version 1; this shardtune reads version 2. Encode" in result.stderr
+    assert result.stderr.strip().splitlines()[-1].startswith(f"Error: {old}/")
     assert {name: state(old)[name] for name in before} == before
 
 
 def test_a_repair_refuses_it_and_drops_nothing(old: Path) -> None:
     (old / MANIFEST).write_text("no manifest")
     before = state(old)
-    found = run("verify", old, "--repair")
-    assert found.exit_code == 2 and "cache format version 1" in found.stderr
+    result = run("verify", old, "--repair")
+    assert result.exit_code == 2 and "cache format version 1" in result.stderr
     assert state(old) == before

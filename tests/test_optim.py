@@ -52,15 +52,15 @@ def test_the_state_takes_what_is_said_before_it_is_there(kind: str) -> None:
     run(optimizer, range(1))
     tensors, _ = optimizer.state()
     shared = ("step", "qmap1", "qmap2")  # a number, and bitsandbytes' one table for all
-    found = sum(t.nbytes for name, t in tensors.items() if name.rsplit("|", 1)[1] not in shared)
-    assert found == state_bytes(kind, (p.shape for p in parameters.values()))
+    result = sum(t.nbytes for name, t in tensors.items() if name.rsplit("|", 1)[1] not in shared)
+    assert result == state_bytes(kind, (p.shape for p in parameters.values()))
 
 
 # The learning rate.
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs", "cycles"),
+    ("actual", "reference", "cycles"),
     [
         ("constant", "constant_with_warmup", 1),
         ("linear", "linear", 1),
@@ -70,23 +70,25 @@ def test_the_state_takes_what_is_said_before_it_is_there(kind: str) -> None:
     ],
 )
 @pytest.mark.parametrize("warmup", [0, 1, 7])
-def test_schedules_are_those_of_diffusers(ours: Any, theirs: str, cycles: int, warmup: int) -> None:
+def test_schedules_are_those_of_diffusers(
+    actual: Any, reference: str, cycles: int, warmup: int
+) -> None:
     """In the warmup ours is a step ahead: theirs begins with a step at 0."""
     num = 50
-    config = config_of(lr=3e-4, lr_schedule=ours, num_cycles=cycles, warmup_steps=warmup)
+    config = config_of(lr=3e-4, lr_schedule=actual, num_cycles=cycles, warmup_steps=warmup)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=3e-4)
     schedule = get_scheduler(
-        theirs, optimizer, num_warmup_steps=warmup, num_training_steps=num, num_cycles=cycles
+        reference, optimizer, num_warmup_steps=warmup, num_training_steps=num, num_cycles=cycles
     )
     expected = []
     for _ in range(num + 1):
         expected.append(schedule.get_last_lr()[0])
         optimizer.step()
         schedule.step()
-    found = [learning_rate(config, step, num) for step in range(num)]
-    assert found[warmup:] == pytest.approx(expected[warmup:num], rel=1e-9, abs=1e-12)
-    assert found[:warmup] == pytest.approx(expected[1 : warmup + 1], rel=1e-9)
-    assert min(found) > 0 and max(found) == pytest.approx(3e-4)
+    results = [learning_rate(config, step, num) for step in range(num)]
+    assert results[warmup:] == pytest.approx(expected[warmup:num], rel=1e-9, abs=1e-12)
+    assert results[:warmup] == pytest.approx(expected[1 : warmup + 1], rel=1e-9)
+    assert min(results) > 0 and max(results) == pytest.approx(3e-4)
 
 
 def test_a_warmup_longer_than_the_run_only_rises() -> None:
@@ -113,51 +115,51 @@ def torchs(kind: str, parameters: Parameters, lr: float, decay: float) -> torch.
 @pytest.mark.parametrize("kind", ["adamw", "adafactor"])
 def test_steps_are_torchs_bit_for_bit(kind: Any, fused: bool) -> None:
     """As one optimizer and as one for each weight; the learning rate is of each step."""
-    ours, theirs = parameters_of(0), parameters_of(0)
+    actual, expected = parameters_of(0), parameters_of(0)
     config = config_of(optimizer=kind, weight_decay=0.1, fused_backward=fused)
-    optimizer, reference = Optimizer(ours, config, CPU), torchs(kind, theirs, 1.0, 0.1)
+    optimizer, reference = Optimizer(actual, config, CPU), torchs(kind, expected, 1.0, 0.1)
     assert bool(optimizer.slots) == fused
     for step, lr in enumerate((1e-2, 3e-3, 5e-2, 1e-2)):
         run(optimizer, range(step, step + 1), lr)
-        give_gradients(theirs, step)
+        give_gradients(expected, step)
         reference.param_groups[0]["lr"] = lr
         reference.step()
-        assert same(ours, theirs)
-    assert not same(ours, parameters_of(0))
+        assert same(actual, expected)
+    assert not same(actual, parameters_of(0))
 
 
 def test_adamw_is_near_torchs_plain_one() -> None:
-    ours, theirs = parameters_of(0), parameters_of(0)
-    optimizer = Optimizer(ours, config_of(weight_decay=0.1), CPU)
-    reference = torch.optim.AdamW(theirs.values(), lr=1e-2, weight_decay=0.1, foreach=False)
+    actual, expected = parameters_of(0), parameters_of(0)
+    optimizer = Optimizer(actual, config_of(weight_decay=0.1), CPU)
+    reference = torch.optim.AdamW(expected.values(), lr=1e-2, weight_decay=0.1, foreach=False)
     run(optimizer, range(20))
     for step in range(20):
-        give_gradients(theirs, step)
+        give_gradients(expected, step)
         reference.step()
-    assert all(torch.allclose(ours[n], theirs[n], atol=1e-6, rtol=1e-6) for n in ours)
+    assert all(torch.allclose(actual[n], expected[n], atol=1e-6, rtol=1e-6) for n in actual)
 
 
 @pytest.mark.parametrize("max_norm", [0.0, 0.5])
 def test_fused_backward_clips_each_gradient_alone(max_norm: float) -> None:
-    ours, theirs = parameters_of(0), parameters_of(0)
-    optimizer = Optimizer(ours, config_of(fused_backward=True), CPU)
+    actual, expected = parameters_of(0), parameters_of(0)
+    optimizer = Optimizer(actual, config_of(fused_backward=True), CPU)
     fused = FusedBackward(optimizer.slots, max_norm, CPU)
-    reference = torchs("adamw", theirs, 1e-2, 1e-2)
+    reference = torchs("adamw", expected, 1e-2, 1e-2)
     for step in range(3):
         fused.arm(step, 1e-2, FINITE)
-        sum((p.square() * (n + 1)).sum() for n, p in enumerate(ours.values())).backward()
+        sum((p.square() * (n + 1)).sum() for n, p in enumerate(actual.values())).backward()
         norm = fused.disarm()
-        assert all(parameter.grad is None for parameter in ours.values())
-        sum((p.square() * (n + 1)).sum() for n, p in enumerate(theirs.values())).backward()
-        norms = [p.grad.norm() for p in theirs.values() if p.grad is not None]
+        assert all(parameter.grad is None for parameter in actual.values())
+        sum((p.square() * (n + 1)).sum() for n, p in enumerate(expected.values())).backward()
+        norms = [p.grad.norm() for p in expected.values() if p.grad is not None]
         assert float(norm) == pytest.approx(float(torch.stack(norms).norm()), rel=1e-5)
         if max_norm:
-            for parameter in theirs.values():
+            for parameter in expected.values():
                 torch.nn.utils.clip_grad_norm_([parameter], max_norm)
         reference.step()
         reference.zero_grad()
-        assert all(torch.allclose(ours[n], theirs[n], atol=1e-7, rtol=1e-6) for n in ours)
-        assert max_norm or same(ours, theirs)
+        assert all(torch.allclose(actual[n], expected[n], atol=1e-7, rtol=1e-6) for n in actual)
+        assert max_norm or same(actual, expected)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "adafactor"])
@@ -165,7 +167,7 @@ def test_fused_backward_clips_each_gradient_alone(max_norm: float) -> None:
 def test_fused_backward_is_the_plain_step_bit_for_bit(base: Path, kind: Any, full: bool) -> None:
     torch.manual_seed(5)
     batches = [made_batch(2) for _ in range(3)]
-    found = []
+    results = []
     for fused in (False, True):
         common: dict[str, Any] = {"optimizer": kind, "full": full, "max_grad_norm": 0}
         learner = learner_of(base, fused_backward=fused, **common)
@@ -174,8 +176,8 @@ def test_fused_backward_is_the_plain_step_bit_for_bit(base: Path, kind: Any, ful
         assert all(p.grad is None for p in learner.optimizer.parameters.values())
         numbers = [[float(step.loss), float(step.finite)] for step in steps]
         norms = [float(step.grad_norm) for step in steps]
-        found.append((numbers, norms, learner.optimizer.parameters, learner.optimizer.state()))
-    plain, armed = found
+        results.append((numbers, norms, learner.optimizer.parameters, learner.optimizer.state()))
+    plain, armed = results
     assert plain[0] == armed[0] and plain[1] == pytest.approx(armed[1], rel=1e-5)
     assert same(plain[2], armed[2]) and not same(plain[2], before)  # type: ignore[arg-type]
     assert plain[3][0].keys() == armed[3][0].keys()
@@ -207,10 +209,10 @@ def test_stochastic_rounding_is_unbiased(value: float) -> None:
         struct.unpack("<f", struct.pack("<I", n << 16))[0] for n in (bits >> 16, (bits >> 16) + 1)
     )
     share = (bits & 0xFFFF) / 65536  # of the way to the upper one, in magnitude
-    found = rounded(exact.expand(num).contiguous(), 1).double()
-    assert set(found.tolist()) <= {lower, upper}
+    result = rounded(exact.expand(num).contiguous(), 1).double()
+    assert set(result.tolist()) <= {lower, upper}
     deviation = abs(upper - lower) * (share * (1 - share) / num) ** 0.5
-    assert abs(float(found.mean()) - exact.item()) < 4.5 * deviation + 1e-12
+    assert abs(float(result.mean()) - exact.item()) < 4.5 * deviation + 1e-12
 
 
 def test_rounding_depends_on_seed_step_and_number_alone() -> None:
@@ -258,14 +260,14 @@ def test_pure_bf16_tracks_fp32_where_plain_bf16_stalls() -> None:
         optimizer = Optimizer(parameters, config_of(weight_decay=0.0, **settings), CPU)
         return distances(lambda _, n: optimizer.step(n, 1e-3, FINITE), parameters)
 
-    halves, exact = start(torch.bfloat16), start(torch.float32)
-    whole = by(exact)
-    ours = by(halves, full=True, pure_bf16=True)
+    half, exact = start(torch.bfloat16), start(torch.float32)
+    exact_loss = by(exact)
+    actual = by(half, full=True, pure_bf16=True)
     stalled = start(torch.bfloat16)
     reference = torch.optim.AdamW(stalled.values(), lr=1e-3, weight_decay=0.0)
     assert distances(lambda *_: reference.step(), stalled) == pytest.approx(0.2, abs=1e-3)
-    assert whole < 0.1 and abs(ours - whole) < 0.01
-    means = [p["w"].detach().double().mean() for p in (halves, exact)]
+    assert exact_loss < 0.1 and abs(actual - exact_loss) < 0.01
+    means = [p["w"].detach().double().mean() for p in (half, exact)]
     assert abs(float(means[0] - means[1])) < 2e-3
 
 
@@ -287,8 +289,8 @@ def test_the_state_goes_into_a_file_and_comes_back(
     dtype = torch.bfloat16 if "pure_bf16" in settings else torch.float32
     config, lr = config_of(optimizer=kind, **settings), 1.0 if kind == "prodigy" else 1e-2
     straight, stopped = parameters_of(0, dtype), parameters_of(0, dtype)
-    whole, first = Optimizer(straight, config, CPU), Optimizer(stopped, config, CPU)
-    run(whole, range(10), lr)
+    uninterrupted, first = Optimizer(straight, config, CPU), Optimizer(stopped, config, CPU)
+    run(uninterrupted, range(10), lr)
     run(first, range(5), lr)
     tensors, numbers = first.state()
     safetensors.torch.save_file({n: t.contiguous() for n, t in tensors.items()}, tmp_path / "t")
@@ -302,9 +304,9 @@ def test_the_state_goes_into_a_file_and_comes_back(
         assert again[name].dtype == tensor.dtype and torch.equal(again[name], tensor), name
     run(second, range(5, 10), lr)
     assert same(resumed, straight) and not same(stopped, straight)
-    for name, tensor in whole.state()[0].items():
+    for name, tensor in uninterrupted.state()[0].items():
         assert torch.equal(second.state()[0][name], tensor), name
-    assert second.state()[1] == whole.state()[1]
+    assert second.state()[1] == uninterrupted.state()[1]
 
 
 @pytest.mark.parametrize("kind", ["adamw", "prodigy"])

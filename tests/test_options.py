@@ -31,7 +31,7 @@ def options_of(command: str) -> list[Option]:
 def test_every_option_stands_under_one_heading(command: str) -> None:
     settings = STAGES[command].settings
     listed = " ".join(settings.PANELS.values()).split()
-    names = [one.name for one in fields(settings) if "help" in one.metadata]
+    names = [field.name for field in fields(settings) if "help" in field.metadata]
     assert sorted(listed) == sorted(names)
     words = CliRunner().invoke(cli.commands, [command, "--help"]).output.split()
     for name in [*names, "debug", "help"]:
@@ -40,26 +40,28 @@ def test_every_option_stands_under_one_heading(command: str) -> None:
 
 @pytest.mark.parametrize("command", STAGES)
 def test_help_lines_are_sentences(command: str) -> None:
-    for one in options_of(command):
-        text = (one.help or "").removesuffix("  [required]")
-        assert text.endswith(".") and text.split()[0] not in ("Of", "As", "And"), one.name
+    for option in options_of(command):
+        text = (option.help or "").removesuffix("  [required]")
+        assert text.endswith(".") and text.split()[0] not in ("Of", "As", "And"), option.name
 
 
 @pytest.mark.parametrize("command", STAGES)
 def test_other_trainers_names_are_accepted_and_not_shown(command: str) -> None:
     shown = CliRunner().invoke(cli.commands, [command, "--help"]).output.split()
-    own = {name for one in options_of(command) for name in (*one.opts, *one.secondary_opts)}
-    aliases = [(one, name) for one in options_of(command) for name in one.aliases]
+    own = {
+        name for option in options_of(command) for name in (*option.opts, *option.secondary_opts)
+    }
+    aliases = [(option, name) for option in options_of(command) for name in option.aliases]
     assert len(own | {name for _, name in aliases}) == len(own) + len(aliases)
-    for one, name in aliases:
+    for option, name in aliases:
         assert name not in shown
-        choices = getattr(one.type, "choices", ["3"])
-        value = [] if one.is_flag else [str(choices[-1])]
+        choices = getattr(option.type, "choices", ["3"])
+        value = [] if option.is_flag else [str(choices[-1])]
         parsed = []
-        for spelling in (name, one.opts[0]):
+        for spelling in (name, option.opts[0]):
             with context_of(command, spelling, *value) as context:
-                parsed.append(context.params[one.name])
-        assert parsed[0] == parsed[1] != one.default, name
+                parsed.append(context.params[option.name])
+        assert parsed[0] == parsed[1] != option.default, name
 
 
 def test_a_switch_of_a_recipe_can_be_taken_back(tmp_path: Path) -> None:

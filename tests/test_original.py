@@ -85,14 +85,14 @@ def test_a_name_of_another_model_has_no_place(base: Path, component: str) -> Non
 
 
 def test_diffusers_own_reader_finds_the_same_weights(single: Path, base: Path) -> None:
-    theirs = StableDiffusionXLPipeline.from_single_file(
+    expected = StableDiffusionXLPipeline.from_single_file(
         str(single), config=str(base), torch_dtype=torch.float32
     )
     for name, part in parts_of(base).items():
-        found = getattr(theirs, name).state_dict()
-        assert part.tensors.keys() <= found.keys()
+        state = getattr(expected, name).state_dict()
+        assert part.tensors.keys() <= state.keys()
         for key, tensor in part.tensors.items():
-            assert torch.equal(found[key], tensor), (name, key)
+            assert torch.equal(state[key], tensor), (name, key)
 
 
 def load_all(path: Path, dtype: torch.dtype) -> list[Any]:
@@ -105,16 +105,16 @@ def load_all(path: Path, dtype: torch.dtype) -> list[Any]:
 def test_a_model_of_the_file_is_that_of_the_folder(
     single: Path, base: Path, dtype: torch.dtype
 ) -> None:
-    for ours, theirs in zip(load_all(single, dtype), load_all(base, dtype), strict=True):
-        first, second = ours.state_dict(), theirs.state_dict()
+    for actual, expected in zip(load_all(single, dtype), load_all(base, dtype), strict=True):
+        first, second = actual.state_dict(), expected.state_dict()
         assert list(first) == list(second)
         for name in first:
             assert torch.equal(first[name], second[name]), name
             assert first[name].dtype == dtype
-        buffers = dict(theirs.named_buffers())
-        assert all(torch.equal(buffer, buffers[n]) for n, buffer in ours.named_buffers())
-        assert not ours.training
-        assert not any(parameter.requires_grad for parameter in ours.parameters())
+        buffers = dict(expected.named_buffers())
+        assert all(torch.equal(buffer, buffers[n]) for n, buffer in actual.named_buffers())
+        assert not actual.training
+        assert not any(parameter.requires_grad for parameter in actual.parameters())
 
 
 @pytest.mark.parametrize("component", MODELS)
@@ -173,16 +173,16 @@ def test_older_names_in_a_folder_have_the_same_digest(base: Path, tmp_path: Path
 def test_the_file_is_one_that_the_library_reads_and_the_same_each_time(
     base: Path, tmp_path: Path
 ) -> None:
-    about = {"modelspec.title": "small", "license": "none", "a": "b"}
+    fields = {"modelspec.title": "small", "license": "none", "a": "b"}
     paths = [tmp_path / f"{n}.safetensors" for n in range(2)]
     for path in paths:
-        write_single(base, path, metadata=about, dtype=torch.float16)
+        write_single(base, path, metadata=fields, dtype=torch.float16)
     assert paths[0].read_bytes() == paths[1].read_bytes()
     with safe_open(paths[0], framework="pt") as file:
         metadata, names = file.metadata(), set(file.keys())
         assert {file.get_slice(name).get_dtype() for name in names} == {"F16"}
         projection = file.get_tensor(PREFIXES["text_encoder_2"] + "text_projection")
-    assert metadata.items() >= {**about, "format": "pt"}.items()
+    assert metadata.items() >= {**fields, "format": "pt"}.items()
     expected = parts_of(base)["text_encoder_2"].tensors["text_projection.weight"]
     assert torch.equal(projection, expected.half().T)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0.safetensors", "1.safetensors"]
@@ -191,14 +191,14 @@ def test_the_file_is_one_that_the_library_reads_and_the_same_each_time(
 def test_mixed_dtypes_are_kept(base: Path, tmp_path: Path) -> None:
     parts = parts_of(base)
     vae = parts["vae"]
-    halves = {name: tensor.bfloat16() for name, tensor in parts["unet"].tensors.items()}
+    in_bf16 = {name: tensor.bfloat16() for name, tensor in parts["unet"].tensors.items()}
     path = tmp_path / "mixed.safetensors"
-    write_original(path, {"unet": Component(parts["unet"].config, halves), "vae": vae})
-    dtypes = {name: one.dtype for name, one in read_header(path)[0].items()}
+    write_original(path, {"unet": Component(parts["unet"].config, in_bf16), "vae": vae})
+    dtypes = {name: item.dtype for name, item in read_header(path)[0].items()}
     assert {d for n, d in dtypes.items() if n.startswith(PREFIXES["unet"])} == {"BF16"}
     assert {d for n, d in dtypes.items() if n.startswith(PREFIXES["vae"])} == {"F32"}
     unet = load_unet(open_base(path).unet, torch.bfloat16)
-    assert all(torch.equal(tensor, halves[name]) for name, tensor in unet.state_dict().items())
+    assert all(torch.equal(tensor, in_bf16[name]) for name, tensor in unet.state_dict().items())
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])

@@ -90,8 +90,8 @@ def test_only_the_last_batch_of_a_bucket_is_short(global_batch: int) -> None:
     for batch in batches(Plan(RAGGED, seed=0, global_batch=global_batch), epoch=5):
         sizes.setdefault(batch.bucket, []).append(len(batch.entries))
     for bucket, total in entries.items():
-        whole, rest = divmod(total, global_batch)
-        assert sorted(sizes[bucket]) == [rest] * bool(rest) + [global_batch] * whole
+        num_full, rest = divmod(total, global_batch)
+        assert sorted(sizes[bucket]) == [rest] * bool(rest) + [global_batch] * num_full
     assert set(sizes) == set(entries)
 
 
@@ -142,11 +142,11 @@ def test_how_many_batches_are_computed_at_once_changes_none(
     monkeypatch: pytest.MonkeyPatch, global_batch: int
 ) -> None:
     groups = [*RAGGED, Group(cache=0, bucket=E, repeats=1, count=1500)]
-    found = []
+    results = []
     for size in (1, 7, 1024, 10**6):
         monkeypatch.setattr("shards.plan.BLOCK_SIZE", size)
-        found.append(batches(Plan(groups, seed=2, global_batch=global_batch), 1))
-    assert found[0] == found[1] == found[2] == found[3]
+        results.append(batches(Plan(groups, seed=2, global_batch=global_batch), 1))
+    assert results[0] == results[1] == results[2] == results[3]
 
 
 def test_the_digest_tells_plans_apart() -> None:
@@ -212,7 +212,7 @@ def test_buckets_take_turns() -> None:
     groups = [Group(cache=0, bucket=bucket, repeats=1, count=160) for bucket in (A, B, C)]
     for epoch in range(3):
         buckets = [batch.bucket for batch in batches(Plan(groups, 0, global_batch=4), epoch)]
-        turns = sum(one != other for one, other in itertools.pairwise(buckets))
+        turns = sum(first != other for first, other in itertools.pairwise(buckets))
         assert 65 < turns < 95  # by chance: 79.3
 
 
@@ -229,7 +229,7 @@ def test_buckets_take_other_turns_each_epoch_and_seed() -> None:
 def test_repeats_of_a_sample_are_spread() -> None:
     plan = Plan([Group(cache=0, bucket=A, repeats=10, count=30)], seed=0, global_batch=1)
     rows = order(plan, 0)
-    assert sum(one == other for one, other in itertools.pairwise(rows)) < 25  # by chance: 9
+    assert sum(first == other for first, other in itertools.pairwise(rows)) < 25  # by chance: 9
 
 
 def test_each_epoch_and_each_seed_has_an_order_of_its_own() -> None:
@@ -259,19 +259,19 @@ def test_buckets_of_equal_size_are_shuffled_apart() -> None:
 def test_permute_is_a_bijection() -> None:
     for size in range(1, 201):
         for key in (0, 2**127 + size):
-            found = permute(np.arange(size, dtype=np.uint64), size, key)
-            assert sorted(found.tolist()) == [*range(size)]
+            permuted = permute(np.arange(size, dtype=np.uint64), size, key)
+            assert sorted(permuted.tolist()) == [*range(size)]
 
 
 @pytest.mark.parametrize("size", [10**6 + 3, 2**20, 2**40 + 12345, 2**62 + 1])
 def test_permute_is_one_to_one_at_large_sizes(size: int) -> None:
     random = np.random.default_rng(0)
     positions = np.unique(random.integers(0, size, 50_000, np.uint64))
-    found = permute(positions, size, key=5)
-    assert len(np.unique(found)) == len(positions)
-    assert int(found.max()) < size
-    assert float((found / size).mean()) == pytest.approx(0.5, abs=0.01)
-    assert abs(np.corrcoef(positions.astype(float), found.astype(float))[0, 1]) < 0.03
+    permuted = permute(positions, size, key=5)
+    assert len(np.unique(permuted)) == len(positions)
+    assert int(permuted.max()) < size
+    assert float((permuted / size).mean()) == pytest.approx(0.5, abs=0.01)
+    assert abs(np.corrcoef(positions.astype(float), permuted.astype(float))[0, 1]) < 0.03
 
 
 @pytest.mark.parametrize("size", [5, 1000, 2**40 + 1])
@@ -289,7 +289,7 @@ def test_permute_makes_every_order_equally_often(size: int) -> None:
     orders = [*itertools.permutations(range(size))]
     positions = np.arange(size, dtype=np.uint64)
     seen = Counter(tuple(permute(positions, size, key).tolist()) for key in range(8 * len(orders)))
-    assert abs(chi_square(np.array([float(seen[found]) for found in orders]))) < 4
+    assert abs(chi_square(np.array([float(seen[order]) for order in orders]))) < 4
 
 
 def test_ten_million_entries_need_no_memory() -> None:
@@ -302,19 +302,19 @@ def test_ten_million_entries_need_no_memory() -> None:
     try:
         plan = Plan(groups, seed=0, global_batch=16)
         numbers = np.random.default_rng(0).integers(0, plan.num_batches, 50).tolist()
-        found = [plan.batch(7, number) for number in [0, plan.num_batches - 1, *numbers]]
+        results = [plan.batch(7, number) for number in [0, plan.num_batches - 1, *numbers]]
         _, peak_bytes = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     assert peak_bytes < 5e6
     assert plan.num_entries == 10_000_001
-    for batch in found:
+    for batch in results:
         for entry in batch.entries:
             group = groups[entry.group]
             assert group.bucket == batch.bucket
             assert 0 <= entry.row < group.count
             assert 0 <= entry.repeat < group.repeats
-    distinct = {batch.number: batch.entries for batch in found}
+    distinct = {batch.number: batch.entries for batch in results}
     every = sum(distinct.values(), start=())
     assert len(set(every)) == len(every)
 
@@ -337,9 +337,9 @@ OTHERS = [
 def draw(change: dict[str, Any], count: int = 20_000, draws: Draws | None = None) -> Any:
     draws = draws or Draws()
     draws.start(**(STREAM | change))
-    found = np.empty(count, np.float32)
-    draws.normal(found)
-    return found
+    result = np.empty(count, np.float32)
+    draws.normal(result)
+    return result
 
 
 def test_equal_arguments_draw_equal_noise() -> None:
@@ -357,8 +357,8 @@ def test_a_stream_is_philox_by_its_key() -> None:
         reference = np.random.Generator(np.random.Philox(key=key))
         uniforms = reference.random(8, np.float32)
         noise = draw(change, 1001, draws)
-        found = [draws.variant, draws.caption, draws.dropout, draws.time]
-        assert found == uniforms[:4].tolist()
+        results = [draws.variant, draws.caption, draws.dropout, draws.time]
+        assert results == uniforms[:4].tolist()
         assert np.array_equal(noise, reference.standard_normal(1001, np.float32))
 
 
@@ -384,13 +384,13 @@ def test_noise_is_standard_normal_within_a_stream() -> None:
 
 
 def test_choices_are_uniform_across_passes_and_apart() -> None:
-    draws, found = Draws(), []
+    draws, results = Draws(), []
     for pass_ in range(5000):
         draws.start(**(STREAM | {"repeat": pass_}))
         noise = np.empty(1, np.float32)
         draws.normal(noise)
-        found.append([draws.variant, draws.caption, draws.dropout, draws.time, float(noise[0])])
-    table = np.array(found)
+        results.append([draws.variant, draws.caption, draws.dropout, draws.time, float(noise[0])])
+    table = np.array(results)
     for column in table[:, :4].T:
         gap = abs(np.sort(column) - np.arange(5000) / 5000).max()
         assert gap < 1.95 / math.sqrt(5000), "Kolmogorov-Smirnov, one in a thousand"
@@ -426,14 +426,14 @@ def read(
         stream.close()
 
 
-def assert_same(one: Batch, other: Batch) -> None:
+def assert_same(first: Batch, other: Batch) -> None:
     for field in fields(Batch):
-        mine, theirs = getattr(one, field.name), getattr(other, field.name)
-        if isinstance(mine, torch.Tensor):
-            assert mine.dtype == theirs.dtype, field.name
-            assert torch.equal(mine, theirs), field.name
+        actual, expected = getattr(first, field.name), getattr(other, field.name)
+        if isinstance(actual, torch.Tensor):
+            assert actual.dtype == expected.dtype, field.name
+            assert torch.equal(actual, expected), field.name
         else:
-            assert mine == theirs, field.name
+            assert actual == expected, field.name
 
 
 @pytest.fixture(scope="module")
@@ -471,30 +471,30 @@ def test_seeking_finds_what_stepping_finds(
 ) -> None:
     epoch, done = start
     rest = [batch for batch in stepped if batch.epoch * 5 + batch.number >= epoch * 5 + done]
-    found = read(opened, plan, count=len(rest), start=start)
-    for one, other in zip(found, rest, strict=True):
-        assert_same(one, other)
+    batches = read(opened, plan, count=len(rest), start=start)
+    for first, other in zip(batches, rest, strict=True):
+        assert_same(first, other)
 
 
 def test_a_second_resume_in_an_epoch_keeps_its_place(
     opened: Cache, plan: Plan, stepped: list[Batch]
 ) -> None:
-    whole: list[Batch] = []
+    complete: list[Batch] = []
     for done in range(5):
         following = [b for b in stepped if (b.epoch, b.number) == (0, done)]
-        whole += read(opened, plan, count=len(following), start=(0, done), threads=1)
-    for one, other in zip(whole, stepped, strict=False):
-        assert_same(one, other)
-    assert len(whole) == 8
+        complete += read(opened, plan, count=len(following), start=(0, done), threads=1)
+    for first, other in zip(complete, stepped, strict=False):
+        assert_same(first, other)
+    assert len(complete) == 8
 
 
 @pytest.mark.parametrize("threads", [1, 4])
 def test_threads_change_nothing(
     opened: Cache, plan: Plan, stepped: list[Batch], threads: int
 ) -> None:
-    found = read(opened, plan, count=len(stepped), threads=threads)
-    for one, other in zip(found, stepped, strict=True):
-        assert_same(one, other)
+    batches = read(opened, plan, count=len(stepped), threads=threads)
+    for first, other in zip(batches, stepped, strict=True):
+        assert_same(first, other)
 
 
 def joined(parts: list[Batch], name: str) -> torch.Tensor:
@@ -510,7 +510,7 @@ def test_every_world_trains_on_the_same_tensors(
     for number in range(plan.num_batches):
         batch = plan.batch(0, number)
         alone = RankShare(batch_size=4, world=1, rank=0)
-        whole = Reader([opened], plan, alone).read(batch, 0)
+        complete = Reader([opened], plan, alone).read(batch, 0)
         ranks = [RankShare(batch_size=batch_size, world=world, rank=r) for r in range(world)]
         parts = [
             Reader([opened], plan, share).read(batch, micro)
@@ -518,14 +518,14 @@ def test_every_world_trains_on_the_same_tensors(
             for share in ranks
         ]
         for name in ("latents", "prompt", "pooled", "time_ids", "noise", "times", "weights"):
-            assert torch.equal(joined(parts, name), getattr(whole, name)), name
-        assert sum((part.keys for part in parts), start=()) == whole.keys
+            assert torch.equal(joined(parts, name), getattr(complete, name)), name
+        assert sum((part.keys for part in parts), start=()) == complete.keys
         assert {part.num_entries for part in parts} == {len(batch.entries)}
         assert sum(part.weights.sum().item() for part in parts) == len(batch.entries)
         for dummy in [part for part in parts if not part.keys]:
             num_dummies += 1
             assert dummy.weights.tolist() == [0.0]
-            assert dummy.noise.shape == dummy.latents.shape == whole.latents[:1].shape
+            assert dummy.noise.shape == dummy.latents.shape == complete.latents[:1].shape
             assert dummy.latents.isfinite().all()
     assert bool(num_dummies) == (world > 1)
 
@@ -555,17 +555,17 @@ def test_the_tensors_are_those_in_the_tars(cache: Path, stepped: list[Batch]) ->
     every = torch.cat(drawn)
     assert abs(every.mean().item()) < 0.05
     assert every.std().item() == pytest.approx(1, abs=0.05)
-    assert len({tuple(one[:4].tolist()) for one in drawn}) == 42, "drawn anew each epoch"
+    assert len({tuple(image[:4].tolist()) for image in drawn}) == 42, "drawn anew each epoch"
 
 
 def test_each_pass_draws_anew(opened: Cache, plan: Plan) -> None:
     """The same sample in pass 0, in pass 1, and in pass 0 again."""
     entries = (Entry(0, 1, 0), Entry(0, 1, 1), Entry(0, 1, 0))
     batch = GlobalBatch(epoch=0, number=0, bucket=plan.groups[0].bucket, entries=entries)
-    found = Reader([opened], plan, RankShare(batch_size=3, world=1, rank=0)).read(batch, 0)
-    assert len(set(found.keys)) == 1
+    batches = Reader([opened], plan, RankShare(batch_size=3, world=1, rank=0)).read(batch, 0)
+    assert len(set(batches.keys)) == 1
     for name in ("noise", "latents", "times"):
-        first, second, again = getattr(found, name)
+        first, second, again = getattr(batches, name)
         assert not torch.equal(first, second), name
         assert torch.equal(first, again), name
-    assert torch.equal(found.prompt[0], found.prompt[1])
+    assert torch.equal(batches.prompt[0], batches.prompt[1])

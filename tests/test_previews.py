@@ -72,9 +72,9 @@ def prompted(cache: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture(scope="module")
 def previews(prompted: Path) -> PreviewPrompts:
-    found = read_preview_prompts(Cache(prompted))
-    assert found is not None
-    return found
+    result = read_preview_prompts(Cache(prompted))
+    assert result is not None
+    return result
 
 
 @pytest.fixture
@@ -131,15 +131,15 @@ def test_the_embeddings_are_encode_prompts(prompted: Path, base: Path) -> None:
     pipeline = StableDiffusionXLPipeline.from_pretrained(str(base))
     texts = ["", "a black square", "a blue square", "a red circle"]
     prompt, _, pooled, _ = pipeline.encode_prompt(texts, do_classifier_free_guidance=False)
-    held = safetensors.torch.load_file(prompted / PROMPTS)
-    assert torch.equal(held["prompt_embeds"], prompt[[3, 2]])
-    assert torch.equal(held["pooled_prompt_embeds"], pooled[[3, 2]])
-    assert torch.equal(held["negative.prompt_embeds"][1], prompt[1])
-    assert torch.equal(held["negative.pooled_prompt_embeds"][1], pooled[1])
+    stored = safetensors.torch.load_file(prompted / PROMPTS)
+    assert torch.equal(stored["prompt_embeds"], prompt[[3, 2]])
+    assert torch.equal(stored["pooled_prompt_embeds"], pooled[[3, 2]])
+    assert torch.equal(stored["negative.prompt_embeds"][1], prompt[1])
+    assert torch.equal(stored["negative.pooled_prompt_embeds"][1], pooled[1])
     # No negative: what the pipeline takes then, zeros by this base's config.
     _, negative, _, pooled = pipeline.encode_prompt("a red circle")
-    assert torch.equal(held["negative.prompt_embeds"][:1], negative)
-    assert torch.equal(held["negative.pooled_prompt_embeds"][:1], pooled)
+    assert torch.equal(stored["negative.prompt_embeds"][:1], negative)
+    assert torch.equal(stored["negative.pooled_prompt_embeds"][:1], pooled)
     assert not negative.any()
 
 
@@ -154,21 +154,21 @@ def test_a_base_of_the_other_unconditional_gives_the_encoded_empty_prompt(
     change_prompts(copy, file, str(other), "cpu")
     pipeline = StableDiffusionXLPipeline.from_pretrained(str(other))
     _, negative, _, _ = pipeline.encode_prompt("a red circle")
-    held = safetensors.torch.load_file(copy / PROMPTS)["negative.prompt_embeds"][:1]
+    stored = safetensors.torch.load_file(copy / PROMPTS)["negative.prompt_embeds"][:1]
     assert negative.any()
-    assert torch.allclose(held, negative, atol=1e-5)  # of another batch size
+    assert torch.allclose(stored, negative, atol=1e-5)  # of another batch size
 
 
 def test_the_reader_gives_what_the_file_said(previews: PreviewPrompts, prompted: Path) -> None:
-    one, two = previews.prompts
-    assert (one.text, one.width, one.seed) == ("a red circle", None, None)
-    assert (two.text, two.negative, two.width, two.height) == (
+    first, second = previews.prompts
+    assert (first.text, first.width, first.seed) == ("a red circle", None, None)
+    assert (second.text, second.negative, second.width, second.height) == (
         "a blue square",
         "a black square",
         80,
         48,
     )
-    assert (two.seed, two.num_steps, two.guidance_scale) == (9, 3, 1.5)
+    assert (second.seed, second.num_steps, second.guidance_scale) == (9, 3, 1.5)
     assert previews.size == (64, 64)  # of 48x80, 64x64 and 80x48
     assert len(previews.prompt) == len(previews.negative) == 2
     assert faults_of(prompted) == []
@@ -195,8 +195,8 @@ def test_a_split_cache_gets_them_for_training(
     assert (path, count) == (copy / "train" / PROMPTS, 2)
     assert not (copy / "val" / PROMPTS).exists()
     assert safetensors.torch.load_file(path)["prompt_embeds"].dtype == torch.float16
-    found = read_preview_prompts(Cache(copy / "train"))
-    assert found is not None and len(found.prompts) == 2
+    previews = read_preview_prompts(Cache(copy / "train"))
+    assert previews is not None and len(previews.prompts) == 2
     assert read_preview_prompts(Cache(copy / "val")) is None
 
 
@@ -216,9 +216,9 @@ def test_any_flipped_bit_is_found_by_verify_and_refused_by_the_reader(
 ) -> None:
     copy = Path(shutil.copytree(prompted, tmp_path / "cache"))
     path, opened = copy / PROMPTS, Cache(copy)
-    whole, choices = path.read_bytes(), random.Random(0)
+    complete, choices = path.read_bytes(), random.Random(0)
     for _ in range(50):
-        data = bytearray(whole)
+        data = bytearray(complete)
         data[choices.randrange(len(data))] ^= 1 << choices.randrange(8)
         path.write_bytes(data)
         assert faults_of(copy) == [f"{path}: damaged (sha256 differs)"]
@@ -246,7 +246,7 @@ def test_a_command_that_was_killed_is_refused_by_name_and_mended(
     copy: Path,
     base: Path,
     file: Path,
-    pictures: Path,
+    images: Path,
     encode_to: Encode,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -255,7 +255,7 @@ def test_a_command_that_was_killed_is_refused_by_name_and_mended(
     file.write_text(OTHER)
     for mend in (
         lambda: change_prompts(copy, file, str(base), "cpu"),
-        lambda: encode_to(pictures, copy, dtype="fp32"),
+        lambda: encode_to(images, copy, dtype="fp32"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr("precompute.prompts.update_side_file_digest", lambda *_: sys.exit(9))
@@ -312,8 +312,8 @@ def test_embeddings_that_overflow_the_caches_dtype_are_refused(
     encode = TextEncoders.encode
 
     def too_large(self: TextEncoders, prompts: list[str], batch_size: int) -> Conditioning:
-        found = encode(self, prompts, batch_size)
-        return Conditioning(found.prompt, found.pooled * 1e9)
+        encoded = encode(self, prompts, batch_size)
+        return Conditioning(encoded.prompt, encoded.pooled * 1e9)
 
     monkeypatch.setattr(TextEncoders, "encode", too_large)
     line = refused(copy, file, base)
@@ -323,10 +323,10 @@ def test_embeddings_that_overflow_the_caches_dtype_are_refused(
 @pytest.mark.filterwarnings("ignore:.*settings changed")
 @pytest.mark.filterwarnings("ignore:--batch-size 3")
 def test_encode_takes_prompts_and_keeps_them(
-    cache: Path, prompted: Path, pictures: Path, encode_to: Encode, file: Path, tmp_path: Path
+    cache: Path, prompted: Path, images: Path, encode_to: Encode, file: Path, tmp_path: Path
 ) -> None:
     def encode(**settings: Any) -> dict[str, int]:
-        encode_to(pictures, out, **{"dtype": "fp32", **settings})
+        encode_to(images, out, **{"dtype": "fp32", **settings})
         assert faults_of(out) == []
         return {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
 
@@ -349,33 +349,33 @@ def test_encode_takes_prompts_and_keeps_them(
 
 
 def test_prompts_outlive_an_encode_that_is_interrupted(
-    prompted: Path, pictures: Path, encode_to: Encode, tmp_path: Path
+    prompted: Path, images: Path, encode_to: Encode, tmp_path: Path
 ) -> None:
     """Without a manifest the file vouches for itself; where it cannot, it goes."""
     out = Path(shutil.copytree(prompted, tmp_path / "out"))
-    whole = (out / PROMPTS).read_bytes()
+    complete = (out / PROMPTS).read_bytes()
     min(out.glob("*.index")).unlink()
     (out / MANIFEST).unlink()
-    encode_to(pictures, out, dtype="fp32")
-    assert (out / PROMPTS).read_bytes() == whole
+    encode_to(images, out, dtype="fp32")
+    assert (out / PROMPTS).read_bytes() == complete
     (out / MANIFEST).unlink()
-    (out / PROMPTS).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    (out / PROMPTS).write_bytes(complete[:-1] + bytes([complete[-1] ^ 1]))
     with pytest.warns(UserWarning, match=r"prompts.safetensors: damaged: removed"):
-        encode_to(pictures, out, dtype="fp32")
+        encode_to(images, out, dtype="fp32")
     assert faults_of(out) == [] and not (out / PROMPTS).exists()
 
 
 def test_encode_reads_the_prompts_before_all_else(
-    pictures: Path, base: Path, file: Path, tmp_path: Path
+    images: Path, base: Path, file: Path, tmp_path: Path
 ) -> None:
     file.write_text("a cat --w 63\n")
     out = tmp_path / "out"
-    code, output = run("encode", pictures, "--base", base, "--out", out, "--preview-prompts", file)
+    code, output = run("encode", images, "--base", base, "--out", out, "--preview-prompts", file)
     assert code == 2 and "prompts.txt, line 1: option --w" in output
     assert not out.exists()
 
 
-class ColourVae:
+class ColorVae:
     """A VAE whose latents are the colors of 8 x 8 pixels, mixed: what a trained one is nearly."""
 
     def __init__(self) -> None:
@@ -384,13 +384,13 @@ class ColourVae:
         self.config = {"scaling_factor": 0.25, "shift_factor": 0.7}
         self.device, self.dtype = torch.device("cpu"), torch.float32
 
-    def scaled(self, pictures: torch.Tensor) -> torch.Tensor:
-        colours = F.avg_pool2d(pictures.double(), 8)
-        return (torch.einsum("cr,nrhw->nchw", self.mix, colours) - 0.7).float() * 0.25
+    def scaled(self, images: torch.Tensor) -> torch.Tensor:
+        colors = F.avg_pool2d(images.double(), 8)
+        return (torch.einsum("cr,nrhw->nchw", self.mix, colors) - 0.7).float() * 0.25
 
     def decode(self, latents: torch.Tensor, return_dict: bool) -> tuple[torch.Tensor]:
-        colours = torch.einsum("rc,nchw->nrhw", torch.linalg.pinv(self.mix), latents.double())
-        return (F.interpolate(colours, scale_factor=8).float(),)
+        colors = torch.einsum("rc,nchw->nrhw", torch.linalg.pinv(self.mix), latents.double())
+        return (F.interpolate(colors, scale_factor=8).float(),)
 
 
 def rendered(path: Path) -> torch.Tensor:
@@ -399,42 +399,42 @@ def rendered(path: Path) -> torch.Tensor:
     return normalize(render(image, cover(image.size, BUCKETS[image.size])))[None]
 
 
-def test_the_maps_colours_are_those_of_the_decoded_picture(pictures: Path) -> None:
-    vae, sums = ColourVae(), LatentSums.empty(4)
-    drawn = [rendered(path) for path in sorted(pictures.glob("*.png"))]
-    for picture in drawn:
-        sums.add(vae.scaled(picture), mean_colors(picture))
+def test_the_maps_colors_are_those_of_the_decoded_image(images: Path) -> None:
+    vae, sums = ColorVae(), LatentSums.empty(4)
+    drawn = [rendered(path) for path in sorted(images.glob("*.png"))]
+    for image in drawn:
+        sums.add(vae.scaled(image), mean_colors(image))
     fit = {name: torch.tensor(value) for name, value in sums.fit().items()}
     mapped, decoded = [], []
-    for picture in drawn:
-        latents = vae.scaled(picture)
+    for image in drawn:
+        latents = vae.scaled(image)
         rgb = latents_to_rgb(latents, **fit)
         assert rgb.shape == (1, 3, *latents.shape[2:]) and rgb.dtype == torch.float32
         assert rgb.min() >= 0 and rgb.max() <= 1
         mapped.append(rgb.flatten())
         decoded.append(F.avg_pool2d(decode_latents(vae, latents), 8).flatten())
-    one, two = torch.cat(mapped), torch.cat(decoded)
-    assert np.corrcoef(one, two)[0, 1] > 0.999
-    assert (one - two).abs().max() < 0.01
+    first, second = torch.cat(mapped), torch.cat(decoded)
+    assert np.corrcoef(first, second)[0, 1] > 0.999
+    assert (first - second).abs().max() < 0.01
 
 
 def test_the_cached_map_is_the_best_linear_one(
-    prompted: Path, previews: PreviewPrompts, pictures: Path
+    prompted: Path, previews: PreviewPrompts, images: Path
 ) -> None:
     """Against numpy's least squares, on latents as cached and images as files."""
-    latents, colours, drawn = [], [], []
+    latents, colors, drawn = [], [], []
     opened = Cache(prompted)
     for group in opened.groups():
         for row in range(group.count):
             shard, at = opened.locate(group, row)
             mean = torch.empty(shard.index.layout.shape("latents.mean"))
             shard.read_into(mean, at, "latents.mean")
-            picture = rendered(pictures / shard.metadata(at)["path"])[0]
+            image = rendered(images / shard.metadata(at)["path"])[0]
             latents.append(mean.flatten(1).T)
-            colours.append(F.avg_pool2d(picture, 8).flatten(1).T)
+            colors.append(F.avg_pool2d(image, 8).flatten(1).T)
             drawn.append(latents_to_rgb(mean[None], previews.weight, previews.bias)[0].flatten(1).T)
-    known = np.concatenate([torch.cat(latents), np.ones((len(torch.cat(latents)), 1))], axis=1)
-    best = known @ np.linalg.lstsq(known, torch.cat(colours).numpy(), rcond=None)[0]
+    design = np.concatenate([torch.cat(latents), np.ones((len(torch.cat(latents)), 1))], axis=1)
+    best = design @ np.linalg.lstsq(design, torch.cat(colors).numpy(), rcond=None)[0]
     assert np.abs(torch.cat(drawn).numpy() - (best / 2 + 0.5).clip(0, 1)).max() < 1e-3
 
 
@@ -473,13 +473,13 @@ def test_a_sheet_shows_what_the_pipeline_draws(
     expected = Image.new("RGB", (2 * TILE, TILE), "white")
     expected.paste(first.resize((TILE, TILE)), (0, 0))
     expected.paste(second.resize((TILE, 307)), (TILE, 102))
-    for ours, theirs in zip(
+    for actual, reference in zip(
         tiles_of(sheet), np.split(np.asarray(expected).astype(int), 2, axis=1), strict=True
     ):
-        assert np.abs(ours - theirs).max() <= 2 and ours.std() > 10
+        assert np.abs(actual - reference).max() <= 2 and actual.std() > 10
 
 
-def test_without_a_vae_the_colours_are_of_the_map(
+def test_without_a_vae_the_colors_are_of_the_map(
     base: Path, unet: Any, previews: PreviewPrompts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept = []
@@ -508,7 +508,7 @@ def test_drawing_leaves_no_trace(base: Path, unet: Any, previews: PreviewPrompts
     modes = [module.training for module in unet.modules()]
     weights = {name: value.clone() for name, value in unet.state_dict().items()}
     before, settings = torch.get_rng_state(), dict(scheduler.config)
-    one = draw_previews(unet, scheduler, previews, num_steps=2)
+    first = draw_previews(unet, scheduler, previews, num_steps=2)
     assert torch.equal(torch.get_rng_state(), before)
     assert [module.training for module in unet.modules()] == modes
     assert unet.is_gradient_checkpointing and torch.is_grad_enabled()
@@ -516,7 +516,7 @@ def test_drawing_leaves_no_trace(base: Path, unet: Any, previews: PreviewPrompts
     assert all(parameter.grad is None for parameter in unet.parameters())
     assert dict(scheduler.config) == settings
     torch.randn(3)
-    assert draw_previews(unet, scheduler, previews, num_steps=2).tobytes() == one.tobytes()
+    assert draw_previews(unet, scheduler, previews, num_steps=2).tobytes() == first.tobytes()
 
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("out of memory")
@@ -595,12 +595,12 @@ def test_the_sampler_is_told_what_the_run_trains(base: Path) -> None:
     plain = load_scheduler(open_base(base))
     assert plain.config.prediction_type == "epsilon"
     assert not plain.config.rescale_betas_zero_snr
-    told = load_scheduler(open_base(base), "v_prediction", True)
-    assert type(told) is type(plain)
-    assert told.config.prediction_type == "v_prediction"
-    told.set_timesteps(10)
-    assert told.timesteps[0] == 999  # where the noise is pure
-    assert told.alphas_cumprod[-1] < 1e-6 < plain.alphas_cumprod[-1]
+    scheduler = load_scheduler(open_base(base), "v_prediction", True)
+    assert type(scheduler) is type(plain)
+    assert scheduler.config.prediction_type == "v_prediction"
+    scheduler.set_timesteps(10)
+    assert scheduler.timesteps[0] == 999  # where the noise is pure
+    assert scheduler.alphas_cumprod[-1] < 1e-6 < plain.alphas_cumprod[-1]
     again = load_scheduler(open_base(base), None, False)
     assert dict(again.config) == dict(plain.config)
 
@@ -610,9 +610,9 @@ def test_the_prediction_type_changes_the_sheet(
 ) -> None:
     sheets = [
         np.asarray(
-            draw_previews(unet, load_scheduler(open_base(base), *told), previews, num_steps=3)
+            draw_previews(unet, load_scheduler(open_base(base), *arguments), previews, num_steps=3)
         )
-        for told in ((), ("epsilon", False), ("v_prediction", False), ("v_prediction", True))
+        for arguments in ((), ("epsilon", False), ("v_prediction", False), ("v_prediction", True))
     ]
     assert np.array_equal(sheets[0], sheets[1])
     assert np.abs(sheets[1].astype(int) - sheets[2]).mean() > 5
@@ -628,7 +628,7 @@ def test_a_sampler_without_zero_snr_is_warned_of(base: Path, tmp_path: Path) -> 
         assert load_scheduler(open_base(other), "v_prediction", True).config.skip_prk_steps is False
 
 
-def test_a_cache_without_pictures_is_refused(prompted: Path) -> None:
+def test_a_cache_without_images_is_refused(prompted: Path) -> None:
     opened = Cache(prompted)
     empty = SimpleNamespace(folder=prompted, manifest=opened.manifest, groups=list)
     with pytest.raises(CacheError, match="holds no image"):

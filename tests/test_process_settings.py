@@ -28,8 +28,8 @@ print(json.dumps([kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - bef
 
 def child(mode: str, **variables: str) -> tuple[bool, int]:
     """Whether malloc was told to keep memory, and the page faults of the work that followed."""
-    theirs = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(theirs)}
+    expected = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(expected)}
     command = [sys.executable, "-c", FAULTS, mode]
     output = subprocess.check_output(command, cwd=ROOT, env={**kept, **variables}, text=True)
     done, faults = json.loads(output)

@@ -31,10 +31,10 @@ def _work(rank: int, port: int, out: Path) -> None:
         taken.append(number)
         time.sleep(0.05 if rank == 0 else 0.005)  # a slow process takes fewer
         queue.add("sum", number)
-    told = queue.gather("taken", json.dumps(taken))
+    gathered = queue.gather("taken", json.dumps(taken))
     if queue.is_main:
         assert queue.add("sum", 0) == sum(range(20))
-    (out / f"{rank}.json").write_text(json.dumps([heard, taken, told]))
+    (out / f"{rank}.json").write_text(json.dumps([heard, taken, gathered]))
 
 
 @pytest.mark.slow
@@ -50,12 +50,16 @@ def test_each_piece_of_work_is_taken_once_and_a_slow_process_takes_fewer(tmp_pat
     for process in ranks:
         process.join(60)
     assert [process.exitcode for process in ranks] == [0] * WORLD
-    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(WORLD)]
-    assert [heard for heard, _, _ in found] == ["abc"] * WORLD
-    taken = [numbers for _, numbers, _ in found]
+    results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(WORLD)]
+    assert [heard for heard, _, _ in results] == ["abc"] * WORLD
+    taken = [numbers for _, numbers, _ in results]
     assert Counter(chain.from_iterable(taken)) == Counter(range(20))
     assert len(taken[0]) < len(taken[1]) + len(taken[2])
-    assert [told for _, _, told in found] == [[json.dumps(one) for one in taken], [], []]
+    assert [gathered for _, _, gathered in results] == [
+        [json.dumps(piece) for piece in taken],
+        [],
+        [],
+    ]
 
 
 LAUNCHER = """
@@ -106,7 +110,7 @@ def test_gpus_is_a_number_or_auto(bad: str) -> None:
 
 def test_the_number_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
-    asked = (None, "3", "auto")
-    assert [num_processes(gpus, "cpu") for gpus in asked] == [1, 3, 1]
+    requested = (None, "3", "auto")
+    assert [num_processes(gpus, "cpu") for gpus in requested] == [1, 3, 1]
     monkeypatch.setenv("RANK", "0")
     assert num_processes("3", "cpu") == 1

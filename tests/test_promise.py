@@ -75,8 +75,8 @@ def own_base(base: Path, tmp_path: Path) -> Path:
 
 
 def train_command(cache: Path, base: Path | str, out: Path, *more: str) -> list[str]:
-    what = ["train", str(cache), "--base", str(base), "--out", str(out)]
-    return [*what, "--steps", "1", "--device", "cpu", *more]
+    arguments = ["train", str(cache), "--base", str(base), "--out", str(out)]
+    return [*arguments, "--steps", "1", "--device", "cpu", *more]
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -92,8 +92,8 @@ def watch(*commands: list[str], **more: str) -> list[dict[str, Any]]:
         text=True,
     )
     assert run.returncode == 0, run.stderr
-    told: list[dict[str, Any]] = json.loads(run.stdout)
-    return told
+    report: list[dict[str, Any]] = json.loads(run.stdout)
+    return report
 
 
 def assert_refused(run: Result, *words: str) -> None:
@@ -153,13 +153,13 @@ def watched(
         "unknown": "someone/unknown-xl",
         "single file": str(write_single(base, folder / "small.safetensors")),
     }
-    told = watch(
+    reports = watch(
         *(train_command(cache, name, folder / key) for key, name in bases.items()),
         HF_HOME=str(folder / "hf"),
         HF_HUB_CACHE=str(folder / "hf" / "hub"),
         XDG_CACHE_HOME=str(folder / "xdg"),
     )
-    return dict(zip(bases, told, strict=True))
+    return dict(zip(bases, reports, strict=True))
 
 
 @pytest.mark.slow
@@ -167,39 +167,39 @@ def watched(
 def test_train_opens_and_builds_the_unet_alone(
     watched: dict[str, dict[str, Any]], name: str
 ) -> None:
-    told = watched[name]
-    assert told["code"] == 0, told["errors"]
-    assert "Warning: " not in told["errors"]
-    opened = [Path(path) for path in told["opened"]]
+    report = watched[name]
+    assert report["code"] == 0, report["errors"]
+    assert "Warning: " not in report["errors"]
+    opened = [Path(path) for path in report["opened"]]
     files = {f"{path.parent.name}/{path.name}" for path in opened}
     assert {"unet/config.json", "scheduler/scheduler_config.json"} <= files  # the hook sees
     assert not [path for path in opened if path.parent.name in (*ENCODERS, *TOKENIZERS)]
-    assert any(module.endswith(".UNet2DConditionModel") for module in told["built"])
+    assert any(module.endswith(".UNet2DConditionModel") for module in report["built"])
     others = ("autoencoder", "vae", "clip", "transformers.models")
-    assert not [m for m in told["built"] if any(other in m.lower() for other in others)]
+    assert not [m for m in report["built"] if any(other in m.lower() for other in others)]
 
 
 @pytest.mark.slow
 def test_train_builds_the_unet_alone_from_a_single_file(
     watched: dict[str, dict[str, Any]],
 ) -> None:
-    told = watched["single file"]
-    assert told["code"] == 0, told["errors"]
-    assert "Warning: " not in told["errors"]
-    assert any(module.endswith(".UNet2DConditionModel") for module in told["built"])
+    report = watched["single file"]
+    assert report["code"] == 0, report["errors"]
+    assert "Warning: " not in report["errors"]
+    assert any(module.endswith(".UNet2DConditionModel") for module in report["built"])
     others = ("autoencoder", "vae", "clip", "transformers.models")
-    assert not [m for m in told["built"] if any(other in m.lower() for other in others)]
+    assert not [m for m in report["built"] if any(other in m.lower() for other in others)]
 
 
 @pytest.mark.slow
 def test_an_unknown_hub_id_is_refused_without_a_network(
     watched: dict[str, dict[str, Any]],
 ) -> None:
-    told = watched["unknown"]
-    assert told["code"] == 2
-    (error,) = (line for line in told["errors"].splitlines() if line.startswith("Error: "))
+    report = watched["unknown"]
+    assert report["code"] == 2
+    (error,) = (line for line in report["errors"].splitlines() if line.startswith("Error: "))
     assert "someone/unknown-xl: no such folder, and could not be downloaded from the hub" in error
-    assert "Traceback" not in told["errors"]
+    assert "Traceback" not in report["errors"]
 
 
 @pytest.mark.slow
@@ -240,15 +240,15 @@ def test_a_truncated_encoder_is_named(own_base: Path, run_train: Train, name: st
 def test_a_cache_made_with_a_vae_of_its_own_is_taken(
     own_base: Path,
     base: Path,
-    pictures: Path,
+    images: Path,
     encode_to: Callable[..., Path],
     tmp_path: Path,
     run_train: Train,
 ) -> None:
     flip_last_byte(weights_of(own_base, "vae"))
-    made = encode_to(pictures, tmp_path / "other-vae", vae=str(own_base / "vae"))
+    made = encode_to(images, tmp_path / "other-vae", vae=str(own_base / "vae"))
     check_encoders(Cache(made), open_base(base))
-    plain = encode_to(pictures, tmp_path / "own-vae", base=str(own_base))
+    plain = encode_to(images, tmp_path / "own-vae", base=str(own_base))
     with pytest.raises(ValueError, match="made with another vae than"):
         check_encoders(Cache(plain), open_base(base))
 

@@ -91,4 +91,4 @@ def test_images_without_end_are_refused(tmp_path: Path) -> None:
         make_requests(settings, [Prompt(text="a", num_images=999_999)] * 1000, 64)
     few = GenerateSettings(base="x", out=tmp_path, prompt="a", num_images=3)
     prompts = [Prompt(text="a", num_images=2), Prompt(text="b", num_images=999_999)]
-    assert [one.prompt for one in make_requests(few, prompts, 64)] == ["a", "a", "b"]
+    assert [request.prompt for request in make_requests(few, prompts, 64)] == ["a", "a", "b"]

@@ -9,7 +9,7 @@ import pytest
 
 from sdxl.prompts import Prompt, parse_prompt, read_prompts
 
-KNOWN = "(known: --n --w --h --d --s --l --ss --n-images --ow --oh --cl --ct)"
+ALL_OPTIONS = "(known: --n --w --h --d --s --l --ss --n-images --ow --oh --cl --ct)"
 
 
 def test_every_option() -> None:
@@ -196,15 +196,15 @@ def test_prose_stays_text(text: str) -> None:
     [
         (
             "a --x 1",
-            f"unknown option --x {KNOWN}",
+            f"unknown option --x {ALL_OPTIONS}",
         ),
         (
             "a --w=64",
-            f"unknown option --w=64 {KNOWN}",
+            f"unknown option --w=64 {ALL_OPTIONS}",
         ),
         (
             "a --7.5",
-            f"unknown option --7.5 {KNOWN}",
+            f"unknown option --7.5 {ALL_OPTIONS}",
         ),
         ("a --w 64 --w 64", "option --w is given more than once"),
         ("a --n", "option --n has no value"),
@@ -254,7 +254,7 @@ def test_a_mistake_names_file_and_line(tmp_path: Path) -> None:
     path.write_text("a cat\n# note\na dog --x 1\n", encoding="utf-8")
     with pytest.raises(ValueError) as caught:
         read_prompts(path)
-    assert str(caught.value) == (f"{path}, line 3: unknown option --x {KNOWN}")
+    assert str(caught.value) == (f"{path}, line 3: unknown option --x {ALL_OPTIONS}")
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-def error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    difference = found.double() - expected.double()
+def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    difference = actual.double() - expected.double()
     return float(difference.norm() / expected.double().norm())
 
 
@@ -31,20 +31,20 @@ def test_it_rounds_as_torchao_does(dtype: torch.dtype) -> None:
     plain = torch.nn.Linear(96, 64).to(dtype)
     with torch.no_grad():
         plain.weight[3] = 0  # a row that has no scale
-    theirs = torch.nn.Sequential(copy.deepcopy(plain))
-    quantize_(theirs, Int8WeightOnlyConfig())
-    ours, exact = Int8Linear(copy.deepcopy(plain)), copy.deepcopy(plain).double()
-    assert error(ours.weight, plain.weight) < 6e-3
-    layers = (ours, theirs, exact)
+    reference = torch.nn.Sequential(copy.deepcopy(plain))
+    quantize_(reference, Int8WeightOnlyConfig())
+    actual, exact = Int8Linear(copy.deepcopy(plain)), copy.deepcopy(plain).double()
+    assert error(actual.weight, plain.weight) < 6e-3
+    layers = (actual, reference, exact)
     inputs = torch.randn(5, 7, 96, dtype=dtype)
     given = [inputs.clone().to(p.dtype).requires_grad_() for p in (inputs, inputs, exact.weight)]
     outputs: list[Any] = [layer(x) for layer, x in zip(layers, given, strict=True)]
     grad = torch.randn(5, 7, 64, dtype=dtype)
     for output in outputs:
         output.backward(grad.to(output.dtype))
-    for mine, other, expected in (outputs, [x.grad for x in given]):
-        assert mine.dtype == dtype
-        assert error(mine, expected) < 1.1 * error(other, expected) < 6e-3
+    for result, other, expected in (outputs, [x.grad for x in given]):
+        assert result.dtype == dtype
+        assert error(result, expected) < 1.1 * error(other, expected) < 6e-3
 
 
 def test_backward_keeps_no_weight() -> None:

@@ -23,7 +23,9 @@ SMALL: dict[str, Any] = {"prompt": (6, 3), "pooled": 2}  # text is copied, whate
 def written(
     folder: Path, samples: list[Sample], **settings: Any
 ) -> tuple[Cache, dict[str, Sample]]:
-    return Cache(write_cache(folder, samples, **settings)), {one.key: one for one in samples}
+    return Cache(write_cache(folder, samples, **settings)), {
+        sample.key: sample for sample in samples
+    }
 
 
 def rows(batches: Any) -> list[tuple[str, dict[str, torch.Tensor]]]:
@@ -38,8 +40,10 @@ def rows(batches: Any) -> list[tuple[str, dict[str, torch.Tensor]]]:
 
 def which(value: torch.Tensor, among: torch.Tensor) -> int:
     """The place of ``value`` in ``among``, bit for bit; it must be there once."""
-    (found,) = [number for number, one in enumerate(among) if torch.equal(value, one.float())]
-    return found
+    (results,) = [
+        number for number, candidate in enumerate(among) if torch.equal(value, candidate.float())
+    ]
+    return results
 
 
 def chi_square(counts: list[int]) -> float:
@@ -64,7 +68,7 @@ def forty(tmp_path_factory: pytest.TempPathFactory) -> tuple[Cache, dict[str, Sa
 def dropped(reader: Reader, epoch: int) -> set[str]:
     """The keys whose text is the unconditional one; of the others it must be their own."""
     kind = reader.options.unconditional
-    found = set()
+    result = set()
     for batch in epoch_of(reader, epoch):
         unconditional = reader.caches[0].side_tensors(UNCONDITIONAL)
         prompt = unconditional[f"{kind}.prompt_embeds"][0]
@@ -72,10 +76,10 @@ def dropped(reader: Reader, epoch: int) -> set[str]:
         for row, key in enumerate(batch.keys):
             if torch.equal(batch.prompt[row], prompt):
                 assert torch.equal(batch.pooled[row], pooled)
-                found.add(key)
+                result.add(key)
             else:
                 assert not torch.equal(batch.pooled[row], pooled)
-    return found
+    return result
 
 
 @pytest.mark.parametrize("kind", ["zeros", "empty"])
@@ -99,15 +103,15 @@ def test_captions_are_dropped_at_the_rate_asked_for(
 
 def test_the_unconditional_is_the_one_named(forty: tuple[Cache, dict[str, Sample]]) -> None:
     cache, _ = forty
-    held = cache.side_tensors(UNCONDITIONAL)
-    assert held["empty.prompt_embeds"].abs().min() > 0 and not held["zeros.prompt_embeds"].any()
+    stored = cache.side_tensors(UNCONDITIONAL)
+    assert stored["empty.prompt_embeds"].abs().min() > 0 and not stored["zeros.prompt_embeds"].any()
     texts = {}
     for kind in ("zeros", "empty"):
         reader = reader_of([cache], 40, caption_dropout=0.999999, unconditional=kind)
         (batch,) = epoch_of(reader)
         texts[kind] = batch.prompt, batch.pooled
-        for found, name in zip(texts[kind], ("prompt_embeds", "pooled_prompt_embeds"), strict=True):
-            assert torch.equal(found, held[f"{kind}.{name}"].expand_as(found))
+        for text, name in zip(texts[kind], ("prompt_embeds", "pooled_prompt_embeds"), strict=True):
+            assert torch.equal(text, stored[f"{kind}.{name}"].expand_as(text))
     assert not torch.equal(texts["zeros"][0], texts["empty"][0])
 
 
@@ -116,22 +120,24 @@ def test_what_is_dropped_depends_on_seed_epoch_sample_and_pass(
 ) -> None:
     cache, _ = forty
     cached = {"caption_dropout": 0.5}
-    found = {
+    results = {
         (seed, epoch): dropped(reader_of([cache], 8, seed=seed, **cached), epoch)
         for seed in (0, 1)
         for epoch in (0, 1, 2)
     }
-    for one, other in itertools.combinations(found.values(), 2):
-        assert 8 <= len(one ^ other) <= 32  # by chance: 20, give or take 3
-    assert dropped(reader_of([cache], 5, seed=1, **cached), 2) == found[1, 2]
+    for first, other in itertools.combinations(results.values(), 2):
+        assert 8 <= len(first ^ other) <= 32  # by chance: 20, give or take 3
+    assert dropped(reader_of([cache], 5, seed=1, **cached), 2) == results[1, 2]
     reader = reader_of([cache], 8, **cached)
     passes = []
     for pass_ in (0, 1, 0):
         entries = tuple(Entry(0, row, pass_) for row in range(40))
         batch = GlobalBatch(epoch=0, number=0, bucket=BUCKET, entries=entries)
-        whole = reader_of([cache], 40, **cached).read(batch, 0)
+        complete = reader_of([cache], 40, **cached).read(batch, 0)
         empty = cache.side_tensors(UNCONDITIONAL)["empty.prompt_embeds"][0]
-        passes.append({k for k, t in zip(whole.keys, whole.prompt, strict=True) if t.equal(empty)})
+        passes.append(
+            {k for k, t in zip(complete.keys, complete.prompt, strict=True) if t.equal(empty)}
+        )
     assert passes[0] == passes[2] == dropped(reader, 0)
     assert 8 <= len(passes[0] ^ passes[1]) <= 32
 
@@ -190,20 +196,20 @@ def test_captions_and_variants_are_drawn_evenly_and_apart(
     reader = reader_of([cache], 12, masks=True)
     counts = Counter[tuple[int, int]]()
     for key, row in itertools.chain(*(rows(epoch_of(reader, epoch)) for epoch in range(120))):
-        held = samples[key].tensors
-        variant = which(row["time_ids"], held["sizes"])
-        caption = which(row["prompt"], held["prompt_embeds"])
+        stored = samples[key].tensors
+        variant = which(row["time_ids"], stored["sizes"])
+        caption = which(row["prompt"], stored["prompt_embeds"])
         counts[variant, caption] += 1
-        assert which(row["pooled"], held["pooled_prompt_embeds"]) == caption
-        if "mask" in held:
-            assert torch.equal(row["mask"], held["mask"][variant])
+        assert which(row["pooled"], stored["pooled_prompt_embeds"]) == caption
+        if "mask" in stored:
+            assert torch.equal(row["mask"], stored["mask"][variant])
         else:
             assert torch.equal(row["mask"], torch.ones(1, 2, 4))
-        mean = held["latents.mean"][variant]
-        if "latents.std" not in held:
+        mean = stored["latents.mean"][variant]
+        if "latents.std" not in stored:
             assert torch.equal(row["latents"], mean)
         else:
-            assert ((row["latents"] - mean).abs() < 6 * held["latents.std"][variant]).all()
+            assert ((row["latents"] - mean).abs() < 6 * stored["latents.std"][variant]).all()
     assert counts.total() == 1440 and len(counts) == 12
     assert abs(chi_square([*counts.values()])) < 4
 
@@ -247,9 +253,9 @@ def test_masks_are_read_where_they_are_asked_for(many: tuple[Cache, dict[str, Sa
     for masks in (False, True):
         (batch,) = epoch_of(reader_of([cache], 12, masks=masks))
         assert (batch.mask is not None) == masks
-    (one,), (other,) = (epoch_of(reader_of([cache], 12, masks=masks)) for masks in (False, True))
+    (first,), (other,) = (epoch_of(reader_of([cache], 12, masks=masks)) for masks in (False, True))
     for name in ("latents", "prompt", "time_ids", "noise", "times"):
-        assert torch.equal(getattr(one, name), getattr(other, name))  # all else is as without
+        assert torch.equal(getattr(first, name), getattr(other, name))  # all else is as without
 
 
 def test_offsets_are_one_value_a_channel(many: tuple[Cache, dict[str, Sample]]) -> None:
@@ -279,7 +285,7 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Cache], list[d
         ]
         path = write_cache(folder / dtype, made, dtype=dtype)
         caches.append(Cache(path, weight=weight, repeats=repeats))
-        samples.append({one.key: one for one in made})
+        samples.append({sample.key: sample for sample in made})
     return caches, samples
 
 
@@ -298,12 +304,12 @@ def test_caches_are_mixed_and_each_is_used_as_asked(
     reader = reader_of(caches, 6, batch_size=3)
     seen, mixed, noises = Counter[tuple[int, str]](), 0, set()
     for batch in epoch_of(reader):
-        found = members(reader, batch)
+        actual = members(reader, batch)
         assert {tuple(batch.latents.shape[2:])} == {
-            tuple(samples[c][key].tensors["latents.mean"].shape[2:]) for c, key, _ in found
+            tuple(samples[c][key].tensors["latents.mean"].shape[2:]) for c, key, _ in actual
         }
-        mixed += len({cache for cache, _, _ in found}) > 1
-        for row, (number, key, _) in enumerate(found):
+        mixed += len({cache for cache, _, _ in actual}) > 1
+        for row, (number, key, _) in enumerate(actual):
             seen[number, key] += 1
             sample, dtype = samples[number][key], DTYPES[[*USES][number]]
             for name, into in (("latents.mean", "latents"), ("prompt_embeds", "prompt")):

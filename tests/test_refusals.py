@@ -76,7 +76,7 @@ RANGES: list[tuple[dict[str, Any], str]] = [
     ("settings", "message"),
     [
         *CHOICES,
-        *((one, f"--{next(iter(one)).replace('_', '-')} {what}") for one, what in RANGES),
+        *((item, f"--{next(iter(item)).replace('_', '-')} {kind}") for item, kind in RANGES),
     ],
     ids=str,
 )

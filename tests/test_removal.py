@@ -141,7 +141,7 @@ def test_a_dataset_that_was_moved_is_the_same(work: Path, base: Path) -> None:
     assert count == (0, 0) and summarize(report.changes) == "14 unchanged"
 
 
-def test_pictures_that_were_edited_in_place_are_no_other_dataset(work: Path, base: Path) -> None:
+def test_images_that_were_edited_in_place_are_no_other_dataset(work: Path, base: Path) -> None:
     encode(work / "data", base, work / "cache")
     draw_other(work / "data")
     report = encode(work / "data", base, work / "cache", rehash=True)
@@ -151,8 +151,8 @@ def test_pictures_that_were_edited_in_place_are_no_other_dataset(work: Path, bas
 # What moved.
 
 
-def test_a_folder_that_was_renamed_is_copied(pictures: Path, base: Path, tmp_path: Path) -> None:
-    copy_old(pictures, tmp_path / "data" / "before")
+def test_a_folder_that_was_renamed_is_copied(images: Path, base: Path, tmp_path: Path) -> None:
+    copy_old(images, tmp_path / "data" / "before")
     encode(tmp_path / "data", base, tmp_path / "cache")
     (tmp_path / "data" / "before").rename(tmp_path / "data" / "after")
     with counted() as count:
@@ -195,8 +195,8 @@ def test_variants_that_join_are_encoded_alone(work: Path, base: Path, mask: bool
     encode(data, base, more, crops=3)
     assert samples_of(few) == samples_of(more)
     num_variants = sum(
-        safetensors.torch.load(one["safetensors"])["sizes"].shape[0]
-        for one in samples_of(more).values()
+        safetensors.torch.load(sample["safetensors"])["sizes"].shape[0]
+        for sample in samples_of(more).values()
     )
     assert count == (num_variants - 14, 0)
 
@@ -219,11 +219,11 @@ def test_a_tar_that_was_renamed_is_copied(base: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kill", [False, True])
 def test_what_moved_between_train_and_val_is_copied(
-    pictures: Path, base: Path, tmp_path: Path, kill: bool, monkeypatch: pytest.MonkeyPatch
+    images: Path, base: Path, tmp_path: Path, kill: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where the run is stopped after the one that it left was written anew."""
     data, out = tmp_path / "data", tmp_path / "cache"
-    copy_old(pictures, data / "train")
+    copy_old(images, data / "train")
     (data / "val").mkdir()
 
     def move(source: str, target: str, *names: str) -> None:
@@ -254,10 +254,10 @@ def test_what_moved_between_train_and_val_is_copied(
             with pytest.raises(KeyboardInterrupt):
                 run()
     with counted() as count:
-        said = run()
+        summaries = run()
     assert count == (0, 0)
     if not kill:
-        assert said == ["1 renamed, 8 unchanged", "2 renamed, 3 unchanged"]
+        assert summaries == ["1 renamed, 8 unchanged", "2 renamed, 3 unchanged"]
     fresh = tmp_path / "fresh"
     run(fresh)
     for part in ("train", "val"):
@@ -265,7 +265,7 @@ def test_what_moved_between_train_and_val_is_copied(
         assert not (out / part / "replaced").exists()
 
 
-def test_one_new_picture_a_day_fills_one_shard(pictures: Path, base: Path, tmp_path: Path) -> None:
+def test_one_new_image_a_day_fills_one_shard(images: Path, base: Path, tmp_path: Path) -> None:
     data, out = tmp_path / "data", tmp_path / "cache"
     data.mkdir()
     for number in range(5):
@@ -321,7 +321,7 @@ def rename(data: Path, name: str, folder: str) -> None:
 # What is read, and what is remembered of it.
 
 
-def test_a_fresh_encode_reads_each_large_picture_once(
+def test_a_fresh_encode_reads_each_large_image_once(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = tmp_path / "data"
@@ -348,8 +348,10 @@ def test_a_fresh_encode_reads_each_large_picture_once(
     assert sorted(reads) == ["jpg.jpg", "png.png"]
     precompute.encode.encode(settings)
     assert sorted(reads) == ["jpg.jpg", "png.png"]
-    about = {path: json.loads(one["json"]) for path, one in samples_of(tmp_path / "cache").items()}
-    assert len(about["png.png"]["digests"]["picture"]) == 64
+    metadata = {
+        path: json.loads(sample["json"]) for path, sample in samples_of(tmp_path / "cache").items()
+    }
+    assert len(metadata["png.png"]["digests"]["picture"]) == 64
 
 
 @pytest.mark.parametrize("orientation", [1, 6])
@@ -364,9 +366,9 @@ def test_the_first_bytes_tell_the_size_that_all_do(
     noise = Image.effect_noise((300, 500), 90).convert("RGB")
     more = {"exif": exif} if form in ("jpg", "png", "webp", "tiff", "avif") else {}
     noise.save(path, **more)
-    whole = image_size(path.read_bytes())
+    complete = image_size(path.read_bytes())
     head = _head(Blob.of(path))
-    assert head is None or image_size(head) == whole
+    assert head is None or image_size(head) == complete
     assert (head is not None) == (form == "jpg" or (form == "png" and head is not None))
 
 
@@ -398,12 +400,12 @@ def test_notes_with_a_flipped_bit_are_thrown_away_whole(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     encode(work / "data", base, work / "cache")
     (notes,) = (user_cache() / "datasets").iterdir()
-    whole = notes.read_bytes()
+    complete = notes.read_bytes()
     caption = (work / "data" / "003.txt").read_text().strip().encode()
-    assert caption in whole
+    assert caption in complete
     before = samples_of(work / "cache")
-    for at in (whole.index(caption), 3, len(whole) - 1):
-        notes.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    for at in (complete.index(caption), 3, len(complete) - 1):
+        notes.write_bytes(complete[:at] + bytes([complete[at] ^ 1]) + complete[at + 1 :])
         report = encode(work / "data", base, work / "cache")
         assert summarize(report.changes) == "14 unchanged"
     for wrong in (b"", b"[]", b"[" * 9999, b'{"version": 2}'):
@@ -422,7 +424,7 @@ def test_one_dataset_by_its_full_and_by_its_relative_path(
 
 
 @pytest.mark.filterwarnings("ignore:.*settings changed")
-def test_a_picture_that_goes_away_under_way_costs_no_other(
+def test_an_image_that_goes_away_under_way_costs_no_other(
     work: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = precompute.encode.refuse_losses

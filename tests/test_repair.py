@@ -42,7 +42,7 @@ def data_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(
+def intact(
     tmp_path_factory: pytest.TempPathFactory, data_set: Path, encode_to: Callable[..., Path]
 ) -> Path:
     """5 shards in 3 buckets. Not to be changed."""
@@ -50,8 +50,8 @@ def whole(
 
 
 @pytest.fixture
-def cache(whole: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(whole, tmp_path / "cache")
+def cache(intact: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(intact, tmp_path / "cache")
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("end", ["tar", "index"])
 def test_a_damaged_shard_is_dropped_and_made_again(
-    end: str, cache: Path, whole: Path, data_set: Path, run_verify: Verify, encode_to: Encode
+    end: str, cache: Path, intact: Path, data_set: Path, run_verify: Verify, encode_to: Encode
 ) -> None:
     damage(cache / f"64x64-000001.{end}")
     run = run_verify(cache, "--repair")
@@ -83,12 +83,12 @@ def test_a_damaged_shard_is_dropped_and_made_again(
         f"{cache}/64x64-000001: dropped, with its 1 sample",
         "next: run the same encode again, it makes what was dropped",
     ]
-    gone = {f"64x64-000001.{one}" for one in ("tar", "index")} | {MANIFEST}
-    assert contents(whole).keys() - contents(cache).keys() == gone
+    removed = {f"64x64-000001.{item}" for item in ("tar", "index")} | {MANIFEST}
+    assert contents(intact).keys() - contents(cache).keys() == removed
     with pytest.raises(CacheError, match="unfinished; run the same encode again"):
         read_manifest(cache)
     encode_to(data_set, cache, shard_size=2)
-    assert contents(cache) == contents(whole)
+    assert contents(cache) == contents(intact)
     assert run_verify(cache, "--repair").exit_code == 0
 
 
@@ -98,7 +98,7 @@ def test_side_files_are_made_again(
     name: str,
     harm: Callable[[Path], None],
     cache: Path,
-    whole: Path,
+    intact: Path,
     data_set: Path,
     run_verify: Verify,
     encode_to: Encode,
@@ -109,11 +109,11 @@ def test_side_files_are_made_again(
     assert run.exit_code == (2 if missing else 1)
     assert ("dropped" in run.stdout) == (not missing)
     encode_to(data_set, cache, shard_size=2)
-    assert contents(cache) == contents(whole)
+    assert contents(cache) == contents(intact)
 
 
 def test_under_a_damaged_manifest_shards_are_checked_too(
-    cache: Path, whole: Path, data_set: Path, run_verify: Verify, encode_to: Encode
+    cache: Path, intact: Path, data_set: Path, run_verify: Verify, encode_to: Encode
 ) -> None:
     """Encode alone would trust a tar of the right size."""
     damage(cache / MANIFEST)
@@ -124,13 +124,13 @@ def test_under_a_damaged_manifest_shards_are_checked_too(
     for name in ("64x64-000000", "48x80-000000", MANIFEST):
         assert f"{cache}/{name}: dropped" in run.stdout
     encode_to(data_set, cache, shard_size=2)
-    assert samples_of(cache) == samples_of(whole)  # new ones fill the last shard of their bucket
+    assert samples_of(cache) == samples_of(intact)  # new ones fill the last shard of their bucket
 
 
-def test_a_whole_cache_is_left_alone(cache: Path, whole: Path, run_verify: Verify) -> None:
+def test_a_whole_cache_is_left_alone(cache: Path, intact: Path, run_verify: Verify) -> None:
     run = run_verify(cache, "--repair")
     assert (run.exit_code, "all whole" in run.stdout) == (0, True)
-    assert contents(cache) == contents(whole)
+    assert contents(cache) == contents(intact)
 
 
 def test_what_is_not_of_the_cache_stays(cache: Path, run_verify: Verify) -> None:
@@ -160,15 +160,15 @@ def first_sample(cache: Path, name: str = "64x64-000000") -> IndexRecord:
 
 
 PLACES: dict[str, Callable[[IndexRecord, bytes], int]] = {
-    "caption": lambda one, data: data.index(b'"captions": ["') + 14,
-    "path": lambda one, data: data.index(b'"path": "') + 9,
-    "tensors": lambda one, data: one.offset + one.size - 1,
+    "caption": lambda first, data: data.index(b'"captions": ["') + 14,
+    "path": lambda first, data: data.index(b'"path": "') + 9,
+    "tensors": lambda first, data: first.offset + first.size - 1,
 }
 
 
 @pytest.mark.parametrize("place", PLACES)
 def test_of_a_shard_only_the_damaged_sample_is_dropped(
-    place: str, cache: Path, whole: Path, data_set: Path, run_verify: Verify, encode_to: Encode
+    place: str, cache: Path, intact: Path, data_set: Path, run_verify: Verify, encode_to: Encode
 ) -> None:
     tar = cache / "64x64-000000.tar"
     before = samples_of(cache)
@@ -186,24 +186,28 @@ def test_of_a_shard_only_the_damaged_sample_is_dropped(
     assert count == (1, 1)
     assert samples_of(cache) == before
     if place != "path":  # which is not known then, so that the sample is a new one
-        assert contents(cache) == contents(whole)
+        assert contents(cache) == contents(intact)
 
 
 @pytest.mark.parametrize("place", ["tar header", "padding", "end", "cut"])
 def test_where_no_sample_is_damaged_none_is_dropped(
-    place: str, cache: Path, whole: Path, run_verify: Verify
+    place: str, cache: Path, intact: Path, run_verify: Verify
 ) -> None:
     tar = cache / "64x64-000000.tar"
-    size, one = tar.stat().st_size, first_sample(cache)
+    size, first = tar.stat().st_size, first_sample(cache)
     if place == "cut":
         os.truncate(tar, size - 1)
     else:
-        places = {"tar header": 5, "padding": one.json_offset + one.json_size + 1, "end": size - 1}
+        places = {
+            "tar header": 5,
+            "padding": first.json_offset + first.json_size + 1,
+            "end": size - 1,
+        }
         turn(tar, places[place])
     run = run_verify(cache, "--repair")
     assert run.exit_code == 1
     assert run.stdout.splitlines()[-1] == f"{cache}/64x64-000000: repaired, no sample was lost"
-    assert contents(cache) == contents(whole)
+    assert contents(cache) == contents(intact)
     assert run_verify(cache).exit_code == 0
 
 
@@ -220,10 +224,10 @@ def test_the_sums_of_a_repaired_shard_are_those_of_its_samples(
     (data / path).with_suffix(".txt").unlink()
     encode_to(data, cache, shard_size=2)
     encode_to(data, tmp_path / "fresh", shard_size=2)
-    ours, fresh = (read_manifest(one) for one in (cache, tmp_path / "fresh"))
+    actual, fresh = (read_manifest(item) for item in (cache, tmp_path / "fresh"))
     for name in ("mean", "std"):
-        assert ours["latents"][name] == pytest.approx(fresh["latents"][name], rel=1e-9)
-    assert ours["latents"]["channels"] == fresh["latents"]["channels"]
+        assert actual["latents"][name] == pytest.approx(fresh["latents"][name], rel=1e-9)
+    assert actual["latents"]["channels"] == fresh["latents"]["channels"]
 
 
 def samples_at(cache: Path, name: str = "64x64-000000") -> list[dict[str, bytes]]:
@@ -238,7 +242,7 @@ class Killed(BaseException):
 @pytest.mark.slow
 def test_a_repair_that_is_killed_loses_no_whole_sample(
     cache: Path,
-    whole: Path,
+    intact: Path,
     data_set: Path,
     encode_to: Encode,
     tmp_path: Path,
@@ -249,7 +253,7 @@ def test_a_repair_that_is_killed_loses_no_whole_sample(
     turn(cache / "64x64-000000.tar", PLACES["tensors"](first_sample(cache), b""))
     damage(cache / "rejected.jsonl")
     at_first = read_manifest(cache)
-    keys = {key for one in read_existing(cache).values() for key in one.rows}
+    keys = {key for shard in read_existing(cache).values() for key in shard.rows}
     keys.remove(first_sample(cache).key.decode())
     for number in itertools.count():
         folder = shutil.copytree(cache, tmp_path / f"killed-{number}")
@@ -270,14 +274,14 @@ def test_a_repair_that_is_killed_loses_no_whole_sample(
                 patch.setattr(owner, name, dying(getattr(owner, name)))
             drop_damaged(folder, at_first, chain.from_iterable(verify(folder, at_first)))
         recover_retirement(folder)
-        held = [*read_existing(folder).values(), *read_existing(folder / REPLACED).values()]
-        assert {key for one in held for key in one.rows} >= keys
+        shards = [*read_existing(folder).values(), *read_existing(folder / REPLACED).values()]
+        assert {key for shard in shards for key in shard.rows} >= keys
         assert not (folder / MANIFEST).exists() or (folder / "64x64-000000.index").exists()
         encode_to(data_set, folder, shard_size=2)
         manifest = read_manifest(folder)
         if drop_damaged(folder, manifest, chain.from_iterable(verify(folder, manifest))):
             encode_to(data_set, folder, shard_size=2)
-        assert samples_of(folder) == samples_of(whole)
+        assert samples_of(folder) == samples_of(intact)
         if left >= 0:
             break
     assert number > 8
@@ -324,17 +328,17 @@ def test_what_is_verified_to_repair_it_is_not_encoded_meanwhile(
     cache: Path, run_verify: Verify, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else whole shards might be dropped, for what those before them had."""
-    held = []
+    is_locked = []
 
     def verify_locked(folder: Path, manifest: dict[str, Any]) -> Iterator[list[Fault]]:
-        held.append((folder / LOCK).exists())
+        is_locked.append((folder / LOCK).exists())
         yield from verify(folder, manifest)
 
     monkeypatch.setattr(cli_caches, "verify", verify_locked)
     damage(cache / "64x64-000000.tar")
     for flags in ([], ["--repair"]):
         run_verify(cache, *flags)
-    assert held == [False, True]
+    assert is_locked == [False, True]
     assert not (cache / LOCK).exists()
 
 

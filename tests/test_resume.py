@@ -95,10 +95,10 @@ def test_with_everything_on_random_stops_leave_no_trace(
 ) -> None:
     """Three stops a run, by a signal (which writes a checkpoint) or by death (which does not);
     the LoRA's are at and after the ends of epochs too."""
-    whole = tmp_path / "whole"
+    complete = tmp_path / "whole"
     settings = {**EVERYTHING, "full": full}
-    run(two_caches, base, whole, **settings)
-    epoch = json.loads((whole / "config.json").read_text())["steps_per_epoch"]
+    run(two_caches, base, complete, **settings)
+    epoch = json.loads((complete / "config.json").read_text())["steps_per_epoch"]
     assert 2 * epoch < EVERYTHING["steps"], "two epoch ends are to be crossed"
     dice = random.Random(full)
     plans = {"random": sorted(dice.sample(range(1, EVERYTHING["steps"]), 3))}
@@ -110,7 +110,7 @@ def test_with_everything_on_random_stops_leave_no_trace(
             with at_step(stop, act), pytest.raises((Stopped, Died)):
                 run(two_caches, base, tmp_path / name, **settings, resume=number > 0)
         run(two_caches, base, tmp_path / name, **settings, resume=True)
-        assert_same_run(whole, tmp_path / name)
+        assert_same_run(complete, tmp_path / name)
 
 
 BF16 = {"precision": "bf16", "allow_cpu_bf16": True}
@@ -240,8 +240,8 @@ def test_a_killed_run_resumes_bit_equal(
     output, _ = child.communicate(timeout=120)
     assert child.returncode == code, output
     assert "Traceback" not in output
-    found = newest_checkpoint(tmp_path)
-    done = found[1]["step"] if found else 0
+    checkpoint = newest_checkpoint(tmp_path)
+    done = checkpoint[1]["step"] if checkpoint else 0
     assert 2 <= done < 20, "the signal came too late for this test"
     run(cache, base, tmp_path, steps=20, resume=True)
     assert losses(tmp_path) == losses(straight)
@@ -332,8 +332,8 @@ def test_damage_beside_whole_checkpoints_is_named_and_costs_itself_alone(
         with pytest.warns(UserWarning, match=r"metrics.jsonl: line 2 is damaged and was dropped"):
             cut_metrics(tmp_path, 3)
         assert metrics.read_bytes() == first + third
-    whole = json.loads(config.read_bytes())
-    for blob in (b"", b"\xff", b"[]", b"[" * 100_000, json.dumps({**whole, "seed": 9}).encode()):
+    complete = json.loads(config.read_bytes())
+    for blob in (b"", b"\xff", b"[]", b"[" * 100_000, json.dumps({**complete, "seed": 9}).encode()):
         config.write_bytes(blob)
         with pytest.warns(UserWarning, match=r"config.json: .*ignored, and written again"):
             check_folder(config_of(cache, base, tmp_path, steps=4, resume=True))
@@ -342,7 +342,7 @@ def test_damage_beside_whole_checkpoints_is_named_and_costs_itself_alone(
         run(cache, base, tmp_path, steps=4, resume=True)
     assert [step for step, _ in losses(tmp_path)] == [1, 3, 4]
     assert json.loads(config.read_bytes())["num_steps"] == 4
-    config.write_text(json.dumps({k: v for k, v in whole.items() if k != "digest"}))
+    config.write_text(json.dumps({k: v for k, v in complete.items() if k != "digest"}))
     check_folder(config_of(cache, base, tmp_path, steps=4, resume=True))  # as it was before
 
 
@@ -425,8 +425,8 @@ def test_a_disk_that_fills_is_named_with_what_is_still_good(
         assert note.startswith(f"The newest whole checkpoint is {tmp_path}/checkpoints/")
         assert f"checkpoint-{good};" in note
         assert not list(tmp_path.rglob("*.partial"))
-        found = newest_checkpoint(tmp_path)
-        assert found and found[1]["step"] == good
+        checkpoint = newest_checkpoint(tmp_path)
+        assert checkpoint and checkpoint[1]["step"] == good
 
     with monkeypatch.context() as patch:
         patch.setattr(safetensors.torch, "save_file", write_half)
@@ -479,9 +479,9 @@ def test_a_loss_that_is_not_finite_reaches_no_weight(
             max_grad_norm=0.0,
             max_skipped=3,
         )
-    found = newest_checkpoint(tmp_path)
-    assert found is not None
-    weights = safetensors.torch.load_file(found[0] / LORA)
+    checkpoint = newest_checkpoint(tmp_path)
+    assert checkpoint is not None
+    weights = safetensors.torch.load_file(checkpoint[0] / LORA)
     assert all(bool(tensor.isfinite().all()) for tensor in weights.values())
     assert not (tmp_path / LORA).exists()
     rows = [
@@ -490,9 +490,9 @@ def test_a_loss_that_is_not_finite_reaches_no_weight(
     ]
     assert [row.get("train/skipped") for row in rows[-3:]] == [1, 1, 1]
     assert rows[-1]["train/loss"] is None
-    told = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
-    assert len(told) == sum("train/skipped" in row for row in rows)
-    assert not any(".png" in line for line in told[-2:]), "the run diverged: no sample is at fault"
+    lines = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
+    assert len(lines) == sum("train/skipped" in row for row in rows)
+    assert not any(".png" in line for line in lines[-2:]), "the run diverged: no sample is at fault"
 
 
 def test_another_schedule_of_the_base_is_refused_at_resume(

@@ -57,12 +57,12 @@ def rich(tmp_path_factory: pytest.TempPathFactory, data_set: Path, encode_to: En
 
 def seen_by(name: str, sample: Sample, values: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
     """Of pixels [H, W, ...] resized for a sample, what each variant shows by its sizes alone."""
-    found = []
+    results = []
     sizes = sample.tensors["sizes"].tolist()
     for number, (_, _, top, left, height, width) in enumerate(sizes):
         mirrored = values[:, ::-1] if number >= len(sizes) // 2 else values
-        found.append(mirrored[top : top + height, left : left + width])
-    return found
+        results.append(mirrored[top : top + height, left : left + width])
+    return results
 
 
 def resized_for(name: str, sample: Sample, image: Image.Image, how: Image.Resampling) -> Any:
@@ -75,19 +75,19 @@ def test_each_variant_has_latents_of_its_own(rich: Path, data_set: Path, base: P
     vae = AutoencoderKL.from_pretrained(str(base), subfolder="vae")
     for path, sample in samples_of(rich).items():
         name = path[0]
-        picture = Image.new("RGB", SIZES[name], "white")
+        pasted = Image.new("RGB", SIZES[name], "white")
         with Image.open(data_set / path) as image:
-            picture.paste(image, mask=image if image.mode == "RGBA" else None)
+            pasted.paste(image, mask=image if image.mode == "RGBA" else None)
         variants = seen_by(
-            name, sample, resized_for(name, sample, picture, Image.Resampling.LANCZOS)
+            name, sample, resized_for(name, sample, pasted, Image.Resampling.LANCZOS)
         )
         assert len(variants) == len(sample.tensors["latents.mean"]) == VARIANTS[name]
         for number, pixels in enumerate(variants):
             inputs = torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1) / 127.5 - 1
             with torch.no_grad():
                 expected = vae.encode(inputs[None]).latent_dist.mean[0] * SCALING
-            found = sample.tensors["latents.mean"][number]
-            torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-3)
+            actual = sample.tensors["latents.mean"][number]
+            torch.testing.assert_close(actual, expected, atol=2e-4, rtol=1e-3)
 
 
 def test_masks_lie_where_their_variants_do(rich: Path, data_set: Path) -> None:
@@ -108,9 +108,9 @@ def test_masks_lie_where_their_variants_do(rich: Path, data_set: Path) -> None:
         for number, pixels in enumerate(variants):
             rows, columns = (side // 8 for side in pixels.shape)
             expected = pixels.reshape(rows, 8, columns, 8).mean(axis=(1, 3))
-            found = sample.tensors["mask"][number, 0].numpy()
-            np.testing.assert_allclose(found, expected, atol=0.03)
-            assert found.max() - found.min() > 0.3
+            actual = sample.tensors["mask"][number, 0].numpy()
+            np.testing.assert_allclose(actual, expected, atol=0.03)
+            assert actual.max() - actual.min() > 0.3
 
 
 def test_text_is_there_once(rich: Path) -> None:
@@ -133,15 +133,15 @@ def test_a_run_reads_all_of_it(rich: Path) -> None:
             path = paths[batch.keys[0]]
             counts[path] += 1
             assert batch.mask is not None
-            about = (batch.time_ids, batch.prompt[0, :3, :3], batch.mask[0, 0, 0])
-            seen[path].add(tuple(tuple(part.flatten().tolist()) for part in about))
+            parts = (batch.time_ids, batch.prompt[0, :3, :3], batch.mask[0, 0, 0])
+            seen[path].add(tuple(tuple(part.flatten().tolist()) for part in parts))
             assert float(batch.weights) == ROWS[path[0]].get("weight", 1.0)
     assert counts == {"a.png": 120, "b.png": 40, "c.png": 40}
-    variants = {path: len({one[::2] for one in found}) for path, found in seen.items()}
-    captions = {path: len({one[1] for one in found}) for path, found in seen.items()}
+    variants = {path: len({row[::2] for row in rows}) for path, rows in seen.items()}
+    captions = {path: len({row[1] for row in rows}) for path, rows in seen.items()}
     assert captions == {"a.png": 2, "b.png": 1, "c.png": 2}
     assert variants == {f"{name}.png": number for name, number in VARIANTS.items()}
-    assert {one[2] for one in seen["b.png"]} == {(1.0,) * len(next(iter(seen["b.png"]))[2])}
+    assert {row[2] for row in seen["b.png"]} == {(1.0,) * len(next(iter(seen["b.png"]))[2])}
 
 
 def test_it_trains(rich: Path, base: Path, tmp_path: Path) -> None:

@@ -62,8 +62,8 @@ def test_previews_change_nothing_but_what_is_seen(
     drawn = run(prompted, base, tmp_path / "drawn", preview_every=Every(2), **settings)
     assert losses(plain) == losses(drawn)
     name = "unet/diffusion_pytorch_model.safetensors" if settings else LORA
-    one, two = (safetensors.torch.load_file(folder / name) for folder in (plain, drawn))
-    assert all(torch.equal(one[key], two[key]) for key in one)
+    left, right = (safetensors.torch.load_file(folder / name) for folder in (plain, drawn))
+    assert all(torch.equal(left[key], right[key]) for key in left)
     sheets = sorted(path.name for path in (drawn / "previews").iterdir())
     assert sheets == [f"step-{step:06d}.png" for step in (0, 2, 4)]
     previews = read_preview_prompts(Cache(prompted))
@@ -74,7 +74,7 @@ def test_previews_change_nothing_but_what_is_seen(
     assert not np.array_equal(pixels(drawn / "previews" / sheets[2]), first), "it has learned"
 
 
-def test_true_colours_are_the_vaes(prompted: Path, base: Path, tmp_path: Path) -> None:
+def test_true_colors_are_the_vaes(prompted: Path, base: Path, tmp_path: Path) -> None:
     out = run(prompted, base, tmp_path / "run", preview_every=Every(9), preview_vae=True)
     previews = read_preview_prompts(Cache(prompted))
     assert previews is not None
@@ -83,8 +83,8 @@ def test_true_colours_are_the_vaes(prompted: Path, base: Path, tmp_path: Path) -
         load_vae(open_base(base).vae, torch.float32),
     )
     expected = draw_previews(unet, load_scheduler(open_base(base)), previews, vae=vae)
-    found = pixels(out / "previews" / "step-000000.png")
-    assert np.abs(found - pixels(expected)).max() <= 1
+    actual = pixels(out / "previews" / "step-000000.png")
+    assert np.abs(actual - pixels(expected)).max() <= 1
 
 
 @pytest.mark.slow
@@ -123,19 +123,19 @@ def test_sheets_go_to_wandb(cache: Path, base: Path, tmp_path: Path) -> None:
     Image.new("RGB", (8, 4), "red").save(sheet)
     config = TrainConfig(caches=(CacheUse(cache),), base=str(base), out=tmp_path, steps=1)
     log = RunLog(config, DistContext(CPU), 0, 1, {})
-    told: list[dict[str, Any]] = []
+    logged: list[dict[str, Any]] = []
 
     class Recorder:
         def log(self, row: dict[str, Any], step: int) -> None:
-            told.append(row | {"step": step})
+            logged.append(row | {"step": step})
 
         def finish(self, exit_code: int) -> None:
-            told.append({"exit_code": exit_code})
+            logged.append({"exit_code": exit_code})
 
     log._wandb = Recorder()
     log.preview(7, sheet)
     log.close(failed=True)
-    assert told[0]["trainer/step"] == told[0]["step"] == 7
-    assert told[0]["previews"].image.size == (8, 4)
-    assert told[1] == {"exit_code": 1}
+    assert logged[0]["trainer/step"] == logged[0]["step"] == 7
+    assert logged[0]["previews"].image.size == (8, 4)
+    assert logged[1] == {"exit_code": 1}
     assert json.loads("[" + (tmp_path / "metrics.jsonl").read_text() + "]") == []

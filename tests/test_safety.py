@@ -24,9 +24,9 @@ def weights_of(learner: Learner) -> dict[str, torch.Tensor]:
     return {n: p.detach().clone() for n, p in learner.optimizer.parameters.items()}
 
 
-def changed(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> set[str]:
+def changed(first: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> set[str]:
     """The names under which not every bit is the same."""
-    return {n for n in one if not torch.equal(one[n].nan_to_num(7), other[n].nan_to_num(7))}
+    return {n for n in first if not torch.equal(first[n].nan_to_num(7), other[n].nan_to_num(7))}
 
 
 def step(learner: Learner, number: int, batch: Batch) -> Step:
@@ -72,8 +72,8 @@ def test_a_loss_that_is_not_finite_changes_no_weight(base: Path, way: str) -> No
         assert not changed(tensors, after[0]) and numbers == after[1]
     assert all(p.grad is None for p in learner.optimizer.parameters.values())
     assert bool(step(learner, 2, batches[2]).finite)
-    now = weights_of(learner)
-    assert changed(weights, now) and all(bool(w.isfinite().all()) for w in now.values())
+    later = weights_of(learner)
+    assert changed(weights, later) and all(bool(w.isfinite().all()) for w in later.values())
 
 
 def learner_kind(learner: Learner) -> str:
@@ -91,19 +91,19 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(base: Path, way: str) -
     bad = step(learner, 1, batches[1])
     hook.remove()
     assert bool(bad.loss.isfinite()) and not bool(bad.finite)
-    now, after = weights_of(learner), learner.optimizer.state()[0]
+    later, after = weights_of(learner), learner.optimizer.state()[0]
     assert all(bool(t.isfinite().all()) for t in after.values() if t.is_floating_point())
     if learner.fused is None:
-        assert not changed(weights, now)
+        assert not changed(weights, later)
         if learner.optimizer.joint is not None or learner_kind(learner) == "adamw":
             assert not changed(state, after)
     else:
-        assert name not in changed(weights, now)
+        assert name not in changed(weights, later)
         if learner_kind(learner) == "adamw":
             assert not {key for key in changed(state, after) if key.startswith(f"{name}|")}
-    assert all(bool(w.isfinite().all()) for w in now.values())
+    assert all(bool(w.isfinite().all()) for w in later.values())
     assert bool(step(learner, 2, batches[2]).finite)
-    assert name in changed(now, weights_of(learner))
+    assert name in changed(later, weights_of(learner))
 
 
 def test_a_micro_batch_that_is_not_finite_spoils_its_step_alone(base: Path) -> None:
@@ -174,11 +174,11 @@ def test_skipped_steps_are_counted_and_their_samples_named(
     for row in rows:
         assert (row["train/loss"] is None) == (row["step"] in skipped)
         if row["step"] in (3, 6, 8):
-            so_far = sum(one <= row["step"] for one in skipped)
+            so_far = sum(number <= row["step"] for number in skipped)
             assert row.get("train/num_skipped", 0) == so_far
-    told = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
+    lines = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
     expected = "left out, its loss is not finite: the cache holds values that are not finite of "
-    assert told == [f"step {number} {expected}folder/4.png" for number in skipped]
+    assert lines == [f"step {number} {expected}folder/4.png" for number in skipped]
 
 
 def test_a_gradient_that_is_not_finite_accuses_no_sample(
@@ -196,8 +196,8 @@ def test_a_gradient_that_is_not_finite_accuses_no_sample(
     assert [row["train/skipped"] for row in rows] == [1, 1]
     assert [row["train/num_skipped"] for row in rows] == [1, 2]
     assert all(row["train/loss"] > 0 and row["train/grad_norm"] is None for row in rows)
-    told = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
-    assert told == [f"step {number} left out, its gradient is not finite" for number in (1, 2)]
+    lines = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
+    assert lines == [f"step {number} left out, its gradient is not finite" for number in (1, 2)]
 
 
 @pytest.mark.parametrize("checkpoint_at", [(), (1,)])
@@ -222,9 +222,9 @@ def test_a_run_that_diverges_accuses_no_sample_and_says_which_checkpoint_there_i
     path = tmp_path / "run" / "checkpoints" / "checkpoint-1"
     good = f"The newest whole checkpoint is {path}; --resume goes on from it."
     assert caught.value.__notes__ == [good if checkpoint_at else "The run has no checkpoint yet."]
-    told = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
-    assert ".png" in told[0]
-    assert told[1:] == [f"step {n} left out, its loss is not finite" for n in (4, 5)]
+    lines = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
+    assert ".png" in lines[0]
+    assert lines[1:] == [f"step {n} left out, its loss is not finite" for n in (4, 5)]
 
 
 @pytest.mark.parametrize("log_every", [1, 100])
@@ -236,16 +236,16 @@ def test_too_many_skipped_in_a_row_stop_the_run(run: Any, tmp_path: Path, log_ev
 
     with pytest.raises(FloatingPointError, match=r"^3 steps in a row up to step 9 .*not finite"):
         run(bad, steps=20, max_skipped=3, log_every=log_every, checkpoint_at=(6,))
-    found = newest_checkpoint(tmp_path / "run")
-    assert found is not None and found[0].name == "checkpoint-6"
-    assert found[1]["skipped_in_a_row"] == 0
+    checkpoint = newest_checkpoint(tmp_path / "run")
+    assert checkpoint is not None and checkpoint[0].name == "checkpoint-6"
+    assert checkpoint[1]["skipped_in_a_row"] == 0
 
 
 def test_skipped_in_a_row_goes_on_counting_after_a_resume(run: Any, tmp_path: Path) -> None:
     bad: dict[str, Any] = {"max_skipped": 4, "log_every": 1}
     run(lambda batch, key: True, steps=3, **bad)
-    found = newest_checkpoint(tmp_path / "run")
-    assert found is not None and found[1]["skipped_in_a_row"] == 3
+    checkpoint = newest_checkpoint(tmp_path / "run")
+    assert checkpoint is not None and checkpoint[1]["skipped_in_a_row"] == 3
     with pytest.raises(FloatingPointError, match=r"^4 steps in a row up to step 4 "):
         run(lambda batch, key: True, steps=9, resume=True, **bad)
 
@@ -262,6 +262,6 @@ def test_an_overflow_of_fp16_is_counted_and_backs_off(
     num = skipped.count(True)
     assert skipped[0] and 0 < num < 12
     assert rows[-1]["train/num_skipped"] == num
-    found = newest_checkpoint(tmp_path / "run")
-    assert found is not None and found[1]["scaler"]["scale"] == 2.0 ** (22 - num)
+    checkpoint = newest_checkpoint(tmp_path / "run")
+    assert checkpoint is not None and checkpoint[1]["scaler"]["scale"] == 2.0 ** (22 - num)
     assert "left out" not in capsys.readouterr().out

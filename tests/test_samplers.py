@@ -17,7 +17,7 @@ from sdxl.metadata import Schedule
 from sdxl.prompts import SAMPLERS
 from sdxl.sampling import load_sampler
 
-THEIRS: dict[str, tuple[str, dict[str, Any]]] = {
+DIFFUSERS: dict[str, tuple[str, dict[str, Any]]] = {
     "euler": ("EulerDiscreteScheduler", {}),
     "euler-a": ("EulerAncestralDiscreteScheduler", {}),
     "ddim": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}),
@@ -54,30 +54,30 @@ def test_each_sampler_draws_as_the_pipeline_does(
         for number, text in enumerate(PROMPTS[:2])
     ]
     rescale = 0.7 if schedule else 0.0
-    ours = draw(base, tmp_path / "out", lines, batch_size=2, guidance_rescale=rescale)
+    actual = draw(base, tmp_path / "out", lines, batch_size=2, guidance_rescale=rescale)
     pipeline = StableDiffusionXLPipeline.from_pretrained(str(base))
     pipeline.set_progress_bar_config(disable=True)
     own = pipeline.scheduler.config
-    theirs = {}
+    expected = {}
     for name in SAMPLERS:
-        kind, options = THEIRS[name]
+        kind, options = DIFFUSERS[name]
         pipeline.scheduler = getattr(diffusers, kind).from_config(own, **options)
-        theirs[name] = drawn_by(pipeline, PROMPTS[:2], guidance_rescale=rescale)
+        expected[name] = drawn_by(pipeline, PROMPTS[:2], guidance_rescale=rescale)
     for number, name in enumerate(SAMPLERS):
-        check_same(ours[2 * number : 2 * number + 2], theirs[name])
+        check_same(actual[2 * number : 2 * number + 2], expected[name])
     # Of noise predicted exactly Euler and DDIM do the same, and so do Euler ancestral and DDPM.
-    for one, other in combinations(("euler", "euler-a", "dpm++2m"), 2):
-        assert differ(theirs[one], theirs[other]) > 0.1
+    for first, other in combinations(("euler", "euler-a", "dpm++2m"), 2):
+        assert differ(expected[first], expected[other]) > 0.1
 
 
 def test_guidance_rescale_changes_what_it_should(base: Path, tmp_path: Path) -> None:
-    ours = draw(base, tmp_path / "out", PROMPTS, guidance_rescale=0.5)
-    check_same(ours, reference(base, PROMPTS, guidance_rescale=0.5))
-    assert differ(ours, reference(base, PROMPTS)) > 0.5
+    actual = draw(base, tmp_path / "out", PROMPTS, guidance_rescale=0.5)
+    check_same(actual, reference(base, PROMPTS, guidance_rescale=0.5))
+    assert differ(actual, reference(base, PROMPTS)) > 0.5
 
 
 @pytest.mark.slow
-def test_noise_on_the_way_is_each_pictures_own(base: Path, tmp_path: Path) -> None:
+def test_noise_on_the_way_is_each_images_own(base: Path, tmp_path: Path) -> None:
     lines = [f"{text} --ss {name}" for name in ("euler-a", "ddpm") for text in PROMPTS]
     at_once = draw(base, tmp_path / "3", lines, batch_size=3)
     one_by_one = draw(base, tmp_path / "1", lines, batch_size=1)
@@ -98,8 +98,8 @@ def test_a_fine_tunes_schedule_wins_over_the_bases(base: Path, name: str | None)
 
 def test_what_sdxl_is_told_of_size_and_crop(base: Path, tmp_path: Path) -> None:
     lines = [f"{text} --ow 48 --oh 96 --cl 8 --ct 24" for text in PROMPTS]
-    told = {"original_size": (96, 48), "crops_coords_top_left": (24, 8)}
-    ours = draw(base, tmp_path / "lines", lines)
-    check_same(ours, reference(base, PROMPTS, **told))
-    check_same(draw(base, tmp_path / "set", PROMPTS, original_size="48x96", crop="8,24"), ours)
-    assert differ(ours, reference(base, PROMPTS)) > 0.1
+    sizes = {"original_size": (96, 48), "crops_coords_top_left": (24, 8)}
+    actual = draw(base, tmp_path / "lines", lines)
+    check_same(actual, reference(base, PROMPTS, **sizes))
+    check_same(draw(base, tmp_path / "set", PROMPTS, original_size="48x96", crop="8,24"), actual)
+    assert differ(actual, reference(base, PROMPTS)) > 0.1

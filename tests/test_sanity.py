@@ -58,8 +58,8 @@ def sanity_of(cache: Path) -> Any:
     return json.loads((cache / MANIFEST).read_text())["sanity"]
 
 
-def told(caught: list[warnings.WarningMessage]) -> list[str]:
-    return [str(one.message) for one in caught if "DO NOT TRAIN" in str(one.message)]
+def alarms(caught: list[warnings.WarningMessage]) -> list[str]:
+    return [str(warning.message) for warning in caught if "DO NOT TRAIN" in str(warning.message)]
 
 
 @pytest.mark.parametrize("fault", [*PIXEL_FAULTS, "doubled scale"])
@@ -68,7 +68,7 @@ def test_a_planted_fault_is_seen(
     fault: str,
     which: str,
     base: Path,
-    pictures: Path,
+    images: Path,
     tmp_path: Path,
     encode_to: Encode,
     monkeypatch: pytest.MonkeyPatch,
@@ -77,54 +77,54 @@ def test_a_planted_fault_is_seen(
     with monkeypatch.context() as patch:
         plant(patch, fault)
         with pytest.warns(UserWarning, match="DO NOT TRAIN ON THIS CACHE") as caught:
-            encode_to(pictures, tmp_path / "cache", **settings)
-    lines = told([*caught])
+            encode_to(images, tmp_path / "cache", **settings)
+    lines = alarms([*caught])
     assert any("built-in drawings" in line for line in lines)
     if fault != "swapped channels":  # which some images look the same with
         assert any(".png: its latents are" in line for line in lines)
     assert all("\n" not in line for line in lines)
     with pytest.warns(UserWarning, match="DO NOT TRAIN ON THIS CACHE") as caught:
-        encode_to(pictures, tmp_path / "cache", **settings)  # nothing to do; it is still wrong
-    assert set(told([*caught])) == set(lines)
+        encode_to(images, tmp_path / "cache", **settings)  # nothing to do; it is still wrong
+    assert set(alarms([*caught])) == set(lines)
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
 @pytest.mark.parametrize("vae_dtype", ["fp32", "bf16"])
 def test_a_right_cache_raises_no_alarm(
-    dtype: str, vae_dtype: str, pictures: Path, tmp_path: Path, encode_to: Encode
+    dtype: str, vae_dtype: str, images: Path, tmp_path: Path, encode_to: Encode
 ) -> None:
     """Of a VAE of random weights; warnings are errors here."""
-    encode_to(pictures, tmp_path / "cache", dtype=dtype, vae_dtype=vae_dtype)
-    found = sanity_of(tmp_path / "cache")
-    assert len(found["pictures"]) == 3
+    encode_to(images, tmp_path / "cache", dtype=dtype, vae_dtype=vae_dtype)
+    sanity = sanity_of(tmp_path / "cache")
+    assert len(sanity["pictures"]) == 3
     most = 0.04 if "bf16" in (dtype, vae_dtype) else 0.001
-    assert all(one["error"] < most for one in found["pictures"])
-    assert found["drawings"]["error"] < most
+    assert all(item["error"] < most for item in sanity["pictures"])
+    assert sanity["drawings"]["error"] < most
 
 
 @pytest.mark.parametrize("settings", [{"flip": True}, {"crops": 2}, {"square": True}], ids=str)
 def test_variants_raise_no_alarm(
-    settings: dict[str, Any], pictures: Path, tmp_path: Path, encode_to: Encode
+    settings: dict[str, Any], images: Path, tmp_path: Path, encode_to: Encode
 ) -> None:
-    encode_to(pictures, tmp_path / "cache", **settings)
+    encode_to(images, tmp_path / "cache", **settings)
     assert len(sanity_of(tmp_path / "cache")["pictures"]) == 3
 
 
-def test_the_miniature_gives_its_pictures_back(
-    pictures: Path, tmp_path: Path, encode_to: Encode
+def test_the_miniature_gives_its_images_back(
+    images: Path, tmp_path: Path, encode_to: Encode
 ) -> None:
-    encode_to(pictures, tmp_path / "cache", base="miniature")
-    found = sanity_of(tmp_path / "cache")
-    assert found["drawings"]["psnr"] > 14
-    assert all(one["psnr"] > 15 for one in found["pictures"])
-    assert all("bare_psnr" not in one for one in found["pictures"])
+    encode_to(images, tmp_path / "cache", base="miniature")
+    sanity = sanity_of(tmp_path / "cache")
+    assert sanity["drawings"]["psnr"] > 14
+    assert all(item["psnr"] > 15 for item in sanity["pictures"])
+    assert all("bare_psnr" not in item for item in sanity["pictures"])
 
 
 def test_it_follows_from_what_the_cache_holds(
-    pictures: Path, tmp_path: Path, encode_to: Encode, monkeypatch: pytest.MonkeyPatch
+    images: Path, tmp_path: Path, encode_to: Encode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not from the runs it took; and no VAE is loaded where the images are the same."""
-    data_set = shutil.copytree(pictures, tmp_path / "set")
+    data_set = shutil.copytree(images, tmp_path / "set")
     late = sorted(data_set.glob("*.png"))[4:]
     for path in late:
         path.rename(tmp_path / path.name)
@@ -145,8 +145,8 @@ def test_a_wrong_scaling_factor_of_a_vae_is_seen(base: Path, tmp_path: Path) -> 
     config = json.loads((folder / "config.json").read_text())
     for factor, num in ((0.25, 0), (3.0, 1), (0.01, 1)):
         (folder / "config.json").write_text(json.dumps(config | {"scaling_factor": factor}))
-        found = measure_drawings(LatentEncoder(open_vae(str(folder)), torch.float32, CPU, 2))
-        lines = alarms_of_drawings(found)
+        measures = measure_drawings(LatentEncoder(open_vae(str(folder)), torch.float32, CPU, 2))
+        lines = alarms_of_drawings(measures)
         assert len(lines) == num
         assert all("scaling_factor" in line for line in lines)
 
@@ -163,7 +163,7 @@ def test_a_posterior_twice_as_wide_is_seen(base: Path, monkeypatch: pytest.Monke
 def test_the_figures_are_those_of_diffusers(base: Path) -> None:
     """PSNR, mean and std of the drawings, by the plain formulas."""
     vae: Any = load_vae(open_base(base).vae, torch.float32)
-    found = measure_drawings(LatentEncoder(open_base(base).vae, torch.float32, CPU, 2))
+    measures = measure_drawings(LatentEncoder(open_base(base).vae, torch.float32, CPU, 2))
     pixels = np.stack(make_drawings()).astype(np.float32)
     assert pixels.shape == (2, SIDE, SIDE, 3)
     tensor = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
@@ -172,10 +172,10 @@ def test_the_figures_are_those_of_diffusers(base: Path) -> None:
         decoded = vae.decode(mean).sample.clamp(-1, 1)
     levels = (decoded.permute(0, 2, 3, 1).numpy() + 1) * 127.5
     psnr = 10 * np.log10(255**2 / np.mean((levels - pixels) ** 2))
-    assert found["psnr"] == pytest.approx(psnr, abs=0.02)
+    assert measures["psnr"] == pytest.approx(psnr, abs=0.02)
     scaled = mean * vae.config.scaling_factor
-    assert found["std"] == pytest.approx(scaled.std(dim=(0, 2, 3)).tolist(), abs=0.006)
-    assert found["mean"] == pytest.approx(scaled.mean(dim=(0, 2, 3)).tolist(), abs=0.006)
+    assert measures["std"] == pytest.approx(scaled.std(dim=(0, 2, 3)).tolist(), abs=0.006)
+    assert measures["mean"] == pytest.approx(scaled.mean(dim=(0, 2, 3)).tolist(), abs=0.006)
 
 
 def test_only_what_can_be_opened_by_another_way_is_compared(base: Path) -> None:
@@ -194,22 +194,22 @@ def test_only_what_can_be_opened_by_another_way_is_compared(base: Path) -> None:
     ):
         assert measure_image(encoder, "a", data, geometry, stored) is None
     for form in ("PNG", "BMP"):
-        found = measure_image(encoder, "a", saved(image, form), geometry, stored)
-        assert found is not None
-        assert found["error"] < 1e-4
-        assert alarms_of_image(found) == []
+        measures = measure_image(encoder, "a", saved(image, form), geometry, stored)
+        assert measures is not None
+        assert measures["error"] < 1e-4
+        assert alarms_of_image(measures) == []
     grey = image.convert("L")
     stored = encoder.encode([render(open_image(saved(grey, "PNG")), geometry)]).mean[0]
-    found = measure_image(encoder, "a", saved(grey, "PNG"), geometry, stored)
-    assert found is not None and found["error"] < 1e-4
+    measures = measure_image(encoder, "a", saved(grey, "PNG"), geometry, stored)
+    assert measures is not None and measures["error"] < 1e-4
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
 def test_latents_that_are_no_numbers_are_all_wrong(base: Path, value: float) -> None:
     encoder = LatentEncoder(open_base(base).vae, torch.float32, CPU, 1)
     stored = torch.full((4, 6, 8), value)
-    found = measure_image(encoder, "a", saved(scene(), "PNG"), cover((96, 64), (64, 48)), stored)
-    assert found is not None
-    assert found["error"] == 1
-    assert len(alarms_of_image(found)) >= 1
-    json.dumps(found, allow_nan=False)
+    measures = measure_image(encoder, "a", saved(scene(), "PNG"), cover((96, 64), (64, 48)), stored)
+    assert measures is not None
+    assert measures["error"] == 1
+    assert len(alarms_of_image(measures)) >= 1
+    json.dumps(measures, allow_nan=False)

@@ -80,23 +80,23 @@ def prefixes(names: list[str]) -> set[str]:
 
 @pytest.fixture(scope="module")
 def single_cache(
-    single: Path, base: Path, pictures: Path, encode_to: Encode, tmp_path_factory: Any
+    single: Path, base: Path, images: Path, encode_to: Encode, tmp_path_factory: Any
 ) -> Path:
     out = tmp_path_factory.mktemp("cache") / "cache"
-    return encode_to(pictures, out, base=str(single), tokenizers=base, dtype="fp32")
+    return encode_to(images, out, base=str(single), tokenizers=base, dtype="fp32")
 
 
 @pytest.mark.usefixtures("no_network")
 def test_encode(
     single: Path,
     base: Path,
-    pictures: Path,
+    images: Path,
     cache: Path,
     tmp_path: Path,
     encode_to: Encode,
     read: list[str],
 ) -> None:
-    out = encode_to(pictures, tmp_path / "cache", base=str(single), tokenizers=base, dtype="fp32")
+    out = encode_to(images, tmp_path / "cache", base=str(single), tokenizers=base, dtype="fp32")
     names = sorted(path.name for path in cache.iterdir() if path.name != SCAN)
     assert sorted(path.name for path in out.iterdir() if path.name != SCAN) == names
     assert filecmp.cmpfiles(cache, out, names, shallow=False)[0] == names
@@ -109,8 +109,8 @@ def test_encode(
 def test_train(
     single: Path, base: Path, cache: Path, tmp_path: Path, read: list[str], full: bool
 ) -> None:
-    for name, one in (("file", single), ("folder", base)):
-        run(cache, one, tmp_path / name, steps=2, full=full)
+    for name, item in (("file", single), ("folder", base)):
+        run(cache, item, tmp_path / name, steps=2, full=full)
     assert losses(tmp_path / "file") == losses(tmp_path / "folder")
     result = UNET if full else LORA
     assert same_weights(tmp_path / "file" / result, tmp_path / "folder" / result)
@@ -131,9 +131,9 @@ def draw(base: Path | str, out: Path, **settings: Any) -> bytes:
 
 @pytest.mark.usefixtures("no_network")
 def test_generate(single: Path, base: Path, tmp_path: Path, read: list[str]) -> None:
-    ours = draw(single, tmp_path / "file", tokenizers=base)
+    actual = draw(single, tmp_path / "file", tokenizers=base)
     assert prefixes(read) == PREFIXES.keys()
-    assert ours == draw(base, tmp_path / "folder")
+    assert actual == draw(base, tmp_path / "folder")
 
 
 @pytest.mark.usefixtures("no_network")
@@ -144,9 +144,9 @@ def test_prompts_and_checks_take_file_and_folder_for_the_same(
     check_encoders(Cache(own), open_base(single))
     (tmp_path / "prompts.txt").write_text("a cat\n")
     change_prompts(own, tmp_path / "prompts.txt", str(single), "cpu", base)
-    mine = (own / "prompts.safetensors").read_bytes()
+    actual = (own / "prompts.safetensors").read_bytes()
     change_prompts(own, tmp_path / "prompts.txt", str(base), "cpu")
-    assert (own / "prompts.safetensors").read_bytes() == mine
+    assert (own / "prompts.safetensors").read_bytes() == actual
 
 
 def test_training_refuses_a_cache_of_other_encoders(
@@ -182,8 +182,8 @@ def test_what_it_predicts_is_read(
     assert bool(scheduler.config.rescale_betas_zero_snr) is bool(zero_snr)
     assert (scheduler.config.timestep_spacing == "trailing") is bool(zero_snr)
     run(cache, path, tmp_path / "run", steps=1)
-    about = json.loads((tmp_path / "run" / "config.json").read_bytes())
-    assert about["resolved_prediction_type"] == kind
+    metadata = json.loads((tmp_path / "run" / "config.json").read_bytes())
+    assert metadata["resolved_prediction_type"] == kind
     written = sdxl.lora.apply.read_schedule(tmp_path / "run" / LORA)
     assert (written.prediction_type, bool(written.zero_snr)) == (kind, bool(zero_snr))
 
@@ -192,8 +192,8 @@ def test_the_metadata_of_other_trainers_says_what_it_predicts(single: Path, tmp_
     path = tmp_path / "one.safetensors"
     tensors = safetensors.torch.load_file(single)
     for stated, kind in (("v", "v_prediction"), ("epsilon", "epsilon")):
-        about = {"modelspec.prediction_type": stated}
-        safetensors.torch.save_file(tensors, path, metadata=about)
+        metadata = {"modelspec.prediction_type": stated}
+        safetensors.torch.save_file(tensors, path, metadata=metadata)
         assert open_base(path).scheduler_config["prediction_type"] == kind
 
 
@@ -209,20 +209,20 @@ def test_a_vae_of_its_own(single: Path, base: Path, tmp_path: Path) -> None:
     safetensors.torch.save_file(
         {**own, "loss.logvar": torch.ones(1)}, alone, metadata={"shardtune.configs": text}
     )
-    theirs = tmp_path / "theirs" / "vae.safetensors"
-    shutil.copytree(base / "vae", theirs.parent)
-    next(theirs.parent.glob("*.safetensors")).rename(theirs)
+    reference = tmp_path / "theirs" / "vae.safetensors"
+    shutil.copytree(base / "vae", reference.parent)
+    next(reference.parent.glob("*.safetensors")).rename(reference)
     expected = load_vae(open_base(base).vae, torch.float32).state_dict()
-    for source in (single, alone, theirs, base / "vae"):
-        found = load_vae(open_vae(str(source)), torch.float32)
-        assert found.config.scaling_factor == 0.25
-        assert all(torch.equal(t, expected[n]) for n, t in found.state_dict().items())
-        digests = {weights_digest(open_vae(str(one))) for one in (source, base)}
+    for source in (single, alone, reference, base / "vae"):
+        actual = load_vae(open_vae(str(source)), torch.float32)
+        assert actual.config.scaling_factor == 0.25
+        assert all(torch.equal(t, expected[n]) for n, t in actual.state_dict().items())
+        digests = {weights_digest(open_vae(str(item))) for item in (source, base)}
         assert len(digests) == 1
 
 
 @pytest.mark.slow
-def test_another_vae_draws_other_pictures(single: Path, base: Path, tmp_path: Path) -> None:
+def test_another_vae_draws_other_images(single: Path, base: Path, tmp_path: Path) -> None:
     part = parts_of(base)["vae"]
     part.tensors["decoder.conv_out.bias"][:] += 0.5
     other = tmp_path / "vae.safetensors"
@@ -237,19 +237,21 @@ def test_one_clip_tokenizer_does_for_both(base: Path, single: Path, tmp_path: Pa
     folder.mkdir()
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(base / "tokenizer" / name, folder)
-    for mine, theirs, name in zip(
+    for actual, expected, name in zip(
         load_tokenizers(open_base(single, tokenizers=folder)),
         load_tokenizers(open_base(base)),
         TOKENIZERS,
         strict=True,
     ):
         for text in TEXTS:
-            ids = [t(text, padding="max_length", truncation=True).input_ids for t in (mine, theirs)]
+            ids = [
+                t(text, padding="max_length", truncation=True).input_ids for t in (actual, expected)
+            ]
             assert ids[0] == ids[1]
-        ours, own = (
+        result, own = (
             open_base(single, tokenizers=given).tokenizer(name) for given in (folder, base)
         )
-        assert tokenizer_digest(ours) == tokenizer_digest(own)
+        assert tokenizer_digest(result) == tokenizer_digest(own)
     assert len({tokenizer_digest(open_base(base).tokenizer(name)) for name in TOKENIZERS}) == 2
 
 
@@ -262,10 +264,10 @@ def test_tokenizers_of_the_local_hub_cache(
     (snapshots / "refs").mkdir()
     (snapshots / "refs" / "main").write_text("0" * 40)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    for mine, theirs in zip(
+    for actual, expected in zip(
         load_tokenizers(open_base(single)), load_tokenizers(open_base(base)), strict=True
     ):
-        assert mine("a cat!").input_ids == theirs("a cat!").input_ids
+        assert actual("a cat!").input_ids == expected("a cat!").input_ids
 
 
 def test_tokenizers_that_are_nowhere(single: Path) -> None:

@@ -30,8 +30,8 @@ def single(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Commands:
     """The three commands, with a base that they refuse, and tokenizers that are good."""
 
-    def __init__(self, folder: Path, pictures: Path, cache: Path, tokenizers: Path) -> None:
-        self.folder, self.image_folder, self.cache = folder, pictures, cache
+    def __init__(self, folder: Path, images: Path, cache: Path, tokenizers: Path) -> None:
+        self.folder, self.image_folder, self.cache = folder, images, cache
         self.tokenizers = tokenizers
 
     def encode(self, base: Path, tokenizers: Path | None = None) -> str:
@@ -57,27 +57,27 @@ class Commands:
 
 
 @pytest.fixture
-def commands(tmp_path: Path, pictures: Path, cache: Path, base: Path) -> Commands:
-    return Commands(tmp_path, pictures, cache, base)
+def commands(tmp_path: Path, images: Path, cache: Path, base: Path) -> Commands:
+    return Commands(tmp_path, images, cache, base)
 
 
 def test_a_missing_unet_tensor(commands: Commands, single: Path, tmp_path: Path) -> None:
     path = rewrite(single, {BLOCK + "in_layers.2.weight": None}, tmp_path / "one.safetensors")
-    what = f"{path}: weights of another model, or damaged: 1 tensors missing, e.g. "
+    problem = f"{path}: weights of another model, or damaged: 1 tensors missing, e.g. "
     for line in (commands.train(path), commands.generate(path)):
-        assert what + "down_blocks.0.resnets.0.conv1.weight" in line
+        assert problem + "down_blocks.0.resnets.0.conv1.weight" in line
 
 
 @pytest.mark.parametrize(
-    ("component", "what"),
+    ("component", "problem"),
     [("text_encoder", "text encoder 1 (CLIP-L)"), ("text_encoder_2", "text encoder 2 (OpenCLIP")],
 )
 def test_a_missing_text_encoder(
-    commands: Commands, base: Path, tmp_path: Path, component: str, what: str
+    commands: Commands, base: Path, tmp_path: Path, component: str, problem: str
 ) -> None:
     path = write_single(base, tmp_path / "one.safetensors", component)
     for line in (commands.encode(path), commands.generate(path)):
-        assert f"{path}: holds no {what}" in line
+        assert f"{path}: holds no {problem}" in line
 
 
 def test_a_stable_diffusion_1_file(commands: Commands, tmp_path: Path) -> None:
@@ -166,12 +166,12 @@ def test_tensors_that_do_not_belong_there(commands: Commands, single: Path, tmp_
 @pytest.mark.parametrize("component", MODELS)
 def test_a_missing_model(base: Path, tmp_path: Path, component: str) -> None:
     path = write_single(base, tmp_path / "one.safetensors", component)
-    what = {"unet": "UNet", "vae": "VAE", "text_encoder": "text encoder 1"}
-    assert f"holds no {what.get(component, 'text encoder 2')}" in refused(path, component)
+    names = {"unet": "UNet", "vae": "VAE", "text_encoder": "text encoder 1"}
+    assert f"holds no {names.get(component, 'text encoder 2')}" in refused(path, component)
 
 
 @pytest.mark.parametrize(
-    ("name", "what"),
+    ("name", "problem"),
     [
         ("model.diffusion_model.input_blocks.0.0.weight", "its UNet has no label_emb"),
         ("lora_unet_middle_block_1_proj_in.lora_down.weight", "a LoRA"),
@@ -183,10 +183,10 @@ def test_a_missing_model(base: Path, tmp_path: Path, component: str) -> None:
         ("something.else", "holds no UNet"),
     ],
 )
-def test_a_file_of_something_else(tmp_path: Path, name: str, what: str) -> None:
+def test_a_file_of_something_else(tmp_path: Path, name: str, problem: str) -> None:
     path = tmp_path / "one.safetensors"
     safetensors.torch.save_file({name: torch.ones(2)}, path)
-    assert what in refused(path)
+    assert problem in refused(path)
 
 
 def test_a_small_model_without_its_configs(single: Path, tmp_path: Path) -> None:
@@ -226,5 +226,5 @@ def test_a_header_that_contradicts_itself(commands: Commands, single: Path, tmp_
 def test_where_a_file_is_cut(single: Path, tmp_path: Path, left_bytes: int) -> None:
     path = tmp_path / "one.safetensors"
     path.write_bytes(single.read_bytes()[:left_bytes])
-    what = "truncated" if left_bytes in (-1, 90_000) else "not a whole safetensors file"
-    assert what in refused(path)
+    problem = "truncated" if left_bytes in (-1, 90_000) else "not a whole safetensors file"
+    assert problem in refused(path)

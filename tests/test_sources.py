@@ -18,8 +18,8 @@ from tests.conftest import Encode
 from tests.folders import (
     captions,
     files_in,
+    image_bytes,
     key_of,
-    picture,
     put,
     put_list,
     read_one,
@@ -56,7 +56,7 @@ HIDDEN = [".hidden.png", ".hidden/same.png", ".png"]  # taken where a list names
 def many_names(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("names")
     for name in NAMES:
-        put(folder / name, f"about {name}", picture("JPEG" if name.endswith("jpg") else "PNG"))
+        put(folder / name, f"about {name}", image_bytes("JPEG" if name.endswith("jpg") else "PNG"))
     if len(files_in(folder)) < len(NAMES):
         pytest.skip("this file system merges names")
     return folder
@@ -92,26 +92,26 @@ def test_no_name_in_a_list_is_lost_or_merged(many_names: Path, tmp_path: Path) -
 def test_every_name_is_in_the_cache(many_names: Path, tmp_path: Path, encode_to: Encode) -> None:
     folder = encode_to(many_names, tmp_path / "cache")
     cache = Cache(folder)
-    ours: dict[str, str] = {}
+    actual: dict[str, str] = {}
     for group in cache.groups():
         for row in range(group.count):
             shard, inside = cache.locate(group, row)
-            ours[shard.index.key(inside)] = shard.metadata(inside)["path"]
-    assert ours == {key_of(name): name for name in NAMES}
+            actual[shard.index.key(inside)] = shard.metadata(inside)["path"]
+    assert actual == {key_of(name): name for name in NAMES}
 
-    theirs: dict[str, str] = {}
+    expected: dict[str, str] = {}
     tars = [str(path) for path in sorted(folder.glob("*.tar"))]
     for sample in webdataset.WebDataset(tars, shardshuffle=False):
         assert set(sample) >= {"json", "safetensors"}
-        theirs[sample["__key__"]] = json.loads(sample["json"])["path"]
-    assert theirs == ours
+        expected[sample["__key__"]] = json.loads(sample["json"])["path"]
+    assert expected == actual
     assert (folder / "rejected.jsonl").read_bytes() == b""
 
 
 # Captions.
 
 
-def test_texts_beside_pictures(tmp_path: Path) -> None:
+def test_texts_beside_images(tmp_path: Path) -> None:
     put(tmp_path / "a.jpg", "  a cat\n")
     put(tmp_path / "b.webp", b"\xef\xbb\xbfa dog\r\n")
     put(tmp_path / "c.JPEG", "two\nlines")
@@ -178,7 +178,7 @@ def test_val_share_is_by_key_and_stable(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("share", "empty"), [(1e-9, "val"), (1 - 1e-9, "train")])
-def test_a_side_without_pictures_is_an_error(tmp_path: Path, share: float, empty: str) -> None:
+def test_a_side_without_images_is_an_error(tmp_path: Path, share: float, empty: str) -> None:
     put(tmp_path / "a.png", "a")
     with pytest.raises(ValueError, match=f"--val-share .* leaves no image for {empty}$"):
         split_by_share(read_one(tmp_path), share)
@@ -218,9 +218,9 @@ def test_empty_captions_are_kept_where_they_are_meant(tmp_path: Path) -> None:
         assert set(reasons(source)) == {"missing.png"}
 
 
-def test_a_link_is_a_picture_like_any_other(tmp_path: Path) -> None:
+def test_a_link_is_an_image_like_any_other(tmp_path: Path) -> None:
     """In a list as in a folder: big sets are often made of links to one store."""
-    put(tmp_path / "store" / "x.png", data=picture("PNG", 8))
+    put(tmp_path / "store" / "x.png", data=image_bytes("PNG", 8))
     for name in ("listed", "loose"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "link.png").symlink_to(tmp_path / "store" / "x.png")
@@ -258,7 +258,7 @@ def both_lists(folder: Path) -> None:
         put_list(folder, {"file_name": "a.png", "text": "a"}, name=name)
 
 
-def loose_pictures(folder: Path) -> None:
+def loose_images(folder: Path) -> None:
     for name in ("train/a.png", "val/a.png", "loose.png"):
         put(folder / name, "a")
 
@@ -275,7 +275,7 @@ def empty_val(folder: Path) -> None:
         (lambda folder: None, "set: no images in it"),
         (lambda folder: put(folder / "a.md", "a"), "set: no images in it"),
         (both_lists, "both captions.jsonl and metadata.jsonl"),
-        (loose_pictures, "loose.png lies beside train/ and val/"),
+        (loose_images, "loose.png lies beside train/ and val/"),
         (empty_val, "val: no images in it"),
     ],
     ids=["gone", "empty", "no images", "both lists", "loose", "empty val"],

@@ -65,9 +65,9 @@ def test_what_lies_beside_them_is_named(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("x")
     with pytest.warns(UserWarning, match=HELD_OUT) as caught:
         assert paths(tmp_path) == {"train": {"a.png"}, "val": {"b.png"}}
-    said = "\n".join(str(one.message) for one in caught)
-    assert "not read, as only train/ and val/ are: README.md, eval/, test/" in said
-    assert "1 image held out and not encoded, by the name of Test/" in said
+    message = "\n".join(str(warning.message) for warning in caught)
+    assert "not read, as only train/ and val/ are: README.md, eval/, test/" in message
+    assert "1 image held out and not encoded, by the name of Test/" in message
 
 
 @pytest.mark.parametrize("listed", [False, True])
@@ -105,8 +105,8 @@ def test_splits_at_any_depth_and_of_tars(tmp_path: Path) -> None:
         put(tmp_path / name, "x")
     with pytest.warns(UserWarning, match="by the name of") as caught:
         assert paths(tmp_path) == {"train": {"images/train/a.png"}, "val": {"images/val/b.png"}}
-    said = "\n".join(str(one.message) for one in caught)
-    assert "by the name of images/val/;" in said and "by the name of x-test-001.tar;" in said
+    message = "\n".join(str(warning.message) for warning in caught)
+    assert "by the name of images/val/;" in message and "by the name of x-test-001.tar;" in message
 
 
 def test_rows_may_say_their_split(tmp_path: Path) -> None:

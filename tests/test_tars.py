@@ -17,7 +17,7 @@ from precompute.dataset.sources import read_dataset
 from precompute.settings import EncodeSettings
 from shards.reader import Cache
 from tests.conftest import Encode
-from tests.folders import captions, picture, put, read_one, reasons
+from tests.folders import captions, image_bytes, put, read_one, reasons
 
 
 def put_tar(path: Path, members: dict[str, bytes], *, kind: int = tarfile.PAX_FORMAT) -> Path:
@@ -35,7 +35,7 @@ def as_downloaded(number: int, caption: str | None, **more: Any) -> dict[str, by
     key = f"{number:09d}"
     row = {"caption": caption, "url": "x", "key": key, "status": "success", "error_message": None}
     return {
-        f"{key}.jpg": picture("JPEG", 16 + number),
+        f"{key}.jpg": image_bytes("JPEG", 16 + number),
         f"{key}.txt": (caption or "").encode(),
         f"{key}.json": json.dumps(row | more, indent=4).encode(),
     }
@@ -97,8 +97,10 @@ def test_weight_repeats_and_captions_from_json(tmp_path: Path) -> None:
     members |= {f"{name}.png": b"1" for name in "abcde"} | {"b.txt": b"of b", "e.json": b"{"}
     put_tar(tmp_path / "x.tar", members)
     source = read_one(tmp_path)
-    found = {one.path: (one.captions, one.weight, one.repeats) for one in source.records}
-    assert found == {
+    results = {
+        record.path: (record.captions, record.weight, record.repeats) for record in source.records
+    }
+    assert results == {
         "x.tar/a.png": (("one", "two"), 0.5, 3),
         "x.tar/b.png": (("of b",), 1.0, 1),
     }
@@ -153,7 +155,7 @@ def damage(how: str, data: bytes) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("how", "whole"),
+    ("how", "complete"),
     [
         ("cut in a header", 1),
         ("cut in an image", 1),
@@ -164,18 +166,18 @@ def damage(how: str, data: bytes) -> bytes:
     ],
 )
 def test_a_damaged_tar_is_named_and_what_lies_before_is_read(
-    tmp_path: Path, how: str, whole: int
+    tmp_path: Path, how: str, num_read: int
 ) -> None:
     path = put_tar(tmp_path / "good.tar", SAMPLES)
     (tmp_path / "bad.tar").write_bytes(damage(how, path.read_bytes()))
     source = read_one(tmp_path)
     of_bad = [record.path for record in source.records if record.path.startswith("bad.tar/")]
-    assert len(of_bad) == whole and len(source.records) == 3 + whole
+    assert len(of_bad) == num_read and len(source.records) == 3 + num_read
     why = reasons(source).pop("bad.tar")
     assert why.startswith("damaged tar: ") and "byte" in why
 
 
-def test_what_is_no_tar_or_holds_no_pictures(tmp_path: Path) -> None:
+def test_what_is_no_tar_or_holds_no_images(tmp_path: Path) -> None:
     put_tar(tmp_path / "good.tar", SAMPLES)
     (tmp_path / "text.tar").write_bytes(b"no tar" * 200)
     (tmp_path / "empty.tar").write_bytes(b"")
@@ -220,16 +222,16 @@ def test_webdatasets_own_tars_are_encoded(tmp_path: Path, encode_to: Encode) -> 
     (tmp_path / "set").mkdir()
     with webdataset.TarWriter(str(tmp_path / "set" / "a.tar"), encoder=False) as writer:
         for number in range(3):
-            sample = {"png": picture(side=64), "txt": f"caption {number}".encode()}
+            sample = {"png": image_bytes(side=64), "txt": f"caption {number}".encode()}
             writer.write({"__key__": f"{number:05d}", **sample})
     cache = Cache(encode_to(tmp_path / "set", tmp_path / "cache"))
     (group,) = cache.groups()
     abouts = [shard.metadata(row) for shard, row in (cache.locate(group, n) for n in range(3))]
-    assert {one["path"]: one["captions"] for one in abouts} == {
+    assert {item["path"]: item["captions"] for item in abouts} == {
         f"a.tar/{number:05d}.png": [f"caption {number}"] for number in range(3)
     }
-    digest = hashlib.sha256(picture(side=64)).hexdigest()
-    assert {one["digests"]["picture"] for one in abouts} == {digest}
+    digest = hashlib.sha256(image_bytes(side=64)).hexdigest()
+    assert {item["digests"]["picture"] for item in abouts} == {digest}
 
 
 def test_names_and_messages_that_are_no_text_are_told_all_the_same(tmp_path: Path) -> None:
@@ -241,7 +243,7 @@ def test_names_and_messages_that_are_no_text_are_told_all_the_same(tmp_path: Pat
         archive.addfile(link)
     put(tmp_path / "good.png", "good")
     with pytest.warns(UserWarning, match="no images in this tar"):
-        found = reasons(read_one(tmp_path))
-    assert {*found} == {"x\\xff.tar.gz", "a.tar/1", "b.tar/l\\xff.png"}
-    assert found["a.tar/1"] == "failed: \\ud800"
-    assert all(text.encode() for text in [*found, *found.values()])
+        rejected = reasons(read_one(tmp_path))
+    assert {*rejected} == {"x\\xff.tar.gz", "a.tar/1", "b.tar/l\\xff.png"}
+    assert rejected["a.tar/1"] == "failed: \\ud800"
+    assert all(text.encode() for text in [*rejected, *rejected.values()])

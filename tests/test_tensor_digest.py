@@ -47,7 +47,7 @@ def test_every_dtype_is_named_as_the_library_names_it(tmp_path: Path) -> None:
     tensors = {name: torch.ones(2, 3).to(dtype) for dtype, name in DTYPES.items()}
     path = tmp_path / "x.safetensors"
     safetensors.torch.save_file(tensors, path)
-    assert {name: one.dtype for name, one in read_header(path)[0].items()} == {
+    assert {name: item.dtype for name, item in read_header(path)[0].items()} == {
         n: n for n in tensors
     }
     rare = digest_metadata({"x": torch.ones(2, dtype=torch.complex64)}, {})
@@ -189,8 +189,8 @@ def test_bytes_are_the_same_in_every_file(base: Path, tmp_path: Path) -> None:
         torch.manual_seed(3)
         made_lora(base, tmp_path / name)
     for name in (LORA, KOHYA):
-        one, two = ((tmp_path / folder / name).read_bytes() for folder in ("a", "b"))
-        assert one == two
-        (length,) = struct.unpack("<Q", one[:8])
-        keys = list(json.loads(one[8 : 8 + length])["__metadata__"])
+        first, second = ((tmp_path / folder / name).read_bytes() for folder in ("a", "b"))
+        assert first == second
+        (length,) = struct.unpack("<Q", first[:8])
+        keys = list(json.loads(first[8 : 8 + length])["__metadata__"])
         assert keys == sorted(keys) and KEY in keys

@@ -50,16 +50,16 @@ def test_each_variant_is_the_crop_it_claims(size: tuple[int, int], target: tuple
     image = noise(size)
     centre = cover(size, target)
     variants = plan_variants(centre, settings(crops=3, flip=True), "key")
-    found = render_variants(image, variants)
+    rendered = render_variants(image, variants)
     resized = np.asarray(image.resize(centre.resized, Image.Resampling.LANCZOS))
-    for one, pixels in zip(variants, found, strict=True):
-        height, width, top, left, *_ = one.sizes
+    for variant, pixels in zip(variants, rendered, strict=True):
+        height, width, top, left, *_ = variant.sizes
         assert (width, height) == size
-        seen = resized[:, ::-1] if one.flipped else resized
+        seen = resized[:, ::-1] if variant.flipped else resized
         expected = seen[top : top + target[1], left : left + target[0]]
         assert pixels.dtype == torch.uint8
         np.testing.assert_array_equal(pixels.permute(1, 2, 0).numpy(), expected)
-        assert torch.equal(pixels, render(image, one))
+        assert torch.equal(pixels, render(image, variant))
 
 
 @pytest.mark.parametrize("flip", [False, True])
@@ -67,26 +67,26 @@ def test_each_variant_is_the_crop_it_claims(size: tuple[int, int], target: tuple
 def test_which_variants_there_are(num: int, flip: bool) -> None:
     centre = cover((300, 100), (96, 48))
     variants = plan_variants(centre, settings(crops=num, flip=flip), "key")
-    plain = [one for one in variants if not one.flipped]
+    plain = [variant for variant in variants if not variant.flipped]
     assert len(set(variants)) == len(variants) == max(1, num) * (2 if flip else 1)
     assert plain == ([*random_crops(centre, num, "key")] if num else [centre])
     if flip:
-        assert [one.mirrored() for one in variants[len(plain) :]] == plain
+        assert [variant.mirrored() for variant in variants[len(plain) :]] == plain
 
 
 def test_a_mirrored_crop_shows_the_same_part() -> None:
     image, centre = noise((300, 100)), cover((300, 100), (96, 48))
     (crop,) = random_crops(centre, 1, "key")
-    one, other = render_variants(image, (crop, crop.mirrored()))
+    first, other = render_variants(image, (crop, crop.mirrored()))
     assert crop.crop[0] != crop.mirrored().crop[0]
-    assert torch.equal(other.flip(-1), one)
+    assert torch.equal(other.flip(-1), first)
 
 
 def test_random_crops_are_of_the_sample_and_lie_everywhere() -> None:
     centre = cover((104, 64), (96, 64))  # nine places
     assert centre.resized == (104, 64)
     assert random_crops(centre, 2, "a") == random_crops(centre, 5, "a")[:2], "a larger N only adds"
-    all_places = {one.crop for one in random_crops(centre, 50, "a")}
+    all_places = {crop.crop for crop in random_crops(centre, 50, "a")}
     assert all_places == {(left, 0) for left in range(9)}
     first = [random_crops(centre, 1, str(key))[0].crop[0] for key in range(900)]
     assert all(50 < first.count(left) < 150 for left in range(9)), "each as likely as another"
@@ -96,21 +96,21 @@ def test_random_crops_are_of_the_sample_and_lie_everywhere() -> None:
 # Masks.
 
 
-def cell_means(mask: npt.NDArray[np.uint8], one: Geometry) -> npt.NDArray[np.float64]:
+def cell_means(mask: npt.NDArray[np.uint8], first: Geometry) -> npt.NDArray[np.float64]:
     """A plain loop: the mask enlarged until each latent pixel is whole pixels of it."""
     rows, columns = mask.shape
     large = np.kron(
-        mask / 255, np.ones((one.resized[1], one.resized[0]))
+        mask / 255, np.ones((first.resized[1], first.resized[0]))
     )  # each pixel, resized x rows
-    large = large.reshape(one.resized[1], rows, one.resized[0], columns).mean(axis=(1, 3))
-    seen = large[:, ::-1] if one.flipped else large
-    (left, top), (width, height) = one.crop, one.target
+    large = large.reshape(first.resized[1], rows, first.resized[0], columns).mean(axis=(1, 3))
+    seen = large[:, ::-1] if first.flipped else large
+    (left, top), (width, height) = first.crop, first.target
     cut = seen[top : top + height, left : left + width]
-    found = np.zeros((height // 8, width // 8))
+    result = np.zeros((height // 8, width // 8))
     for row in range(height // 8):
         for column in range(width // 8):
-            found[row, column] = cut[8 * row : 8 * row + 8, 8 * column : 8 * column + 8].mean()
-    return found
+            result[row, column] = cut[8 * row : 8 * row + 8, 8 * column : 8 * column + 8].mean()
+    return result
 
 
 @pytest.mark.parametrize("shape", [(10, 20), (25, 50), (31, 62)])
@@ -118,13 +118,13 @@ def test_a_mask_is_the_mean_over_the_area_of_a_latent(shape: tuple[int, int]) ->
     mask = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     centre = cover((200, 100), (64, 48))
     variants = plan_variants(centre, settings(crops=2, flip=True), "key")
-    found = render_mask(mask, variants)
-    assert found.shape == (4, 1, 6, 8) and found.dtype == torch.float32
-    for one, values in zip(variants, found, strict=True):
-        np.testing.assert_allclose(values[0].numpy(), cell_means(mask, one), atol=1e-6)
+    masks = render_mask(mask, variants)
+    assert masks.shape == (4, 1, 6, 8) and masks.dtype == torch.float32
+    for variant, values in zip(variants, masks, strict=True):
+        np.testing.assert_allclose(values[0].numpy(), cell_means(mask, variant), atol=1e-6)
 
 
-def test_a_mask_lies_where_its_picture_shows_the_same() -> None:
+def test_a_mask_lies_where_its_image_shows_the_same() -> None:
     """An image that is its own mask: both shrink to the same, whatever the variant."""
     image = noise((20, 10), 1).convert("L").resize((400, 200), Image.Resampling.BICUBIC)
     for centre in (cover((400, 200), (96, 80)), stretch((400, 200), (64, 64))):
@@ -143,7 +143,7 @@ def test_whole_masks_are_exact() -> None:
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "RGB", "P", "I;16", "RGBA"])
-def test_mask_pictures_of_every_mode(mode: str) -> None:
+def test_mask_images_of_every_mode(mode: str) -> None:
     grey = Image.linear_gradient("L").resize((40, 20)).point(lambda v: 255 * (v > 99))
     if mode == "I;16":
         image = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
@@ -172,14 +172,14 @@ def test_a_mask_that_hides_all_is_refused() -> None:
         open_alpha(stored(Image.new("RGBA", (40, 20))))
 
 
-def test_alpha_is_upright_like_its_picture() -> None:
+def test_alpha_is_upright_like_its_image() -> None:
     image = noise((40, 20)).convert("RGBA")
     alpha = noise((40, 20), 5).getchannel(0)
     image.putalpha(alpha)
     expected = np.asarray(alpha)
-    found = open_alpha(stored(image))
-    assert found is not None
-    np.testing.assert_array_equal(found, expected)
+    actual = open_alpha(stored(image))
+    assert actual is not None
+    np.testing.assert_array_equal(actual, expected)
     exif = Image.Exif()
     exif[0x0112] = 6  # lies on its side
     data = stored(image, exif=exif)
@@ -190,15 +190,15 @@ def test_alpha_is_upright_like_its_picture() -> None:
     assert open_alpha(stored(noise((40, 20)))) is None
 
 
-def test_alpha_of_palettes_and_grey_pictures() -> None:
+def test_alpha_of_palettes_and_grey_images() -> None:
     values = np.zeros((8, 8), np.uint8)
     values[:, :3] = 7
     expected = 255 * (values != 7)
     deep = Image.fromarray(values.astype(np.uint16))
     for image in (Image.fromarray(values), Image.fromarray(values).convert("P"), deep):
-        found = open_alpha(stored(image, transparency=7))
-        assert found is not None
-        np.testing.assert_array_equal(found, expected, err_msg=image.mode)
+        alpha = open_alpha(stored(image, transparency=7))
+        assert alpha is not None
+        np.testing.assert_array_equal(alpha, expected, err_msg=image.mode)
 
 
 @pytest.mark.filterwarnings("ignore:.*settings changed")
@@ -215,8 +215,12 @@ def test_no_variant_is_cached_whose_mask_is_black_all_over(base: Path, tmp_path:
     make_old(data)
     report = encode(data, base, cache)
     assert report.num_samples == 1
-    assert {one.path for one in report.rejected} == {f"{number}.png" for number in range(1, 6)}
-    assert all("mask: all of it is black in the part" in one.reason for one in report.rejected)
+    assert {rejection.path for rejection in report.rejected} == {
+        f"{number}.png" for number in range(1, 6)
+    }
+    assert all(
+        "mask: all of it is black in the part" in rejection.reason for rejection in report.rejected
+    )
     report = encode(data, base, cache, crops=3, flip=True)
     dropped = dict(report.dropped_variants)
     assert dropped and 0 < sum(dropped.values()) == 6 * report.num_samples - report.num_variants
@@ -228,7 +232,7 @@ def test_no_variant_is_cached_whose_mask_is_black_all_over(base: Path, tmp_path:
         assert tensors["mask"].flatten(1).any(dim=1).all()
         centre = cover((320, 45), tuple(tensors["sizes"][0, [5, 4]].tolist()))
         planned = plan_variants(centre, settings(crops=3, flip=True), sample_key(path))
-        sizes = [one.sizes for one in planned]
+        sizes = [variant.sizes for variant in planned]
         assert all(row in sizes for row in tensors["sizes"].tolist())
         assert len({len(tensor) for name, tensor in tensors.items() if "prompt" not in name}) == 1
     before = encodes.contents(cache)

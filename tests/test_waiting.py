@@ -71,8 +71,8 @@ def test_the_host_reads_a_flag_a_step_or_nothing(base: Path, way: str, flags: in
     assert flags or watch.reads == []
 
 
-class Told:
-    """In a fused optimizer's place on a device without data."""
+class FusedStub:
+    """Stands in for a fused optimizer, on a device without data."""
 
     param_groups: list[dict[str, Any]] = [{}]  # noqa: RUF012
     _step_supports_amp_scaling = True
@@ -98,8 +98,8 @@ def test_no_copy_to_or_from_the_device_blocks(base: Path, monkeypatch: pytest.Mo
     parameters = dict(unet.named_parameters())
     optimizer = Optimizer(parameters, config_of(full=True), meta)
     assert not supports_found_inf(optimizer.joint)  # type: ignore[arg-type]
-    told: Any = Told()
-    optimizer.joint = told
+    optimizer_stub: Any = FusedStub()
+    optimizer.joint = optimizer_stub
     learner = Learner(
         unet=unet,
         forward=unet,
@@ -123,7 +123,7 @@ def test_no_copy_to_or_from_the_device_blocks(base: Path, monkeypatch: pytest.Mo
         for number in range(2):
             batch = made_batch(2, (4, 4, 4), **more)
             result = train_step(learner, iter([batch]), number, 1e-3)
-    assert told.steps == 2 and watch.reads == [] and watch.copies == []
+    assert optimizer_stub.steps == 2 and watch.reads == [] and watch.copies == []
     sums = losses_by_quarter([result])
     for value in (result.loss, result.grad_norm, result.finite, sums):
         assert value.device == meta

@@ -51,9 +51,9 @@ def rows_of(records: list[Any]) -> list[dict[str, Any]]:
 
 
 def only(records: list[Any], kind: str) -> Any:
-    found = [getattr(r, kind) for r in records if r.WhichOneof("record_type") == kind]
-    assert len(found) == 1, f"{len(found)} records of kind {kind}"
-    return found[0]
+    results = [getattr(r, kind) for r in records if r.WhichOneof("record_type") == kind]
+    assert len(results) == 1, f"{len(results)} records of kind {kind}"
+    return results[0]
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +82,8 @@ def run(base: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     def train() -> None:
         os.environ.clear()
         os.environ.update(env, **own)
-        for one in commands:
-            cli.commands(one, standalone_mode=False)
+        for item in commands:
+            cli.commands(item, standalone_mode=False)
 
     in_child(train)
     return folder / "run"
@@ -128,10 +128,10 @@ def test_values_are_those_of_metrics_jsonl(
 
 
 def test_a_resumed_run_goes_on_under_its_id(run: Path, parts: list[list[Any]]) -> None:
-    known = json.loads((run / "wandb.json").read_text())["id"]
+    run_id = json.loads((run / "wandb.json").read_text())["id"]
     assert len(parts) == 2
     for records in parts:
-        assert only(records, "run").run_id == known
+        assert only(records, "run").run_id == run_id
         assert only(records, "run").project == "a-project"
     assert [row["trainer/step"] for row in rows_of(parts[1])] == [5, 6]
     steps = [record.history.step.num for record in parts[1] if record.HasField("history")]
@@ -158,8 +158,8 @@ def test_the_artifact_is_the_weights_file(run: Path, parts: list[list[Any]]) -> 
 
 
 def test_the_settings_are_told(run: Path, parts: list[list[Any]]) -> None:
-    told = {u.key: u.value_json for u in only(parts[0], "run").config.update if u.key != "_wandb"}
-    settings = {name: json.loads(value) for name, value in told.items()}
+    logged = {u.key: u.value_json for u in only(parts[0], "run").config.update if u.key != "_wandb"}
+    settings = {name: json.loads(value) for name, value in logged.items()}
     after = unseal((run / "config.json").read_bytes())
     assert settings["steps"] == 4
     assert settings["lr"] == 1e-4

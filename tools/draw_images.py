@@ -1,4 +1,4 @@
-"""Draw captioned images of colored shapes, so that a demo or test needs no download."""
+"""Draws captioned images of colored shapes, so that a demo or test needs no download."""
 
 import random
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 from PIL import Image, ImageDraw
 
-COLOURS = ("red", "green", "blue", "yellow", "purple", "pink", "white", "black")
+COLORS = ("red", "green", "blue", "yellow", "purple", "pink", "white", "black")
 ASPECTS = ((3, 3), (4, 2.5), (2.5, 4))  # thirds of `size`: 96 gives 96x96, 128x80 and 80x128
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
@@ -17,12 +17,12 @@ def draw_images(folder: Path, count: int = 24, size: int = 96, seed: int = 0) ->
     choices = random.Random(seed)
     for index in range(count):
         width, height = (round(size * side / 3) for side in ASPECTS[index % len(ASPECTS)])
-        colour, ground = choices.sample(COLOURS, 2)
+        color, ground = choices.sample(COLORS, 2)
         shape = choices.choice(("circle", "square", "triangle"))
         image = Image.new("RGB", (width, height), ground)
-        _draw_shape(image, shape, colour, _random_box(width, height, choices))
+        _draw_shape(image, shape, color, _random_box(width, height, choices))
         image.save(folder / f"{index:03}.png")
-        caption = f"a {colour} {shape} on a {ground} ground\n"
+        caption = f"a {color} {shape} on a {ground} ground\n"
         (folder / f"{index:03}.txt").write_text(caption, encoding="utf-8")
 
 
@@ -33,15 +33,15 @@ def _random_box(width: int, height: int, choices: random.Random) -> Box:
     return left, top, left + side, top + side
 
 
-def _draw_shape(image: Image.Image, shape: str, colour: str, box: Box) -> None:
+def _draw_shape(image: Image.Image, shape: str, color: str, box: Box) -> None:
     draw = ImageDraw.Draw(image)
     if shape == "circle":
-        draw.ellipse(box, fill=colour)
+        draw.ellipse(box, fill=color)
     elif shape == "square":
-        draw.rectangle(box, fill=colour)
+        draw.rectangle(box, fill=color)
     else:
         left, top, right, bottom = box
-        draw.polygon([(left, bottom), (right, bottom), ((left + right) // 2, top)], fill=colour)
+        draw.polygon([(left, bottom), (right, bottom), ((left + right) // 2, top)], fill=color)
 
 
 @click.command()
@@ -50,7 +50,7 @@ def _draw_shape(image: Image.Image, shape: str, colour: str, box: Box) -> None:
 @click.option("--size", type=click.IntRange(min=8), default=96, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 def main(folder: Path, count: int, size: int, seed: int) -> None:
-    """Draw captioned images of colored shapes into FOLDER."""
+    """Draws captioned images of colored shapes into FOLDER."""
     draw_images(folder, count, size, seed)
 
 

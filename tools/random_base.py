@@ -1,4 +1,4 @@
-"""A small SDXL with random weights, in diffusers layout: every code path, none of the gigabytes.
+"""Makes a small SDXL with random weights, in diffusers' layout, for tests of every code path.
 
 Shapes: B images, C channels, H W image or latent size.
 """
@@ -53,11 +53,13 @@ def _text_encoders(tokenizer: Any) -> tuple[Any, Any]:
 
     from tools.small_sdxl import spread_embeddings, text_config
 
-    one = CLIPTextModel(text_config(tokenizer, WIDTH_1, 2, WIDTH_1, "quick_gelu"))
-    spread_embeddings(one, position_std=0.2)
-    two = CLIPTextModelWithProjection(text_config(tokenizer, WIDTH_2, 3, WIDTH_2, "gelu"))
-    spread_embeddings(two, position_std=0.2)
-    return one, two
+    text_encoder = CLIPTextModel(text_config(tokenizer, WIDTH_1, 2, WIDTH_1, "quick_gelu"))
+    spread_embeddings(text_encoder, position_std=0.2)
+    text_encoder_2 = CLIPTextModelWithProjection(
+        text_config(tokenizer, WIDTH_2, 3, WIDTH_2, "gelu")
+    )
+    spread_embeddings(text_encoder_2, position_std=0.2)
+    return text_encoder, text_encoder_2
 
 
 def _vae() -> Any:

@@ -1,4 +1,4 @@
-"""SDXL's parts at any width: what the trained miniature and the random base are both made of."""
+"""Builds SDXL's parts at any width, for the trained miniature and for the random base."""
 
 import json
 from pathlib import Path

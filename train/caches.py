@@ -1,4 +1,4 @@
-"""The caches of a run: opened, and refused where they were not made for its base."""
+"""Opens the caches of a run, and refuses those that do not fit its base or each other."""
 
 import warnings
 
@@ -90,14 +90,14 @@ def check_cache(cache: Cache, base: Base) -> None:
     folder, unet = base.unet.path, base.unet.config
     text, latents = cache.manifest["text"], cache.manifest.get("latents", {})
     added = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
-    for quantity, found, taken in (
+    for quantity, stored, taken in (
         ("prompt embeddings of width", text["depth"], unet["cross_attention_dim"]),
         ("pooled embeddings of width", text["pooled"], added),
         ("latent channels:", latents.get("channels"), unet["in_channels"]),
     ):
-        if found is not None and found != taken:
+        if stored is not None and stored != taken:
             raise ValueError(
-                f"{cache.folder}: holds {quantity} {found}, but {folder} takes {taken}: "
+                f"{cache.folder}: holds {quantity} {stored}, but {folder} takes {taken}: "
                 "encode the dataset with this base"
             )
 

@@ -1,7 +1,7 @@
 """Checkpoints: weights in their final format, the rest as safetensors and one JSON.
 
 ``RUN/checkpoints/checkpoint-STEP/`` appears by a rename, after all its files are on disk; the JSON
-holds their digests. A folder of that name is whole, or damaged and named.
+holds their digests. A folder of that name is complete, or it is reported as damaged.
 """
 
 import functools
@@ -61,11 +61,11 @@ THREAD = "checkpoint"  # the name of the one that writes
 MEMORY_SHARE = 0.8  # of what is free in main memory, for what is still to be written
 CLOSE_SECONDS = 60  # for the last checkpoint of a run that has failed
 _FIELDS = {  # of the JSON: a digest tells that it is as it was written, and not who wrote it
-    "step": schema.whole(),
-    "epoch": schema.whole(),
-    "batches_of_epoch": schema.whole(),
-    "global_batch": schema.whole(1),
-    "skipped_in_a_row": schema.whole(),
+    "step": schema.integer(),
+    "epoch": schema.integer(),
+    "batches_of_epoch": schema.integer(),
+    "global_batch": schema.integer(1),
+    "skipped_in_a_row": schema.integer(),
     "kind": schema.text,
     "plan": schema.text,
     "eval_loss": schema.maybe(lambda value: isinstance(value, float)),  # nan too

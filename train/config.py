@@ -1,4 +1,4 @@
-"""What a training run can be told. Imports no torch: ``--help`` is made from it."""
+"""The settings of a training run, and which exclude each other. No torch: ``--help`` reads them."""
 
 from dataclasses import MISSING, dataclass, fields
 from math import ceil

@@ -1,4 +1,4 @@
-"""How the processes of a training run talk to each other: one process, or torchrun's."""
+"""How the processes of a run exchange values and agree to stop; a run of one process needs none."""
 
 import sys
 from dataclasses import dataclass

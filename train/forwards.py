@@ -1,5 +1,6 @@
-"""Forward passes of LoRA layers, attention and ResNet blocks, for training: what peft and diffusers
-compute, in fewer operations.
+"""Faster forward passes for training: LoRA layers, attention and ResNet blocks.
+
+They compute what those of peft and diffusers do, in fewer operations.
 
 The modules stay peft's and diffusers', and so do names, parameters, loading and saving; only
 ``forward`` is replaced, and only where it is known to be the plain formula.

@@ -1,4 +1,4 @@
-"""One step of learning, one evaluation, and the warm-up before the first step."""
+"""The training step, the evaluation, and the warm-up before the first step."""
 
 import time
 from collections.abc import Iterable, Iterator

@@ -1,4 +1,4 @@
-"""What a run tells: a bar, ``metrics.jsonl``, and W&B. All of it from the main rank alone.
+"""The log of a run: a progress bar, ``metrics.jsonl`` and W&B, written by the main rank alone.
 
 Losses stay on the device until ``flush``: between two flushes the host never waits for the GPU.
 """

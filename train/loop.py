@@ -1,4 +1,4 @@
-"""A run, in the order in which it happens.
+"""The training run, in the order in which it happens: set up, train, evaluate, save.
 
 The life of a step: the plan says which samples are the next global batch, the same ones at any
 number of processes (``shards/plan.py``). Threads read this process's share of it from the shards
@@ -340,10 +340,10 @@ def _has_finite_data(run: Run, epoch: int, number: int, micro: int) -> list[bool
     return [bool(ok) for ok in finite.all(0).tolist()]
 
 
-def _listed(names: Iterable[str], most: int = 8) -> str:
+def _listed(names: Iterable[str], limit: int = 8) -> str:
     names = sorted(set(names))
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
 
 
 def _write_checkpoint(run: Run, step: int, kind: str, *, wait: bool) -> None:

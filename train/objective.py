@@ -1,4 +1,4 @@
-"""What is learned: the noise schedule, noising, targets, losses. Pure functions.
+"""The training objective: noise schedule, noising, targets and losses, as pure functions.
 
 Legend: B samples, C channels, h w latent size, T timesteps of the schedule. Noise and times are
 arguments, and losses go out per sample: weighting, logging and tests share one path.

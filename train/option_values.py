@@ -1,4 +1,4 @@
-"""The values that options of a run take: caches, intervals, numbers in a range. No torch."""
+"""Types and ranges of a run's options: caches with their weights, intervals. Imports no torch."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""What is printed before a run (``--dry-run``), and at its end."""
+"""Describes a run: the plan that ``--dry-run`` prints, and the summary at the end."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

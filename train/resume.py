@@ -1,4 +1,4 @@
-"""Where a run starts: at nothing, or where an earlier one stopped, exactly."""
+"""Finds where a run starts: at step 0, or exactly where an earlier run stopped."""
 
 import warnings
 from collections.abc import Sequence

@@ -1,8 +1,9 @@
-"""What a run makes, in its final formats: a LoRA file, or a UNet folder as diffusers saves it.
+"""Writes and reads the weights of a run: a LoRA file, or a UNet folder as diffusers saves it.
 
-Of several ranks each writes files of its own, of bounded size: tensors are gathered one by one, and
-one rank keeps each. What is to be written comes file by file (``Write``), so that it can be written
-at once, one file in memory at a time, or be kept in memory and written beside the next steps.
+Where there are several ranks, each writes files of its own, of bounded size: tensors are gathered
+one by one, and one rank keeps each. What is to be written comes file by file (``Write``), so that
+it can be written at once, one file in memory at a time, or be kept in memory and written beside
+the next steps.
 """
 
 import json
@@ -313,8 +314,8 @@ def publish(
     partial_folder = run / f"{UNET}{PARTIAL}"
     if world.is_main:
         remove_path(partial_folder)
-        halves = sum(2 * parameter.numel() for parameter in unet.parameters())
-        check_space(run / UNET, size + halves)
+        half_bytes = sum(2 * parameter.numel() for parameter in unet.parameters())
+        check_space(run / UNET, size + half_bytes)
         partial_folder.mkdir()
     world.wait()  # the others write into it too
     with writing(run / UNET), removed_on_error(partial_folder):

@@ -89,9 +89,13 @@ def find_masks(paths: Iterable[str]) -> Masks:
     for stem in exact:
         lower.setdefault(stem.lower(), []).append(stem)
     for path, stems in candidates.items():
-        own = stem_of(path)
+        own_stem = stem_of(path)
         matches = next(
-            (image_stems for stem in stems if (image_stems := _matches(stem, own, exact, lower))),
+            (
+                image_stems
+                for stem in stems
+                if (image_stems := _matches(stem, own_stem, exact, lower))
+            ),
             [],
         )
         for stem in matches:
@@ -100,10 +104,10 @@ def find_masks(paths: Iterable[str]) -> Masks:
     return masks
 
 
-def _matches(stem: str, own: str, exact: set[str], lower: dict[str, list[str]]) -> list[str]:
-    if stem in exact and stem != own:
+def _matches(stem: str, own_stem: str, exact: set[str], lower: dict[str, list[str]]) -> list[str]:
+    if stem in exact and stem != own_stem:
         return [stem]
-    return sorted(candidate for candidate in lower.get(stem.lower(), ()) if candidate != own)
+    return sorted(candidate for candidate in lower.get(stem.lower(), ()) if candidate != own_stem)
 
 
 # The images, and the captions beside them. A tar (``tars.py``) is read as its files would be.

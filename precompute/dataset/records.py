@@ -65,8 +65,8 @@ class Blob:
             if error.errno not in FILE_ERRNOS:
                 error.filename = os.fspath(self.file)  # an error of a read names no file
                 raise
-            is_gone = error.errno == errno.ENOENT
-            why = "no such file" if is_gone else f"cannot be read: {error.strerror}"
+            is_missing = error.errno == errno.ENOENT
+            why = "no such file" if is_missing else f"cannot be read: {error.strerror}"
             raise ValueError(why) from error
         if changed or len(data) != self.size:
             raise ValueError("it changed while the dataset was encoded; encode again")
@@ -142,9 +142,9 @@ class Memory:
     to [size, mtime_ns, content]. The content is what ``read`` made of the file.
     """
 
-    known: dict[str, list[Any]] = field(default_factory=dict)
+    stored: dict[str, list[Any]] = field(default_factory=dict)
     seen: dict[str, list[Any]] = field(default_factory=dict)
-    _now: int = field(default_factory=time.time_ns)
+    _started: int = field(default_factory=time.time_ns)
 
     def recall(self, path: str, size: int, mtime_ns: int, read: Callable[[], Any]) -> Any:
         """The content of a file: remembered if size and mtime are the same, else from
@@ -154,7 +154,7 @@ class Memory:
 
     def find(self, path: str, size: int, mtime_ns: int) -> Any:
         """The remembered content of a file if its size and mtime are the same, else None."""
-        row = self.known.get(path)
+        row = self.stored.get(path)
         if row is None or row[0] != size or row[1] != mtime_ns:
             return None
         self.seen[path] = row
@@ -162,7 +162,7 @@ class Memory:
 
     def remember(self, path: str, size: int, mtime_ns: int, content: Any) -> Any:
         """Remember the content, unless the file may change unnoticed; return the content."""
-        if mtime_ns < self._now - MTIME_GRACE_NS:
+        if mtime_ns < self._started - MTIME_GRACE_NS:
             self.seen[path] = [size, mtime_ns, content]
         return content
 

@@ -111,10 +111,10 @@ def split_by_share(source: Source, val_share: float) -> dict[str, Source]:
 
     parts = {}
     for name in (TRAIN, VAL):
-        wanted = name == VAL
+        in_val = name == VAL
         parts[name] = Source(
-            [record for record in source.records if is_val(record.key) == wanted],
-            [rejected for rejected in source.rejected if is_val(rejected.key) == wanted],
+            [record for record in source.records if is_val(record.key) == in_val],
+            [rejected for rejected in source.rejected if is_val(rejected.key) == in_val],
         )
         if not parts[name].records:
             raise ValueError(f"--val-share {val_share} leaves no image for {name}")
@@ -138,8 +138,8 @@ def read_source(folder: Path, settings: EncodeSettings, memory: Memory, prefix: 
             hidden = hidden + [tar.dataset_path(name) for name in tar.hidden]
             unused += [tar.dataset_path(name) for name in tar.files if name not in tar.used]
     items += [Rejected(path, why) for path, why in tree.unread_folders.items()]
-    asked = (path for path in tree.irregular if path not in tree.used and _is_asked_for(path))
-    items += [Rejected(path, tree.irregular[path]) for path in [*asked]]
+    unreadable = (path for path in tree.irregular if path not in tree.used and _is_input(path))
+    items += [Rejected(path, tree.irregular[path]) for path in [*unreadable]]
     items = [*repeat_folders(items, settings.repeat_folders)]
     unused += _unused(tree, {item.path for item in items})
     source = _sorted(items, hidden, unused)
@@ -229,7 +229,7 @@ def _read_tar_images(tree: Tree, tar: TarMembers, settings: EncodeSettings) -> I
     yield from tar.rejected({stem_of(name) for name in tar.files if is_image(name)})
 
 
-def _is_asked_for(path: str) -> bool:
+def _is_input(path: str) -> bool:
     """Whether a file would be read if it were a regular file."""
     endings = (*IMAGE_ENDINGS, *TEXTS, ".tar", *LISTS, *TABLES)
     return path.lower().endswith(endings) or bool(unread_image(path))
@@ -274,26 +274,26 @@ def _named(paths: list[str]) -> str:
     return f"{most}; e.g. {', '.join(paths[:MAX_NAMED])}"
 
 
-def repeat_folders(items: Iterable[Item], wanted: bool) -> Iterator[Item]:
-    """Apply the repeats of folders named ``N_name`` if ``wanted``, or warn that they do not
+def repeat_folders(items: Iterable[Item], enabled: bool) -> Iterator[Item]:
+    """Apply the repeats of folders named ``N_name`` if ``enabled``, or warn that they do not
     count."""
     folders: dict[str, int] = {}
     for item in items:
         parts = [part for part in item.path.split("/")[:-1] if not part.lower().endswith(".tar")]
         name = next((part for part in reversed(parts) if REPEATS.fullmatch(part)), "")
-        if name and (wanted or isinstance(item, SourceImage)):
+        if name and (enabled or isinstance(item, SourceImage)):
             folders[name] = int(name.partition("_")[0])
         if name and isinstance(item, SourceImage):
-            if wanted and not folders[name]:
+            if enabled and not folders[name]:
                 item = Rejected(item.path, f"its folder {name} takes it 0 times an epoch")
-            elif wanted and item.repeats * folders[name] > MAX_REPEATS:
+            elif enabled and item.repeats * folders[name] > MAX_REPEATS:
                 item = Rejected(item.path, f"more than {MAX_REPEATS} repeats with those of {name}")
-            elif wanted:
+            elif enabled:
                 item = replace(item, repeats=item.repeats * folders[name])
         yield item
-    if wanted and not folders:
+    if enabled and not folders:
         warnings.warn("--repeat-folders: no folder with images is named N_name", stacklevel=2)
-    if folders and not wanted:
+    if folders and not enabled:
         name, repeats = min(folders.items())
         warnings.warn(
             f"{name}/: each of its images is taken once an epoch; if the name means {repeats} "

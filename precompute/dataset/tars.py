@@ -140,8 +140,8 @@ class TarMembers:
             yield Rejected(self.path, f"damaged tar: {self.damage}; what lies before it is read")
 
 
-def too_large(num_bytes: int, most: int) -> str:
-    return f"{format_bytes(num_bytes)}, where at most {format_bytes(most)} are read"
+def too_large(num_bytes: int, limit: int) -> str:
+    return f"{format_bytes(num_bytes)}, where at most {format_bytes(limit)} are read"
 
 
 def open_tar(

@@ -127,11 +127,11 @@ def _libtiff_messages() -> Iterator[list[bytes]]:
     """
     messages: list[bytes] = []
     try:
-        own = tempfile.TemporaryFile()  # noqa: SIM115
+        buffer = tempfile.TemporaryFile()  # noqa: SIM115
     except OSError:  # no room for it, which is no fault of the image
         yield messages
         return
-    with _stderr, own as file:
+    with _stderr, buffer as file:
         try:
             before = os.dup(2)
         except OSError:  # there is no stderr
@@ -383,11 +383,11 @@ def _profile(body: bytes) -> bytes | None:
     return _unpack(rest[1:], MAX_PROFILE) if rest[:1] == b"\0" else None
 
 
-def _unpack(packed: bytes, most: int) -> bytes | None:
+def _unpack(packed: bytes, limit: int) -> bytes | None:
     """Unpack zlib data; None if it is damaged, or unpacks to more than ``most`` bytes."""
     unpacker = zlib.decompressobj()
     try:
-        unpacked = unpacker.decompress(packed, most)
+        unpacked = unpacker.decompress(packed, limit)
     except zlib.error:
         return None
     return unpacked if unpacker.eof else None

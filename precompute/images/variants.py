@@ -1,4 +1,4 @@
-"""The variants of an image that are cached: random crops, each also mirrored, and their pixels."""
+"""Chooses and renders the variants of an image that are cached: random crops, mirrored or not."""
 
 from collections.abc import Sequence
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The plan of one output cache (train or val): how it is made, prepared and finished."""
+"""Plans one output cache (train or val), prepares its folder, and finishes it."""
 
 import json
 import warnings
@@ -96,8 +96,8 @@ def check_out(folder: Path, dataset: Path) -> None:
         raise ValueError(f"{folder}: not a folder")
     names = [path.name for path in folder.iterdir()] if folder.exists() else []
     cache_files = (UNCONDITIONAL, MANIFEST, PLAN)
-    known = (*ENCODE_FILES, REPLACED)
-    foreign = [name for name in names if name not in known and not name.endswith(PARTIAL)]
+    own_names = (*ENCODE_FILES, REPLACED)
+    foreign = [name for name in names if name not in own_names and not name.endswith(PARTIAL)]
     if foreign and not any(name in names for name in cache_files) and not shard_names(folder):
         raise ValueError(
             f"{folder}: not empty and no cache (holds {min(foreign)}); give another --out"
@@ -307,11 +307,11 @@ def finish(plan: CachePlan, report: Report, encoders: Encoders, memory: Memory) 
     if total is not None and report.num_samples:
         fields["latents"] = {"channels": len(total.gram) - 1, **total.statistics()}
         fields["latent_rgb"] = total.fit()
-        gone = {rejection.key for rejection in rejected}
+        rejected_keys = {rejection.key for rejection in rejected}
         first = [
             candidate
             for candidate in plan.check_candidates
-            if candidate.planned.record.key not in gone
+            if candidate.planned.record.key not in rejected_keys
         ]
         fields["sanity"] = check_cache(
             folder, plan.recipe, first, fingerprints, plan.sanity, encoders

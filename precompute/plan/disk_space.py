@@ -1,4 +1,4 @@
-"""The bytes that a cache takes, before anything is encoded; and whether the disk has them."""
+"""Estimates the bytes that a cache will take, and whether the disk has room for them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

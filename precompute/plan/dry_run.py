@@ -1,4 +1,4 @@
-"""What an encode would do, without loading a model or writing a byte."""
+"""Reports what an encode would do (``--dry-run``), without loading a model or writing a byte."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -98,17 +98,16 @@ def _describe_captions(
     for start in range(0, len(captions), CAPTIONS_AT_ONCE):
         texts = [text for text, _ in captions[start : start + CAPTIONS_AT_ONCE]]
         lengths += map(len, tokenizer(texts, add_special_tokens=False).input_ids)
-    most = max_text_tokens(tokenizer) * num_chunks
+    max_tokens = max_text_tokens(tokenizer) * num_chunks
     limit = f"{num_chunks} chunks of 77 tokens" if num_chunks > 1 else "77 tokens"
-    long = [
-        (length, path) for length, (_, path) in zip(lengths, captions, strict=True) if length > most
-    ]
+    pairs = zip(lengths, captions, strict=True)
+    long = [(length, path) for length, (_, path) in pairs if length > max_tokens]
     empty = sum(not text for text, _ in captions)
     yield f"  captions: {len(captions):,}" + (f", {empty:,} of them empty" if empty else "")
     if long:
         worst = [f"{path} {length}" for length, path in _worst(long)]
         yield (
-            f"  cut: {len(long):,} captions longer than {limit} ({most} of the text's)"
+            f"  cut: {len(long):,} captions longer than {limit} ({max_tokens} of the text's)"
             + _worst_suffix(worst)
         )
         needed = -(-max(lengths) // max_text_tokens(tokenizer))

@@ -1,5 +1,7 @@
-"""Assigns each image to a shard. The assignment is fixed before any image is decoded: an image that
-fails later leaves a gap in its shard and moves no other.
+"""Assigns each image to a shard.
+
+The assignment is fixed before any image is decoded: an image that fails later leaves a gap in its
+shard and moves no other.
 """
 
 import hashlib
@@ -99,9 +101,9 @@ def assign_shards(
     kept: dict[str, list[PlannedSample]] = {}
     last: dict[tuple[Size, int], str] = {}  # of each group that keeps any shard
     for name, previous in sorted(before.items()):
-        found = [by_key.get(key) for key in previous.keys]
+        samples = [by_key.get(key) for key in previous.keys]
         stay = [
-            member for member in found if member is not None and _group(member) == previous.group
+            member for member in samples if member is not None and _group(member) == previous.group
         ]
         for member in stay:
             del by_key[member.record.key]

@@ -145,8 +145,8 @@ def _is_path(value: Any) -> bool:
 
 # What the lines must look like before they are believed.
 _HEADER = {"recipe": schema.record, "made_with": schema.record}
-_COUNT = schema.whole()
-_TIME = schema.whole(-(2**63), 2**63)  # in ns
+_COUNT = schema.integer()
+_TIME = schema.integer(-(2**63), 2**63)  # in ns
 _BLOB = schema.row(_is_path, _COUNT, _TIME, _COUNT)
 _GEOMETRY = schema.row(*[schema.each(_COUNT, 2)] * 4, schema.flag)
 _COPY_SOURCE = schema.row(schema.SHARD, _COUNT, schema.text, schema.text, _COUNT)

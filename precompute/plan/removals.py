@@ -83,10 +83,10 @@ def _refuse_removal(
     plan: CachePlan, lost: dict[str, tuple[str, int, bool]], settings: EncodeSettings
 ) -> None:
     num = num_existing(plan)
-    most = settings.max_removed
-    if most is None:
-        most = MAX_REMOVED if num >= FEW else MAX_REMOVED_OF_FEW
-    if len(lost) <= most * num + 1e-6:  # 0.29 * 100 is less than 29
+    max_share = settings.max_removed
+    if max_share is None:
+        max_share = MAX_REMOVED if num >= FEW else MAX_REMOVED_OF_FEW
+    if len(lost) <= max_share * num + 1e-6:  # 0.29 * 100 is less than 29
         return
     rejected = [rejection for rejection in plan.rejected if rejection.key in lost]
     why = []
@@ -95,10 +95,10 @@ def _refuse_removal(
             f"{len(rejected):,} would be rejected ({rejected[0].path}: {rejected[0].reason})"
         )
     if len(rejected) < len(lost):
-        gone = next(key for key in lost if key not in {rejection.key for rejection in rejected})
+        missing = next(key for key in lost if key not in {rejection.key for rejection in rejected})
         why.append(
             f"{len(lost) - len(rejected):,} are not in {settings.dataset}, or held out by the name "
-            f"of a split ({_path(plan, *lost[gone])})"
+            f"of a split ({_path(plan, *lost[missing])})"
         )
     raise ValueError(
         f"{plan.folder}: {len(lost):,} of its {num:,} samples would be removed: "
@@ -121,7 +121,7 @@ def _refuse_other_dataset(
     """By what this machine remembers, and where it remembers nothing by the images: samples whose
     image is still there, or whose name is that of one that is rejected now, are common."""
     num = num_existing(plan)
-    if notes.is_known or not num:
+    if notes.is_same_dataset or not num:
         return
     images = {planned.image_digest for planned in plan.planned if planned.image_digest}
     names = {rejection.key for rejection in plan.rejected}

@@ -87,10 +87,10 @@ def read_existing(folder: Path) -> dict[str, ExistingShard]:
         except (CacheError, OSError):
             continue
         members = index.header.get("members")
-        known = isinstance(members, list) and all(
+        is_valid = isinstance(members, list) and all(
             len(row) == 1 + len(FINGERPRINT_FIELDS) for row in members
         )
-        if known and size == index.header["tar_bytes"]:
+        if is_valid and size == index.header["tar_bytes"]:
             shards[name] = ExistingShard(folder, index)
     return shards
 

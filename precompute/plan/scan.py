@@ -49,9 +49,9 @@ class Notes:
         self._path = user_cache() / "datasets" / f"{name[:32]}.json"
         self._dataset = str(dataset.resolve())
         self.other_dataset: str | None = None  # what the cache was made from, if not this one
-        self.is_known = False  # whether it is remembered that this dataset made the cache
+        self.is_same_dataset = False  # whether it is remembered that this dataset made the cache
         self._stored = self._read()
-        self.memory = Memory() if rehash else Memory(known=self._stored)
+        self.memory = Memory() if rehash else Memory(stored=self._stored)
 
     def _read(self) -> dict[str, Any]:
         try:
@@ -61,20 +61,20 @@ class Notes:
             return {}
         if version != VERSION:
             return {}
-        self.is_known = dataset == self._dataset
-        self.other_dataset = None if self.is_known else str(dataset)
-        return files if self.is_known else {}
+        self.is_same_dataset = dataset == self._dataset
+        self.other_dataset = None if self.is_same_dataset else str(dataset)
+        return files if self.is_same_dataset else {}
 
     def write(self) -> None:
         """Keep what was seen; where that cannot be written, the next run is slower."""
-        if self.is_known and self.memory.seen == self._stored:
+        if self.is_same_dataset and self.memory.seen == self._stored:
             return
         notes = {"version": VERSION, "dataset": self._dataset, "files": self.memory.seen}
         try:
             write_checked(self._path, json.dumps(notes).encode())
         except OSError:
             return
-        self._stored, self.is_known = dict(self.memory.seen), True
+        self._stored, self.is_same_dataset = dict(self.memory.seen), True
 
 
 def plan_images(
@@ -128,12 +128,12 @@ def add_digests(
         if not isinstance(result, Rejected):
             remember_digest(memory, stamp(sample.record.image), result)
     rejected = [result for result in results.values() if isinstance(result, Rejected)]
-    gone = {rejection.key for rejection in rejected}
-    known = {key: result for key, result in results.items() if not isinstance(result, Rejected)}
+    rejected_keys = {rejection.key for rejection in rejected}
+    digests = {key: result for key, result in results.items() if not isinstance(result, Rejected)}
     return [
-        replace(sample, image_digest=known.get(sample.record.key, sample.image_digest))
+        replace(sample, image_digest=digests.get(sample.record.key, sample.image_digest))
         for sample in planned
-        if sample.record.key not in gone
+        if sample.record.key not in rejected_keys
     ], rejected
 
 

@@ -226,7 +226,7 @@ def _parse(path: Path, name: str, names: Mapping[str, Any]) -> tuple[str, str, s
         short = re.sub(old, new, short)
     module, role = _split_role(short, names)
     if role:
-        prefix = next((known for known in PREFIXES if module.startswith(known)), "")
+        prefix = next((start for start in PREFIXES if module.startswith(start)), "")
         module = module.removeprefix(prefix)
         if prefix == "base_model.model.":
             module = module.removeprefix("unet.")
@@ -285,8 +285,8 @@ def _peft_settings(path: Path) -> dict[str, Any]:
 def _module(
     path: Path, module: str, tensors: dict[str, torch.Tensor], settings: Mapping[str, Any]
 ) -> LoraWeights | Delta:
-    if len(given := {"down", "up"} & tensors.keys()) == 1:
-        missing = "up" if "down" in given else "down"
+    if len(present := {"down", "up"} & tensors.keys()) == 1:
+        missing = "up" if "down" in present else "down"
         raise ValueError(f"{path}: damaged or no LoRA: {module} has no {missing} weight")
     numbers = {n: _number(path, module, n, t) for n, t in tensors.items() if n in NUMBERS}
     factors = {name: t for name, t in tensors.items() if name not in NUMBERS}

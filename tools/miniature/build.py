@@ -1,4 +1,4 @@
-"""Build the miniature SDXL from nothing: less than an hour of one CPU core.
+"""Builds the miniature SDXL from nothing: less than an hour of one CPU core.
 
 Each step leaves its result in the work folder and is skipped where it is there already; the two
 trainings go on from their last checkpoint.

@@ -25,7 +25,7 @@ tags: [stable-diffusion-xl, miniature]
 # Miniature SDXL
 
 An SDXL of the real classes in {megabytes:.2f} MB, for trying things out and for tests: it draws one
-coloured shape on a coloured ground, 64x64 pixels, from sentences such as *{example}*.
+colored shape on a colored ground, 64x64 pixels, from sentences such as *{example}*.
 Trained from nothing on drawn images by `python -m tools.miniature.build`; the UNet through
 `cli.py encode` and `cli.py train --full` alone.
 
@@ -41,7 +41,7 @@ image.save("circle.png")
 | --- | --- | --- |
 {parts}
 
-It knows {colours};
+It knows {colors};
 {shapes};
 small and large; left, right, top, bottom, middle. It does not know hearts and moons: those are for
 a fine-tune to learn (`python cli.py demo`). It was trained on originals of 4 to 128 pixels and on
@@ -83,14 +83,14 @@ def write_card(asset: Path, drawn: Path, generate: Callable[[str], None]) -> Sco
         f"generate --base {asset} --prompts {prompts} --out {drawn}/images --num-steps 20 "
         "--batch-size 16"
     )
-    found = score(scenes, read_generated_images(drawn / "images", len(scenes)))
+    scores = score(scenes, read_generated_images(drawn / "images", len(scenes)))
     pipeline = _pipeline(asset)
     parts = {name: sum(p.numel() for p in getattr(pipeline, name).parameters()) for name in PARTS}
     rows = {
-        "shape as asked": f"{found.shape:.3f}",
-        "both colours as asked": f"{found.colours:.3f}",
-        "shape and colours as asked": f"{found.both:.3f}",
-        "overlap with the ideal shape (IoU)": f"{found.overlap:.3f}",
+        "shape as asked": f"{scores.shape:.3f}",
+        "both colors as asked": f"{scores.colors:.3f}",
+        "shape and colors as asked": f"{scores.both:.3f}",
+        "overlap with the ideal shape (IoU)": f"{scores.overlap:.3f}",
         "VAE, trained shapes": f"{_psnr(pipeline.vae, OLD_SHAPES):.1f} dB",
         "VAE, hearts and moons": f"{_psnr(pipeline.vae, ('heart', 'moon')):.1f} dB",
     }
@@ -99,7 +99,7 @@ def write_card(asset: Path, drawn: Path, generate: Callable[[str], None]) -> Sco
         megabytes=size / 1e6,
         example=captions[0],
         parts="\n".join(f"| {name} | {num:,} | {PARTS[name]} |" for name, num in parts.items()),
-        colours="red, green, blue, yellow, purple, orange, white, black",
+        colors="red, green, blue, yellow, purple, orange, white, black",
         shapes=", ".join(OLD_SHAPES),
         num=NUM_PROMPTS,
         scores=_table(rows),
@@ -109,7 +109,7 @@ def write_card(asset: Path, drawn: Path, generate: Callable[[str], None]) -> Sco
         responses="\n".join(_responses(pipeline)),
     )
     (asset / "README.md").write_text(card, encoding="utf-8")
-    return found
+    return scores
 
 
 def _table(rows: dict[str, str]) -> str:
@@ -138,7 +138,7 @@ def _psnr(vae: Any, shapes: tuple[str, ...]) -> float:
 def _responses(pipeline: Any) -> list[str]:
     rows = []
     for setting in SETTINGS:
-        found = measure_response(pipeline, setting, NUM_CONDITIONED, SEED + 1, num_steps=20)
-        means = (found["sharpness"], found["cut_sides"], found["cut_ends"])
+        scores = measure_response(pipeline, setting, NUM_CONDITIONED, SEED + 1, num_steps=20)
+        means = (scores["sharpness"], scores["cut_sides"], scores["cut_ends"])
         rows.append(f"| {setting} | {' | '.join(f'{mean:.2f}' for mean in means)} |")
     return rows

@@ -1,4 +1,4 @@
-"""One image of what a fine-tune changed: the same prompts and seeds, before above after."""
+"""Shows what a fine-tune changed in one image: the same prompts and seeds, before above after."""
 
 import textwrap
 from collections.abc import Sequence

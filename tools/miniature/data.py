@@ -1,4 +1,4 @@
-"""The data sets: what the miniature is trained on, and a sample one that it does not know.
+"""Makes the datasets: one that trains the miniature, and a sample of shapes that it does not know.
 
 Each is a folder of PNGs with a ``captions.jsonl``. The same seed draws the same images.
 """

@@ -45,9 +45,12 @@ def run_demo(out: Path, run: Run) -> Path:
         "old shapes it knows.",
         f"generate --base miniature --prompts {folder}/prompts.txt --out {folder}/before {DRAWING}",
     )
-    for name, what in (("new", "the new shapes"), ("old", "some old ones, to be remembered")):
+    for name, description in (
+        ("new", "the new shapes"),
+        ("old", "some old ones, to be remembered"),
+    ):
         do(
-            f"Encode {what}, once: VAE latents and text embeddings, into tar shards.",
+            f"Encode {description}, once: VAE latents and text embeddings, into tar shards.",
             f"encode {folder}/{name} --base miniature --out {folder}/cache-{name} {ENCODING}",
         )
     do(
@@ -88,10 +91,10 @@ def _finish(out: Path, scenes: Scenes, seconds: float) -> Path:
     lines = []
     for kind, part in parts.items():
         for when in ("before", "after"):
-            found = score(
+            scores = score(
                 everything[part], read_generated_images(out / when, len(everything))[part]
             )
-            lines.append(f"{kind} shapes {when:>6}: {found}")
+            lines.append(f"{kind} shapes {when:>6}: {scores}")
     shown = [*range(NUM_SHOWN), *range(NUM_PROMPTS, NUM_PROMPTS + NUM_SHOWN)]
     prompts = (out / "prompts.txt").read_text("utf-8").splitlines()
     image = out / "before-after.png"

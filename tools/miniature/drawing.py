@@ -1,4 +1,4 @@
-"""The miniature's world: one coloured shape on a coloured ground, and the sentence that says so.
+"""Draws the miniature's images: a colored shape on a colored ground, with a caption.
 
 Lengths are pixels unless they are called a share; a box is (left, top, right, bottom).
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
 
-COLOURS = {
+COLORS = {
     "red": (215, 35, 35),
     "green": (35, 150, 55),
     "blue": (40, 75, 215),
@@ -33,13 +33,13 @@ POSITIONS = {
     "in the middle": (0.5, 0.5),
 }  # where in its room to move, across and down
 SENTENCES = (
-    "a {size} {colour} {shape} {position} on a {ground} ground",
-    "a {size} {colour} {shape} on a {ground} ground {position}",
-    "{size} {colour} {shape} {position}, {ground} background",
-    "a picture of a {size} {colour} {shape} {position}, the ground is {ground}",
-    "on {ground} ground, a {size} {colour} {shape} {position}",
-    "the {size} {shape} {position} is {colour} and the ground is {ground}",
-    "there is a {size} {colour} {shape} {position} before a {ground} background",
+    "a {size} {color} {shape} {position} on a {ground} ground",
+    "a {size} {color} {shape} on a {ground} ground {position}",
+    "{size} {color} {shape} {position}, {ground} background",
+    "a picture of a {size} {color} {shape} {position}, the ground is {ground}",
+    "on {ground} ground, a {size} {color} {shape} {position}",
+    "the {size} {shape} {position} is {color} and the ground is {ground}",
+    "there is a {size} {color} {shape} {position} before a {ground} background",
 )
 SHARPER = 4  # drawn so many times too large, then reduced: smooth edges
 MARGIN = 2  # pixels that stay free around a shape
@@ -47,7 +47,7 @@ MARGIN = 2  # pixels that stay free around a shape
 # VAE itself draws edges no sharper.
 TINY = (4, 8)
 Box = tuple[float, float, float, float]
-Colour = tuple[int, int, int]
+Color = tuple[int, int, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class Scene:
     """What an image shows. ``size`` and ``position`` may be empty: unsaid, and so any."""
 
     shape: str
-    colour: str
+    color: str
     ground: str
     size: str = ""
     position: str = ""
@@ -70,12 +70,12 @@ def random_scene(
     choices: random.Random, shapes: tuple[str, ...] = OLD_SHAPES, size: str | None = None
 ) -> Scene:
     """A scene of one of the shapes; a third say a size (or all do, ``size``), a third where."""
-    colour, ground = choices.sample(list(COLOURS), 2)
+    color, ground = choices.sample(list(COLORS), 2)
     shape = choices.choice(shapes)
     size_word = choices.choice(("small", "large")) if choices.random() < 1 / 3 else ""
     return Scene(
         shape=shape,
-        colour=colour,
+        color=color,
         ground=ground,
         size=size_word if size is None else size,
         position=choices.choice(list(POSITIONS)) if choices.random() < 1 / 3 else "",
@@ -95,7 +95,7 @@ def draw_scene(
     box = tuple(SHARPER * length for length in (left, top, left + side, top + side))
     mask = Image.new("L", image.size, 0)
     draw_shape(mask, scene.shape, (box[0], box[1], box[2], box[3]))
-    image.paste(_shade(scene.colour, choices), mask=mask)
+    image.paste(_shade(scene.color, choices), mask=mask)
     return image.resize((width, height), Image.Resampling.BOX)
 
 
@@ -104,10 +104,10 @@ def shrink(image: Image.Image, side: int) -> Image.Image:
     return image.resize((side, side), Image.Resampling.BOX)
 
 
-def _shade(name: str, choices: random.Random) -> Colour:
-    """A colour near the named one."""
+def _shade(name: str, choices: random.Random) -> Color:
+    """A color near the named one."""
     red, green, blue = (
-        max(0, min(255, value + choices.randint(-10, 10))) for value in COLOURS[name]
+        max(0, min(255, value + choices.randint(-10, 10))) for value in COLORS[name]
     )
     return red, green, blue
 
@@ -196,12 +196,12 @@ _SHAPES: dict[str, Callable[[ImageDraw.ImageDraw, Box], None]] = {
 
 
 def draw_doodle(choices: random.Random, width: int = 64, height: int = 64) -> Image.Image:
-    """Random polygons, discs and slices in random colours: what a VAE learns to see from."""
+    """Random polygons, discs and slices in random colors: what a VAE learns to see from."""
 
-    def colour() -> Colour:
+    def color() -> Color:
         return choices.randrange(256), choices.randrange(256), choices.randrange(256)
 
-    image = Image.new("RGB", (width * SHARPER, height * SHARPER), colour())
+    image = Image.new("RGB", (width * SHARPER, height * SHARPER), color())
     pen = ImageDraw.Draw(image)
     for _ in range(choices.randint(1, 4)):
         radius = choices.uniform(0.12, 0.45) * min(image.size)
@@ -210,11 +210,11 @@ def draw_doodle(choices: random.Random, width: int = 64, height: int = 64) -> Im
         if kind == 0:
             turns = sorted(choices.uniform(0, math.tau) for _ in range(choices.randint(3, 7)))
             points = [(x + radius * math.cos(t), y + radius * math.sin(t)) for t in turns]
-            pen.polygon(points, fill=colour())
+            pen.polygon(points, fill=color())
         else:
             flat = radius * choices.uniform(0.5, 1)
             box = (x - radius, y - flat, x + radius, y + flat)
             start = choices.uniform(0, 360)
             length = 360 if kind == 1 else choices.uniform(60, 300)
-            pen.pieslice(box, start, start + length, fill=colour())
+            pen.pieslice(box, start, start + length, fill=color())
     return image.resize((width, height), Image.Resampling.BOX)

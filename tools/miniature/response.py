@@ -1,4 +1,4 @@
-"""How the miniature answers SDXL's size and crop numbers: are images blurred, are shapes cut?"""
+"""Measures how the miniature responds to SDXL's size and crop numbers: blur, shapes cut off."""
 
 import random
 from typing import Any

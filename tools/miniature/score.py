@@ -1,4 +1,4 @@
-"""What a drawn image shows, found by counting pixels: no network judges another.
+"""Scores generated images by counting pixels: which shape and colors each shows.
 
 Shapes: H W an image's size in pixels; a mask is [H, W] bool, true where the shape is.
 """
@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from tools.miniature.drawing import COLOURS, NEW_SHAPES, OLD_SHAPES, Scene, draw_shape
+from tools.miniature.drawing import COLORS, NEW_SHAPES, OLD_SHAPES, Scene, draw_shape
 
 Floats = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
@@ -24,7 +24,7 @@ SHARES = tuple(step / 100 for step in range(36, 92, 4))  # sizes tried, of the s
 class Seen:
     """What was found in an image. ``overlaps`` are, by shape, the best IoU at any size, place."""
 
-    colour: str
+    color: str
     ground: str
     mask: Mask
     overlaps: dict[str, float]
@@ -40,13 +40,13 @@ class Score:
 
     num: int
     shape: float
-    colours: float  # the shape's and the ground's together
+    colors: float  # the shape's and the ground's together
     both: float
     overlap: float
 
     def __str__(self) -> str:
         return (
-            f"shape {self.shape:.2f}, colors {self.colours:.2f}, both {self.both:.2f}, "
+            f"shape {self.shape:.2f}, colors {self.colors:.2f}, both {self.both:.2f}, "
             f"IoU {self.overlap:.2f} (n = {self.num})"
         )
 
@@ -57,13 +57,13 @@ def score(scenes: Sequence[Scene], images: Sequence[Image.Image]) -> Score:
     for scene, image in zip(scenes, images, strict=True):
         seen = look_at(image)
         shape = seen.shape == scene.shape
-        colours = (seen.colour, seen.ground) == (scene.colour, scene.ground)
-        rows.append((shape, colours, shape and colours, seen.overlaps[scene.shape]))
+        colors = (seen.color, seen.ground) == (scene.color, scene.ground)
+        rows.append((shape, colors, shape and colors, seen.overlaps[scene.shape]))
     means = np.mean(np.asarray(rows, dtype=np.float64), axis=0)
     return Score(
         num=len(rows),
         shape=float(means[0]),
-        colours=float(means[1]),
+        colors=float(means[1]),
         both=float(means[2]),
         overlap=float(means[3]),
     )
@@ -79,7 +79,7 @@ def read_generated_images(folder: Path, num: int) -> list[Image.Image]:
 
 
 def look_at(image: Image.Image) -> Seen:
-    """The ground's colour is the edge's; what differs from it is the shape."""
+    """The ground's color is the edge's; what differs from it is the shape."""
     pixels = np.asarray(image, dtype=np.float64)
     edge = np.ones(pixels.shape[:2], dtype=bool)
     edge[BORDER:-BORDER, BORDER:-BORDER] = False
@@ -88,13 +88,13 @@ def look_at(image: Image.Image) -> Seen:
     mask: Mask = distance > max(40.0, 0.5 * float(np.percentile(distance, 97)))
     name = _nearest(ground)
     if not mask.any():
-        return Seen(colour=name, ground=name, mask=mask, overlaps=dict.fromkeys(_SHAPES, 0.0))
-    colour = _nearest(np.median(pixels[mask], axis=0))
-    return Seen(colour=colour, ground=name, mask=mask, overlaps=best_overlaps(mask))
+        return Seen(color=name, ground=name, mask=mask, overlaps=dict.fromkeys(_SHAPES, 0.0))
+    color = _nearest(np.median(pixels[mask], axis=0))
+    return Seen(color=color, ground=name, mask=mask, overlaps=best_overlaps(mask))
 
 
 def _nearest(value: Floats) -> str:
-    return min(COLOURS, key=lambda name: float(np.linalg.norm(value - np.array(COLOURS[name]))))
+    return min(COLORS, key=lambda name: float(np.linalg.norm(value - np.array(COLORS[name]))))
 
 
 _SHAPES = (*OLD_SHAPES, *NEW_SHAPES)

@@ -19,8 +19,10 @@ def make_text_encoders(
     """CLIP-L's and OpenCLIP-bigG's stand-ins, for the two tokenizers; fp32."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        one = CLIPTextModel(text_config(first, WIDTH_1, 4, WIDTH_2, "quick_gelu"))
-        two = CLIPTextModelWithProjection(text_config(second, WIDTH_2, 5, WIDTH_2, "gelu"))
-        for model in (one, two):
+        text_encoder = CLIPTextModel(text_config(first, WIDTH_1, 4, WIDTH_2, "quick_gelu"))
+        text_encoder_2 = CLIPTextModelWithProjection(
+            text_config(second, WIDTH_2, 5, WIDTH_2, "gelu")
+        )
+        for model in (text_encoder, text_encoder_2):
             spread_embeddings(model, position_std=0.15)
-    return one, two
+    return text_encoder, text_encoder_2

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers import CLIPTokenizer
 
-from tools.miniature.drawing import COLOURS, NEW_SHAPES, OLD_SHAPES, POSITIONS, SENTENCES
+from tools.miniature.drawing import COLORS, NEW_SHAPES, OLD_SHAPES, POSITIONS, SENTENCES
 from tools.small_sdxl import EOS, Pair, write_tokenizer
 
 NUM_MERGES = 600
@@ -42,9 +42,9 @@ def make_tokenizers(folder: Path) -> tuple[CLIPTokenizer, CLIPTokenizer]:
 
 def corpus() -> Counter[str]:
     """Words and how often they are met: the captions' words often, common ones once."""
-    own = " ".join([*COLOURS, *OLD_SHAPES, *NEW_SHAPES, *POSITIONS, "small large"])
-    own += " " + " ".join(SENTENCES).translate(str.maketrans("{},", "   "))
-    return Counter({word: 20 for word in own.split()}) + Counter(COMMON.split())
+    vocabulary = " ".join([*COLORS, *OLD_SHAPES, *NEW_SHAPES, *POSITIONS, "small large"])
+    vocabulary += " " + " ".join(SENTENCES).translate(str.maketrans("{},", "   "))
+    return Counter({word: 20 for word in vocabulary.split()}) + Counter(COMMON.split())
 
 
 def learn_merges(words: Counter[str], num: int) -> list[Pair]:

@@ -178,7 +178,7 @@ def reconstruction_psnr(vae: Any, drawn: list[Image.Image]) -> float:
 def reconstruct_images(vae: Any, drawn: list[Image.Image]) -> list[Image.Image]:
     """Images encoded and decoded again."""
     levels = ((_decoded(vae, _batch_of(drawn)) + 1) * 127.5).round().to(torch.uint8)
-    return [Image.fromarray(one.numpy()) for one in levels.permute(0, 2, 3, 1)]
+    return [Image.fromarray(image.numpy()) for image in levels.permute(0, 2, 3, 1)]
 
 
 def _decoded(vae: Any, images: torch.Tensor) -> torch.Tensor:
