@@ -140,6 +140,8 @@ def drawn_pixels(num_images: int, side: int) -> torch.Tensor:
         draw_images(Path(folder), 3 * num_images, side)
         images = [Image.open(path) for path in sorted(Path(folder).glob("*.png"))]
         squares = [np.asarray(image) for image in images if image.size == (side, side)]
+        for image in images:
+            image.close()
     pixels = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).float() / 127.5 - 1
     noise = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(0))
     return (pixels + noise / 10).clamp(-1, 1)
