@@ -66,7 +66,7 @@ def _printed_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if is_main_process():
-            ours = r"(precompute|train|infer|runtime|shards|sdxl)\."
+            ours = r"(precompute|train|infer|runtime|shards|sdxl|pages)\."
             warnings.filterwarnings("default", module=ours)
         warnings.showwarning = lambda message, *_, **__: echo(f"Warning: {message}", err=True)
         yield
