@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from runtime.errors import describe_error, echo, handle_errors, silence_libraries
+from runtime.folders import BASE, CACHE, IMAGES, RUN, WEIGHTS, check_kind, missing
 from runtime.imports import skip_unused_imports
 from runtime.messages import pluralize
 from runtime.options import Commands, FilePath, PathText, StageCommand
@@ -35,8 +36,16 @@ def stage(name: str, settings: str) -> Callable[[Callable[..., None]], click.Com
 def _settings(ctx: click.Context, values: dict[str, Any], recipe: Path | None = None) -> Any:
     assert isinstance(ctx.command, StageCommand)
     settings = ctx.command.make_settings(ctx, values, recipe)
+    if hasattr(settings, "check_inputs"):
+        settings.check_inputs()  # a wrong path is refused before torch is imported
     _prepare_process(getattr(settings, "special_imports", ()), _is_alone(settings))
     return settings
+
+
+def _check_cache(path: Path) -> None:
+    """Refuse what is no cache by its kind, before anything is loaded."""
+    hint = "give the cache that encode made"
+    check_kind(path, CACHE, dict.fromkeys((RUN, BASE, WEIGHTS, IMAGES), hint))
 
 
 def _is_alone(settings: Any) -> bool:
@@ -186,6 +195,12 @@ def prompts(
     FILE has the syntax of generate --prompts. The dataset is not needed.
     """
     with handle_errors(debug):
+        _check_cache(cache)
+        from sdxl.base import check_base
+
+        check_base(base)
+        if not file.exists():
+            raise ValueError(missing(file))
         _prepare_process()
         from precompute.prompts import change_prompts
 
@@ -366,6 +381,7 @@ def verify(cache: Path, repair: bool, debug: bool) -> None:
     Names each damaged file and sample; the exit code is 1 if there is any.
     """
     with handle_errors(debug):
+        _check_cache(cache)
         from cli_caches import caches_in, verify_cache
 
         if not all([verify_cache(folder, repair) for folder in caches_in(cache)]):
@@ -383,6 +399,7 @@ def verify(cache: Path, repair: bool, debug: bool) -> None:
 def inspect(cache: Path, sheets: Path | None, debug: bool) -> None:
     """Describe CACHE: buckets, captions, statistics, rejected images."""
     with handle_errors(debug):
+        _check_cache(cache)
         from cli_caches import caches_in, inspect_cache
 
         parts = caches_in(cache)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import click
 
@@ -24,6 +24,9 @@ from runtime.files import write_durable, writing
 from runtime.options import option
 from runtime.workers import check_gpus
 from sdxl.base import BASE_HELP, TOKENIZERS_HELP
+
+if TYPE_CHECKING:
+    from precompute.settings import EncodeSettings
 
 SDXL_CHANNELS = 320  # of the UNet's first level
 VAL_SHARE = 0.05
@@ -114,6 +117,10 @@ class TuneSettings:
                 "drawn; give a folder outside of it"
             )
 
+    def check_inputs(self) -> None:
+        """Refuse a dataset or a base that is something else, as ``encode`` does."""
+        _encode_settings(self).check_inputs()
+
     @property
     def previews(self) -> Path:
         return self.out / "previews.jsonl"
@@ -202,17 +209,10 @@ def _read_dataset(settings: TuneSettings) -> tuple[list[str], int, bool]:
     learn from, and whether the dataset says itself on which to validate."""
     from precompute.dataset.file_roles import TRAIN, VAL
     from precompute.dataset.sources import read_dataset, split_by_share
-    from precompute.settings import EncodeSettings
 
-    encode = EncodeSettings(
-        dataset=settings.dataset,
-        base=settings.base,
-        out=settings.out / "cache",
-        missing_caption=settings.caption or "reject",
-    )
     with warnings.catch_warnings():  # encode will say them
         warnings.simplefilter("ignore")
-        sources = read_dataset(encode)
+        sources = read_dataset(_encode_settings(settings))
     has_val = VAL in sources
     images = sources.get(TRAIN) or sources[""]
     num_images = sum(record.repeats for record in images.records)
@@ -227,6 +227,17 @@ def _read_dataset(settings: TuneSettings) -> tuple[list[str], int, bool]:
             "or give --caption TEXT for all"
         )
     return captions, num_images, has_val
+
+
+def _encode_settings(settings: TuneSettings) -> "EncodeSettings":
+    from precompute.settings import EncodeSettings
+
+    return EncodeSettings(
+        dataset=settings.dataset,
+        base=settings.base,
+        out=settings.out / "cache",
+        missing_caption=settings.caption or "reject",
+    )
 
 
 def _write_previews(path: Path, captions: list[str]) -> None:

@@ -6,9 +6,10 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from runtime.folders import BASE, CACHE, IMAGES, WEIGHTS, check_kind, missing
 from runtime.options import option
 from runtime.workers import check_gpus
-from sdxl.base import BASE_HELP, TOKENIZERS_HELP
+from sdxl.base import BASE_HELP, TOKENIZERS_HELP, check_base
 from sdxl.prompts import MAX_PIXELS, MAX_SIDE, MAX_STEPS
 
 Size = tuple[int, int]  # pixels: width and height, or left and top
@@ -178,6 +179,23 @@ class GenerateSettings:
             raise ValueError(f"--seed must be from 0 to {2**64 - 1}, not {self.seed}")
         check_gpus(self.gpus)
         self.pixels, self.original_pixels, self.crop_pixels  # noqa: B018 (they raise)
+
+    def check_inputs(self) -> None:
+        """Refuse files and folders that are something else, before anything is loaded.
+
+        Raises:
+            ValueError: says what it is.
+        """
+        check_base(self.base)
+        remedies = {
+            CACHE: "give the run that was trained on it",
+            BASE: "give it as --base",
+            IMAGES: "give a LoRA file, or a run or checkpoint folder",
+        }
+        for path in [use.path for use in self.lora] + ([self.unet] if self.unet else []):
+            check_kind(path, WEIGHTS, remedies)
+        if self.prompts is not None and not self.prompts.exists():
+            raise ValueError(missing(self.prompts))
 
     @property
     def pixels(self) -> Size | None:

@@ -4,9 +4,10 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from runtime.folders import BASE, CACHE, IMAGES, RUN, WEIGHTS, check_kind
 from runtime.options import option
 from runtime.workers import check_gpus
-from sdxl.base import BASE_HELP, TOKENIZERS_HELP
+from sdxl.base import BASE_HELP, TOKENIZERS_HELP, check_base
 
 MAX_CROPS = 1000
 MAX_CHUNKS = 4000  # of captions an image: 1.3 GB in two bytes; an index counts to 4 GB
@@ -229,3 +230,18 @@ class EncodeSettings:
             raise ValueError(f"--val-share must be in 0..1, 1 excluded, not {self.val_share}")
         if self.resolution % 8:
             raise ValueError(f"--resolution must be a multiple of 8, not {self.resolution}")
+
+    def check_inputs(self) -> None:
+        """Refuse a dataset or a base that is something else, before anything is loaded.
+
+        Raises:
+            ValueError: says what it is.
+        """
+        remedies = {
+            CACHE: f"it is encoded already: python cli.py train {self.dataset} --base {self.base}",
+            RUN: "give the folder with the images that it was to learn from",
+            BASE: "give it as --base, and here a folder of images",
+            WEIGHTS: "give a folder of images",
+        }
+        check_kind(self.dataset, IMAGES, remedies)
+        check_base(self.base)

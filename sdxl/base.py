@@ -7,10 +7,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from runtime.folders import BASE, CACHE, IMAGES, RUN, check_kind, missing
 from runtime.parsing import read_bounded, read_json_object
 from sdxl import BaseError
 from sdxl.checks import check_channels, check_config
-from sdxl.hub import Snapshot
+from sdxl.hub import Snapshot, is_hub_id
 from sdxl.single_file import CLASSES, PICKLES, SingleFile, sdxl_config
 from sdxl.tokenizers import SharedTokenizers, TokenizerFiles, tokenizer_override
 
@@ -46,6 +47,24 @@ _CONFIGS = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config
 def base_path(name_or_path: str) -> Path:
     """The path of a base on this machine; for a hub id nothing exists at it."""
     return MINIATURE_FOLDER if name_or_path == MINIATURE else Path(name_or_path)
+
+
+def check_base(name_or_path: str) -> None:
+    """Refuse, before anything is loaded, what is no base by its name or kind.
+
+    Raises:
+        ValueError: says what it is, or which name is near.
+    """
+    path = base_path(name_or_path)
+    if path.exists():
+        remedies = {
+            RUN: "give it as --lora or --unet, and as --base what it was trained from",
+            CACHE: "give as --base the SDXL model that it was encoded with",
+            IMAGES: "give as --base an SDXL model: a folder, a file, a hub id, or miniature",
+        }
+        check_kind(path, BASE, remedies)
+    elif name_or_path and (_is_file_name(path) or not is_hub_id(name_or_path)):
+        raise BaseError(missing(path, also=(MINIATURE,)))
 
 
 def open_base(

@@ -95,6 +95,11 @@ def cached_component(repo: str, component: str) -> Path | None:
     return path if path.is_dir() else None
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form OWNER/NAME or OWNER/NAME@REVISION."""
+    return _HUB_ID.fullmatch(name) is not None
+
+
 def download_base(hub_id: str, out: Path, *, fp16: bool = False, file: str | None = None) -> Path:
     """Download a base of the hub into ``out``: configs, tokenizers and safetensors only, with one
     set of weights per model (fp16 if asked for, or if there are no others); or the single file

@@ -89,7 +89,7 @@ def test_caches(cache: Path, base: Path, tmp_path: Path) -> None:
     def train(folder: Path) -> str:
         return refused("train", folder, "--base", base, "--out", tmp_path / "run", "--steps", 2)
 
-    assert "nowhere: no such cache folder" in train(tmp_path / "nowhere")
+    assert "nowhere: no such folder" in train(tmp_path / "nowhere")
     assert "not a cache (no manifest.json)" in train(base)
     copy = tmp_path / "copy"
     shutil.copytree(cache, copy)
@@ -279,7 +279,7 @@ def test_prompts(base: Path, tmp_path: Path) -> None:
     assert "prompts.txt, line 3: unknown option --x (known: --n --w --h --d --s --l --ss" in line
     assert "either --prompts FILE or --prompt TEXT" in refused(*common)
     assert "--size must be N or WxH" in refused(*common, "--prompt", "a cat", "--size", "65")
-    assert "no such LoRA file" in refused(*common, "--prompt", "a cat", "--lora", tmp_path / "x")
+    assert "no such folder" in refused(*common, "--prompt", "a cat", "--lora", tmp_path / "x")
 
 
 def test_generate_counts_and_takes_several_loras(

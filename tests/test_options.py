@@ -84,7 +84,7 @@ def test_defaults_are_shown_also_when_they_are_zero() -> None:
     ("arguments", "words"),
     [
         (["encod"], "no such command 'encod'; did you mean encode?"),
-        (["xyz"], "no such command 'xyz'; known: encode, prompts, train"),
+        (["xyz"], "no such command 'xyz'; known: tune, encode, prompts, train"),
         (["train", "--batchsize", "3"], "'--batch-size'"),
         (["train", "--learning-rat", "3"], "'--learning-rate'"),
     ],
@@ -99,6 +99,6 @@ def test_the_version_and_the_stages_first() -> None:
     output = CliRunner().invoke(cli.commands, []).output
     commands = [line.split()[0] for line in output.splitlines() if line.startswith("  ")]
     order = [name for name in commands if name in cli.commands.commands]
-    assert order[:4] == ["encode", "train", "generate", "demo"]
+    assert order[:4] == ["encode", "train", "generate", "tune"]
     assert sorted(order) == sorted(cli.commands.commands)
     assert "..." not in output.partition("The three stages")[2]

@@ -5,8 +5,9 @@ from math import ceil
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from runtime.folders import BASE, CACHE, IMAGES, RUN, WEIGHTS, check_kind
 from runtime.options import option
-from sdxl.base import BASE_HELP
+from sdxl.base import BASE_HELP, check_base
 from train.option_values import CacheUse, Every, check_ranges, flag
 
 _LORA_ONLY = ("rank", "alpha", "targets", "conv", "init_lora")
@@ -255,6 +256,23 @@ class TrainConfig:
         check_ranges(vars(self))
         check_choices(self)
         check_memory(self)
+
+    def check_inputs(self) -> None:
+        """Refuse a cache or a base that is something else, before anything is loaded.
+
+        Raises:
+            ValueError: says what it is.
+        """
+        remedies = {
+            IMAGES: "encode them first: python cli.py encode {path} --base {base} --out CACHE",
+            RUN: "give the cache that it was trained on; --resume --out {path} goes on with it",
+            BASE: "give it as --base, and here a cache",
+            WEIGHTS: "give a cache; --init-lora starts from a LoRA",
+        }
+        for folder in [use.folder for use in self.caches] + ([self.val] if self.val else []):
+            names = {"path": folder, "base": self.base}
+            check_kind(folder, CACHE, {k: text.format(**names) for k, text in remedies.items()})
+        check_base(self.base)
 
     def num_steps(self, batches_per_epoch: int) -> int:
         """The length of the run, where each step takes a global batch."""

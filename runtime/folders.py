@@ -1,0 +1,66 @@
+"""Recognizes what a path is: one that is misspelled, or in another's place, is refused at once.
+
+It looks at names alone: nothing is read and nothing heavy is imported, so that a command can ask
+before it loads anything. What is inside a folder is checked where it is read.
+"""
+
+from difflib import get_close_matches
+from itertools import islice
+from pathlib import Path
+
+CACHE, RUN, BASE, WEIGHTS, IMAGES = "cache", "run", "base", "weights", "images"
+_DESCRIPTIONS = {
+    CACHE: "a cache of shards, as encode makes it",
+    RUN: "a run of train",
+    BASE: "an SDXL base",
+    WEIGHTS: "a file of weights",
+    IMAGES: "a folder of images",
+}
+_IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".heic")
+_LOOKED_AT = 1000  # names in a folder: what it is shows in the first, and there may be millions
+
+
+def kind_of(path: Path) -> str | None:
+    """What a file or folder is, by the names in it; None if that cannot be told."""
+    if path.is_file():
+        return WEIGHTS if path.suffix.lower() == ".safetensors" else None
+    if not path.is_dir():
+        return None
+    if any(any(part.glob("*.index")) for part in (path, path / "train", path / "val")):
+        return CACHE
+    if (path / "metrics.jsonl").is_file() and (path / "config.json").is_file():
+        return RUN
+    if (path / "model_index.json").is_file() or (path / "unet" / "config.json").is_file():
+        return BASE
+    names = [entry.name.lower() for entry in islice(path.iterdir(), _LOOKED_AT)]
+    return IMAGES if any(name.endswith(_IMAGE_ENDINGS) for name in names) else None
+
+
+def check_kind(path: Path, wanted: str, remedies: dict[str, str]) -> None:
+    """Refuse a path that is not there, or that is something else than ``wanted``.
+
+    ``remedies`` say what to do with a path of another kind, by that kind; kinds that are not in it
+    pass, for the stage knows better what is wrong.
+
+    Raises:
+        ValueError: one line with what it is and what to do.
+    """
+    if not path.exists():
+        raise ValueError(missing(path))
+    kind = kind_of(path)
+    if kind is not None and kind != wanted and kind in remedies:
+        raise ValueError(f"{path}: {_DESCRIPTIONS[kind]}; {remedies[kind]}")
+
+
+def missing(path: Path, also: tuple[str, ...] = ()) -> str:
+    """A line that says that a path is not there, with the name nearest to it; ``also`` are other
+    names that it could have been."""
+    try:
+        beside = [entry.name for entry in islice(path.parent.iterdir(), _LOOKED_AT)]
+    except OSError:
+        beside = []
+    near = get_close_matches(path.name, [*also, *beside], n=1, cutoff=0.7)
+    guess = ""
+    if near:
+        guess = f"; did you mean {near[0] if near[0] in also else path.parent / near[0]}?"
+    return f"{path}: no such {'file' if path.suffix else 'folder'}{guess}"
