@@ -1,12 +1,18 @@
-"""Trains a LoRA online, the usual way: images and captions are encoded at every step.
+"""Trains a LoRA as the example scripts for SDXL that come with diffusers do, from the same parts.
 
-In the manner of the LoRA example script for SDXL that comes with diffusers, from the same parts:
-images decoded and cut in the data loader, VAE and both text encoders in every step, peft on the
-UNet, AdamW. It holds all five models.
+Online, as the LoRA script: images are decoded and cut in the data loader, VAE and both text
+encoders run in every step, and all five models stay in memory. With ``--cached``, as the script
+that trains the whole UNet: at its start it encodes each image and caption once and keeps latents
+and embeddings in memory, then it drops the encoders. Both then take peft on the UNet and AdamW.
 
-    python -m benchmarks.online DATASET --base BASE --epochs 3
+Neither does what a cache on disk is for: the encoding of ``--cached`` is lost with its process, its
+latents are one draw of the posterior for all epochs, and everything must fit in memory. Neither has
+buckets (images are cut square), checks, logs, checkpoints or a resume.
+
+    python -m benchmarks.online DATASET --base BASE --epochs 3 [--cached]
 """
 
+import gc
 import json
 import resource
 import time
@@ -109,9 +115,31 @@ class Online:
         latents: torch.Tensor = posterior.sample().float() * self.vae.config.scaling_factor
         return latents
 
+    def precompute(self, images: ImageDataset, batch_size: int) -> list[dict[str, Any]]:
+        """Each sample's latents and embeddings, in main memory; then the encoders are dropped."""
+        samples = []
+        for batch in DataLoader(images, batch_size=batch_size):
+            tensors = {
+                "latents": self.encode_images(batch["pixels"]),
+                "time_ids": batch["time_ids"],
+            }
+            tensors["prompt"], tensors["pooled"] = self.encode_text(batch["caption"])
+            rows = zip(*(tensor.cpu() for tensor in tensors.values()), strict=True)
+            samples += [dict(zip(tensors, row, strict=True)) for row in rows]
+        del self.vae, self.encoders, self.tokenizers
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return samples
+
     def step(self, batch: dict[str, Any]) -> None:
-        latents = self.encode_images(batch["pixels"])
-        prompt, pooled = self.encode_text(batch["caption"])
+        if "latents" in batch:
+            latents, prompt, pooled = (
+                batch[name].to(self.device) for name in ("latents", "prompt", "pooled")
+            )
+        else:
+            latents = self.encode_images(batch["pixels"])
+            prompt, pooled = self.encode_text(batch["caption"])
         noise = torch.randn_like(latents)
         num = self.schedule.config.num_train_timesteps
         timesteps = torch.randint(0, num, (len(latents),), device=self.device)
@@ -143,6 +171,7 @@ class Online:
 @click.option("--precision", type=click.Choice([*DTYPES]), default="fp32")
 @click.option("--vae-dtype", type=click.Choice([*DTYPES]), default="fp32")
 @click.option("--device", default="cpu")
+@click.option("--cached", is_flag=True, help="Encode once, before the first step.")
 def main(
     dataset: Path,
     base: str,
@@ -153,13 +182,15 @@ def main(
     precision: str,
     vae_dtype: str,
     device: str,
+    cached: bool,
 ) -> None:
     """Train, and print one JSON object."""
     torch.manual_seed(0)
     place = torch.device(device)
     online = Online(str(base_path(base)), place, DTYPES[precision], DTYPES[vae_dtype], rank)
     images = ImageDataset(dataset, resolution)
-    loader = DataLoader(images, batch_size=batch_size, shuffle=True)
+    samples: Any = online.precompute(images, batch_size) if cached else images
+    loader = DataLoader(samples, batch_size=batch_size, shuffle=True)
     start = time.perf_counter()
     for _ in range(epochs):
         for batch in loader:

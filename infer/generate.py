@@ -100,7 +100,10 @@ def _provenance(pipeline: Pipeline, requests: list[ImageRequest]) -> Provenance:
         if pipeline.settings.compare:
             plain = pipeline.weights.sampler(name, plain=True)
             samplers[name or ""]["config_without"] = config_digest(dict(plain.config))
-    return {"weights": pipeline.weights.digests(pipeline.dtype), "samplers": samplers}
+    return {
+        "weights": pipeline.weights.digests(pipeline.dtype, pipeline.decodes_in_tf32),
+        "samplers": samplers,
+    }
 
 
 def _run_pipeline(

@@ -17,7 +17,7 @@ import torch
 from infer.requests import Batch, ImageRequest, make_batches, make_windows
 from infer.settings import GenerateSettings
 from infer.weights import Weights, enable_loras, has_loras
-from runtime.devices import exact_fp32
+from runtime.devices import exact_fp32, has_tf32, tf32
 from runtime.workers import WorkQueue
 from sdxl.lora.apply import apply_text_loras
 from sdxl.sampling import decode_latents, sample_latents, starting_noise, time_ids_of
@@ -193,6 +193,10 @@ class Pipeline:
     ) -> None:
         exact_fp32()
         self.settings, self.weights, self.dtype, self.device = settings, weights, dtype, device
+        # An image decoded in TF32 is that of fp32 but for one level of 255 in few of its values
+        # (docs/benchmarks.md). --precision fp32 is exact.
+        half = dtype != torch.float32 and weights.vae_dtype(dtype) == torch.float32
+        self.decodes_in_tf32 = half and has_tf32(device)
         self.keep_loaded = keep_loaded  # whether the models stay loaded when all is done
         self._models: ModelSlots | None = None
         self.variants = [Variant(UNET, True, False)]
@@ -299,7 +303,8 @@ class Pipeline:
     ) -> None:
         vae = models.acquire(VAE)
         vae.use_tiling = batch[0].tiled
-        variants = [_decode_images(vae, variant_latents) for variant_latents in latents]
+        with tf32(self.decodes_in_tf32):
+            variants = [_decode_images(vae, variant_latents) for variant_latents in latents]
         for request, *images in zip(batch, *variants, strict=True):
             if not all(image.isfinite().all() for image in images):
                 raise FloatingPointError(

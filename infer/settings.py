@@ -153,7 +153,8 @@ class GenerateSettings:
     precision: Literal["auto", "bf16", "fp16", "fp32"] = option(
         "auto",
         "Precision of the UNet and the text encoders. auto is fp16 on CUDA, else fp32. The "
-        "VAE runs in fp32 unless it is safe in fp16.",
+        "VAE runs in fp16 if it is safe in that, else in TF32 where the GPU has it, else in fp32; "
+        "with fp32 always in fp32.",
     )
 
     def __post_init__(self) -> None:

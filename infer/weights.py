@@ -73,7 +73,7 @@ class Weights:
         safe = self.base.vae.config.get("force_upcast") is False
         return dtype if safe and dtype == torch.float16 else torch.float32
 
-    def digests(self, dtype: torch.dtype) -> dict[str, Any]:
+    def digests(self, dtype: torch.dtype, decodes_in_tf32: bool = False) -> dict[str, Any]:
         """Digests of all weights that decide the images, for the record in each image."""
         base, unet = self.base, self.unet or self.base.unet
         digests: dict[str, Any] = {
@@ -81,7 +81,7 @@ class Weights:
             "unet_config": config_digest(unet.config),
             "dtype": _name(dtype),
             "num_chunks": self.num_chunks,
-            "vae_dtype": _name(self.vae_dtype(dtype)),
+            "vae_dtype": "tf32" if decodes_in_tf32 else _name(self.vae_dtype(dtype)),
             "zeros_for_empty_prompt": base.zeros_for_empty_prompt,
         }
         for part in ENCODERS:

@@ -30,14 +30,20 @@ from precompute.plan.removals import refuse_losses
 from precompute.plan.scan import Notes
 from precompute.report import Progress, Report
 from precompute.settings import EncodeSettings
-from runtime.devices import exact_fp32, num_cores, num_threads
+from runtime.devices import exact_fp32, num_cores, num_threads, pick_device, total_memory
 from runtime.locks import locked
 from runtime.workers import WorkQueue
 from sdxl.base import Base, open_base
 from sdxl.prompts import Prompt, read_prompts
 from shards.manifest import LOCK
 
-BATCH_SIZE = 2
+BATCH_SIZE = 2  # where no GPU's memory says more
+
+# What encoding holds on a GPU. Counted for SDXL's VAE in fp32: 2.7 GB for each image of 1024 x 1024
+# pixels, and 2 GB of weights; the rest is for CUDA and for what its kernels take.
+WEIGHTS_BYTES, BYTES_PER_PIXEL = 3_000_000_000, 3000
+# A larger batch gives a GPU nothing to do better, and the last one of each shard is filled up.
+MAX_BATCH_PIXELS, MAX_BATCH_SIZE = 4 * 1024**2, 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,9 +131,11 @@ def _make_job(settings: EncodeSettings, base: Base, plans: list[CachePlan]) -> E
 
     The defaults depend neither on the number of processes nor on their environment.
     """
+    device = pick_device(settings.device)
+    batch_size = default_batch_size(settings, total_memory(device))
     before = next((plan.made_with for plan in plans if plan.made_with), {})
     chosen = {}
-    for name, default in (("batch_size", BATCH_SIZE), ("threads", num_cores())):
+    for name, default in (("batch_size", batch_size), ("threads", num_cores())):
         requested, earlier = getattr(settings, name), before.get(name)
         chosen[name] = requested or earlier or default
         if (
@@ -149,6 +157,20 @@ def _make_job(settings: EncodeSettings, base: Base, plans: list[CachePlan]) -> E
             shard_task.num_encodes for plan in plans for shard_task in plan.shard_tasks
         ),
     )
+
+
+def default_batch_size(settings: EncodeSettings, memory: int | None) -> int:
+    """A power of two, by the memory of the GPU in bytes (None: there is no GPU).
+
+    By all of its memory, not by what happens to be free: the batch size decides the last bits.
+    """
+    if memory is None:
+        return BATCH_SIZE
+    pixels = settings.resolution**2
+    bytes_per_pixel = BYTES_PER_PIXEL // (2 if settings.vae_dtype in ("fp16", "bf16") else 1)
+    fitting = (memory - WEIGHTS_BYTES) // (bytes_per_pixel * pixels)
+    most = max(1, min(fitting, MAX_BATCH_PIXELS // pixels, MAX_BATCH_SIZE))
+    return 1 << (most.bit_length() - 1)
 
 
 def _write_shards(queue: WorkQueue, encoders: Encoders, job: EncodeJob) -> None:

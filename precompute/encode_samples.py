@@ -11,7 +11,7 @@ import operator
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -19,22 +19,28 @@ from precompute.encoders import Encoders
 from precompute.images.decode import limit_large_images, open_image
 from precompute.images.masks import Gray, open_alpha, open_mask, render_mask, shows_anything
 from precompute.images.rejections import explain
-from precompute.images.variants import render_variants
+from precompute.images.variants import normalize, render_variants
 from precompute.plan.placement import PlannedSample, short_digest
 from precompute.settings import EncodeSettings
 from runtime.devices import DTYPES, num_cores
 from runtime.files import content_digest
 from runtime.workers import rank_info
-from sdxl.latent_rgb import LatentSums
+from sdxl.latent_rgb import LatentSums, mean_colors
 from shards.reader import read_ahead
 
 # Errors of one file. Others (of a disk, of a network) end the run, and the next one resumes.
 FILE_ERRNOS = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP}
 R = TypeVar("R")
 S = TypeVar("S")
-# A variant: its image [3, H, W] in -1..1, its mask [1, h, w] in 0..1 (empty if it has none), and
-# its sizes [6].
-Pixels = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+class Pixels(NamedTuple):
+    """A variant of an image, rendered."""
+
+    image: torch.Tensor  # [3, H, W] uint8
+    colors: torch.Tensor  # [3, h, w] fp32: the mean color of each latent pixel
+    mask: torch.Tensor  # [1, h, w] in 0..1; empty if it has none
+    sizes: torch.Tensor  # [6]
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,23 +99,29 @@ def encode_latents(
             digests.append(image.digests)
             yield image.rows
 
-    def encode(rows: list[Pixels]) -> list[tuple[torch.Tensor, ...]]:
-        images, masks, sizes = zip(*rows, strict=True)
-        posterior = encoders.latents.encode(torch.stack(images))
-        return [*zip(posterior.mean, posterior.std, images, masks, sizes, strict=True)]
+    def start(rows: list[Pixels]) -> Callable[[], list[tuple[torch.Tensor, ...]]]:
+        images, *others = zip(*rows, strict=True)
+        wait = encoders.latents.start(images)
 
-    for planned, encoded in zip(members, in_batches(rows(), encode, size), strict=True):
+        def encoded() -> list[tuple[torch.Tensor, ...]]:
+            posterior = wait()
+            return [*zip(posterior.mean, posterior.std, *others, strict=True)]
+
+        return encoded
+
+    batches = in_batches(rows(), start, size, encoders.num_ahead)
+    for planned, encoded in zip(members, batches, strict=True):
         made_from = digests.popleft()
         if isinstance(encoded, Failed):
             yield replace(encoded, digests=made_from)
             continue
-        mean, std, images, mask, sizes = map(torch.stack, zip(*encoded, strict=True))
+        mean, std, colors, mask, sizes = map(torch.stack, zip(*encoded, strict=True))
         tensors = {"latents.mean": mean, "latents.std": std}
         if mask.numel():
             tensors["mask"] = mask
         if encoders.settings.mean_only:
             del tensors["latents.std"]
-        sums = [*map(_sums_of, mean, images)]
+        sums = [*map(_sums_of, mean, colors)]
         notes = _notes(sums, len(planned.variants) - len(encoded))
         part = _cast(tensors, notes, encoders, made_from)
         if isinstance(part, EncodedPart):
@@ -118,9 +130,9 @@ def encode_latents(
         yield part
 
 
-def _sums_of(mean: torch.Tensor, image: torch.Tensor) -> LatentSums:
+def _sums_of(mean: torch.Tensor, colors: torch.Tensor) -> LatentSums:
     sums = LatentSums.empty(len(mean))
-    sums.add(mean.unsqueeze(0), image.unsqueeze(0))
+    sums.add(mean.unsqueeze(0), colors.unsqueeze(0))
     return sums
 
 
@@ -153,14 +165,18 @@ def encode_texts(
 ) -> Iterator[EncodedPart | Failed]:
     """The embeddings of all captions of each sample."""
 
-    def encode(rows: list[str]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        conditioning = encoders.text.encode(rows, encoders.batch_size)
-        return [*zip(conditioning.prompt, conditioning.pooled, strict=True)]
+    def start(rows: list[str]) -> Callable[[], list[tuple[torch.Tensor, torch.Tensor]]]:
+        wait = encoders.text.start(rows, encoders.batch_size)
+
+        def encoded() -> list[tuple[torch.Tensor, torch.Tensor]]:
+            conditioning = wait()
+            return [*zip(conditioning.prompt, conditioning.pooled, strict=True)]
+
+        return encoded
 
     captions = (planned.record.captions for planned in members)
-    for planned, encoded in zip(
-        members, in_batches(captions, encode, encoders.batch_size), strict=True
-    ):
+    batches = in_batches(captions, start, encoders.batch_size, encoders.num_ahead)
+    for planned, encoded in zip(members, batches, strict=True):
         assert not isinstance(encoded, Failed)
         prompt, pooled = (torch.stack(parts) for parts in zip(*encoded, strict=True))
         tensors = {"prompt_embeds": prompt, "pooled_prompt_embeds": pooled}
@@ -170,12 +186,20 @@ def encode_texts(
 
 
 def in_batches(
-    groups: Iterable[Sequence[R] | Failed], encode: Callable[[list[R]], list[S]], size: int
+    groups: Iterable[Sequence[R] | Failed],
+    start: Callable[[list[R]], Callable[[], list[S]]],
+    size: int,
+    num_ahead: int = 0,
 ) -> Iterator[list[S] | Failed]:
     """Encode the rows of all groups in batches of ``size``, which may run across groups; yield the
-    results of each group. A Failed passes through."""
+    results of each group. A Failed passes through.
+
+    ``start`` starts to encode a batch and returns what waits for its results. So many as
+    ``num_ahead`` later batches are started before a batch is waited for.
+    """
     waiting: deque[Sequence[R] | Failed] = deque()
     rows: list[R] = []
+    started: deque[Callable[[], list[S]]] = deque()
     done: list[S] = []
 
     def finished() -> Iterator[list[S] | Failed]:
@@ -192,11 +216,16 @@ def in_batches(
         if not isinstance(group, Failed):
             rows.extend(group)
         while len(rows) >= size:
-            done += encode(rows[:size])
+            started.append(start(rows[:size]))
             del rows[:size]
+            if len(started) > num_ahead:
+                done += started.popleft()()
         yield from finished()
     if rows:
-        done += encode(rows)
+        started.append(start(rows))
+    while started:
+        done += started.popleft()()
+        yield from finished()
     yield from finished()
 
 
@@ -255,10 +284,12 @@ def _open_variants(
     except Exception as error:
         return Failed(f"its mask: {explain(error)}")
     sizes = [torch.tensor(variant.sizes, dtype=torch.int32) for variant in planned.variants]
-    variants = [*zip(images, masks, sizes, strict=True)]
+    # Here, in a thread beside the encoding: it takes milliseconds a megapixel.
+    colors = [mean_colors(normalize(image[None]))[0] for image in images]
+    variants = [Pixels(*parts) for parts in zip(images, colors, masks, sizes, strict=True)]
     if masks.numel():
         variants = [
-            variant for variant in variants if shows_anything(variant[1], DTYPES[settings.dtype])
+            variant for variant in variants if shows_anything(variant.mask, DTYPES[settings.dtype])
         ]
     return variants or Failed(
         "its mask: all of it is black in the part of the image that is kept; what is white in it "

@@ -1,12 +1,14 @@
 """The VAE and the text encoders, loaded on first use; encodes images to scaled latents."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from precompute.images.variants import normalize
 from precompute.settings import EncodeSettings
-from runtime.devices import DTYPES, check_bf16, pick_device
+from runtime.devices import DTYPES, check_bf16, check_tf32, fetch, pick_device, tf32, to_device
 from sdxl.base import Base, ModelSource
 from sdxl.load import load_vae
 from sdxl.sampling import scale_mean, scale_std
@@ -28,11 +30,17 @@ class Posterior:
 
 
 class LatentEncoder:
-    """Encodes images with the VAE, at one fixed batch size."""
+    """Encodes images with the VAE, at one fixed batch size; if ``in_tf32``, an fp32 one in TF32."""
 
     def __init__(
-        self, vae: ModelSource, dtype: torch.dtype, device: torch.device, batch_size: int
+        self,
+        vae: ModelSource,
+        dtype: torch.dtype,
+        device: torch.device,
+        batch_size: int,
+        in_tf32: bool = False,
     ) -> None:
+        self._in_tf32 = in_tf32
         self._vae: Any = load_vae(vae, dtype).to(device)
         self._source = vae
         self._fp32_vae: Any = None
@@ -52,32 +60,52 @@ class LatentEncoder:
             self._fp32_vae = load_vae(self._source, torch.float32).to(self._vae.device)
         return self._fp32_vae
 
-    def encode(self, images: torch.Tensor) -> Posterior:
-        """Up to ``batch_size`` images [N, 3, H, W] in -1..1.
+    def encode(self, images: Sequence[torch.Tensor]) -> Posterior:
+        """The posterior of up to ``batch_size`` images [3, H, W] of one size, uint8."""
+        return self.start(images)()
+
+    def start(self, images: Sequence[torch.Tensor]) -> Callable[[], Posterior]:
+        """Start to encode up to ``batch_size`` images; what is returned waits for the posterior.
+
+        On CUDA nothing here waits for the device: 8-bit pixels go there from pinned memory and are
+        normalized there, and the host may start the next batch before it waits for this one.
 
         The batch is always filled up: a VAE's last bits change with the batch size, but not with
         what else is in the batch. An image whose latents are not finite is encoded again in fp32.
         """
-        posterior = self._encode(self._vae, images)
-        if self._vae.dtype == torch.float32 or bool(posterior.is_finite.all()):
+        wait = self._start(self._vae, images)
+        return wait if self._vae.dtype == torch.float32 else lambda: self._mended(wait(), images)
+
+    def _mended(self, posterior: Posterior, images: Sequence[torch.Tensor]) -> Posterior:
+        """With the images that are not finite encoded again, in fp32."""
+        if bool(posterior.is_finite.all()):
             return posterior
-        in_fp32, is_finite = (
-            self._encode(self.fp32_vae, images),
-            posterior.is_finite.view(-1, 1, 1, 1),
-        )
+        in_fp32 = self._start(self.fp32_vae, images)()
+        is_finite = posterior.is_finite.view(-1, 1, 1, 1)
         return Posterior(
             torch.where(is_finite, posterior.mean, in_fp32.mean),
             torch.where(is_finite, posterior.std, in_fp32.std),
         )
 
     @torch.inference_mode()
-    def _encode(self, vae: Any, images: torch.Tensor) -> Posterior:
-        count = len(images)
-        filled = images.new_zeros((self.batch_size, *images.shape[1:]))
-        filled[:count] = images
-        posterior = vae.encode(filled.to(vae.device, vae.dtype)).latent_dist
-        mean, std = posterior.mean[:count].float().cpu(), posterior.std[:count].float().cpu()
-        return Posterior(scale_mean(vae.config, mean), scale_std(vae.config, std))
+    def _start(self, vae: Any, images: Sequence[torch.Tensor]) -> Callable[[], Posterior]:
+        count, device = len(images), vae.device
+        shape = (self.batch_size, *images[0].shape)
+        pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        torch.stack([*images], out=pixels[:count])
+        filled = normalize(to_device(pixels, device))
+        filled[count:] = 0
+        with tf32(self._in_tf32):
+            posterior = vae.encode(filled.to(vae.dtype)).latent_dist
+        wait = fetch({"mean": posterior.mean[:count].float(), "std": posterior.std[:count].float()})
+
+        def scaled() -> Posterior:
+            arrived = wait()
+            return Posterior(
+                scale_mean(vae.config, arrived["mean"]), scale_std(vae.config, arrived["std"])
+            )
+
+        return scaled
 
 
 def load_text(base: Base, device: torch.device, num_chunks: int) -> TextEncoders:
@@ -92,6 +120,9 @@ class Encoders:
     def __init__(self, settings: EncodeSettings, base: Base, batch_size: int) -> None:
         self.settings, self.base, self.batch_size = settings, base, batch_size
         self.device = pick_device(settings.device)
+        # How many batches are started before the host waits for one. With one ahead it sums, hashes
+        # and writes while a GPU computes; a CPU would only hold more in memory.
+        self.num_ahead = 1 if self.device.type == "cuda" else 0
         self.drawing_measures: dict[str, Any] | None = None  # kept for ``precompute.sanity``
         self._latents: LatentEncoder | None = None
         self._text: TextEncoders | None = None
@@ -113,10 +144,15 @@ class Encoders:
     @property
     def latents(self) -> LatentEncoder:
         if self._latents is None:
-            dtype = DTYPES[self.settings.vae_dtype]
-            if dtype == torch.bfloat16:
+            name = self.settings.vae_dtype
+            if name == "bf16":
                 check_bf16("--vae-dtype bf16", self.device)
-            self._latents = LatentEncoder(self.base.vae, dtype, self.device, self.batch_size)
+            if name == "tf32":
+                check_tf32("--vae-dtype tf32", self.device)
+            dtype = DTYPES["fp32" if name == "tf32" else name]
+            self._latents = LatentEncoder(
+                self.base.vae, dtype, self.device, self.batch_size, in_tf32=name == "tf32"
+            )
         return self._latents
 
     @property

@@ -144,10 +144,9 @@ def measure_drawings(encoder: LatentEncoder) -> dict[str, Any]:
     and ``std`` [C] of each latent channel; ``psnr`` of the drawings decoded back, in dB.
     """
     drawings = make_drawings()
-    pixels = torch.stack(
-        [render(open_image(_encode_png(drawing)), _uncropped(drawing)) for drawing in drawings]
-    )
-    parts = [encoder.encode(part) for part in torch.split(pixels, encoder.batch_size)]
+    pixels = [render(open_image(_encode_png(drawing)), _uncropped(drawing)) for drawing in drawings]
+    size = encoder.batch_size
+    parts = [encoder.encode(pixels[first : first + size]) for first in range(0, len(pixels), size)]
     posterior = Posterior(torch.cat([p.mean for p in parts]), torch.cat([p.std for p in parts]))
     bare_mean, bare_std = _encode_independently(
         encoder.fp32_vae, torch.cat([_tensor(drawing) for drawing in drawings])

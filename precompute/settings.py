@@ -11,6 +11,7 @@ from sdxl.base import BASE_HELP, TOKENIZERS_HELP
 MAX_CROPS = 1000
 MAX_CHUNKS = 4000  # of captions an image: 1.3 GB in two bytes; an index counts to 4 GB
 Dtype = Literal["fp16", "bf16", "fp32"]
+VaeDtype = Literal["fp16", "bf16", "tf32", "fp32"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,9 +126,10 @@ class EncodeSettings:
         TOKENIZERS_HELP,
         metavar="FOLDER",
     )
-    vae_dtype: Dtype = option(
+    vae_dtype: VaeDtype = option(
         "fp32",
-        "VAE precision. Latents that come out non-finite are encoded again in fp32.",
+        "VAE precision. tf32 (on NVIDIA GPUs from compute capability 8.0) and bf16 are faster and "
+        "less exact. Latents that come out non-finite are encoded again in fp32.",
     )
     dtype: Dtype = option(
         "fp16",
@@ -156,7 +158,7 @@ class EncodeSettings:
     batch_size: int | None = option(
         None,
         "Images encoded at a time; each 1024 x 1024 image takes about 3 GB. Default: as the "
-        "cache was encoded so far, else 2.",
+        "cache was encoded so far, else by the GPU's memory and the resolution, else 2.",
         aliases="--vae-batch-size",
     )
     threads: int | None = option(

@@ -3,9 +3,10 @@
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -17,7 +18,47 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32} 
 def exact_fp32() -> None:
     """Make fp32 mean fp32 on NVIDIA cards: cuDNN's convolutions are TF32 (10 bits) by default."""
     torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
+
+
+@contextmanager
+def tf32(allowed: bool = True) -> Iterator[None]:
+    """Compute what is started here in TF32 where it is fp32 on CUDA, if ``allowed``."""
+    products: list[Any] = [torch.backends.cudnn, torch.backends.cuda.matmul]
+    before = [kind.allow_tf32 for kind in products]
+    for kind in products:
+        kind.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        for kind, was in zip(products, before, strict=True):
+            kind.allow_tf32 = was
+
+
+def has_tf32(device: torch.device) -> bool:
+    """Whether ``device`` is a GPU that computes in TF32: from compute capability 8.0 on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def check_tf32(option: str, device: torch.device) -> None:
+    """Refuse TF32 where there is none; it would be fp32, by another name.
+
+    Raises:
+        ValueError: names ``option`` and what to give instead.
+    """
+    if not has_tf32(device):
+        raise ValueError(
+            f"{option}: only NVIDIA GPUs of compute capability 8.0 or more have TF32, and this is "
+            f"{_describe(device)}; use fp32"
+        )
+
+
+def _describe(device: torch.device) -> str:
+    if device.type != "cuda":
+        return {"cpu": "a CPU", "mps": "an Apple GPU"}.get(device.type, device.type)
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor})"
 
 
 def pick_device(name: str) -> torch.device:
@@ -47,6 +88,13 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def total_memory(device: torch.device) -> int | None:
+    """Bytes of memory of a CUDA device; None for another."""
+    if device.type != "cuda":
+        return None
+    return int(torch.cuda.get_device_properties(device).total_memory)
+
+
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The tensor on ``device``; the host does not wait where that is safe: on CUDA, from pinned
     memory.
@@ -71,6 +119,27 @@ def start_copy_to_host(
     arrived = torch.Event(next(iter(sources.values())).device)
     arrived.record()
     return arrived
+
+
+def fetch(tensors: Mapping[str, torch.Tensor]) -> Callable[[], dict[str, torch.Tensor]]:
+    """Start to copy tensors of one device to the host; what is returned waits until they are there.
+
+    On CUDA the host does not wait before that, and the device may be given more work meanwhile.
+    """
+    if next(iter(tensors.values())).device.type != "cuda":
+        here = {name: tensor.cpu() for name, tensor in tensors.items()}
+        return lambda: here
+    pinned = {
+        name: torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        for name, tensor in tensors.items()
+    }
+    arrived = start_copy_to_host(tensors, pinned)
+
+    def wait() -> dict[str, torch.Tensor]:
+        arrived.synchronize()
+        return pinned
+
+    return wait
 
 
 def has_bf16(device: torch.device) -> bool:

@@ -64,7 +64,7 @@ def open_base(
     if not name_or_path:
         raise BaseError("--base: empty; give a diffusers folder, a file, a hub id, or miniature")
     path = base_path(name_or_path)
-    options: dict[str, Any] = {"other_vae": vae, "given_tokenizers": tokenizers}
+    options: dict[str, Any] = {"other_vae": vae, "tokenizers_folder": tokenizers}
     if path.is_file() or (_is_file_name(path) and not path.is_dir()):
         return Base(name_or_path, file=SingleFile(path), **options)
     if path.exists():

@@ -30,9 +30,8 @@ class LatentSums:
     def empty(cls, channels: int) -> "LatentSums":
         return cls(np.zeros((channels + 1, channels + 1)), np.zeros((channels + 1, 3)))
 
-    def add(self, latents: torch.Tensor, images: torch.Tensor) -> None:
-        """Latents [N, C, h, w] (scaled) and their images [N, 3, 8h, 8w] in -1..1."""
-        colors = F.adaptive_avg_pool2d(images.float(), (latents.shape[-2], latents.shape[-1]))
+    def add(self, latents: torch.Tensor, colors: torch.Tensor) -> None:
+        """Latents [N, C, h, w] (scaled) and the ``mean_colors`` [N, 3, h, w] of their images."""
         flat = latents.double().permute(0, 2, 3, 1).reshape(-1, latents.shape[1]).cpu().numpy()
         seen = colors.double().permute(0, 2, 3, 1).reshape(-1, 3).cpu().numpy()
         rows = np.concatenate([flat, np.ones((len(flat), 1))], axis=1)
@@ -61,6 +60,11 @@ class LatentSums:
         ridge = 1e-6 * np.eye(len(self.gram)) * max(float(np.trace(self.gram)), 1.0)
         solved = np.linalg.solve(self.gram + ridge, self.cross)
         return {"weight": solved[:-1].tolist(), "bias": solved[-1].tolist()}
+
+
+def mean_colors(images: torch.Tensor) -> torch.Tensor:
+    """The mean color of each latent pixel: images [N, 3, 8h, 8w] in -1..1 to [N, 3, h, w] fp32."""
+    return F.adaptive_avg_pool2d(images.float(), (images.shape[-2] // 8, images.shape[-1] // 8))
 
 
 def latents_to_rgb(latents: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:

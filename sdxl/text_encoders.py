@@ -1,11 +1,12 @@
 """Prompts to embeddings, as SDXL's pipeline encodes them; longer ones in several chunks."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from runtime.devices import fetch, to_device
 from sdxl.base import Base
 from sdxl.load import load_text_encoders, load_tokenizers
 
@@ -62,27 +63,36 @@ class TextEncoders:
         for model in self.models:
             model.to(device)
 
-    @torch.inference_mode()
     def encode(self, prompts: list[str], batch_size: int) -> Conditioning:
-        """N prompts to embeddings on the CPU, in batches of exactly ``batch_size``.
+        """N prompts to embeddings on the CPU, in batches of exactly ``batch_size``."""
+        empty: list[Conditioning] = []  # of this call alone: adapters come and go
+        return Conditioning.cat(
+            self.start(prompts[first : first + batch_size], batch_size, empty)()
+            for first in range(0, len(prompts), batch_size)
+        )
 
-        Short batches are filled with empty prompts, and short prompts with empty chunks: the last
+    @torch.inference_mode()
+    def start(
+        self, prompts: list[str], batch_size: int, empty: list[Conditioning] | None = None
+    ) -> Callable[[], Conditioning]:
+        """Start to encode up to ``batch_size`` prompts; what is returned waits for the embeddings,
+        on the CPU. On CUDA nothing here waits for the device.
+
+        A short batch is filled with empty prompts, and short prompts with empty chunks: the last
         bits of a text encoder depend on the batch size, but not on who else is in the batch. The
         chunks' hidden states follow one another, the pooled embedding is the first one's. Text
-        that is longer is cut.
+        that is longer is cut. ``empty`` keeps an empty chunk's encoding for the next call.
         """
-        conditionings = []
-        empty: Conditioning | None = None  # of this call alone: adapters come and go
-        for start in range(0, len(prompts), batch_size):
-            part, rows = prompts[start : start + batch_size], []
-            for ids in self._chunks(part + [""] * (batch_size - len(part))):
-                is_empty = self._is_empty(*ids)
-                row = empty if is_empty and empty is not None else self._encode_chunk(*ids)
-                empty = row if is_empty else empty
-                rows.append(row)
-            prompt = torch.cat([row.prompt for row in rows], dim=1)
-            conditionings.append(Conditioning(prompt, rows[0].pooled)[: len(part)])
-        return Conditioning.cat(conditionings)
+        empty, rows = [] if empty is None else empty, []
+        for ids in self._chunks(prompts + [""] * (batch_size - len(prompts))):
+            is_empty = self._is_empty(*ids)
+            row = empty[0] if is_empty and empty else self._encode_chunk(*ids)
+            if is_empty and not empty:
+                empty.append(row)
+            rows.append(row)
+        prompt, pooled = torch.cat([row.prompt for row in rows], dim=1), rows[0].pooled
+        wait = fetch({"prompt": prompt[: len(prompts)], "pooled": pooled[: len(prompts)]})
+        return lambda: Conditioning(**wait())
 
     def _chunks(self, prompts: list[str]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """For each chunk the token ids of both tokenizers, [N, 77] each."""
@@ -97,13 +107,16 @@ class TextEncoders:
         )
 
     def _encode_chunk(self, *both: torch.Tensor) -> Conditioning:
-        """One chunk of each prompt; as ``StableDiffusionXLPipeline.encode_prompt`` encodes it."""
+        """One chunk of each prompt, on the device; as ``StableDiffusionXLPipeline.encode_prompt``
+        encodes it."""
+        if self.device.type == "cuda":
+            both = tuple(ids.pin_memory() for ids in both)
         outs = [
-            encoder(ids.to(self.device), output_hidden_states=True)
+            encoder(to_device(ids, self.device), output_hidden_states=True)
             for encoder, ids in zip(self.models, both, strict=True)
         ]
         prompt = torch.cat([out.hidden_states[-2] for out in outs], dim=-1)
-        return Conditioning(prompt.cpu(), outs[1].text_embeds.cpu())
+        return Conditioning(prompt, outs[1].text_embeds)
 
     def encode_each(
         self, texts: Iterable[str | None], batch_size: int

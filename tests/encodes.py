@@ -38,13 +38,13 @@ def counted() -> Iterator[Count]:
     """What the encoders are given from here on; not the empty prompt of every cache, nor the
     built-in drawings."""
     count, measure = Count(), precompute.sanity.measure_drawings
-    latents, text = LatentEncoder.encode, TextEncoders.encode
+    latents, text = LatentEncoder.start, TextEncoders.start
 
-    def encode_latents(self: LatentEncoder, images: Any) -> Any:
+    def start_latents(self: LatentEncoder, images: Any) -> Any:
         count.images += len(images)
         return latents(self, images)
 
-    def encode_text(self: TextEncoders, prompts: list[str], *more: Any) -> Any:
+    def start_text(self: TextEncoders, prompts: list[str], *more: Any) -> Any:
         count.captions += 0 if prompts == [""] else len(prompts)
         return text(self, prompts, *more)
 
@@ -56,8 +56,8 @@ def counted() -> Iterator[Count]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(precompute.sanity, "measure_drawings", measure_drawings)
-        patch.setattr(LatentEncoder, "encode", encode_latents)
-        patch.setattr(TextEncoders, "encode", encode_text)
+        patch.setattr(LatentEncoder, "start", start_latents)
+        patch.setattr(TextEncoders, "start", start_text)
         yield count
 
 

@@ -13,6 +13,7 @@ import torch
 from click.testing import CliRunner
 from pretended_cuda import PretendedCuda
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.data import DataLoader
 
 import benchmarks.gpu as gpu
 from benchmarks import gpu_cells, readers
@@ -22,8 +23,11 @@ from benchmarks.estimates import config_of
 from benchmarks.full_base import CONFIGS
 from benchmarks.gpu import Cell, fill_in, grid, measure, rows_of, run_cell
 from benchmarks.gpu_cells import largest
+from benchmarks.online import ImageDataset, Online
 from benchmarks.report import ratio, take_turns
+from benchmarks.vae_precision import Tf32, compare, drawn_pixels, to_tf32
 from sdxl.base import open_base
+from sdxl.load import load_vae
 from shards.batches import Reader
 from shards.plan import Plan, RankShare
 from shards.reader import Cache
@@ -75,6 +79,45 @@ def test_a_sparse_cache_reads_as_zeros(tmp_path: Path) -> None:
         assert not batch.latents.any() and not batch.prompt.any() and batch.noise.any()
         keys |= set(batch.keys)
     assert len(keys) == 700
+
+
+def test_the_cached_script_trains_without_its_encoders(images: Path, base: Path) -> None:
+    online = Online(str(base), torch.device("cpu"), torch.float32, torch.float32, rank=2)
+    dataset = ImageDataset(images, 64)
+    first = next(iter(DataLoader(dataset, batch_size=4)))
+    prompt, pooled = online.encode_text(first["caption"])
+    samples = online.precompute(dataset, batch_size=4)
+    assert len(samples) == 14
+    batch = next(iter(DataLoader(samples, batch_size=4)))  # type: ignore[arg-type]
+    torch.testing.assert_close(batch["prompt"], prompt)
+    torch.testing.assert_close(batch["pooled"], pooled)
+    assert batch["latents"].shape == (4, 4, 8, 8) and torch.equal(
+        batch["time_ids"], first["time_ids"]
+    )
+    assert not any(hasattr(online, name) for name in ("vae", "encoders", "tokenizers"))
+    before = [parameter.clone() for parameter in online.trained]
+    online.step(batch)
+    assert any(not torch.equal(a, b) for a, b in zip(before, online.trained, strict=True))
+
+
+def test_tf32_is_emulated_by_rounding_what_is_multiplied(base: Path) -> None:
+    step = 2.0**-10  # of TF32's mantissa
+    numbers = torch.tensor([1.0, 1 + step / 2, 1 + 0.4 * step, -1 - 0.6 * step, 3e38, 0.0])
+    rounded = [1.0, 1 + step, 1.0, -1 - step, 3e38, 0.0]
+    assert to_tf32(numbers).tolist() == pytest.approx(rounded, rel=step / 4)
+    cut_off = to_tf32(numbers, cut_off=True)
+    assert cut_off[:4].tolist() == [1.0, 1.0, 1.0, -1.0]
+    vae = load_vae(open_base(base).vae, torch.float32)
+    rows = {row["precision"]: row for row in compare(vae, drawn_pixels(2, 64))}
+    errors = [
+        rows[name]["latents, rms error in stds"] for name in ("tf32", "tf32, cut off", "bf16")
+    ]
+    assert 1e-6 < errors[0] < errors[1] < errors[2] / 2
+    with Tf32() as mode, torch.inference_mode():
+        a, b = torch.full((1, 1), 1 + step / 4), torch.full((1, 1), 1 + step)
+        assert torch.nn.functional.linear(a, b).item() == 1 + step
+        torch.nn.functional.conv2d(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 3, 3))
+    assert mode.num_products == 2
 
 
 def test_turns_and_ratios() -> None:

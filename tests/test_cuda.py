@@ -60,6 +60,9 @@ def batches_of(cache: Path, size: int, *, pin: bool) -> tuple[Plan, Any]:
 # Steps.
 
 
+VALUES = torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default  # it reads
+
+
 class Traffic(TorchDispatchMode):
     """Notes what goes over the bus: copies to the GPU as (pinned, not waited for), and reads."""
 
@@ -71,13 +74,23 @@ class Traffic(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        with self:  # in inference mode operations come whole, and are made of others
+            result = function.decompose(*args, **(kwargs or {}))
+        if result is not NotImplemented:
+            return result
         result = function(*args, **(kwargs or {}))
         if function is torch.ops.aten._to_copy.default and args[0].device != result.device:
             if args[0].is_cuda:
                 self.reads.append(str(function))
             elif args[0].dim():
                 self.copies.add((args[0].is_pinned(), bool((kwargs or {}).get("non_blocking"))))
-        elif function is torch.ops.aten._local_scalar_dense.default and args[0].is_cuda:
+        elif function is torch.ops.aten.copy_.default and args[0].device != args[1].device:
+            host, not_waited_for = args[1 if args[0].is_cuda else 0], (*args, False)[2]
+            if args[0].is_cuda:
+                self.copies.add((host.is_pinned(), not_waited_for))
+            elif not (host.is_pinned() and not_waited_for):
+                self.reads.append(str(function))
+        elif function in VALUES and args[0].is_cuda:
             self.reads.append(str(function))
         return result
 

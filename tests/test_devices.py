@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,17 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from drawing import settings_of as drawing_settings
+from encodes import copy_old, counted, settings_of
+from encodes import encode as encode_again
 from made import config_of
+from pretended_cuda import PretendedCuda
+from transformers import CLIPTextModel
 
+from infer.generate import generate, make_pipeline
+from infer.settings import GenerateSettings
+from precompute.encode import encode
 from precompute.encoders import Encoders
 from precompute.settings import EncodeSettings
 from runtime.devices import has_bf16, pick_precision, to_device
@@ -120,6 +130,96 @@ def test_a_rank_takes_a_gpu_of_its_own_and_waits_two_hours_at_most(
     assert (world.device, world.rank, world.size) == (gpu, 5, 8)
     vote = {"backend": "gloo", "timeout": limit}
     assert called == [gpu, ("nccl", {"timeout": limit}), vote]
+
+
+# TF32.
+
+
+def test_tf32_is_refused_where_there_is_none(capability: Any, base: Path) -> None:
+    def encoders(device: str) -> Encoders:
+        settings = EncodeSettings(
+            dataset=base, out=base, base=str(base), vae_dtype="tf32", device=device
+        )
+        return Encoders(settings, open_base(base), 1)
+
+    said = "--vae-dtype tf32: only NVIDIA GPUs of .* 8.0 or more have TF32, and this is "
+    with pytest.raises(ValueError, match=said + "a CPU; use fp32"):
+        _ = encoders("cpu").latents
+    capability(7, 5)
+    with pytest.raises(ValueError, match=said + r"Old Card \(compute capability 7.5\); use fp32"):
+        _ = encoders("cuda").latents
+
+
+class Flags:
+    """Notes by method of a model whether its call may compute in TF32."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, list[tuple[bool, bool]]] = {}
+
+    def watch(self, kind: Any, name: str) -> None:
+        method, seen = getattr(kind, name), self.seen.setdefault(f"{kind.__name__}.{name}", [])
+
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            backends = torch.backends
+            seen.append((backends.cudnn.allow_tf32, backends.cuda.matmul.allow_tf32))
+            return method(*args, **kwargs)
+
+        setattr(kind, name, noted)
+
+
+def encode_in_tf32(images: Path, base: Path, out: Path) -> Any:
+    """The flags at each call of the VAE, and the flags in the end."""
+    torch.backends.cudnn.allow_tf32 = True  # as torch has it
+    flags = Flags()
+    flags.watch(AutoencoderKL, "encode")
+    flags.watch(CLIPTextModel, "forward")
+    encode(
+        settings_of(images, base, out, vae_dtype="tf32", device="cuda", batch_size=8, threads=None)
+    )
+    return flags.seen, torch.backends.cudnn.allow_tf32
+
+
+def test_a_cache_of_tf32_is_told_from_an_exact_one(
+    cuda: PretendedCuda, images: Path, base: Path, tmp_path: Path
+) -> None:
+    data = copy_old(images, tmp_path / "data")
+    seen, in_the_end = cuda(encode_in_tf32, data, base, tmp_path / "cache")
+    calls = seen["AutoencoderKL.encode"]
+    # Drawings in TF32, then exactly, one by one; the batches; three images of the checks, exactly.
+    assert calls == [
+        (True, True),
+        *[(False, False)] * 2,
+        *[(True, True)] * 6,
+        *[(False, False)] * 3,
+    ]
+    assert {*seen["CLIPTextModel.forward"]} == {(False, False)} and not in_the_end
+    with counted() as count, pytest.warns(UserWarning, match=r"anew: VAE precision \(14\)"):
+        report = encode_again(data, base, tmp_path / "cache", batch_size=8)
+    assert count == (14, 0) and report.changes.causes == {"VAE precision": 14}
+
+
+def generate_on_cuda(settings: GenerateSettings) -> Any:
+    """The flags of the UNet and the VAE, and what the record of an image says of the VAE."""
+    flags = Flags()
+    flags.watch(AutoencoderKL, "decode")
+    flags.watch(UNet2DConditionModel, "forward")
+    pipeline = make_pipeline(settings)
+    generate(settings, pipeline)
+    digests = pipeline.weights.digests(pipeline.dtype, pipeline.decodes_in_tf32)
+    return {name: {*calls} for name, calls in flags.seen.items()}, digests["vae_dtype"]
+
+
+@pytest.mark.parametrize(
+    ("precision", "major", "in_tf32"), [("auto", 8, True), ("auto", 7, False), ("fp32", 8, False)]
+)
+def test_images_are_decoded_in_tf32_unless_fp32_is_asked_for(
+    cuda: PretendedCuda, base: Path, tmp_path: Path, precision: Any, major: int, in_tf32: bool
+) -> None:
+    settings = drawing_settings(base, tmp_path, ["a red circle --s 2"], precision=precision)
+    seen, recorded = cuda(generate_on_cuda, replace(settings, device="cuda"), major=major)
+    assert seen["AutoencoderKL.decode"] == {(in_tf32, in_tf32)}
+    assert seen["UNet2DConditionModel.forward"] == {(False, False)}
+    assert recorded == ("tf32" if in_tf32 else "float32")
 
 
 # The allocator.

@@ -12,10 +12,11 @@ import numpy.typing as npt
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from precompute.dataset.records import Blob, SourceImage
 from precompute.images.decode import image_size, open_image, to_srgb
-from precompute.images.variants import render
+from precompute.images.variants import normalize, render
 from precompute.plan.scan import plan_images
 from precompute.settings import EncodeSettings
 from shards.buckets import Geometry, Size, bucket_sizes, cover, nearest_bucket, stretch
@@ -64,7 +65,7 @@ def ramps_png(size: Size) -> bytes:
 
 
 def levels(pixels: torch.Tensor) -> npt.NDArray[np.float64]:
-    return (pixels.double().numpy() + 1) * 127.5
+    return pixels.double().numpy()
 
 
 def misplaced(means: npt.NDArray[np.float64], side: int, offset: int) -> tuple[float, float]:
@@ -361,11 +362,32 @@ def test_files_of_every_depth(
 def test_white_is_one_and_black_minus_one() -> None:
     pixels = np.zeros((16, 32, 3), np.uint8)
     pixels[:, :, 2] = 255
-    tensor = render(Image.fromarray(pixels), cover((32, 16), (16, 8)))
+    tensor = normalize(render(Image.fromarray(pixels), cover((32, 16), (16, 8))))
     assert tensor.dtype == torch.float32
     assert tensor.shape == (3, 8, 16)
     assert tensor.amin(dim=(1, 2)).tolist() == [-1, -1, 1]
     assert tensor.amax(dim=(1, 2)).tolist() == [-1, -1, 1]
+
+
+def test_each_level_is_normalized_to_the_bits_that_caches_have() -> None:
+    """A GPU would multiply by the reciprocal of a number, which differs in some levels' last bits;
+    by a tensor of its own it divides."""
+    pixels = torch.arange(256).to(torch.uint8)
+    expected = np.arange(256, dtype=np.float32) / np.float32(127.5) - np.float32(1)
+    np.testing.assert_array_equal(normalize(pixels).numpy(), expected)
+    reciprocal = np.arange(256, dtype=np.float32) * (np.float32(1) / np.float32(127.5))
+    assert (reciprocal - np.float32(1) != expected).any()
+    divisors = []
+
+    class Divisions(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any, kwargs: Any) -> Any:
+            if function is torch.ops.aten.div.Tensor:
+                divisors.append(args[1])
+            return function(*args, **(kwargs or {}))
+
+    with Divisions():
+        normalize(torch.empty(2, dtype=torch.uint8, device="meta"))
+    assert [divisor.device.type for divisor in divisors] == ["meta"]
 
 
 def test_shrinking_averages() -> None:

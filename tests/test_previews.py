@@ -23,10 +23,10 @@ from torch.distributed.fsdp import fully_shard
 
 import cli
 from precompute.images.decode import open_image
-from precompute.images.variants import render
+from precompute.images.variants import normalize, render
 from precompute.prompts import change_prompts
 from sdxl.base import open_base
-from sdxl.latent_rgb import LatentSums, latents_to_rgb
+from sdxl.latent_rgb import LatentSums, latents_to_rgb, mean_colors
 from sdxl.load import load_scheduler, load_unet, load_vae
 from sdxl.sampling import decode_latents
 from shards.buckets import cover
@@ -396,14 +396,14 @@ class ColorVae:
 def rendered(path: Path) -> torch.Tensor:
     """A drawn image in its bucket, [1, 3, H, W] in -1..1."""
     image = open_image(path.read_bytes())
-    return render(image, cover(image.size, BUCKETS[image.size]))[None]
+    return normalize(render(image, cover(image.size, BUCKETS[image.size])))[None]
 
 
 def test_the_maps_colors_are_those_of_the_decoded_image(images: Path) -> None:
     vae, sums = ColorVae(), LatentSums.empty(4)
     drawn = [rendered(path) for path in sorted(images.glob("*.png"))]
     for image in drawn:
-        sums.add(vae.scaled(image), image)
+        sums.add(vae.scaled(image), mean_colors(image))
     fit = {name: torch.tensor(value) for name, value in sums.fit().items()}
     mapped, decoded = [], []
     for image in drawn:

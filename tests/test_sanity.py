@@ -35,9 +35,9 @@ from tests.image_files import linear_profile, saved, scene
 
 CPU = torch.device("cpu")
 Change = Callable[[torch.Tensor], torch.Tensor]
-PIXEL_FAULTS: dict[str, Change] = {
-    "no normalization": lambda pixels: (pixels + 1) / 2,
-    "swapped channels": lambda pixels: pixels.flip(1),
+PIXEL_FAULTS: dict[str, tuple[str, Change]] = {
+    "no normalization": ("normalize", lambda pixels: (pixels + 1) / 2),
+    "swapped channels": ("render_variants", lambda pixels: pixels.flip(1)),
 }
 
 
@@ -47,9 +47,11 @@ def plant(patch: pytest.MonkeyPatch, fault: str) -> None:
         real: Any = precompute.encoders.scale_mean
         patch.setattr(precompute.encoders, "scale_mean", lambda *args: 2 * real(*args))
         return
-    change, render_variants = PIXEL_FAULTS[fault], precompute.images.variants.render_variants
-    for module in (precompute.images.variants, precompute.encode_samples):
-        patch.setattr(module, "render_variants", lambda *args: change(render_variants(*args)))
+    name, change = PIXEL_FAULTS[fault]
+    function = getattr(precompute.images.variants, name)
+    for module in (precompute.images.variants, precompute.encode_samples, precompute.encoders):
+        if hasattr(module, name):
+            patch.setattr(module, name, lambda *args: change(function(*args)))
 
 
 def sanity_of(cache: Path) -> Any:
@@ -180,7 +182,7 @@ def test_only_what_can_be_opened_by_another_way_is_compared(base: Path) -> None:
     encoder = LatentEncoder(open_base(base).vae, torch.float32, CPU, 1)
     geometry = cover((96, 64), (64, 48))
     image = scene()
-    stored = encoder.encode(render(image, geometry)[None]).mean[0]
+    stored = encoder.encode([render(image, geometry)]).mean[0]
     exif = Image.Exif()
     exif[0x0112] = 3
     for data in (
@@ -197,7 +199,7 @@ def test_only_what_can_be_opened_by_another_way_is_compared(base: Path) -> None:
         assert measures["error"] < 1e-4
         assert alarms_of_image(measures) == []
     grey = image.convert("L")
-    stored = encoder.encode(render(open_image(saved(grey, "PNG")), geometry)[None]).mean[0]
+    stored = encoder.encode([render(open_image(saved(grey, "PNG")), geometry)]).mean[0]
     measures = measure_image(encoder, "a", saved(grey, "PNG"), geometry, stored)
     assert measures is not None and measures["error"] < 1e-4
 

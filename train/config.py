@@ -24,7 +24,7 @@ class TrainConfig:
         "huber_delta timesteps logit_mean logit_std timestep_range",
         "Optimizer": "optimizer lr_schedule num_cycles warmup_steps accumulate "
         "weight_decay max_grad_norm max_skipped ema ema_on_cpu ema_every seed",
-        "Memory and speed": "device gpus precision gradient_checkpointing base_quant pure_bf16 "
+        "Memory and speed": "device gpus precision fit gradient_checkpointing base_quant pure_bf16 "
         "fused_backward compile channels_last warm_up reader_threads "
         "allow_cpu_bf16",
         "Evaluation and previews": "eval_every preview_every preview_vae",
@@ -176,6 +176,13 @@ class TrainConfig:
     )
     allow_cpu_bf16: bool = option(
         False, "Compute in bf16 or fp16 on a CPU too, where --precision asks for it."
+    )
+    fit: str | None = option(
+        None,
+        "Choose batch size and accumulation (their product stays), gradient checkpointing, the "
+        "average's place and, where it must be, a quantized base or pure bf16, so that the run "
+        "fits into this memory, for example 12GB, or into what the device has free (auto).",
+        metavar="SIZE|auto",
     )
     gradient_checkpointing: bool | None = option(
         None,

@@ -14,7 +14,7 @@ from runtime.devices import Precision, check_bf16, exact_fp32, pick_precision
 from sdxl.base import Base
 from sdxl.metadata import Schedule
 from shards.batches import Batch, Reader
-from shards.buckets import Size
+from shards.buckets import Size, largest_bucket
 from shards.plan import Plan, RankShare
 from shards.reader import Cache, read_ahead
 from train.config import TrainConfig, check_processes
@@ -271,10 +271,6 @@ def evaluate(learner: Learner, val: Cache, config: TrainConfig) -> float:
 # generators are afterwards what they were, bit for bit.
 
 
-def largest_bucket(plan: Plan) -> Size:
-    return max(plan.buckets, key=lambda size: (size[0] * size[1], size))
-
-
 def warm_up(learner: Learner, config: TrainConfig, plan: Plan, tokens: int) -> None:
     """Run the pass, if the run asks for it (by default on CUDA). Every rank must.
 
@@ -284,7 +280,7 @@ def warm_up(learner: Learner, config: TrainConfig, plan: Plan, tokens: int) -> N
     device = learner.world.device
     if not (device.type == "cuda" if config.warm_up is None else config.warm_up):
         return
-    batch = _batch_of_zeros(learner.unet, largest_bucket(plan), config.batch_size, tokens)
+    batch = _batch_of_zeros(learner.unet, largest_bucket(plan.buckets), config.batch_size, tokens)
     state = None
     if device.type == "cuda" and not learner.optimizer.state()[0]:
         # The optimizer makes its state at the end of the first step. From the second step on it is

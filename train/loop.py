@@ -24,18 +24,19 @@ import torch
 from runtime.signals import Stopped, StopSignals
 from sdxl.base import Base, open_base
 from shards.batches import Reader, ReadOptions
+from shards.buckets import largest_bucket
 from shards.plan import Plan
 from shards.reader import Cache
 from train.caches import open_data
-from train.checkpoint import CheckpointWriter, rotate, warn_of_space
+from train.checkpoint import CheckpointWriter, newest_checkpoint, rotate, warn_of_space
 from train.config import TrainConfig
 from train.distributed import LOST_SECONDS, DistContext, StopVote, is_lost, start_world, stop_world
+from train.fit import Fitted, describe_fit, fit
 from train.learner import (
     Learner,
     Step,
     build_learner,
     evaluate,
-    largest_bucket,
     train_step,
     warm_up,
 )
@@ -64,6 +65,7 @@ class Run:
     start: Start
     num_steps: int
     writer: CheckpointWriter
+    fitted: Fitted | None = None  # how --fit made it
     skipped_in_a_row: int = 0
     eval_loss: float | None = None  # of the newest step, if it was evaluated
 
@@ -95,8 +97,13 @@ def train(config: TrainConfig) -> Path:
             base = _open_base(config, world)
             caches, val = open_data(config, base, world)
             tokens = caches[0].manifest["text"]["tokens"]
-            start, plan, share, identity = find_start(config, base, caches, world)
-            config = choose_checkpointing(start.config, base, largest_bucket(plan), tokens, world)
+            checkpoint = newest_checkpoint(config.out) if config.resume else None
+            fitted = fit(config, base, caches, world, checkpoint)
+            config = fitted.config if fitted else config
+            start, plan, share, identity = find_start(config, base, caches, world, checkpoint)
+            config = choose_checkpointing(
+                start.config, base, largest_bucket(plan.buckets), tokens, world
+            )
             learner = build_learner(config, base, world, start.path)
             restore(start, learner, config)
             kind = WeightsFormat.of(config, base, learner.schedule, caches)
@@ -119,13 +126,14 @@ def train(config: TrainConfig) -> Path:
                 start=start,
                 num_steps=num_steps,
                 writer=_checkpoint_writer(config, learner, kind, start),
+                fitted=fitted,
                 skipped_in_a_row=start.skipped_in_a_row,
             )
             path = _run(run)
         stop_world(world)
         return path
     except torch.OutOfMemoryError as error:
-        message = advice(config, base, largest_bucket(plan), tokens, world.size, error)
+        message = advice(config, base, largest_bucket(plan.buckets), tokens, world.size, error)
         raise _with_notes(MemoryError(message), error) from error
     except RuntimeError as error:
         if not is_lost(error, world):
@@ -175,6 +183,8 @@ def _run(run: Run) -> Path:
             f"{run.plan.num_batches:,} steps each"
         )
         learner = run.learner
+        for line in describe_fit(run.fitted) if run.fitted else ():
+            run.log.print(line)
         if run.start.config.gradient_checkpointing is None and learner.world.device.type == "cuda":
             decided = "on" if run.config.gradient_checkpointing else "off"
             run.log.print(

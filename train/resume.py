@@ -14,7 +14,7 @@ from sdxl.lora.names import LORA
 from sdxl.lora.read import find_lora
 from shards.plan import Plan, RankShare
 from shards.reader import Cache, groups_of
-from train.checkpoint import load_checkpoint, newest_checkpoint
+from train.checkpoint import load_checkpoint
 from train.config import TrainConfig
 from train.distributed import DistContext
 from train.learner import Learner
@@ -77,15 +77,20 @@ class Start:
 
 
 def find_start(
-    config: TrainConfig, base: Base, caches: Sequence[Cache], world: DistContext
+    config: TrainConfig,
+    base: Base,
+    caches: Sequence[Cache],
+    world: DistContext,
+    checkpoint: tuple[Path, dict[str, Any]] | None,
 ) -> tuple[Start, Plan, RankShare, dict[str, Any]]:
     """The start of the run, the plan, this rank's share of it, and the run's identity.
+
+    ``checkpoint`` is what the run resumes from, if it does.
 
     Raises:
         ValueError: the run in the folder cannot be resumed with these settings, data, base or
             processes.
     """
-    checkpoint = newest_checkpoint(config.out) if config.resume else None
     share = RankShare(batch_size=config.batch_size, world=world.size, rank=world.rank)
     if checkpoint is None:
         identity = identity_of(config, base, caches, world)

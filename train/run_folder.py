@@ -53,9 +53,11 @@ from train.unet import trainable
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 WANDB_ID = "wandb.json"
+REPORT = "report.html"  # which the command writes after the run
 # Everything that a run writes into its folder, and so everything that --overwrite may delete.
 ENTRIES = frozenset(
-    (CONFIG, METRICS, WANDB_ID, "wandb", CHECKPOINTS, "previews", LORA, KOHYA, "unet", "scheduler")
+    {CONFIG, METRICS, WANDB_ID, REPORT, CHECKPOINTS, LORA, KOHYA}
+    | {"wandb", "previews", "unet", "scheduler"}
 )
 # The names that a run gives in its two folders of many files, also half written.
 _FILE_NAMES = {

@@ -35,12 +35,12 @@ def random_crops(center: Geometry, num: int, key: str) -> tuple[Geometry, ...]:
 
 
 def render(image: Image.Image, geometry: Geometry) -> torch.Tensor:
-    """The cropped bucket of an RGB image: [3, H, W] fp32 in -1..1."""
+    """The cropped bucket of an RGB image: [3, H, W] uint8."""
     return render_variants(image, (geometry,))[0]
 
 
 def render_variants(image: Image.Image, variants: Sequence[Geometry]) -> torch.Tensor:
-    """Its V variants, which differ in crop and side: [V, 3, H, W] fp32 in -1..1."""
+    """Its V variants, which differ in crop and side: [V, 3, H, W] uint8."""
     first = variants[0]
     if image.size != first.original:
         raise ImageError(f"its size is {image.size}, where its header said {first.original}")
@@ -51,5 +51,12 @@ def render_variants(image: Image.Image, variants: Sequence[Geometry]) -> torch.T
         (left, top), (width, height) = variant.crop, variant.target
         seen = mirrored if variant.flipped else resized
         cut.append(np.asarray(seen.crop((left, top, left + width, top + height))))
-    pixels = torch.from_numpy(np.stack(cut))
-    return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.from_numpy(np.stack(cut)).permute(0, 3, 1, 2)
+
+
+def normalize(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 pixels as a VAE takes them: fp32 in -1..1, with the same bits on every device.
+
+    (CUDA multiplies by the reciprocal of a number, which rounds otherwise; by a tensor it divides.)
+    """
+    return pixels.float() / torch.full((), 127.5, device=pixels.device) - 1

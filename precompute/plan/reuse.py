@@ -156,7 +156,8 @@ RECIPE_CAUSES = {
     "long_captions": "number of chunks",
 }
 STORAGE_CAUSES = {"dtype": "dtype", "mean_only": "mean-only"}
-SETTING_CAUSES = {*RECIPE_CAUSES.values(), *STORAGE_CAUSES.values()}
+VAE_PRECISION = "VAE precision"  # of the same VAE
+SETTING_CAUSES = {*RECIPE_CAUSES.values(), *STORAGE_CAUSES.values(), VAE_PRECISION}
 
 
 @dataclass
@@ -403,9 +404,12 @@ def _task_for_same_image(
 
 def _recipe_causes(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
     """The changed parts of a recipe that decide tensors, by the names that messages use."""
-    for name in ("preprocessing", "vae"):
-        if latent_recipe(old)[name] != latent_recipe(new)[name]:
-            yield RECIPE_CAUSES[name]
+    before, after = latent_recipe(old), latent_recipe(new)
+    if before["preprocessing"] != after["preprocessing"]:
+        yield RECIPE_CAUSES["preprocessing"]
+    if before["vae"] != after["vae"]:
+        is_another = before["vae"] | {"dtype": after["vae"]["dtype"]} != after["vae"]
+        yield RECIPE_CAUSES["vae"] if is_another else VAE_PRECISION
     for name in ("text_encoder", "text_encoder_2"):
         if old[name] != new[name]:
             yield RECIPE_CAUSES[name]
