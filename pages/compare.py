@@ -1,4 +1,4 @@
-"""The page of several runs: their curves over each other, and what was set otherwise."""
+"""The page that compares runs: their curves in one chart, and the settings that differ."""
 
 from collections import Counter
 from collections.abc import Sequence

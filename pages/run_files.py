@@ -1,4 +1,4 @@
-"""A run's folder, read as files: metrics, settings, checkpoints, previews.
+"""Reads a run's folder as files: metrics, settings, checkpoints, previews.
 
 What is damaged costs itself alone, and becomes a note on the page. Imports no torch.
 """

@@ -1,4 +1,4 @@
-"""A run's settings beside their defaults, and the command that they come from.
+"""Lists a run's settings beside their defaults, and the command that gives them.
 
 The command's settings dataclass, which is handed in, is the one place that knows names, defaults
 and headings.
