@@ -81,7 +81,7 @@ def _print_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     cls=Commands,
     panels={
         "The three stages": "encode train generate",
-        "To begin with": "demo download",
+        "To begin with": "tune demo download",
         "Caches and weights": "inspect verify prompts export",
         "Pages to look at": "report compare",
     },
@@ -103,6 +103,22 @@ def commands() -> None:
         os.environ.setdefault("TQDM_MININTERVAL", "10")  # a log is no screen
     if sys.argv[1:2] == [click.get_current_context().invoked_subcommand]:
         let_threads_sleep()
+
+
+@stage("tune", "cli_tune:TuneSettings")
+def tune(ctx: click.Context, debug: bool, **values: Any) -> None:
+    """Fine-tune on a folder of images in one command: encode, train, generate.
+
+    Settings are chosen by the number of images, the base and the device. The three commands that
+    it runs are printed first; what stands after -- is added to train. The same command goes on
+    after an interruption.
+    """
+    with handle_errors(debug):
+        settings = _settings(ctx, values)
+        from cli_tune import run_as_process
+        from cli_tune import tune as run
+
+        run(settings, run_as_process)
 
 
 @stage("encode", "precompute.settings:EncodeSettings")

@@ -220,6 +220,8 @@ def _parameter(spec: Field[Any], hint: Any) -> click.Parameter:
     if "help" not in spec.metadata:
         # Required, but a recipe may have it: make_settings sees to that.
         name = spec.name.upper() + ("..." if is_tuple else "")
+        if spec.default is not MISSING:
+            name = f"[-- {name}]"
         return click.Argument(
             [spec.name], type=kind, required=False, nargs=-1 if is_tuple else 1, metavar=name
         )
