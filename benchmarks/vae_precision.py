@@ -1,4 +1,4 @@
-"""What the VAE's precision does to latents and to decoded images, against fp32; on a CPU.
+"""Measures the error that the VAE's precision makes in latents and images, against fp32, on a CPU.
 
     python -m benchmarks.vae_precision [--num-images 8] [--pixels 256] [--out benchmark-output]
 

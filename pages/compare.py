@@ -1,4 +1,4 @@
-"""The page of several runs: their curves over each other, and what was set otherwise."""
+"""The page that compares runs: their curves in one chart, and the settings that differ."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -148,8 +148,8 @@ def differences(runs: Sequence[RunFiles], command: StageCommand) -> list[Differe
     """The settings, and what followed from them, whose values are not the same in all runs."""
     tables: list[dict[str, str]] = []
     for run in runs:
-        known = {s.flag: s.value for s in describe_settings(run.settings, command)}
-        tables.append({**known, **other_values(run.settings, command)})
+        own_values = {s.flag: s.value for s in describe_settings(run.settings, command)}
+        tables.append({**own_values, **other_values(run.settings, command)})
     names = dict.fromkeys(name for table in tables for name in table)
     names.pop(flag("out"), None)  # which is the run's name
     rows = [Difference(name, [table.get(name, "not known") for table in tables]) for name in names]

@@ -1,4 +1,4 @@
-"""Curves as SVG, drawn by matplotlib, in colors that the page decides.
+"""Draws curves as SVG by matplotlib, in colors that the page decides.
 
 matplotlib knows fixed colors alone. It is given stand-ins, which become CSS variables in the SVG,
 so that a chart follows the page from light to dark.

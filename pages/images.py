@@ -1,4 +1,4 @@
-"""Images inside a page: data URIs, scaled down so that all of them fit into a bounded page."""
+"""Embeds images in a page as data URIs, scaled down so that all of them fit into its size."""
 
 import base64
 import io

@@ -1,4 +1,4 @@
-"""Writes pages: templates, with all text escaped, and one file that appears whole."""
+"""Writes pages from templates, with all text escaped, as one file each."""
 
 from pathlib import Path
 from typing import Any

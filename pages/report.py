@@ -1,4 +1,4 @@
-"""The page of a run: how it went, what it drew, how it was set, which checkpoint is best."""
+"""The page of a run: its curves, previews, settings and checkpoints, and which one is best."""
 
 import shlex
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""A run's folder, read as files: metrics, settings, checkpoints, previews.
+"""Reads a run's folder as files: metrics, settings, checkpoints, previews.
 
 What is damaged costs itself alone, and becomes a note on the page. Imports no torch.
 """
@@ -101,8 +101,8 @@ class RunFiles:
     @property
     def best(self) -> Checkpoint | None:
         """The checkpoint with the lowest eval loss; the first of equals."""
-        known = [checkpoint for checkpoint in self.checkpoints if checkpoint.was_evaluated]
-        return min(known, key=lambda checkpoint: checkpoint.eval_loss, default=None)
+        evaluated = [checkpoint for checkpoint in self.checkpoints if checkpoint.was_evaluated]
+        return min(evaluated, key=lambda checkpoint: checkpoint.eval_loss, default=None)
 
 
 def read_run(folder: Path) -> RunFiles:
@@ -238,9 +238,9 @@ def _read_checkpoints(folder: Path) -> Iterator[Checkpoint]:
 
 def _numbered(folder: Path, name: re.Pattern[str]) -> dict[int, Path]:
     """What lies in ``folder`` under such names, in the order of the numbers in them."""
-    found = {}
+    by_number = {}
     if folder.is_dir():
         for path in folder.iterdir():
             if match := name.fullmatch(path.name):
-                found[int(match[1])] = path
-    return dict(sorted(found.items()))
+                by_number[int(match[1])] = path
+    return dict(sorted(by_number.items()))

@@ -1,4 +1,4 @@
-"""A run's settings beside their defaults, and the command that they come from.
+"""Lists a run's settings beside their defaults, and the command that gives them.
 
 The command's settings dataclass, which is handed in, is the one place that knows names, defaults
 and headings.
@@ -64,8 +64,8 @@ def describe_settings(values: Mapping[str, Any], command: StageCommand) -> list[
 
 def other_values(values: Mapping[str, Any], command: StageCommand) -> dict[str, str]:
     """What followed from the settings, and what another version wrote."""
-    known = {spec.name for spec in fields(command.settings)}
-    return {name: show(value) for name, value in values.items() if name not in known}
+    setting_names = {spec.name for spec in fields(command.settings)}
+    return {name: show(value) for name, value in values.items() if name not in setting_names}
 
 
 def command_line(values: Mapping[str, Any], command: StageCommand) -> list[str]:

@@ -33,109 +33,60 @@ class EncodeSettings:
 
     dataset: Path
     base: str = option(
-        MISSING,
-        BASE_HELP,
-        metavar="BASE",
-        aliases="--pretrained-model-name-or-path",
+        MISSING, BASE_HELP, metavar="BASE", aliases="--pretrained-model-name-or-path"
     )
-    out: Path = option(
-        MISSING,
-        "Folder of the cache.",
-        metavar="PATH",
-        aliases="--output-dir",
-    )
+    out: Path = option(MISSING, "Folder of the cache.", metavar="PATH", aliases="--output-dir")
     resolution: int = option(
-        1024,
-        "Target resolution: the area of a bucket is at most RESOLUTION x RESOLUTION pixels.",
+        1024, "Target resolution: the area of a bucket is at most RESOLUTION x RESOLUTION pixels."
     )
     bucket_step: int = option(
-        64,
-        "Sides of the buckets are multiples of this many pixels.",
-        aliases="--bucket-reso-steps",
+        64, "Sides of the buckets are multiples of this many pixels.", aliases="--bucket-reso-steps"
     )
     square: bool = option(
-        False,
-        "Resize the shorter side to the resolution and cut out the center square.",
+        False, "Resize the shorter side to the resolution and cut out the center square."
     )
-    squash: bool = option(
-        False,
-        "Stretch every image to a square.",
-    )
+    squash: bool = option(False, "Stretch every image to a square.")
     val_share: float = option(
-        0.0,
-        "Share of the images, chosen by their key, that goes into a validation cache OUT/val.",
+        0.0, "Share of the images, chosen by their key, that goes into a validation cache OUT/val."
     )
     empty_captions: bool = option(
-        False,
-        "Keep images whose caption is empty; they train the model without a prompt.",
+        False, "Keep images whose caption is empty; they train the model without a prompt."
     )
     missing_caption: str = option(
         "reject",
         "What to do with an image without a caption: reject, empty, or this TEXT as its caption.",
         metavar="reject|empty|TEXT",
     )
-    caption_prefix: str = option(
-        "",
-        "Text put before each caption, with a space.",
-        metavar="TEXT",
-    )
-    caption_lines: bool = option(
-        False,
-        "Treat each line of a text file as a caption of its own.",
-    )
+    caption_prefix: str = option("", "Text put before each caption, with a space.", metavar="TEXT")
+    caption_lines: bool = option(False, "Treat each line of a text file as a caption of its own.")
     shuffle_tags: int = option(
-        0,
-        "Number of random orders of each caption's comma-separated tags to cache.",
+        0, "Number of random orders of each caption's comma-separated tags to cache."
     )
-    keep_tokens: int = option(
-        0,
-        "Number of first tags that --shuffle-tags leaves in place.",
-    )
+    keep_tokens: int = option(0, "Number of first tags that --shuffle-tags leaves in place.")
     repeat_folders: bool = option(
-        False,
-        "Repeat the images of folders named N_name N times per epoch.",
+        False, "Repeat the images of folders named N_name N times per epoch."
     )
-    min_size: int = option(
-        0,
-        "Reject images whose shorter side has fewer pixels.",
-    )
+    min_size: int = option(0, "Reject images whose shorter side has fewer pixels.")
     mask_from_alpha: bool = option(
-        False,
-        "Use an image's own alpha as its mask, unless it has a mask file.",
+        False, "Use an image's own alpha as its mask, unless it has a mask file."
     )
-    flip: bool = option(
-        False,
-        "Cache a mirrored copy of each image too.",
-        aliases="--flip-aug",
-    )
+    flip: bool = option(False, "Cache a mirrored copy of each image too.", aliases="--flip-aug")
     crops: int = option(
         0,
         "Number of random crops of each image to cache in place of the center crop; 0 caches "
         "the center crop.",
     )
-    long_captions: int = option(
-        1,
-        "Number of 77-token chunks per caption.",
-    )
+    long_captions: int = option(1, "Number of 77-token chunks per caption.")
     vae: str | None = option(
-        None,
-        "Use another VAE: its folder or file, or a base that contains it.",
-        metavar="PATH",
+        None, "Use another VAE: its folder or file, or a base that contains it.", metavar="PATH"
     )
-    tokenizers: Path | None = option(
-        None,
-        TOKENIZERS_HELP,
-        metavar="FOLDER",
-    )
+    tokenizers: Path | None = option(None, TOKENIZERS_HELP, metavar="FOLDER")
     vae_dtype: VaeDtype = option(
         "fp32",
         "VAE precision. tf32 (on NVIDIA GPUs from compute capability 8.0) and bf16 are faster and "
         "less exact. Latents that come out non-finite are encoded again in fp32.",
     )
-    dtype: Dtype = option(
-        "fp16",
-        "Precision of the stored tensors.",
-    )
+    dtype: Dtype = option("fp16", "Precision of the stored tensors.")
     mean_only: bool = option(
         False,
         "Store only the mean of the VAE's posterior: a smaller cache, and the same latent in every "
@@ -147,9 +98,7 @@ class EncodeSettings:
         metavar="FILE",
     )
     device: str = option(
-        "auto",
-        "Device to encode on: auto, cuda, cuda:N, mps or cpu.",
-        metavar="DEVICE",
+        "auto", "Device to encode on: auto, cuda, cuda:N, mps or cpu.", metavar="DEVICE"
     )
     gpus: str | None = option(
         None,
@@ -163,20 +112,14 @@ class EncodeSettings:
         aliases="--vae-batch-size",
     )
     threads: int | None = option(
-        None,
-        "CPU threads per process. Default: as the cache was encoded so far, else all.",
+        None, "CPU threads per process. Default: as the cache was encoded so far, else all."
     )
-    shard_size: int = option(
-        512,
-        "Maximum number of samples in a shard.",
-    )
+    shard_size: int = option(512, "Maximum number of samples in a shard.")
     rehash: bool = option(
-        False,
-        "Read every file again, even if its size and modification time are unchanged.",
+        False, "Read every file again, even if its size and modification time are unchanged."
     )
     repack: bool = option(
-        False,
-        "Rewrite the shards in the order of a fresh encode, copying what is still valid.",
+        False, "Rewrite the shards in the order of a fresh encode, copying what is still valid."
     )
     max_rejected: float = option(
         0.5,
@@ -188,14 +131,10 @@ class EncodeSettings:
         "Maximum share of a cache's samples that may be removed; more is refused before "
         "anything is written. Default: 0.1, or 0.5 for a cache of fewer than 100 samples.",
     )
-    allow_other_dataset: bool = option(
-        False,
-        "Replace a cache that was made from another dataset.",
-    )
+    allow_other_dataset: bool = option(False, "Replace a cache that was made from another dataset.")
 
     dry_run: bool = option(
-        False,
-        "Print what would be encoded, removed, cropped and rejected and its size, then exit.",
+        False, "Print what would be encoded, removed, cropped and rejected and its size, then exit."
     )
 
     def __post_init__(self) -> None:

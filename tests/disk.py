@@ -77,11 +77,11 @@ class Disk:
             patch.setattr(owner, name, lambda *a, act=act, real=real, **k: act(real, *a, **k))
 
     def _change(self, real: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self._one()
+        self._operation()
         return real(*args, **kwargs)
 
     def _fsync(self, real: Callable[..., Any], descriptor: int) -> None:
-        self._one()  # and no more: a process that dies loses nothing of what it wrote
+        self._operation()  # and no more: a process that dies loses nothing of what it wrote
         at = os.fstat(descriptor).st_ino
         self.synced.add(at)
         self.named |= {
@@ -93,7 +93,7 @@ class Disk:
         self.renames = [rename for rename in self.renames if _name(rename[1]) not in self.named]
 
     def _replace(self, real: Callable[..., Any], old: Path, new: Path) -> None:
-        self._one()
+        self._operation()
         self.renames.append((old, new, new.read_bytes() if new.is_file() else None))
         self.named.discard(_name(new))
         real(old, new)
@@ -101,19 +101,19 @@ class Disk:
     def _open(self, real: Callable[..., Any], file: Any, mode: str = "r", *a: Any, **k: Any) -> Any:
         if mode != "wb":
             return real(file, mode, *a, **k)
-        self._one()
+        self._operation()
         opened = real(file, mode, *a, **k)
-        return _CountedFile(opened, self._one) if self.writes else opened
+        return _CountedFile(opened, self._operation) if self.writes else opened
 
     def _save_file(self, real: Callable[..., Any], tensors: Any, path: Path, **more: Any) -> None:
-        self._one(lambda: (real(tensors, path, **more), _halve(path)))
+        self._operation(lambda: (real(tensors, path, **more), _halve(path)))
         real(tensors, path, **more)
 
     def _write_text(self, real: Callable[..., Any], path: Path, text: str) -> Any:
-        self._one(lambda: real(path, text[: len(text) // 2]))
+        self._operation(lambda: real(path, text[: len(text) // 2]))
         return real(path, text)
 
-    def _one(self, half: Callable[[], Any] = lambda: None) -> None:
+    def _operation(self, half: Callable[[], Any] = lambda: None) -> None:
         self.count += 1
         if self.count == self.last:
             self.last = 0  # what follows counts no more
@@ -144,15 +144,15 @@ class Disk:
 class _CountedFile:
     """A file whose every write is an operation, which may end half done."""
 
-    def __init__(self, file: Any, first: Callable[[Callable[[], Any]], None]) -> None:
-        self._file, self._one = file, first
+    def __init__(self, file: Any, operation: Callable[[Callable[[], Any]], None]) -> None:
+        self._file, self._operation = file, operation
 
     def write(self, data: bytes) -> int:
         def half() -> None:
             self._file.write(data[: len(data) // 2])
             self._file.flush()
 
-        self._one(half)
+        self._operation(half)
         return int(self._file.write(data))
 
     def __enter__(self) -> "_CountedFile":

@@ -181,7 +181,7 @@ def test_the_sheets_are_in_the_page_by_step(page: Page) -> None:
     images = page.all("img")
     assert len(images) == 4 and all(image["alt"] for image in images)
     assert len({image["src"] for image in images}) == 4
-    (slider,) = [one for one in page.all("input") if one["type"] == "range"]
+    (slider,) = [field for field in page.all("input") if field["type"] == "range"]
     assert (slider["min"], slider["max"], slider["value"]) == ("0", "3", "3")
 
 
@@ -375,12 +375,12 @@ def test_what_is_no_run_is_refused(run: Path, tmp_path: Path) -> None:
     (tmp_path / "train" / "manifest.json").write_text("{}")
     assert f"a cache, not a run; `python cli.py inspect {tmp_path}`" in refused("report", tmp_path)
     assert "give 2 to 32 runs" in refused("compare", run, "--out", tmp_path / "page.html")
-    mine = tmp_path / "notes.txt"
-    mine.write_text("mine")
+    notes = tmp_path / "notes.txt"
+    notes.write_text("mine")
     for command in (["report", run], ["compare", run, run]):
-        assert "not written by shardtune" in refused(*command, "--out", mine)
+        assert "not written by shardtune" in refused(*command, "--out", notes)
         assert "a folder; name a file" in refused(*command, "--out", tmp_path)
-    assert mine.read_text() == "mine"
+    assert notes.read_text() == "mine"
 
 
 def test_the_commands_write_and_replace_their_pages(run: Path, tmp_path: Path) -> None:

@@ -43,7 +43,9 @@ def make_tokenizers(folder: Path) -> tuple[CLIPTokenizer, CLIPTokenizer]:
 def corpus() -> Counter[str]:
     """Words and how often they are met: the captions' words often, common ones once."""
     vocabulary = " ".join([*COLORS, *OLD_SHAPES, *NEW_SHAPES, *POSITIONS, "small large"])
-    vocabulary += " " + " ".join(SENTENCES).translate(str.maketrans("{},", "   "))
+    # Placeholders count as words; the spelling is that of the published tokenizers.
+    sentences = " ".join(SENTENCES).replace("{color}", "{colour}")
+    vocabulary += " " + sentences.translate(str.maketrans("{},", "   "))
     return Counter({word: 20 for word in vocabulary.split()}) + Counter(COMMON.split())
 
 
