@@ -21,7 +21,7 @@ from benchmarks.report import Used, keep, machine, measured, show
 from tools.draw_images import draw_images
 
 EPOCHS = (1, 4)
-OURS = "ours, from shards"
+SHARDS = "ours, from shards"
 
 
 class Peers:
@@ -69,17 +69,17 @@ def compare(peers: Peers, epochs: tuple[int, ...]) -> list[dict[str, Any]]:
     """One row per way; processor and wall seconds of the whole runs by number of epochs."""
     encoding = peers.encode()
     ways: dict[str, Callable[[int], tuple[Used, dict[str, Any]]]] = {
-        OURS: peers.train_cached,
+        SHARDS: peers.train_cached,
         "online": peers.script,
-        "online, VAE bf16": lambda number: peers.script(number, "--vae-dtype", "bf16"),
         "cached in memory": lambda number: peers.script(number, "--cached"),
+        "online, VAE bf16": lambda number: peers.script(number, "--vae-dtype", "bf16"),
     }
     rows: list[dict[str, Any]] = [{"way": name} for name in ways]
     for number in epochs:  # in turns, for the noise of the machine
         for row, (name, run) in zip(rows, ways.items(), strict=True):
             used, measures = run(number)
             seconds = [used.cpu_seconds, used.wall_seconds]
-            if name == OURS:
+            if name == SHARDS:
                 seconds = [seconds[0] + encoding.cpu_seconds, seconds[1] + encoding.wall_seconds]
                 row["encode s"] = encoding.cpu_seconds
             row[f"{number} ep s"], row[f"{number} ep wall s"] = seconds
