@@ -5,7 +5,9 @@ precision are the same; each run is a command in a process of its own, start and
 and ``encode`` is counted in ours. From two lengths come seconds an epoch and seconds before the
 first, and from these the epoch from which ours is ahead.
 
-    python -m benchmarks.peers [--quick] [--base BASE] [--device cpu]
+    OMP_NUM_THREADS=1 python -m benchmarks.peers [--quick] [--base BASE] [--device cpu]
+
+(Threads that spin while they wait count as work, and diffusers' scripts let them.)
 """
 
 import json
@@ -72,8 +74,9 @@ def compare(peers: Peers, epochs: tuple[int, ...]) -> list[dict[str, Any]]:
         SHARDS: peers.train_cached,
         "online": peers.script,
         "cached in memory": lambda number: peers.script(number, "--cached"),
-        "online, VAE bf16": lambda number: peers.script(number, "--vae-dtype", "bf16"),
     }
+    if peers.precision == "bf16":  # on a GPU; a CPU emulates it
+        ways["online, VAE bf16"] = lambda number: peers.script(number, "--vae-dtype", "bf16")
     rows: list[dict[str, Any]] = [{"way": name} for name in ways]
     for number in epochs:  # in turns, for the noise of the machine
         for row, (name, run) in zip(rows, ways.items(), strict=True):

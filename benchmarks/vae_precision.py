@@ -1,6 +1,6 @@
 """What the VAE's precision does to latents and to decoded images, against fp32; on a CPU.
 
-    python -m benchmarks.vae_precision [--num-images 8] [--pixels 256] [--out benchmark-output]
+    python -m benchmarks.vae_precision [--num-images 4] [--pixels 64] [--out benchmark-output]
 
 The miniature's VAE, which is trained, and one of SDXL's real size with random weights. bf16 is
 computed by the CPU. TF32, which only GPUs have, is emulated: what goes into convolutions
@@ -147,8 +147,8 @@ def drawn_pixels(num_images: int, side: int) -> torch.Tensor:
 
 
 @click.command()
-@click.option("--num-images", default=8, show_default=True)
-@click.option("--pixels", "side", default=256, show_default=True)
+@click.option("--num-images", default=4, show_default=True)
+@click.option("--pixels", "side", default=64, show_default=True)
 @click.option("--out", default=Path("benchmark-output"), type=click.Path(path_type=Path))
 def main(num_images: int, side: int, out: Path) -> None:
     """Errors of latents and of decoded images by the VAE's precision."""
