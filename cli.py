@@ -5,16 +5,18 @@ import os
 import sys
 import tomllib
 from collections.abc import Callable, Collection
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import click
 
-from runtime.errors import echo, handle_errors, silence_libraries
+from runtime.errors import describe_error, echo, handle_errors, silence_libraries
 from runtime.imports import skip_unused_imports
 from runtime.messages import pluralize
 from runtime.options import Commands, FilePath, PathText, StageCommand
 from runtime.process import keep_freed_memory, let_segments_grow, let_threads_sleep
+from runtime.signals import Stopped
 from runtime.workers import is_main_process, launch, num_processes, rank_info
 
 
@@ -79,8 +81,9 @@ def _print_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     cls=Commands,
     panels={
         "The three stages": "encode train generate",
-        "To begin with": "demo download",
+        "To begin with": "tune demo download",
         "Caches and weights": "inspect verify prompts export",
+        "Pages to look at": "report compare",
     },
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
@@ -100,6 +103,22 @@ def commands() -> None:
         os.environ.setdefault("TQDM_MININTERVAL", "10")  # a log is no screen
     if sys.argv[1:2] == [click.get_current_context().invoked_subcommand]:
         let_threads_sleep()
+
+
+@stage("tune", "cli_tune:TuneSettings")
+def tune(ctx: click.Context, debug: bool, **values: Any) -> None:
+    """Fine-tune on a folder of images in one command: encode, train, generate.
+
+    Settings are chosen by the number of images, the base and the device. The three commands that
+    it runs are printed first; what stands after -- is added to train. The same command goes on
+    after an interruption.
+    """
+    with handle_errors(debug):
+        settings = _settings(ctx, values)
+        from cli_tune import run_as_process
+        from cli_tune import tune as run
+
+        run(settings, run_as_process)
 
 
 @stage("encode", "precompute.settings:EncodeSettings")
@@ -203,12 +222,53 @@ def train(ctx: click.Context, debug: bool, recipe: Path | None, **values: Any) -
             return
         from train.loop import train as run
 
-        path = run(config)
+        try:
+            path = run(config)
+        except (Stopped, FloatingPointError):  # it has come some way, which is worth a look
+            _report_at_end(config.out)
+            raise
+        _report_at_end(config.out)
         if is_main_process():
             from train.report import describe_result
 
             for line in describe_result(config, path):
                 echo(line)
+
+
+def _report_at_end(run: Path) -> None:
+    """Write the run's page into its folder; nothing where the packages for it are not installed.
+
+    Whatever goes wrong with it, the run has ended as it has: a page is worth a warning.
+    """
+    if is_main_process() and not _missing_for_pages():
+        try:
+            from pages.report import write_report
+
+            page = write_report(run, None, _train_command())
+            echo(f"{page}: curves, previews, settings and checkpoints, to open in a browser")
+        except Exception as error:
+            echo(f"Warning: the run's page is not written: {describe_error(error)}", err=True)
+
+
+def _train_command() -> StageCommand:
+    """Whose settings a run's folder holds."""
+    command = commands.commands["train"]
+    assert isinstance(command, StageCommand)
+    return command
+
+
+def _missing_for_pages() -> list[str]:
+    """The packages of the extra ``pages`` that are not installed."""
+    return [name for name in ("matplotlib", "jinja2") if find_spec(name) is None]
+
+
+def _check_pages() -> None:
+    """
+    Raises:
+        ValueError: says what to install.
+    """
+    if missing := _missing_for_pages():
+        raise ValueError(f"pages need {' and '.join(missing)}: pip install '.[pages]'")
 
 
 @stage("generate", "infer.settings:GenerateSettings")
@@ -328,6 +388,42 @@ def inspect(cache: Path, sheets: Path | None, debug: bool) -> None:
         parts = caches_in(cache)
         for folder in parts:
             inspect_cache(folder, sheets and (sheets / folder.name if len(parts) > 1 else sheets))
+
+
+@commands.command()
+@click.argument("run", type=FilePath())
+@click.option(
+    "--out", type=FilePath(), help="File of the page. Default: report.html in the run's folder."
+)
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def report(run: Path, out: Path | None, debug: bool) -> None:
+    """Write a page about RUN: curves, previews, settings, checkpoints.
+
+    RUN is the folder that train's --out named; the run may be finished, stopped or still running.
+    The page is one HTML file that needs no network. train writes it by itself at its end.
+    """
+    with handle_errors(debug):
+        _check_pages()
+        from pages.report import write_report
+
+        echo(f"{write_report(run, out, _train_command())}: open it in a browser")
+
+
+@commands.command()
+@click.argument("runs", type=FilePath(), nargs=-1, required=True)
+@click.option("--out", type=FilePath(), required=True, help="File of the page.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def compare(runs: tuple[Path, ...], out: Path, debug: bool) -> None:
+    """Write a page that compares RUNS.
+
+    Their curves lie over each other; tables have the best checkpoint of each, and the settings that
+    differ.
+    """
+    with handle_errors(debug):
+        _check_pages()
+        from pages.compare import write_comparison
+
+        echo(f"{write_comparison(runs, out, _train_command())}: open it in a browser")
 
 
 if __name__ == "__main__":

@@ -136,7 +136,7 @@ def peak_bytes(settings: EncodeSettings) -> int:
 
 
 def measure_growth(folder: Path, base: str, images: int) -> dict[str, Any]:
-    """Of small images: memory of a fresh encode, and the speed of one that has nothing to do.
+    """For small images: memory of a fresh encode, and the speed of one that has nothing to do.
 
     Its files are images and captions; the speed is that of one core that is not shared.
     """

@@ -193,7 +193,7 @@ def by_block(pixels: int) -> list[dict[str, Any]]:
 
 # Dense bf16 TFLOP/s with fp32 accumulation that the makers state, and the share of it that
 # published UNet runs reached: MLPerf Training 4.0's log of SD2 at 512 px on an H100, 127.4
-# images/s, is 31 % (derived); MosaicML's 36.3 on an A100 is 28 %. Of a 4090 none is published.
+# images/s, is 31 % (derived); MosaicML's 36.3 on an A100 is 28 %. For a 4090 none is published.
 CARDS = {"RTX 4090": (165.2, 0.31), "A100": (312.0, 0.28), "H100 SXM": (989.0, 0.31)}
 RECOMPUTED = "with checkpointing"
 

@@ -28,7 +28,7 @@ PROCESSOR = {"processor": time.process_time}
 
 
 def clocks(device: torch.device) -> dict[str, Clock]:
-    """Of a GPU the wall clock, at the end of what it was given to do; else the processor's too.
+    """On a GPU wall-clock time, after its queued work; elsewhere the processor's time too.
 
     The processor's counts all threads of this process, and little of what others do beside it.
     """

@@ -24,7 +24,7 @@ USED = (
 
 
 def cpu_seconds(code: str) -> float:
-    """Of a new interpreter that runs ``code``."""
+    """Processor seconds of a new interpreter that runs ``code``."""
     command = [sys.executable, "-c", code + USED]
     done = subprocess.run(command, check=True, text=True, capture_output=True)
     return float(done.stdout.splitlines()[-1])

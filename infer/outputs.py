@@ -342,8 +342,8 @@ class ImageFolder:
                 )
 
     def _check_sheet(self) -> None:
-        """Refuse to replace a contact sheet of others; earlier versions left no record in
-        theirs."""
+        """Refuse to replace a contact sheet that generate did not write; those of earlier versions
+        have no record."""
         sheet = self.out / SHEET
         if self.listing.exists() or not sheet.exists() or read_record(sheet, False)[0] is not None:
             return

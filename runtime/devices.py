@@ -65,7 +65,7 @@ def pick_device(name: str) -> torch.device:
     """``auto`` is CUDA, else MPS, else the CPU; of several processes each has a GPU of its own.
 
     Raises:
-        ValueError: the device asked for is not there.
+        ValueError: there is no such device.
     """
     available = {
         "cuda": torch.cuda.is_available(),
@@ -96,11 +96,11 @@ def total_memory(device: torch.device) -> int | None:
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The tensor there; the host does not wait where that is safe: on CUDA, from pinned memory.
+    """The tensor on ``device``; the host does not wait where that is safe: on CUDA, from pinned
+    memory.
 
     From other memory a copy that is not waited for reads what may be freed and used again by then:
-    on MPS batches would be wrong in silence. No line of the product outside of this file says
-    ``non_blocking``.
+    on MPS batches would be wrong in silence. No other file of the product uses ``non_blocking``.
     """
     is_safe = device.type == "cuda" and tensor.is_pinned()
     return tensor.to(device, non_blocking=is_safe)
@@ -109,7 +109,8 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 def start_copy_to_host(
     sources: Mapping[str, torch.Tensor], pinned: Mapping[str, torch.Tensor]
 ) -> torch.Event:
-    """Copy tensors of a GPU into pinned ones of the same names; the event says when they are there.
+    """Copy tensors of a GPU into pinned ones of the same names; the event tells when they have
+    arrived.
 
     Work that is queued on the device afterwards may change the sources; the copies come first.
     """
@@ -207,7 +208,7 @@ def num_cores() -> int:
 
 @contextmanager
 def num_threads(number: int) -> Iterator[None]:
-    """Compute with so many threads, whatever the environment or a launcher said."""
+    """While entered, compute with ``num`` threads, whatever the environment or a launcher sets."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:

@@ -20,7 +20,8 @@ class BadInput(click.ClickException):
 
 
 def silence_libraries() -> None:
-    """Their own chatter; their real errors reach us as exceptions. Before they are imported."""
+    """Silence the libraries' log messages; their errors are exceptions. To be called before
+    imports."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -29,14 +30,15 @@ def silence_libraries() -> None:
 
 
 def echo(text: str, err: bool = False) -> None:
-    """Print a message. Names and captions in it cannot command the terminal."""
+    """Print a message; control characters in names and captions are escaped."""
     click.echo(printable(text), err=err)
 
 
 @contextmanager
 def handle_errors(debug: bool) -> Iterator[None]:
-    """An error leaves as one line: exit code 2 for bad input, 1 for the machine's. Warnings of our
-    own code are printed; the filters and the signal handler of before are put back."""
+    """While entered, an error ends the command with one line and exit code 2 (bad input) or 1 (the
+    machine). Warnings of our own code are printed. The filters and the signal handler are restored
+    afterwards."""
     before = signal.signal(signal.SIGTERM, raise_terminated)
     try:
         with _printed_warnings():
@@ -66,14 +68,14 @@ def _printed_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if is_main_process():
-            own_modules = r"(precompute|train|infer|runtime|shards|sdxl)\."
+            own_modules = r"(precompute|train|infer|runtime|shards|sdxl|pages)\."
             warnings.filterwarnings("default", module=own_modules)
         warnings.showwarning = lambda message, *_, **__: echo(f"Warning: {message}", err=True)
         yield
 
 
 def describe_error(error: Exception) -> str:
-    """What went wrong, for the user: which file, which field, what to do. Never empty."""
+    """The message of an error: which file, which field, what to do. Never empty."""
     text = str(error)
     no_memory = isinstance(error, RuntimeError) and "can't allocate memory" in text  # on a CPU
     if no_memory or type(error).__name__ == "OutOfMemoryError":

@@ -29,7 +29,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 def writing(path: Path, still_good: str = "") -> Iterator[None]:
     """Name ``path`` in an error that the system or safetensors raises while it is written.
 
-    ``still_good`` is a sentence on what the user has in spite of it.
+    ``still_good`` is a sentence about what is intact all the same.
 
     Raises:
         OSError: with a message of its own: the path, the reason, what is still good.
@@ -88,7 +88,7 @@ def write_changed(path: Path, data: bytes) -> None:
 
 
 def replace_path(new: Path, path: Path) -> None:
-    """Give the file or folder ``new`` the name ``path``; what had it is deleted after that.
+    """Give the file or folder ``new`` the name ``path``; what had that name is deleted afterwards.
 
     Both lie in one folder. After a kill, ``path`` or ``path + .replaced.partial`` is the old one,
     or ``path`` the new one: nothing is lost, and ``recover_replaced`` puts the old one back.
@@ -131,7 +131,7 @@ def recover_replaced(*paths: Path) -> None:
 
 
 def aside_of(path: Path) -> Path:
-    """The name of what ``path`` was, while it is being replaced."""
+    """The name that the old ``path`` has while it is being replaced."""
     return path.with_name(path.name + REPLACED)
 
 
@@ -172,7 +172,7 @@ def set_aside(path: Path, name: Path | None = None) -> None:
 def move_into(folder: Path, paths: Iterable[Path]) -> None:
     """Rename each of ``paths`` into ``folder``, in this order, so that it survives a power cut.
 
-    Stopped in between, some are there and the others are still where they were.
+    If it is stopped in between, some are in ``folder`` and the others still in their places.
     """
     left = set()
     for path in paths:
@@ -289,7 +289,8 @@ def read_checked(path: Path) -> bytes:
 
 
 def user_cache() -> Path:
-    """The folder for what this user's machine may remember, and need not: it is never shared.
+    """The folder for what may be remembered on this machine; it can be deleted, and is never
+    shared.
 
     A user without a home folder gets one that cannot be made, so that nothing is remembered.
     """
@@ -307,7 +308,7 @@ def file_sha256(path: Path) -> str:
 
 
 def kind_of_file(mode: int) -> str:
-    """What is not a regular file, by its ``st_mode``: "a named pipe"; empty for a regular file."""
+    """The kind of a file by its ``st_mode``, such as "a named pipe"; empty for a regular file."""
     for is_kind, name in (
         (stat.S_ISREG, ""),
         (stat.S_ISDIR, "a folder"),
@@ -320,13 +321,14 @@ def kind_of_file(mode: int) -> str:
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a file of the user's for reading; never a pipe or a device, which may have no end.
+    """Open a user's file for reading; never a pipe or a device, which may have no end.
 
     Raises:
         ValueError: "is a named pipe, not a file", to be put behind its name.
         OSError: it cannot be opened.
     """
-    # A pipe would block until somebody writes to it, so the kind is asked of what was opened.
+    # A pipe would block until somebody writes to it, so it is opened without blocking, and its kind
+    # is looked at afterwards.
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     descriptor = os.open(path, flags)
     kind = kind_of_file(os.fstat(descriptor).st_mode)

@@ -21,13 +21,14 @@ _MASKS = f"{COMPILER}._trace_wrapped_higher_order_op"  # of which transformers i
 
 
 def skip_unused_imports(used: Collection[str] = (), *, alone: bool) -> None:
-    """Bar the ``QUANTIZERS`` from this process, and put off the ``COMPILER`` until something of it
-    is called for; those in ``used`` stay as they are, and the compiler too if there are any. Where
-    the process is ``alone``, torch says that it was built without its distributed package, as some
-    builds are: libraries then import nothing of it.
+    """Bar the ``QUANTIZERS`` from this process, and load the ``COMPILER`` only when something of it
+    is used. Those in ``used`` stay as they are, and so does the compiler if there are any. Where
+    the process is ``alone``, torch reports that it was built without its distributed package, as
+    some builds are: libraries then import nothing of it.
 
-    For the process of a single command, before it imports diffusers: a library that has looked for
-    a package once does not look again. A program that imports our modules gets everything.
+    It is for the process of a single command, before it imports diffusers: a library that has
+    looked for a package once does not look again. A program that imports our modules gets
+    everything.
     """
     for name in QUANTIZERS.difference(used, sys.modules):
         sys.modules[name] = None  # type: ignore[assignment]  # Python's own mark of a barred module
@@ -40,7 +41,7 @@ def skip_unused_imports(used: Collection[str] = (), *, alone: bool) -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Finds the compiler, to be loaded later; or now, where a part of it is imported."""
+    """Finds the compiler: to be loaded later, or at once where a part of it is imported."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None, /
@@ -60,7 +61,7 @@ class _Finder(MetaPathFinder):
 
 
 class _Later(Loader):
-    """Makes a module that loads itself when it must; it stays the same object."""
+    """Makes a module that loads itself on first use; it stays the same object."""
 
     def __init__(self, loader: Loader) -> None:
         self.loader = loader
@@ -76,7 +77,7 @@ class _Later(Loader):
 
 
 class _Loaded(Loader):
-    """Gives what is there."""
+    """Gives a module that is loaded already."""
 
     def __init__(self, module: ModuleType) -> None:
         self.module = module
@@ -89,7 +90,7 @@ class _Loaded(Loader):
 
 
 class _TransformGetItemToIndex:
-    """Whoever makes an object of the class gets one of the real one."""
+    """Stands in for the compiler's class of this name; an object of it is one of the real class."""
 
     def __new__(cls) -> Any:
         load_compiler(sys.modules[COMPILER])
@@ -113,13 +114,13 @@ _loading = threading.RLock()
 
 
 class _Compiler(ModuleType):
-    """torch's compiler while nothing is compiled: its marks, which the optimizers and many modules
-    call, mean nothing then. Whatever else of it is asked for loads it."""
+    """torch's compiler while nothing is compiled: its decorators, which the optimizers and many
+    modules use, do nothing then. Any other attribute loads it."""
 
     def __getattr__(self, name: str) -> Any:
         if name in _MARKS:
             return _MARKS[name]
-        if name.startswith("__"):  # Python's own questions to every module
+        if name.startswith("__"):  # which Python asks every module for
             raise AttributeError(name)
         load_compiler(self)
         return getattr(self, name)

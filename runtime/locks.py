@@ -14,8 +14,8 @@ NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)  # from a file system
 
 @contextmanager
 def locked(file: Path) -> Iterator[None]:
-    """Hold the lock ``file``. Its folder is made; both are gone afterwards, the folder only if it
-    is new and empty.
+    """Hold the lock ``file``. Its folder is made; the file is removed afterwards, and the folder
+    too if it is new and empty.
 
     Raises:
         ValueError: another process holds it.
@@ -42,7 +42,7 @@ def locked(file: Path) -> Iterator[None]:
 
 
 def _acquire(file: Path) -> FileLock | None:
-    """None, with a warning, where the file system has no locks."""
+    """Acquire the lock; None, with a warning, where the file system has no locks."""
     lock = FileLock(file, timeout=WAIT_SECONDS, thread_local=False)
     while True:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,8 @@ import re
 from typing import Any
 
 # Control characters but for tab and newline, the marks that reverse writing direction, and halves
-# of a surrogate pair: a name or a caption must not be able to clear a screen, or to lie.
+# of a surrogate pair: a name or a caption must not be able to clear a screen, or to show other text
+# than it has.
 _UNSAFE = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )

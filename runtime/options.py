@@ -26,8 +26,8 @@ _PATHS_AS_TEXT = ("base", "vae")  # a path or a hub id, which is kept as the tex
 
 
 class Number(click.ParamType[Any]):
-    """A finite number, ``int`` or ``float``. Infinity, nan and what no machine number holds end
-    here, under the option's name: no setting has a use for them."""
+    """A finite number, ``int`` or ``float``. Infinity, nan and numbers too large for the machine
+    are refused here, with the option's name: no setting has a use for them."""
 
     def __init__(self, kind: type[int] | type[float]) -> None:
         self.kind, self.name = kind, "integer" if kind is int else "float"
@@ -88,7 +88,7 @@ def _short(value: Any) -> str:
 
 
 class Parsed(click.ParamType[Any]):
-    """A type of the settings that reads itself: it has ``parse(text)``. A path in it is its head,
+    """A type of the settings that has ``parse(text)``. If it has a path, the text begins with it,
     so that ``~`` can be expanded before."""
 
     def __init__(self, kind: Any, name: str) -> None:
@@ -107,7 +107,8 @@ class Parsed(click.ParamType[Any]):
 
 
 def option(default: Any, text: str, *, metavar: str | None = None, aliases: str = "") -> Any:
-    """A field of a stage's settings that is an option; required where ``default`` is ``MISSING``.
+    """Declare a field of a stage's settings as an option; it is required if ``default`` is
+    ``MISSING``.
 
     ``aliases`` are names that the users of other trainers type, with spaces between: they are
     accepted, and not shown.
@@ -117,8 +118,8 @@ def option(default: Any, text: str, *, metavar: str | None = None, aliases: str 
 
 
 class Option(click.Option):
-    """An option with further spellings that are accepted and not shown: other trainers' names,
-    and for a switch ``--no-NAME``, which takes back what a recipe says."""
+    """An option with further spellings that are accepted and not shown: other trainers' names, and
+    for a switch ``--no-NAME``, which overrides a recipe."""
 
     def __init__(self, *args: Any, aliases: list[str], off: list[str], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -219,6 +220,8 @@ def _parameter(spec: Field[Any], hint: Any) -> click.Parameter:
     if "help" not in spec.metadata:
         # Required, but a recipe may have it: make_settings sees to that.
         name = spec.name.upper() + ("..." if is_tuple else "")
+        if spec.default is not MISSING:
+            name = f"[-- {name}]"
         return click.Argument(
             [spec.name], type=kind, required=False, nargs=-1 if is_tuple else 1, metavar=name
         )

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 Check = Callable[[Any], bool]
-LARGEST = 2**53  # of a whole number that nothing else bounds
+LARGEST = 2**53  # of an integer that nothing else bounds
 
 
 def read_json(data: bytes | str) -> Any:
@@ -35,7 +35,7 @@ def number(value: Any) -> bool:
 
 
 def text(value: Any) -> bool:
-    """Text without half characters, so that it can be written and printed."""
+    """Text without unpaired surrogates, so that it can be written and printed."""
     if not isinstance(value, str):
         return False
     try:
@@ -50,20 +50,20 @@ def flag(value: Any) -> bool:
 
 
 def like(pattern: str) -> Check:
-    """Text that matches as a whole."""
+    """Text that the pattern matches from end to end."""
     compiled = re.compile(pattern, re.ASCII)
     return lambda value: isinstance(value, str) and compiled.fullmatch(value) is not None
 
 
 def each(check: Check, length: int | None = None) -> Check:
-    """A list, of so many."""
+    """A list whose items all pass ``check``, of the given length if any."""
     return lambda value: (
         isinstance(value, list) and length in (None, len(value)) and all(map(check, value))
     )
 
 
 def row(*checks: Check) -> Check:
-    """A list of fixed length, each of its values as its own check says."""
+    """A list of fixed length; each value passes its own check."""
     return lambda value: (
         isinstance(value, list)
         and len(value) == len(checks)
@@ -72,7 +72,7 @@ def row(*checks: Check) -> Check:
 
 
 def maybe(check: Check) -> Check:
-    """That, or null."""
+    """What passes ``check``, or null."""
     return lambda value: value is None or check(value)
 
 
@@ -83,7 +83,7 @@ def table(keys: Check, values: Check) -> Check:
 
 
 def fields(required: Mapping[str, Check], optional: Mapping[str, Check] | None = None) -> Check:
-    """An object with these fields; others may be there too."""
+    """An object with these fields; it may have others."""
     return lambda value: misfit(value, required, optional) is None
 
 
@@ -103,7 +103,7 @@ def misfit(
 
 
 def record(value: Any) -> bool:
-    """An object of whatever fields."""
+    """An object with any fields."""
     return isinstance(value, dict)
 
 

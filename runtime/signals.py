@@ -12,7 +12,8 @@ class Terminated(KeyboardInterrupt):
 
 
 class Stopped(Exception):
-    """A run was told to stop, and has saved its state; ``exit_code`` as a shell reports it."""
+    """A run was stopped by a signal, and has saved its state; ``exit_code`` as a shell reports
+    it."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
@@ -27,10 +28,10 @@ def raise_terminated(*_: Any) -> None:
 class StopSignals:
     """While entered, remembers in ``received`` that a signal asked this process to stop.
 
-    With ``at_once`` the handler of before, which raises, is called at once too, and ``check`` calls
-    it again: what a handler raises is lost where it happens to run inside a destructor (of a
-    tokenizer's cache, say), and then the run would continue. Without, the run is to look at
-    ``received`` between its steps; a second Ctrl-C does what it did before.
+    With ``at_once`` the previous handler, which raises, is called at once too, and ``check`` calls
+    it again: what a handler raises is lost if it runs inside a destructor (of a tokenizer's cache,
+    for example), and then the run would continue. Without it the run looks at ``received`` between
+    its steps; a second Ctrl-C raises KeyboardInterrupt.
     """
 
     def __init__(self, *, at_once: bool) -> None:
@@ -45,7 +46,7 @@ class StopSignals:
                 continue  # the system ends this process, or the signal is ignored
             try:
                 signal.signal(number, self._note)
-            except ValueError:  # not the main thread: signals are not ours to take
+            except ValueError:  # not the main thread, which alone may set handlers
                 return self
             self._before[number] = before
         return self
@@ -70,7 +71,7 @@ class StopSignals:
     def check(self) -> None:
         """
         Raises:
-            KeyboardInterrupt: a signal came with ``at_once``, and the run is still here.
+            KeyboardInterrupt: a signal came with ``at_once``, and the run continued nevertheless.
         """
         if self.received is not None:
             self._before[self.received](self.received, None)

@@ -19,7 +19,7 @@ from datetime import timedelta
 from typing import Any, NamedTuple
 
 LAUNCHER = "SHARDTUNE_LAUNCHER"  # environment variable with our own launcher's process id
-SHUTDOWN_SECONDS = 120  # for the last checkpoint, before a process that was told to stop is killed
+SHUTDOWN_SECONDS = 120  # for the last checkpoint, before a process that was asked to stop is killed
 ORPHAN_SECONDS = 0.5  # between looks at the launcher
 POLL_SECONDS = 0.1  # Python's signal handlers do not run inside a blocking wait
 MIN_ON_CPU = 4  # processes that any machine may try
@@ -41,7 +41,7 @@ class RankInfo(NamedTuple):
 
 
 def rank_info() -> RankInfo:
-    """What torchrun's environment variables say of this process.
+    """This process by torchrun's environment variables.
 
     Raises:
         ValueError: WORLD_SIZE is set and RANK is not.
@@ -62,7 +62,7 @@ def is_main_process() -> bool:
 
 
 def process_label() -> str:
-    """What precedes a message of a process that is not the main one: ``process 1: ``."""
+    """The prefix of a message from a process that is not the main one: ``process 1: ``."""
     return "" if is_main_process() else f"process {os.environ['RANK']}: "
 
 
@@ -81,7 +81,7 @@ def check_gpus(gpus: str | None) -> None:
 
 
 def num_processes(gpus: str | None, device: str) -> int:
-    """How many processes this one should start: 1 where it is to do the work itself.
+    """How many processes this one should start; 1 means that it does the work itself.
 
     Raises:
         ValueError: more than there are GPUs.
@@ -102,7 +102,7 @@ def num_processes(gpus: str | None, device: str) -> int:
 
 
 def launch(num: int) -> None:
-    """Run this very command in ``num`` processes by torch's own launcher, to its end.
+    """Run this command in ``num`` processes by torch's own launcher, and wait for its end.
 
     Raises:
         SystemExit: with the exit code of the process that failed first, whose message stands
@@ -206,13 +206,14 @@ class WorkQueue:
             self._store.set(name, value)
 
     def wait_for(self, name: str) -> str:
-        """What was published as ``name``, as soon as it is."""
+        """Wait until ``name`` is published; return its value."""
         while not self._store.check([name]):
             time.sleep(POLL_SECONDS)
         return bytes(self._store.get(name)).decode()
 
     def add(self, name: str, num: int) -> int:
-        """Add to the counter ``name`` that all share (0 at first); its value afterwards."""
+        """Add to the counter ``name`` that all processes share (0 at first); return its new
+        value."""
         if self._store is None:
             self._sums[name] += num
             return self._sums[name]

@@ -114,7 +114,7 @@ class ModelMetadata:
     base: str | None = None  # its name, never its path
     license: str | None = None  # of the base
     caches: tuple[str, ...] = ()  # digests of the caches trained on
-    buckets: tuple[tuple[int, int, int], ...] = ()  # (width, height, samples an epoch) of theirs
+    buckets: tuple[tuple[int, int, int], ...] = ()  # (width, height, samples an epoch)
     steps: int | None = None  # of the optimizer
     rank: int | None = None
     alpha: float | None = None

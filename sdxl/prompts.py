@@ -24,7 +24,7 @@ LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 DECIMAL = re.compile(r"[0-9]+(\.[0-9]*)?|\.[0-9]+")  # likewise float(): "nan", "inf"
 MAX_SEED = 2**64 - 1  # the largest torch.Generator.manual_seed takes
 MAX_SIDE = 16_384  # pixels of an image
-MAX_PIXELS = 999_999_999  # of a size or crop that SDXL is told, as --original-size
+MAX_PIXELS = 999_999_999  # of a size or crop that conditions SDXL, such as --original-size
 MAX_IMAGES = 999_999  # of one line
 MAX_FILE_BYTES = 64_000_000
 MAX_TOML_BYTES = 4_000_000  # the parser takes seconds for each of them
@@ -61,7 +61,7 @@ KOHYA_SAMPLERS |= {"dpmsolver++": "dpm++2m"}
 class Prompt:
     """A prompt with its settings; None leaves a setting to the caller's defaults.
 
-    Sizes and crops are in pixels. ``original_*`` and ``crop_*`` are what SDXL is told of the
+    Sizes and crops are in pixels. ``original_*`` and ``crop_*`` are SDXL's conditioning on the
     image's past: its size before it was resized, and where it was cut.
     """
 

@@ -59,7 +59,8 @@ def write_original(
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write the ``parts`` (by component: unet, vae, text_encoder, text_encoder_2) as one file that
-    appears complete or not at all. ``dtype`` is of all tensors; None keeps theirs.
+    appears complete or not at all. All tensors are written in ``dtype``, or in their own if it is
+    None.
 
     Configs that are not SDXL's own are stored too, so that a small model can be read again.
     The library's writer would hold all bytes at once, and shuffle the metadata; this one holds one

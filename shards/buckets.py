@@ -1,6 +1,7 @@
 """Aspect-ratio buckets: the image sizes that training batches are made of. Pure integers."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 Size = tuple[int, int]  # (width, height) in pixels
@@ -29,6 +30,11 @@ def nearest_bucket(size: Size, buckets: list[Size]) -> Size:
     """The bucket whose aspect ratio is nearest on a log scale; of equals the larger."""
     aspect = math.log(size[0] / size[1])
     return min(buckets, key=lambda b: (abs(math.log(b[0] / b[1]) - aspect), -b[0] * b[1]))
+
+
+def largest_bucket(buckets: Iterable[Size]) -> Size:
+    """The one of the largest area."""
+    return max(buckets, key=lambda size: (size[0] * size[1], size))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 
 import train.loop
+import train.unet
 import train.weights
 from train.config import TrainConfig
 
@@ -80,6 +81,13 @@ def _rank(rank: int, world: int, port: int, config: TrainConfig, max_file_bytes:
             names.write(f"{path}\n")
 
     safetensors.torch.save_file = note_file
+    load_unet = train.unet.load_unet
+
+    def note_load(*arguments: Any) -> Any:
+        _loaded(config.out, rank).touch()
+        return load_unet(*arguments)
+
+    train.unet.load_unet = note_load
     real = train.loop.train_step
     with open(_seen(config.out, rank), "a") as file:
 
@@ -101,6 +109,15 @@ def written(out: Path, rank: int) -> list[str]:
     """The files of tensors that one rank of the run in ``out`` wrote."""
     path = _written(out, rank)
     return path.read_text().splitlines() if path.exists() else []
+
+
+def _loaded(out: Path, rank: int) -> Path:
+    return out.with_name(f"{out.name}.loaded-{rank}")
+
+
+def has_loaded_base(out: Path, rank: int) -> bool:
+    """Whether this rank of the run in ``out`` read the base's weights itself."""
+    return _loaded(out, rank).exists()
 
 
 def _seen(out: Path, rank: int) -> Path:

@@ -115,7 +115,7 @@ def overfit(cache: Path, base: Path, tmp_path: Path) -> Train:
 
 
 def eval_loss(unet: Any, config: TrainConfig, cache: Path) -> float:
-    """Of any UNet, in fp32, by the run's own measure."""
+    """The loss with any UNet, in fp32, by the run's own measure."""
     bare = TrainConfig(
         caches=config.caches, base=config.base, out=config.out, steps=1, device="cpu", batch_size=4
     )

@@ -163,7 +163,7 @@ def test_each_rank_writes_files_of_its_own(cache: Path, base: Path, tmp_path: Pa
         assert any(part in name for name in first) and any(part in name for name in second), part
 
 
-# Found by reading: each of these was once told as a success, or ended a run for nothing.
+# Failures that could pass for a success, or end a run for nothing.
 
 
 def test_a_stop_where_a_checkpoint_is_due_waits_for_it(

@@ -51,7 +51,7 @@ def test_nothing_changed_nothing_is_touched(
     assert summarize(report.changes) == "14 unchanged"
 
 
-def test_another_data_set_is_read_though_its_files_look_alike(work: Path, base: Path) -> None:
+def test_another_dataset_is_read_though_its_files_look_alike(work: Path, base: Path) -> None:
     """Files that were unpacked have times that tell nothing."""
     again(work, base)
     other = copy_old(work / "data", work / "other")

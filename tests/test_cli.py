@@ -31,7 +31,7 @@ def refused(*arguments: Any) -> str:
     return lines[0]
 
 
-def test_data_sets(base: Path, tmp_path: Path) -> None:
+def test_datasets(base: Path, tmp_path: Path) -> None:
     out = ["--base", base, "--out", tmp_path / "out"]
     assert "nowhere: no such folder" in refused("encode", tmp_path / "nowhere", *out)
     (tmp_path / "empty").mkdir()

@@ -51,7 +51,7 @@ class Member:
 
 
 @pytest.fixture(scope="module")
-def data_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("damage-pictures")
     draw_images(folder, count=6, size=64)
     (folder / "broken.png").write_bytes(b"no image")
@@ -61,19 +61,19 @@ def data_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def intact(
-    tmp_path_factory: pytest.TempPathFactory, data_set: Path, encode_to: Callable[..., Path]
+    tmp_path_factory: pytest.TempPathFactory, dataset: Path, encode_to: Callable[..., Path]
 ) -> Path:
     """3 shards of 2 samples, and one rejected image. Not to be changed."""
-    folder: Path = encode_to(data_set, tmp_path_factory.mktemp("damage") / "whole")
+    folder: Path = encode_to(dataset, tmp_path_factory.mktemp("damage") / "whole")
     assert len(list(folder.glob("*.tar"))) == 3
     assert (folder / "rejected.jsonl").stat().st_size > 0
     return folder
 
 
 @pytest.fixture(scope="module")
-def other(intact: Path, data_set: Path, encode_to: Callable[..., Path]) -> Path:
+def other(intact: Path, dataset: Path, encode_to: Callable[..., Path]) -> Path:
     """The same images in bf16: files of the same names and sizes."""
-    return encode_to(data_set, intact.with_name("other"), dtype="bf16")
+    return encode_to(dataset, intact.with_name("other"), dtype="bf16")
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 from diffusers import UNet2DConditionModel
-from ranks import output_of, seen, start_each, train_on
+from ranks import has_loaded_base, output_of, seen, start_each, train_on
 from runs import LORA, UNET, config_of, evals, losses, run
 
 from sdxl.base import find_weights
@@ -102,6 +102,7 @@ def test_a_sharded_run_goes_on_with_another_number_of_processes(
         more = {**settings, "batch_size": 6 // world, "steps": steps, "resume": number > 0}
         train_on(config_of(cache, base, mixed, **more), world, max_file_bytes=400_000)
     assert close(losses(mixed), losses(single))
+    assert [has_loaded_base(mixed, rank) for rank in range(3)] == [True, False, False]
     passes = sum(
         (Counter(keys) for (epoch, _), keys in seen(mixed).items() if not epoch), Counter()
     )

@@ -26,7 +26,7 @@ def run(*arguments: Any) -> tuple[int, str]:
 
 
 @pytest.fixture
-def data_set(images: Path, tmp_path: Path) -> Path:
+def dataset(images: Path, tmp_path: Path) -> Path:
     """14 good images, one of them with a long caption; a wide one, a small one, two bad ones."""
     folder = Path(shutil.copytree(images, tmp_path / "set"))
     (folder / "000.txt").write_text("a b c d e " * 40)
@@ -58,16 +58,17 @@ def printed_bytes(output: str) -> float:
 
 
 def bytes_in(tar: Path) -> int:
-    """Of its members with their headers; a tar of any size ends in up to 10 kB of nothing."""
+    """The bytes of its members with their headers; a tar of any size ends in up to 10 kB of
+    zeros."""
     with tarfile.open(tar) as archive:
         return sum(512 + -(-member.size // 512) * 512 for member in archive)
 
 
 @pytest.mark.usefixtures("no_models")
-def test_it_says_all_and_writes_nothing(data_set: Path, base: Path, tmp_path: Path) -> None:
+def test_it_says_all_and_writes_nothing(dataset: Path, base: Path, tmp_path: Path) -> None:
     before = sorted(tmp_path.rglob("*"))
     code, output = run(
-        "encode", data_set, "--base", base, "--out", tmp_path / "out", *SETTINGS, "--dry-run"
+        "encode", dataset, "--base", base, "--out", tmp_path / "out", *SETTINGS, "--dry-run"
     )
     assert code == 0, output
     assert sorted(tmp_path.rglob("*")) == before
@@ -88,13 +89,13 @@ VARIED = ["--flip", "--crops", 2, "--long-captions", 2, "--shuffle-tags", 2, "--
 
 @pytest.mark.parametrize("more", [[], VARIED, ["--dtype", "fp32", "--min-size", 50]])
 def test_what_it_says_comes_true(
-    data_set: Path, base: Path, tmp_path: Path, more: list[Any]
+    dataset: Path, base: Path, tmp_path: Path, more: list[Any]
 ) -> None:
-    (data_set / "broken.png").unlink()
-    with Image.open(data_set / "001.png") as image:
-        Image.new("L", image.size, 255).save(data_set / "001.mask.png")
-    Image.new("L", (64, 20), 255).save(data_set / "002.mask.png")
-    command = ["encode", data_set, "--base", base, "--out", tmp_path / "out", *SETTINGS, *more]
+    (dataset / "broken.png").unlink()
+    with Image.open(dataset / "001.png") as image:
+        Image.new("L", image.size, 255).save(dataset / "001.mask.png")
+    Image.new("L", (64, 20), 255).save(dataset / "002.mask.png")
+    command = ["encode", dataset, "--base", base, "--out", tmp_path / "out", *SETTINGS, *more]
     code, output = run(*command, "--dry-run")
     assert code == 0, output
     assert "  rejected: 002.png: its mask: of 64 x 20 pixels, where its" in output
@@ -110,10 +111,10 @@ def test_what_it_says_comes_true(
     assert cut == re.findall(r"  (\d+) captions cut at", done) and len(cut) == 1
 
 
-def test_repeats_are_counted(data_set: Path, base: Path, tmp_path: Path) -> None:
-    put_list(data_set, {"file_name": "000.png", "text": "x", "repeats": 7, "mask": "000.png"})
+def test_repeats_are_counted(dataset: Path, base: Path, tmp_path: Path) -> None:
+    put_list(dataset, {"file_name": "000.png", "text": "x", "repeats": 7, "mask": "000.png"})
     code, output = run(
-        *("encode", data_set, "--base", base, "--out", tmp_path / "out", *SETTINGS, "--dry-run"),
+        *("encode", dataset, "--base", base, "--out", tmp_path / "out", *SETTINGS, "--dry-run"),
         *("--max-rejected", 1),
     )
     assert code == 0, output
@@ -121,9 +122,9 @@ def test_repeats_are_counted(data_set: Path, base: Path, tmp_path: Path) -> None
     assert "  1 mask images" in output.splitlines()
 
 
-def test_small_images_are_refused_by_size(data_set: Path, base: Path, tmp_path: Path) -> None:
+def test_small_images_are_refused_by_size(dataset: Path, base: Path, tmp_path: Path) -> None:
     code, output = run(
-        *("encode", data_set, "--base", base, "--out", tmp_path / "out", *SETTINGS),
+        *("encode", dataset, "--base", base, "--out", tmp_path / "out", *SETTINGS),
         *("--min-size", 31, "--dry-run"),
     )
     assert code == 0, output
@@ -134,19 +135,19 @@ def test_small_images_are_refused_by_size(data_set: Path, base: Path, tmp_path: 
 
 @pytest.mark.usefixtures("no_models")
 def test_too_little_disk_is_said_before_the_first_image(
-    data_set: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dataset: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = Usage(10**9, 10**9 - 10**5, 10**5)
     monkeypatch.setattr(runtime.files.shutil, "disk_usage", lambda _: usage)
     out = tmp_path / "out"
-    code, output = run("encode", data_set, "--base", base, "--out", out, *SETTINGS)
+    code, output = run("encode", dataset, "--base", base, "--out", out, *SETTINGS)
     assert code == 1, output
     (line,) = (line for line in output.splitlines() if line.startswith("Error: "))
     assert re.search(
         r"out: needs about 0\.\d\d MB of disk, where 0\.10 MB are free: make room", line
     )
     assert not [*out.glob("*.tar")]
-    code, reported = run("encode", data_set, "--base", base, "--out", out, *SETTINGS, "--dry-run")
+    code, reported = run("encode", dataset, "--base", base, "--out", out, *SETTINGS, "--dry-run")
     assert (
         code == 1
         and "0.10 MB are free on the disk of" in reported

@@ -57,7 +57,8 @@ KINDS: dict[str, dict[str, Any]] = {"fresh": {}, "changed": {}, "repacked": {"re
 def test_an_encode_that_dies_in_any_file_operation_ends_as_if_it_had_not(
     few: Path, base: Path, tmp_path: Path, models: None, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    """With and without a power cut. Of the deaths that leave the same, one is gone on from."""
+    """With and without a power cut. Where several deaths leave the same files, one of them is
+    resumed."""
     monkeypatch.chdir(tmp_path)
     data = copy_old(few, tmp_path / "data")
     RUN.mkdir()

@@ -143,7 +143,7 @@ def test_what_peft_cannot_hold_is_merged(
 def test_compare_with_a_whole_unet(
     base: Path, cache: Path, loras: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    """Of a UNet the other side is the base's; of a LoRA on it, the UNet without the LoRA."""
+    """With a UNet the other side is the base's; with a LoRA on it, the UNet without the LoRA."""
     out = tmp_path / "run"
     run(cache, base, out, full=True, lr=1e-3, steps=3, checkpoint_every=Every(2))
 

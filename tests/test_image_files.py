@@ -55,10 +55,10 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run_encode(data_set: Path, out: Path, base: Path, *flags: str) -> Result:
+def run_encode(dataset: Path, out: Path, base: Path, *flags: str) -> Result:
     """``cli.py encode`` in this process."""
     settings = ["--resolution", "64", "--bucket-step", "16", "--batch-size", "4", "--threads", "1"]
-    command = ["encode", str(data_set), "--base", str(base), "--out", str(out), *settings, *flags]
+    command = ["encode", str(dataset), "--base", str(base), "--out", str(out), *settings, *flags]
     return CliRunner().invoke(cli.commands, command)
 
 
@@ -438,7 +438,7 @@ def test_a_jpeg_with_more_behind_its_end_is_whole() -> None:
 
 
 def test_a_jpeg_that_lacks_scans_is_refused() -> None:
-    """Of a progressive file, whole up to some scan: it would be blurred, not gray."""
+    """A progressive file that is complete up to some scan: it would be blurred, not gray."""
     data = saved(scene(), "JPEG", progressive=True)
     starts = [place for place in range(len(data)) if data[place : place + 2] == b"\xff\xda"]
     assert len(starts) > 5

@@ -68,14 +68,14 @@ def test_it_counts_what_is_there(varied: Path) -> None:
 
 
 def test_it_counts_a_real_cache(images: Path, tmp_path: Path, encode_to: Encode) -> None:
-    data_set = shutil.copytree(images, tmp_path / "set")
+    dataset = shutil.copytree(images, tmp_path / "set")
     for number in range(3):
-        (data_set / f"bad{number}.png").write_bytes(b"no image")
-        (data_set / f"bad{number}.txt").write_text("a")
+        (dataset / f"bad{number}.png").write_bytes(b"no image")
+        (dataset / f"bad{number}.txt").write_text("a")
     for size in (900, 1000):
-        Image.new("L", (size, 100)).save(data_set / f"long{size}.png")
-        (data_set / f"long{size}.txt").write_text("a")
-    cache = encode_to(data_set, tmp_path / "cache")
+        Image.new("L", (size, 100)).save(dataset / f"long{size}.png")
+        (dataset / f"long{size}.txt").write_text("a")
+    cache = encode_to(dataset, tmp_path / "cache")
     text = inspect(cache).stdout
     manifest = Cache(cache).manifest
     for part in ("vae", "text_encoder", "text_encoder_2"):
@@ -133,14 +133,14 @@ def test_sheets_show_the_images_in_their_frames(
     tmp_path: Path, encode_to: Encode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the colors of the images, without a VAE; gray is what was cut away."""
-    data_set = tmp_path / "set"
-    data_set.mkdir()
+    dataset = tmp_path / "set"
+    dataset.mkdir()
     colors = {"red": (220, 30, 30), "green": (20, 160, 40), "blue": (30, 30, 200)}
     for name, color in colors.items():
         for number in range(3):
-            Image.new("RGB", (160, 64 + number), color).save(data_set / f"{name}{number}.png")
-            (data_set / f"{name}{number}.txt").write_text(name)
-    cache = Cache(encode_to(data_set, tmp_path / "cache", base="miniature", square=True))
+            Image.new("RGB", (160, 64 + number), color).save(dataset / f"{name}{number}.png")
+            (dataset / f"{name}{number}.txt").write_text(name)
+    cache = Cache(encode_to(dataset, tmp_path / "cache", base="miniature", square=True))
     monkeypatch.setattr("diffusers.AutoencoderKL.from_pretrained", None)
     run = inspect(tmp_path / "cache", "--sheets", tmp_path / "sheets")
     assert run.exit_code == 0, run.output
@@ -189,9 +189,9 @@ def test_the_box_is_where_the_sizes_say(
 
 
 def test_a_sheet_has_each_variant(images: Path, tmp_path: Path, encode_to: Encode) -> None:
-    data_set = tmp_path / "set"
-    draw_images(data_set, count=1, size=64)
-    encode_to(data_set, tmp_path / "cache", flip=True)
+    dataset = tmp_path / "set"
+    draw_images(dataset, count=1, size=64)
+    encode_to(dataset, tmp_path / "cache", flip=True)
     assert inspect(tmp_path / "cache", "--sheets", tmp_path / "sheets").exit_code == 0
     first, second = tiles_of(tmp_path / "sheets" / "64x64.png", 2)
     assert np.asarray(first).std() > 10

@@ -62,7 +62,7 @@ def test_names_and_shapes_at_full_size_are_the_published_ones() -> None:
 
 
 def test_every_linear_and_convolution_has_a_key_of_its_own(base: Path) -> None:
-    """Of SDXL, and of a UNet with other numbers of layers."""
+    """For SDXL, and for a UNet with other numbers of layers."""
     for config in (sdxl_config(UNET), json.loads((base / "unet" / "config.json").read_bytes())):
         unet = model_without_weights(UNET, config)
         keys = kohya_keys(adaptable(unet), unet.config)

@@ -29,7 +29,7 @@ from train.log import RunLog
 
 
 def plain_losses(unet: Any, batch: Batch, kind: str = "epsilon") -> torch.Tensor:
-    """Of each sample, as the diffusers example script computes it."""
+    """The loss of each sample, as the diffusers example script computes it."""
     schedule, timesteps = DDPMScheduler(**SDXL), (batch.times * 1000).long()
     predicted = unet(
         schedule.add_noise(batch.latents, batch.noise, timesteps),

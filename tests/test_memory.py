@@ -258,7 +258,7 @@ def test_checkpointing_asks_no_generator_for_its_state(
 
 
 def whole_gradients_after_one_micro_batch(base: Path) -> None:
-    """Of a sharded UNet in the middle of a step; one rank is enough to see it."""
+    """A sharded UNet in the middle of a step; one rank is enough to see it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -198,7 +198,7 @@ def test_the_training_images_are_blurred_and_cropped(tmp_path: Path) -> None:
     assert all(sum(cover(size, (64, 64)).crop) >= 6 for size in sizes["cropped"])
 
 
-def test_the_sample_data_set_says_what_it_shows(tmp_path: Path) -> None:
+def test_the_sample_dataset_says_what_it_shows(tmp_path: Path) -> None:
     for name in ("one", "two"):
         write_sample_set(tmp_path / name, num=24)
     rows = [json.loads(line) for line in (tmp_path / "one" / LIST).read_text().splitlines()]

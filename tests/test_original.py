@@ -21,7 +21,7 @@ from sdxl.single_file import read_header, sdxl_config
 from sdxl.write_original import Component, configs_metadata, original_shapes, write_original
 from tests.singles import MODELS, parts_of, write_single
 
-# Of the lines "name [shape]" of all tensors of sd_xl_base_1.0.safetensors, sorted.
+# Digest of the lines "name [shape]" of all tensors of sd_xl_base_1.0.safetensors, sorted.
 SDXL_NAMES = "ee6d8435b5310eab19701490cac32617bef482fc5d9d2aa780c11dc8627e990c"
 SAMPLES = {
     "model.diffusion_model.label_emb.0.0.weight": [1280, 2816],

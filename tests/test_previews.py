@@ -174,7 +174,7 @@ def test_the_reader_gives_what_the_file_said(previews: PreviewPrompts, prompted:
     assert faults_of(prompted) == []
 
 
-def test_the_command_needs_no_data_set_and_writes_the_same_bytes(
+def test_the_command_needs_no_dataset_and_writes_the_same_bytes(
     copy: Path, prompted: Path, base: Path, file: Path
 ) -> None:
     code, output = run("prompts", copy, file, "--base", base, "--device", "cpu")

@@ -33,7 +33,7 @@ SIDE = ["unconditional.safetensors", "rejected.jsonl"]
 
 
 @pytest.fixture(scope="module")
-def data_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("repair-pictures")
     draw_images(folder, count=9, size=64)
     (folder / "broken.png").write_bytes(b"no image")
@@ -43,10 +43,10 @@ def data_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def intact(
-    tmp_path_factory: pytest.TempPathFactory, data_set: Path, encode_to: Callable[..., Path]
+    tmp_path_factory: pytest.TempPathFactory, dataset: Path, encode_to: Callable[..., Path]
 ) -> Path:
     """5 shards in 3 buckets. Not to be changed."""
-    return encode_to(data_set, tmp_path_factory.mktemp("repair") / "whole", shard_size=2)
+    return encode_to(dataset, tmp_path_factory.mktemp("repair") / "whole", shard_size=2)
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("end", ["tar", "index"])
 def test_a_damaged_shard_is_dropped_and_made_again(
-    end: str, cache: Path, intact: Path, data_set: Path, run_verify: Verify, encode_to: Encode
+    end: str, cache: Path, intact: Path, dataset: Path, run_verify: Verify, encode_to: Encode
 ) -> None:
     damage(cache / f"64x64-000001.{end}")
     run = run_verify(cache, "--repair")
@@ -87,7 +87,7 @@ def test_a_damaged_shard_is_dropped_and_made_again(
     assert contents(intact).keys() - contents(cache).keys() == removed
     with pytest.raises(CacheError, match="unfinished; run the same encode again"):
         read_manifest(cache)
-    encode_to(data_set, cache, shard_size=2)
+    encode_to(dataset, cache, shard_size=2)
     assert contents(cache) == contents(intact)
     assert run_verify(cache, "--repair").exit_code == 0
 
@@ -99,7 +99,7 @@ def test_side_files_are_made_again(
     harm: Callable[[Path], None],
     cache: Path,
     intact: Path,
-    data_set: Path,
+    dataset: Path,
     run_verify: Verify,
     encode_to: Encode,
 ) -> None:
@@ -108,12 +108,12 @@ def test_side_files_are_made_again(
     missing = name == MANIFEST and harm is Path.unlink
     assert run.exit_code == (2 if missing else 1)
     assert ("dropped" in run.stdout) == (not missing)
-    encode_to(data_set, cache, shard_size=2)
+    encode_to(dataset, cache, shard_size=2)
     assert contents(cache) == contents(intact)
 
 
 def test_under_a_damaged_manifest_shards_are_checked_too(
-    cache: Path, intact: Path, data_set: Path, run_verify: Verify, encode_to: Encode
+    cache: Path, intact: Path, dataset: Path, run_verify: Verify, encode_to: Encode
 ) -> None:
     """Encode alone would trust a tar of the right size."""
     damage(cache / MANIFEST)
@@ -123,7 +123,7 @@ def test_under_a_damaged_manifest_shards_are_checked_too(
     assert run.exit_code == 1
     for name in ("64x64-000000", "48x80-000000", MANIFEST):
         assert f"{cache}/{name}: dropped" in run.stdout
-    encode_to(data_set, cache, shard_size=2)
+    encode_to(dataset, cache, shard_size=2)
     assert samples_of(cache) == samples_of(intact)  # new ones fill the last shard of their bucket
 
 
@@ -168,7 +168,7 @@ PLACES: dict[str, Callable[[IndexRecord, bytes], int]] = {
 
 @pytest.mark.parametrize("place", PLACES)
 def test_of_a_shard_only_the_damaged_sample_is_dropped(
-    place: str, cache: Path, intact: Path, data_set: Path, run_verify: Verify, encode_to: Encode
+    place: str, cache: Path, intact: Path, dataset: Path, run_verify: Verify, encode_to: Encode
 ) -> None:
     tar = cache / "64x64-000000.tar"
     before = samples_of(cache)
@@ -182,7 +182,7 @@ def test_of_a_shard_only_the_damaged_sample_is_dropped(
     assert len(left) == 8 and left.items() < before.items()
     assert not (cache / MANIFEST).exists() and not (cache / REPLACED).exists()
     with counted() as count:
-        encode_to(data_set, cache, shard_size=2)
+        encode_to(dataset, cache, shard_size=2)
     assert count == (1, 1)
     assert samples_of(cache) == before
     if place != "path":  # which is not known then, so that the sample is a new one
@@ -212,10 +212,10 @@ def test_where_no_sample_is_damaged_none_is_dropped(
 
 
 def test_the_sums_of_a_repaired_shard_are_those_of_its_samples(
-    cache: Path, tmp_path: Path, data_set: Path, run_verify: Verify, encode_to: Encode
+    cache: Path, tmp_path: Path, dataset: Path, run_verify: Verify, encode_to: Encode
 ) -> None:
     """Where the dropped sample has left the dataset meanwhile, the shard stays as it is."""
-    data = shutil.copytree(data_set, tmp_path / "data")
+    data = shutil.copytree(dataset, tmp_path / "data")
     tar = cache / "64x64-000000.tar"
     path = json.loads(samples_at(cache)[0]["json"])["path"]
     turn(tar, tar.read_bytes().index(b'"path": "') + 9)
@@ -243,7 +243,7 @@ class Killed(BaseException):
 def test_a_repair_that_is_killed_loses_no_whole_sample(
     cache: Path,
     intact: Path,
-    data_set: Path,
+    dataset: Path,
     encode_to: Encode,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -277,10 +277,10 @@ def test_a_repair_that_is_killed_loses_no_whole_sample(
         shards = [*read_existing(folder).values(), *read_existing(folder / REPLACED).values()]
         assert {key for shard in shards for key in shard.rows} >= keys
         assert not (folder / MANIFEST).exists() or (folder / "64x64-000000.index").exists()
-        encode_to(data_set, folder, shard_size=2)
+        encode_to(dataset, folder, shard_size=2)
         manifest = read_manifest(folder)
         if drop_damaged(folder, manifest, chain.from_iterable(verify(folder, manifest))):
-            encode_to(data_set, folder, shard_size=2)
+            encode_to(dataset, folder, shard_size=2)
         assert samples_of(folder) == samples_of(intact)
         if left >= 0:
             break

@@ -28,7 +28,7 @@ ROWS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def data_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three images: a has an alpha of its own, b no mask, c a mask image of half its size."""
     folder = tmp_path_factory.mktemp("rich")
     for number, (name, size) in enumerate(SIZES.items()):
@@ -44,9 +44,9 @@ def data_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def rich(tmp_path_factory: pytest.TempPathFactory, data_set: Path, encode_to: Encode) -> Path:
+def rich(tmp_path_factory: pytest.TempPathFactory, dataset: Path, encode_to: Encode) -> Path:
     return encode_to(
-        data_set,
+        dataset,
         tmp_path_factory.mktemp("rich-cache") / "cache",
         dtype="fp32",
         flip=True,
@@ -56,7 +56,8 @@ def rich(tmp_path_factory: pytest.TempPathFactory, data_set: Path, encode_to: En
 
 
 def seen_by(name: str, sample: Sample, values: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
-    """Of pixels [H, W, ...] resized for a sample, what each variant shows by its sizes alone."""
+    """The part of pixels [H, W, ...], resized for a sample, that each variant shows by its
+    sizes."""
     results = []
     sizes = sample.tensors["sizes"].tolist()
     for number, (_, _, top, left, height, width) in enumerate(sizes):
@@ -71,12 +72,12 @@ def resized_for(name: str, sample: Sample, image: Image.Image, how: Image.Resamp
     return np.asarray(image.resize((round(ow * scale), round(oh * scale)), how))
 
 
-def test_each_variant_has_latents_of_its_own(rich: Path, data_set: Path, base: Path) -> None:
+def test_each_variant_has_latents_of_its_own(rich: Path, dataset: Path, base: Path) -> None:
     vae = AutoencoderKL.from_pretrained(str(base), subfolder="vae")
     for path, sample in samples_of(rich).items():
         name = path[0]
         pasted = Image.new("RGB", SIZES[name], "white")
-        with Image.open(data_set / path) as image:
+        with Image.open(dataset / path) as image:
             pasted.paste(image, mask=image if image.mode == "RGBA" else None)
         variants = seen_by(
             name, sample, resized_for(name, sample, pasted, Image.Resampling.LANCZOS)
@@ -90,17 +91,17 @@ def test_each_variant_has_latents_of_its_own(rich: Path, data_set: Path, base: P
             torch.testing.assert_close(actual, expected, atol=2e-4, rtol=1e-3)
 
 
-def test_masks_lie_where_their_variants_do(rich: Path, data_set: Path) -> None:
+def test_masks_lie_where_their_variants_do(rich: Path, dataset: Path) -> None:
     for path, sample in samples_of(rich).items():
         name = path[0]
         if name == "b":
             assert "mask" not in sample.tensors
             continue
         if name == "a":
-            with Image.open(data_set / path) as image:
+            with Image.open(dataset / path) as image:
                 grey = image.getchannel("A")
         else:
-            with Image.open(data_set / "of c.png") as image:
+            with Image.open(dataset / "of c.png") as image:
                 grey = image.resize(SIZES[name], Image.Resampling.BOX)
         variants = seen_by(
             name, sample, resized_for(name, sample, grey, Image.Resampling.BILINEAR) / 255

@@ -42,7 +42,7 @@ def spoilt(batch: Batch, value: float) -> Batch:
 
 
 def spoil_one_gradient(learner: Learner, value: float) -> tuple[str, Any]:
-    """Of the parameter whose gradient comes late in the backward pass; its name, and the hook."""
+    """Spoil the gradient of a parameter that comes late in the backward pass; its name and hook."""
     name, parameter = next(iter(learner.optimizer.parameters.items()))
 
     def spoil(grad: torch.Tensor) -> torch.Tensor:
@@ -166,7 +166,7 @@ def run(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_skipped_steps_are_counted_and_their_samples_named(
     run: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of a batch of three the one that is bad."""
+    """In a batch of three only the bad one is named."""
     key = sample_key(NAMES[4])
     rows = run(lambda batch, k: k == key and batch.epoch > 0, batch_size=3, steps=8, log_every=3)
     skipped = [row["step"] for row in rows if "train/skipped" in row]

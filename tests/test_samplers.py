@@ -65,7 +65,7 @@ def test_each_sampler_draws_as_the_pipeline_does(
         expected[name] = drawn_by(pipeline, PROMPTS[:2], guidance_rescale=rescale)
     for number, name in enumerate(SAMPLERS):
         check_same(actual[2 * number : 2 * number + 2], expected[name])
-    # Of noise predicted exactly Euler and DDIM do the same, and so do Euler ancestral and DDPM.
+    # With exactly predicted noise Euler and DDIM do the same, and so do Euler ancestral and DDPM.
     for first, other in combinations(("euler", "euler-a", "dpm++2m"), 2):
         assert differ(expected[first], expected[other]) > 0.1
 

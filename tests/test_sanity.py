@@ -93,7 +93,7 @@ def test_a_planted_fault_is_seen(
 def test_a_right_cache_raises_no_alarm(
     dtype: str, vae_dtype: str, images: Path, tmp_path: Path, encode_to: Encode
 ) -> None:
-    """Of a VAE of random weights; warnings are errors here."""
+    """With a VAE of random weights; warnings are errors here."""
     encode_to(images, tmp_path / "cache", dtype=dtype, vae_dtype=vae_dtype)
     sanity = sanity_of(tmp_path / "cache")
     assert len(sanity["pictures"]) == 3
@@ -124,19 +124,19 @@ def test_it_follows_from_what_the_cache_holds(
     images: Path, tmp_path: Path, encode_to: Encode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not from the runs it took; and no VAE is loaded where the images are the same."""
-    data_set = shutil.copytree(images, tmp_path / "set")
-    late = sorted(data_set.glob("*.png"))[4:]
+    dataset = shutil.copytree(images, tmp_path / "set")
+    late = sorted(dataset.glob("*.png"))[4:]
     for path in late:
         path.rename(tmp_path / path.name)
-    cache = encode_to(data_set, tmp_path / "cache")
+    cache = encode_to(dataset, tmp_path / "cache")
     for path in late:
         (tmp_path / path.name).rename(path)
-    encode_to(data_set, cache)
-    fresh = encode_to(data_set, tmp_path / "fresh")
+    encode_to(dataset, cache)
+    fresh = encode_to(dataset, tmp_path / "fresh")
     assert sanity_of(cache) == sanity_of(fresh)
-    (data_set / "000.txt").write_text("another caption")
+    (dataset / "000.txt").write_text("another caption")
     monkeypatch.setattr("precompute.encoders.LatentEncoder", None)
-    encode_to(data_set, cache)
+    encode_to(dataset, cache)
     assert sanity_of(cache) == sanity_of(fresh)
 
 

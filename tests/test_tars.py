@@ -155,7 +155,7 @@ def damage(how: str, data: bytes) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("how", "complete"),
+    ("how", "num_read"),
     [
         ("cut in a header", 1),
         ("cut in an image", 1),

@@ -16,7 +16,7 @@ def open_data(
     """The training caches, and the validation cache if there is one.
 
     Raises:
-        ValueError: one of them cannot be used; names it and why.
+        ValueError: one of them cannot be used; names the cache and the reason.
     """
     caches = [open_cache(use, "train") for use in config.caches]
     val = open_val(config, caches[0])
@@ -103,7 +103,7 @@ def check_cache(cache: Cache, base: Base) -> None:
 
 
 def check_encoders(cache: Cache, base: Base) -> None:
-    """Refuse a cache made with other encoders than the base holds; say what cannot be compared.
+    """Refuse a cache made with other encoders than the base's; warn of what cannot be compared.
 
     The base's files are hashed in a process of their own (and remembered): no file of an encoder
     is opened here.

@@ -58,7 +58,7 @@ EMA = "ema"
 STATE = "state.json"
 BLOCK_BYTES = 1 << 24
 THREAD = "checkpoint"  # the name of the one that writes
-MEMORY_SHARE = 0.8  # of what is free in main memory, for what is still to be written
+MEMORY_SHARE = 0.8  # of the free main memory, that copies to be written may take
 CLOSE_SECONDS = 60  # for the last checkpoint of a run that has failed
 _FIELDS = {  # of the JSON: a digest tells that it is as it was written, and not who wrote it
     "step": schema.integer(),
@@ -94,13 +94,13 @@ class CheckpointWriter:
     """Writes a run's checkpoints while its steps go on, one at a time.
 
     ``begin`` copies all that is to be written to the CPU's memory. A thread then writes the files,
-    waits until those of all ranks are whole, and renames the folder; so a crash in between leaves
-    the checkpoint before it. Where memory has no room for the copy, ``begin`` itself writes file
-    after file, and the steps wait.
+    waits until those of all ranks are complete, and renames the folder; so a crash in between
+    leaves the previous checkpoint. Where memory has no room for the copy, ``begin`` itself writes
+    file after file, and the steps wait.
 
-    A checkpoint that the disk has no room for is told in a line, and the run goes on to the next;
-    a second one in a row ends it. ``good`` is the newest whole one, ``after`` is called with the
-    step of each, on the main rank.
+    If the disk has no room for a checkpoint, the run warns and continues to the next; a second such
+    one in a row ends it. ``good`` is the newest complete one; ``after`` is called with the step of
+    each, on the main rank.
     """
 
     def __init__(
@@ -113,7 +113,9 @@ class CheckpointWriter:
     ) -> None:
         self.run, self.learner, self.kind, self.good, self.after = run, learner, kind, good, after
         self.world = learner.world
-        self._group = self.world.new_group()  # of its own: the thread talks while the steps do
+        self._group = (
+            self.world.new_group()
+        )  # a group of its own, as the thread exchanges values while the steps do
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._failures = 0  # in a row
@@ -121,7 +123,7 @@ class CheckpointWriter:
 
     def begin(self, step: int, state: dict[str, Any], *, wait: bool = False) -> None:
         """Start to write checkpoint-STEP, when the one before is written; ``state`` is plain JSON.
-        All ranks must take part. ``wait``: until it is whole, or an error.
+        All ranks must take part. With ``wait`` it returns when the checkpoint is complete.
 
         Raises:
             OSError: it could not be written, and neither could the one before.
@@ -163,13 +165,13 @@ class CheckpointWriter:
             raise error
 
     def close(self) -> None:
-        """When the run has failed: let what is being written become whole, unless another process
-        is awaited that may be gone."""
+        """After a failed run: finish the checkpoint that is being written, unless that would wait
+        for another process, which may be gone."""
         if self._thread is not None:
             self._thread.join(None if self.world.size == 1 else CLOSE_SECONDS)
 
     def _make_room(self, final: Path, partial: Path, size: int) -> bool:
-        """The main rank's part, before anything is copied: whether there is room on the disk."""
+        """On the main rank, before anything is copied: whether the disk has room."""
         error = ""
         if self.world.is_main:
             try:
@@ -187,7 +189,7 @@ class CheckpointWriter:
 
     def _files(self, step: int, tensors: dict[str, torch.Tensor]) -> Iterator[Write]:
         learner, kind, world = self.learner, self.kind, self.world
-        # All ranks have all of an adapter; its small files are for the main one.
+        # Every rank has the whole adapter; the main one writes its small files.
         owners = cycle(range(world.size if kind.full else 1))
         yield from weights_files(learner.unet, kind, world, None, owners, steps=step)
         if learner.ema is not None:
@@ -219,8 +221,8 @@ class CheckpointWriter:
             self._fail(error)
 
     def _finish_up(self, step: int) -> Exception | None:
-        """What is done when a checkpoint is whole. It stays whole where an old one cannot be
-        deleted, as somebody may be reading it."""
+        """Call ``after``, once a checkpoint is complete. An old one that cannot be deleted, as
+        somebody may be reading it, is a warning."""
         try:
             self.after(step)
         except OSError as error:
@@ -274,8 +276,8 @@ def _below(name: str, write: Write) -> Write:
 
 
 def _fits_in_memory(size: int) -> bool:
-    """Whether there is room for a copy of so many bytes for each process of this machine, and for
-    the file that is being written."""
+    """Whether memory has room for a copy of ``size`` bytes for each process of this machine, and
+    for the file that is being written."""
     num_bytes = size + min(size, MAX_FILE_BYTES)
     return num_bytes * rank_info().local_size < MEMORY_SHARE * free_memory()
 
@@ -286,14 +288,15 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 def numbered(run: Path) -> dict[int, Path]:
-    """The checkpoints of a run by their step, in order, whole or not."""
+    """The checkpoints of a run by their step, in order, complete or damaged."""
     folders = (run / CHECKPOINTS).glob("checkpoint-*")
     steps = {int(path.name[11:]): path for path in folders if path.name[11:].isdecimal()}
     return dict(sorted(steps.items()))
 
 
 def newest_checkpoint(run: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest whole checkpoint and its state; warns of those it passes over, and why."""
+    """The newest undamaged checkpoint and its state; warns of those that it passes over, and
+    why."""
     for path in reversed(numbered(run).values()):
         try:
             return path, read_state(path)
@@ -303,10 +306,10 @@ def newest_checkpoint(run: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def rotate(run: Path, keep: int, newest: int) -> None:
-    """Delete those of ``--checkpoint-every`` (and those of a stop) but the last ``keep`` up to step
-    ``newest`` and the one with the lowest eval loss. Nothing goes unless ``newest``, which was just
-    written, is whole. (Of later steps there are damaged ones alone: the run was resumed from before
-    them, and will write them again.)
+    """Delete the checkpoints of ``--checkpoint-every`` (and those of a stop), except the last
+    ``keep`` up to step ``newest`` and the one with the lowest eval loss. Nothing is deleted unless
+    ``newest``, which was just written, is intact. (Checkpoints of later steps are damaged: the run
+    was resumed from an earlier one, and will write them again.)
 
     Raises:
         ValueError: the newest is damaged: nothing was deleted.

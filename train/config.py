@@ -14,7 +14,7 @@ _LORA_ONLY = ("rank", "alpha", "targets", "conv", "init_lora")
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Settings of one run. ``num`` of steps are optimizer steps."""
+    """Settings of one run. Steps are optimizer steps."""
 
     PANELS: ClassVar[dict[str, str]] = {
         "Essentials": "base out steps epochs lr batch_size",
@@ -24,7 +24,7 @@ class TrainConfig:
         "huber_delta timesteps logit_mean logit_std timestep_range",
         "Optimizer": "optimizer lr_schedule num_cycles warmup_steps accumulate "
         "weight_decay max_grad_norm max_skipped ema ema_on_cpu ema_every seed",
-        "Memory and speed": "device gpus precision gradient_checkpointing base_quant pure_bf16 "
+        "Memory and speed": "device gpus precision fit gradient_checkpointing base_quant pure_bf16 "
         "fused_backward compile channels_last warm_up reader_threads "
         "allow_cpu_bf16",
         "Evaluation and previews": "eval_every preview_every preview_vae",
@@ -177,6 +177,13 @@ class TrainConfig:
     allow_cpu_bf16: bool = option(
         False, "Compute in bf16 or fp16 on a CPU too, where --precision asks for it."
     )
+    fit: str | None = option(
+        None,
+        "Choose batch size and accumulation (their product stays), gradient checkpointing, the "
+        "average's place and, where it must be, a quantized base or pure bf16, so that the run "
+        "fits into this memory, for example 12GB, or into what the device has free (auto).",
+        metavar="SIZE|auto",
+    )
     gradient_checkpointing: bool | None = option(
         None,
         "Recompute activations in the backward pass to save memory. Default: on where the card has "
@@ -272,7 +279,7 @@ class TrainConfig:
 
     @property
     def special_imports(self) -> frozenset[str]:
-        """What ``skip_unused_imports`` is to leave to this run."""
+        """Packages that ``skip_unused_imports`` must not skip in this run."""
         uses = {
             "bitsandbytes": self.optimizer == "adamw8bit" or self.base_quant == "nf4",
             "torch._dynamo": self.compile,
@@ -290,7 +297,7 @@ class TrainConfig:
 
 
 def check_choices(config: "TrainConfig") -> None:
-    """Settings that exclude each other, or that another one makes meaningless."""
+    """Refuse settings that exclude each other, or that another one makes meaningless."""
     if not config.caches:
         raise ValueError("name at least one cache to train on")
     if (config.steps is None) == (config.epochs is None):
@@ -329,7 +336,7 @@ def check_choices(config: "TrainConfig") -> None:
 
 
 def check_memory(config: "TrainConfig") -> None:
-    """What the ways to save memory can be combined with."""
+    """Refuse what the ways to save memory cannot be combined with."""
     if config.base_quant != "none" and config.full:
         raise ValueError("--base-quant is for a frozen base, and --full trains all of it")
     if config.pure_bf16:
@@ -351,7 +358,7 @@ def check_memory(config: "TrainConfig") -> None:
 
 
 def check_processes(config: "TrainConfig", num: int) -> None:
-    """What cannot be had in ``num`` processes.
+    """Refuse what ``num`` processes cannot do.
 
     Raises:
         ValueError: names the option.

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 TIMEOUT = timedelta(hours=2)  # of any exchange: the others wait while one writes a checkpoint
-LOST_SECONDS = 3  # in which the launcher, which knows what became of the lost one, ends us
+LOST_SECONDS = 3  # in which the launcher, which knows why the process was lost, ends this one
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class DistContext:
         return values
 
     def gather(self, names: list[str], group: Any = None) -> list[str]:
-        """The names of all ranks; every rank must ask, in the same ``group`` if one is given."""
+        """The lists of all ranks, joined; every rank must call it, in the same ``group`` if one is
+        given."""
         if self.size == 1:
             return names
         gathered: list[list[str]] = [[] for _ in range(self.size)]
@@ -46,23 +47,24 @@ class DistContext:
         return [name for names in gathered for name in names]
 
     def share(self, name: str) -> str:
-        """The main rank's ``name``, for all; every rank must ask."""
+        """The main rank's ``name``, on all ranks; every rank must call it."""
         return self.gather([name])[0]
 
     def new_group(self) -> Any:
-        """All ranks once more, for exchanges on the CPU beside those of the steps; None alone."""
+        """Another group of all ranks, for exchanges on the CPU beside those of the steps; None for
+        a single process."""
         if self.size == 1:
             return None
         return dist.new_group(backend="gloo", timeout=TIMEOUT)
 
     def wait(self) -> None:
-        """Until every rank is here."""
+        """Wait until every rank has called this."""
         if self.size > 1:
             dist.barrier()
 
 
-# torch's modules for sharding take a second to import, and a process alone shards nothing: no
-# object is of a class whose module is not loaded.
+# torch's modules for sharding take a second to import, and a single process shards nothing: no
+# object can be of a class whose module is not loaded.
 
 
 def is_dtensor(tensor: Any) -> "TypeGuard[DTensor]":
@@ -90,7 +92,8 @@ class StopVote:
         self._pending: tuple[Any, torch.Tensor] | None = None
 
     def any(self, flag: bool) -> bool:
-        """The answer to the question before this one; alone, to this one. Every rank must ask."""
+        """Whether any rank raised its flag in the previous call; in a single process, this call's
+        ``flag``. Every rank must call it."""
         if self._alone:
             return flag
         answer = self.close()
@@ -99,7 +102,7 @@ class StopVote:
         return answer
 
     def close(self) -> bool:
-        """Wait for the question that is still out; its answer."""
+        """Wait for the last exchange; return whether any rank raised its flag in it."""
         if self._pending is None:
             return False
         (work, votes), self._pending = self._pending, None
@@ -131,7 +134,7 @@ def is_lost(error: RuntimeError, world: DistContext) -> bool:
 
 
 def stop_world(world: DistContext) -> None:
-    """Leave the group, when the run is over. Not after a failure: others may be in an exchange,
-    and the end of this process is what tells them."""
+    """Leave the group, when the run is over. Not after a failure: others may be in an exchange, and
+    notice it by the end of this process."""
     if world.size > 1:
         dist.destroy_process_group()

@@ -18,12 +18,12 @@ class Ema:
     """``values`` by name, of the shapes of ``parameters`` (of this rank's part of them).
 
     Step n (0, 1, ...) is value += (1 - d) (weight - value) with d = min(decay, (1 + n) / (10 + n)).
-    With ``every`` above 1 so many steps are taken together, at the last weight of them and with the
+    With ``every`` above 1, that many steps are taken together: with the last weights, and the
     product of their d.
 
-    ``on_cpu``: of weights on a GPU the average is in the CPU's memory. The weights are copied to
-    pinned memory while the next step runs, and a thread blends them in: the steps wait for neither,
-    unless the one before is not through yet.
+    With ``on_cpu`` the average of weights on a GPU is in the CPU's memory. The weights are copied
+    to pinned memory while the next step runs, and a thread blends them in: the steps wait for
+    neither, unless the previous update is not finished.
     """
 
     def __init__(
@@ -52,12 +52,12 @@ class Ema:
         return self._values
 
     def update(self, step: int) -> None:
-        """After optimizer step ``step`` (0, 1, ...)."""
+        """Take optimizer step ``step`` (0, 1, ...), if it ends a group of ``every``."""
         if (step + 1) % self.every == 0:
             self._blend(step + 1 - self.every, step + 1)
 
     def finish(self, num_steps: int) -> None:
-        """After the last of ``num_steps``: those that ``update`` has not taken yet."""
+        """After the last of ``num_steps``, take the steps that ``update`` has not taken yet."""
         if left := num_steps % self.every:
             self._blend(num_steps - left, num_steps)
 
@@ -116,8 +116,8 @@ class Ema:
         return {name: 4 * parameter.numel() for name, parameter in self.parameters.items()}
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The average of one parameter, laid out over the ranks as that is, on its device; the
-        average itself stays where it is kept."""
+        """The average of one parameter, on its device and sharded as it is; the average itself is
+        not moved."""
         parameter, value = self.parameters[name], self.values[name]
         if not is_dtensor(parameter):
             return value

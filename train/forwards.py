@@ -22,8 +22,8 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 def use_direct_forwards(unet: Any) -> None:
     """Replace ``forward`` of all modules of ``unet`` that have a direct one here.
 
-    What computes more keeps its own: DoRA, LoRAs with dropout or biases, attention with norms,
-    blocks that scale their output.
+    Modules that compute more keep their own: DoRA, LoRAs with dropout or biases, attention with
+    norms, blocks that scale their output.
     """
     for module in unet.modules():
         if isinstance(module, LoraLayer) and _is_plain(module):
@@ -177,7 +177,7 @@ class _AdaptedLinears(torch.autograd.Function):
 
 
 def _has_no_extras(attention: Any) -> bool:
-    """Whether it is attention as in SDXL: projections, and nothing around them."""
+    """Whether it is attention as in SDXL: projections and nothing else."""
     return (
         type(attention.processor) is AttnProcessor2_0
         and attention.rescale_output_factor == 1

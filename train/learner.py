@@ -14,7 +14,7 @@ from runtime.devices import Precision, check_bf16, exact_fp32, pick_precision
 from sdxl.base import Base
 from sdxl.metadata import Schedule
 from shards.batches import Batch, Reader
-from shards.buckets import Size
+from shards.buckets import Size, largest_bucket
 from shards.plan import Plan, RankShare
 from shards.reader import Cache, read_ahead
 from train.config import TrainConfig, check_processes
@@ -27,12 +27,13 @@ from train.unet import build_unet, reshard, trainable
 
 EVAL_SEED = 0  # not the run's: the eval losses of two runs can be compared
 EVAL_PASSES = 4  # each sample at four times, one in each quarter of the schedule
-NUM_QUARTERS = 4  # of the schedule, by which losses are told apart
+NUM_QUARTERS = 4  # of the schedule: losses are logged for each
 
 
 @dataclass
 class Learner:
-    """What a step needs. ``forward`` is the UNet, or DDP around it."""
+    """The state of training: UNet, objective, optimizer. ``forward`` is the UNet, or DDP around
+    it."""
 
     unet: Any
     forward: Any
@@ -47,12 +48,12 @@ class Learner:
 
     @property
     def schedule(self) -> Schedule:
-        """What the weights will have to be sampled with."""
+        """The noise schedule that the weights must be sampled with."""
         objective = self.objective
         return Schedule(objective.prediction_type, bool(objective.alphas_cumprod[-1] == 0))
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Of the run's precision."""
+        """The autocast of the run's precision."""
         device, precision = self.world.device.type, self.precision
         return torch.autocast(device, precision.dtype) if precision.autocast else nullcontext()
 
@@ -75,15 +76,16 @@ class Learner:
             reshard(self.unet)
 
     def grad_sync(self, last: bool) -> AbstractContextManager[Any]:
-        """Ranks exchange gradients in the last micro-batch of a step alone. (Under FSDP in each:
-        until then every rank would keep the gradients of the whole UNet, in fp32.)"""
+        """While entered, ranks exchange gradients only if this is the ``last`` micro-batch of a
+        step. (Under FSDP in each: until then every rank would keep the gradients of the whole UNet,
+        in fp32.)"""
         if last or not isinstance(self.forward, DistributedDataParallel):
             return nullcontext()
         return self.forward.no_sync()
 
 
 class Micro(NamedTuple):
-    """What the log wants to know of a micro-batch of this rank; tensors [B] are on the device."""
+    """What the log reads of a micro-batch of this rank; tensors [B] are on the device."""
 
     place: tuple[int, int, int]  # epoch, number, micro
     losses: torch.Tensor
@@ -93,7 +95,7 @@ class Micro(NamedTuple):
 
 @dataclass
 class Step:
-    """What a step came to; tensors are on the device, and of all ranks."""
+    """The results of a step over all ranks; tensors are on the device."""
 
     loss: torch.Tensor  # sum(w l) / N over the N samples of the global batch
     grad_norm: torch.Tensor  # before clipping
@@ -210,7 +212,7 @@ def losses_by_quarter(steps: Iterable[Step]) -> torch.Tensor:
 
 
 def _update(learner: Learner, step: Step, number: int) -> None:
-    """Gradients to weights, if all is finite."""
+    """Update the weights, if loss and gradients are finite."""
     optimizer = learner.optimizer
     if learner.fused is not None:
         step.grad_norm = learner.fused.disarm()
@@ -269,10 +271,6 @@ def evaluate(learner: Learner, val: Cache, config: TrainConfig) -> float:
 # generators are afterwards what they were, bit for bit.
 
 
-def largest_bucket(plan: Plan) -> Size:
-    return max(plan.buckets, key=lambda size: (size[0] * size[1], size))
-
-
 def warm_up(learner: Learner, config: TrainConfig, plan: Plan, tokens: int) -> None:
     """Run the pass, if the run asks for it (by default on CUDA). Every rank must.
 
@@ -282,16 +280,16 @@ def warm_up(learner: Learner, config: TrainConfig, plan: Plan, tokens: int) -> N
     device = learner.world.device
     if not (device.type == "cuda" if config.warm_up is None else config.warm_up):
         return
-    batch = _batch_of_zeros(learner.unet, largest_bucket(plan), config.batch_size, tokens)
+    batch = _batch_of_zeros(learner.unet, largest_bucket(plan.buckets), config.batch_size, tokens)
     state = None
     if device.type == "cuda" and not learner.optimizer.state()[0]:
-        # The optimizer makes its state at the end of the first step. From the second one on it is
-        # there beside the activations, so its room is taken before the pass.
+        # The optimizer makes its state at the end of the first step. From the second step on it is
+        # in memory beside the activations, so it is allocated before the pass.
         shapes = (parameter.shape for parameter in learner.optimizer.parameters.values())
         room = state_bytes(config.optimizer, shapes)
         room //= learner.world.size if config.full else 1
         state = torch.empty(room, dtype=torch.uint8, device=device)
-    # With accumulation the gradients of a step's first passes are there beside a later one.
+    # With accumulation the gradients of a step's first passes are in memory during the later ones.
     accumulates = plan.global_batch > config.batch_size * learner.world.size
     for last in (False, True) if accumulates else (True,):
         with learner.grad_sync(last):

@@ -31,8 +31,8 @@ except ImportError:  # on Windows
 
 
 def cut_metrics(run: Path, last_step: int) -> None:
-    """Drop the rows after ``last_step``, which will come again, and what is no row: in silence a
-    last line that was cut off by a kill, with a warning a damaged one."""
+    """Drop the rows after ``last_step``, which will be written again, and lines that are no rows:
+    silently a last line that was cut off by a kill, with a warning a damaged one."""
     path = run / METRICS
     if not path.exists():
         return
@@ -64,7 +64,7 @@ def _step_of(line: bytes) -> int | None:
 
 
 class RunLog:
-    """Rows of numbers by step. ``close`` it, whatever happens."""
+    """Writes rows of numbers by step. It must be closed, whatever happens."""
 
     def __init__(
         self, config: TrainConfig, world: DistContext, start: int, num_steps: int, run_config: Any
@@ -83,8 +83,8 @@ class RunLog:
             self._path = config.out / METRICS
             if config.wandb != "disabled":
                 self._wandb = _start_wandb(config, run_config)
-                # What W&B has counted on, in a run that was killed or that an earlier version
-                # began: it takes no row below its own count.
+                # How far W&B's own count is ahead, in a run that was killed or that an earlier
+                # version began: it takes no row below its count.
                 self._wandb_ahead = max(0, self._wandb.step - start - 1)
             self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
 
@@ -115,7 +115,7 @@ class RunLog:
         return [(number, step, ok) for (number, step), ok in zip(pending, finite, strict=True)]
 
     def _summarize(self, rows: list[dict[str, Any]], steps: list[Step], quarters: Any) -> None:
-        """What is known of several steps together goes into the last row, and into the bar."""
+        """Put what concerns several steps together into the last row and the bar."""
         now = time.perf_counter()
         seconds, self._since = max(now - self._since, 1e-9), now
         rate = sum(step.num_samples for step in steps) / seconds
@@ -156,11 +156,11 @@ class RunLog:
             self._wandb.log(row, step=step + self._wandb_ahead)
 
     def resume_clock(self) -> None:
-        """What came between the steps is not theirs: the rate counts from here."""
+        """Measure the rate from now on, without the time that was spent between the steps."""
         self._since = time.perf_counter()
 
     def print(self, line: str) -> None:
-        """One line above the bar. Names of samples in it cannot command the terminal."""
+        """Print one line above the bar, with unsafe characters escaped."""
         if self.world.is_main:
             tqdm.write(printable(line))
 
@@ -169,8 +169,8 @@ class RunLog:
             return
         for row in rows:
             if self._wandb is not None:
-                # A step of W&B is one of the optimizer, so that a resumed run goes on counting
-                # where it was, offline too, where W&B does not know of it.
+                # W&B's step is the optimizer's, so that a resumed run continues its count, offline
+                # too, where W&B cannot know it.
                 numbers = {"trainer/step": row["step"], **_without_step(row)}
                 self._wandb.log(numbers, step=row["step"] + self._wandb_ahead)
         with writing(self._path):
@@ -193,7 +193,7 @@ class RunLog:
     def close(self, failed: bool) -> None:
         self.bar.close()
         if self.world.is_main:
-            with suppress(OSError):  # rows that the full disk refused, which was said
+            with suppress(OSError):  # rows that the full disk refused, which was reported
                 self._file.close()
         if self._wandb is not None:
             self._wandb.finish(exit_code=int(failed))
@@ -210,8 +210,8 @@ def _row(number: int, step: Step, loss: float, norm: float, finite: float) -> di
 
 
 def _memory_bytes(device: torch.device) -> int:
-    """The most that was in use at once: of the GPU, or of this process on a CPU; 0 on Windows,
-    which does not tell."""
+    """Peak memory in bytes: of the GPU, or of this process on a CPU; 0 on Windows, where it is
+    unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if resource is None:
@@ -229,8 +229,8 @@ def _without_step(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_wandb(config: TrainConfig) -> None:
-    """Ask W&B for leave to log online: without an API key or an answer, starting the run would be
-    silent for a minute and a half, and fail after an older run had made room.
+    """Check that W&B lets this run log online: without an API key or an answer, the start would
+    hang for a minute and a half, and fail after an older run was set aside.
 
     Raises:
         ValueError: W&B's reason, and the way out.

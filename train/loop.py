@@ -24,18 +24,19 @@ import torch
 from runtime.signals import Stopped, StopSignals
 from sdxl.base import Base, open_base
 from shards.batches import Reader, ReadOptions
+from shards.buckets import largest_bucket
 from shards.plan import Plan
 from shards.reader import Cache
 from train.caches import open_data
-from train.checkpoint import CheckpointWriter, rotate, warn_of_space
+from train.checkpoint import CheckpointWriter, newest_checkpoint, rotate, warn_of_space
 from train.config import TrainConfig
 from train.distributed import LOST_SECONDS, DistContext, StopVote, is_lost, start_world, stop_world
+from train.fit import Fitted, describe_fit, fit
 from train.learner import (
     Learner,
     Step,
     build_learner,
     evaluate,
-    largest_bucket,
     train_step,
     warm_up,
 )
@@ -51,7 +52,7 @@ from train.weights import WeightsFormat, publish
 
 @dataclass(kw_only=True)
 class Run:
-    """A run that is ready to step."""
+    """A run that is set up, and can take steps."""
 
     config: TrainConfig
     reader: Reader
@@ -60,10 +61,11 @@ class Run:
     kind: WeightsFormat
     log: RunLog
     previewer: Previewer | None
-    identity: dict[str, Any]  # what a resumed run must find again, by name
+    identity: dict[str, Any]  # what must be the same when the run is resumed, by name
     start: Start
     num_steps: int
     writer: CheckpointWriter
+    fitted: Fitted | None = None  # how --fit made it
     skipped_in_a_row: int = 0
     eval_loss: float | None = None  # of the newest step, if it was evaluated
 
@@ -72,7 +74,7 @@ class Run:
         return self.reader.plan
 
     def batches_done(self, step: int) -> int:
-        """Global batches of the plan that are behind ``step`` steps."""
+        """The number of global batches of the plan that ``step`` steps have used."""
         return self.start.batches_done + step - self.start.step
 
 
@@ -82,7 +84,7 @@ def train(config: TrainConfig) -> Path:
     Raises:
         ValueError: the cache, the base, the run's folder or the settings cannot be used.
         FloatingPointError: too many steps in a row were not finite.
-        MemoryError: the largest bucket does not fit; says what would make it.
+        MemoryError: the largest bucket does not fit; says which options would help.
         ConnectionError: another process of the run is gone.
         Stopped: after Ctrl-C or SIGTERM, and a checkpoint.
     """
@@ -95,8 +97,13 @@ def train(config: TrainConfig) -> Path:
             base = _open_base(config, world)
             caches, val = open_data(config, base, world)
             tokens = caches[0].manifest["text"]["tokens"]
-            start, plan, share, identity = find_start(config, base, caches, world)
-            config = choose_checkpointing(start.config, base, largest_bucket(plan), tokens, world)
+            checkpoint = newest_checkpoint(config.out) if config.resume else None
+            fitted = fit(config, base, caches, world, checkpoint)
+            config = fitted.config if fitted else config
+            start, plan, share, identity = find_start(config, base, caches, world, checkpoint)
+            config = choose_checkpointing(
+                start.config, base, largest_bucket(plan.buckets), tokens, world
+            )
             learner = build_learner(config, base, world, start.path)
             restore(start, learner, config)
             kind = WeightsFormat.of(config, base, learner.schedule, caches)
@@ -119,13 +126,14 @@ def train(config: TrainConfig) -> Path:
                 start=start,
                 num_steps=num_steps,
                 writer=_checkpoint_writer(config, learner, kind, start),
+                fitted=fitted,
                 skipped_in_a_row=start.skipped_in_a_row,
             )
             path = _run(run)
         stop_world(world)
         return path
     except torch.OutOfMemoryError as error:
-        message = advice(config, base, largest_bucket(plan), tokens, world.size, error)
+        message = advice(config, base, largest_bucket(plan.buckets), tokens, world.size, error)
         raise _with_notes(MemoryError(message), error) from error
     except RuntimeError as error:
         if not is_lost(error, world):
@@ -148,7 +156,7 @@ def _checkpoint_writer(
 
 
 def _open_base(config: TrainConfig, world: DistContext) -> Base:
-    """The base, on all ranks the same: a hub id's commit is the one that the main rank finds."""
+    """Open the base, the same one on all ranks: the main rank determines the commit of a hub id."""
     main_base = open_base(config.base) if world.is_main else None
     pinned = world.share(main_base.pinned if main_base else "")
     return main_base or open_base(pinned)
@@ -162,7 +170,7 @@ def _with_notes(error: Exception, cause: BaseException) -> Exception:
 
 
 def _run(run: Run) -> Path:
-    """From the first step to the published weights."""
+    """Take all steps, and publish the weights."""
     failed = True
     try:
         if run.start.path is not None:
@@ -175,6 +183,8 @@ def _run(run: Run) -> Path:
             f"{run.plan.num_batches:,} steps each"
         )
         learner = run.learner
+        for line in describe_fit(run.fitted) if run.fitted else ():
+            run.log.print(line)
         if run.start.config.gradient_checkpointing is None and learner.world.device.type == "cuda":
             decided = "on" if run.config.gradient_checkpointing else "off"
             run.log.print(
@@ -201,7 +211,7 @@ def _run(run: Run) -> Path:
 
 
 def _resume_hint(run: Run) -> str:
-    """Whatever ended the run, the user is told from where it can be resumed."""
+    """From where the run can be resumed, as a sentence that is added to the error that ended it."""
     if run.writer.good is None:
         return "The run has no checkpoint yet."
     return f"The newest whole checkpoint is {run.writer.good}; --resume goes on from it."
@@ -233,7 +243,7 @@ def _num_steps(config: TrainConfig, plan: Plan, start: Start) -> int:
 
 
 def _steps(run: Run) -> None:
-    """The steps that are left, with evals, previews and checkpoints on the way."""
+    """Take the remaining steps, with evals, previews and checkpoints in between."""
     config, learner, log = run.config, run.learner, run.log
     batches = run.reader.epochs(
         divmod(run.start.batches_done, run.plan.num_batches),
@@ -251,7 +261,7 @@ def _steps(run: Run) -> None:
             log.step(step + 1, train_step(learner, batches, step, lr))
             done, last = step + 1, step + 1 == run.num_steps
             at_log = last or done % config.log_every == 0
-            # A rank alone must not stop: the others would wait for its gradients for ever.
+            # A single rank must not stop: the others would wait for its gradients for ever.
             stop = vote.any(signals.received is not None)
             kind = _checkpoint_kind(run, done, last, stop)
             evals = last or _is_due(run, config.eval_every, done)
@@ -284,7 +294,7 @@ def _checkpoint_kind(run: Run, step: int, last: bool, stop: bool) -> str:
 
 
 def _flush(run: Run) -> None:
-    """Look at the steps since the last time, all ranks together.
+    """Log the steps since the last flush, all ranks together.
 
     Raises:
         FloatingPointError: too many of them in a row were not finite.
@@ -303,7 +313,7 @@ def _flush(run: Run) -> None:
 
 
 def _report_skipped(run: Run, number: int, step: Step) -> None:
-    """Say why a step was left out; name samples only where the fault can be theirs.
+    """Report why a step was skipped; name samples only where they can be at fault.
 
     A sample is named if its loss alone was not finite, or if the cache holds values for it that are
     not. Where the losses of all samples, step after step, or the gradient of finite losses are not
@@ -333,7 +343,7 @@ def _report_skipped(run: Run, number: int, step: Step) -> None:
 
 
 def _has_finite_data(run: Run, epoch: int, number: int, micro: int) -> list[bool]:
-    """Of each sample in a micro-batch of this rank, whether what the cache holds is finite."""
+    """For each sample of a micro-batch of this rank, whether the cache's values are finite."""
     batch = run.reader.read(run.plan.batch(epoch, number), micro)
     tensors = (batch.latents, batch.prompt, batch.pooled)
     finite = torch.stack([tensor.flatten(1).isfinite().all(1) for tensor in tensors])

@@ -28,7 +28,7 @@ from train.unet import BLOCKS, add_adapter, trainable
 
 QUANT_BYTES = {"int8": 1.01, "nf4": 0.57}  # a weight, with its scales
 FREE_SHARE = 0.9  # of what a card has free, that an estimate may take
-WORKING_TENSORS = 4  # of the largest size there is, in flight beside what is saved
+WORKING_TENSORS = 4  # of the largest activation's size, in use beside what is saved
 
 
 def size_text(num_bytes: float) -> str:
@@ -70,6 +70,16 @@ class Estimate:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Sizes:
+    """Parameters of a UNet, counted."""
+
+    quantizable: int  # of the base, in the layers that --base-quant packs
+    other: int  # of the base
+    largest: int  # of the tensors
+    trained: list[torch.Size]
+
+
 class Estimator:
     """Estimates for one base on a CUDA card (or ``device``), under differing settings."""
 
@@ -83,31 +93,21 @@ class Estimator:
         """Parameters that the run trains."""
         if config.init_lora is not None:
             return num_lora_parameters(config.init_lora)
-        return sum(p.numel() for p in trainable(self._unet(config)).values())
+        return sum(shape.numel() for shape in self._sizes(config).trained)
 
     def estimate(self, config: TrainConfig, bucket: Size) -> Estimate:
         """The peak of the run: in the backward pass of a batch of ``bucket``."""
-        unet, dtype = self._unet(config), self._dtype(config)
+        sizes, dtype = self._sizes(config), self._dtype(config)
         trained = self.num_trained(config)
         weight_bytes = dtype.itemsize if not config.full or config.pure_bf16 else 4
-        base = 0.0
-        for name, module in unet.named_modules():
-            for part, parameter in module.named_parameters(recurse=False):
-                packed = part == "weight" and is_quantized(name.removesuffix(".base_layer"), module)
-                size = (
-                    QUANT_BYTES[config.base_quant]
-                    if packed and config.base_quant != "none"
-                    else weight_bytes
-                )
-                base += 0 if "lora_" in name else size * parameter.numel()
+        base = sizes.quantizable * QUANT_BYTES.get(config.base_quant, weight_bytes)
+        base += sizes.other * weight_bytes
         lora = 0 if config.full else 4 * trained
         # Autocast keeps a half-precision copy of what is trained in fp32 for the forward pass.
         casts = 0 if config.pure_bf16 or dtype == torch.float32 else dtype.itemsize * trained
-        shapes = [parameter.shape for parameter in trainable(unet).values()]
-        state = state_bytes(config.optimizer, shapes)
+        state = state_bytes(config.optimizer, sizes.trained)
         if config.init_lora is not None:  # the shapes are of another LoRA than that of the file
-            state = state * trained // sum(shape.numel() for shape in shapes)
-        largest = max(p.numel() for p in unet.parameters())
+            state = state * trained // sum(shape.numel() for shape in sizes.trained)
         per_grad = 2 if config.pure_bf16 else 4
         saved = self.activations(config, bucket)
         samples = config.batch_size * (
@@ -116,7 +116,9 @@ class Estimator:
         shares = self.num if config.full else 1
         return Estimate(
             weights=round((base + lora + casts) / shares),
-            gradients=per_grad * (3 * largest if config.fused_backward else trained) // shares,
+            gradients=per_grad
+            * (3 * sizes.largest if config.fused_backward else trained)
+            // shares,
             optimizer=state // shares,
             average=0 if config.ema_on_cpu or not config.ema else 4 * trained // shares,
             activations=samples,
@@ -160,6 +162,26 @@ class Estimator:
     def _key(self, config: TrainConfig) -> tuple[Any, ...]:
         adapter = config.adapter, config.lora_rank, config.targets, config.conv
         return config.full, *(() if config.full else adapter), self._dtype(config)
+
+    def _sizes(self, config: TrainConfig) -> _Sizes:
+        key = "sizes", *self._key(config)
+        if key not in self._memo:
+            unet, quantizable, other = self._unet(config), 0, 0
+            for name, module in unet.named_modules():
+                is_linear = is_quantized(name.removesuffix(".base_layer"), module)
+                for part, parameter in module.named_parameters(recurse=False):
+                    if "lora_" not in name and part == "weight" and is_linear:
+                        quantizable += parameter.numel()
+                    elif "lora_" not in name:
+                        other += parameter.numel()
+            self._memo[key] = _Sizes(
+                quantizable=quantizable,
+                other=other,
+                largest=max(parameter.numel() for parameter in unet.parameters()),
+                trained=[parameter.shape for parameter in trainable(unet).values()],
+            )
+        sizes: _Sizes = self._memo[key]
+        return sizes
 
     def _unet(self, config: TrainConfig) -> Any:
         """The UNet on the meta device, with the run's adapter."""
@@ -246,7 +268,8 @@ _STATE_BYTES: dict[str, Callable[[torch.Size], int]] = {
 
 
 def state_bytes(optimizer: str, shapes: Iterable[torch.Size]) -> int:
-    """Of the state that ``--optimizer`` keeps of parameters of these shapes, after a step."""
+    """Bytes of the state that ``--optimizer`` keeps for parameters of these shapes, after a
+    step."""
     return sum(map(_STATE_BYTES[optimizer], shapes))
 
 

@@ -108,6 +108,25 @@ class Every:
         return floor(batches_done / length + 1e-9) > floor((batches_done - 1) / length + 1e-9)
 
 
+AUTO = "auto"  # of --fit: what the device has free
+_MEMORY = {"MB": 10**6, "MIB": 2**20, "GB": 10**9, "GIB": 2**30}
+
+
+def parse_memory(text: str) -> int | None:
+    """Bytes of ``12GB``, ``12 GiB``, ``8000MB``; None of ``auto``.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if text == AUTO:
+        return None
+    match = re.fullmatch(r"(\d{1,6}(?:\.\d{1,6})?) ?([MG]I?)B?", text.strip().upper())
+    size = int(float(match[1]) * _MEMORY[f"{match[2]}B"]) if match else 0
+    if size <= 0:
+        raise ValueError(f"--fit takes a size such as 12GB, or auto, not {text[:50]!r}")
+    return size
+
+
 def check_ranges(settings: Mapping[str, Any]) -> None:
     """Each setting of a run against its own range; None is not checked.
 
@@ -139,6 +158,8 @@ def check_ranges(settings: Mapping[str, Any]) -> None:
         if len(settings["timestep_range"]) != 2 or not 0 <= low < high:
             raise ValueError("--timestep-range takes LOW,HIGH, for instance 0,500")
     check_gpus(settings["gpus"])
+    if settings["fit"] is not None:
+        parse_memory(settings["fit"])
 
 
 def flag(name: str) -> str:

@@ -31,7 +31,7 @@ from train.config import TrainConfig
 from train.learner import Learner
 
 FOLDER = "previews"
-TILE = 512  # pixels; four for each of a 1024² image's latents
+TILE = 512  # pixels; four for each latent of a 1024² image
 REMEDY = "make it again with `python cli.py prompts`"
 
 
@@ -92,16 +92,17 @@ def draw_previews(
     num_steps: int = 20,
     guidance_scale: float = 5.0,
 ) -> Image.Image:
-    """One sheet of the first 100 prompts, as their file has them, each with the start of its text.
+    """Generate one sheet of the first 100 prompts, in the order of their file, each with the start
+    of its text.
 
-    ``scheduler`` is of ``load_scheduler``. What a prompt says of size, seed, steps and guidance
-    wins over the defaults; prompt i has seed i. ``autocast`` is the dtype of the forward pass where
-    the UNet trains under autocast; None is no autocast, whatever the caller's. With a ``vae`` the
-    colors are true, without they are of the cache's linear map. One prompt at a time, so that it
+    ``scheduler`` is from ``load_scheduler``. A prompt's own size, seed, steps and guidance win over
+    the defaults; prompt i has seed i. ``autocast`` is the dtype of the forward pass where the UNet
+    trains under autocast; None is no autocast, whatever the caller's. With a ``vae`` the colors are
+    exact, without one they are from the cache's linear map. Prompts run one at a time, so that it
     takes less memory than training does.
 
-    The UNet's modes and torch's generators are afterwards what they were. Of a sharded UNet every
-    rank must call this, with the same arguments but for the ``vae``.
+    The UNet's modes and torch's generators are restored afterwards. If the UNet is sharded, every
+    rank must call this, with the same arguments except ``vae``.
     """
     tiles: list[tuple[Any, str]] = []
     with _eval_mode(unet):
@@ -169,7 +170,8 @@ class Previewer:
     def of(
         cls, config: TrainConfig, base: Base, caches: Sequence[Cache], learner: Learner
     ) -> "Previewer | None":
-        """With the prompts of the first cache that has some; None where none are asked for.
+        """A previewer of the prompts of the first cache that has some; None if the run has no
+        previews.
 
         Raises:
             ValueError: they are damaged, or no cache has any.
@@ -197,8 +199,8 @@ class Previewer:
         )
 
     def draw(self, step: int) -> Path:
-        """The sheet after ``step`` steps, with the averaged weights if there are any. Of several
-        ranks all must draw; the main one writes."""
+        """Generate the sheet after ``step`` steps, with the averaged weights if there are any. All
+        ranks must call it; the main one writes."""
         learner, precision, vae = self.learner, self.learner.precision, None
         if self.config.preview_vae and learner.world.is_main:
             vae = load_vae(self.base.vae, torch.float32).to(learner.world.device)
@@ -221,11 +223,11 @@ class Previewer:
 
 @contextmanager
 def _eval_mode(unet: Any) -> Iterator[None]:
-    """The UNet in eval mode; its modes and torch's generators come back as they were."""
+    """While entered, the UNet is in eval mode; its modes and torch's generators are restored."""
     modes = [(module, module.training) for module in unet.modules()]
     devices = [unet.device] if unet.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
-        # A few samplers draw from the global generator, whose state is of the step.
+        # A few samplers draw from the global generator, whose state belongs to the training steps.
         torch.default_generator.manual_seed(0)
         unet.eval()
         try:
@@ -236,6 +238,6 @@ def _eval_mode(unet: Any) -> Iterator[None]:
 
 
 def _to_image(image: torch.Tensor) -> Image.Image:
-    """[3, H, W] in 0..1; what is not finite, of a run that went astray, is black."""
+    """An image of [3, H, W] in 0..1; what is not finite, because the run diverged, is black."""
     levels = (image.float().cpu().nan_to_num(0) * 255).round().to(torch.uint8)
     return Image.fromarray(levels.permute(1, 2, 0).numpy())

@@ -9,14 +9,14 @@ import torch
 from runtime.workers import num_processes
 from sdxl.base import open_base
 from sdxl.lora.names import KOHYA
-from shards.buckets import bucket_name
+from shards.buckets import bucket_name, largest_bucket
 from shards.plan import Plan
 from shards.reader import groups_of
 from train.caches import open_data
 from train.checkpoint import newest_checkpoint
 from train.config import TrainConfig, check_processes
 from train.distributed import DistContext
-from train.learner import largest_bucket
+from train.fit import budget_of, describe_fit, fit_run
 from train.memory import Estimate, Estimator, choose_checkpointing, size_text
 from train.objective import objective_of
 from train.resume import with_init_lora
@@ -25,7 +25,7 @@ from train.run_folder import check_folder
 
 @dataclass(frozen=True)
 class BucketRow:
-    """What a run would read of one bucket in an epoch, and take for it."""
+    """One bucket's row: samples, batches and memory of an epoch."""
 
     bucket: str
     num_samples: int
@@ -36,7 +36,7 @@ class BucketRow:
 def dry_run(config: TrainConfig) -> Iterator[str]:
     """The lines to show.
 
-    For a CUDA card, whether there is one or not, unless ``--device`` says otherwise.
+    The estimates are for a CUDA card, present or not, unless ``--device`` is another device.
 
     Raises:
         ValueError: what a run with these settings would be refused for.
@@ -48,14 +48,21 @@ def dry_run(config: TrainConfig) -> Iterator[str]:
     num = num_processes(config.gpus, config.device)
     check_processes(config, num)
     check_folder(config)
-    if config.resume and (checkpoint := newest_checkpoint(config.out)):
+    checkpoint = newest_checkpoint(config.out) if config.resume else None
+    if checkpoint is not None:
         config, _ = with_init_lora(config, *checkpoint)
+    if config.fit is not None:
+        devices = torch.device(device), num
+        budget = budget_of(config.fit, devices[0])
+        fitted = fit_run(budget, config, base, caches, devices, checkpoint)
+        config = fitted.config
+        yield from describe_fit(fitted)
     size = config.batch_size * config.accumulate * num
     plan = Plan(groups_of(caches), config.seed, size)
     tokens = caches[0].manifest["text"]["tokens"]
     if device.startswith("cuda") and torch.cuda.is_available():
         card = DistContext(torch.device(device))
-        config = choose_checkpointing(config, base, largest_bucket(plan), tokens, card)
+        config = choose_checkpointing(config, base, largest_bucket(plan.buckets), tokens, card)
     estimator = Estimator(base, tokens, device, num)
     rows = list(_rows(config, plan, estimator))
     steps = config.num_steps(plan.num_batches)
@@ -76,7 +83,7 @@ def dry_run(config: TrainConfig) -> Iterator[str]:
             f"  {row.bucket:>10} {row.num_samples:8d} {row.num_batches:8d} "
             f"{size_text(row.estimate.peak):>10}"
         )
-    bucket = largest_bucket(plan)
+    bucket = largest_bucket(plan.buckets)
     top = estimator.estimate(config, bucket)
     parts = ("weights", "gradients", "optimizer", "average", "activations", "working")
     shown = [f"{name} {size_text(getattr(top, name))}" for name in parts if getattr(top, name)]

@@ -14,14 +14,14 @@ from sdxl.lora.names import LORA
 from sdxl.lora.read import find_lora
 from shards.plan import Plan, RankShare
 from shards.reader import Cache, groups_of
-from train.checkpoint import load_checkpoint, newest_checkpoint
+from train.checkpoint import load_checkpoint
 from train.config import TrainConfig
 from train.distributed import DistContext
 from train.learner import Learner
 from train.objective import objective_of
 from train.option_values import flag
 
-# What a checkpoint's tensors and the plan depend on: another value cannot go on from it.
+# Settings that a checkpoint's tensors and the plan depend on: a resumed run cannot change them.
 FIXED = (
     "full",
     "adapter",
@@ -37,7 +37,7 @@ FIXED = (
     "pure_bf16",
     "fused_backward",
 )
-# What may change on the way, but hardly by accident.
+# Settings that a resumed run may change; a change is reported, in case it is an accident.
 NOTED = (
     "lr",
     "lr_schedule",
@@ -65,9 +65,10 @@ INIT_LORA = "LoRA it began with"
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """Where a run goes on. ``step`` optimizer steps and ``batches_done`` of the plan are done."""
+    """Where a run starts: after ``step`` optimizer steps and ``batches_done`` batches of the
+    plan."""
 
-    config: TrainConfig  # as the run goes on with it
+    config: TrainConfig  # with which the run continues
     step: int = 0
     batches_done: int = 0
     skipped_in_a_row: int = 0
@@ -76,15 +77,20 @@ class Start:
 
 
 def find_start(
-    config: TrainConfig, base: Base, caches: Sequence[Cache], world: DistContext
+    config: TrainConfig,
+    base: Base,
+    caches: Sequence[Cache],
+    world: DistContext,
+    checkpoint: tuple[Path, dict[str, Any]] | None,
 ) -> tuple[Start, Plan, RankShare, dict[str, Any]]:
-    """Start, plan, this rank's share of it, and the run's identity.
+    """The start of the run, the plan, this rank's share of it, and the run's identity.
+
+    ``checkpoint`` is what the run resumes from, if it does.
 
     Raises:
-        ValueError: what the run's folder holds cannot go on with these settings, data, base or
+        ValueError: the run in the folder cannot be resumed with these settings, data, base or
             processes.
     """
-    checkpoint = newest_checkpoint(config.out) if config.resume else None
     share = RankShare(batch_size=config.batch_size, world=world.size, rank=world.rank)
     if checkpoint is None:
         identity = identity_of(config, base, caches, world)
@@ -169,7 +175,7 @@ def restore(start: Start, learner: Learner, config: TrainConfig) -> None:
 def state_of(
     config: TrainConfig, plan: Plan, identity: dict[str, Any], batches_done: int
 ) -> dict[str, Any]:
-    """What ``find_start`` wants to find again."""
+    """The state that a checkpoint keeps for ``find_start``."""
     epoch, done = divmod(batches_done, plan.num_batches)
     return {
         "identity": identity,
@@ -184,7 +190,7 @@ def state_of(
 def identity_of(
     config: TrainConfig, base: Base, caches: Sequence[Cache], world: DistContext
 ) -> dict[str, Any]:
-    """What a run is made of, by the name that a refusal uses."""
+    """What must stay the same in a resumed run, by the names that messages use."""
     objective = objective_of(config, base.scheduler_config)
     precision = pick_precision(config.precision, world.device, config.allow_cpu_bf16, quiet=True)
     init = config.init_lora
@@ -199,7 +205,7 @@ def identity_of(
 
 
 def _agree(config: TrainConfig, world: DistContext, digest: str) -> None:
-    """All processes must have found the same checkpoint, data and base."""
+    """Refuse to start where the processes have found different checkpoints, data or bases."""
     if len(set(world.gather([digest]))) > 1:
         raise ValueError(
             f"{config.out}: the processes do not see the same run there; machines need a shared "
@@ -230,7 +236,7 @@ def _check_settings(config: TrainConfig, state: dict[str, Any]) -> None:
 
 
 def _is_changed(config: TrainConfig, identity: dict[str, Any], state: dict[str, Any]) -> bool:
-    """Whether the run goes on with other data."""
+    """Whether the run is resumed with other data, where that is allowed."""
     for name, value in identity.items():
         if state["identity"][name] == value or (name == DATA and config.allow_changed_data):
             continue

@@ -53,9 +53,11 @@ from train.unet import trainable
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 WANDB_ID = "wandb.json"
-# All that a run writes into its folder, and so all that --overwrite may delete.
+REPORT = "report.html"  # which the command writes after the run
+# Everything that a run writes into its folder, and so everything that --overwrite may delete.
 ENTRIES = frozenset(
-    (CONFIG, METRICS, WANDB_ID, "wandb", CHECKPOINTS, "previews", LORA, KOHYA, "unet", "scheduler")
+    {CONFIG, METRICS, WANDB_ID, REPORT, CHECKPOINTS, LORA, KOHYA}
+    | {"wandb", "previews", "unet", "scheduler"}
 )
 # The names that a run gives in its two folders of many files, also half written.
 _FILE_NAMES = {
@@ -68,7 +70,7 @@ _DISCARDED = REPLACED_RUN + ".discarded" + PARTIAL
 
 
 def run_entries(out: Path) -> list[Path]:
-    """What a run made in its folder, finished or cut off."""
+    """Files and folders that a run made in its folder, complete or cut off."""
     paths = sorted(out.iterdir()) if out.is_dir() else []
     return [p for p in paths if p.name.removesuffix(PARTIAL).removesuffix(".replaced") in ENTRIES]
 
@@ -100,7 +102,7 @@ def check_input(path: Path, out: Path) -> None:
 
 
 def check_inputs(config: TrainConfig) -> None:
-    """Refuse to delete what the new run is made from, or what no run has written."""
+    """Refuse to delete inputs of the new run, or files that no run has written."""
     for folder, name in _FILE_NAMES.items():
         for path in sorted((config.out / folder).glob("*")):
             if not name.fullmatch(path.name):
@@ -130,8 +132,8 @@ def _is_inside(path: Path, entry: Path) -> bool:
 
 @contextmanager
 def replacing_run(out: Path) -> Iterator[None]:
-    """Move the run in ``out`` aside for a new one; it comes back where that one fails before it has
-    a checkpoint."""
+    """While entered, the run in ``out`` is set aside for a new one; it is put back if that one
+    fails before it has a checkpoint."""
     try:
         _set_aside(out)
         yield
@@ -164,7 +166,8 @@ def discard_replaced_run(out: Path) -> None:
 
 
 def recover(out: Path) -> bool:
-    """After a kill: finish replacing the old run, or put it back. Whether it was put back."""
+    """After a kill, finish replacing the old run, or put it back; return whether it was put
+    back."""
     if (out / REPLACED_RUN).exists() and not has_checkpoint(out):
         for path in run_entries(out):  # of the new run, which cannot be resumed
             remove_path(path)
@@ -178,7 +181,7 @@ def recover(out: Path) -> bool:
 
 
 def recover_with_warning(out: Path) -> None:
-    """``recover``, and say so where the old run is back."""
+    """``recover``, with a warning if the old run is back."""
     if recover(out):
         warnings.warn(
             f"{out}: a command with --overwrite ended before its run had a checkpoint; the run "
@@ -189,7 +192,7 @@ def recover_with_warning(out: Path) -> None:
 
 # A run's folder: whether it may be used, its lock, and the settings that it keeps.
 
-SHARED_SECONDS = 20  # in which each rank must see what another one wrote
+SHARED_SECONDS = 20  # in which each rank must see what the main one wrote
 NONCE = "ranks.nonce"  # while the ranks ask whether they see the same folder
 LOCK = "train.lock"  # while a run is at work in the folder
 
@@ -213,7 +216,7 @@ def check_folder(config: TrainConfig) -> None:
 
 
 def _is_leftover(path: Path) -> bool:
-    """Whether it is what a run leaves that is killed before its first file has its name."""
+    """Whether it is the leftover of a run that was killed while it wrote its first file."""
     name = path.name
     return name in (LOCK, NONCE) or (
         name.endswith(PARTIAL) and name.removesuffix(PARTIAL) in ENTRIES
@@ -221,8 +224,8 @@ def _is_leftover(path: Path) -> bool:
 
 
 def _is_run(folder: Path) -> bool:
-    """By content: a ``config.json`` alone is the commonest of names, and one that is damaged must
-    not hide the checkpoints beside it."""
+    """Whether a folder is a run, by content: ``config.json`` is a common name, and a damaged one
+    must not hide the checkpoints beside it."""
     settings = read_own_json(folder / CONFIG)
     if settings is not None and "steps_per_epoch" in settings:
         return True
@@ -261,10 +264,11 @@ def write_own_json(path: Path, fields: dict[str, Any]) -> None:
 
 @contextmanager
 def lock_folder(config: TrainConfig, world: DistContext) -> Iterator[None]:
-    """Hold this from before the folder is looked at: a second run there is refused.
+    """While entered, a second run in the folder is refused. To be entered before the folder is
+    read.
 
-    The look is repeated under the lock, because another run may have ended in between; and what a
-    killed ``--overwrite`` left is put in order.
+    The folder is checked again under the lock, because another run may have ended in between; and
+    what a killed ``--overwrite`` left is recovered.
     """
     check_folder(config)
     world.wait()
@@ -309,8 +313,8 @@ def _check_shared(out: Path, world: DistContext) -> None:
 def begin_run(config: TrainConfig, world: DistContext, settings: dict[str, Any]) -> Iterator[None]:
     """While entered, the run may write into its folder.
 
-    The last thing before the first step: whatever can refuse the run has been asked, and only now
-    does an older run make room.
+    This comes last before the first step: every check has passed, and only now is an older run set
+    aside.
     """
     world.wait()  # all ranks have looked before one writes
     replaces = config.overwrite and world.is_main
@@ -324,8 +328,8 @@ def begin_run(config: TrainConfig, world: DistContext, settings: dict[str, Any])
 def describe(
     config: TrainConfig, base: Base, plan: Plan, learner: Learner, num_steps: int
 ) -> dict[str, Any]:
-    """The settings, and what followed from them. Plain JSON, without any path: run folders are
-    shared, and where things lay on this machine is private."""
+    """The settings, and the values that follow from them, as plain JSON without any path: run
+    folders are shared, and the paths of this machine are private."""
     settings = {name: _plain(value) for name, value in config.resolved().items()}
     return {
         **settings,

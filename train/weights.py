@@ -60,12 +60,12 @@ Write = Callable[[Path], None]  # writes a file, or several small ones, into a f
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """All of a tensor, whatever part of it this rank has. Every rank must ask."""
+    """The full tensor, of which this rank may have a part. Every rank must call it."""
     return tensor.full_tensor() if is_dtensor(tensor) else tensor
 
 
 def distribute_like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """A whole ``value`` laid out as ``parameter`` is: this rank's part, where it is sharded."""
+    """A full ``value``, sharded as ``parameter`` is: this rank's part."""
     value = value.to(parameter.device)
     if is_dtensor(parameter) and value.shape == parameter.shape:
         from torch.distributed.tensor import distribute_tensor
@@ -90,8 +90,8 @@ def tensor_files(
 
     ``sizes`` are the tensors' bytes by name; ``get`` gives this rank's part of one. Each file is
     for the next rank of ``owners``, which alone keeps its tensors, on the CPU; but all ranks must
-    go through all files, as whole tensors are gathered on the way. ``convert`` gets each whole
-    tensor, and gives what is written; ``card`` is in the metadata.
+    go through all files, as the full tensors are gathered. ``convert`` takes each full tensor, and
+    returns what is written; ``card`` is in the metadata.
     """
     metadata = {"format": "pt", **(card.to_metadata() if card else {})}
     dot = f".{variant}" if variant else ""
@@ -145,8 +145,8 @@ def _split(sizes: Mapping[str, int]) -> list[list[str]]:
 
 @dataclass(frozen=True)
 class WeightsFormat:
-    """What the weights are of: a LoRA or the whole UNet of ``base``, trained on ``schedule`` and
-    on the ``caches`` of these digests, with these ``buckets`` and ``long_captions`` (see
+    """What the weights are: a LoRA or the whole UNet of ``base``, trained on ``schedule`` and on
+    the ``caches`` of these digests, with these ``buckets`` and ``long_captions`` (see
     ``ModelMetadata``); ``license`` is the base's."""
 
     full: bool
@@ -175,7 +175,7 @@ class WeightsFormat:
         )
 
     def card(self, steps: int, name: str | None) -> ModelMetadata:
-        """What the weights say of themselves after so many steps."""
+        """The weights' metadata after ``steps`` steps."""
         return ModelMetadata(
             name=name,
             base=self.base.name,
@@ -198,9 +198,9 @@ def weights_files(
     steps: int,
     name: str | None = None,
 ) -> Iterator[Write]:
-    """The files of the trained weights, or of their average, in the dtype they are kept in: of a
-    LoRA its file for diffusers and that for the UIs. ``steps`` are behind them, ``name`` is theirs.
-    As ``tensor_files``: all ranks must go through them.
+    """The files of the trained weights, or of their average, in the dtype they are kept in; a LoRA
+    has a file for diffusers and one for the UIs. ``steps`` and ``name`` are for the metadata. All
+    ranks must go through all files, as in ``tensor_files``.
     """
     card = kind.card(steps, name)
     if not kind.full:
@@ -229,7 +229,7 @@ def _write_lora(files: dict[str, bytes], folder: Path) -> None:
 
 
 def _write_configs(kind: WeightsFormat, config: str, folder: Path) -> None:
-    """What lies beside the tensors of a UNet."""
+    """Write the configs beside the tensors of a UNet."""
     folder.mkdir(parents=True, exist_ok=True)
     write_schedule(kind.base, kind.schedule, folder)
     _write_text_file(f"{UNET}/config.json", config, folder)
@@ -239,12 +239,12 @@ def _write_configs(kind: WeightsFormat, config: str, folder: Path) -> None:
 def _config_text(unet: Any) -> str:
     config = json.loads(unet.to_json_string())
     config["_class_name"] = "UNet2DConditionModel"  # FSDP puts a class of its own in its place
-    config.pop("_name_or_path", None)  # where the base lay is nobody's business
+    config.pop("_name_or_path", None)  # the path of the base is private
     return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
 
 def read_weights(unet: Any, full: bool, folder: Path, ema: Ema | None) -> None:
-    """Put what ``weights_files`` wrote back, bit for bit: on a UNet of the same making, or in
+    """Put what ``weights_files`` wrote back, bit for bit: into a UNet that was built alike, or into
     ``ema``."""
     if full:
         parameters = dict(unet.named_parameters())
@@ -271,7 +271,7 @@ def read_weights(unet: Any, full: bool, folder: Path, ema: Ema | None) -> None:
 
 
 def weights_bytes(unet: Any, kind: WeightsFormat, ema: Ema | None) -> int:
-    """What ``weights_files`` will take on the disk, but for headers and configs."""
+    """The bytes that ``weights_files`` will write, without headers and configs."""
     if kind.full:
         sizes = sizes_of(dict(unet.named_parameters())) if ema is None else ema.sizes()
         return sum(sizes.values())
@@ -279,12 +279,12 @@ def weights_bytes(unet: Any, kind: WeightsFormat, ema: Ema | None) -> int:
 
 
 def sizes_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """The bytes of each whole tensor, however it is sharded."""
+    """The bytes of each full tensor, sharded or not."""
     return {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
 
 
 def check_space(path: Path, num_bytes: int) -> None:
-    """Ask before hours of work are written to a disk that has no room for them.
+    """Refuse to write where the disk has no room, before hours of work are spent.
 
     Raises:
         OSError: names the path, the bytes needed and those that are free.
@@ -300,8 +300,8 @@ def check_space(path: Path, num_bytes: int) -> None:
 def publish(
     unet: Any, kind: WeightsFormat, run: Path, world: DistContext, ema: Ema | None, *, steps: int
 ) -> Path:
-    """The run's result: its averaged weights, where it keeps an average. A UNet comes as files of
-    the dtype it was trained in and as fp16 files."""
+    """Write the result of the run: its averaged weights, if it keeps an average. A UNet is written
+    in the dtype it was trained in, and in fp16."""
     name, owners = run.resolve().name, cycle(range(world.size))
     size = weights_bytes(unet, kind, ema)
     if not kind.full:

@@ -112,7 +112,7 @@ def _write(folder: Path, images: Iterator[tuple[Image.Image, str]], num: int) ->
 def fresh_prompts(
     num: int, shapes: tuple[str, ...], seed: int, size: str | None = None
 ) -> tuple[list[Scene], list[str]]:
-    """Scenes and their captions, the shapes by turns; other seeds than the data sets'."""
+    """Scenes and their captions, the shapes by turns; other seeds than the datasets'."""
     choices = random.Random(seed)
     scenes = [random_scene(choices, (shapes[number % len(shapes)],), size) for number in range(num)]
     return scenes, [scene.caption(choices) for scene in scenes]
@@ -122,7 +122,7 @@ def fresh_prompts(
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--num", type=click.IntRange(min=1), default=120, show_default=True)
 def main(folder: Path, num: int) -> None:
-    """Draw the sample data set: FOLDER/new, of two shapes that the miniature does not know, and
+    """Draw the sample dataset: FOLDER/new, of two shapes that the miniature does not know, and
     FOLDER/old, of those that it does."""
     write_sample_set(folder / "new", num)
     write_prior_set(folder / "old", num)

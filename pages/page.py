@@ -1,0 +1,59 @@
+"""Writes pages: templates, with all text escaped, and one file that appears whole."""
+
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from runtime.files import write_durable, writing
+from runtime.messages import printable
+
+MARK = b'<meta name="generator" content="shardtune">'
+_HEAD_BYTES = 2000  # in which the mark stands
+
+
+def _safe(value: Any) -> Any:
+    """Text without characters that reverse or hide it; not what is HTML already."""
+    return printable(value) if type(value) is str else value
+
+
+def render(template: str, **values: Any) -> str:
+    """A page from one of the templates. Every value is escaped but for charts, which are ours."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_safe,
+    )
+    return environment.get_template(template).render(**values)
+
+
+def check_page(path: Path) -> None:
+    """Refuse to replace what is no page of ours.
+
+    Raises:
+        ValueError: a folder, or a file that shardtune did not write.
+    """
+    if path.is_dir():
+        raise ValueError(f"{path}: a folder; name a file, for example {path / 'page.html'}")
+    if path.exists():
+        with open(path, "rb") as file:
+            if MARK not in file.read(_HEAD_BYTES):
+                raise ValueError(
+                    f"{path}: not written by shardtune; move it away, or give another --out"
+                )
+
+
+def write_page(path: Path, html: str) -> None:
+    """Write the page; its folder is made. ``check_page`` before the work that it costs.
+
+    Raises:
+        ValueError: see ``check_page``.
+        OSError: it cannot be written.
+    """
+    check_page(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_durable(path, html.encode("utf-8", "backslashreplace"))

@@ -1,0 +1,135 @@
+"""``tune``: the three commands that it stands for, chosen by data and base, and going on."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+import cli_tune
+from cli import commands
+from cli_tune import RECIPES, TuneSettings, tune
+from tools.miniature.data import write_sample_set
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dataset")
+    write_sample_set(folder, num=12)
+    return folder
+
+
+def plan(dataset: Path, out: Path, **more: Any) -> list[list[str]]:
+    """The commands that a tune would run."""
+    typed: list[list[str]] = []
+    tune(TuneSettings(dataset=dataset, base="miniature", out=out, **more), typed.append)
+    return typed
+
+
+def value(arguments: list[str], flag: str) -> str:
+    return arguments[arguments.index(flag) + 1]
+
+
+def test_it_runs_three_commands_that_can_be_typed(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    encode, train, generate = plan(dataset, out, train_options=("--seed", "7"))
+    printed = capsys.readouterr().out
+    for arguments in (encode, train, generate):
+        assert f"$ python cli.py {' '.join(arguments)}" in printed
+        command = commands.commands[arguments[0]]
+        command.make_context(arguments[0], list(arguments[1:]))  # it takes these options
+    assert value(encode, "--resolution") == "64"  # the miniature's own
+    assert "--val-share" not in encode  # of twelve images each is worth more as one to learn from
+    assert value(train, "--steps") == str(RECIPES["style"].least_steps)
+    assert value(train, "--lr") == f"{1e-4 * 320 / 48:.2g}"
+    assert value(train, "--seed") == "7" and "--resume" not in train
+    rows = [json.loads(line) for line in (out / "previews.jsonl").read_text().splitlines()]
+    lines = (dataset / "captions.jsonl").read_text().splitlines()
+    captions = {json.loads(line)["text"] for line in lines}
+    assert len(rows) == 3 and {row["prompt"] for row in rows} <= captions
+    assert value(encode, "--preview-prompts") == value(generate, "--prompts")
+
+
+def test_more_images_are_more_steps_and_some_are_held_out(dataset: Path, tmp_path: Path) -> None:
+    many = tmp_path / "many"
+    write_sample_set(many, num=300)
+    encode, train, _ = plan(many, tmp_path / "out", dry_run=False)
+    assert float(value(encode, "--val-share")) == cli_tune.VAL_SHARE
+    assert int(value(train, "--steps")) == 300 * RECIPES["style"].passes // 4
+    for goal, recipe in RECIPES.items():
+        _, train, generate = plan(many, tmp_path / goal, goal=goal)
+        assert int(value(train, "--steps")) == recipe.steps(300)
+        assert ("--full" in train, "--unet" in generate) == (goal == "full",) * 2
+
+
+def test_what_cannot_be_is_refused_in_a_line(dataset: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="lies in the dataset"):
+        plan(dataset, dataset / "out")
+    with pytest.raises(ValueError, match="one folder of images; 'more' is a second one"):
+        plan(dataset, tmp_path / "out", train_options=("more",))
+    bare = tmp_path / "bare"
+    shutil.copytree(dataset, bare, ignore=shutil.ignore_patterns("*.txt", "*.jsonl"))
+    with pytest.raises(ValueError, match=r"no image has a caption.* --caption TEXT"):
+        plan(bare, tmp_path / "out")
+    encode, *_ = plan(bare, tmp_path / "out", caption="photo of ohwx")
+    assert value(encode, "--missing-caption") == "photo of ohwx"
+    missing = CliRunner().invoke(
+        commands, ["tune", str(tmp_path / "none"), "--base", "miniature", "--out", str(tmp_path)]
+    )
+    assert missing.exit_code == 2 and "no such folder" in missing.output
+
+
+def test_a_dry_run_prints_and_does_nothing(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plan(dataset, tmp_path / "out", dry_run=True) == []
+    assert capsys.readouterr().out.count("$ python cli.py") == 3
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_command_that_fails_ends_it_with_its_exit_code() -> None:
+    with pytest.raises(SystemExit) as end:
+        cli_tune.run_as_process(["encode", "nowhere", "--base", "none", "--out", "x"])
+    assert end.value.code == 2
+
+
+@pytest.mark.slow
+def test_one_command_and_once_more(dataset: Path, tmp_path: Path) -> None:
+    """Stopped by a signal in its training, it goes on; then nothing is left to do."""
+    out = tmp_path / "out"
+    command = [sys.executable, "cli.py", "tune", str(dataset), "--base", "miniature"]
+    command += ["--out", str(out), "--steps", "300", "--device", "cpu", "--", "--eval-every", "0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment)
+    rows = out / "run" / "metrics.jsonl"
+    end = time.monotonic() + 200
+    while not (rows.exists() and rows.stat().st_size) and time.monotonic() < end:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(100) == 143
+    assert not (out / "images").exists()
+    stopped = max(json.loads(line)["step"] for line in rows.read_text().splitlines())
+    assert 0 < stopped < 300
+    command[command.index("300")] = str(stopped + 5)
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=300)
+    steps = [json.loads(line)["step"] for line in rows.read_text().splitlines()]
+    assert [step for step in dict.fromkeys(steps) if step] == list(range(1, stopped + 6))
+    images = sorted((out / "images").glob("0*.png"))
+    assert len(images) == 3 and (out / "run" / "pytorch_lora_weights.safetensors").exists()
+    before = {path: path.stat().st_mtime_ns for path in images}
+    again = subprocess.run(
+        command, cwd=ROOT, env=environment, check=True, timeout=300, capture_output=True, text=True
+    )
+    assert {path: path.stat().st_mtime_ns for path in images} == before
+    assert "it is finished" in again.stdout and "0 images drawn" in again.stdout
