@@ -193,8 +193,8 @@ class Pipeline:
     ) -> None:
         exact_fp32()
         self.settings, self.weights, self.dtype, self.device = settings, weights, dtype, device
-        # An image decoded in TF32 is that of fp32 but for one level of 255 in few of its values
-        # (docs/benchmarks.md). --precision fp32 is exact.
+        # An image decoded in TF32 is that of fp32 to one level of 255, in bf16 it is not
+        # (docs/benchmarks.md, "Precision of the VAE"). --precision fp32 is exact.
         half = dtype != torch.float32 and weights.vae_dtype(dtype) == torch.float32
         self.decodes_in_tf32 = half and has_tf32(device)
         self.keep_loaded = keep_loaded  # whether the models stay loaded when all is done

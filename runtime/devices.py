@@ -127,8 +127,8 @@ def fetch(tensors: Mapping[str, torch.Tensor]) -> Callable[[], dict[str, torch.T
     On CUDA the host does not wait before that, and the device may be given more work meanwhile.
     """
     if next(iter(tensors.values())).device.type != "cuda":
-        copies = {name: tensor.cpu() for name, tensor in tensors.items()}
-        return lambda: copies
+        copied = {name: tensor.cpu() for name, tensor in tensors.items()}
+        return lambda: copied
     pinned = {
         name: torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         for name, tensor in tensors.items()

@@ -110,7 +110,7 @@ def test_tf32_is_emulated_by_rounding_what_is_multiplied(base: Path) -> None:
     vae = load_vae(open_base(base).vae, torch.float32)
     rows = {row["precision"]: row for row in compare(vae, drawn_pixels(2, 64))}
     errors = [
-        rows[name]["latents, rms error in stds"] for name in ("tf32", "tf32, cut off", "bf16")
+        rows[name]["latents, rms error in % of std"] for name in ("tf32", "tf32, cut off", "bf16")
     ]
     assert 1e-6 < errors[0] < errors[1] < errors[2] / 2
     with Tf32() as mode, torch.inference_mode():

@@ -142,13 +142,11 @@ def test_tf32_is_refused_where_there_is_none(capability: Any, base: Path) -> Non
         )
         return Encoders(settings, open_base(base), 1)
 
-    message = "--vae-dtype tf32: only NVIDIA GPUs of .* 8.0 or more have TF32, and this is "
-    with pytest.raises(ValueError, match=message + "a CPU; use fp32"):
+    text = "--vae-dtype tf32: only NVIDIA GPUs of .* 8.0 or more have TF32, and this is "
+    with pytest.raises(ValueError, match=text + "a CPU; use fp32"):
         _ = encoders("cpu").latents
     capability(7, 5)
-    with pytest.raises(
-        ValueError, match=message + r"Old Card \(compute capability 7.5\); use fp32"
-    ):
+    with pytest.raises(ValueError, match=text + r"Old Card \(compute capability 7.5\); use fp32"):
         _ = encoders("cuda").latents
 
 

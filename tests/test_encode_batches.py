@@ -57,13 +57,13 @@ def test_rows_come_back_in_their_groups(num_ahead: int, size: int) -> None:
         sizes.append(len(rows))
         return steps.start(lambda: lambda: [10 * row for row in rows])
 
-    actual = []
+    results = []
     for group in in_batches(groups, start, size, num_ahead):
-        actual.append(group)
+        results.append(group)
         started, waited = (sum(word in s for s in steps.order) for word in ("start", "wait"))
         most = max(most, started - waited)
     expected = [g if isinstance(g, Failed) else [10 * row for row in g] for g in groups]
-    assert actual == expected
+    assert results == expected
     assert sizes == [size] * (8 // size) + ([8 % size] if 8 % size else [])
     assert most == min(num_ahead, len(sizes) - 1)
     if num_ahead == 1:
@@ -126,10 +126,10 @@ def test_the_host_waits_for_a_batch_when_the_next_one_is_started(
     cuda: PretendedCuda, images: Path, base: Path, tmp_path: Path
 ) -> None:
     settings = {"resolution": 64, "square": True, "batch_size": 4}
-    actual = cuda(shards_on_cuda, images, base, tmp_path / "cache", settings)
-    assert actual["order"] == {"latents": ahead_by_one(4), "text": ahead_by_one(4)}
-    assert actual["copies"] == {(True, True)}, "from pinned memory, and not waited for"
-    assert actual["reads"] == [], "nothing else makes the host wait"
+    results = cuda(shards_on_cuda, images, base, tmp_path / "cache", settings)
+    assert results["order"] == {"latents": ahead_by_one(4), "text": ahead_by_one(4)}
+    assert results["copies"] == {(True, True)}, "from pinned memory, and not waited for"
+    assert results["reads"] == [], "nothing else makes the host wait"
 
 
 # The size of a batch.
