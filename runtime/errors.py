@@ -25,7 +25,7 @@ def silence_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):
+    for name in ("torchao", "bitsandbytes", "torch.utils._pytree", "matplotlib"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 

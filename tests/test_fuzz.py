@@ -21,6 +21,7 @@ INPUTS = {
     "recipe": 250,
     "checkpoint": 250,
     "run": 250,
+    "page": 40,
     "generated": 250,
 }
 
