@@ -116,7 +116,7 @@ def commands() -> None:
 
 @stage("tune", "cli_tune:TuneSettings")
 def tune(ctx: click.Context, debug: bool, **values: Any) -> None:
-    """Fine-tune on a folder of images in one command: encode, train, generate.
+    """Fine-tune on a folder of images: encode, train, generate.
 
     Settings are chosen by the number of images, the base and the device. The three commands that
     it runs are printed first; what stands after -- is added to train. The same command goes on
