@@ -14,7 +14,7 @@ import click
 from runtime.errors import describe_error, echo, handle_errors, silence_libraries
 from runtime.folders import BASE, CACHE, IMAGES, RUN, WEIGHTS, check_kind, missing
 from runtime.imports import skip_unused_imports
-from runtime.messages import pluralize
+from runtime.messages import pluralize, printable
 from runtime.options import Commands, FilePath, PathText, StageCommand
 from runtime.process import keep_freed_memory, let_segments_grow, let_threads_sleep
 from runtime.signals import Stopped
@@ -90,7 +90,7 @@ def _print_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     cls=Commands,
     panels={
         "The three stages": "encode train generate",
-        "To begin with": "tune demo download",
+        "To begin with": "tune doctor demo download",
         "Caches and weights": "inspect verify prompts export",
         "Pages to look at": "report compare",
     },
@@ -367,6 +367,36 @@ def demo(out: Path, debug: bool) -> None:
         from tools.miniature.demo import run_demo
 
         run_demo(out, lambda arguments: commands.main(arguments, standalone_mode=False))
+
+
+@commands.command()
+@click.option(
+    "--folder",
+    type=FilePath(),
+    default=Path(),
+    help="Folder where caches and runs are to lie. Default: this one.",
+)
+@click.option("--base", type=PathText(), help="An SDXL base to look at too.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def doctor(folder: Path, base: str | None, debug: bool) -> None:
+    """Check this machine: packages, device, memory, disk, hub.
+
+    Each line says what was found and, where something lacks, what to do. The exit code is 1 if
+    something fails that is needed.
+    """
+    with handle_errors(debug):
+        from cli_doctor import examine
+
+        has_failed = False
+        for finding in examine(folder, base):
+            color = {"ok": "green", "note": "yellow", "fail": "red"}[finding.state]
+            first, *others = finding.lines()
+            click.echo(click.style(first[:4], fg=color) + printable(first[4:]))
+            for line in others:
+                click.echo(printable(line))
+            has_failed |= finding.state == "fail"
+        if has_failed:
+            raise SystemExit(1)
 
 
 @commands.command()
