@@ -22,13 +22,13 @@ def fuzz_page(work: Path, base: Path) -> Try:
     is drawn too."""
     command = cli.commands.commands["train"]
     assert isinstance(command, StageCommand)
-    undamaged, run = make_run(work / "whole", 72), work / "run"
-    rows = [json.loads(line) for line in (undamaged / "metrics.jsonl").read_text().splitlines()]
+    intact, run = make_run(work / "whole", 72), work / "run"
+    rows = [json.loads(line) for line in (intact / "metrics.jsonl").read_text().splitlines()]
     state = {"step": 36, "kind": "every", "eval_loss": eval_at(36)}
 
     def try_one(rng: random.Random) -> str:
         remove_path(run)
-        shutil.copytree(undamaged, run)
+        shutil.copytree(intact, run)
         (run / "config.json").write_bytes(sealed(rng, SETTINGS))
         texts = [json_text(forge(rng, row) if rng.random() < 0.05 else row) for row in rows]
         text = "\n".join(texts).encode()

@@ -71,20 +71,20 @@ def open_page(browser: str, page: Path, work: Path, width: int) -> dict[str, Any
     assert not messages
     requests = re.findall(r'"initiator":"([^"]*)".*?"url":"(https?:[^"]*)"', log.read_text())
     assert not [url for who, url in requests if who != "not an origin"]  # which is the browser
-    seen: dict[str, Any] = json.loads(
+    result: dict[str, Any] = json.loads(
         re.findall("<title>(.*?)</title>", done.stdout)[0].replace("&quot;", '"')
     )
-    return seen
+    return result
 
 
 @pytest.mark.parametrize("width", [1280, 500])  # headless windows are not narrower
 def test_pages_in_a_browser(browser: str, tmp_path: Path, width: int) -> None:
     run = make_run(tmp_path / "cats")
-    seen = open_page(browser, write_report(run, None, TRAIN), tmp_path, width)
-    assert seen["first"] == ["144"] and seen["moved"] == ["36", "36"]
-    assert seen["widths"] == [512] * 4
-    assert seen["charts"] == [True] * 5 and seen["overflow"] <= 0
-    assert seen["colors"] == ["rgb(34, 38, 43)"] * 5  # not matplotlib's stand-ins
+    result = open_page(browser, write_report(run, None, TRAIN), tmp_path, width)
+    assert result["first"] == ["144"] and result["moved"] == ["36", "36"]
+    assert result["widths"] == [512] * 4
+    assert result["charts"] == [True] * 5 and result["overflow"] <= 0
+    assert result["colors"] == ["rgb(34, 38, 43)"] * 5  # not matplotlib's stand-ins
     page = write_comparison([run, run], tmp_path / "compared.html", TRAIN)
-    seen = open_page(browser, page, tmp_path, width)
-    assert seen["charts"] == [True] * 5 and seen["overflow"] <= 0
+    result = open_page(browser, page, tmp_path, width)
+    assert result["charts"] == [True] * 5 and result["overflow"] <= 0
