@@ -40,7 +40,6 @@ def learner_of(cache: Path, base: Path, **settings: Any) -> Learner:
 
 
 def whole_of(learner: Learner) -> torch.optim.Optimizer:
-    assert learner.optimizer.whole is not None
     return learner.optimizer.whole
 
 

@@ -140,7 +140,7 @@ def build_learner(
     optimizer = Optimizer(parameters, config, world.device)
     fused = None
     if config.fused_backward:
-        fused = FusedBackward(optimizer.slots, config.max_grad_norm, world.device)
+        fused = FusedBackward(optimizer, config.max_grad_norm)
     return Learner(
         unet=unet,
         forward=forward,
@@ -217,7 +217,6 @@ def _update(learner: Learner, step: Step, number: int) -> None:
         step.finite = step.loss.isfinite() & step.grad_norm.isfinite()
     else:
         if learner.scaler.is_enabled():
-            assert optimizer.whole is not None
             learner.scaler.unscale_(optimizer.whole)
         limit = learner.max_grad_norm or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(optimizer.parameters.values(), limit)
