@@ -363,6 +363,30 @@ def test_a_resumed_run_may_change_its_weight_decay(kind: Any) -> None:
     assert second.whole.param_groups[0]["weight_decay"] == 0.3
 
 
+@pytest.mark.filterwarnings("ignore")  # of bitsandbytes' import
+@pytest.mark.parametrize("settings", [{}, {"fused_backward": True}])
+def test_eight_bit_adamw_is_bitsandbytes_but_waits_for_nothing(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which synchronizes with the card after each weight, by ``sync_gpu``."""
+    from bitsandbytes.optim import AdamW8bit, optimizer
+
+    synced: list[torch.Size] = []
+    monkeypatch.setattr(optimizer, "sync_gpu", lambda weight: synced.append(weight.shape))
+    ours, theirs = parameters_of(0), parameters_of(0)
+    config = config_of(optimizer="adamw8bit", weight_decay=0.1, **settings)
+    mine = Optimizer(ours, config, CPU)
+    reference = AdamW8bit(theirs.values(), lr=1e-2, weight_decay=0.1)
+    for step in range(3):
+        run(mine, range(step, step + 1))
+        assert synced == []
+        give_gradients(theirs, step)
+        reference.step()
+        assert len(synced) == len(theirs)
+        synced.clear()
+    assert same(ours, theirs) and not same(ours, parameters_of(0))
+
+
 def test_eight_bit_state_is_in_eight_bits() -> None:
     optimizer = Optimizer(parameters_of(0), config_of(optimizer="adamw8bit"), CPU)
     run(optimizer, range(1))

@@ -47,9 +47,8 @@ def optimizer_maker(config: TrainConfig, device: torch.device) -> Make:
         return lambda ps: Adafactor(ps, lr, decay)
     try:
         if config.optimizer == "adamw8bit":
-            from bitsandbytes.optim import AdamW8bit
-
-            return lambda ps: AdamW8bit(ps, lr=lr, weight_decay=decay)
+            adamw8bit = _unsynchronized_adamw8bit()
+            return lambda ps: adamw8bit(ps, lr=lr, weight_decay=decay)
         from prodigyopt import Prodigy
     except ImportError as error:
         extra = {"adamw8bit": "8bit"}.get(config.optimizer, config.optimizer)
@@ -70,6 +69,29 @@ def optimizer_maker(config: TrainConfig, device: torch.device) -> Make:
         return made
 
     return prodigy
+
+
+def _unsynchronized_adamw8bit() -> Any:
+    """bitsandbytes' AdamW8bit without a wait for the card after each weight. Paged state, which
+    is not used here, would need one: all else is in the order of the stream.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    from bitsandbytes.optim import AdamW8bit
+
+    class UnsynchronizedAdamW8bit(AdamW8bit):  # type: ignore[misc]
+        @torch.no_grad()
+        def step(self, closure: None = None) -> None:
+            for number, group in enumerate(self.param_groups):
+                for place, parameter in enumerate(group["params"]):
+                    if parameter.grad is None:
+                        continue
+                    if not self.state[parameter]:
+                        self.init_state(group, parameter, number, place)
+                    self.update_step(group, parameter, number, place)
+
+    return UnsynchronizedAdamW8bit
 
 
 def supports_found_inf(optimizer: torch.optim.Optimizer) -> bool:
