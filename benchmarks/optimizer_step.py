@@ -18,7 +18,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.estimates import CONFIGS, config_of
+from benchmarks.estimates import config_of
+from benchmarks.full_base import CONFIGS
 from benchmarks.report import keep, machine, show
 from train.optim import Optimizer
 

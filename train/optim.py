@@ -125,7 +125,8 @@ def stochastic_round_(
     sizes, device = [value.numel() for value in values], values[0].device
     rounded = torch.empty(sum(sizes), dtype=torch.int32, device=device)
     parts = [
-        part.view(value.shape) for part, value in zip(rounded.split(sizes), values, strict=True)
+        part.view(value.shape)
+        for part, value in zip(torch.split(rounded, sizes), values, strict=True)
     ]
     generator = torch.Generator(device)
     for part, seed in zip(parts, seeds, strict=True):
@@ -178,9 +179,9 @@ class Optimizer:
         halves = [p for p, fp32 in zip(group, stepped, strict=True) if p is not fp32]
         if halves:
             _copy_to_fp32(group, stepped)
-        grads = [parameter.grad for parameter in stepped]
+        grads: list[Any] = [parameter.grad for parameter in stepped]
         if factors is not None:
-            torch._foreach_mul_(grads, factors.unbind())
+            torch._foreach_mul_(grads, list(factors.unbind()))
         (settings,) = self.whole.param_groups
         settings["params"], everything = stepped, settings["params"]
         try:
@@ -249,7 +250,8 @@ def _copy_to_fp32(group: list[torch.nn.Parameter], stepped: list[torch.nn.Parame
         fp32.data = torch.empty_like(parameter, dtype=torch.float32)
         fp32.grad = torch.empty_like(fp32)
     torch._foreach_copy_([p.detach() for p in stepped], [p.detach() for p in group])
-    torch._foreach_copy_([p.grad for p in stepped], [p.grad for p in group])
+    grads: list[Any] = [parameter.grad for parameter in group]
+    torch._foreach_copy_([cast.grad for cast in stepped if cast.grad is not None], grads)
     for parameter in group:
         parameter.grad = None
 
@@ -312,7 +314,8 @@ class FusedBackward:
         """After the backward pass: the norm of the whole gradient, before clipping."""
         self._step_waiting()
         self.armed = False
-        return torch.cat(self._norms).norm()
+        norm: torch.Tensor = torch.linalg.vector_norm(torch.cat(self._norms))
+        return norm
 
     def _arrived(self, parameter: torch.nn.Parameter) -> None:
         if not self.armed:  # no step waits for it (a warm-up)
@@ -328,8 +331,8 @@ class FusedBackward:
         group, self._waiting, self._numel = self._waiting, [], 0
         if not group:
             return
-        grads = [parameter.grad for parameter in group]
-        norms = torch.stack(torch._foreach_norm(grads, dtype=torch.float32))  # type: ignore[arg-type]
+        grads: list[Any] = [parameter.grad for parameter in group]
+        norms = torch.stack(torch._foreach_norm(grads, dtype=torch.float32))
         self._norms.append(norms)
         factors = (self.max_norm / (norms + 1e-6)).clamp(max=1.0) if self.max_norm else None
         self.finite = self.finite & norms.isfinite().all()  # those that come later stay too
