@@ -131,8 +131,7 @@ def test_steps_on_cuda_are_those_of_a_cpu(
     assert {name: found[name] for name in expected} == expected
     assert found["devices"] == found["state"] == {"cuda"}
     assert found["copies"] == {(True, True)}, "each copy is from pinned memory and not waited for"
-    if settings.get("optimizer", "adamw") == "adamw":
-        assert found["reads"] == [], "no step waits for the device"
+    assert found["reads"] == [], "no step waits for the device"
     reference: Settings = {"precision": "fp32"}
     if settings.get("pure_bf16"):
         reference = {"precision": "bf16", "allow_cpu_bf16": True}
