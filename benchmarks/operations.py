@@ -1,12 +1,12 @@
-"""Counts the kernel launches and bytes of a full-size LoRA step, over fake tensors.
-
-Both are counted with the product's forward passes and with those of peft and diffusers.
+"""What a step at full size launches and moves, counted over fake tensors: nothing is computed. Of a
+LoRA, with our forward passes and with peft's and diffusers' own; of a full fine-tune without
+checkpointing, with our norms and with those of CUDA's autocast.
 
 A launch is an operation that writes memory (views and empty tensors are none). Its bytes are those
 of the tensors that it reads and writes. Operations that are no matrix product, convolution or
 attention are elementwise here, norms among them.
 
-    python -m benchmarks.operations [--pixels 1024] [--out benchmark-output]
+    python -m benchmarks.operations [--full] [--pixels 1024] [--out benchmark-output]
 """
 
 from collections import Counter
@@ -18,6 +18,8 @@ from unittest import mock
 
 import click
 import torch
+from torch.nn.functional import group_norm, layer_norm
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -87,6 +89,33 @@ def library_forwards() -> Iterator[None]:
         yield
 
 
+class CudaNorms(TorchFunctionMode):
+    """Norms under autocast as CUDA has them: all in fp32. (On a CPU it leaves them alone.) Counts
+    the dtypes of what they compute in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outputs: Counter[torch.dtype] = Counter()
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        is_norm = function in (group_norm, layer_norm)
+        if is_norm and torch.is_autocast_enabled("cpu"):
+            args = [a.float() if isinstance(a, torch.Tensor) else a for a in args]
+        output = function(*args, **(kwargs or {}))
+        if is_norm:
+            self.outputs[output.dtype] += 1
+        return output
+
+
+@contextmanager
+def autocasts_norms() -> Iterator[None]:
+    """While entered, UNets are built and run with the norms of CUDA's autocast."""
+    with mock.patch("train.unet.keep_norms_in_half", lambda unet: None), CudaNorms():
+        yield
+
+
 def step_of(config: TrainConfig, pixels: int, num: int) -> Counter[str]:
     """Counts of a step, when there is an optimizer state, and the bytes that its forward saves."""
     with fake_learner(config) as learner:
@@ -111,20 +140,24 @@ def step_of(config: TrainConfig, pixels: int, num: int) -> Counter[str]:
 
 
 @click.command()
+@click.option("--full", is_flag=True, help="A full fine-tune of fp32 weights.")
 @click.option("--pixels", default=1024, show_default=True)
 @click.option("--batch-size", default=4, show_default=True)
 @click.option("--rank", default=16, show_default=True)
 @click.option("--out", default=Path("benchmark-output"), type=click.Path(path_type=Path))
-def main(pixels: int, batch_size: int, rank: int, out: Path) -> None:
-    """A table of the forward and backward pass of a LoRA step, under bf16 autocast."""
+def main(full: bool, pixels: int, batch_size: int, rank: int, out: Path) -> None:
+    """A table of a step's forward and backward pass, under bf16 autocast."""
     rows = []
-    for name, settings in SETTINGS:
-        config = config_of(allow_cpu_bf16=True, rank=rank, **settings)
-        with library_forwards():
-            expected = step_of(config, pixels, batch_size)
-        for whose, counts in (("theirs", expected), ("ours", step_of(config, pixels, batch_size))):
-            rows.append({"run": name, "forwards": whose, **_row(counts)})
-    show(f"LoRA {rank}, {pixels} px, batch {batch_size}, bf16: a forward and backward pass", rows)
+    plain = autocasts_norms if full else library_forwards
+    kind: dict[str, Any] = {"full": True} if full else {"rank": rank}
+    for name, settings in SETTINGS[: 1 if full else None]:
+        config = config_of(allow_cpu_bf16=True, **kind, **settings)
+        with plain():
+            theirs = step_of(config, pixels, batch_size)
+        for whose, counts in (("theirs", theirs), ("ours", step_of(config, pixels, batch_size))):
+            rows.append({"run": name, "norms" if full else "forwards": whose, **_row(counts)})
+    what = "the whole UNet" if full else f"LoRA {rank}"
+    show(f"{what}, {pixels} px, batch {batch_size}, bf16: a forward and backward pass", rows)
     keep(out / "operations.json", {"machine": machine(), "rows": rows})
 
 

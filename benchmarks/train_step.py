@@ -81,7 +81,7 @@ def compare(
     resident = [batch.to(device) for batch in islice(stream, plan.num_batches)]
     stream.close()
     endless = cycle(resident)
-    optimizer = bare.optimizer.joint
+    optimizer = bare.optimizer.torch_optimizer
     works = {
         "ours": lambda: product.steps(steps),
         "bare": lambda: bare_steps(bare, optimizer, list(islice(endless, steps))),

@@ -144,8 +144,7 @@ def test_steps_on_cuda_are_those_of_a_cpu(
     assert {name: actual[name] for name in expected} == expected
     assert actual["devices"] == actual["state"] == {"cuda"}
     assert actual["copies"] == {(True, True)}, "each copy is from pinned memory and not waited for"
-    if settings.get("optimizer", "adamw") == "adamw":
-        assert actual["reads"] == [], "no step waits for the device"
+    assert actual["reads"] == [], "no step waits for the device"
     reference: Settings = {"precision": "fp32"}
     if settings.get("pure_bf16"):
         reference = {"precision": "bf16", "allow_cpu_bf16": True}

@@ -73,7 +73,7 @@ def test_the_state_takes_what_is_said_before_it_is_there(kind: str) -> None:
 def test_schedules_are_those_of_diffusers(
     actual: Any, reference: str, cycles: int, warmup: int
 ) -> None:
-    """In the warmup ours is a step ahead: theirs begins with a step at 0."""
+    """In the warmup actual is a step ahead: expected begins with a step at 0."""
     num = 50
     config = config_of(lr=3e-4, lr_schedule=actual, num_cycles=cycles, warmup_steps=warmup)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=3e-4)
@@ -118,7 +118,7 @@ def test_steps_are_torchs_bit_for_bit(kind: Any, fused: bool) -> None:
     actual, expected = parameters_of(0), parameters_of(0)
     config = config_of(optimizer=kind, weight_decay=0.1, fused_backward=fused)
     optimizer, reference = Optimizer(actual, config, CPU), torchs(kind, expected, 1.0, 0.1)
-    assert bool(optimizer.slots) == fused
+    assert optimizer.in_groups == fused
     for step, lr in enumerate((1e-2, 3e-3, 5e-2, 1e-2)):
         run(optimizer, range(step, step + 1), lr)
         give_gradients(expected, step)
@@ -126,6 +126,52 @@ def test_steps_are_torchs_bit_for_bit(kind: Any, fused: bool) -> None:
         reference.step()
         assert same(actual, expected)
     assert not same(actual, parameters_of(0))
+
+
+def test_adafactor_goes_on_from_torchs_state() -> None:
+    """Which is what earlier checkpoints hold; its step is a tensor on the CPU."""
+    actual, expected = parameters_of(0), parameters_of(0)
+    reference = torchs("adafactor", expected, 1e-2, 1e-2)
+    optimizer = Optimizer(actual, config_of(optimizer="adafactor"), CPU)
+    for step in range(6):
+        if step == 3:
+            named = zip(expected.items(), reference.state.values(), strict=True)
+            state = {f"{name}|{k}": v for (name, _), of in named for k, v in of.items()}
+            for name, parameter in expected.items():
+                actual[name].data.copy_(parameter)
+            optimizer.load({key: value.clone() for key, value in state.items()}, {})
+            assert optimizer.state()[0].keys() == state.keys()
+        give_gradients(expected, step)
+        reference.step()
+        if step >= 3:
+            run(optimizer, range(step, step + 1))
+    assert same(actual, expected)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adafactor", "adamw8bit"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_comes_of_a_weight_does_not_depend_on_its_group(
+    kind: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All at once, two at a time, each alone, in another order."""
+    results = []
+    half = dtype == torch.bfloat16
+    config = config_of(optimizer=kind, full=True, pure_bf16=half, fused_backward=True)
+    for numel, order in ((1 << 24, 1), (300, 1), (1, 1), (1 << 24, -1)):
+        for module in ("adafactor", "optim"):
+            monkeypatch.setattr(f"train.{module}.GROUP_NUMEL", numel)
+        parameters = parameters_of(0, dtype)
+        optimizer = Optimizer(parameters, config, CPU)
+        fused = FusedBackward(optimizer, 0.5)
+        for step in range(3):
+            fused.arm(step, 1e-2, FINITE)
+            for parameter in [*parameters.values()][::order]:
+                (parameter.float().square().sum() * 3).backward()
+            assert float(fused.disarm()) > 0
+        results.append((parameters, optimizer.state()[0]))
+    for parameters, state in results[1:]:
+        assert same(parameters, results[0][0])
+        assert all(torch.equal(state[name], value) for name, value in results[0][1].items())
 
 
 def test_adamw_is_near_torchs_plain_one() -> None:
@@ -143,7 +189,7 @@ def test_adamw_is_near_torchs_plain_one() -> None:
 def test_fused_backward_clips_each_gradient_alone(max_norm: float) -> None:
     actual, expected = parameters_of(0), parameters_of(0)
     optimizer = Optimizer(actual, config_of(fused_backward=True), CPU)
-    fused = FusedBackward(optimizer.slots, max_norm, CPU)
+    fused = FusedBackward(optimizer, max_norm)
     reference = torchs("adamw", expected, 1e-2, 1e-2)
     for step in range(3):
         fused.arm(step, 1e-2, FINITE)
@@ -189,7 +235,7 @@ def test_fused_backward_is_the_plain_step_bit_for_bit(base: Path, kind: Any, ful
 
 def rounded(values: torch.Tensor, seed: int) -> torch.Tensor:
     target = torch.empty_like(values, dtype=torch.bfloat16)
-    stochastic_round_(target, values, torch.Generator().manual_seed(seed))
+    stochastic_round_([target], [values], [seed])
     return target
 
 
@@ -316,7 +362,31 @@ def test_a_resumed_run_may_change_its_weight_decay(kind: Any) -> None:
     run(first, range(2))
     second = Optimizer(parameters, config_of(optimizer=kind, weight_decay=0.3), CPU)
     second.load(*first.state())
-    assert second.joint is not None and second.joint.param_groups[0]["weight_decay"] == 0.3
+    assert second.torch_optimizer.param_groups[0]["weight_decay"] == 0.3
+
+
+@pytest.mark.filterwarnings("ignore")  # of bitsandbytes' import
+@pytest.mark.parametrize("settings", [{}, {"fused_backward": True}])
+def test_eight_bit_adamw_is_bitsandbytes_but_waits_for_nothing(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which synchronizes with the card after each weight, by ``sync_gpu``."""
+    from bitsandbytes.optim import AdamW8bit, optimizer
+
+    synced: list[torch.Size] = []
+    monkeypatch.setattr(optimizer, "sync_gpu", lambda weight: synced.append(weight.shape))
+    actual, expected = parameters_of(0), parameters_of(0)
+    config = config_of(optimizer="adamw8bit", weight_decay=0.1, **settings)
+    optimizer_8bit = Optimizer(actual, config, CPU)
+    reference = AdamW8bit(expected.values(), lr=1e-2, weight_decay=0.1)
+    for step in range(3):
+        run(optimizer_8bit, range(step, step + 1))
+        assert synced == []
+        give_gradients(expected, step)
+        reference.step()
+        assert len(synced) == len(expected)
+        synced.clear()
+    assert same(actual, expected) and not same(actual, parameters_of(0))
 
 
 def test_eight_bit_state_is_in_eight_bits() -> None:

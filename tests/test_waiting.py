@@ -43,20 +43,20 @@ class Watch(TorchDispatchMode):
 @pytest.mark.parametrize(
     ("way", "flags"),
     [
-        *((way, 0) for way in ("adamw", "bf16 fused")),
+        *((way, 0) for way in ("adamw", "bf16 fused", "adafactor")),
         ("prodigy", 2),
         *(
             pytest.param(way, flags, marks=pytest.mark.slow)
             for flags, ways in (
-                (0, ("full", "fused adamw", "bf16 adamw")),
-                (2, ("adafactor", "adamw8bit")),
+                (0, ("full", "fused adamw", "bf16 adamw", "bf16 adafactor", "fused adafactor")),
+                (2, ("adamw8bit",)),
             )
             for way in ways
         ),
     ],
 )
 def test_the_host_reads_a_flag_a_step_or_nothing(base: Path, way: str, flags: int) -> None:
-    """With fused AdamW nothing at all. Others read the flag, and what torch's own code reads."""
+    """With AdamW and Adafactor nothing at all. Others read the flag, and Prodigy what it learns."""
     learner = learner_of(base, **WAYS[way])
     if "bf16" not in way:
         learner.ema = Ema(learner.optimizer.parameters, 0.9, on_cpu=False)
@@ -97,9 +97,9 @@ def test_no_copy_to_or_from_the_device_blocks(base: Path, monkeypatch: pytest.Mo
         unet: Any = UNet2DConditionModel.from_config(config).train()
     parameters = dict(unet.named_parameters())
     optimizer = Optimizer(parameters, config_of(full=True), meta)
-    assert not supports_found_inf(optimizer.joint)  # type: ignore[arg-type]
+    assert not supports_found_inf(optimizer.torch_optimizer)
     optimizer_stub: Any = FusedStub()
-    optimizer.joint = optimizer_stub
+    optimizer.torch_optimizer = optimizer_stub
     learner = Learner(
         unet=unet,
         forward=unet,

@@ -142,7 +142,7 @@ def build_learner(
     optimizer = Optimizer(parameters, config, world.device)
     fused = None
     if config.fused_backward:
-        fused = FusedBackward(optimizer.slots, config.max_grad_norm, world.device)
+        fused = FusedBackward(optimizer, config.max_grad_norm)
     return Learner(
         unet=unet,
         forward=forward,
@@ -219,8 +219,7 @@ def _update(learner: Learner, step: Step, number: int) -> None:
         step.finite = step.loss.isfinite() & step.grad_norm.isfinite()
     else:
         if learner.scaler.is_enabled():
-            assert optimizer.joint is not None
-            learner.scaler.unscale_(optimizer.joint)
+            learner.scaler.unscale_(optimizer.torch_optimizer)
         limit = learner.max_grad_norm or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(optimizer.parameters.values(), limit)
         step.grad_norm = norm.full_tensor() if is_dtensor(norm) else norm

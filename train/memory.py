@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.functional import group_norm, layer_norm
-from torch.overrides import TorchFunctionMode
 
 from runtime.devices import DTYPES
 from sdxl.base import Base
@@ -24,7 +22,7 @@ from train.config import TrainConfig, check_processes
 from train.distributed import DistContext
 from train.forwards import use_direct_forwards
 from train.quantize import is_quantized
-from train.unet import BLOCKS, add_adapter, trainable
+from train.unet import BLOCKS, add_adapter, keep_norms_in_half, trainable
 
 QUANT_BYTES = {"int8": 1.01, "nf4": 0.57}  # a weight, with its scales
 FREE_SHARE = 0.9  # of what a card has free, that an estimate may take
@@ -131,12 +129,9 @@ class Estimator:
         trained_dtype = dtype if config.pure_bf16 else torch.float32  # of what is trained
         key = self._key(config), trained_dtype, min(bucket), max(bucket)
         if key not in self._memo:
-            # Norms with half-precision weights are kept out of autocast.
-            masters = config.full and not config.pure_bf16
-            with CudaNorms() if masters and self.on_cuda else nullcontext():
-                self._memo[key] = _measure(
-                    self._unet(config), bucket, self.tokens, dtype, trained_dtype
-                )
+            self._memo[key] = _measure(
+                self._unet(config), bucket, self.tokens, dtype, trained_dtype
+            )
         activations: Activations = self._memo[key]
         return activations
 
@@ -195,6 +190,8 @@ class Estimator:
                     unet.requires_grad_(False)
                     add_adapter(unet, replace(config, init_lora=None))
                 use_direct_forwards(unet)
+                if self._dtype(config) != torch.float32:
+                    keep_norms_in_half(unet)
             self._memo[key] = unet.train()
         return self._memo[key]
 
@@ -271,21 +268,6 @@ def state_bytes(optimizer: str, shapes: Iterable[torch.Size]) -> int:
     """Bytes of the state that ``--optimizer`` keeps for parameters of these shapes, after a
     step."""
     return sum(map(_STATE_BYTES[optimizer], shapes))
-
-
-class CudaNorms(TorchFunctionMode):
-    """Norms with fp32 weights as autocast has them on CUDA: all in fp32. (On a CPU it leaves them
-    alone.)"""
-
-    def __torch_function__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        if function in (group_norm, layer_norm) and torch.is_autocast_enabled("cpu"):
-            args = [
-                argument.float() if isinstance(argument, torch.Tensor) else argument
-                for argument in args
-            ]
-        return function(*args, **(kwargs or {}))
 
 
 def _measure(

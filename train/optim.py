@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from shards.plan import derive_key
+from train.adafactor import GROUP_NUMEL, Adafactor, groups_of
 from train.config import TrainConfig
 
 Make = Callable[[Iterable[torch.nn.Parameter]], torch.optim.Optimizer]
@@ -43,12 +44,11 @@ def optimizer_maker(config: TrainConfig, device: torch.device) -> Make:
         fused = device.type in ("cuda", "cpu")
         return lambda ps: torch.optim.AdamW(ps, lr=lr, weight_decay=decay, fused=fused)
     if config.optimizer == "adafactor":
-        return lambda ps: torch.optim.Adafactor(ps, lr=lr, weight_decay=decay)
+        return lambda ps: Adafactor(ps, lr, decay)
     try:
         if config.optimizer == "adamw8bit":
-            from bitsandbytes.optim import AdamW8bit
-
-            return lambda ps: AdamW8bit(ps, lr=lr, weight_decay=decay)
+            adamw8bit = _unsynchronized_adamw8bit()
+            return lambda ps: adamw8bit(ps, lr=lr, weight_decay=decay)
         from prodigyopt import Prodigy
     except ImportError as error:
         extra = {"adamw8bit": "8bit"}.get(config.optimizer, config.optimizer)
@@ -71,16 +71,39 @@ def optimizer_maker(config: TrainConfig, device: torch.device) -> Make:
     return prodigy
 
 
+def _unsynchronized_adamw8bit() -> Any:
+    """bitsandbytes' AdamW8bit without a wait for the card after each weight. Paged state, which
+    is not used here, would need one: all else is in the order of the stream.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    from bitsandbytes.optim import AdamW8bit
+
+    class UnsynchronizedAdamW8bit(AdamW8bit):  # type: ignore[misc]
+        @torch.no_grad()
+        def step(self, closure: None = None) -> None:
+            for number, group in enumerate(self.param_groups):
+                for place, parameter in enumerate(group["params"]):
+                    if parameter.grad is None:
+                        continue
+                    if not self.state[parameter]:
+                        self.init_state(group, parameter, number, place)
+                    self.update_step(group, parameter, number, place)
+
+    return UnsynchronizedAdamW8bit
+
+
 def supports_found_inf(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether it can skip a step by a flag on the device, as torch's fused optimizers do."""
+    """Whether it can be told on the device to skip a step: torch's fused ones and Adafactor."""
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
 def step_if(optimizer: torch.optim.Optimizer, lr: float, finite: torch.Tensor) -> None:
     """A step at ``lr`` if ``finite`` (a bool scalar on the device).
 
-    A fused optimizer reads the flag on the device, so that the host does not wait for it; for
-    another kind the host reads it.
+    Where the optimizer can be told on the device, the host does not wait; of others the flag is
+    read.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -92,64 +115,34 @@ def step_if(optimizer: torch.optim.Optimizer, lr: float, finite: torch.Tensor) -
 
 
 def stochastic_round_(
-    target: torch.Tensor, values: torch.Tensor, generator: torch.Generator
+    targets: list[torch.Tensor], values: list[torch.Tensor], seeds: list[int]
 ) -> None:
-    """Round fp32 ``values`` to bf16 ``target``, up or down at random so that the mean is kept.
+    """Round fp32 ``values`` to bf16 ``targets``, each by a seed of its own: up or down at random so
+    that the mean is kept.
 
     Values that are bf16 already stay. (Without it updates below 1/256 of a weight are lost.)
     """
-    noise = torch.randint(
-        0, 1 << 16, values.shape, dtype=torch.int32, device=values.device, generator=generator
-    )
-    bits = (values.view(torch.int32) + noise) & MASK_OF_BF16
-    target.copy_(bits.view(torch.float32))
-
-
-class PerParameterOptimizer:
-    """One parameter with an optimizer of its own, for ``--pure-bf16`` and ``--fused-backward``.
-
-    A bf16 parameter is stepped in an fp32 copy that lives for the step, and rounded back.
-    """
-
-    def __init__(self, number: int, parameter: torch.nn.Parameter, make: Make, seed: int) -> None:
-        self.number, self.parameter, self.seed = number, parameter, seed
-        self.is_half = parameter.dtype == torch.bfloat16
-        empty = torch.empty(0, device=parameter.device)
-        self.stepped = torch.nn.Parameter(empty) if self.is_half else parameter
-        self.optimizer = make([self.stepped])
-
-    @torch.no_grad()
-    def step(self, step: int, lr: float, finite: torch.Tensor) -> None:
-        """Use up the parameter's gradient in optimizer step ``step``."""
-        parameter, stepped = self.parameter, self.stepped
-        assert parameter.grad is not None
-        skips_on_device = supports_found_inf(self.optimizer)
-        before = None if skips_on_device or self.is_half else parameter.clone()
-        if self.is_half:
-            stepped.data = parameter.float()
-            stepped.grad = parameter.grad.float()
-            parameter.grad = None
-        if not skips_on_device:
-            assert stepped.grad is not None
-            # Zeros for NaN: the state stays finite, and the weights are put back below.
-            stepped.grad = torch.where(finite, stepped.grad, 0.0)
-        step_if(
-            self.optimizer, lr, finite if skips_on_device else finite.new_ones((), device="cpu")
-        )
-        if self.is_half:
-            generator = torch.Generator(parameter.device)
-            generator.manual_seed(derive_key("round", self.seed, step, self.number) >> 65)
-            rounded = torch.empty_like(parameter)
-            stochastic_round_(rounded, stepped.detach(), generator)
-            parameter.copy_(torch.where(finite, rounded, parameter))
-            stepped.data, stepped.grad = torch.empty(0, device=parameter.device), None
-        elif before is not None:
-            parameter.copy_(torch.where(finite, parameter, before))
-        parameter.grad = None
+    sizes, device = [value.numel() for value in values], values[0].device
+    rounded = torch.empty(sum(sizes), dtype=torch.int32, device=device)
+    parts = [
+        part.view(value.shape)
+        for part, value in zip(torch.split(rounded, sizes), values, strict=True)
+    ]
+    generator = torch.Generator(device)
+    for part, seed in zip(parts, seeds, strict=True):
+        part.random_(0, 1 << 16, generator=generator.manual_seed(seed))
+    torch._foreach_add_(parts, [value.view(torch.int32) for value in values])
+    rounded &= MASK_OF_BF16
+    torch._foreach_copy_(targets, [part.view(torch.float32) for part in parts])
 
 
 class Optimizer:
-    """The run's optimizer: one over all parameters, or a ``PerParameterOptimizer`` for each."""
+    """The run's optimizer, over all its parameters.
+
+    With ``--pure-bf16`` and ``--fused-backward`` it steps them in groups. A bf16 parameter is
+    stepped in an fp32 copy that lives for the step of its group, and rounded back. What comes out
+    of a parameter does not depend on those that are in its group.
+    """
 
     def __init__(
         self,
@@ -157,51 +150,77 @@ class Optimizer:
         config: TrainConfig,
         device: torch.device,
     ) -> None:
-        make = optimizer_maker(config, device)
-        self.parameters = parameters
-        self.slots: list[PerParameterOptimizer] = []
-        self.joint: torch.optim.Optimizer | None = None
-        if config.pure_bf16 or config.fused_backward:
-            values = enumerate(parameters.values())
-            self.slots = [
-                PerParameterOptimizer(number, p, make, config.seed) for number, p in values
-            ]
-        else:
-            self.joint = make(parameters.values())
+        self.parameters, self.seed = parameters, config.seed
+        self.in_groups = config.pure_bf16 or config.fused_backward
+        self._numbers = {parameter: number for number, parameter in enumerate(parameters.values())}
+        self._stepped = {parameter: _stepped(parameter) for parameter in parameters.values()}
+        self.torch_optimizer = optimizer_maker(config, device)(self._stepped.values())
 
     def step(self, step: int, lr: float, finite: torch.Tensor) -> None:
-        """Optimizer step ``step`` with the present gradients, if ``finite``."""
-        if self.joint is not None:
-            step_if(self.joint, lr, finite)
-        for slot in self.slots:
-            slot.step(step, lr, finite)
+        """Optimizer step ``step`` with the gradients that are there, if ``finite``."""
+        if not self.in_groups:
+            step_if(self.torch_optimizer, lr, finite)
+            return
+        for group in groups_of(self.parameters.values()):
+            self.step_group(group, step, lr, finite)
+
+    @torch.no_grad()
+    def step_group(
+        self,
+        group: list[torch.nn.Parameter],
+        step: int,
+        lr: float,
+        finite: torch.Tensor,
+        factors: torch.Tensor | None = None,
+    ) -> None:
+        """Use up the gradients of some parameters, each times its factor of [n] fp32, in optimizer
+        step ``step``. Nothing waits for the device."""
+        stepped = [self._stepped[parameter] for parameter in group]
+        halves = [p for p, fp32 in zip(group, stepped, strict=True) if p is not fp32]
+        if halves:
+            _copy_to_fp32(group, stepped)
+        grads: list[Any] = [parameter.grad for parameter in stepped]
+        if factors is not None:
+            torch._foreach_mul_(grads, list(factors.unbind()))
+        (settings,) = self.torch_optimizer.param_groups
+        settings["params"], everything = stepped, settings["params"]
+        try:
+            if supports_found_inf(self.torch_optimizer):
+                step_if(self.torch_optimizer, lr, finite)
+            else:
+                _step_and_undo(self.torch_optimizer, stepped, lr, finite)
+        finally:
+            settings["params"] = everything
+        if halves:
+            seeds = [
+                derive_key("round", self.seed, step, self._numbers[parameter]) >> 65
+                for parameter in group
+            ]
+            stochastic_round_(list(group), [p.detach() for p in stepped], seeds)
+        for parameter, fp32 in zip(group, stepped, strict=True):
+            parameter.grad = fp32.grad = None
+            if parameter is not fp32:
+                fp32.data = parameter.new_empty(0, dtype=torch.float32)
 
     def zero_grad(self) -> None:
         for parameter in self.parameters.values():
             parameter.grad = None
 
-    def parts(self) -> list[tuple[list[str], torch.optim.Optimizer]]:
-        """Each torch optimizer with the names of its parameters, in the optimizer's order."""
-        names = list(self.parameters)
-        if self.joint is not None:
-            return [(names, self.joint)]
-        return [([name], slot.optimizer) for name, slot in zip(names, self.slots, strict=True)]
-
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """The tensors of the state by ``parameter|field``, and likewise its plain numbers."""
         tensors: dict[str, torch.Tensor] = {}
         numbers: dict[str, Any] = {}
-        for names, optimizer in self.parts():
-            (group,) = optimizer.param_groups
-            for name, parameter in zip(names, group["params"], strict=True):
-                # Not by ``state_dict``, in which bitsandbytes hides its tensors in a dict.
-                for field, value in optimizer.state.get(parameter, {}).items():
-                    into = tensors if isinstance(value, torch.Tensor) else numbers
-                    into[f"{name}|{field}"] = value
-        if self.joint is not None:  # Prodigy keeps what it has learned of the step size here
-            for name, value in self.joint.param_groups[0].items():
-                if type(value) in (int, float) and name not in ("lr", "weight_decay"):
-                    numbers[f"|{name}"] = value
+        for name, parameter in self.parameters.items():
+            # Not by ``state_dict``, in which bitsandbytes hides its tensors in a dict.
+            for field, value in self.torch_optimizer.state.get(
+                self._stepped[parameter], {}
+            ).items():
+                into = tensors if isinstance(value, torch.Tensor) else numbers
+                into[f"{name}|{field}"] = value
+        # Prodigy keeps what it has learned of the step size here.
+        for name, value in self.torch_optimizer.param_groups[0].items():
+            if type(value) in (int, float) and name not in ("lr", "weight_decay"):
+                numbers[f"|{name}"] = value
         return tensors, numbers
 
     def load(self, tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> None:
@@ -210,17 +229,52 @@ class Optimizer:
         for key, value in {**tensors, **numbers}.items():
             name, field = key.rsplit("|", 1)
             fields.setdefault(name, {})[field] = value
-        of_group = fields.pop("", {})
-        for names, optimizer in self.parts():
-            groups = optimizer.state_dict()["param_groups"]
-            for group in groups:
-                group.update(of_group)
-            state = {
-                number: {k: _laid_out(v, self.parameters[name]) for k, v in fields[name].items()}
-                for number, name in enumerate(names)
-                if name in fields
-            }
-            optimizer.load_state_dict({"state": state, "param_groups": groups})
+        (settings,) = self.torch_optimizer.state_dict()["param_groups"]
+        settings.update(fields.pop("", {}))
+        state = {
+            number: {k: _laid_out(v, parameter) for k, v in fields[name].items()}
+            for number, (name, parameter) in enumerate(self.parameters.items())
+            if name in fields
+        }
+        self.torch_optimizer.load_state_dict({"state": state, "param_groups": [settings]})
+
+
+def _stepped(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
+    """What the optimizer steps in its place."""
+    if parameter.dtype != torch.bfloat16:
+        return parameter
+    return torch.nn.Parameter(parameter.new_empty(0, dtype=torch.float32))
+
+
+def _copy_to_fp32(group: list[torch.nn.Parameter], stepped: list[torch.nn.Parameter]) -> None:
+    """Weights and gradients, which then go."""
+    for parameter, fp32 in zip(group, stepped, strict=True):
+        fp32.data = torch.empty_like(parameter, dtype=torch.float32)
+        fp32.grad = torch.empty_like(fp32)
+    torch._foreach_copy_([p.detach() for p in stepped], [p.detach() for p in group])
+    grads: list[Any] = [parameter.grad for parameter in group]
+    torch._foreach_copy_([cast.grad for cast in stepped if cast.grad is not None], grads)
+    for parameter in group:
+        parameter.grad = None
+
+
+def _step_and_undo(
+    optimizer: torch.optim.Optimizer,
+    parameters: list[torch.nn.Parameter],
+    lr: float,
+    finite: torch.Tensor,
+) -> None:
+    """A step of an optimizer that cannot be told on the device to skip it: weights are put back."""
+    before = [parameter.detach().clone() for parameter in parameters]
+    for parameter in parameters:
+        assert parameter.grad is not None
+        # Zeros for NaN: the state stays finite.
+        parameter.grad = torch.where(finite, parameter.grad, 0.0)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    for parameter, value in zip(parameters, before, strict=True):
+        parameter.copy_(torch.where(finite, parameter, value))
 
 
 def _laid_out(value: Any, parameter: torch.Tensor) -> Any:
@@ -231,45 +285,57 @@ def _laid_out(value: Any, parameter: torch.Tensor) -> Any:
     return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
 
 
-# Fused backward: each weight is updated as soon as its gradient is computed, which is then freed,
-# so that only a few gradients exist at a time. It works in one process without accumulation; each
-# parameter's gradient is clipped alone, as the norm over all is known too late.
+# Fused backward: weights are stepped soon after their gradients are there, which then go, so that
+# there are never more than a few gradients at a time. For one process without accumulation;
+# clipping is of each parameter alone, as the norm over all is known too late.
 
 
 class FusedBackward:
-    """Hooks on the parameters of ``slots``. ``arm`` it before each backward pass that steps."""
+    """Hooks on the parameters of ``optimizer``. ``arm`` it before each backward pass that steps.
 
-    def __init__(
-        self, slots: list[PerParameterOptimizer], max_norm: float, device: torch.device
-    ) -> None:
-        self.max_norm, self.device = max_norm or float("inf"), device
+    Parameters wait for each other, in the order in which their gradients arrive, until they are a
+    group: small ones are many, and a step of each alone costs the host more than the device.
+    """
+
+    def __init__(self, optimizer: Optimizer, max_norm: float) -> None:
+        self.optimizer, self.max_norm = optimizer, max_norm
         self.armed = False
-        for slot in slots:
-            parameter: Any = slot.parameter
-            parameter.register_post_accumulate_grad_hook(self._hook_of(slot))
+        for parameter in optimizer.parameters.values():
+            hooked: Any = parameter
+            hooked.register_post_accumulate_grad_hook(self._arrived)
 
     def arm(self, step: int, lr: float, finite: torch.Tensor) -> None:
         """The next backward pass is optimizer step ``step``, skipped unless ``finite``."""
         self.step, self.lr, self.finite = step, lr, finite
-        self._squares = torch.zeros((), device=self.device)
+        self._waiting: list[torch.nn.Parameter] = []
+        self._numel = 0
+        self._norms: list[torch.Tensor] = []
         self.armed = True
 
     def disarm(self) -> torch.Tensor:
         """After the backward pass: the norm of the whole gradient, before clipping."""
+        self._step_waiting()
         self.armed = False
-        return self._squares.sqrt()
+        norm: torch.Tensor = torch.linalg.vector_norm(torch.cat(self._norms))
+        return norm
 
-    def _hook_of(self, slot: PerParameterOptimizer) -> Callable[[torch.Tensor], None]:
-        def arrived(parameter: torch.Tensor) -> None:
-            if not self.armed:  # no step waits for it (a warm-up)
-                parameter.grad = None
-                return
-            grad = parameter.grad
-            assert grad is not None
-            norm = torch.linalg.vector_norm(grad, dtype=torch.float32)
-            self._squares += norm.square()
-            grad.mul_((self.max_norm / (norm + 1e-6)).clamp(max=1.0))
-            self.finite = self.finite & norm.isfinite()  # those that come later stay too
-            slot.step(self.step, self.lr, self.finite)
+    def _arrived(self, parameter: torch.nn.Parameter) -> None:
+        if not self.armed:  # no step waits for it (a warm-up)
+            parameter.grad = None
+            return
+        if self._numel + parameter.numel() > GROUP_NUMEL:
+            self._step_waiting()
+        self._waiting.append(parameter)
+        self._numel += parameter.numel()
 
-        return arrived
+    @torch.no_grad()
+    def _step_waiting(self) -> None:
+        group, self._waiting, self._numel = self._waiting, [], 0
+        if not group:
+            return
+        grads: list[Any] = [parameter.grad for parameter in group]
+        norms = torch.stack(torch._foreach_norm(grads, dtype=torch.float32))
+        self._norms.append(norms)
+        factors = (self.max_norm / (norms + 1e-6)).clamp(max=1.0) if self.max_norm else None
+        self.finite = self.finite & norms.isfinite().all()  # those that come later stay too
+        self.optimizer.step_group(group, self.step, self.lr, self.finite, factors)

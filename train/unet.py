@@ -13,6 +13,7 @@ import torch
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from peft import LoraConfig
+from torch.nn.functional import group_norm, layer_norm
 from torch.utils.checkpoint import checkpoint
 
 from runtime.devices import Precision
@@ -157,7 +158,7 @@ def build_unet(
     else:
         add_adapter(unet, config, checkpoint)
     if precision.autocast:
-        _keep_norms_in_half(unet)
+        keep_norms_in_half(unet)
     use_direct_forwards(unet)
     if config.channels_last:
         unet.to(memory_format=torch.channels_last)
@@ -192,23 +193,33 @@ def _checkpointed(unet: Any) -> Callable[..., Any]:
     return partial(checkpoint, use_reentrant=False, preserve_rng_state=is_random)
 
 
-def _keep_norms_in_half(unet: Any) -> None:
-    """Norms with half-precision weights compute in it, as they do when diffusers draws (their
-    statistics are fp32 inside).
+def keep_norms_in_half(unet: Any) -> None:
+    """Norms give autocast's dtype, and compute in it too, as they do when diffusers draws (their
+    statistics are fp32 inside); but group norms with fp32 weights compute in fp32.
 
     CUDA's autocast would take input, weight and bias to fp32 each time: three more kernels a norm,
-    and what backward keeps of it twice as large.
+    and what it gives, and what backward keeps of it, twice as large.
+
+    Of a group norm, weights that are rounded to bf16 make the error of gradients larger by a
+    quarter, of a layer norm they do not (docs/benchmarks.md). CUDA has no group norm of a half
+    input and fp32 weights, so its input is taken to fp32, and its output back.
     """
     for module in unet.modules():
-        if isinstance(module, NORMS) and module.weight.dtype != torch.float32:
+        if isinstance(module, NORMS):
             norm: Any = module
-            norm.forward = MethodType(_norm_without_autocast, norm)
+            norm.forward = MethodType(_norm_in_half, norm)
 
 
-def _norm_without_autocast(norm: Any, hidden: torch.Tensor) -> torch.Tensor:
-    with torch.autocast(hidden.device.type, enabled=False):
-        normed: torch.Tensor = type(norm).forward(norm, hidden.to(norm.weight.dtype))
-        return normed
+def _norm_in_half(norm: Any, hidden: torch.Tensor) -> torch.Tensor:
+    kind, weight, bias = hidden.device.type, norm.weight, norm.bias
+    in_autocast = torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind) if in_autocast else weight.dtype
+    with torch.autocast(kind, enabled=False):
+        if isinstance(norm, torch.nn.GroupNorm):
+            hidden = hidden.to(weight.dtype)
+            return group_norm(hidden, norm.num_groups, weight, bias, norm.eps).to(dtype)
+        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), bias.to(dtype)
+        return layer_norm(hidden, norm.normalized_shape, weight, bias, norm.eps)
 
 
 def _shard(unet: Any, precision: Precision, world: DistContext) -> None:
