@@ -42,7 +42,7 @@ from train.option_values import CacheUse, Every
 ROOT = Path(__file__).parent.parent
 TRAIN = cli.commands.commands["train"]
 assert isinstance(TRAIN, StageCommand)
-VOID = {"meta", "link", "img", "input"}
+VOID = {"br", "img", "input", "link", "meta"}
 
 
 class Page(HTMLParser):
