@@ -425,16 +425,35 @@ def verify(cache: Path, repair: bool, debug: bool) -> None:
     type=FilePath(file_okay=False),
     help="Write contact sheets of each bucket, with the crops, into this folder.",
 )
+@click.option(
+    "--html",
+    type=FilePath(),
+    help="Write a page with every sample; of train and val one each, PAGE-train and PAGE-val.",
+    metavar="PAGE",
+)
+@click.option(
+    "--base",
+    type=PathText(),
+    help="With --html: the base that CACHE was encoded with, to count the tokens of captions.",
+)
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def inspect(cache: Path, sheets: Path | None, debug: bool) -> None:
+def inspect(
+    cache: Path, sheets: Path | None, html: Path | None, base: str | None, debug: bool
+) -> None:
     """Describe CACHE: buckets, captions, statistics, rejected images."""
     with handle_errors(debug):
+        if base is not None and html is None:
+            raise ValueError("--base counts tokens for the page; give --html PAGE too")
+        if html is not None:
+            _check_pages()
         _check_cache(cache)
         from cli_caches import caches_in, inspect_cache
 
         parts = caches_in(cache)
         for folder in parts:
-            inspect_cache(folder, sheets and (sheets / folder.name if len(parts) > 1 else sheets))
+            inside = folder.name if len(parts) > 1 else ""
+            page = html and (html.with_stem(f"{html.stem}-{inside}") if inside else html)
+            inspect_cache(folder, sheets and sheets / inside, page, base)
 
 
 @commands.command()

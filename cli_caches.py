@@ -1,5 +1,6 @@
 """The commands ``verify`` and ``inspect``, apart from ``cli.py``, whose help loads no torch."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from tqdm import tqdm
@@ -58,8 +59,9 @@ def _verify(folder: Path, *, repair: bool) -> bool:
     return not faults and "digest" in manifest
 
 
-def inspect_cache(folder: Path, sheets: Path | None) -> None:
-    """Say what one cache holds; draw its sheets into ``sheets``."""
+def inspect_cache(folder: Path, sheets: Path | None, page: Path | None, base: str | None) -> None:
+    """Say what one cache holds; draw its sheets into ``sheets``, write ``page``. With the base that
+    the cache was encoded with, the page has the number of tokens of each caption."""
     cache = Cache(folder)
     num_shards = sum(1 for shard in cache.manifest["shards"] if shard["count"])
     *_, contents = tqdm(
@@ -69,3 +71,27 @@ def inspect_cache(folder: Path, sheets: Path | None) -> None:
     if sheets is not None:
         for path in write_sheets(cache, sheets):
             echo(str(path))
+    if page is not None:
+        from pages.cache import write_cache_page
+
+        count_tokens = None if base is None else _token_counter(cache, base)
+        echo(f"{write_cache_page(cache, contents, page, count_tokens)}: open it in a browser")
+
+
+def _token_counter(cache: Cache, given: str) -> Callable[[str], int]:
+    """Counts tokens as the encode of the cache did.
+
+    Raises:
+        ValueError: the base has another tokenizer.
+    """
+    from sdxl.base import open_base
+    from sdxl.fingerprint import tokenizer_digest
+    from sdxl.load import load_tokenizers
+    from sdxl.text_encoders import count_tokens
+
+    base = open_base(given)
+    recipe = cache.manifest.get("recipe", {}).get("text_encoder", {})
+    if recipe.get("tokenizer") != tokenizer_digest(base.tokenizer("tokenizer")):
+        raise ValueError(f"--base {given}: {cache.folder} was encoded with another tokenizer")
+    tokenizer, _ = load_tokenizers(base)
+    return lambda text: count_tokens(tokenizer, text)

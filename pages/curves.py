@@ -128,13 +128,13 @@ def draw_chart(
 
 
 def _range(lines: Iterable[Line]) -> tuple[float, float]:
-    """From the least to the largest of all lines, and of all but a hundredth of the raw points."""
+    """From the least to the largest of all lines and of their raw points; where a few of these lie
+    far off, of the others."""
     values = [line.points.finite.values for line in lines]
-    values += [
-        np.percentile(line.raw.finite.values, [0.5, 99.5])
-        for line in lines
-        if line.raw is not None and len(line.raw.finite)
-    ]
+    for raw in (line.raw.finite.values for line in lines if line.raw is not None):
+        if len(raw):
+            all_of_them, most = np.percentile(raw, [0, 100]), np.percentile(raw, [0.5, 99.5])
+            values.append(all_of_them if np.ptp(all_of_them) <= 2 * np.ptp(most) else most)
     joined = np.concatenate(values)
     return float(joined.min()), float(joined.max())
 

@@ -154,7 +154,8 @@ def _tiles(run: RunFiles) -> list[Tile]:
         detail = f"over about the last {span:,.0f} steps" if span else ""
         tiles.append(Tile("Train loss", short(loss.values[-1], 4), detail))
     if run.best is not None:
-        tiles.append(Tile("Best checkpoint", run.best.name, f"eval {run.best.eval_loss:.4g}"))
+        detail = f"{run.best.name} (eval {run.best.eval_loss:.4g})"
+        tiles.append(Tile("Best checkpoint", f"step {run.best.step:,}", detail))
     rate = run.series("train/images_per_second").finite
     if len(rate):
         waits = run.series("train/data_wait_share").finite.values

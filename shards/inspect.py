@@ -46,7 +46,8 @@ def read_contents(cache: Cache) -> Iterator[Contents]:
     Raises:
         CacheError: something in it is damaged.
     """
-    contents = Contents(rejected=_read_rejected(cache))
+    reasons = (re.sub(r"\d+", "N", row["reason"]) for row in read_rejected(cache))
+    contents = Contents(rejected=Counter(reasons))
     for shard in cache.shards():
         _count(contents, shard)
         yield contents
@@ -93,9 +94,14 @@ def _count(contents: Contents, shard: Shard) -> None:
         contents.folders[folder + slash if slash else "./"] += 1
 
 
-def _read_rejected(cache: Cache) -> Counts:
+def read_rejected(cache: Cache) -> list[dict[str, Any]]:
+    """``path`` and ``reason`` of each image that was not encoded.
+
+    Raises:
+        CacheError: the list of them is damaged.
+    """
     if REJECTED not in cache.manifest["side_files"]:
-        return Counter()
+        return []
     data = read_side_file(cache.folder, cache.manifest, REJECTED, "encode the dataset again")
     try:
         rows = [read_json(line) for line in data.split(b"\n") if line]
@@ -103,7 +109,7 @@ def _read_rejected(cache: Cache) -> Counts:
         raise CacheError(f"{cache.folder / REJECTED}: damaged ({str(error)[:80]})") from None
     if not all(misfit(row, REJECTED_FIELDS) is None for row in rows):
         raise CacheError(f"{cache.folder / REJECTED}: damaged (not what encode writes)")
-    return Counter(re.sub(r"\d+", "N", row["reason"]) for row in rows)
+    return rows
 
 
 def _describe_buckets(contents: Contents) -> Iterator[str]:

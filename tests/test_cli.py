@@ -256,6 +256,9 @@ def test_flags_win_over_the_recipe(cache: Path, base: Path, tmp_path: Path) -> N
     assert (out / "checkpoints" / "checkpoint-1").is_dir()
     assert f"next: python cli.py generate --base {base} --lora {out}" in output
     assert f"{out / LORA}: the LoRA, for generate and diffusers" in output
+    assert f"{out / 'report.html'}: curves, previews, settings and checkpoints" in output
+    page = (out / "report.html").read_text()
+    assert "finished: all of its 2 steps" in page and str(tmp_path) not in page
     assert f"{out / KOHYA}: the same LoRA, for ComfyUI, A1111, InvokeAI and sd-scripts" in output
 
 
