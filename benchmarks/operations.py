@@ -153,11 +153,11 @@ def main(full: bool, pixels: int, batch_size: int, rank: int, out: Path) -> None
     for name, settings in SETTINGS[: 1 if full else None]:
         config = config_of(allow_cpu_bf16=True, **kind, **settings)
         with plain():
-            theirs = step_of(config, pixels, batch_size)
-        for whose, counts in (("theirs", theirs), ("ours", step_of(config, pixels, batch_size))):
+            library = step_of(config, pixels, batch_size)
+        for whose, counts in (("theirs", library), ("ours", step_of(config, pixels, batch_size))):
             rows.append({"run": name, "norms" if full else "forwards": whose, **_row(counts)})
-    what = "the whole UNet" if full else f"LoRA {rank}"
-    show(f"{what}, {pixels} px, batch {batch_size}, bf16: a forward and backward pass", rows)
+    trained = "the whole UNet" if full else f"LoRA {rank}"
+    show(f"{trained}, {pixels} px, batch {batch_size}, bf16: a forward and backward pass", rows)
     keep(out / "operations.json", {"machine": machine(), "rows": rows})
 
 

@@ -143,14 +143,14 @@ def gradients_of(
         settings: dict[str, Any] = {"precision": precision, "allow_cpu_bf16": True, "full": True}
         config = config_of("miniature", **settings)
         learner = learner_for(config, DistContext(CPU))
-    found = []
+    actual = []
     for batch in batches:
         with nullcontext() if norms_in_half else CudaNorms():
             learner.losses(learner.unet, batch).mean().backward()
         grads = [p.grad for p in learner.optimizer.parameters.values() if p.grad is not None]
-        found.append(torch.cat([grad.flatten() for grad in grads]))
+        actual.append(torch.cat([grad.flatten() for grad in grads]))
         learner.optimizer.zero_grad()
-    return found
+    return actual
 
 
 def test_norms_in_half_round_no_worse_than_autocasts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,8 +172,8 @@ def test_norms_in_half_round_no_worse_than_autocasts(monkeypatch: pytest.MonkeyP
         ]
         for half in (True, False)
     ]
-    mine, autocasts = map(sum, errors)
-    assert 0 < mine < 1.1 * autocasts, errors
+    product, autocasts = map(sum, errors)
+    assert 0 < product < 1.1 * autocasts, errors
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import base64
 import io
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -33,9 +34,9 @@ def cards_of(page: Page) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def dataset(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def dataset(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """14 images, one with a caption too long, and one that is none."""
-    data = shutil.copytree(pictures, tmp_path_factory.mktemp("dataset") / "data")
+    data = shutil.copytree(images, tmp_path_factory.mktemp("dataset") / "data")
     first = sorted(data.glob("*.txt"))[0]
     first.write_text("cat " * 30)
     (data / "bad.png").write_bytes(b"no image")
@@ -119,7 +120,7 @@ def test_captions_are_text_and_many_samples_are_thinned(
 ) -> None:
     samples = [made_sample(f"{number}.png", captions=7, variants=2) for number in range(9)]
     evil = ("<script>alert(1)</script>", *(f"caption {number}" for number in range(6)))
-    samples = [type(one)(**{**vars(one), "captions": evil}) for one in samples]
+    samples = [replace(sample, captions=evil) for sample in samples]
     cache = write_cache(tmp_path / "train", samples)
     monkeypatch.setattr(pages.cache, "MAX_SAMPLES", 4)
     monkeypatch.setattr(pages.cache, "SIDES", ((4, 64),))

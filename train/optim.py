@@ -176,8 +176,8 @@ class Optimizer:
         """Use up the gradients of some parameters, each times its factor of [n] fp32, in optimizer
         step ``step``. Nothing waits for the device."""
         stepped = [self._stepped[parameter] for parameter in group]
-        halves = [p for p, fp32 in zip(group, stepped, strict=True) if p is not fp32]
-        if halves:
+        half_weights = [p for p, fp32 in zip(group, stepped, strict=True) if p is not fp32]
+        if half_weights:
             _copy_to_fp32(group, stepped)
         grads: list[Any] = [parameter.grad for parameter in stepped]
         if factors is not None:
@@ -191,7 +191,7 @@ class Optimizer:
                 _step_and_undo(self.torch_optimizer, stepped, lr, finite)
         finally:
             settings["params"] = everything
-        if halves:
+        if half_weights:
             seeds = [
                 derive_key("round", self.seed, step, self._numbers[parameter]) >> 65
                 for parameter in group
