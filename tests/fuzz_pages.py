@@ -38,7 +38,7 @@ def fuzz_page(work: Path, base: Path) -> Try:
             path.write_bytes(sealed(rng, state) if rng.random() < 0.5 else damaged_json(rng, state))
         for path in sorted((run / "previews").iterdir()):
             path.write_bytes(damage(rng, path.read_bytes()))
-        if rng.random() < 0.1:
+        if rng.random() < 0.25:
             for name in ("metrics.jsonl", "config.json", "checkpoints"):
                 remove_path(run / name)
 

@@ -90,7 +90,7 @@ def test_caches(cache: Path, base: Path, tmp_path: Path) -> None:
         return refused("train", folder, "--base", base, "--out", tmp_path / "run", "--steps", 2)
 
     assert "nowhere: no such folder" in train(tmp_path / "nowhere")
-    assert "not a cache (no manifest.json)" in train(base)
+    assert "an SDXL base; give it as --base, and here a cache" in train(base)
     copy = tmp_path / "copy"
     shutil.copytree(cache, copy)
     for tar in copy.glob("*.tar"):

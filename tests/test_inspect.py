@@ -106,7 +106,7 @@ def test_both_parts_of_a_split_cache(split_cache: Path, tmp_path: Path) -> None:
 def test_refusals(varied: Path, tmp_path: Path) -> None:
     run = inspect(tmp_path / "nowhere")
     assert run.exit_code == 2
-    assert "nowhere: no such cache folder" in run.stderr
+    assert "nowhere: no such folder" in run.stderr
     run = inspect(varied, "--sheets", tmp_path / "sheets")
     assert run.exit_code == 2
     assert "its manifest has no latent_rgb map; encode it again" in run.stderr
