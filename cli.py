@@ -5,6 +5,7 @@ import os
 import sys
 import tomllib
 from collections.abc import Callable, Collection
+from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,17 @@ def _check_cache(path: Path) -> None:
     """Refuse what is no cache by its kind, before anything is loaded."""
     hint = "give the cache that encode made"
     check_kind(path, CACHE, dict.fromkeys((RUN, BASE, WEIGHTS, IMAGES), hint))
+
+
+def _check_command(arguments: list[str]) -> None:
+    """Refuse a command whose options are wrong, as if it was typed, without running it."""
+    name, *others = arguments
+    command = commands.commands[name]
+    assert isinstance(command, StageCommand)
+    with command.make_context(name, others) as ctx:
+        names = {spec.name for spec in fields(command.settings)}
+        values = {key: value for key, value in ctx.params.items() if key in names}
+        command.make_settings(ctx, values, ctx.params.get("recipe"))
 
 
 def _is_alone(settings: Any) -> bool:
@@ -127,7 +139,7 @@ def tune(ctx: click.Context, debug: bool, **values: Any) -> None:
         from cli_tune import run_as_process
         from cli_tune import tune as run
 
-        run(settings, run_as_process)
+        run(settings, run_as_process, _check_command)
 
 
 @stage("encode", "precompute.settings:EncodeSettings")

@@ -12,8 +12,8 @@ import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -126,26 +126,48 @@ class TuneSettings:
         return self.out / "previews.jsonl"
 
 
-Run = Callable[[list[str]], None]  # a command of cli.py, as if typed
+Command = Callable[[list[str]], None]  # does something with a command of cli.py, as if typed
 
 
-def tune(settings: TuneSettings, run: Run) -> None:
+@dataclass(frozen=True)
+class Dataset:
+    """What ``tune`` wants to know of the images."""
+
+    num_images: int  # to learn from
+    num_samples: int  # in a pass over them: with their repeats
+    has_val: bool  # images of its own to validate on
+    is_split: bool  # whether tune holds some out
+    captions: list[str]  # to draw: held-out ones where there are
+
+
+def tune(settings: TuneSettings, run: Command, check: Command) -> None:
     """Print the three commands, and run one after the other unless it is a dry run.
 
+    ``check`` refuses a command whose options are wrong: the last of them comes hours after the
+    first, perhaps.
+
     Raises:
-        ValueError: the dataset or the base cannot be used.
+        ValueError: the dataset, the base or an option cannot be used.
     """
-    captions, num_images, has_val = _read_dataset(settings)
-    commands = list(plan_commands(settings, num_images, has_val))
-    click.echo(f"{num_images:,} images to learn from; the commands that follow do all of it:")
+    dataset = _read_dataset(settings)
+    commands = list(plan_commands(settings, dataset))
+    for arguments in commands:
+        check(arguments)
+    num = dataset.num_images
+    click.echo(f"{num:,} images to learn from; the commands that follow do all of it:")
     for arguments in commands:
         click.secho(f"$ python cli.py {shlex.join(arguments)}", fg="cyan")
     if settings.dry_run:
         return
-    _write_previews(settings.previews, captions)
+    _write_previews(settings.previews, dataset.captions)
     for arguments in commands:
         click.secho(f"\n$ python cli.py {shlex.join(arguments[:2])} ...", fg="cyan", bold=True)
-        run(arguments)
+        try:
+            run(arguments)
+        except SystemExit as end:
+            if arguments[0] == "train" and "--resume" in arguments and end.code == 2:
+                click.echo(_hint_to_resume(settings), err=True)
+            raise
     click.echo(
         f"\nDone. {settings.out / 'run'} has the weights and report.html, {settings.out / 'images'}"
         f" what they draw, before and after. Other prompts: change {settings.previews} and type "
@@ -153,9 +175,16 @@ def tune(settings: TuneSettings, run: Run) -> None:
     )
 
 
-def plan_commands(settings: TuneSettings, num_images: int, has_val: bool) -> Iterator[list[str]]:
-    """The arguments of ``encode``, ``train`` and ``generate``. ``has_val`` says whether the dataset
-    has images of its own to validate on."""
+def _hint_to_resume(settings: TuneSettings) -> str:
+    return (
+        f"tune goes on with the run in {settings.out / 'run'}. If its images have changed, delete "
+        "that folder to train anew (the cache stays), or add -- --allow-changed-data and, to give "
+        "it time for them, a larger --steps"
+    )
+
+
+def plan_commands(settings: TuneSettings, dataset: Dataset) -> Iterator[list[str]]:
+    """The arguments of ``encode``, ``train`` and ``generate``."""
     from sdxl.base import open_base
 
     base = open_base(settings.base, tokenizers=settings.tokenizers)
@@ -171,25 +200,27 @@ def plan_commands(settings: TuneSettings, num_images: int, has_val: bool) -> Ite
     yield [
         *("encode", str(settings.dataset), *everywhere, "--out", cache, *tokenizers),
         *("--resolution", str(resolution), "--bucket-step", str(_bucket_step(resolution))),
-        *(share if not has_val and num_images >= LEAST_FOR_VAL else []),
+        *(share if dataset.is_split else []),
         *(["--missing-caption", settings.caption] if settings.caption else []),
         *("--preview-prompts", str(settings.previews)),
     ]
     recipe = RECIPES[settings.goal]
-    steps = settings.steps or recipe.steps(num_images)
+    steps = settings.steps or recipe.steps(dataset.num_samples)
     quarter, tenth = max(1, steps // 4), steps // 10
     channels = base.unet.config.get("block_out_channels", [SDXL_CHANNELS])[0]
     # The rate of a hidden layer is as the inverse of its width (Yang et al. 2022, table 8).
     lr = f"{recipe.lr * SDXL_CHANNELS / channels:.2g}"
+    options = f"--steps {steps} --batch-size {BATCH} --lr {lr} {recipe.options} {COMMON}"
+    options += f" --warmup-steps {min(100, tenth)} --preview-every {quarter}"
+    options += f" --checkpoint-every {quarter}"
+    if dataset.is_split or dataset.has_val:
+        options += f" --eval-every {quarter}"
+    if (settings.out / "run").is_dir():
+        options += " --resume"
     yield [
-        *("train", cache, *everywhere, "--out", run),
-        *("--steps", str(steps), "--batch-size", str(BATCH), "--fit", settings.fit, "--lr", lr),
-        *recipe.options.split(),
-        *COMMON.split(),
-        *("--warmup-steps", str(min(100, tenth)), "--eval-every", str(quarter)),
-        *("--preview-every", str(quarter), "--checkpoint-every", str(quarter)),
+        *("train", cache, *everywhere, "--out", run, "--fit", settings.fit),
+        *_without_rivals(options.split(), settings.train_options),
         *settings.train_options,
-        *(["--resume"] if (settings.out / "run").is_dir() else []),
     ]
     yield [
         *("generate", *everywhere, *tokenizers),
@@ -198,26 +229,49 @@ def plan_commands(settings: TuneSettings, num_images: int, has_val: bool) -> Ite
     ]
 
 
+# Options of train that take the place of some that tune gives.
+_RIVALS = {
+    "--epochs": {"--steps"},
+    "--init-lora": {"--rank", "--alpha", "--targets"},
+    "--overwrite": {"--resume"},
+}
+
+
+def _without_rivals(options: list[str], given: Sequence[str]) -> Iterator[str]:
+    """``options`` and their values, without those that exclude what the user has given."""
+    rivals = set().union(*(_RIVALS.get(text.partition("=")[0], set()) for text in given))
+    drops = False
+    for text in options:
+        if text.startswith("--"):
+            drops = text in rivals
+        if not drops:
+            yield text
+
+
 def _bucket_step(resolution: int) -> int:
     """SDXL's 64 pixels at 1024, and as much of it at other resolutions."""
     step = max(8, resolution // 16 // 8 * 8)
     return step if resolution % step == 0 else 8
 
 
-def _read_dataset(settings: TuneSettings) -> tuple[list[str], int, bool]:
-    """Captions to draw (those that will be held out, where there are), the number of images to
-    learn from, and whether the dataset says itself on which to validate."""
+def _read_dataset(settings: TuneSettings) -> Dataset:
+    """Count the images.
+
+    Raises:
+        ValueError: the dataset cannot be used, or no image has a caption.
+    """
     from precompute.dataset.file_roles import TRAIN, VAL
     from precompute.dataset.sources import read_dataset, split_by_share
 
     with warnings.catch_warnings():  # encode will say them
         warnings.simplefilter("ignore")
         sources = read_dataset(_encode_settings(settings))
-    has_val = VAL in sources
+    has_val, is_split = VAL in sources, False
     images = sources.get(TRAIN) or sources[""]
-    num_images = sum(record.repeats for record in images.records)
-    if not has_val and num_images >= LEAST_FOR_VAL:
-        sources = split_by_share(images, VAL_SHARE)
+    if not has_val and _wants_split(settings.out / "cache", len(images.records)):
+        with suppress(ValueError):  # by chance no image would be held out
+            sources = split_by_share(images, VAL_SHARE)
+            is_split, images = True, sources[TRAIN]
     shown = sources.get(VAL, images).records
     captions = [record.captions[0] for record in sorted(shown, key=lambda record: record.key)]
     captions = [*dict.fromkeys(filter(None, captions))][:NUM_PREVIEWS]
@@ -226,7 +280,16 @@ def _read_dataset(settings: TuneSettings) -> tuple[list[str], int, bool]:
             f"{settings.dataset}: no image has a caption; write one beside each (x.txt for x.jpg), "
             "or give --caption TEXT for all"
         )
-    return captions, num_images, has_val
+    num_samples = sum(record.repeats for record in images.records)
+    return Dataset(len(images.records), num_samples, has_val, is_split, captions)
+
+
+def _wants_split(cache: Path, num_images: int) -> bool:
+    """Whether some images are held out: as the cache has it, if there is one, however many images
+    joined or left."""
+    if (cache / "train").is_dir():
+        return True
+    return not cache.is_dir() and num_images >= LEAST_FOR_VAL
 
 
 def _encode_settings(settings: TuneSettings) -> "EncodeSettings":
@@ -250,31 +313,56 @@ def _write_previews(path: Path, captions: list[str]) -> None:
 
 
 def run_as_process(arguments: list[str]) -> None:
-    """Run a command of cli.py, to its end; signals to this process go on to it.
+    """Run a command of cli.py, to its end; what ends this process ends it too.
 
     Raises:
         SystemExit: with its exit code, if that is not 0; its message stands above.
     """
     cli = Path(__file__).with_name("cli.py")
-    # In a session of its own a Ctrl-C reaches it once, by us.
-    child = subprocess.Popen(
-        [sys.executable, str(cli), *arguments], start_new_session=os.name == "posix"
-    )
-    with _signals_to(child):
-        code = child.wait()
+    with _Relay() as relay:
+        # In a session of its own a Ctrl-C reaches it once, by us.
+        relay.child = subprocess.Popen(
+            [sys.executable, str(cli), *arguments], start_new_session=os.name == "posix"
+        )
+        code = relay.wait()
     if code:
         raise SystemExit(code if code > 0 else 128 - code)
 
 
-@contextmanager
-def _signals_to(child: "subprocess.Popen[bytes]") -> Iterator[None]:
-    def pass_on(number: int, _: Any) -> None:
-        child.send_signal(number)
+class _Relay:
+    """While entered, signals that would end this process go on to ``child``."""
 
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, pass_on) for number in numbers]
-    try:
-        yield
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
+    # A closed terminal (SIGHUP) is to end a run as it should: with a checkpoint.
+    SENT: ClassVar = {"SIGINT": "SIGINT", "SIGTERM": "SIGTERM", "SIGQUIT": "SIGTERM"}
+    SENT |= {"SIGHUP": "SIGTERM"}
+
+    def __init__(self) -> None:
+        self.child: subprocess.Popen[bytes] | None = None
+        self._received: list[int] = []
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "_Relay":
+        for name, sent in self.SENT.items():
+            if (number := getattr(signal, name, None)) is not None:  # Windows has but two
+                self._before[number] = signal.signal(number, self._pass_on(getattr(signal, sent)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def wait(self) -> int:
+        """The child's exit code."""
+        assert self.child is not None
+        for number in self._received:  # while it was being started
+            self.child.send_signal(number)
+        return self.child.wait()
+
+    def _pass_on(self, number: int) -> Callable[[int, Any], None]:
+        def handle(*_: Any) -> None:
+            if self.child is None:
+                self._received.append(number)
+            else:
+                self.child.send_signal(number)
+
+        return handle

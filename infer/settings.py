@@ -189,11 +189,12 @@ class GenerateSettings:
         check_base(self.base)
         remedies = {
             CACHE: "give the run that was trained on it",
-            BASE: "give it as --base",
-            IMAGES: "give a LoRA file, or a run or checkpoint folder",
+            IMAGES: "give a file of weights, or a run or checkpoint folder",
         }
-        for path in [use.path for use in self.lora] + ([self.unet] if self.unet else []):
-            check_kind(path, WEIGHTS, remedies)
+        for use in self.lora:
+            check_kind(use.path, WEIGHTS, remedies | {BASE: "give it as --base, or as --unet"})
+        if self.unet is not None:  # a checkpoint of --full has the form of a base
+            check_kind(self.unet, WEIGHTS, remedies)
         if self.prompts is not None and not self.prompts.exists():
             raise ValueError(missing(self.prompts))
 

@@ -6,10 +6,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from runtime.files import write_durable, writing
+from runtime.folders import is_own_page
 from runtime.messages import printable
-
-MARK = b'<meta name="generator" content="shardtune">'
-_HEAD_BYTES = 2000  # in which the mark stands
 
 
 def _safe(value: Any) -> Any:
@@ -38,12 +36,8 @@ def check_page(path: Path) -> None:
     """
     if path.is_dir():
         raise ValueError(f"{path}: a folder; name a file, for example {path / 'page.html'}")
-    if path.exists():
-        with open(path, "rb") as file:
-            if MARK not in file.read(_HEAD_BYTES):
-                raise ValueError(
-                    f"{path}: not written by shardtune; move it away, or give another --out"
-                )
+    if path.exists() and not is_own_page(path):
+        raise ValueError(f"{path}: not written by shardtune; move it away, or give another --out")
 
 
 def write_page(path: Path, html: str) -> None:

@@ -4,6 +4,7 @@ It looks at names alone: nothing is read and nothing heavy is imported, so that 
 before it loads anything. What is inside a folder is checked where it is read.
 """
 
+import re
 from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
@@ -17,6 +18,9 @@ _DESCRIPTIONS = {
     IMAGES: "a folder of images",
 }
 _IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".heic")
+PAGE_MARK = b'<meta name="generator" content="shardtune">'
+_HEAD_BYTES = 2000  # of a page, in which the mark stands
+_SHARD_INDEX = re.compile(r"\d+x\d+-\d{6,}\.index")  # as encode names them
 _LOOKED_AT = 1000  # names in a folder: what it is shows in the first, and there may be millions
 
 
@@ -26,14 +30,24 @@ def kind_of(path: Path) -> str | None:
         return WEIGHTS if path.suffix.lower() == ".safetensors" else None
     if not path.is_dir():
         return None
-    if any(any(part.glob("*.index")) for part in (path, path / "train", path / "val")):
+    names = _names(path)
+    shards = [*names, *_names(path / "train"), *_names(path / "val")]
+    if any(_SHARD_INDEX.fullmatch(name) for name in shards):
         return CACHE
     if (path / "metrics.jsonl").is_file() and (path / "config.json").is_file():
         return RUN
     if (path / "model_index.json").is_file() or (path / "unet" / "config.json").is_file():
         return BASE
-    names = [entry.name.lower() for entry in islice(path.iterdir(), _LOOKED_AT)]
+    if any(name.endswith(".safetensors") for name in names):
+        return None  # images beside weights show what the weights draw
     return IMAGES if any(name.endswith(_IMAGE_ENDINGS) for name in names) else None
+
+
+def _names(folder: Path) -> list[str]:
+    """The first names in a folder, in lower case; none of what is no folder."""
+    if not folder.is_dir():
+        return []
+    return [entry.name.lower() for entry in islice(folder.iterdir(), _LOOKED_AT)]
 
 
 def check_kind(path: Path, wanted: str, remedies: dict[str, str]) -> None:
@@ -50,6 +64,12 @@ def check_kind(path: Path, wanted: str, remedies: dict[str, str]) -> None:
     kind = kind_of(path)
     if kind is not None and kind != wanted and kind in remedies:
         raise ValueError(f"{path}: {_DESCRIPTIONS[kind]}; {remedies[kind]}")
+
+
+def is_own_page(path: Path) -> bool:
+    """Whether an HTML file was written by shardtune, and may be replaced by it."""
+    with open(path, "rb") as file:
+        return PAGE_MARK in file.read(_HEAD_BYTES)
 
 
 def missing(path: Path, also: tuple[str, ...] = ()) -> str:

@@ -10,8 +10,9 @@ from ranks import train_on
 from runs import config_of, losses, run
 
 from sdxl.base import open_base
+from shards.reader import Cache
 from train.checkpoint import numbered, read_state
-from train.fit import budget_of, fit_into, ways_to_fit
+from train.fit import budget_of, fit_into, fit_run, ways_to_fit
 from train.memory import Estimator
 from train.option_values import parse_memory
 from train.report import dry_run
@@ -111,6 +112,33 @@ def test_a_run_that_is_fitted_learns_what_it_would_have(
     run(cache, base, fitted, batch_size=2, steps=4, log_every=1, fit=budget, resume=True)
     assert dict(losses(fitted)) == pytest.approx(dict(losses(plain)), rel=1e-5)
     assert read_state(numbered(fitted)[4])["global_batch"] == 4
+
+
+def test_what_a_run_began_with_is_kept_when_it_goes_on(
+    cache: Path, base: Path, tmp_path: Path
+) -> None:
+    """However little is free, and whatever it was called with."""
+    opened, caches = open_base(base), [Cache(cache)]
+    config = config_of(cache, base, tmp_path, steps=1, batch_size=1, device="cuda", fit="auto")
+    devices = (torch.device("cuda"), 1)
+    estimator = Estimator(opened, 77)
+    ways = list(ways_to_fit(config, 4, estimator, (64, 64)))
+    small = min(way.peak for way in ways if way.config.base_quant == "none")
+    for base_quant in ("none", "int8"):
+        state = {"config": {"base_quant": base_quant, "pure_bf16": False}, "global_batch": 4}
+        state["identity"] = {}
+        fitted = fit_run(small, config, opened, caches, devices, (tmp_path, state)).config
+        assert fitted.base_quant == base_quant
+        assert fitted.batch_size * fitted.accumulate == 4
+        with pytest.raises(ValueError, match="does not fit"):
+            fit_run(1, config, opened, caches, devices, (tmp_path, state))
+
+
+def test_what_several_processes_cannot_do_is_refused_as_ever(cache: Path, base: Path) -> None:
+    config = settings(base, full=True, optimizer="adafactor", fit="12GB")
+    with pytest.raises(ValueError, match="take adamw"):
+        fit_run(GB, config, open_base(base), [Cache(cache)], (torch.device("cuda"), 2))
+    assert "bitsandbytes" in config.special_imports  # or nf4 could not be chosen in a command
 
 
 @pytest.mark.slow

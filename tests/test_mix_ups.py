@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from cli import commands
+from infer.settings import GenerateSettings, LoraUse
 from runtime.folders import BASE, CACHE, IMAGES, RUN, WEIGHTS, kind_of
 
 ROOT = Path(__file__).parent.parent
@@ -49,8 +50,17 @@ def test_each_thing_is_recognized_by_its_names(things: Path) -> None:
     }
     assert {name: kind_of(things / name) for name in kinds} == kinds
     assert kind_of(things / "prompts.txt") is None and kind_of(things / "none") is None
+    # A LoRA's folder may have images that it drew; a checkpoint of --full looks like a base.
+    (things / "lora").mkdir()
+    for name in ("pytorch_lora_weights.safetensors", "image_0.png"):
+        (things / "lora" / name).write_text("")
+    settings = {"base": "miniature", "out": things, "prompt": "a"}
+    GenerateSettings(lora=(LoraUse(things / "lora"),), **settings).check_inputs()
+    (things / "run/checkpoints/checkpoint-1/unet").mkdir(parents=True)
+    (things / "run/checkpoints/checkpoint-1/unet/config.json").write_text("{}")
+    GenerateSettings(unet=things / "run/checkpoints/checkpoint-1", **settings).check_inputs()
     # A dataset may have a manifest, tars or a list of its own.
-    for name in ("manifest.json", "train/manifest.json", "config.json", "pack.tar"):
+    for name in ("manifest.json", "train/manifest.json", "config.json", "a.tar", "a.index"):
         path = things / "images" / name
         path.parent.mkdir(exist_ok=True)
         path.write_text("{}")
@@ -73,7 +83,8 @@ CASES = {
     "generate --base miniature --lora {0}/cache --prompt a --out x": "give the run that was",
     "generate --base miniature --lora {0}/lora.safetensor --prompt a --out x": "did you mean "
     "{0}/lora.safetensors?",
-    "generate --base miniature --unet {0}/base --prompt a --out x": "give it as --base",
+    "generate --base miniature --lora {0}/base --prompt a --out x": "give it as --base, or "
+    "as --unet",
     "generate --base miniature --prompts {0}/prompt.txt --out x": "no such file; did you mean "
     "{0}/prompts.txt?",
     "tune {0}/cache --base miniature --out x": "a cache of shards",

@@ -496,3 +496,15 @@ def test_a_million_steps_take_bounded_time(run: Path, tmp_path: Path) -> None:
     page = page_of(copy)
     assert time.process_time() - start < 60
     assert "1,000,000" in page.text and len(page.html) < 1_500_000
+
+
+def test_a_file_of_the_user_is_no_page_of_the_run(tmp_path: Path) -> None:
+    """Also where --overwrite asks what belongs to the run."""
+    run = make_run(tmp_path / "run", 36)
+    page = run / "report.html"
+    page.write_text("<html>mine</html>")
+    assert page not in train.run_folder.run_entries(run)
+    with pytest.raises(ValueError, match="not written by shardtune"):
+        write_report(run, None, TRAIN)
+    page.unlink()
+    assert write_report(run, None, TRAIN) == page and page in train.run_folder.run_entries(run)

@@ -10,9 +10,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner
 
+import cli
 import cli_tune
 from cli import commands
 from cli_tune import RECIPES, TuneSettings, tune
@@ -31,7 +33,8 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def plan(dataset: Path, out: Path, **more: Any) -> list[list[str]]:
     """The commands that a tune would run."""
     typed: list[list[str]] = []
-    tune(TuneSettings(dataset=dataset, base="miniature", out=out, **more), typed.append)
+    settings = TuneSettings(dataset=dataset, base="miniature", out=out, **more)
+    tune(settings, typed.append, cli._check_command)
     return typed
 
 
@@ -66,10 +69,11 @@ def test_more_images_are_more_steps_and_some_are_held_out(dataset: Path, tmp_pat
     write_sample_set(many, num=300)
     encode, train, _ = plan(many, tmp_path / "out", dry_run=False)
     assert float(value(encode, "--val-share")) == cli_tune.VAL_SHARE
-    assert int(value(train, "--steps")) == 300 * RECIPES["style"].passes // 4
+    num = 290  # of 300, ten by their keys are held out
+    assert int(value(train, "--steps")) == num * RECIPES["style"].passes // 4
     for goal, recipe in RECIPES.items():
         _, train, generate = plan(many, tmp_path / goal, goal=goal)
-        assert int(value(train, "--steps")) == recipe.steps(300)
+        assert int(value(train, "--steps")) == recipe.steps(num)
         assert ("--full" in train, "--unet" in generate) == (goal == "full",) * 2
 
 
@@ -88,6 +92,92 @@ def test_what_cannot_be_is_refused_in_a_line(dataset: Path, tmp_path: Path) -> N
         commands, ["tune", str(tmp_path / "none"), "--base", "miniature", "--out", str(tmp_path)]
     )
     assert missing.exit_code == 2 and "no such folder" in missing.output
+
+
+def test_the_options_of_all_commands_are_checked_before_the_first(
+    dataset: Path, tmp_path: Path
+) -> None:
+    for given, message in (
+        (("--optimizer", "adamx"), "adamx"),
+        (("--rnak", "8"), "--rnak"),
+        (("--full",), "is of a LoRA"),
+        (("--huber-delta", "0.2"), "--huber-delta does nothing without"),
+    ):
+        for dry_run in (False, True):
+            with pytest.raises((ValueError, click.UsageError), match=message):
+                plan(dataset, tmp_path / "out", train_options=given, dry_run=dry_run)
+    with pytest.raises(ValueError, match="--fit takes a size"):
+        plan(dataset, tmp_path / "out", fit="12")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_the_user_gives_takes_the_place_of_what_excludes_it(
+    dataset: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    _, train, _ = plan(dataset, out, train_options=("--epochs", "5"))
+    assert "--steps" not in train and value(train, "--batch-size") == "4"
+    _, train, _ = plan(dataset, out, train_options=("--init-lora", "x"))
+    assert not {"--rank", "--alpha", "--targets"} & set(train)
+    (out / "run").mkdir(parents=True)
+    assert "--resume" in plan(dataset, out)[1]
+    assert "--resume" not in plan(dataset, out, train_options=("--overwrite",))[1]
+
+
+def test_a_cache_stays_split_or_whole_whatever_joins_and_leaves(
+    dataset: Path, tmp_path: Path
+) -> None:
+    many = tmp_path / "many"
+    write_sample_set(many, num=300)
+    for name, images, is_split in (("one", many, False), ("split", dataset, True)):
+        cache = tmp_path / name / "cache"
+        (cache / "train" if is_split else cache).mkdir(parents=True)
+        encode, train, _ = plan(images, tmp_path / name)
+        held_out = is_split and "--val-share" in encode  # of twelve images chance decides
+        assert ("--val-share" in encode, "--eval-every" in train) == (held_out,) * 2
+        assert is_split or not held_out
+
+
+def test_images_are_counted_without_their_repeats(tmp_path: Path) -> None:
+    few = tmp_path / "few"
+    write_sample_set(few, num=10)
+    rows = [json.loads(line) for line in (few / "captions.jsonl").read_text().splitlines()]
+    text = "".join(json.dumps({**row, "repeats": 30}) + "\n" for row in rows)
+    (few / "captions.jsonl").write_text(text)
+    encode, train, _ = plan(few, tmp_path / "out")
+    assert "--val-share" not in encode
+    assert int(value(train, "--steps")) == RECIPES["style"].steps(300)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
+def test_what_ends_it_ends_its_command(number: int) -> None:
+    """The command ends by itself as it was told; a handler of before is put back."""
+    before = signal.getsignal(number)
+    code = "import signal, time; signal.signal(2, lambda *_: exit(7)); print(flush=True); "
+    code += "time.sleep(60)"
+    with cli_tune._Relay() as relay:
+        relay.child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+        assert relay.child.stdout is not None
+        relay.child.stdout.readline()
+        os.kill(os.getpid(), number)
+        assert relay.wait() == (7 if number == signal.SIGINT else -signal.SIGTERM)
+        relay.child.stdout.close()
+    assert signal.getsignal(number) == before
+
+
+def test_a_run_that_cannot_go_on_says_how(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out" / "run").mkdir(parents=True)
+
+    def run(arguments: list[str]) -> None:
+        if arguments[0] == "train":
+            raise SystemExit(2)
+
+    settings = TuneSettings(dataset=dataset, base="miniature", out=tmp_path / "out")
+    with pytest.raises(SystemExit):
+        tune(settings, run, cli._check_command)
+    assert "-- --allow-changed-data" in capsys.readouterr().err
 
 
 def test_a_dry_run_prints_and_does_nothing(

@@ -299,7 +299,9 @@ class TrainConfig:
     def special_imports(self) -> frozenset[str]:
         """Packages that ``skip_unused_imports`` must not skip in this run."""
         uses = {
-            "bitsandbytes": self.optimizer == "adamw8bit" or self.base_quant == "nf4",
+            "bitsandbytes": self.optimizer == "adamw8bit"
+            or self.base_quant == "nf4"
+            or self.fit is not None,
             "torch._dynamo": self.compile,
         }
         return frozenset(name for name, used in uses.items() if used)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from runtime.devices import has_bf16
 from runtime.process import free_memory
 from sdxl.base import Base
 from shards.buckets import Size, bucket_name, largest_bucket
@@ -23,6 +24,9 @@ from train.config import TrainConfig, check_processes
 from train.distributed import DistContext
 from train.memory import FREE_SHARE, Estimator, size_text
 from train.option_values import AUTO, parse_memory
+from train.resume import with_init_lora
+
+ROUNDINGS = frozenset({"base_quant", "pure_bf16"})  # how the weights of a run are kept
 
 
 class Measure(NamedTuple):
@@ -81,30 +85,41 @@ def fit_run(
         ValueError: as ``fit``.
     """
     device, num = devices
-    num_samples = config.batch_size * config.accumulate
+    check_processes(config, num)
+    estimated, num_samples, may_round = config, config.batch_size * config.accumulate, ROUNDINGS
+    if device.type == "cuda" and torch.cuda.is_available() and not has_bf16(device):
+        may_round -= {"pure_bf16"}
     if checkpoint is not None:
-        state = checkpoint[1]
-        kept = {name: state["config"][name] for name in ("base_quant", "pure_bf16")}
-        config = replace(config, **kept)
+        state, may_round = checkpoint[1], frozenset()
+        # What was chosen when the run began; what the user has typed is left to the check of it.
+        unset = [name for name in ROUNDINGS if getattr(config, name) in ("none", False)]
+        config = replace(config, **{name: state["config"][name] for name in unset})
+        estimated, _ = with_init_lora(config, *checkpoint)
         if state["global_batch"] % num == 0:
             num_samples = state["global_batch"] // num
     tokens = caches[0].manifest["text"]["tokens"]
     estimator = Estimator(base, tokens, device.type, num)
     bucket = largest_bucket(group.bucket for group in groups_of(caches))
-    return fit_into(budget, config, num_samples, estimator, bucket)
+    fitted = fit_into(budget, estimated, num_samples, estimator, bucket, may_round)
+    return replace(fitted, config=replace(fitted.config, init_lora=config.init_lora))
 
 
 def fit_into(
-    budget: int, config: TrainConfig, num_samples: int, estimator: Estimator, bucket: Size
+    budget: int,
+    config: TrainConfig,
+    num_samples: int,
+    estimator: Estimator,
+    bucket: Size,
+    may_round: frozenset[str] = ROUNDINGS,
 ) -> Fitted:
     """The quickest settings of at most ``budget`` bytes, with ``num_samples`` in a process and
-    step.
+    step. ``may_round`` names the settings that round weights and may be chosen.
 
     Raises:
         ValueError: there are none.
     """
     least = None
-    for fitted in ways_to_fit(config, num_samples, estimator, bucket):
+    for fitted in ways_to_fit(config, num_samples, estimator, bucket, may_round):
         if fitted.peak <= budget:
             return fitted
         if least is None or fitted.peak < least.peak:
@@ -120,11 +135,15 @@ def fit_into(
 
 
 def ways_to_fit(
-    config: TrainConfig, num_samples: int, estimator: Estimator, bucket: Size
+    config: TrainConfig,
+    num_samples: int,
+    estimator: Estimator,
+    bucket: Size,
+    may_round: frozenset[str] = ROUNDINGS,
 ) -> Iterator[Fitted]:
     """All that there are, the one to be preferred first."""
     by_price = sorted(
-        product(*_measures(config, num_samples, estimator.on_cuda)),
+        product(*_measures(config, num_samples, estimator.on_cuda, may_round)),
         key=lambda measures: (
             max(measure.rounding for measure in measures),
             prod(measure.slowdown for measure in measures),
@@ -148,7 +167,9 @@ def describe_fit(fitted: Fitted) -> list[str]:
     return [f"--fit {config.fit}: {_flags(config)}; {peak}", *(f"  {p}" for p in fitted.prices)]
 
 
-def _measures(config: TrainConfig, num_samples: int, on_cuda: bool) -> Iterator[list[Measure]]:
+def _measures(
+    config: TrainConfig, num_samples: int, on_cuda: bool, may_round: frozenset[str]
+) -> Iterator[list[Measure]]:
     """For each thing that can be chosen, the ways to do it."""
     if config.gradient_checkpointing is None:
         yield [
@@ -180,7 +201,7 @@ def _measures(config: TrainConfig, num_samples: int, on_cuda: bool) -> Iterator[
                 price="--ema-on-cpu: the average costs processor time in main memory",
             ),
         ]
-    if config.full and config.optimizer != "prodigy" and not config.pure_bf16 and on_cuda:
+    if config.full and "pure_bf16" in may_round and not config.pure_bf16 and on_cuda:
         yield [
             Measure({"pure_bf16": False}),
             Measure(
@@ -189,7 +210,7 @@ def _measures(config: TrainConfig, num_samples: int, on_cuda: bool) -> Iterator[
                 price="--pure-bf16: weights have 8 bits of precision, rounded stochastically",
             ),
         ]
-    if not config.full and config.base_quant == "none":
+    if not config.full and "base_quant" in may_round and config.base_quant == "none":
         yield [*_quantized_bases(on_cuda)]
 
 

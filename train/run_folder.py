@@ -38,6 +38,7 @@ from runtime.files import (
     write_durable,
     writing,
 )
+from runtime.folders import is_own_page
 from runtime.locks import locked
 from runtime.parsing import MAX_JSON_BYTES, read_bounded
 from sdxl.base import Base, base_path
@@ -72,7 +73,12 @@ _DISCARDED = REPLACED_RUN + ".discarded" + PARTIAL
 def run_entries(out: Path) -> list[Path]:
     """Files and folders that a run made in its folder, complete or cut off."""
     paths = sorted(out.iterdir()) if out.is_dir() else []
-    return [p for p in paths if p.name.removesuffix(PARTIAL).removesuffix(".replaced") in ENTRIES]
+    names = {path: path.name.removesuffix(PARTIAL).removesuffix(".replaced") for path in paths}
+    return [
+        path
+        for path, name in names.items()
+        if name in ENTRIES and (path.name != REPORT or (path.is_file() and is_own_page(path)))
+    ]
 
 
 def has_replaced_run(out: Path) -> bool:
