@@ -272,8 +272,8 @@ def test_a_command_that_was_killed_is_refused_by_name_and_mended(
 
 def test_refusals(copy: Path, base: Path, file: Path, tmp_path: Path) -> None:
     assert "nowhere: no such folder" in refused(tmp_path / "nowhere", file, base)
-    assert "not a cache (no manifest.json)" in refused(base, file, base)
-    assert "missing.txt: cannot be read" in refused(copy, tmp_path / "missing.txt", base)
+    assert "an SDXL base; give the cache that encode made" in refused(base, file, base)
+    assert "missing.txt: no such file" in refused(copy, tmp_path / "missing.txt", base)
     file.write_text("a cat\na dog --x 3\n")
     assert "prompts.txt, line 2: unknown option --x" in refused(copy, file, base)
     file.write_text("# none\n")
