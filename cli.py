@@ -5,17 +5,17 @@ import os
 import sys
 import tomllib
 from collections.abc import Callable, Collection
-from dataclasses import fields
-from importlib.util import find_spec
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
-from runtime.errors import describe_error, echo, handle_errors, silence_libraries
-from runtime.folders import BASE, CACHE, IMAGES, RUN, WEIGHTS, check_kind, missing
+from cli_pages import check_pages, report_at_end
+from runtime.errors import echo, handle_errors, silence_libraries
+from runtime.folders import check_cache, missing
 from runtime.imports import skip_unused_imports
-from runtime.messages import pluralize, printable
+from runtime.messages import pluralize
 from runtime.options import Commands, FilePath, PathText, StageCommand
 from runtime.process import keep_freed_memory, let_segments_grow, let_threads_sleep
 from runtime.signals import Stopped
@@ -41,23 +41,6 @@ def _settings(ctx: click.Context, values: dict[str, Any], recipe: Path | None = 
         settings.check_inputs()  # a wrong path is refused before torch is imported
     _prepare_process(getattr(settings, "special_imports", ()), _is_alone(settings))
     return settings
-
-
-def _check_cache(path: Path) -> None:
-    """Refuse what is no cache by its kind, before anything is loaded."""
-    hint = "give the cache that encode made"
-    check_kind(path, CACHE, dict.fromkeys((RUN, BASE, WEIGHTS, IMAGES), hint))
-
-
-def _check_command(arguments: list[str]) -> None:
-    """Refuse a command whose options are wrong, as if it was typed, without running it."""
-    name, *others = arguments
-    command = commands.commands[name]
-    assert isinstance(command, StageCommand)
-    with command.make_context(name, others) as ctx:
-        names = {spec.name for spec in fields(command.settings)}
-        values = {key: value for key, value in ctx.params.items() if key in names}
-        command.make_settings(ctx, values, ctx.params.get("recipe"))
 
 
 def _is_alone(settings: Any) -> bool:
@@ -136,10 +119,10 @@ def tune(ctx: click.Context, debug: bool, **values: Any) -> None:
     """
     with handle_errors(debug):
         settings = _settings(ctx, values)
-        from cli_tune import run_as_process
+        from cli_tune import check_command, run_as_process
         from cli_tune import tune as run
 
-        run(settings, run_as_process, _check_command)
+        run(settings, run_as_process, partial(check_command, commands))
 
 
 @stage("encode", "precompute.settings:EncodeSettings")
@@ -207,7 +190,7 @@ def prompts(
     FILE has the syntax of generate --prompts. The dataset is not needed.
     """
     with handle_errors(debug):
-        _check_cache(cache)
+        check_cache(cache)
         from sdxl.base import check_base
 
         check_base(base)
@@ -252,9 +235,9 @@ def train(ctx: click.Context, debug: bool, recipe: Path | None, **values: Any) -
         try:
             path = run(config)
         except (Stopped, FloatingPointError):  # it has come some way, which is worth a look
-            _report_at_end(config.out)
+            report_at_end(config.out, _train_command())
             raise
-        _report_at_end(config.out)
+        report_at_end(config.out, _train_command())
         if is_main_process():
             from train.report import describe_result
 
@@ -262,40 +245,11 @@ def train(ctx: click.Context, debug: bool, recipe: Path | None, **values: Any) -
                 echo(line)
 
 
-def _report_at_end(run: Path) -> None:
-    """Write the run's page into its folder; nothing where the packages for it are not installed.
-
-    Whatever goes wrong with it, the run has ended as it has: a page is worth a warning.
-    """
-    if is_main_process() and not _missing_for_pages():
-        try:
-            from pages.report import write_report
-
-            page = write_report(run, None, _train_command())
-            echo(f"{page}: curves, previews, settings and checkpoints, to open in a browser")
-        except Exception as error:
-            echo(f"Warning: the run's page is not written: {describe_error(error)}", err=True)
-
-
 def _train_command() -> StageCommand:
     """Whose settings a run's folder holds."""
     command = commands.commands["train"]
     assert isinstance(command, StageCommand)
     return command
-
-
-def _missing_for_pages() -> list[str]:
-    """The packages of the extra ``pages`` that are not installed."""
-    return [name for name in ("matplotlib", "jinja2") if find_spec(name) is None]
-
-
-def _check_pages() -> None:
-    """
-    Raises:
-        ValueError: says what to install.
-    """
-    if missing := _missing_for_pages():
-        raise ValueError(f"pages need {' and '.join(missing)}: pip install '.[pages]'")
 
 
 @stage("generate", "infer.settings:GenerateSettings")
@@ -397,17 +351,9 @@ def doctor(folder: Path, base: str | None, debug: bool) -> None:
     something fails that is needed.
     """
     with handle_errors(debug):
-        from cli_doctor import examine
+        from cli_doctor import examine, show
 
-        has_failed = False
-        for finding in examine(folder, base):
-            color = {"ok": "green", "note": "yellow", "fail": "red"}[finding.state]
-            first, *others = finding.lines()
-            click.echo(click.style(first[:4], fg=color) + printable(first[4:]))
-            for line in others:
-                click.echo(printable(line))
-            has_failed |= finding.state == "fail"
-        if has_failed:
+        if not all([show(finding) for finding in examine(folder, base)]):
             raise SystemExit(1)
 
 
@@ -423,7 +369,7 @@ def verify(cache: Path, repair: bool, debug: bool) -> None:
     Names each damaged file and sample; the exit code is 1 if there is any.
     """
     with handle_errors(debug):
-        _check_cache(cache)
+        check_cache(cache)
         from cli_caches import caches_in, verify_cache
 
         if not all([verify_cache(folder, repair) for folder in caches_in(cache)]):
@@ -457,8 +403,8 @@ def inspect(
         if base is not None and html is None:
             raise ValueError("--base counts tokens for the page; give --html PAGE too")
         if html is not None:
-            _check_pages()
-        _check_cache(cache)
+            check_pages()
+        check_cache(cache)
         from cli_caches import caches_in, inspect_cache
 
         parts = caches_in(cache)
@@ -481,7 +427,7 @@ def report(run: Path, out: Path | None, debug: bool) -> None:
     The page is one HTML file that needs no network. train writes it by itself at its end.
     """
     with handle_errors(debug):
-        _check_pages()
+        check_pages()
         from pages.report import write_report
 
         echo(f"{write_report(run, out, _train_command())}: open it in a browser")
@@ -498,7 +444,7 @@ def compare(runs: tuple[Path, ...], out: Path, debug: bool) -> None:
     differ.
     """
     with handle_errors(debug):
-        _check_pages()
+        check_pages()
         from pages.compare import write_comparison
 
         echo(f"{write_comparison(runs, out, _train_command())}: open it in a browser")

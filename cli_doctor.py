@@ -16,7 +16,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-from runtime.messages import first_line
+import click
+
+from runtime.messages import first_line, printable
 
 ROOT = Path(__file__).parent
 SPEED_BYTES = 64 << 20  # that are written and read to time a disk
@@ -42,6 +44,16 @@ class Finding:
     def lines(self) -> list[str]:
         first = f"{self.state:>4}  {self.name:<12} {self.value}"
         return [first, f"{'':>19}{self.remedy}"] if self.remedy else [first]
+
+
+def show(finding: Finding) -> bool:
+    """Print a finding, in color on a terminal; whether it is none that must be mended."""
+    color = {"ok": "green", "note": "yellow", "fail": "red"}[finding.state]
+    first, *others = finding.lines()
+    click.echo(click.style(first[:4], fg=color) + printable(first[4:]))
+    for line in others:
+        click.echo(printable(line))
+    return finding.state != "fail"
 
 
 def examine(folder: Path, base: str | None) -> Iterator[Finding]:

@@ -14,14 +14,14 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import click
 
 from runtime.files import write_durable, writing
-from runtime.options import option
+from runtime.options import StageCommand, option
 from runtime.workers import check_gpus
 from sdxl.base import BASE_HELP, TOKENIZERS_HELP
 
@@ -310,6 +310,18 @@ def _write_previews(path: Path, captions: list[str]) -> None:
         lines = [json.dumps({"prompt": caption}, ensure_ascii=False) for caption in captions]
         with writing(path):
             write_durable(path, "".join(f"{line}\n" for line in lines).encode())
+
+
+def check_command(group: click.Group, arguments: list[str]) -> None:
+    """Refuse a command of ``group`` whose options are wrong, as if it was typed, without running
+    it."""
+    name, *others = arguments
+    command = group.commands[name]
+    assert isinstance(command, StageCommand)
+    with command.make_context(name, others) as ctx:
+        names = {spec.name for spec in fields(command.settings)}
+        values = {key: value for key, value in ctx.params.items() if key in names}
+        command.make_settings(ctx, values, ctx.params.get("recipe"))
 
 
 def run_as_process(arguments: list[str]) -> None:

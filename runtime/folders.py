@@ -66,6 +66,16 @@ def check_kind(path: Path, wanted: str, remedies: dict[str, str]) -> None:
         raise ValueError(f"{path}: {_DESCRIPTIONS[kind]}; {remedies[kind]}")
 
 
+def check_cache(path: Path) -> None:
+    """Refuse what is no cache by its kind.
+
+    Raises:
+        ValueError: says what it is.
+    """
+    hint = "give the cache that encode made"
+    check_kind(path, CACHE, dict.fromkeys((RUN, BASE, WEIGHTS, IMAGES), hint))
+
+
 def is_own_page(path: Path) -> bool:
     """Whether an HTML file was written by shardtune, and may be replaced by it."""
     with open(path, "rb") as file:

@@ -27,6 +27,7 @@ from run_folders import (
 )
 
 import cli
+import cli_pages
 import pages.images
 import train.run_folder
 from pages.compare import write_comparison
@@ -396,18 +397,20 @@ def test_the_commands_write_and_replace_their_pages(run: Path, tmp_path: Path) -
 def test_without_the_packages_a_line_says_what_to_install(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    find = cli.find_spec
-    monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "matplotlib" else find(name))
+    find = cli_pages.find_spec
+    monkeypatch.setattr(
+        cli_pages, "find_spec", lambda name: None if name == "matplotlib" else find(name)
+    )
     assert "pages need matplotlib: pip install '.[pages]'" in refused("report", run)
     copy = shutil.copytree(run, tmp_path / "cats")
     (copy / REPORT).unlink(missing_ok=True)
-    cli._report_at_end(copy)
+    cli_pages.report_at_end(copy, TRAIN)
     assert not (copy / REPORT).exists() and not capsys.readouterr().out
     monkeypatch.undo()
-    cli._report_at_end(copy)
+    cli_pages.report_at_end(copy, TRAIN)
     assert (copy / REPORT).exists() and capsys.readouterr().out.startswith(f"{copy / REPORT}: ")
     (copy / REPORT).write_text("of the user")
-    cli._report_at_end(copy)
+    cli_pages.report_at_end(copy, TRAIN)
     error = capsys.readouterr().err
     assert error.startswith("Warning: the run's page is not written") and "Traceback" not in error
 

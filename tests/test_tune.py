@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from click.testing import CliRunner
 import cli
 import cli_tune
 from cli import commands
-from cli_tune import RECIPES, TuneSettings, tune
+from cli_tune import RECIPES, TuneSettings, check_command, tune
 from tools.miniature.data import write_sample_set
 
 ROOT = Path(__file__).parent.parent
@@ -34,7 +35,7 @@ def plan(dataset: Path, out: Path, **more: Any) -> list[list[str]]:
     """The commands that a tune would run."""
     typed: list[list[str]] = []
     settings = TuneSettings(dataset=dataset, base="miniature", out=out, **more)
-    tune(settings, typed.append, cli._check_command)
+    tune(settings, typed.append, partial(check_command, cli.commands))
     return typed
 
 
@@ -176,7 +177,7 @@ def test_a_run_that_cannot_go_on_says_how(
 
     settings = TuneSettings(dataset=dataset, base="miniature", out=tmp_path / "out")
     with pytest.raises(SystemExit):
-        tune(settings, run, cli._check_command)
+        tune(settings, run, partial(check_command, cli.commands))
     assert "-- --allow-changed-data" in capsys.readouterr().err
 
 
