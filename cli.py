@@ -13,10 +13,10 @@ import click
 
 from cli_pages import check_pages, report_at_end
 from runtime.errors import echo, handle_errors, silence_libraries
-from runtime.folders import check_cache, missing
 from runtime.imports import skip_unused_imports
 from runtime.messages import pluralize
 from runtime.options import Commands, FilePath, PathText, StageCommand
+from runtime.path_kinds import check_cache, missing
 from runtime.process import keep_freed_memory, let_segments_grow, let_threads_sleep
 from runtime.signals import Stopped
 from runtime.workers import is_main_process, launch, num_processes, rank_info

@@ -20,7 +20,7 @@ from runtime.devices import pick_device, pick_precision
 from runtime.workers import POLL_SECONDS, WorkQueue
 from sdxl.base import open_base
 from sdxl.fingerprint import config_digest
-from sdxl.prompts import Prompt, parse_prompt, read_prompts
+from sdxl.prompt_files import Prompt, parse_prompt, read_prompts
 
 BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
 NUM_WRITERS = 2  # threads: PNGs are packed while the next batch is drawn

@@ -27,7 +27,7 @@ from runtime.files import (
     writing,
 )
 from runtime.locks import locked
-from runtime.parsing import open_regular, parse_json, read_bounded
+from runtime.safe_parsing import open_regular, parse_json, read_bounded
 from sdxl.contact_sheet import contact_sheet
 
 MAX_BYTES = 1_000_000_000

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import chain, cycle, groupby, islice, repeat
 
 from infer.settings import GenerateSettings
-from sdxl.prompts import Prompt
+from sdxl.prompt_files import Prompt
 
 MAX_UNTILED = 1536 * 1536  # pixels: the VAE takes 3 kB for each in fp32
 MAX_IMAGES = 10_000_000  # of one run

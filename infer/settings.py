@@ -6,11 +6,11 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from runtime.folders import BASE, CACHE, IMAGES, WEIGHTS, check_kind, missing
 from runtime.options import option
+from runtime.path_kinds import BASE, CACHE, IMAGES, WEIGHTS, check_kind, missing
 from runtime.workers import check_gpus
 from sdxl.base import BASE_HELP, TOKENIZERS_HELP, check_base
-from sdxl.prompts import MAX_PIXELS, MAX_SIDE, MAX_STEPS
+from sdxl.prompt_files import MAX_PIXELS, MAX_SIDE, MAX_STEPS
 
 Size = tuple[int, int]  # pixels: width and height, or left and top
 

@@ -6,8 +6,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from runtime.files import write_durable, writing
-from runtime.folders import is_own_page
 from runtime.messages import printable
+from runtime.path_kinds import is_own_page
 
 
 def _safe(value: Any) -> Any:

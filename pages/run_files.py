@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from runtime.files import DIGEST, unseal
 from runtime.messages import pluralize
-from runtime.parsing import MAX_JSON_BYTES, open_regular, parse_json, read_bounded
+from runtime.safe_parsing import MAX_JSON_BYTES, open_regular, parse_json, read_bounded
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"

@@ -34,7 +34,7 @@ from runtime.devices import exact_fp32, num_cores, num_threads, pick_device, tot
 from runtime.locks import locked
 from runtime.workers import WorkQueue
 from sdxl.base import Base, open_base
-from sdxl.prompts import Prompt, read_prompts
+from sdxl.prompt_files import Prompt, read_prompts
 from shards.manifest import LOCK
 
 BATCH_SIZE = 2  # where no GPU's memory says more

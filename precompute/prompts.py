@@ -19,7 +19,7 @@ from runtime.devices import DTYPES, exact_fp32, pick_device
 from runtime.files import write_durable
 from runtime.locks import locked
 from sdxl.base import Base, open_base
-from sdxl.prompts import Prompt, read_prompts
+from sdxl.prompt_files import Prompt, read_prompts
 from sdxl.text_encoders import Conditioning, TextEncoders
 from shards.manifest import (
     LOCK,

@@ -4,8 +4,8 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from runtime.folders import BASE, CACHE, IMAGES, RUN, WEIGHTS, check_kind
 from runtime.options import option
+from runtime.path_kinds import BASE, CACHE, IMAGES, RUN, WEIGHTS, check_kind
 from runtime.workers import check_gpus
 from sdxl.base import BASE_HELP, TOKENIZERS_HELP, check_base
 

@@ -18,7 +18,7 @@ import click
 from click.core import ParameterSource
 
 from runtime.messages import shortened
-from runtime.parsing import parse_toml
+from runtime.safe_parsing import parse_toml
 
 LIMIT = 2**64  # of whole numbers: the largest that any option takes is a 64-bit seed
 MAX_MESSAGE = 500  # characters about an option in a recipe

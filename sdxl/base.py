@@ -7,8 +7,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from runtime.folders import BASE, CACHE, IMAGES, RUN, check_kind, missing
-from runtime.parsing import read_bounded, read_json_object
+from runtime.path_kinds import BASE, CACHE, IMAGES, RUN, check_kind, missing
+from runtime.safe_parsing import read_bounded, read_json_object
 from sdxl import BaseError
 from sdxl.checks import check_channels, check_config
 from sdxl.hub import Snapshot, is_hub_id

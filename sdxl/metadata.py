@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from runtime.parsing import parse_json, read_json_object
+from runtime.safe_parsing import parse_json, read_json_object
 from sdxl.base import Base, read_config
 
 SCHEDULER_CONFIG = "scheduler_config.json"

@@ -30,7 +30,7 @@ _SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def load_sampler(base: Base, name: str | None, schedule: Schedule) -> Any:
-    """The sampler ``name`` (of ``sdxl.prompts.SAMPLERS``), or with None the one that the base
+    """The sampler ``name`` (of ``sdxl.prompt_files.SAMPLERS``), or with None the one that the base
     names.
 
     Its noise schedule, timestep spacing and other settings are from the base's config;

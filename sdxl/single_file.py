@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from runtime.parsing import open_regular, parse_json, read_json_object
+from runtime.safe_parsing import open_regular, parse_json, read_json_object
 from sdxl import BaseError
 from sdxl.checks import (
     check_channels,

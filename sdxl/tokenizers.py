@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.messages import first_line
-from runtime.parsing import MAX_JSON_BYTES, read_bounded, read_json_object
+from runtime.safe_parsing import MAX_JSON_BYTES, read_bounded, read_json_object
 from sdxl import BaseError
 from sdxl.hub import Snapshot, cached_component
 

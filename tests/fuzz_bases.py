@@ -11,7 +11,7 @@ from sdxl.base import (
     open_base,
 )
 from sdxl.original_names import PREFIXES
-from sdxl.prompts import read_prompts
+from sdxl.prompt_files import read_prompts
 from sdxl.single_file import SingleFile
 from tests.mutations import Try, damage, damaged_json, ending, forge, json_text
 from tests.singles import write_single

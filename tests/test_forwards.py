@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks.operations import Operations
 from train.distributed import DistContext
-from train.forwards import use_direct_forwards
+from train.fast_forwards import use_direct_forwards
 from train.quantize import Int8Linear
 
 CPU = torch.device("cpu")

@@ -30,7 +30,7 @@ from infer.settings import ExportSettings, GenerateSettings, LoraUse
 from sdxl.lora.names import KOHYA, LORA
 from sdxl.lora.write import lora_bytes
 from sdxl.metadata import ModelMetadata
-from sdxl.prompts import parse_prompt
+from sdxl.prompt_files import parse_prompt
 from train.option_values import Every
 
 

@@ -33,7 +33,7 @@ from infer.settings import GenerateSettings
 from runtime.locks import locked
 from sdxl.base import open_base
 from sdxl.load import load_vae
-from sdxl.prompts import Prompt
+from sdxl.prompt_files import Prompt
 from sdxl.sampling import decode_latents
 from sdxl.text_encoders import TextEncoders
 

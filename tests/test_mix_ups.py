@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from cli import commands
 from infer.settings import GenerateSettings, LoraUse
-from runtime.folders import BASE, CACHE, IMAGES, RUN, WEIGHTS, kind_of
+from runtime.path_kinds import BASE, CACHE, IMAGES, RUN, WEIGHTS, kind_of
 
 ROOT = Path(__file__).parent.parent
 # Runs a command that is refused, and prints which heavy modules were imported for it.

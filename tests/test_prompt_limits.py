@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-import sdxl.prompts
+import sdxl.prompt_files
 from infer.requests import make_requests
 from infer.settings import GenerateSettings
-from sdxl.prompts import MAX_TEXT, Prompt, parse_prompt, read_prompts
+from sdxl.prompt_files import MAX_TEXT, Prompt, parse_prompt, read_prompts
 
 DIGITS = "9" * 5000
 
@@ -79,7 +79,7 @@ def test_large_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         file.truncate(10**12)  # a hole: a terabyte that takes no room
     with pytest.raises(ValueError, match=r"a.txt: has 1000.0 GB; at most 64.0 MB are read"):
         read_prompts(tmp_path / "a.txt")
-    monkeypatch.setattr(sdxl.prompts, "MAX_PROMPTS", 2)
+    monkeypatch.setattr(sdxl.prompt_files, "MAX_PROMPTS", 2)
     (tmp_path / "b.txt").write_text("a\nb\nc\n")
     with pytest.raises(ValueError, match=r"b.txt: has more than 2 prompts"):
         read_prompts(tmp_path / "b.txt")

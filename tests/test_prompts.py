@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sdxl.prompts import Prompt, parse_prompt, read_prompts
+from sdxl.prompt_files import Prompt, parse_prompt, read_prompts
 
 ALL_OPTIONS = "(known: --n --w --h --d --s --l --ss --n-images --ow --oh --cl --ct)"
 
@@ -278,7 +278,7 @@ def test_a_bad_file_is_one_clear_line(tmp_path: Path, content: bytes | None, mes
 
 
 def test_reading_prompts_needs_no_torch() -> None:
-    code = "import sys, sdxl.prompts; sys.exit('torch' in sys.modules)"
+    code = "import sys, sdxl.prompt_files; sys.exit('torch' in sys.modules)"
     root = Path(__file__).parents[1]
     run = subprocess.run([sys.executable, "-c", code], cwd=root)
     assert run.returncode == 0

@@ -14,7 +14,7 @@ from drawing import PROMPTS, check_same, differ, draw, drawn_by, reference
 
 from sdxl.base import open_base
 from sdxl.metadata import Schedule
-from sdxl.prompts import SAMPLERS
+from sdxl.prompt_files import SAMPLERS
 from sdxl.sampling import load_sampler
 
 DIFFUSERS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -31,8 +31,8 @@ from runtime.files import (
     unseal,
     writing,
 )
-from runtime.parsing import MAX_JSON_BYTES, read_bounded
 from runtime.process import free_memory
+from runtime.safe_parsing import MAX_JSON_BYTES, read_bounded
 from runtime.workers import rank_info
 from sdxl.base import find_weights
 from train.config import TrainConfig

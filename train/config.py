@@ -5,8 +5,8 @@ from math import ceil
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from runtime.folders import BASE, CACHE, IMAGES, RUN, WEIGHTS, check_kind
 from runtime.options import option
+from runtime.path_kinds import BASE, CACHE, IMAGES, RUN, WEIGHTS, check_kind
 from sdxl.base import BASE_HELP, check_base
 from train.option_values import CacheUse, Every, check_ranges, flag
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from runtime.files import write_durable, writing
 from runtime.messages import printable
-from runtime.parsing import open_regular
+from runtime.safe_parsing import open_regular
 from train.config import TrainConfig
 from train.distributed import DistContext
 from train.learner import NUM_QUARTERS, Step, losses_by_quarter

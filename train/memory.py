@@ -20,7 +20,7 @@ from sdxl.lora.apply import num_lora_parameters
 from shards.buckets import Size
 from train.config import TrainConfig, check_processes
 from train.distributed import DistContext
-from train.forwards import use_direct_forwards
+from train.fast_forwards import use_direct_forwards
 from train.quantize import is_quantized
 from train.unet import BLOCKS, add_adapter, keep_norms_in_half, trainable
 

@@ -19,7 +19,7 @@ from sdxl.base import Base, find_weights
 from sdxl.contact_sheet import MAX_TILES, contact_sheet
 from sdxl.latent_rgb import latents_to_rgb
 from sdxl.load import load_scheduler, load_vae
-from sdxl.prompts import Prompt
+from sdxl.prompt_files import Prompt
 from sdxl.sampling import decode_latents, sample_latents, starting_noise, time_ids_of
 from sdxl.text_encoders import Conditioning
 from shards.buckets import Size

@@ -38,9 +38,9 @@ from runtime.files import (
     write_durable,
     writing,
 )
-from runtime.folders import is_own_page
 from runtime.locks import locked
-from runtime.parsing import MAX_JSON_BYTES, read_bounded
+from runtime.path_kinds import is_own_page
+from runtime.safe_parsing import MAX_JSON_BYTES, read_bounded
 from sdxl.base import Base, base_path
 from sdxl.lora.names import KOHYA, LORA
 from shards.plan import Plan

@@ -22,7 +22,7 @@ from sdxl.load import load_unet, model_without_weights
 from sdxl.lora.apply import load_lora, read_lora
 from train.config import TrainConfig
 from train.distributed import DistContext, is_fsdp
-from train.forwards import use_direct_forwards
+from train.fast_forwards import use_direct_forwards
 from train.quantize import quantize
 
 # Adapters: LoRA and its relatives on the UNet, through peft.

@@ -45,7 +45,7 @@ from precompute.settings import EncodeSettings
 from runtime.files import PARTIAL, fsync_folder, remove_path, write_changed
 from sdxl.base import Base
 from sdxl.latent_rgb import LatentSums
-from sdxl.prompts import Prompt
+from sdxl.prompt_files import Prompt
 from shards.index import Index
 from shards.manifest import (
     ENCODE_FILES,

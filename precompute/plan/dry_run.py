@@ -16,7 +16,7 @@ from runtime.devices import pick_device
 from runtime.files import format_bytes, free_bytes
 from sdxl.base import open_base
 from sdxl.load import load_tokenizers
-from sdxl.prompts import read_prompts
+from sdxl.prompt_files import read_prompts
 from sdxl.text_encoders import max_text_tokens
 from shards.buckets import bucket_name
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.messages import first_line
-from runtime.parsing import parse_json, parse_toml, read_bounded
+from runtime.safe_parsing import parse_json, parse_toml, read_bounded
 
 # "--" opens an option only at a line's start or after a space, and only when a name follows at
 # once: "rain -- then sun" and "a --- b" are prose.
