@@ -340,7 +340,7 @@ def demo(out: Path, debug: bool) -> None:
     "--folder",
     type=FilePath(),
     default=Path(),
-    help="Folder where caches and runs are to lie. Default: this one.",
+    help="Folder where caches and runs are to lie. Default: the current folder.",
 )
 @click.option("--base", type=PathText(), help="An SDXL base to look at too.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")

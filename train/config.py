@@ -213,8 +213,8 @@ class TrainConfig:
 
     eval_every: Every = option(
         Every(),
-        "Evaluate every N steps (500) or epochs (2ep), and in any case before the first and after "
-        "the last step.",
+        "Evaluate every N steps (500) or epochs (2ep); 0: only before the first and after the last "
+        "step.",
     )
     preview_every: Every = option(
         Every(),

@@ -1,6 +1,7 @@
 """Optimizers, fused backward, and the learning rate as a function of the step.
 
-A step whose gradient is not finite always leaves the weights as they are.
+A step whose gradient is not finite leaves the weights as they are; of fused backward, those whose
+gradients come after the one that is not finite.
 """
 
 import math
