@@ -108,4 +108,6 @@ def _finish(out: Path, scenes: Scenes, seconds: float) -> Path:
     click.echo("\n".join(lines))
     click.echo(f"\nDone in {seconds:.0f} s. Look at {image}; the rest lies beside it:")
     click.echo("  new/ old/ (datasets), cache-new/ cache-old/, run/ (the LoRA), before/ after/")
+    if (page := out / "run" / "report.html").exists():
+        click.echo(f"  {page}: the run's curves, settings and checkpoints, to open in a browser")
     return image
