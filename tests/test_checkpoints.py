@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 from conftest import Encode
-from runs import Died, at_step, die, losses, run
+from runs import LORA, Died, at_step, config_of, die, losses, run
 
 import train.loop
 from runtime.locks import locked
 from runtime.signals import Stopped
-from train.checkpoint import CheckpointWriter, newest_checkpoint, numbered
+from train.checkpoint import CheckpointWriter, best_checkpoint, newest_checkpoint, numbered
 from train.option_values import CacheUse, Every
+from train.report import describe_result
 
 
 def flip(path: Path) -> None:
@@ -41,6 +42,13 @@ def test_rotation_keeps_the_newest_the_asked_for_and_the_best(
     run(split_cache, base, tmp_path, steps=9, eval_every=Every(1), **settings)
     assert kinds(tmp_path) == {2: "at", 3: "at", 4: "every", 7: "every", 8: "every", 9: "last"}
     assert not list(tmp_path.rglob("*.partial"))
+    best = tmp_path / "checkpoints" / "checkpoint-3"
+    assert best_checkpoint(tmp_path) == (best, 1.0)
+    lines = describe_result(config_of(split_cache, base, tmp_path, steps=9), tmp_path / LORA)
+    assert f"lowest eval loss: 1.00000, at {best}" in lines
+    flip(best / "state.json")
+    path, loss = best_checkpoint(tmp_path) or (None, 0)
+    assert path == tmp_path / "checkpoints" / "checkpoint-4" and loss == 2.0
 
 
 def test_without_evals_the_newest_stay_and_a_stop_is_one_of_them(

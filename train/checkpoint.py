@@ -305,6 +305,17 @@ def newest_checkpoint(run: Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
+def best_checkpoint(run: Path) -> tuple[Path, float] | None:
+    """The checkpoint with the lowest eval loss, and that loss; None where none was evaluated."""
+    losses: dict[Path, float] = {}
+    for path in numbered(run).values():
+        with suppress(ValueError):  # damaged
+            loss = _unsealed(path).get("eval_loss")
+            if loss is not None and math.isfinite(loss):
+                losses[path] = loss
+    return min(losses.items(), key=lambda item: item[1]) if losses else None
+
+
 def rotate(run: Path, keep: int, newest: int) -> None:
     """Delete the checkpoints of ``--checkpoint-every`` (and those of a stop), except the last
     ``keep`` up to step ``newest`` and the one with the lowest eval loss. Nothing is deleted unless

@@ -13,7 +13,7 @@ from shards.buckets import bucket_name, largest_bucket
 from shards.plan import Plan
 from shards.reader import groups_of
 from train.caches import open_data
-from train.checkpoint import newest_checkpoint
+from train.checkpoint import best_checkpoint, newest_checkpoint
 from train.config import TrainConfig, check_processes
 from train.distributed import DistContext
 from train.fit import budget_of, describe_fit, fit_run
@@ -118,10 +118,13 @@ def describe_result(config: TrainConfig, path: Path) -> list[str]:
     export = f"python cli.py export {path.parent} --base {config.base}"
     how = f"--unet {path}" if config.full else f"--lora {path}"
     generate = f"python cli.py generate --base {config.base} {how} --prompt TEXT --out IMAGES"
+    best = best_checkpoint(config.out)
+    lowest = [f"lowest eval loss: {best[1]:.5f}, at {best[0]}"] if best else []
     if config.full:
         return [
             f"{path}: the UNet, for generate and diffusers",
             f"for {UIS}: {export} --out MODEL.safetensors",
+            *lowest,
             f"next: {generate}",
         ]
     kohya = path.with_name(KOHYA)
@@ -135,5 +138,6 @@ def describe_result(config: TrainConfig, path: Path) -> list[str]:
     return [
         f"{path}: the LoRA, for generate and diffusers",
         for_uis,
+        *lowest,
         f"next: {generate}",
     ]
