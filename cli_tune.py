@@ -33,7 +33,6 @@ VAL_SHARE = 0.05
 LEAST_FOR_VAL = 100  # images: of fewer, each is worth more as something to learn from
 NUM_PREVIEWS = 3
 BATCH = 4  # samples a step and process
-LORA, FULL = "--lora", "--unet"
 
 
 @dataclass(frozen=True)
@@ -341,12 +340,13 @@ def run_as_process(arguments: list[str]) -> None:
         raise SystemExit(code if code > 0 else 128 - code)
 
 
+# What ends this process, and what the command is sent then. SIGTERM ends a run as it should be
+# ended, with a checkpoint: also where the terminal was closed (SIGHUP).
+_RELAYED = {name: "SIGTERM" for name in ("SIGTERM", "SIGHUP", "SIGQUIT")} | {"SIGINT": "SIGINT"}
+
+
 class _Relay:
     """While entered, signals that would end this process go on to ``child``."""
-
-    # A closed terminal (SIGHUP) is to end a run as it should: with a checkpoint.
-    SENT: ClassVar = {"SIGINT": "SIGINT", "SIGTERM": "SIGTERM", "SIGQUIT": "SIGTERM"}
-    SENT |= {"SIGHUP": "SIGTERM"}
 
     def __init__(self) -> None:
         self.child: subprocess.Popen[bytes] | None = None
@@ -354,8 +354,8 @@ class _Relay:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "_Relay":
-        for name, sent in self.SENT.items():
-            if (number := getattr(signal, name, None)) is not None:  # Windows has but two
+        for name, sent in _RELAYED.items():
+            if (number := getattr(signal, name, None)) is not None:  # Windows has only two of them
                 self._before[number] = signal.signal(number, self._pass_on(getattr(signal, sent)))
         return self
 

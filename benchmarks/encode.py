@@ -5,7 +5,7 @@ both text encoders of diffusers and transformers on batches of the same size. Bo
 process in turns (A B, B A, ...), models loaded each time, by processor seconds, which other
 processes disturb little.
 
-    python -m benchmarks.encode [--base BASE] [--pictures 300] [--resolution 256] [--rounds 2]
+    python -m benchmarks.encode [--base BASE] [--images 300] [--resolution 256] [--rounds 2]
 """
 
 import contextlib
@@ -113,7 +113,7 @@ def quiet(work: Callable[[], object]) -> None:
 def measure_cost(
     folder: Path, base: str, images: int, resolution: int, rounds: int
 ) -> list[dict[str, Any]]:
-    dataset, numbers = folder / "pictures", count()
+    dataset, numbers = folder / "images", count()
     draw_images(dataset, count=images, size=resolution * 3 // 2)
     settings = settings_of(dataset, base, folder, resolution)
 
@@ -152,12 +152,12 @@ def measure_growth(folder: Path, base: str, images: int) -> dict[str, Any]:
         raise RuntimeError(f"not all of it was as it was: {report}")
     num_files = sum(1 for _ in dataset.iterdir())
     speeds = {f"files/s, {c}": num_files / min(taken[c]["rescan"]) for c in taken}
-    return {"pictures": images, "peak MB": peak / 1e6, "files": num_files, **speeds}
+    return {"images": images, "peak MB": peak / 1e6, "files": num_files, **speeds}
 
 
 @click.command()
 @click.option("--base", default="miniature", show_default=True)
-@click.option("--pictures", default=300, show_default=True, help="Encoded in each round.")
+@click.option("--images", default=300, show_default=True, help="Encoded in each round.")
 @click.option("--resolution", default=256, show_default=True)
 @click.option("--rounds", default=2, show_default=True, help="Of each, in turns.")
 @click.option("--memory", default="1000,10000", show_default=True, help="Numbers of images.")

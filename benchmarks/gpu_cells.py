@@ -82,7 +82,7 @@ def encode_rate(place: Place, pixels: int, batch_size: int, few: int = 16) -> Fi
     """Images a second of ``cli.py encode``: decoded, cut, encoded, hashed, written."""
 
     def work(number: int) -> None:
-        data = place.work / f"pictures-{number}"
+        data = place.work / f"images-{number}"
         draw_images(data, number, size=place.pixels(pixels))
         settings = EncodeSettings(
             dataset=data,

@@ -106,7 +106,7 @@ def _add_break_even(rows: list[dict[str, Any]], epochs: tuple[int, ...]) -> None
 @click.command()
 @click.option("--quick", is_flag=True, help="Small sizes: about a minute and a half.")
 @click.option("--base", default="miniature", show_default=True)
-@click.option("--pictures", "images", default=48, show_default=True)
+@click.option("--images", default=48, show_default=True)
 @click.option("--resolution", default=128, show_default=True)
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--out", default=Path("benchmark-output"), type=click.Path(path_type=Path))

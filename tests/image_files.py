@@ -93,7 +93,7 @@ def good_files() -> Iterator[tuple[str, bytes]]:
     wide = np.asarray(image).astype(np.uint16) * 257
     for mode in ("1", "L", "LA", "P", "RGB", "RGBA"):
         yield f"{mode}.png", saved(image.convert(mode), "PNG")
-    for channels, name in ((1, "grey"), (2, "grey-alpha"), (3, "rgb"), (4, "rgba")):
+    for channels, name in ((1, "gray"), (2, "gray-alpha"), (3, "rgb"), (4, "rgba")):
         values = np.concatenate([wide, np.full_like(wide[..., :1], 40000)], axis=-1)
         picked = values[..., [0, 3]] if channels == 2 else values[..., :channels]
         yield f"16-{name}.png", png_16(picked)
@@ -101,7 +101,7 @@ def good_files() -> Iterator[tuple[str, bytes]]:
     yield "clear-color.png", saved(image, "PNG", transparency=(200, 40, 90))
     yield "animated.png", saved(image, "PNG", save_all=True, append_images=[scene(seed=1)])
     yield "profile.png", saved(image, "PNG", icc_profile=linear_profile())
-    yield "grey-profile.png", saved(image.convert("L"), "PNG", icc_profile=linear_profile(b"GRAY"))
+    yield "gray-profile.png", saved(image.convert("L"), "PNG", icc_profile=linear_profile(b"GRAY"))
     for mode in ("L", "RGB", "CMYK"):
         yield f"{mode}.jpg", saved(image.convert(mode), "JPEG")
         yield f"{mode}-progressive.jpg", saved(image.convert(mode), "JPEG", progressive=True)
@@ -112,12 +112,12 @@ def good_files() -> Iterator[tuple[str, bytes]]:
     yield "444.jpg", saved(image, "JPEG", subsampling=0, quality=100)
     yield "restarts.jpg", saved(image, "JPEG", restart_marker_rows=1)
     yield "rgb.jpg", saved(image, "JPEG", keep_rgb=True)
-    yield "grey-corner.jpg", saved(Image.new("RGB", SIZE, (128, 128, 128)), "JPEG")
+    yield "gray-corner.jpg", saved(Image.new("RGB", SIZE, (128, 128, 128)), "JPEG")
     yield "profile.jpg", saved(image, "JPEG", icc_profile=linear_profile())
     yield "srgb.jpg", saved(image, "JPEG", icc_profile=srgb_profile())
     yield "damaged-profile.jpg", saved(image, "JPEG", icc_profile=srgb_profile()[:200])
     yield "several.jpg", saved(image, "MPO", save_all=True, append_images=[scene(seed=1)])
-    yield "grey.gif", saved(image.convert("L"), "GIF")
+    yield "gray.gif", saved(image.convert("L"), "GIF")
     yield "animated.gif", saved(image, "GIF", save_all=True, append_images=[scene(seed=1)])
     yield "clear.gif", saved(image.convert("P"), "GIF", transparency=3)
     yield "lossy.webp", saved(image, "WEBP")

@@ -1,6 +1,7 @@
 """The forms in which bases are shared: each is used, or named for what it is."""
 
 import json
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -44,10 +45,12 @@ def original_unet(single: Path, prefix: str) -> Tensors:
     return {prefix + n.removeprefix(start): t for n, t in tensors if n.startswith(start)}
 
 
-def refused(path: Path, problem: str) -> None:
-    with pytest.raises(BaseError, match=problem) as caught:
+def refused(path: Path) -> str:
+    """The line with which a base is refused; it names the file."""
+    with pytest.raises(BaseError) as caught:
         load_unet(open_base(path).unet, torch.float32)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -128,10 +131,10 @@ def test_scaled_fp8_is_multiplied(single: Path, metadata: dict[str, str], tmp_pa
     assert tensors_digest(open_base(path).model("unet")) != digest
     tensors[name.replace("weight", scale_name)] = torch.ones(3, 5)
     safetensors.torch.save_file(tensors, path, metadata=metadata)
-    refused(path, "in a form that cannot be read; use the fp16 file")
+    assert re.search("in a form that cannot be read; use the fp16 file", refused(path))
     tensors[f"{prefix}nothing.{scale_name}"] = tensors.pop(name.replace("weight", scale_name))
     safetensors.torch.save_file(tensors, path, metadata=metadata)
-    refused(path, f"nothing.{scale_name} scales no tensor that is known")
+    assert re.search(f"nothing.{scale_name} scales no tensor that is known", refused(path))
 
 
 @pytest.mark.parametrize(
@@ -153,7 +156,7 @@ def test_what_cannot_be_used_is_named(
         tensors = original_unet(single, prefix) | {prefix + n: t for n, t in changes.items()}
         with safetensors.safe_open(single, framework="pt") as file:
             safetensors.torch.save_file(tensors, path, metadata=file.metadata())
-        refused(path, problem)
+        assert re.search(problem, refused(path))
 
 
 @pytest.mark.parametrize(
@@ -169,7 +172,7 @@ def test_files_that_are_something_else_by_their_bytes(
     tmp_path: Path, content: bytes, problem: str
 ) -> None:
     (tmp_path / "one.safetensors").write_bytes(content)
-    refused(tmp_path / "one.safetensors", problem)
+    assert re.search(problem, refused(tmp_path / "one.safetensors"))
 
 
 def test_an_inpainting_folder(base: Path, tmp_path: Path) -> None:
@@ -213,7 +216,7 @@ def test_weights_that_cannot_be_chosen_are_named(base: Path, tmp_path: Path) -> 
         path = path.rename(tmp_path / "weights")
         for name in names:
             shutil.copy(path, unet / name)
-        refused(tmp_path / "base", kind)
+        assert re.search(kind, refused(tmp_path / "base"))
         for name in names:
             (unet / name).unlink()
 

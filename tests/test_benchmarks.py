@@ -1,13 +1,16 @@
 """The benchmarks run: all ways to read read, and every GPU cell runs on a CPU, tiny."""
 
+import inspect
 import json
 import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import torch
 from click.testing import CliRunner
@@ -15,6 +18,7 @@ from pretended_cuda import PretendedCuda
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import DataLoader
 
+import benchmarks
 import benchmarks.gpu as gpu
 from benchmarks import gpu_cells, readers
 from benchmarks.allocations import RUNS, Allocations, peaks
@@ -35,6 +39,23 @@ from shards.verify import verify
 from train.memory import Estimator
 
 SMALL = Kind(pixels=64, width=12, pooled=5)
+
+
+SCRIPTS = sorted(
+    path
+    for path in Path(benchmarks.__path__[0]).glob("*.py")
+    if "@click.command" in path.read_text()
+)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_each_script_takes_the_options_that_it_has(script: Path) -> None:
+    """click hands options over by name, which no type checker sees."""
+    module = import_module(f"benchmarks.{script.stem}")
+    (command,) = (value for value in vars(module).values() if isinstance(value, click.Command))
+    assert command.callback is not None and command.params
+    bound = inspect.signature(command.callback).bind(**{p.name: None for p in command.params})
+    assert bound.kwargs or bound.args
 
 
 def test_the_sizes_are_sdxls() -> None:

@@ -52,7 +52,7 @@ class Member:
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("damage-pictures")
+    folder = tmp_path_factory.mktemp("damage-images")
     draw_images(folder, count=6, size=64)
     (folder / "broken.png").write_bytes(b"no image")
     (folder / "broken.txt").write_text("an image that cannot be read")

@@ -1,5 +1,6 @@
 """``--fit``: every plan fits, the next one up does not, and the run learns the same."""
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import train_on
-from runs import config_of, losses, run
+from runs import LORA, config_of, losses, run
 
 from sdxl.base import open_base
 from shards.reader import Cache
@@ -132,6 +133,36 @@ def test_what_a_run_began_with_is_kept_when_it_goes_on(
         assert fitted.batch_size * fitted.accumulate == 4
         with pytest.raises(ValueError, match="does not fit"):
             fit_run(1, config, opened, caches, devices, (tmp_path, state))
+
+
+def test_a_card_without_bf16_is_given_no_pure_bf16(
+    cache: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, config = open_base(base), settings(base, full=True, fit="auto")
+    ways = list(ways_to_fit(config, 2, Estimator(opened, 77), (64, 64)))
+    budget = min(way.peak for way in ways if not way.config.pure_bf16) - 1
+    arguments = budget, config, opened, [Cache(cache)], (torch.device("cuda"), 1)
+    assert fit_run(*arguments).config.pure_bf16
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("train.fit.has_bf16", lambda device: False)
+    with pytest.raises(ValueError, match="does not fit"):
+        fit_run(*arguments)
+
+
+def test_a_run_that_began_with_a_lora_is_fitted_by_that_of_its_checkpoint(
+    cache: Path, base: Path, tmp_path: Path
+) -> None:
+    """Whether --init-lora is given again or not; its file may be gone."""
+    first, out = tmp_path / "first", tmp_path / "run"
+    run(cache, base, first, steps=1, rank=4)
+    begun = {"targets": None, "init_lora": first / LORA}
+    run(cache, base, out, steps=1, **begun)
+    (first / LORA).unlink()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "cannot be read, and is not needed"
+        run(cache, base, out, steps=2, resume=True, fit="auto", **begun)
+    run(cache, base, out, steps=3, resume=True, fit="auto", targets=None)
+    assert [step for step, _ in losses(out)] == [1, 2, 3]
 
 
 def test_what_several_processes_cannot_do_is_refused_as_ever(cache: Path, base: Path) -> None:

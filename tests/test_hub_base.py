@@ -41,7 +41,7 @@ def hub(base: Path, tmp_path: Path) -> Iterator[Hub]:
             marks=SLOW,
         ),
         pytest.param(
-            "encode PICTURES --resolution 64 --bucket-step 16 --out OUT/cache",
+            "encode IMAGES --resolution 64 --bucket-step 16 --out OUT/cache",
             "vae/config.json",
             {"vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"},
             marks=SLOW,
@@ -75,7 +75,7 @@ def test_a_moving_branch_mixes_no_models(
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle --w 64 --h 64 --s 2\n")
     hub.moves_after = moves_after
-    places = {"CACHE": cache, "PICTURES": images, "PROMPTS": prompts, "OUT": tmp_path}
+    places = {"CACHE": cache, "IMAGES": images, "PROMPTS": prompts, "OUT": tmp_path}
     for name, path in places.items():
         command = command.replace(name, str(path))
     environment = {

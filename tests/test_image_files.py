@@ -141,9 +141,9 @@ def test_a_linear_profile_has_its_known_effect(form: str) -> None:
 
 
 def test_a_grey_profile_has_its_known_effect() -> None:
-    grey = scene().convert("L")
-    data = saved(grey, "PNG", icc_profile=linear_profile(b"GRAY"))
-    expected = as_srgb(np.asarray(grey)[..., None] / 255)
+    gray = scene().convert("L")
+    data = saved(gray, "PNG", icc_profile=linear_profile(b"GRAY"))
+    expected = as_srgb(np.asarray(gray)[..., None] / 255)
     assert abs(np.asarray(open_image(data)) - expected).max() <= 2
 
 
@@ -165,9 +165,9 @@ def test_a_profile_is_applied_below_the_transparency() -> None:
 
 
 def test_a_grey_image_may_have_a_profile_of_colors() -> None:
-    grey = scene().convert("L")
-    data = saved(grey, "PNG", icc_profile=linear_profile())
-    expected = as_srgb(np.asarray(grey)[..., None] / 255)
+    gray = scene().convert("L")
+    data = saved(gray, "PNG", icc_profile=linear_profile())
+    expected = as_srgb(np.asarray(gray)[..., None] / 255)
     assert abs(np.asarray(open_image(data)) - expected).max() <= 2
 
 

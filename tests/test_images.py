@@ -73,9 +73,9 @@ def misplaced(means: npt.NDArray[np.float64], side: int, offset: int) -> tuple[f
 
     Claim: an image ``side`` pixels long was cut from ``offset`` on.
     """
-    centres = np.arange(len(means)) + 0.5
+    centers = np.arange(len(means)) + 0.5
     inside = slice(10, -10)
-    slope, start = np.polyfit(centres[inside], means[inside], 1)
+    slope, start = np.polyfit(centers[inside], means[inside], 1)
     first, last = ((slope * edge + start - LOW) / SPAN * side for edge in (0, len(means)))
     return first - offset, last - offset - len(means)
 

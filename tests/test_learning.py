@@ -35,11 +35,11 @@ def do(command: str) -> None:
 def caches(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the caches ``new`` (hearts and moons) and ``old``, of 120 images each."""
     folder = tmp_path_factory.mktemp("learning")
-    write_sample_set(folder / "new-pictures")
-    write_prior_set(folder / "old-pictures")
+    write_sample_set(folder / "new-images")
+    write_prior_set(folder / "old-images")
     for name in ("new", "old"):
         do(
-            f"encode {folder}/{name}-pictures --base miniature --out {folder}/{name} "
+            f"encode {folder}/{name}-images --base miniature --out {folder}/{name} "
             "--resolution 64 --bucket-step 16 --batch-size 16 --device cpu"
         )
     return folder

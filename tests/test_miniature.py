@@ -170,9 +170,9 @@ def test_the_score_sees_what_is_wrong() -> None:
     images = [draw_scene(scene, random.Random(n)) for n, scene in enumerate(scenes)]
     shifted = score(scenes, [*images[1:], images[0]])
     assert (shifted.shape, shifted.both) == (0, 0)
-    grey = look_at(Image.new("RGB", (64, 64), "grey"))
-    assert grey.color == grey.ground
-    assert max(grey.overlaps.values()) == 0
+    gray = look_at(Image.new("RGB", (64, 64), "gray"))
+    assert gray.color == gray.ground
+    assert max(gray.overlaps.values()) == 0
     noise = Image.effect_noise((64, 64), 100).convert("RGB")
     assert max(look_at(noise).overlaps.values()) < 0.7
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from runs import run
 
 from cli import commands
 from infer.settings import GenerateSettings, LoraUse
@@ -65,6 +66,14 @@ def test_each_thing_is_recognized_by_its_names(things: Path) -> None:
         path.parent.mkdir(exist_ok=True)
         path.write_text("{}")
     assert kind_of(things / "images") == IMAGES
+
+
+def test_what_encode_and_train_write_is_recognized(
+    cache: Path, split_cache: Path, base: Path, tmp_path: Path
+) -> None:
+    run(cache, base, tmp_path / "run", steps=1)
+    kinds = {cache: CACHE, split_cache: CACHE, base: BASE, tmp_path / "run": RUN}
+    assert {path: kind_of(path) for path in kinds} == kinds
 
 
 CASES = {

@@ -34,7 +34,7 @@ SIDE = ["unconditional.safetensors", "rejected.jsonl"]
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("repair-pictures")
+    folder = tmp_path_factory.mktemp("repair-images")
     draw_images(folder, count=9, size=64)
     (folder / "broken.png").write_bytes(b"no image")
     (folder / "broken.txt").write_text("an image that cannot be read")

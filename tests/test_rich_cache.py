@@ -99,12 +99,12 @@ def test_masks_lie_where_their_variants_do(rich: Path, dataset: Path) -> None:
             continue
         if name == "a":
             with Image.open(dataset / path) as image:
-                grey = image.getchannel("A")
+                gray = image.getchannel("A")
         else:
             with Image.open(dataset / "of c.png") as image:
-                grey = image.resize(SIZES[name], Image.Resampling.BOX)
+                gray = image.resize(SIZES[name], Image.Resampling.BOX)
         variants = seen_by(
-            name, sample, resized_for(name, sample, grey, Image.Resampling.BILINEAR) / 255
+            name, sample, resized_for(name, sample, gray, Image.Resampling.BILINEAR) / 255
         )
         for number, pixels in enumerate(variants):
             rows, columns = (side // 8 for side in pixels.shape)

@@ -198,9 +198,9 @@ def test_only_what_can_be_opened_by_another_way_is_compared(base: Path) -> None:
         assert measures is not None
         assert measures["error"] < 1e-4
         assert alarms_of_image(measures) == []
-    grey = image.convert("L")
-    stored = encoder.encode([render(open_image(saved(grey, "PNG")), geometry)]).mean[0]
-    measures = measure_image(encoder, "a", saved(grey, "PNG"), geometry, stored)
+    gray = image.convert("L")
+    stored = encoder.encode([render(open_image(saved(gray, "PNG")), geometry)]).mean[0]
+    measures = measure_image(encoder, "a", saved(gray, "PNG"), geometry, stored)
     assert measures is not None and measures["error"] < 1e-4
 
 

@@ -48,10 +48,10 @@ def stored(image: Image.Image, form: str = "PNG", **options: Any) -> bytes:
 def test_each_variant_is_the_crop_it_claims(size: tuple[int, int], target: tuple[int, int]) -> None:
     """Against numpy: the resized image, mirrored where it is flipped, sliced at its sizes."""
     image = noise(size)
-    centre = cover(size, target)
-    variants = plan_variants(centre, settings(crops=3, flip=True), "key")
+    center = cover(size, target)
+    variants = plan_variants(center, settings(crops=3, flip=True), "key")
     rendered = render_variants(image, variants)
-    resized = np.asarray(image.resize(centre.resized, Image.Resampling.LANCZOS))
+    resized = np.asarray(image.resize(center.resized, Image.Resampling.LANCZOS))
     for variant, pixels in zip(variants, rendered, strict=True):
         height, width, top, left, *_ = variant.sizes
         assert (width, height) == size
@@ -65,30 +65,30 @@ def test_each_variant_is_the_crop_it_claims(size: tuple[int, int], target: tuple
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("num", [0, 1, 4])
 def test_which_variants_there_are(num: int, flip: bool) -> None:
-    centre = cover((300, 100), (96, 48))
-    variants = plan_variants(centre, settings(crops=num, flip=flip), "key")
+    center = cover((300, 100), (96, 48))
+    variants = plan_variants(center, settings(crops=num, flip=flip), "key")
     plain = [variant for variant in variants if not variant.flipped]
     assert len(set(variants)) == len(variants) == max(1, num) * (2 if flip else 1)
-    assert plain == ([*random_crops(centre, num, "key")] if num else [centre])
+    assert plain == ([*random_crops(center, num, "key")] if num else [center])
     if flip:
         assert [variant.mirrored() for variant in variants[len(plain) :]] == plain
 
 
 def test_a_mirrored_crop_shows_the_same_part() -> None:
-    image, centre = noise((300, 100)), cover((300, 100), (96, 48))
-    (crop,) = random_crops(centre, 1, "key")
+    image, center = noise((300, 100)), cover((300, 100), (96, 48))
+    (crop,) = random_crops(center, 1, "key")
     first, other = render_variants(image, (crop, crop.mirrored()))
     assert crop.crop[0] != crop.mirrored().crop[0]
     assert torch.equal(other.flip(-1), first)
 
 
 def test_random_crops_are_of_the_sample_and_lie_everywhere() -> None:
-    centre = cover((104, 64), (96, 64))  # nine places
-    assert centre.resized == (104, 64)
-    assert random_crops(centre, 2, "a") == random_crops(centre, 5, "a")[:2], "a larger N only adds"
-    all_places = {crop.crop for crop in random_crops(centre, 50, "a")}
+    center = cover((104, 64), (96, 64))  # nine places
+    assert center.resized == (104, 64)
+    assert random_crops(center, 2, "a") == random_crops(center, 5, "a")[:2], "a larger N only adds"
+    all_places = {crop.crop for crop in random_crops(center, 50, "a")}
     assert all_places == {(left, 0) for left in range(9)}
-    first = [random_crops(centre, 1, str(key))[0].crop[0] for key in range(900)]
+    first = [random_crops(center, 1, str(key))[0].crop[0] for key in range(900)]
     assert all(50 < first.count(left) < 150 for left in range(9)), "each as likely as another"
     assert len(random_crops(cover((96, 64), (96, 64)), 4, "a")) == 1, "there is but one place"
 
@@ -116,8 +116,8 @@ def cell_means(mask: npt.NDArray[np.uint8], first: Geometry) -> npt.NDArray[np.f
 @pytest.mark.parametrize("shape", [(10, 20), (25, 50), (31, 62)])
 def test_a_mask_is_the_mean_over_the_area_of_a_latent(shape: tuple[int, int]) -> None:
     mask = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-    centre = cover((200, 100), (64, 48))
-    variants = plan_variants(centre, settings(crops=2, flip=True), "key")
+    center = cover((200, 100), (64, 48))
+    variants = plan_variants(center, settings(crops=2, flip=True), "key")
     masks = render_mask(mask, variants)
     assert masks.shape == (4, 1, 6, 8) and masks.dtype == torch.float32
     for variant, values in zip(variants, masks, strict=True):
@@ -127,8 +127,8 @@ def test_a_mask_is_the_mean_over_the_area_of_a_latent(shape: tuple[int, int]) ->
 def test_a_mask_lies_where_its_image_shows_the_same() -> None:
     """An image that is its own mask: both shrink to the same, whatever the variant."""
     image = noise((20, 10), 1).convert("L").resize((400, 200), Image.Resampling.BICUBIC)
-    for centre in (cover((400, 200), (96, 80)), stretch((400, 200), (64, 64))):
-        variants = plan_variants(centre, settings(crops=2, flip=True), "key")
+    for center in (cover((400, 200), (96, 80)), stretch((400, 200), (64, 64))):
+        variants = plan_variants(center, settings(crops=2, flip=True), "key")
         pixels = render_variants(image.convert("RGB"), variants)[:, :1]
         shrunk = torch.nn.functional.avg_pool2d(pixels / 255, 8)
         mask = render_mask(open_mask(stored(image), (400, 200)), variants)
@@ -144,14 +144,14 @@ def test_whole_masks_are_exact() -> None:
 
 @pytest.mark.parametrize("mode", ["L", "1", "RGB", "P", "I;16", "RGBA"])
 def test_mask_images_of_every_mode(mode: str) -> None:
-    grey = Image.linear_gradient("L").resize((40, 20)).point(lambda v: 255 * (v > 99))
+    gray = Image.linear_gradient("L").resize((40, 20)).point(lambda v: 255 * (v > 99))
     if mode == "I;16":
-        image = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+        image = Image.fromarray(np.asarray(gray).astype(np.uint16) * 257)
     else:
-        image = grey.convert(mode)
-    expected = np.asarray(grey)
+        image = gray.convert(mode)
+    expected = np.asarray(gray)
     np.testing.assert_array_equal(open_mask(stored(image), (40, 20)), expected)
-    turned = open_mask(stored(grey.rotate(90, expand=True)), (20, 40))
+    turned = open_mask(stored(gray.rotate(90, expand=True)), (20, 40))
     assert turned.shape == (40, 20)
 
 
@@ -230,8 +230,8 @@ def test_no_variant_is_cached_whose_mask_is_black_all_over(base: Path, tmp_path:
     for path, members in encodes.samples_of(cache).items():
         tensors = safetensors.torch.load(members["safetensors"])
         assert tensors["mask"].flatten(1).any(dim=1).all()
-        centre = cover((320, 45), tuple(tensors["sizes"][0, [5, 4]].tolist()))
-        planned = plan_variants(centre, settings(crops=3, flip=True), sample_key(path))
+        center = cover((320, 45), tuple(tensors["sizes"][0, [5, 4]].tolist()))
+        planned = plan_variants(center, settings(crops=3, flip=True), sample_key(path))
         sizes = [variant.sizes for variant in planned]
         assert all(row in sizes for row in tensors["sizes"].tolist())
         assert len({len(tensor) for name, tensor in tensors.items() if "prompt" not in name}) == 1

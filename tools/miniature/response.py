@@ -76,9 +76,9 @@ def decoded_sharpness(vae: Any, side: int, num: int = 64) -> float:
 
 def sharpness(image: Image.Image) -> float:
     """The steepest steps between neighbouring pixels, as a share of the image's contrast."""
-    grey = np.asarray(image.convert("L"), dtype=np.float64)
-    steps = np.abs(np.diff(grey, axis=1))
-    return float(np.percentile(steps, 99) / max(1.0, float(grey.max() - grey.min())))
+    gray = np.asarray(image.convert("L"), dtype=np.float64)
+    steps = np.abs(np.diff(gray, axis=1))
+    return float(np.percentile(steps, 99) / max(1.0, float(gray.max() - gray.min())))
 
 
 def cut_edges(image: Image.Image) -> tuple[bool, bool]:
