@@ -24,7 +24,7 @@ from sdxl.lora.names import UNET
 from sdxl.lora.read import LoraFile, read_lora_file
 from sdxl.lora.weights import LoraWeights
 from sdxl.lora.write import Parts, diffusers_bytes, kohya_bytes
-from sdxl.metadata import ModelMetadata
+from sdxl.metadata import ModelMetadata, weights_folder
 from sdxl.single_file import sdxl_config
 from sdxl.tensor_files import check_written
 
@@ -60,6 +60,7 @@ def export(settings: ExportSettings) -> Exported:
 
 def _unet_folder(path: Path) -> Path | None:
     """The folder of a whole UNet that ``path`` is or has; None: it must be a LoRA."""
+    path = weights_folder(path)
     if (path / "unet" / "config.json").is_file():
         return path / "unet"
     return path if (path / "config.json").is_file() and any(path.glob("diffusion*")) else None

@@ -88,7 +88,11 @@ class GenerateSettings:
         "UNet folder as train --full writes it, or a run or checkpoint folder with one.",
         metavar="PATH",
     )
-    ema: bool = option(False, "Use the averaged weights of a checkpoint of a run with --ema.")
+    ema: bool | None = option(
+        None,
+        "Use the averaged weights of a checkpoint, or those that were averaged. Default: the "
+        "average where the checkpoint has one, as evals and previews do.",
+    )
     compare: bool = option(
         False, "Generate each prompt without the LoRA or UNet too, and show both side by side."
     )

@@ -14,10 +14,8 @@ from sdxl.load import load_unet, load_vae
 from sdxl.lora.apply import apply_loras, merged_parts, read_num_chunks, read_schedule
 from sdxl.lora.names import LORA
 from sdxl.lora.read import find_lora
-from sdxl.metadata import Schedule, read_long_captions, schedule_beside
+from sdxl.metadata import Schedule, read_long_captions, schedule_beside, weights_folder
 from sdxl.sampling import load_sampler
-
-EMA = "ema"  # in a checkpoint: the averaged weights, in a folder like the checkpoint itself
 
 
 class Weights:
@@ -163,26 +161,16 @@ def _num_chunks(base: Base, loras: list[tuple[Path, float]], unet: ModelSource |
     return max([*counts, 1])
 
 
-def _find_lora_file(path: Path, ema: bool) -> Path:
-    folder = _ema_folder(path) if ema else path
-    if not (folder / LORA).is_file() and (folder / "unet").is_dir():
+def _find_lora_file(path: Path, ema: bool | None) -> Path:
+    if not (path / LORA).is_file() and (path / "unet").is_dir():
         raise ValueError(f"{path}: holds a whole UNet and no LoRA; give it as --unet")
-    return find_lora(folder)
+    return find_lora(path, ema)
 
 
-def _open_unet(path: Path, ema: bool) -> ModelSource:
-    folder = _ema_folder(path) if ema else path
+def _open_unet(path: Path, ema: bool | None) -> ModelSource:
+    folder = weights_folder(path, ema)
     if (folder / "unet" / "config.json").is_file():
         return ModelSource("unet", folder / "unet")
     if (folder / LORA).is_file():
         raise ValueError(f"{path}: holds a LoRA and no whole UNet; give it as --lora")
     return ModelSource("unet", folder)
-
-
-def _ema_folder(path: Path) -> Path:
-    if not (path / EMA).is_dir():
-        raise ValueError(
-            f"--ema: {path} has no {EMA}/; give the checkpoint of a run with an average (what such "
-            "a run ends with is averaged already)"
-        )
-    return path / EMA

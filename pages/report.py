@@ -173,8 +173,7 @@ def _generate_command(run: RunFiles, best: Checkpoint | None) -> list[str]:
     if best is None or "base" not in run.settings:
         return []
     weights = "--unet" if run.settings.get("full") is True else "--lora"
-    averaged = ["--ema"] if run.settings.get("ema") else []  # which is what was evaluated
     where = f"{run.name}/checkpoints/{best.name}"
     base = str(run.settings["base"])
-    words = ["python", "cli.py", "generate", "--base", base, weights, where, *averaged]
+    words = ["python", "cli.py", "generate", "--base", base, weights, where]
     return [shlex.quote(word) for word in (*words, "--prompt", "TEXT", "--out", "IMAGES")]

@@ -15,6 +15,26 @@ from runtime.safe_parsing import parse_json, read_json_object
 from sdxl.base import Base, read_config
 
 SCHEDULER_CONFIG = "scheduler_config.json"
+AVERAGE = "ema"  # in a checkpoint: the averaged weights, in a folder like the checkpoint itself
+
+
+def weights_folder(path: Path, average: bool | None = None) -> Path:
+    """Which folder's weights are meant by a checkpoint: those of its moving average, where it has
+    one, for they are what was evaluated and previewed; with False those that were averaged.
+
+    A file, and any other folder, is itself.
+
+    Raises:
+        ValueError: the average is asked for, and there is none.
+    """
+    if (path / AVERAGE).is_dir():
+        return path if average is False else path / AVERAGE
+    if average:
+        raise ValueError(
+            f"--ema: {path} has no {AVERAGE}/; give the checkpoint of a run with an average (what "
+            "such a run ends with is averaged already)"
+        )
+    return path
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from infer.weights import Weights
 from sdxl.base import open_base
 from sdxl.load import load_vae
 from sdxl.lora.names import KOHYA, LORA
+from sdxl.lora.read import find_lora
 from sdxl.lora.write import lora_bytes
 from sdxl.metadata import ModelMetadata
 from tools.random_base import make_random_base
@@ -87,3 +88,27 @@ def test_a_lora_in_eight_bits(base: Path, tmp_path: Path, name: str) -> None:
         weights=tmp_path / "eight.safetensors", out=tmp_path / "out.safetensors", base=str(base)
     )
     assert export(settings).description.startswith("diffusers" if name == KOHYA else "kohya")
+
+
+def test_a_checkpoint_with_an_average_means_the_average(base: Path, tmp_path: Path) -> None:
+    """In generate, export and --init-lora alike; the file itself is what was averaged."""
+    checkpoint = tmp_path / "checkpoint-2"
+    raw, average = checkpoint / LORA, checkpoint / "ema" / LORA
+    average.parent.mkdir(parents=True)
+    tensors = safetensors.torch.load_file(lora_with(base, checkpoint))
+    safetensors.torch.save_file({name: 2 * value for name, value in tensors.items()}, average)
+    assert find_lora(checkpoint) == average and find_lora(raw) == raw
+    for ema, expected in ((None, average), (True, average), (False, raw)):
+        settings = GenerateSettings(
+            base=str(base), out=tmp_path, prompt="a", lora=(LoraUse(checkpoint),), ema=ema
+        )
+        assert Weights(settings, open_base(base)).loras == [(expected, 1.0)]
+    of = {
+        path: export(
+            ExportSettings(weights=path, out=tmp_path / f"{number}.safetensors", base=str(base))
+        )
+        for number, path in enumerate((checkpoint, average, raw))
+    }
+    written = {path: safetensors.torch.load_file(file.path) for path, file in of.items()}
+    assert all(torch.equal(written[checkpoint][k], v) for k, v in written[average].items())
+    assert any(not torch.equal(written[checkpoint][k], v) for k, v in written[raw].items())

@@ -174,10 +174,11 @@ def test_checkpoints_and_their_averages(base: Path, cache: Path, tmp_path: Path)
     out = tmp_path / "run"
     run(cache, base, out, steps=4, lr=3e-2, ema=0.9, checkpoint_every=Every(2))
     first, checkpoint = (out / "checkpoints" / f"checkpoint-{step}" for step in (2, 4))
-    last = draw(base, tmp_path / "last", PROMPTS, lora=(LoraUse(checkpoint),))
-    early = draw(base, tmp_path / "early", PROMPTS, lora=(LoraUse(first),))
+    last = draw(base, tmp_path / "last", PROMPTS, lora=(LoraUse(checkpoint),), ema=False)
+    check_same(last, draw(base, tmp_path / "file", PROMPTS, lora=(LoraUse(checkpoint / LORA),)))
+    early = draw(base, tmp_path / "early", PROMPTS, lora=(LoraUse(first),), ema=False)
     assert differ(early, last) > 0.1
-    average = draw(base, tmp_path / "average", PROMPTS, lora=(LoraUse(checkpoint),), ema=True)
+    average = draw(base, tmp_path / "average", PROMPTS, lora=(LoraUse(checkpoint),))
     check_same(average, draw(base, tmp_path / "run-drawn", PROMPTS, lora=(LoraUse(out),)))
     assert differ(last, average) > 0.1
     with pytest.raises(ValueError, match=r"--ema: .*run has no ema/; give the checkpoint of a run"):

@@ -172,7 +172,7 @@ def test_the_numbers_are_those_of_the_metrics(page: Page, run: Path) -> None:
     assert "1 skipped step" in page.text and "charts): 50." in page.text
     assert "1.50 GB" in page.text and "1% of the time spent waiting" in page.text
     assert ["140", "0.02", "0.05", "0.1", "0.2"] in page.cells
-    words = "generate --base miniature --lora cats/checkpoints/checkpoint-108 --ema --prompt TEXT"
+    words = "generate --base miniature --lora cats/checkpoints/checkpoint-108 --prompt TEXT"
     assert words in page.text
 
 

@@ -35,6 +35,7 @@ from runtime.process import free_memory
 from runtime.safe_parsing import MAX_JSON_BYTES, read_bounded
 from runtime.workers import rank_info
 from sdxl.base import find_weights
+from sdxl.metadata import AVERAGE
 from train.config import TrainConfig
 from train.learner import Learner
 from train.memory import state_bytes
@@ -54,7 +55,6 @@ from train.weights import (
 CHECKPOINTS = "checkpoints"
 
 OPTIMIZER = "optimizer"
-EMA = "ema"
 STATE = "state.json"
 BLOCK_BYTES = 1 << 24
 THREAD = "checkpoint"  # the name of the one that writes
@@ -194,7 +194,7 @@ class CheckpointWriter:
         yield from weights_files(learner.unet, kind, world, None, owners, steps=step)
         if learner.ema is not None:
             average = weights_files(learner.unet, kind, world, learner.ema, owners, steps=step)
-            yield from (_below(EMA, write) for write in average)
+            yield from (_below(AVERAGE, write) for write in average)
         sizes, get = sizes_of(tensors), tensors.__getitem__
         yield from tensor_files(f"{OPTIMIZER}/model", sizes, get, world, owners)
 
@@ -375,7 +375,7 @@ def load_checkpoint(checkpoint: Path, learner: Learner, full: bool, state: dict[
     """Weights, average, optimizer and scaler, bit for bit as they were."""
     read_weights(learner.unet, full, checkpoint, None)
     if learner.ema is not None:
-        read_weights(learner.unet, full, checkpoint / EMA, learner.ema)
+        read_weights(learner.unet, full, checkpoint / AVERAGE, learner.ema)
     parameters = learner.optimizer.parameters
     tensors: dict[str, torch.Tensor] = {}
     for path in find_weights(checkpoint / OPTIMIZER).files:

@@ -20,6 +20,7 @@ from runtime.devices import Precision
 from sdxl.base import Base
 from sdxl.load import load_unet, model_without_weights
 from sdxl.lora.apply import load_lora, read_lora
+from sdxl.lora.names import LORA
 from train.config import TrainConfig
 from train.distributed import DistContext, is_fsdp
 from train.fast_forwards import use_direct_forwards
@@ -102,7 +103,7 @@ def add_adapter(unet: Any, config: TrainConfig, checkpoint: Path | None = None) 
     Raises:
         ValueError: the settings or the LoRA file do not fit this UNet.
     """
-    source = checkpoint or config.init_lora
+    source = config.init_lora if checkpoint is None else checkpoint / LORA
     if source is not None:
         load_lora(unet, source)
         for name, parameter in unet.named_parameters():

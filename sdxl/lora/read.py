@@ -35,7 +35,7 @@ from sdxl.lora.names import (
     UNSUPPORTED,
 )
 from sdxl.lora.weights import NAMES, Algorithm, Delta, LoraWeights, find_algorithm
-from sdxl.metadata import ModelMetadata, read_model_metadata
+from sdxl.metadata import ModelMetadata, read_model_metadata, weights_folder
 from sdxl.tensor_files import check_digest
 
 MAX_LETTERS = 300  # of a tensor's name
@@ -105,12 +105,14 @@ def lora_metadata(metadata: dict[str, str]) -> ModelMetadata:
     return ModelMetadata.of(own) if own else read_model_metadata(metadata)
 
 
-def find_lora(path: Path) -> Path:
-    """The LoRA file ``path``, or the one in the run, checkpoint or peft folder ``path``.
+def find_lora(path: Path, average: bool | None = None) -> Path:
+    """The LoRA file ``path``, or the one in the run, checkpoint or peft folder ``path``; which
+    of a checkpoint's two, ``weights_folder`` says.
 
     Raises:
         ValueError: there is no such file.
     """
+    path = weights_folder(path, average)
     for name in (LORA, PEFT) if path.is_dir() else ():
         if (path / name).is_file():
             return path / name
