@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.files import DIGEST, unseal
+from runtime.files import unseal
 from runtime.messages import pluralize
-from runtime.safe_parsing import MAX_JSON_BYTES, open_regular, parse_json, read_bounded
+from runtime.safe_parsing import MAX_JSON_BYTES, open_regular, read_bounded, read_sealed
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
@@ -132,11 +132,7 @@ def read_run(folder: Path) -> RunFiles:
 def _read_settings(path: Path, notes: list[str]) -> dict[str, Any]:
     """The fields of ``config.json``; those of earlier versions carry no digest."""
     try:
-        data = read_bounded(path, MAX_JSON_BYTES)
-        value = parse_json(data)
-        if isinstance(value, dict) and DIGEST not in value:
-            return value
-        return unseal(data)
+        return read_sealed(path)
     except FileNotFoundError:
         notes.append(f"{CONFIG} is missing, so no settings are shown.")
     except (OSError, ValueError):

@@ -193,7 +193,7 @@ class StageCommand(click.Command):
         return [*self._options.values(), *super().get_params(ctx)]
 
     def make_settings(self, ctx: click.Context, values: dict[str, Any], recipe: Path | None) -> Any:
-        """The settings from flags and, where none is given, from a recipe file."""
+        """The settings from flags and, where none is given, from a recipe file or a saved run."""
         settings = {
             name: value
             for name, value in values.items()
@@ -204,6 +204,11 @@ class StageCommand(click.Command):
             for name, value in read_recipe(recipe, self._options).items():
                 if _RIVALS.get(name) not in settings:
                     settings.setdefault(name, _from_toml(self._options[name], value, recipe, ctx))
+        if hasattr(self.settings, "saved_options"):  # those of a run that is resumed
+            for name, value in self.settings.saved_options(settings).items():
+                if name in self._options and _RIVALS.get(name) not in settings:
+                    source = settings["out"]
+                    settings.setdefault(name, _from_toml(self._options[name], value, source, ctx))
         for spec in fields(self.settings):
             if spec.default is MISSING and spec.name not in settings:
                 raise click.MissingParameter(ctx=ctx, param=self._options[spec.name])

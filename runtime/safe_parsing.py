@@ -85,6 +85,23 @@ def read_json_object(path: Path) -> dict[str, Any]:
 MAX_DOTS = 1000  # in a line: tomllib takes time and memory by the square of a name's parts
 
 
+def read_sealed(path: Path) -> dict[str, Any]:
+    """The fields of a JSON file that has a digest of them; earlier versions wrote it without.
+
+    Raises:
+        OSError: it cannot be opened.
+        ValueError: damaged, or no JSON object.
+    """
+    data = read_bounded(path, MAX_JSON_BYTES)
+    try:
+        value = json.loads(data)
+    except RecursionError as error:
+        raise ValueError(f"not valid JSON: {error}") from None
+    if isinstance(value, dict) and files.DIGEST not in value:
+        return value
+    return files.unseal(data)
+
+
 def parse_toml(text: str) -> dict[str, Any]:
     """The table in ``text``.
 

@@ -196,12 +196,14 @@ def test_a_gradient_that_is_not_finite_accuses_no_sample(
         return learner
 
     monkeypatch.setitem(train.__globals__, "build_learner", spoiling)
-    rows = run(lambda batch, key: False, batch_size=6, steps=2, log_every=1)
-    assert [row["train/skipped"] for row in rows] == [1, 1]
-    assert [row["train/num_skipped"] for row in rows] == [1, 2]
+    rows = run(lambda batch, key: False, batch_size=6, steps=3, log_every=1)
+    assert [row["train/skipped"] for row in rows] == [1, 1, 1]
+    assert [row["train/num_skipped"] for row in rows] == [1, 2, 3]
     assert all(row["train/loss"] > 0 and row["train/grad_norm"] is None for row in rows)
     lines = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
-    assert lines == [f"step {number} left out, its gradient is not finite" for number in (1, 2)]
+    line = "left out, its gradient is not finite"
+    quiet = "; of those that follow in a row nothing is printed"
+    assert lines == [f"step 1 {line}", f"step 2 {line}{quiet}"]
 
 
 @pytest.mark.parametrize("checkpoint_at", [(), (1,)])
@@ -221,14 +223,18 @@ def test_a_run_that_diverges_accuses_no_sample_and_says_which_checkpoint_there_i
         return losses * float("nan") if batch.number >= 2 else losses
 
     monkeypatch.setattr(Learner, "losses", diverging)
+    settings: dict[str, Any] = {"max_skipped": 3, "log_every": 1, "checkpoint_at": checkpoint_at}
     with pytest.raises(FloatingPointError, match=r"^3 steps in a row up to step 5") as caught:
-        run(lambda *_: False, steps=9, max_skipped=3, log_every=1, checkpoint_at=checkpoint_at)
+        run(lambda *_: False, steps=9, **settings)
+    assert "had a loss that is not finite: --lr 0.001 is probably too high" in str(caught.value)
     path = tmp_path / "run" / "checkpoints" / "checkpoint-1"
-    good = f"The newest whole checkpoint is {path}; --resume goes on from it."
+    command = f"python cli.py train --resume {tmp_path / 'run'}"
+    good = f"The newest whole checkpoint is {path}; {command} goes on from it."
     assert caught.value.__notes__ == [good if checkpoint_at else "The run has no checkpoint yet."]
     lines = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
     assert ".png" in lines[0]
-    assert lines[1:] == [f"step {n} left out, its loss is not finite" for n in (4, 5)]
+    quiet = "; of those that follow in a row nothing is printed"
+    assert lines[1:] == [f"step 4 left out, its loss is not finite{quiet}"]
 
 
 @pytest.mark.parametrize("log_every", [1, 100])

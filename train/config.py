@@ -240,7 +240,11 @@ class TrainConfig:
         aliases="--checkpoints-total-limit",
     )
     log_every: int = option(10, "Write metrics every N steps; every step is in them.")
-    resume: bool = option(False, "Resume from the newest undamaged checkpoint in the run's folder.")
+    resume: bool = option(
+        False,
+        "Resume from the newest undamaged checkpoint in the run's folder; train --resume RUN needs "
+        "nothing else.",
+    )
     allow_changed_data: bool = option(
         False, "With --resume: accept other data than before; the epoch starts again."
     )
@@ -273,6 +277,13 @@ class TrainConfig:
             names = {"path": folder, "base": self.base}
             check_kind(folder, CACHE, {k: text.format(**names) for k, text in remedies.items()})
         check_base(self.base)
+
+    @staticmethod
+    def saved_options(given: dict[str, Any]) -> dict[str, Any]:
+        """What a run that is resumed has for the options that are not ``given``."""
+        from train.saved_options import saved_options
+
+        return saved_options(given) if given.get("resume") else {}
 
     def num_steps(self, batches_per_epoch: int) -> int:
         """The length of the run, where each step takes a global batch."""

@@ -15,7 +15,7 @@ import signal
 import time
 from collections.abc import Iterable
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -210,11 +210,17 @@ def _run(run: Run) -> Path:
         run.log.close(failed)
 
 
+def _resume_command(run: Run) -> str:
+    return f"python cli.py train --resume {run.config.out}"
+
+
 def _resume_hint(run: Run) -> str:
     """From where the run can be resumed, as a sentence that is added to the error that ended it."""
     if run.writer.good is None:
         return "The run has no checkpoint yet."
-    return f"The newest whole checkpoint is {run.writer.good}; --resume goes on from it."
+    return (
+        f"The newest whole checkpoint is {run.writer.good}; {_resume_command(run)} goes on from it."
+    )
 
 
 def _reading(config: TrainConfig) -> ReadOptions:
@@ -274,7 +280,7 @@ def _steps(run: Run) -> None:
             if kind:
                 _write_checkpoint(run, done, kind, wait=last or stop)
             if stop and not last:
-                log.print(f"stopped after step {done}; --resume goes on from its checkpoint")
+                log.print(f"stopped after step {done}; {_resume_command(run)} goes on from there")
                 vote.close()
                 raise Stopped(signals.received or signal.SIGTERM)
         vote.close()
@@ -305,11 +311,7 @@ def _flush(run: Run) -> None:
         if not finite:
             _report_skipped(run, number, step)
         if run.skipped_in_a_row >= config.max_skipped:
-            raise FloatingPointError(
-                f"{config.max_skipped} steps in a row up to step {number} had a loss or gradient "
-                "that is not finite. They were left out and changed no weight. Try a smaller --lr, "
-                "or --precision bf16 or fp32."
-            )
+            raise FloatingPointError(_divergence(run, number, step))
 
 
 def _report_skipped(run: Run, number: int, step: Step) -> None:
@@ -329,17 +331,31 @@ def _report_skipped(run: Run, number: int, step: Step) -> None:
             broken += [path for path, ok in zip(paths, have_finite_data, strict=False) if not ok]
     gather = run.learner.world.gather
     bad, broken, every = gather(bad), gather(broken), gather(every)
-    if not bad:
-        if not run.learner.scaler.is_enabled():  # fp16's scale was too high, and is halved
-            run.log.print(f"step {number} left out, its gradient is not finite")
-        return
-    reason = f"step {number} left out, its loss is not finite"
+    reason = f"step {number} left out, its {'loss' if bad else 'gradient'} is not finite"
     if broken:
         run.log.print(f"{reason}: the cache holds values that are not finite of {_listed(broken)}")
-    elif len(bad) < len(every) or run.skipped_in_a_row == 1:
+    elif bad and (len(bad) < len(every) or (len(every) == 1 and run.skipped_in_a_row == 1)):
         run.log.print(f"{reason}: {_listed(bad)}")
+    elif not bad and run.learner.scaler.is_enabled():
+        pass  # fp16's scale was too high, and is halved
+    elif run.skipped_in_a_row <= 2:
+        more = "; of those that follow in a row nothing is printed" * (run.skipped_in_a_row == 2)
+        run.log.print(reason + more)
+
+
+def _divergence(run: Run, number: int, step: Step) -> str:
+    """Why the run ends after ``max_skipped`` steps in a row, the last of them ``number``."""
+    config = run.config
+    where = "gradient" if step.loss.isfinite() else "loss"
+    what = (
+        f"{config.max_skipped} steps in a row up to step {number} had a {where} that is not finite"
+    )
+    usual = replace(config, lr=None).peak_lr
+    if config.peak_lr > usual:
+        reason = f"--lr {config.peak_lr:g} is probably too high (the default is {usual:g})"
     else:
-        run.log.print(reason)
+        reason = "a smaller --lr may help, or --precision bf16 or fp32"
+    return f"{what}: {reason}. Those steps changed no weight."
 
 
 def _has_finite_data(run: Run, epoch: int, number: int, micro: int) -> list[bool]:

@@ -20,23 +20,8 @@ from train.distributed import DistContext
 from train.learner import Learner
 from train.objective import objective_of
 from train.option_values import flag
+from train.saved_options import FIXED
 
-# Settings that a checkpoint's tensors and the plan depend on: a resumed run cannot change them.
-FIXED = (
-    "full",
-    "adapter",
-    "rank",
-    "alpha",
-    "targets",
-    "conv",
-    "seed",
-    "optimizer",
-    "ema",
-    "ema_every",
-    "base_quant",
-    "pure_bf16",
-    "fused_backward",
-)
 # Settings that a resumed run may change; a change is reported, in case it is an accident.
 NOTED = (
     "lr",

@@ -12,7 +12,6 @@ After a kill in any of them ``recover`` leaves the first or the last. What a run
 cache, notes, generated images) is never moved or deleted.
 """
 
-import json
 import os
 import re
 import secrets
@@ -25,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 from runtime.files import (
-    DIGEST,
     PARTIAL,
     canonical_json,
     discard_folder,
@@ -34,13 +32,12 @@ from runtime.files import (
     remove_path,
     rename_folder,
     seal,
-    unseal,
     write_durable,
     writing,
 )
 from runtime.locks import locked
 from runtime.path_kinds import is_own_page
-from runtime.safe_parsing import MAX_JSON_BYTES, read_bounded
+from runtime.safe_parsing import read_sealed
 from sdxl.base import Base, base_path
 from sdxl.lora.names import KOHYA, LORA
 from shards.plan import Plan
@@ -49,9 +46,9 @@ from train.config import TrainConfig
 from train.distributed import DistContext
 from train.learner import Learner
 from train.option_values import CacheUse
+from train.saved_options import CONFIG, remember_paths
 from train.unet import trainable
 
-CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 WANDB_ID = "wandb.json"
 REPORT = "report.html"  # which the command writes after the run
@@ -243,23 +240,15 @@ def read_own_json(path: Path) -> dict[str, Any] | None:
     """The fields of a JSON file that a run keeps in its folder; None where there is none, and with
     a warning where it is damaged. (Earlier versions wrote these files without a digest.)"""
     try:
-        data = read_bounded(path, MAX_JSON_BYTES)
+        return read_sealed(path)
     except FileNotFoundError:
         return None
     except OSError as error:
         warnings.warn(f"{path}: cannot be read ({error.strerror}); ignored", stacklevel=2)
-        return None
     except ValueError as error:
-        warnings.warn(f"{error}; ignored", stacklevel=2)
-        return None
-    try:
-        value = json.loads(data)
-        if isinstance(value, dict) and DIGEST not in value:
-            return value
-        return unseal(data)
-    except (ValueError, RecursionError) as error:
-        warnings.warn(f"{path}: {str(error)[:100]}; ignored, and written again", stacklevel=2)
-        return None
+        reason = str(error).removeprefix(f"{path}: ")[:100]
+        warnings.warn(f"{path}: {reason}; ignored, and written again", stacklevel=2)
+    return None
 
 
 def write_own_json(path: Path, fields: dict[str, Any]) -> None:
@@ -327,6 +316,7 @@ def begin_run(config: TrainConfig, world: DistContext, settings: dict[str, Any])
     with replacing_run(config.out) if replaces else nullcontext():
         if world.is_main:
             write_own_json(config.out / CONFIG, settings)
+            remember_paths(config.out, settings, config.caches, config.base, config.val)
         world.wait()
         yield
 

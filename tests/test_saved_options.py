@@ -1,0 +1,108 @@
+"""``train --resume RUN`` alone goes on: the run has its options, this machine its paths."""
+
+import json
+import shutil
+import signal
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from runs import assert_same_run, at_step, rows, stop_by
+
+from cli import commands
+from runtime.files import user_cache
+
+OPTIONS = (
+    "--steps 6 --rank 4 --lr 2e-3 --targets all --batch-size 2 --checkpoint-every 2ep --seed 7 "
+    "--device cpu --ema 0.9 --lr-schedule cosine --log-every 1 --timestep-range 0,900"
+)
+
+
+def command(*arguments: Any, code: int = 0) -> str:
+    """The output of ``train`` with these arguments, and its warnings."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = CliRunner().invoke(commands, ["train", *map(str, arguments)])
+    assert result.exit_code == code, result.output
+    return result.output + "".join(str(warning.message) for warning in caught)
+
+
+def refused(*arguments: Any) -> str:
+    return command(*arguments, code=2).strip().splitlines()[-1]
+
+
+def settings_of(out: Path) -> dict[str, Any]:
+    settings: dict[str, Any] = json.loads((out / "config.json").read_bytes())
+    del settings["digest"]
+    return settings
+
+
+@pytest.fixture(scope="module")
+def runs(cache: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``whole``, and the same run as ``stopped`` after its third step."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name in ("whole", "stopped"):
+        given = [f"{cache},repeats=2", "--base", base, "--out", folder / name, *OPTIONS.split()]
+        if name == "whole":
+            command(*given)
+        else:
+            with at_step(3, stop_by(signal.SIGTERM)):
+                output = command(*given, code=143)
+            assert f"python cli.py train --resume {folder / name} goes on from there" in output
+    return folder
+
+
+def test_the_run_alone_is_enough(runs: Path, cache: Path, base: Path) -> None:
+    out = runs / "stopped"
+    before = settings_of(out)
+    copy = runs / "copied"
+    shutil.copytree(out, copy)
+    words = refused("--resume", copy)
+    assert "where the run's data and base are is not known on this machine" in words
+    assert "give CACHE and --base BASE, beside --out" in words
+    assert "not a run of train" in refused("--resume", cache)
+    assert "no such folder" in refused("--resume", runs / "none")
+
+    output = command("--resume", out)
+    assert "goes on from" in output and "the run goes on with" not in output
+    assert_same_run(out, runs / "whole")
+    assert settings_of(out) == before | {"resume": True}
+    assert str(cache.parent) not in (out / "config.json").read_text()
+    assert "it is finished" in command("--resume", out)
+    assert len(rows(out)) == 6
+
+    given = [f"{cache},repeats=2", "--base", base, "--out", copy]
+    command(*given, "--resume")  # a copy elsewhere: the paths are given, the options its own
+    assert_same_run(copy, runs / "whole")
+
+
+def test_what_is_typed_is_compared(runs: Path) -> None:
+    out = runs / "whole"
+    assert "cannot resume with --rank 8: the run has 4" in refused("--resume", out, "--rank", 8)
+    assert "cannot resume with --full True" in refused("--resume", out, "--full")
+    output = command("--resume", out, "--lr", 1e-3, "--epochs", 1)  # replaces the run's --steps
+    assert "the run goes on with --lr 0.001; it was 0.002" in output
+    assert len(rows(out)) > 6
+
+
+def test_another_run_in_the_same_place_is_not_taken_for_it(
+    runs: Path, split_cache: Path, base: Path, tmp_path: Path
+) -> None:
+    """The folder is replaced by one from elsewhere: what is remembered is of the old one."""
+    out = tmp_path / "run"
+    command(split_cache, "--base", base, "--out", out, "--steps", 1, "--device", "cpu")
+    (memory,) = [
+        path
+        for path in (user_cache() / "runs").glob("*.json")
+        if str(split_cache).encode() in path.read_bytes()
+    ]
+    shutil.rmtree(out)
+    shutil.copytree(runs / "whole", out)
+    assert "is not known on this machine" in refused("--resume", out)
+    memory.write_bytes(memory.read_bytes()[:-3] + b"???")
+    assert "is not known on this machine" in refused("--resume", out)
+    (out / "config.json").write_text("{")
+    words = refused("--resume", out)
+    assert "config.json: cannot be read; give the run's options again" in words

@@ -1,0 +1,137 @@
+"""The options that a run was begun with, so that ``--resume`` needs none of them again.
+
+The run's ``config.json`` has all but the paths, for run folders are shared and paths are private;
+those are remembered on this machine, in the user's cache. Imports no torch.
+"""
+
+import os
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from runtime.files import canonical_json, content_digest, read_checked, user_cache, write_checked
+from runtime.path_kinds import RUN, kind_of
+from runtime.safe_parsing import parse_json, read_sealed
+from train.option_values import CacheUse, flag
+
+CONFIG = "config.json"  # in the run's folder: its settings, and what followed from them
+# Settings that a checkpoint's tensors and the plan depend on: a resumed run cannot change them.
+FIXED = (
+    "full",
+    "adapter",
+    "rank",
+    "alpha",
+    "targets",
+    "conv",
+    "seed",
+    "optimizer",
+    "ema",
+    "ema_every",
+    "base_quant",
+    "pure_bf16",
+    "fused_backward",
+)
+_PATHS = ("caches", "base", "val")
+# How a run was begun, or with which file, and not what it is.
+_OF_THE_START = ("out", "init_lora", "resume", "allow_changed_data", "overwrite", "dry_run")
+
+
+def saved_options(given: dict[str, Any]) -> dict[str, Any]:
+    """The values that a resumed run has for what is not ``given``, as JSON, by option.
+
+    ``train --resume RUN`` names the run where a cache stands: that is put in order in ``given``.
+
+    Raises:
+        ValueError: there is no run, its paths are not known here, or a given option would make
+            another run of it.
+    """
+    is_named_alone = "out" not in given
+    if is_named_alone:
+        caches = given.get("caches", ())
+        if len(caches) != 1 or any(name in given for name in ("base", "val")):
+            return {}
+        run = caches[0].folder
+        if kind_of(run) != RUN:
+            reason = "not a run of train" if run.exists() else "no such folder"
+            raise ValueError(
+                f"{run}: {reason}, and so nothing to --resume; give the folder of a run, or CACHE, "
+                "--base and --out"
+            )
+        del given["caches"]
+        given["out"] = run
+    out = given["out"]
+    try:
+        settings = read_sealed(out / CONFIG)
+    except (OSError, ValueError) as error:
+        if is_named_alone:
+            raise ValueError(
+                f"{out / CONFIG}: cannot be read; give the run's options again, beside --out {out} "
+                "--resume"
+            ) from error
+        return {}  # no run yet, or a damaged one: what a checkpoint has is compared
+    if "steps_per_epoch" not in settings:
+        return {}
+    options = {
+        name: value
+        for name, value in settings.items()
+        if value is not None and name not in (*_PATHS, *_OF_THE_START)
+    }
+    if options.pop("fit", None) is None:  # else its choices stand
+        options.pop("gradient_checkpointing", None)  # which is decided by the memory that is free
+    for name in FIXED:
+        if name in given and name in options and given[name] != options[name]:
+            raise ValueError(
+                f"{out}: cannot resume with {flag(name)} {given[name]}: the run has {options[name]}"
+            )
+    return options | _recall_paths(out, settings, given)
+
+
+def remember_paths(
+    out: Path,
+    settings: dict[str, Any],
+    caches: tuple[CacheUse, ...],
+    base: str,
+    val: Path | None,
+) -> None:
+    """Remember on this machine where the run in ``out``, whose ``config.json`` has ``settings``,
+    has its data and base. Where that cannot be written, the next ``--resume`` asks for them."""
+    paths = {
+        "caches": [str(replace(use, folder=use.folder.resolve())) for use in caches],
+        "base": str(Path(base).resolve()) if os.path.exists(base) else base,
+        "val": None if val is None else str(val.resolve()),
+    }
+    memory = {"names": _names(settings), "paths": paths}
+    with suppress(OSError):
+        write_checked(_memory(out), canonical_json(memory).encode())
+
+
+def _recall_paths(out: Path, settings: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """The remembered paths that are not given.
+
+    Raises:
+        ValueError: they are not known here, or are of another run that was in this folder.
+    """
+    wanted = [name for name in _PATHS if name not in given and settings.get(name) is not None]
+    if not wanted:
+        return {}
+    try:
+        memory = parse_json(read_checked(_memory(out)))
+        if memory["names"] == _names(settings):
+            return {name: memory["paths"][name] for name in wanted}
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    words = {"caches": "CACHE", "base": "--base BASE", "val": "--val CACHE"}
+    raise ValueError(
+        f"{out}: where the run's data and base are is not known on this machine; give "
+        f"{' and '.join(words[name] for name in wanted)}, beside --out {out} --resume"
+    )
+
+
+def _names(settings: dict[str, Any]) -> list[Any]:
+    """What ``config.json`` keeps of the paths."""
+    return [settings.get(name) for name in _PATHS]
+
+
+def _memory(out: Path) -> Path:
+    return user_cache() / "runs" / f"{content_digest(str(out.resolve()))}.json"
