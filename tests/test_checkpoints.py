@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 from conftest import Encode
-from runs import LORA, Died, at_step, config_of, die, losses, run
+from runs import LORA, UNET, Died, at_step, config_of, die, losses, run, same_weights
 
 import train.loop
 from runtime.locks import locked
 from runtime.signals import Stopped
+from sdxl.lora.read import read_lora_file
 from train.checkpoint import CheckpointWriter, best_checkpoint, newest_checkpoint, numbered
 from train.option_values import CacheUse, Every
 from train.report import describe_result
@@ -46,9 +47,30 @@ def test_rotation_keeps_the_newest_the_asked_for_and_the_best(
     assert best_checkpoint(tmp_path) == (best, 1.0)
     lines = describe_result(config_of(split_cache, base, tmp_path, steps=9), tmp_path / LORA)
     assert f"lowest eval loss: 1.00000, at {best}" in lines
+    assert not same_weights(tmp_path / LORA, best / LORA)
+    settings |= {"resume": True, "publish": "best"}
+    run(split_cache, base, tmp_path, steps=9, eval_every=Every(1), **settings)
+    assert same_weights(tmp_path / LORA, best / LORA)
+    assert read_lora_file(tmp_path).model_metadata.steps == 3
+    (best / LORA).write_bytes(b"damaged")
+    with pytest.warns(UserWarning, match="passed over: .*checkpoint-3"):
+        run(split_cache, base, tmp_path, steps=9, eval_every=Every(1), **settings)
+    assert same_weights(tmp_path / LORA, tmp_path / "checkpoints" / "checkpoint-4" / LORA)
     flip(best / "state.json")
     path, loss = best_checkpoint(tmp_path) or (None, 0)
     assert path == tmp_path / "checkpoints" / "checkpoint-4" and loss == 2.0
+
+
+def test_the_best_average_is_published_at_once(
+    split_cache: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evals = iter([9.0, 2.0, 1.0, 3.0])
+    monkeypatch.setattr(train.loop, "evaluate", lambda *_: next(evals))
+    each: dict[str, Any] = {"checkpoint_every": Every(1), "eval_every": Every(1)}
+    run(split_cache, base, tmp_path, steps=3, full=True, ema=0.5, publish="best", **each)
+    averages = [tmp_path / "checkpoints" / f"checkpoint-{step}" / "ema" for step in (1, 2, 3)]
+    equal = [same_weights(tmp_path / UNET, average / UNET) for average in averages]
+    assert equal == [False, True, False]
 
 
 def test_without_evals_the_newest_stay_and_a_stop_is_one_of_them(

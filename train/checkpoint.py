@@ -307,13 +307,40 @@ def newest_checkpoint(run: Path) -> tuple[Path, dict[str, Any]] | None:
 
 def best_checkpoint(run: Path) -> tuple[Path, float] | None:
     """The checkpoint with the lowest eval loss, and that loss; None where none was evaluated."""
+    return next(iter(_by_eval_loss(run)), None)
+
+
+def _by_eval_loss(run: Path) -> list[tuple[Path, float]]:
+    """The checkpoints that were evaluated and their losses, the lowest first."""
     losses: dict[Path, float] = {}
     for path in numbered(run).values():
         with suppress(ValueError):  # damaged
             loss = _unsealed(path).get("eval_loss")
             if loss is not None and math.isfinite(loss):
                 losses[path] = loss
-    return min(losses.items(), key=lambda item: item[1]) if losses else None
+    return sorted(losses.items(), key=lambda item: item[1])
+
+
+def load_best(run: Path, learner: Learner, full: bool) -> int | None:
+    """Put the weights of the undamaged checkpoint with the lowest eval loss in place, and those of
+    its average; return its step. None, and a warning, where there is none."""
+    best = learner.world.share(_best_undamaged(run) if learner.world.is_main else "")
+    if not best:
+        warnings.warn(f"{run}: no checkpoint was evaluated; the last weights stand", stacklevel=2)
+        return None
+    path = Path(best)
+    _load_weights(path, learner, full)
+    return int(path.name.removeprefix("checkpoint-"))
+
+
+def _best_undamaged(run: Path) -> str:
+    for path, _ in _by_eval_loss(run):
+        try:
+            read_state(path)
+            return str(path)
+        except ValueError as error:
+            warnings.warn(f"passed over: {error}", stacklevel=2)
+    return ""
 
 
 def rotate(run: Path, keep: int, newest: int) -> None:
@@ -373,9 +400,7 @@ def _unsealed(checkpoint: Path) -> dict[str, Any]:
 
 def load_checkpoint(checkpoint: Path, learner: Learner, full: bool, state: dict[str, Any]) -> None:
     """Weights, average, optimizer and scaler, bit for bit as they were."""
-    read_weights(learner.unet, full, checkpoint, None)
-    if learner.ema is not None:
-        read_weights(learner.unet, full, checkpoint / AVERAGE, learner.ema)
+    _load_weights(checkpoint, learner, full)
     parameters = learner.optimizer.parameters
     tensors: dict[str, torch.Tensor] = {}
     for path in find_weights(checkpoint / OPTIMIZER).files:
@@ -387,6 +412,12 @@ def load_checkpoint(checkpoint: Path, learner: Learner, full: bool, state: dict[
     learner.optimizer.load(tensors, state["optimizer"])
     if state["scaler"]:  # empty where the run had none
         learner.scaler.load_state_dict(state["scaler"])
+
+
+def _load_weights(checkpoint: Path, learner: Learner, full: bool) -> None:
+    read_weights(learner.unet, full, checkpoint, None)
+    if learner.ema is not None:
+        read_weights(learner.unet, full, checkpoint / AVERAGE, learner.ema)
 
 
 def file_xxh3(path: Path) -> str:

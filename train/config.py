@@ -29,7 +29,8 @@ class TrainConfig:
         "fused_backward compile channels_last warm_up reader_threads "
         "allow_cpu_bf16",
         "Evaluation and previews": "eval_every preview_every preview_vae",
-        "Checkpoints": "checkpoint_every checkpoint_at keep resume allow_changed_data overwrite",
+        "Checkpoints": "checkpoint_every checkpoint_at keep publish resume allow_changed_data "
+        "overwrite",
         "Logging and the rest": "dry_run log_every wandb wandb_project",
     }
 
@@ -238,6 +239,11 @@ class TrainConfig:
         "evaluated one; 0 keeps all.",
         metavar="N",
         aliases="--checkpoints-total-limit",
+    )
+    publish: Literal["last", "best"] = option(
+        "last",
+        "Which weights the run ends with: those of its last step, or of the checkpoint with the "
+        "lowest eval loss. Of a finished run: train --resume RUN --publish best.",
     )
     log_every: int = option(10, "Write metrics every N steps; every step is in them.")
     resume: bool = option(

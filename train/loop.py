@@ -28,7 +28,13 @@ from shards.buckets import largest_bucket
 from shards.plan import Plan
 from shards.reader import Cache
 from train.caches import open_data
-from train.checkpoint import CheckpointWriter, newest_checkpoint, rotate, warn_of_space
+from train.checkpoint import (
+    CheckpointWriter,
+    load_best,
+    newest_checkpoint,
+    rotate,
+    warn_of_space,
+)
 from train.config import TrainConfig
 from train.distributed import LOST_SECONDS, DistContext, StopVote, is_lost, start_world, stop_world
 from train.fit import Fitted, describe_fit, fit
@@ -194,7 +200,11 @@ def _run(run: Run) -> Path:
         world, out = learner.world, run.config.out
         if learner.ema is not None:
             learner.ema.finish(run.num_steps)
-        path = publish(learner.unet, run.kind, out, world, learner.ema, steps=run.num_steps)
+        steps = run.num_steps
+        if run.config.publish == "best":
+            steps = load_best(out, learner, run.config.full) or steps
+            run.log.print(f"publishes the weights of step {steps}")
+        path = publish(learner.unet, run.kind, out, world, learner.ema, steps=steps)
         run.log.artifact(path)
         failed = False
         return path
