@@ -3,8 +3,10 @@
 import json
 import time
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,16 +47,26 @@ def generate(settings: GenerateSettings, pipeline: Pipeline | None = None) -> Re
         FloatingPointError: an image is not finite.
     """
     queue = WorkQueue()
+    prompts = read_settings_prompts(settings) if queue.is_main else []
+    return draw(settings, queue, partial(make_requests, settings, prompts), pipeline)
+
+
+def draw(
+    settings: GenerateSettings,
+    queue: WorkQueue,
+    make: Callable[[int], list[ImageRequest]],
+    pipeline: Pipeline | None = None,
+) -> Report | None:
+    """Generate those images of ``make(default side in pixels)`` that are missing in the folder."""
     if not queue.is_main:
         job = json.loads(queue.wait_for("job"))
         requests = [ImageRequest(**fields) for fields in job["requests"]]
         pipeline = make_pipeline(settings, job["base"])
         _run_pipeline(settings, pipeline, requests, job["about"], queue)
         return None
-    prompts = _read_prompts(settings)
     pipeline = pipeline or make_pipeline(settings)
     base = pipeline.weights.base
-    requests = make_requests(settings, prompts, base.unet.config["sample_size"] * 8)
+    requests = make(base.unet.config["sample_size"] * 8)
     folder = ImageFolder(settings.out, settings.format)
     with folder.open():
         provenance = _provenance(pipeline, requests)
@@ -72,7 +84,8 @@ def generate(settings: GenerateSettings, pipeline: Pipeline | None = None) -> Re
     return Report(len(wanted), len(requests) - len(wanted), seconds, sheet)
 
 
-def _read_prompts(settings: GenerateSettings) -> list[Prompt]:
+def read_settings_prompts(settings: GenerateSettings) -> list[Prompt]:
+    """The prompts of ``--prompts`` or ``--prompt``."""
     if settings.prompt is not None:
         return [parse_prompt(settings.prompt)]
     assert settings.prompts is not None

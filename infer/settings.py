@@ -44,6 +44,40 @@ class LoraUse:
         return str(self.path) if self.weight == 1 else f"{self.path},{self.weight:g}"
 
 
+@dataclass(frozen=True)
+class GridAxis:
+    """What a grid varies: ``checkpoint`` (all, or steps), ``weight`` or ``guidance``."""
+
+    NAMES: ClassVar[tuple[str, ...]] = ("checkpoint", "weight", "guidance")
+
+    name: str
+    values: tuple[float, ...]  # none: all checkpoints
+
+    @classmethod
+    def parse(cls, text: str) -> "GridAxis":
+        """Raises ValueError for anything else than AXIS=VALUE,VALUE..."""
+        name, _, listed = text.partition("=")
+        if name not in cls.NAMES:
+            raise ValueError(f"{text[:60]!r} is no axis; known: {', '.join(cls.NAMES)}")
+        if name == "checkpoint" and listed in ("", "all"):
+            return cls(name, ())
+        try:
+            values = tuple(map(int if name == "checkpoint" else float, listed.split(",")))
+        except ValueError:
+            raise ValueError(
+                f"{text[:60]!r}: give {name}=VALUE,VALUE... with numbers, such as {name}="
+                + {"checkpoint": "500,1000 or checkpoint=all"}.get(name, "0.5,1")
+            ) from None
+        if not all(math.isfinite(value) for value in values) or len(set(values)) < len(values):
+            raise ValueError(f"{text[:60]!r}: each value must be a finite number, and there once")
+        if name == "guidance" and min(values) < 0:
+            raise ValueError(f"{text[:60]!r}: guidance must be at least 0")
+        return cls(name, values)
+
+    def __str__(self) -> str:
+        return f"{self.name}={','.join(f'{value:g}' for value in self.values) or 'all'}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class GenerateSettings:
     """Settings of one generate run."""
@@ -52,7 +86,7 @@ class GenerateSettings:
         "Essentials": "base out prompts prompt lora unet",
         "Images": "num_images size seed num_steps guidance_scale negative sampler "
         "guidance_rescale original_size crop",
-        "Weights": "compare ema vae tokenizers",
+        "Weights": "compare grid ema vae tokenizers",
         "Output": "format",
         "Memory and speed": "batch_size device gpus precision low_memory vae_tiling window",
     }
@@ -95,6 +129,12 @@ class GenerateSettings:
     )
     compare: bool = option(
         False, "Generate each prompt without the LoRA or UNet too, and show both side by side."
+    )
+    grid: tuple[GridAxis, ...] = option(
+        (),
+        "Generate each prompt over all values of an axis: checkpoint=all (or steps), "
+        "weight=0,0.5,1 (of the LoRA; 0 is without it), guidance=3,5,7. May be given several "
+        "times; the first is the columns of grid.png and grid.html.",
     )
     num_images: int | None = option(
         None,
@@ -181,8 +221,25 @@ class GenerateSettings:
             raise ValueError(f"--guidance-rescale must be in 0..1, not {self.guidance_rescale}")
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"--seed must be from 0 to {2**64 - 1}, not {self.seed}")
+        self._check_grid()
         check_gpus(self.gpus)
         self.pixels, self.original_pixels, self.crop_pixels  # noqa: B018 (they raise)
+
+    def _check_grid(self) -> None:
+        names = [axis.name for axis in self.grid]
+        if len(set(names)) < len(names):
+            raise ValueError("--grid: an axis is given twice; list all its values in one")
+        if "weight" in names and len(self.lora) != 1:
+            raise ValueError(f"--grid weight: needs one --lora, not {len(self.lora)}")
+        if "checkpoint" in names and len(self.lora) + (self.unet is not None) != 1:
+            raise ValueError("--grid checkpoint: needs the run as --lora or --unet, and one alone")
+        for name, is_given in (
+            ("--compare", self.compare),
+            ("--num-images", self.num_images is not None),
+            ("--format coco", self.format != "simple"),
+        ):
+            if names and is_given:
+                raise ValueError(f"{name} does not go with --grid (weight=0,1 compares)")
 
     def check_inputs(self) -> None:
         """Refuse files and folders that are something else, before anything is loaded.

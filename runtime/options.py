@@ -261,7 +261,11 @@ def _click_type(hint: Any) -> click.ParamType[Any]:
     if hasattr(hint, "parse"):
         return Parsed(
             hint,
-            {"Every": "STEPS|Nep", "LoraUse": "FILE[,WEIGHT]"}.get(hint.__name__, hint.__name__),
+            {
+                "Every": "STEPS|Nep",
+                "LoraUse": "FILE[,WEIGHT]",
+                "GridAxis": "AXIS=VALUE,...",
+            }.get(hint.__name__, hint.__name__),
         )
     simple: dict[Any, click.ParamType[Any]] = {
         bool: click.BOOL,

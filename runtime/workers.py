@@ -179,11 +179,13 @@ class WorkQueue:
     They meet in the key-value store of torch's launcher, not in collectives: work is claimed piece
     by piece, so that a slow process takes fewer, and none waits for another that is busy.
 
+    A command that shares out several pieces of work in turn gives each queue a name of its own.
+
     Raises:
         ValueError: WORLD_SIZE is set and RANK is not.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "work") -> None:
         info = rank_info()
         self.rank, self.size = info.rank, info.size
         self._store: Any = None
@@ -194,7 +196,7 @@ class WorkQueue:
             end_with_launcher()
             distributed: Any = torch.distributed  # whose stubs hide what its manual names
             store, _, _ = next(distributed.rendezvous("env://", timeout=timedelta(minutes=5)))
-            self._store = distributed.PrefixStore("work", store)
+            self._store = distributed.PrefixStore(name, store)
 
     @property
     def is_main(self) -> bool:

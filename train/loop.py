@@ -356,16 +356,16 @@ def _report_skipped(run: Run, number: int, step: Step) -> None:
 def _divergence(run: Run, number: int, step: Step) -> str:
     """Why the run ends after ``max_skipped`` steps in a row, the last of them ``number``."""
     config = run.config
-    where = "gradient" if step.loss.isfinite() else "loss"
-    what = (
-        f"{config.max_skipped} steps in a row up to step {number} had a {where} that is not finite"
+    part = "gradient" if step.loss.isfinite() else "loss"
+    ending = (
+        f"{config.max_skipped} steps in a row up to step {number} had a {part} that is not finite"
     )
     usual = replace(config, lr=None).peak_lr
     if config.peak_lr > usual:
         reason = f"--lr {config.peak_lr:g} is probably too high (the default is {usual:g})"
     else:
         reason = "a smaller --lr may help, or --precision bf16 or fp32"
-    return f"{what}: {reason}. Those steps changed no weight."
+    return f"{ending}: {reason}. Those steps changed no weight."
 
 
 def _has_finite_data(run: Run, epoch: int, number: int, micro: int) -> list[bool]:
