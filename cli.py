@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from cli_pages import check_pages, report_at_end
+from cli_pages import check_grid_page, check_pages, report_at_end, show_grid
 from runtime.errors import echo, handle_errors, silence_libraries
 from runtime.imports import skip_unused_imports
 from runtime.messages import pluralize
@@ -260,7 +260,15 @@ def generate(ctx: click.Context, debug: bool, **values: Any) -> None:
     """
     with handle_errors(debug):
         settings = _settings(ctx, values)
+        if settings.grid:
+            check_grid_page(settings.out)
         if _launched(settings):
+            return
+        if settings.grid:
+            from infer.grid import generate_grid
+
+            if grid := generate_grid(settings):
+                show_grid(settings.out, grid)
             return
         from infer.generate import generate as run
 

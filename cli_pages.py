@@ -2,10 +2,16 @@
 
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from runtime.errors import describe_error, echo
+from runtime.messages import pluralize
 from runtime.options import StageCommand
+from runtime.path_kinds import is_own_page
 from runtime.workers import is_main_process
+
+if TYPE_CHECKING:
+    from infer.grid import Grid
 
 
 def report_at_end(run: Path, command: StageCommand) -> None:
@@ -21,6 +27,33 @@ def report_at_end(run: Path, command: StageCommand) -> None:
             echo(f"{page}: curves, previews, settings and checkpoints, to open in a browser")
         except Exception as error:
             echo(f"Warning: the run's page is not written: {describe_error(error)}", err=True)
+
+
+GRID_PAGE = "grid.html"
+
+
+def check_grid_page(out: Path) -> None:
+    """Refuse, before a grid is drawn, to replace a page that is not ours.
+
+    Raises:
+        ValueError: another program wrote ``OUT/grid.html``.
+    """
+    page = out / GRID_PAGE
+    if page.exists() and not is_own_page(page):
+        raise ValueError(f"{page}: not written by shardtune; move it away, or give another --out")
+
+
+def show_grid(out: Path, grid: "Grid") -> None:
+    """Print where a grid is, and write its page where the packages for it are installed."""
+    drawn = pluralize(grid.num_generated, "image")
+    echo(f"{drawn} drawn, {grid.num_kept} kept, in {out}; all at a glance: {grid.sheet}")
+    if _missing_packages():
+        return
+    from pages.grid import write_grid
+
+    blocks = [(block.title, block.images) for block in grid.blocks]
+    page = write_grid(out / GRID_PAGE, grid.columns, grid.rows, blocks)
+    echo(f"{page}: the same as a page, to open in a browser")
 
 
 def check_pages() -> None:

@@ -59,6 +59,17 @@ def embed_images(paths: Sequence[Path]) -> tuple[dict[Path, Embedded], list[str]
     return embedded, notes
 
 
+def embed_all(paths: Sequence[Path]) -> tuple[dict[Path, Embedded], list[str]]:
+    """All of the images, as small as their number makes it necessary; notes on damaged ones."""
+    embedded, notes = {}, []
+    for path in paths:
+        try:
+            embedded[path] = _embed(path, MAX_BYTES // len(paths))
+        except Exception as error:
+            notes.append(_damaged(path, error))
+    return embedded, notes
+
+
 def _damaged(path: Path, error: Exception) -> str:
     return f"{path.name} cannot be read ({type(error).__name__}), and is left out."
 

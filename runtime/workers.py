@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import fields
 from datetime import timedelta
+from functools import cache
 from typing import Any, NamedTuple
 
 LAUNCHER = "SHARDTUNE_LAUNCHER"  # environment variable with our own launcher's process id
@@ -173,6 +174,17 @@ def _watch(launcher: int) -> None:
 # Sharing out the work.
 
 
+@cache
+def _meeting_store() -> Any:
+    """The key-value store in which the processes meet; there is one for all queues of a process."""
+    import torch.distributed
+
+    end_with_launcher()
+    distributed: Any = torch.distributed
+    store, _, _ = next(distributed.rendezvous("env://", timeout=timedelta(minutes=5)))
+    return store
+
+
 class WorkQueue:
     """The processes of one command that share out its work; alone, or started by torchrun.
 
@@ -193,10 +205,8 @@ class WorkQueue:
         if self.size > 1:
             import torch.distributed
 
-            end_with_launcher()
             distributed: Any = torch.distributed  # whose stubs hide what its manual names
-            store, _, _ = next(distributed.rendezvous("env://", timeout=timedelta(minutes=5)))
-            self._store = distributed.PrefixStore(name, store)
+            self._store = distributed.PrefixStore(name, _meeting_store())
 
     @property
     def is_main(self) -> bool:

@@ -1,8 +1,9 @@
-"""One image that shows many, with their prompts below."""
+"""One image that shows many: with their prompts below, or as a grid with labels."""
 
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -31,6 +32,54 @@ def contact_sheet(
         x, y = column * tile, row * (high + LINE)
         sheet.paste(fitted, (x + (tile - fitted.width) // 2, y + (high - fitted.height) // 2))
         pen.text((x + 3, y + high + 1), _cut(prompt, tile - 6, pen, font), fill="black", font=font)
+    return sheet
+
+
+GAP = 4  # pixels between the images of a grid
+MAX_GRID_PIXELS = 60_000_000  # of a grid: tiles get smaller where there are many
+
+
+@dataclass(frozen=True)
+class GridBlock:
+    """The images of one prompt, by row and column."""
+
+    title: str
+    images: list[list[Path]]
+
+
+def grid_sheet(
+    columns: Sequence[str], rows: Sequence[str], blocks: Sequence[GridBlock], tile: int = TILE
+) -> Image.Image:
+    """Blocks of images below each other, each under its title, with the columns' labels above and
+    the rows' at the left. ``tile`` is the side of an image in pixels, at most."""
+    font = ImageFont.load_default(12)
+    pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    margin = max(math.ceil(pen.textlength(text, font)) for text in rows) + 2 * GAP
+    margin = margin if any(rows) else GAP
+    num = len(blocks) * len(rows) * len(columns)
+    tile = max(32, min(tile, math.isqrt(MAX_GRID_PIXELS // num) - GAP))
+    images = [[[_fit(path, tile) for path in row] for row in block.images] for block in blocks]
+    heights = [max(image.height for row in block for image in row) for block in images]
+    step = tile + GAP
+    size = (
+        margin + len(columns) * step,
+        sum(3 * LINE + len(rows) * (height + GAP) for height in heights),
+    )
+    sheet = Image.new("RGB", size, "white")
+    pen, y = ImageDraw.Draw(sheet), 0
+    for block, shown, height in zip(blocks, images, heights, strict=True):
+        title = _cut(block.title, size[0] - 2 * GAP, pen, font)
+        pen.text((GAP, y + LINE), title, fill="black", font=font, anchor="lm")
+        for number, label in enumerate(columns):
+            place = (margin + number * step, y + 2 * LINE)
+            pen.text(place, _cut(label, tile, pen, font), fill="black", font=font)
+        y += 3 * LINE
+        for label, row in zip(rows, shown, strict=True):
+            pen.text((GAP, y + height / 2), label, fill="black", font=font, anchor="lm")
+            for number, image in enumerate(row):
+                x = margin + number * step + (tile - image.width) // 2
+                sheet.paste(image, (x, y + (height - image.height) // 2))
+            y += height + GAP
     return sheet
 
 

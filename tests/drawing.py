@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import socket
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -84,13 +85,15 @@ def differ(actual: Images, expected: Images) -> float:
     )
 
 
-def start(settings: GenerateSettings, world: int) -> list[BaseProcess]:
+def start(
+    settings: GenerateSettings, world: int, act: Callable[[GenerateSettings], Any] = generate
+) -> list[BaseProcess]:
     """Draw on several processes, without their seconds of imports."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     ranks: list[BaseProcess] = [
-        _context.Process(target=_rank, args=(rank, world, port, settings), daemon=True)
+        _context.Process(target=_rank, args=(rank, world, port, settings, act), daemon=True)
         for rank in range(world)
     ]
     for rank in ranks:
@@ -98,16 +101,24 @@ def start(settings: GenerateSettings, world: int) -> list[BaseProcess]:
     return ranks
 
 
-def draw_on(settings: GenerateSettings, world: int) -> None:
-    ranks = start(settings, world)
+def draw_on(
+    settings: GenerateSettings, world: int, act: Callable[[GenerateSettings], Any] = generate
+) -> None:
+    ranks = start(settings, world, act)
     for rank in ranks:
         rank.join(120)
     assert [rank.exitcode for rank in ranks] == [0] * world
 
 
-def _rank(rank: int, world: int, port: int, settings: GenerateSettings) -> None:
+def _rank(
+    rank: int,
+    world: int,
+    port: int,
+    settings: GenerateSettings,
+    act: Callable[[GenerateSettings], Any],
+) -> None:
     torch.set_num_threads(1)
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, **address}
     os.environ.update({name: str(value) for name, value in environment.items()})
-    generate(settings)
+    act(settings)

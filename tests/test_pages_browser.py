@@ -12,6 +12,7 @@ from run_folders import make_run
 
 import cli
 from pages.compare import write_comparison
+from pages.grid import write_grid
 from pages.report import write_report
 from runtime.options import StageCommand
 
@@ -85,6 +86,10 @@ def test_pages_in_a_browser(browser: str, tmp_path: Path, width: int) -> None:
     assert result["widths"] == [512] * 4
     assert result["charts"] == [True] * 5 and result["overflow"] <= 0
     assert result["colors"] == ["rgb(34, 38, 43)"] * 5  # not matplotlib's stand-ins
+    sheets = sorted((run / "previews").glob("*.png"))[:2]
+    grid = ["weight 0.5", "weight 1"], ["step 2", "step 4"], [("a cat", [sheets, sheets])]
+    result = open_page(browser, write_grid(tmp_path / "grid.html", *grid), tmp_path, width)
+    assert result["widths"] == [512] * 4 and result["overflow"] <= 0
     page = write_comparison([run, run], tmp_path / "compared.html", TRAIN)
     result = open_page(browser, page, tmp_path, width)
     assert result["charts"] == [True] * 5 and result["overflow"] <= 0
