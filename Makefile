@@ -2,6 +2,10 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 DEMO := demo-output
+# make setup TORCH=cpu, or a CUDA version such as TORCH=cu126, takes that build of torch from
+# PyTorch's own index; without it pip takes what its index has, on Linux the build for CUDA.
+TORCH ?=
+TORCH_INDEX := $(if $(TORCH),--extra-index-url https://download.pytorch.org/whl/$(TORCH))
 
 PARALLEL := --numprocesses 2 --dist loadfile
 
@@ -9,7 +13,7 @@ PARALLEL := --numprocesses 2 --dist loadfile
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt ".[dev]"
+	$(RUN) -m pip install --quiet --disable-pip-version-check $(TORCH_INDEX) --constraint constraints.txt ".[dev]"
 	@rm -rf build shardtune.egg-info
 	@touch $@
 

@@ -150,7 +150,7 @@ def encode(ctx: click.Context, debug: bool, **values: Any) -> None:
 
         reports = run(settings)
         for report in reports:
-            for line in describe(report, settings.long_captions):
+            for line in describe(report, settings):
                 echo(line)
             if warning := warn_of_rejected(report):
                 echo(warning, err=True)

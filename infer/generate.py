@@ -80,7 +80,7 @@ def draw(
         start = time.perf_counter()
         _run_pipeline(settings, pipeline, wanted, provenance, queue)
         seconds = time.perf_counter() - start
-        sheet = folder.finish(requests)
+        sheet = folder.finish(requests, pipeline.weights.title)
     return Report(len(wanted), len(requests) - len(wanted), seconds, sheet)
 
 

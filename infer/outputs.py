@@ -28,7 +28,7 @@ from runtime.files import (
 )
 from runtime.locks import locked
 from runtime.safe_parsing import open_regular, parse_json, read_bounded
-from sdxl.contact_sheet import contact_sheet
+from sdxl.contact_sheet import MAX_TILES, contact_sheet, of_all
 
 MAX_BYTES = 1_000_000_000
 DESCRIPTION = "pictures drawn by shardtune"  # existing files are recognized by it: never changed
@@ -394,9 +394,9 @@ class ImageFolder:
             if read_record(path, to_the_end=False)[0] is None:
                 set_aside(path, path.with_name(path.name + DAMAGED))
 
-    def finish(self, requests: list[ImageRequest]) -> Path:
+    def finish(self, requests: list[ImageRequest], title: str) -> Path:
         """Write the captions and the contact sheet, when all images exist; return the sheet's
-        path."""
+        path. ``title`` says what drew them."""
         sizes = map(output_size, requests)
         self._write_listing(
             [
@@ -405,7 +405,9 @@ class ImageFolder:
             ]
         )
         tile = WIDE_TILE if requests[0].compare else TILE
-        sheet = contact_sheet([(self.path(request), request.prompt) for request in requests], tile)
+        shown = [(self.path(each), f"seed {each.seed}: {each.prompt}") for each in requests]
+        num = of_all(min(len(shown), MAX_TILES), len(shown))
+        sheet = contact_sheet(shown, tile, f"{title}; {num}" if title else num)
         path, info = self.out / SHEET, PngImagePlugin.PngInfo()
         info.add_text(SETTINGS_KEY, "{}")
         with writing(path, STILL_GOOD), durable_file(path) as file:

@@ -100,6 +100,15 @@ class Weights:
         uses = self.settings.lora
         return ", ".join(f"{use.path.stem}: {use.weight:g}" for use in uses)
 
+    @property
+    def title(self) -> str:
+        """What draws, in a few words: the LoRAs, the UNet's folder, or the base."""
+        uses = self.settings.lora
+        names = [f"LoRA {use.path.resolve().name} x {use.weight:g}" for use in uses]
+        if self.settings.unet is not None:
+            names.insert(0, f"UNet {self.settings.unet.resolve().name}")
+        return ", ".join(names) or self.base.name
+
     def sampler(self, name: str | None, plain: bool = False) -> Any:
         """The sampler for the schedule of the weights; with ``plain`` of those that are compared
         with."""

@@ -22,6 +22,7 @@ from precompute.plan.cache_plan import (
     finish,
     plan_caches,
     prepare,
+    warn_about_enlarging,
     warn_about_reencoding,
 )
 from precompute.plan.disk_space import Sizer, check_disk_space
@@ -112,6 +113,7 @@ def _run_main(
     reports = []
     for plan in plans:
         warn_about_reencoding(plan)
+        warn_about_enlarging(plan, encoders.settings.resolution)
         report = Report(plan.folder, plan.changes, num_upscaled=plan.num_upscaled)
         is_val = len(plans) > 1 and plan.folder.name == "val"  # previews are of training
         report.num_prompts = prepare(plan, encoders, None if is_val else prompts)

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from precompute.dataset.records import Rejected
 from precompute.plan.reuse import Changes
+from precompute.settings import EncodeSettings
 from runtime.messages import pluralize
 from runtime.signals import StopSignals
 from runtime.workers import POLL_SECONDS, WorkQueue
@@ -133,8 +134,20 @@ def summarize(changes: Changes) -> str:
     return ", ".join(parts)
 
 
-def describe(report: Report, num_chunks: int) -> Iterator[str]:
-    """The lines that describe a report; captions have ``num_chunks`` chunks."""
+def variants_label(num: int, num_samples: int, settings: EncodeSettings) -> str:
+    """What ``num`` variants are, and why they are fewer than ``--crops`` and ``--flip`` ask for."""
+    kinds = [f"{settings.crops} random crops"] if settings.crops else []
+    label = (
+        f"variants of them ({', '.join([*kinds, *(['mirrored too'] if settings.flip else [])])})"
+    )
+    wanted = num_samples * max(1, settings.crops) * (2 if settings.flip else 1)
+    if num < wanted:
+        label += f"; not {wanted:,}, as not every image has room for {settings.crops} crops"
+    return label
+
+
+def describe(report: Report, settings: EncodeSettings) -> Iterator[str]:
+    """The lines that describe a report."""
     yield (
         f"\n{report.folder}: {pluralize(report.num_samples, 'image')} in "
         f"{pluralize(report.num_shards, 'shard')}, "
@@ -144,12 +157,16 @@ def describe(report: Report, num_chunks: int) -> Iterator[str]:
     for bucket, count in report.buckets.items():
         yield f"  {bucket:>9}  {count:6d}  {'#' * round(40 * count / max(1, report.num_samples))}"
     for number, usual, label in (
-        (report.num_variants, report.num_samples, "variants of them (crops, mirrored)"),
+        (
+            report.num_variants,
+            report.num_samples,
+            variants_label(report.num_variants, report.num_samples, settings),
+        ),
         (report.num_captions, report.num_samples, "captions"),
         (report.num_taken, report.num_samples, "images an epoch, with repeats"),
         (report.num_masks, 0, "with a mask; train --masked-loss obeys it"),
         (report.num_upscaled, 0, "smaller than their bucket, so enlarged"),
-        (report.num_cut_captions, 0, f"captions cut at {77 * num_chunks} tokens"),
+        (report.num_cut_captions, 0, f"captions cut at {77 * settings.long_captions} tokens"),
     ):
         if number != usual:
             yield f"  {number:,} {label}"

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from sdxl.contact_sheet import MAX_TILES, TILE, contact_sheet
+from sdxl.contact_sheet import LINEAR_COLORS, MAX_TILES, TILE, contact_sheet, of_all
 from sdxl.latent_rgb import latents_to_rgb
 from shards.buckets import bucket_name, cover
 from shards.format import CacheError
@@ -32,8 +32,10 @@ def write_sheets(cache: Cache, out: Path) -> Iterator[Path]:
     out.mkdir(parents=True, exist_ok=True)
     for bucket, members in sorted(shards.items()):
         tiles = [*islice(_tiles(cache, members), MAX_TILES)]
+        num = sum(int(shard.index.records["num_variants"].sum()) for shard in members)
         path = out / f"{bucket}.png"
-        contact_sheet(tiles).save(path)
+        title = f"{bucket}: {of_all(len(tiles), num)}; {LINEAR_COLORS}; box: what is cached"
+        contact_sheet(tiles, title=title).save(path)
         yield path
 
 

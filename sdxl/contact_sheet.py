@@ -13,10 +13,16 @@ LINE = 18  # pixels under each tile, for its prompt
 MAX_TILES = 100  # images on one sheet
 
 
+GAP = 4  # pixels between images
+MAX_GRID_PIXELS = 60_000_000  # of a grid: tiles get smaller where there are many
+LINEAR_COLORS = "colors by the cache's linear map, not by the VAE"
+
+
 def contact_sheet(
-    images: Sequence[tuple[Path | Image.Image, str]], tile: int = TILE
+    images: Sequence[tuple[Path | Image.Image, str]], tile: int = TILE, title: str = ""
 ) -> Image.Image:
-    """The first images (at least one), each fitted in a tile, with the start of its prompt below.
+    """The first images (at least one), each fitted in a tile, with the start of its prompt below,
+    and a title above all.
 
     ``tile`` is a tile's side in pixels; tiles are lower where all images are. A file is opened
     when its turn comes.
@@ -25,18 +31,18 @@ def contact_sheet(
     columns = math.ceil(math.sqrt(len(shown)))
     rows = math.ceil(len(shown) / columns)
     high = max(fitted.height for fitted, _ in shown)
-    sheet = Image.new("RGB", (columns * tile, rows * (high + LINE)), "white")
+    top = LINE if title else 0
+    step, step_down = tile + GAP, high + LINE + GAP
+    size = columns * step - GAP, top + rows * step_down
+    sheet = Image.new("RGB", size, "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    pen.text((3, 1), _cut(title, size[0] - 6, pen, font), fill="black", font=font)
     for number, (fitted, prompt) in enumerate(shown):
         row, column = divmod(number, columns)
-        x, y = column * tile, row * (high + LINE)
+        x, y = column * step, top + row * step_down
         sheet.paste(fitted, (x + (tile - fitted.width) // 2, y + (high - fitted.height) // 2))
         pen.text((x + 3, y + high + 1), _cut(prompt, tile - 6, pen, font), fill="black", font=font)
     return sheet
-
-
-GAP = 4  # pixels between the images of a grid
-MAX_GRID_PIXELS = 60_000_000  # of a grid: tiles get smaller where there are many
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,11 @@ def grid_sheet(
     return sheet
 
 
+def of_all(num_shown: int, num: int) -> str:
+    """``the first 100 of 186 images``, or ``12 images``."""
+    return f"{num:,} images" if num_shown == num else f"the first {num_shown} of {num:,} images"
+
+
 def _fit(image: Path | Image.Image, tile: int) -> Image.Image:
     if isinstance(image, Path):
         with Image.open(image) as opened:
@@ -98,10 +109,18 @@ def _cut(
     pen: ImageDraw.ImageDraw,
     font: ImageFont.ImageFont | ImageFont.FreeTypeFont,
 ) -> str:
-    """As much of a prompt's start as fits in ``width`` pixels, on one line."""
+    """As many words of a prompt's start as fit in ``width`` pixels, on one line; an ellipsis stands
+    for the others."""
     # A prompt may be as long as a book; at a pixel a letter this is more than fits.
-    line = " ".join(prompt[: 20 * width].split())[:width]
+    line = " ".join(prompt[: 20 * width].split())
+    is_whole = len(prompt) <= 20 * width and len(line) <= width
+    line = line[:width]
+    if is_whole and pen.textlength(line, font) <= width:
+        return line
     num = bisect_right(
-        range(1, len(line) + 1), width, key=lambda n: math.ceil(pen.textlength(line[:n], font))
+        range(1, len(line) + 1),
+        width,
+        key=lambda n: math.ceil(pen.textlength(f"{line[:n]}…", font)),
     )
-    return line[:num]
+    words, _, _ = line[: num + 1].rpartition(" ")
+    return f"{(words if len(words) > num // 2 else line[:num]).rstrip(' ,.;')}…"

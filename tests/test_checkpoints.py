@@ -45,7 +45,12 @@ def test_rotation_keeps_the_newest_the_asked_for_and_the_best(
     assert not list(tmp_path.rglob("*.partial"))
     best = tmp_path / "checkpoints" / "checkpoint-3"
     assert best_checkpoint(tmp_path) == (best, 1.0)
-    lines = describe_result(config_of(split_cache, base, tmp_path, steps=9), tmp_path / LORA)
+    lines = describe_result(
+        config_of(split_cache, base, tmp_path, steps=9, keep=2), tmp_path / LORA
+    )
+    assert any(
+        line.startswith("checkpoints kept: 2, 3, 4, 7, 8, 9 (the newest 2") for line in lines
+    )
     assert f"lowest eval loss: 1.00000, at {best}" in lines
     assert not same_weights(tmp_path / LORA, best / LORA)
     settings |= {"resume": True, "publish": "best"}

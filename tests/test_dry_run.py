@@ -153,3 +153,21 @@ def test_too_little_disk_is_said_before_the_first_image(
         and "0.10 MB are free on the disk of" in reported
         and line in reported.splitlines()
     )
+
+
+def test_images_without_room_for_crops_or_much_too_small_are_told_of(
+    base: Path, tmp_path: Path
+) -> None:
+    for name, size in (("room", (80, 64)), ("exact", (64, 64)), ("tiny", (20, 20))):
+        put(tmp_path / "set" / f"{name}.png", name)
+        Image.linear_gradient("L").resize(size).save(tmp_path / "set" / f"{name}.png")
+    words = ["encode", tmp_path / "set", "--base", base, "--out", tmp_path / "out", *SETTINGS]
+    words += ["--square", "--crops", 3, "--flip"]
+    label = "10 variants of them (3 random crops, mirrored too); not 18, as not every image has "
+    for more in (["--dry-run"], []):
+        code, output = run(*words, *more)
+        assert code == 0, output
+        assert f"  {label}room for 3 crops\n" in output
+        (text,) = [line for line in output.splitlines() if "enlarged" in line and "Warn" in line]
+        assert "1 of 3 images are enlarged more than 2 times (most: tiny.png, 3.2 times)" in text
+        assert text.endswith("--min-size 32 leaves them out")

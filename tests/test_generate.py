@@ -168,7 +168,7 @@ def test_num_images_takes_the_prompts_in_rotation(base: Path, tmp_path: Path) ->
             seeds.append(recorded["seed"])
     assert seeds == [7, 12, 8, 14, 9]
     with Image.open(out / "contact-sheet.png") as sheet:
-        assert sheet.size[0] == 3 * 256
+        assert sheet.size[0] == 3 * 256 + 2 * 4
 
 
 def test_a_lora_of_another_model_is_refused_by_name(base: Path, tmp_path: Path) -> None:

@@ -148,4 +148,6 @@ def test_a_sheet_of_long_prompts() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sheet = contact_sheet([(image, "word " * 200_000), (image, "x" * 1_000_000)])
-    assert sheet.size == (512, 274)
+    assert sheet.size == (2 * 256 + 4, 256 + 18 + 4)
+    cut = contact_sheet([(image, "one two three four five six seven eight nine ten")], 128)
+    assert sheet.size[1] == 278 and cut.size == (128, 128 + 22)

@@ -45,6 +45,7 @@ from train.preview import (
 LINES = "a red circle\n# mine\na blue square --n a black square --w 80 --h 48 --d 9 --s 3 --l 1.5\n"
 OTHER = "a green triangle\n"
 LINE_HEIGHT = 18  # of a sheet's captions, pixels
+GAP = 4  # pixels between its images
 BUCKETS = {(64, 64): (64, 64), (85, 53): (80, 48), (53, 85): (48, 80)}  # of the images' sizes
 
 
@@ -121,9 +122,10 @@ def forward(unet: Any, previews: PreviewPrompts) -> torch.Tensor:
 def tiles_of(sheet: Image.Image) -> Iterator[np.ndarray]:
     """The images of a sheet of one row, [TILE, TILE, 3]."""
     pixels = np.asarray(sheet).astype(int)
-    assert pixels.shape[0] == TILE + LINE_HEIGHT
-    for left in range(0, pixels.shape[1], TILE):
-        yield pixels[:TILE, left : left + TILE]
+    top = pixels.shape[0] - TILE - LINE_HEIGHT - GAP  # a title, where there is one
+    assert top in (0, LINE_HEIGHT)
+    for left in range(0, pixels.shape[1], TILE + GAP):
+        yield pixels[top : top + TILE, left : left + TILE]
 
 
 def test_the_embeddings_are_encode_prompts(prompted: Path, base: Path) -> None:

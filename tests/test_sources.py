@@ -89,6 +89,7 @@ def test_no_name_in_a_list_is_lost_or_merged(many_names: Path, tmp_path: Path) -
 
 
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # webdataset leaves tars open
+@pytest.mark.filterwarnings("ignore:.*are enlarged more than 2 times")
 def test_every_name_is_in_the_cache(many_names: Path, tmp_path: Path, encode_to: Encode) -> None:
     folder = encode_to(many_names, tmp_path / "cache")
     cache = Cache(folder)

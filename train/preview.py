@@ -16,7 +16,7 @@ from PIL import Image
 
 from runtime.files import durable_file, writing
 from sdxl.base import Base, find_weights
-from sdxl.contact_sheet import MAX_TILES, contact_sheet
+from sdxl.contact_sheet import LINEAR_COLORS, MAX_TILES, contact_sheet
 from sdxl.latent_rgb import latents_to_rgb
 from sdxl.load import load_scheduler, load_vae
 from sdxl.prompt_files import Prompt
@@ -91,6 +91,7 @@ def draw_previews(
     vae: Any = None,
     num_steps: int = 20,
     guidance_scale: float = 5.0,
+    title: str = "",
 ) -> Image.Image:
     """Generate one sheet of the first 100 prompts, in the order of their file, each with the start
     of its text.
@@ -113,8 +114,13 @@ def draw_previews(
                     image = latents_to_rgb(latents, previews.weight, previews.bias)
                 else:
                     image = decode_latents(vae, latents)
-            tiles.append((_to_image(image[0]), prompt.text))
-    return contact_sheet(tiles, TILE)
+            tiles.append((_to_image(image[0]), f"seed {_seed(prompt, row)}: {prompt.text}"))
+    lines = [title, LINEAR_COLORS if vae is None else ""]
+    return contact_sheet(tiles, TILE, "; ".join(filter(None, lines)))
+
+
+def _seed(prompt: Prompt, row: int) -> int:
+    return row if prompt.seed is None else prompt.seed
 
 
 def _sample(
@@ -129,7 +135,7 @@ def _sample(
     """Latents [1, C, h, w] of one prompt."""
     prompt, rows = previews.prompts[row], slice(row, row + 1)
     width, height = prompt.width or previews.size[0], prompt.height or previews.size[1]
-    generator = torch.Generator().manual_seed(row if prompt.seed is None else prompt.seed)
+    generator = torch.Generator().manual_seed(_seed(prompt, row))
     shape = (unet.config.in_channels, height // 8, width // 8)
     if prompt.guidance_scale is not None:
         guidance_scale = prompt.guidance_scale
@@ -211,6 +217,7 @@ class Previewer:
                 self.previews,
                 autocast=precision.dtype if precision.autocast else None,
                 vae=vae,
+                title=f"step {step:,}" + (", averaged weights" if learner.ema is not None else ""),
             )
         path = self.config.out / FOLDER / f"step-{step:06d}.png"
         if learner.world.is_main:

@@ -58,6 +58,7 @@ from shards.manifest import (
 )
 
 REJECTED = "rejected.jsonl"
+MUCH_ENLARGED = 2  # times
 
 
 @dataclass(eq=False)
@@ -252,6 +253,20 @@ def warn_about_reencoding(plan: CachePlan) -> None:
         warnings.warn(
             f"{plan.folder}: settings changed, so what they touch in a finished cache is encoded "
             f"anew: {listed}",
+            stacklevel=2,
+        )
+
+
+def warn_about_enlarging(plan: CachePlan, resolution: int) -> None:
+    """Warn of images that are much smaller than their bucket: what they teach is blur."""
+    grown = [(sample.variants[0].enlargement, sample.record.path) for sample in plan.planned]
+    grown = [(factor, path) for factor, path in grown if factor > MUCH_ENLARGED]
+    if grown:
+        factor, path = max(grown)
+        warnings.warn(
+            f"{plan.folder}: {len(grown):,} of {len(plan.planned):,} images are enlarged more than "
+            f"{MUCH_ENLARGED} times (most: {path}, {factor:.1f} times), and blur is learned from "
+            f"them; --min-size {resolution // MUCH_ENLARGED} leaves them out",
             stacklevel=2,
         )
 

@@ -5,12 +5,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from precompute.dataset.records import Rejected
-from precompute.plan.cache_plan import CachePlan, plan_caches
+from precompute.plan.cache_plan import CachePlan, plan_caches, warn_about_enlarging
 from precompute.plan.disk_space import Sizer, check_disk_space
 from precompute.plan.placement import PlannedSample
 from precompute.plan.removals import refuse_losses
 from precompute.plan.scan import Notes
-from precompute.report import summarize
+from precompute.report import summarize, variants_label
 from precompute.settings import EncodeSettings
 from runtime.devices import pick_device
 from runtime.files import format_bytes, free_bytes
@@ -41,7 +41,8 @@ def dry_run(settings: EncodeSettings) -> Iterator[str]:
     tokenizer, _ = load_tokenizers(base)
     plans = plan_caches(settings, base, notes, None)
     for plan in plans:
-        yield from _describe_plan(plan)
+        yield from _describe_plan(plan, settings)
+        warn_about_enlarging(plan, settings.resolution)
         yield from _describe_cropping(plan.planned)
         yield from _describe_captions(plan.planned, tokenizer, settings.long_captions)
         yield f"  about {format_bytes(sum(map(sizer.bytes_of, plan.planned)))}"
@@ -52,7 +53,7 @@ def dry_run(settings: EncodeSettings) -> Iterator[str]:
     yield "nothing was encoded or written (--dry-run)"
 
 
-def _describe_plan(plan: CachePlan) -> Iterator[str]:
+def _describe_plan(plan: CachePlan, settings: EncodeSettings) -> Iterator[str]:
     planned = plan.planned
     yield (
         f"{plan.folder}: {len(planned):,} images, {len(plan.rejected):,} rejected: "
@@ -65,7 +66,7 @@ def _describe_plan(plan: CachePlan) -> Iterator[str]:
     taken = sum(sample.record.repeats for sample in planned)
     masks = sum(sample.record.mask is not None for sample in planned)
     for number, usual, label in (
-        (variants, len(planned), "variants of them (crops, mirrored)"),
+        (variants, len(planned), variants_label(variants, len(planned), settings)),
         (taken, len(planned), "images an epoch, with repeats"),
         (masks, 0, "mask images"),
     ):
