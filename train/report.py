@@ -122,8 +122,8 @@ def describe_result(config: TrainConfig, path: Path) -> list[str]:
     lowest = [f"lowest eval loss: {best[1]:.5f}, at {best[0]}"] if best else []
     if config.keep and (steps := [f"{step:,}" for step in numbered(config.out)]):
         lowest.append(
-            f"checkpoints kept: {', '.join(steps)} (the newest {config.keep} of --checkpoint-every, "
-            "the last, the best, and those of --checkpoint-at)"
+            f"checkpoints kept: {', '.join(steps)} (the newest {config.keep} of "
+            "--checkpoint-every, the last, the best, and those of --checkpoint-at)"
         )
     if config.full:
         return [
