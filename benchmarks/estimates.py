@@ -20,7 +20,7 @@ from benchmarks.full_base import CONFIGS
 from benchmarks.report import keep, machine, show
 from sdxl.base import open_base
 from train.config import TrainConfig
-from train.memory import Estimator
+from train.memory import CARDS, Estimator
 from train.option_values import CacheUse
 from train.unet import add_adapter
 
@@ -191,10 +191,6 @@ def by_block(pixels: int) -> list[dict[str, Any]]:
     ]
 
 
-# Dense bf16 TFLOP/s with fp32 accumulation that the makers state, and the share of it that
-# published UNet runs reached: MLPerf Training 4.0's log of SD2 at 512 px on an H100, 127.4
-# images/s, is 31 % (derived); MosaicML's 36.3 on an A100 is 28 %. For a 4090 none is published.
-CARDS = {"RTX 4090": (165.2, 0.31), "A100": (312.0, 0.28), "H100 SXM": (989.0, 0.31)}
 RECOMPUTED = "with checkpointing"
 
 
@@ -204,7 +200,7 @@ def expected(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for row in rows:
         once = row["forward + backward TFLOP"]
         for how, tflop in (("", once), (RECOMPUTED, once + row["forward TFLOP"])):
-            rates = {card: share * peak / tflop for card, (peak, share) in CARDS.items()}
+            rates = {card: share * peak / 1e12 / tflop for card, (peak, share) in CARDS.items()}
             rates_of.append({"run": f"{row['run']} {how}".strip(), "px": row["px"], **rates})
     return rates_of
 

@@ -1,4 +1,4 @@
-"""Estimates how much memory a run will take, by part, before it is tried.
+"""Estimates how much memory a run will take, by part, and how many operations, before it is tried.
 
 Weights, gradients and optimizer state are counted. Activations are what autograd saves in a pass
 of the real UNet over fake tensors, which have shapes and no data: attention's are those of a fused
@@ -6,13 +6,15 @@ kernel. What kernels use for themselves is a guess, so a peak is an estimate.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from runtime.devices import DTYPES
 from sdxl.base import Base
@@ -26,6 +28,13 @@ from train.unet import BLOCKS, add_adapter, keep_norms_in_half, trainable
 
 QUANT_BYTES = {"int8": 1.01, "nf4": 0.57}  # a weight, with its scales
 FREE_SHARE = 0.9  # of what a card has free, that an estimate may take
+# A forward and a backward pass, in forward passes (counted: docs/benchmarks.md): the frozen weights
+# of a LoRA's base need no gradients.
+LORA_PASSES, FULL_PASSES = 2.1, 3.0
+# Dense bf16 FLOP/s with fp32 accumulation that the makers state, and the share of it that published
+# UNet runs reached: MLPerf Training 4.0's log of SD2 at 512 px on an H100, 127.4 images/s, is 31 %
+# (derived); MosaicML's 36.3 on an A100 is 28 %. For a 4090 none is published.
+CARDS = {"RTX 4090": (165.2e12, 0.31), "A100": (312e12, 0.28), "H100 SXM": (989e12, 0.31)}
 WORKING_TENSORS = 4  # of the largest activation's size, in use beside what is saved
 
 
@@ -134,6 +143,18 @@ class Estimator:
             )
         activations: Activations = self._memo[key]
         return activations
+
+    def flops(self, config: TrainConfig, bucket: Size) -> float:
+        """Floating-point operations of one sample of ``bucket``, forward and backward: counted in a
+        forward pass over fake tensors, times what a backward pass and recomputing are of it."""
+        unet, dtype = self._unet(config), self._dtype(config)
+        with FakeTensorMode(), torch.no_grad(), _autocast(dtype):
+            tensors, inputs = _stand_ins(unet, bucket, self.tokens, dtype, dtype)
+            # The fused kernels of a CPU are not counted.
+            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+                torch.func.functional_call(unet, tensors, (), inputs)
+        passes = FULL_PASSES if config.full else LORA_PASSES
+        return float(counter.get_total_flops() * (passes + self._checkpoints(config)))
 
     def advice(self, config: TrainConfig, bucket: Size) -> list[tuple[str, int]]:
         """Flags that would lower the peak, with the bytes that each saves, most first."""
@@ -273,36 +294,10 @@ def state_bytes(optimizer: str, shapes: Iterable[torch.Size]) -> int:
 def _measure(
     unet: Any, bucket: Size, tokens: int, dtype: torch.dtype, trained_dtype: torch.dtype
 ) -> Activations:
-    width, height = bucket[0] // 8, bucket[1] // 8
-    config = unet.config
-    added = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-    half = dtype != torch.float32
     with FakeTensorMode():
-        tensors = {
-            name: torch.empty(
-                p.shape,
-                dtype=trained_dtype if p.requires_grad else dtype,
-                requires_grad=p.requires_grad,
-            )
-            for name, p in unet.named_parameters()
-        }
+        tensors, inputs = _stand_ins(unet, bucket, tokens, dtype, trained_dtype)
         parameters = {tensor.untyped_storage()._cdata for tensor in tensors.values()}
-        inputs = {
-            "sample": torch.empty(1, config.in_channels, height, width, dtype=dtype),
-            "timestep": torch.zeros(1, dtype=torch.long),
-            "encoder_hidden_states": torch.empty(
-                1, tokens, config.cross_attention_dim, dtype=dtype
-            ),
-            "added_cond_kwargs": {
-                "text_embeds": torch.empty(1, added, dtype=dtype),
-                "time_ids": torch.empty(1, 6),
-            },
-            "return_dict": False,
-        }
-        with (
-            torch.autocast("cpu", dtype) if half else nullcontext(),
-            _saved(unet, parameters) as seen,
-        ):
+        with _autocast(dtype), _saved(unet, parameters) as seen:
             torch.func.functional_call(unet, tensors, (), inputs)
     return Activations(
         total=seen.total,
@@ -312,6 +307,38 @@ def _measure(
         + max(seen.blocks, default=0),
         largest=seen.largest,
     )
+
+
+def _stand_ins(
+    unet: Any, bucket: Size, tokens: int, dtype: torch.dtype, trained_dtype: torch.dtype
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Weights of the UNet, and inputs of one sample, to be made under ``FakeTensorMode``."""
+    config = unet.config
+    added = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    tensors = {
+        name: torch.empty(
+            p.shape,
+            dtype=trained_dtype if p.requires_grad else dtype,
+            requires_grad=p.requires_grad,
+        )
+        for name, p in unet.named_parameters()
+    }
+    width, height = bucket[0] // 8, bucket[1] // 8
+    inputs = {
+        "sample": torch.empty(1, config.in_channels, height, width, dtype=dtype),
+        "timestep": torch.zeros(1, dtype=torch.long),
+        "encoder_hidden_states": torch.empty(1, tokens, config.cross_attention_dim, dtype=dtype),
+        "added_cond_kwargs": {
+            "text_embeds": torch.empty(1, added, dtype=dtype),
+            "time_ids": torch.empty(1, 6),
+        },
+        "return_dict": False,
+    }
+    return tensors, inputs
+
+
+def _autocast(dtype: torch.dtype) -> AbstractContextManager[Any]:
+    return nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype)
 
 
 class _Seen:

@@ -17,7 +17,7 @@ from train.checkpoint import best_checkpoint, newest_checkpoint, numbered
 from train.config import TrainConfig, check_processes
 from train.distributed import DistContext
 from train.fit import budget_of, describe_fit, fit_run
-from train.memory import Estimate, Estimator, choose_checkpointing, size_text
+from train.memory import CARDS, Estimate, Estimator, choose_checkpointing, size_text
 from train.objective import objective_of
 from train.resume import with_init_lora
 from train.run_folder import check_folder
@@ -75,6 +75,8 @@ def dry_run(config: TrainConfig) -> Iterator[str]:
         f"global batch {plan.global_batch}; {plan.num_batches:,} steps an epoch"
     )
     yield f"steps: {steps:,} ({steps / plan.num_batches:.2f} epochs)"
+    if device == "cuda" or device.startswith("cuda:"):
+        yield _hours(config, plan, steps, estimator, num)
     each = f"each of {num} processes" if num > 1 else "the process"
     yield f"estimated peak memory of {each}, on {device}:"
     yield f"  {'bucket':>10} {'samples':>8} {'batches':>8} {'peak':>10}"
@@ -90,6 +92,26 @@ def dry_run(config: TrainConfig) -> Iterator[str]:
     yield f"in {bucket_name(bucket)}: {', '.join(shown)}"
     for text, saved in estimator.advice(config, bucket):
         yield f"  {text} would save about {size_text(saved)}"
+
+
+def _hours(config: TrainConfig, plan: Plan, steps: int, estimator: Estimator, num: int) -> str:
+    """How long the steps would take on some cards: counted work by the share of their peak that
+    published runs reached. The work of a bucket is as its area."""
+    largest = largest_bucket(plan.buckets)
+    area = sum(
+        group.count * group.repeats * group.bucket[0] * group.bucket[1] for group in plan.groups
+    ) / sum(group.count * group.repeats for group in plan.groups)
+    each = estimator.flops(config, largest) * area / (largest[0] * largest[1])
+    total = each * steps * plan.global_batch / num
+    times = {card: total / (peak * share) for card, (peak, share) in CARDS.items()}
+    listed = ", ".join(f"{_duration(seconds)} on {card}" for card, seconds in times.items())
+    cards = f"{num} cards" if num > 1 else "one card"
+    return f"time with {cards}, counted and not measured: about {listed}"
+
+
+def _duration(seconds: float) -> str:
+    """``2.3 h``, ``12 min``; never less than a minute."""
+    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{max(1, round(seconds / 60))} min"
 
 
 def _adapter(config: TrainConfig) -> str:
