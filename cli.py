@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from cli_pages import check_grid_page, check_pages, report_at_end, show_grid
+from cli_pages import CheckpointPages, check_grid_page, check_pages, report_at_end, show_grid
 from runtime.errors import echo, handle_errors, silence_libraries
 from runtime.imports import skip_unused_imports
 from runtime.messages import pluralize
@@ -233,7 +233,8 @@ def train(ctx: click.Context, debug: bool, recipe: Path | None, **values: Any) -
         from train.loop import train as run
 
         try:
-            path = run(config)
+            with CheckpointPages(config.out) as write_page:
+                path = run(config, write_page)
         except (Stopped, FloatingPointError):  # it has come some way, which is worth a look
             report_at_end(config.out, _train_command())
             raise

@@ -1,5 +1,9 @@
 """What the commands do about pages: whether they can be written, and the page at a run's end."""
 
+import subprocess
+import sys
+import time
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +16,42 @@ from runtime.workers import is_main_process
 
 if TYPE_CHECKING:
     from infer.grid import Grid
+
+
+PAUSE_SECONDS = 60  # from one page at a checkpoint to the next
+
+
+class CheckpointPages:
+    """Writes a run's page at its checkpoints, in a process of its own: the steps go on.
+
+    While entered, calling it starts that process, unless one is at work or was a moment ago. At the
+    end what is still at work is ended, for the page of the whole run comes next.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self.run = run
+        self._process: subprocess.Popen[bytes] | None = None
+        self._next = time.monotonic() + PAUSE_SECONDS
+
+    def __call__(self) -> None:
+        is_idle = self._process is None or self._process.poll() is not None
+        if not (is_main_process() and is_idle and time.monotonic() >= self._next):
+            return
+        if not _missing_packages():
+            self._next = time.monotonic() + PAUSE_SECONDS
+            command = [sys.executable, str(Path(__file__).with_name("cli.py")), "report"]
+            with suppress(OSError):  # a page is not worth the run
+                self._process = subprocess.Popen(
+                    [*command, str(self.run)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+                )
+
+    def __enter__(self) -> "CheckpointPages":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait()
 
 
 def report_at_end(run: Path, command: StageCommand) -> None:

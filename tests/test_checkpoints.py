@@ -72,7 +72,13 @@ def test_the_best_average_is_published_at_once(
     evals = iter([9.0, 2.0, 1.0, 3.0])
     monkeypatch.setattr(train.loop, "evaluate", lambda *_: next(evals))
     each: dict[str, Any] = {"checkpoint_every": Every(1), "eval_every": Every(1)}
-    run(split_cache, base, tmp_path, steps=3, full=True, ema=0.5, publish="best", **each)
+    settings = {"steps": 3, "full": True, "ema": 0.5, "publish": "best", **each}
+    calls: list[list[int]] = []
+    train.loop.train(
+        config_of(split_cache, base, tmp_path, **settings),
+        lambda: calls.append([*numbered(tmp_path)]),
+    )
+    assert calls == [[1], [1, 2], [1, 2, 3]]
     averages = [tmp_path / "checkpoints" / f"checkpoint-{step}" / "ema" for step in (1, 2, 3)]
     equal = [same_weights(tmp_path / UNET, average / UNET) for average in averages]
     assert equal == [False, True, False]

@@ -227,9 +227,6 @@ def test_operations_are_those_of_a_step(sdxl_configs: Path) -> None:
         config = config_of(Path("x"), sdxl_configs, gradient_checkpointing=False, **settings)
         once = row["forward + backward TFLOP"] * 1e12
         assert estimator.flops(config, (512, 512)) == pytest.approx(once, rel=0.07)
-        more = replace(config, gradient_checkpointing=True)
-        again = once + row["forward TFLOP"] * 1e12
-        assert estimator.flops(more, (512, 512)) == pytest.approx(again, rel=0.07)
 
 
 @pytest.mark.slow

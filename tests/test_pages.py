@@ -415,6 +415,32 @@ def test_without_the_packages_a_line_says_what_to_install(
     assert error.startswith("Warning: the run's page is not written") and "Traceback" not in error
 
 
+def test_a_page_is_written_at_checkpoints_beside_the_run(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = shutil.copytree(run, tmp_path / "cats")
+    (copy / REPORT).unlink(missing_ok=True)
+    clock = [0.0]
+    monkeypatch.setattr(cli_pages.time, "monotonic", lambda: clock[0])
+    with cli_pages.CheckpointPages(copy) as write_page:
+        write_page()  # a run that is over within a minute needs none in between
+        assert write_page._process is None
+        clock[0] = 61
+        write_page()
+        first = write_page._process
+        write_page()  # while that one is at work
+        assert first is not None and write_page._process is first
+        assert first.wait(60) == 0
+        assert "best: checkpoint-108" in Page((copy / REPORT).read_text()).text
+        write_page()  # within the same minute
+        assert write_page._process is first
+        clock[0] = 130
+        write_page()
+        second = write_page._process
+        assert second is not None and second is not first
+    assert second.returncode is not None, "ended with the run"
+
+
 def test_the_trainer_knows_the_name_of_the_page() -> None:
     assert train.run_folder.REPORT == REPORT and REPORT in train.run_folder.ENTRIES
 

@@ -13,7 +13,7 @@ threads that have read ahead; that is why a resumed run is the run that was not 
 
 import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -84,8 +84,10 @@ class Run:
         return self.start.batches_done + step - self.start.step
 
 
-def train(config: TrainConfig) -> Path:
+def train(config: TrainConfig, after_checkpoint: Callable[[], None] | None = None) -> Path:
     """Train, and return the LoRA file or the UNet folder.
+
+    ``after_checkpoint`` is called when a checkpoint is complete.
 
     Raises:
         ValueError: the cache, the base, the run's folder or the settings cannot be used.
@@ -131,7 +133,7 @@ def train(config: TrainConfig) -> Path:
                 identity=identity,
                 start=start,
                 num_steps=num_steps,
-                writer=_checkpoint_writer(config, learner, kind, start),
+                writer=_checkpoint_writer(config, learner, kind, start, after_checkpoint),
                 fitted=fitted,
                 skipped_in_a_row=start.skipped_in_a_row,
             )
@@ -150,13 +152,19 @@ def train(config: TrainConfig) -> Path:
 
 
 def _checkpoint_writer(
-    config: TrainConfig, learner: Learner, kind: WeightsFormat, start: Start
+    config: TrainConfig,
+    learner: Learner,
+    kind: WeightsFormat,
+    start: Start,
+    after_checkpoint: Callable[[], None] | None,
 ) -> CheckpointWriter:
     def after(step: int) -> None:
         if config.overwrite:
             discard_replaced_run(config.out)
         if config.keep:
             rotate(config.out, config.keep, step)
+        if after_checkpoint is not None:
+            after_checkpoint()
 
     return CheckpointWriter(config.out, learner, kind, start.path, after)
 
