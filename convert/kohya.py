@@ -63,7 +63,9 @@ def convert_kohya(config: Path, datasets: Path | None, out: Path) -> Conversion:
     top = report.level(config, "", values)
     options = Options(report, (top,))
     if datasets is None and values.get("dataset_config") is not None:
-        datasets = Path(located(options.get("dataset_config", str).value, config))
+        given = options.get("dataset_config", str)
+        datasets = Path(located(given.value, config))
+        report.write(given.labels, f"read: {datasets}")
     _refuse_others(options)
     output = Path(options.get("output_dir", str, "output").value)
     name = options.get("output_name", str, "last").value
@@ -127,10 +129,17 @@ def _write_train(conversion: Conversion, options: Options, subsets: list[Subset]
     train = conversion.train
     write_base(train, options)
     names = options.levels[0].values
-    is_lora = any(name.startswith("network_") and name != "network_multiplier" for name in names)
+    is_lora = any(
+        f"network_{name}" in names for name in ("module", "dim", "alpha", "weights", "args")
+    )
     copy_rows(train, options)
     if is_lora:
         _write_lora(train, options)
+        if not options.get("network_train_unet_only", bool, False).value:
+            conversion.notes.append(
+                "kohya would train the text encoders too (no network_train_unet_only); here the "
+                "UNet alone is trained"
+            )
     else:
         train.set("full", True, Given(True), default="no network_module: the whole UNet is trained")
     batch_size = _batch_size(train, subsets)

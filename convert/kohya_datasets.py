@@ -158,9 +158,8 @@ def _folders_with_repeats(root: str) -> list[tuple[str, int, str]] | None:
     """Name, repeats and class of each folder 10_name; None where ``root`` is not there, or is of
     images itself."""
     try:
-        entries = sorted(
-            entry.name for entry in islice(os.scandir(root), MAX_LISTED) if entry.is_dir()
-        )
+        with os.scandir(root) as listed:
+            entries = sorted(entry.name for entry in islice(listed, MAX_LISTED) if entry.is_dir())
     except (OSError, ValueError):
         return None
     folders = []

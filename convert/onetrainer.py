@@ -336,11 +336,32 @@ def _write_memory(train: Recipe, options: Options, is_lora: bool) -> None:
         options.drop(weights, "weights are fp32, or with BFLOAT_16 bf16")
     elif is_lora:
         options.report.write(weights.labels, "train: the frozen base is held in --precision")
+    _write_average(train, options)
     for name in ("unet.gradient_checkpointing", "gradient_checkpointing"):
         text = options.get(name, str) if _is_text(options, name) else options.get(name, bool)
         if text.value is not None:
             is_on = text.value in (True, "ON", "CPU_OFFLOADED")
             train.set("gradient_checkpointing", is_on, text)
+
+
+def _write_average(train: Recipe, options: Options) -> None:
+    """OneTrainer's decay is of an update, at every Nth step; ours is of a step."""
+    place = options.get("ema", str, "OFF")
+    interval = options.get("ema_update_step_interval", int, 5)
+    decay = options.get("ema_decay", float, 0.999)
+    if place.value not in ("GPU", "CPU"):
+        return
+    if interval.value < 1 or not 0 < decay.value < 1:
+        raise options.fail("ema_decay", "must be between 0 and 1, of steps from 1 on")
+    value = round(decay.value ** (1 / interval.value), 9)
+    default = "ema_decay is 0.999 for OneTrainer, at every fifth step"
+    train.set("ema", value, decay, default=default)
+    if place.value == "CPU":
+        train.set("ema_on_cpu", True, place)
+    else:
+        options.report.write(place.labels, "train: ema")
+    if interval.value > 1:
+        train.set("ema_every", interval.value, interval, default=default)
 
 
 def _is_text(options: Options, name: str) -> bool:
@@ -432,10 +453,13 @@ def _write_concepts(conversion: Conversion, options: Options) -> int | None:
 def _concepts(options: Options) -> tuple[list[dict[str, Any]], Path]:
     """The concepts, and the file that holds them."""
     source = options.levels[0].path
-    value: Any = options.get("concepts", list).value
+    listed = options.get("concepts", list)
+    options.report.write(listed.labels, "read: each is listed by itself")
+    value: Any = listed.value
     if value is None:
-        name = options.get("concept_file_name", str, "training_concepts/concepts.json").value
-        source = Path(located(name, source))
+        given = options.get("concept_file_name", str, "training_concepts/concepts.json")
+        source = Path(located(given.value, source))
+        options.report.write(given.labels, f"read: {source}")
         if not source.is_file():
             raise options.fail("concept_file_name", f"{source} is not there; it names the images")
         value = read_json(source)

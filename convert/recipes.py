@@ -13,16 +13,7 @@ from typing import Any
 
 import click
 
-from convert.tables import (
-    ALREADY,
-    CLASSES,
-    TRANSLATED,
-    WRITTEN,
-    Given,
-    Options,
-    Report,
-    is_secret,
-)
+from convert.tables import CLASSES, WRITTEN, Given, Options, Report
 from runtime.files import (
     canonical_json,
     file_sha256,
@@ -149,10 +140,12 @@ def count_images(folder: str, deep: bool = False) -> int | None:
     try:
         if not os.path.isdir(folder):
             return None
-        names = (name for _, _, names in os.walk(folder) for name in names)
-        if not deep:
-            names = (entry.name for entry in os.scandir(folder))
-        return sum(name.lower().endswith(IMAGE_ENDINGS) for name in islice(names, MAX_LISTED))
+        if deep:
+            names = [name for _, _, part in islice(os.walk(folder), MAX_LISTED) for name in part]
+        else:
+            with os.scandir(folder) as entries:
+                names = [entry.name for entry in islice(entries, MAX_LISTED)]
+        return sum(name.lower().endswith(IMAGE_ENDINGS) for name in names)
     except (OSError, ValueError):
         return None
 
@@ -284,17 +277,13 @@ def readme_lines(conversion: Conversion) -> list[str]:
         entries = [outcome for outcome in outcomes if outcome.kind == kind]
         if entries:
             lines += ["", f"{kind} ({len(entries)}):"]
-            lines += [_entry(outcome.label, outcome.text, kind) for outcome in entries]
+            lines += [
+                f"  {outcome.label}: {outcome.text}".removesuffix(": ") for outcome in entries
+            ]
     if conversion.report.defaults:
         lines += ["", WRITTEN.format(tool=conversion.tool) + ":"]
         lines += [f"  {text}" for text in conversion.report.defaults]
     return [printable(line).replace("\n", " ") for line in lines]
-
-
-def _entry(label: str, text: str, kind: str) -> str:
-    if is_secret(label) and kind in (TRANSLATED, ALREADY):
-        text = ""
-    return f"  {label}: {text}" if text else f"  {label}"
 
 
 def cache_use(folder: str, repeats: int, weight: float = 1.0) -> str:

@@ -59,10 +59,11 @@ def convert_simpletuner(config: Path, datasets: Path | None, out: Path) -> Conve
     if kind.value not in ("lora", "full"):
         raise options.fail("model_type", f"must be lora or full, not {shown(kind.value)}")
     if datasets is None:
-        name = options.get("data_backend_config", str).value
-        if not name:
+        given = options.get("data_backend_config", str)
+        if not given.value:
             raise options.fail("data_backend_config", "is missing; name it here or as DATASETS")
-        datasets = Path(located(name, config))
+        datasets = Path(located(given.value, config))
+        report.write(given.labels, f"read: {datasets}")
     output = options.get("output_dir", str, "simpletuner-results")
     results = Path(output.value) / "shardtune"
     conversion = Conversion("SimpleTuner", config, out, report, results)

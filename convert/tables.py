@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ WITHOUT = "No counterpart, and what is done instead"
 UNKNOWN = "Not known to convert"
 WRITTEN = "Not in the config: defaults of {tool} that differ from ours, written into the recipes"
 CLASSES = (TRANSLATED, ALREADY, WITHOUT, UNKNOWN)
-SECRETS = ("key", "token", "secret", "password")  # in a name: its value is not repeated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +39,7 @@ class Row:
 _KINDS = {kind.__name__: kind for kind in (bool, int, float, str)}
 
 
+@cache
 def read_table(tool: str) -> tuple[Row, ...]:
     """The rows of ``TOOL.table``: five fields a line, with | between."""
     rows = []
@@ -246,11 +247,6 @@ def shown(value: Any) -> str:
     if isinstance(value, int) and abs(value) >= 2**64:
         return "a number that is out of range"
     return printable(shortened(value)).replace("\n", " ")
-
-
-def is_secret(label: str) -> bool:
-    """Whether an option may hold what must not be repeated."""
-    return any(word in label.lower() for word in SECRETS)
 
 
 def markdown(tool: str, rows: Iterable[Row]) -> str:
