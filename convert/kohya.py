@@ -41,6 +41,7 @@ _OPTIMIZERS = {
     "adafactor": ("adafactor", ""),
     "prodigy": ("prodigy", ""),
 }
+_LORA_SIGNS = ("module", "dim", "alpha", "weights", "args")
 _SCHEDULES = {
     "constant": "constant",
     "constant_with_warmup": "constant",
