@@ -16,7 +16,7 @@ from cli_pages import check_pages, report_at_end
 from runtime.errors import echo, handle_errors, silence_libraries
 from runtime.imports import skip_unused_imports
 from runtime.messages import pluralize
-from runtime.options import Commands, FilePath, PathText, StageCommand
+from runtime.options import RECIPE_OPTION, Commands, FilePath, PathText, StageCommand
 from runtime.path_kinds import check_cache, missing
 from runtime.process import keep_freed_memory, let_segments_grow, let_threads_sleep
 from runtime.signals import Stopped
@@ -33,14 +33,6 @@ def stage(name: str, settings: str) -> Callable[[Callable[..., None]], click.Com
         )
 
     return declare
-
-
-from_recipe = click.option(
-    "--config",
-    "recipe",
-    type=FilePath(),
-    help="Read options from a TOML file; options on the command line take precedence.",
-)
 
 
 def _settings(ctx: click.Context, values: dict[str, Any], recipe: Path | None = None) -> Any:
@@ -135,7 +127,7 @@ def tune(ctx: click.Context, debug: bool, **values: Any) -> None:
 
 
 @stage("encode", "precompute.settings:EncodeSettings")
-@from_recipe
+@RECIPE_OPTION
 def encode(ctx: click.Context, debug: bool, recipe: Path | None, **values: Any) -> None:
     """Encode a folder of captioned images into a cache of shards.
 
@@ -214,7 +206,7 @@ def prompts(
 
 
 @stage("train", "train.config:TrainConfig")
-@from_recipe
+@RECIPE_OPTION
 def train(ctx: click.Context, debug: bool, recipe: Path | None, **values: Any) -> None:
     """Fine-tune a LoRA, or the whole UNet, from the shards in CACHES.
 
@@ -258,7 +250,7 @@ def _train_command() -> StageCommand:
 
 
 @stage("generate", "infer.settings:GenerateSettings")
-@from_recipe
+@RECIPE_OPTION
 def generate(ctx: click.Context, debug: bool, recipe: Path | None, **values: Any) -> None:
     """Generate images from prompts.
 

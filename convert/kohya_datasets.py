@@ -101,7 +101,7 @@ def _tables(path: Path, name: str, value: Any) -> list[dict[str, Any]]:
 def _subset(options: Options, level: Level, conversion: Conversion) -> Iterable[Subset]:
     folder = options.get("image_dir", str)
     if not folder.value:
-        raise options.fail("image_dir", f"{level.prefix}image_dir is missing")
+        raise options.fail("image_dir", "is missing")
     repeats = options.get("num_repeats", int, 1)
     if repeats.value < 1:
         conversion.notes.append(f"{level.prefix[:-1]} is left out: it is taken 0 times, as there")

@@ -423,7 +423,7 @@ def _write_concepts(conversion: Conversion, options: Options) -> int | None:
             continue
         path = inner.get("path", str)
         if not path.value:
-            raise inner.fail("path", f"{prefix}path is missing")
+            raise inner.fail("path", "is missing")
         folder = located(path.value, source)
         recipe = conversion.new_encode(folder)
         recipe.set("dataset", folder, path)

@@ -279,7 +279,7 @@ def _write_backend(conversion: Conversion, own: Options, inner: Options, options
         raise own.fail("type", f"{shown(backend)} cannot be read; download it into a folder")
     given = own.get("instance_data_dir", str)
     if not given.value:
-        raise own.fail("instance_data_dir", f"{own.levels[0].prefix}instance_data_dir is missing")
+        raise own.fail("instance_data_dir", "is missing")
     folder = located(given.value, own.levels[0].path)
     recipe = conversion.new_encode(folder)
     recipe.set("dataset", folder, given)

@@ -190,7 +190,7 @@ class Options:
         for level in self.levels:
             if name in level.values:
                 return ValueError(f"{level.path}: {level.label(name)}: {text}")
-        return ValueError(f"{self.levels[-1].path}: {name}: {text}")
+        return ValueError(f"{self.levels[0].path}: {self.levels[0].label(name)}: {text}")
 
     def drop(self, given: Given, text: str) -> None:
         for label in given.labels:

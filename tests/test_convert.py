@@ -505,9 +505,13 @@ def test_an_sdxl_is_not_taken_for_another_by_its_name() -> None:
         ("onetrainer", {"training_method": "EMBEDDING"}, "'EMBEDDING' cannot be trained here"),
         ("onetrainer", {"epochs": "ten"}, "epochs: must be a whole number, not 'ten'"),
         ("onetrainer", {"unet": {"train": False}}, "unet.train: must be true"),
-        ("onetrainer", {"concepts": [{}]}, "concepts[1].path: concepts[1].path is missing"),
+        ("onetrainer", {"concepts": [{}]}, "concepts[1].path: is missing"),
         ("simpletuner", {"model_family": "flux"}, "model_family: 'flux' is not sdxl"),
-        ("simpletuner", {"lora_rank": [8]}, "lora_rank: must be a whole number, not a list"),
+        (
+            "simpletuner",
+            {"model_type": "lora", "lora_rank": [8]},
+            "lora_rank: must be a whole number, not a list",
+        ),
     ],
 )
 def test_other_tools_are_refused_likewise(tool: str, change: dict[str, Any], message: str) -> None:
