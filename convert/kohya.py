@@ -72,8 +72,7 @@ def convert_kohya(config: Path, datasets: Path | None, out: Path) -> Conversion:
     name = options.get("output_name", str, "last").value
     conversion = Conversion("kohya", config, out, report, output / name)
     for key in ("output_dir", "output_name"):
-        if given := options.get(key, str).labels:
-            report.write(given, f"train: out = {shown(str(output / name))}")
+        report.write(options.get(key, str).labels, f"train: out = {shown(str(output / name))}")
     subsets = [*read_subsets(options, conversion, datasets)]
     if not subsets:
         raise ValueError(f"{datasets or config}: names no dataset that is trained on")

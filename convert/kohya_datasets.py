@@ -18,7 +18,7 @@ from convert.recipes import (
     cache_use,
     count_images,
     located,
-    settle_resolution,
+    write_resolution,
 )
 from convert.tables import Given, Level, Options, shown
 from runtime.safe_parsing import parse_toml, read_bounded
@@ -278,7 +278,7 @@ def _write_images(recipe: Recipe, subset: Subset) -> None:
     if not is_square:
         recipe.set("bucket_step", step.value, step)
     absent = "" if given.labels else "kohya has no default; this is SDXL's"
-    settle_resolution(recipe, width * height, 8 if is_square else step.value, given, absent)
+    write_resolution(recipe, width * height, 8 if is_square else step.value, given, absent)
     if is_square:
         recipe.set("square", True, buckets, default="kohya's default: no buckets (enable_bucket)")
     elif buckets.labels:
@@ -296,7 +296,6 @@ def _resolution(options: Options) -> tuple[Given, int, int]:
         if value is None:
             continue
         label = level.label("resolution")
-        options.report.read(label)
         parts = value if isinstance(value, list) else [value]
         if isinstance(value, str):
             parts = value.split(",")

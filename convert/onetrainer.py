@@ -15,8 +15,8 @@ from convert.recipes import (
     copy_rows,
     count_images,
     located,
-    settle_resolution,
     steps_per_epoch,
+    write_resolution,
 )
 from convert.tables import Given, Level, Options, Report, read_table, shown
 from runtime.safe_parsing import parse_json, read_bounded
@@ -523,7 +523,7 @@ def _write_images(recipe: Recipe, options: Options, top: Options) -> None:
     bucketing = top.get("aspect_ratio_bucketing", bool, True)
     area = int(parts[0]) * int(parts[-1])
     step = 8 if not bucketing.value else 64
-    settle_resolution(recipe, area, step, given, "resolution is 512 for OneTrainer")
+    write_resolution(recipe, area, step, given, "resolution is 512 for OneTrainer")
     if len(sides) > 1:
         options.drop(given, f"one resolution a cache: {sides[0].strip()[:9]}, the first")
     if not bucketing.value:

@@ -127,7 +127,7 @@ def copy_rows(recipe: Recipe, options: Options) -> None:
                 recipe.set(option, given.value, given)
 
 
-def settle_resolution(recipe: Recipe, area: float, step: int, given: Given, default: str) -> None:
+def write_resolution(recipe: Recipe, area: float, step: int, given: Given, default: str) -> None:
     """Write the resolution of an area in pixels: a multiple of the bucket step, of at most it."""
     side = int(area**0.5 + 1e-6)
     rounded = max(step, side // step * step)

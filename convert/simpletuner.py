@@ -17,7 +17,7 @@ from convert.recipes import (
     count_images,
     every,
     located,
-    settle_resolution,
+    write_resolution,
 )
 from convert.tables import Given, Options, Report, read_table, shown
 
@@ -310,7 +310,7 @@ def _write_captions(recipe: Recipe, own: Options, inner: Options) -> None:
         text = "write a text beside each image; those without one are rejected"
         inner.drop(strategy, text)
         if not strategy.labels:
-            inner.report.defaults.append(f"caption_strategy is filename for SimpleTuner: {text}")
+            inner.report.write((), text, "caption_strategy is filename for SimpleTuner")
     prepend = inner.get("prepend_instance_prompt", bool, False)
     if prepend.value and prompt.value:
         given = Given(None, (*prepend.labels, *prompt.labels))
@@ -345,7 +345,7 @@ def _write_images(recipe: Recipe, own: Options, inner: Options) -> None:
     given = Given(None, (*size.labels, *kind.labels))
     if not is_square:
         recipe.set("bucket_step", step.value, step)
-    settle_resolution(recipe, side**2, 8 if is_square else step.value, given, "")
+    write_resolution(recipe, side**2, 8 if is_square else step.value, given, "")
     if is_square:
         recipe.set("square", True, Given(None, (*crop.labels, *aspect.labels)))
     elif crop.labels:

@@ -77,8 +77,7 @@ class Report:
         self.rows = {name: row for row in rows for name in row.names.split()}
         self._prefixes = {name[:-1]: row for name, row in self.rows.items() if name.endswith("*")}
         self.levels: list[Level] = []
-        self.defaults: list[str] = []
-        self._read: set[str] = set()
+        self.defaults: dict[str, None] = {}
         self._written: dict[str, dict[str, None]] = {}
         self._dropped: dict[str, str] = {}
 
@@ -88,15 +87,12 @@ class Report:
         self.levels.append(level)
         return level
 
-    def read(self, label: str) -> None:
-        self._read.add(label)
-
     def write(self, labels: Sequence[str], text: str, because: str = "") -> None:
         """An option of ours was written, by these options or, of none, by a default."""
         for label in labels:
             self._written.setdefault(label, {})[text] = None
         if not labels and because:
-            self.defaults.append(f"{because}: {text}")
+            self.defaults[f"{because}: {text}"] = None
 
     def drop(self, label: str, text: str) -> None:
         """An option that is known, with a value that has no counterpart."""
@@ -130,9 +126,7 @@ class Report:
             return Outcome(label, WITHOUT, row.note)
         if row.becomes == ALWAYS:
             return Outcome(label, ALREADY, row.note)
-        if label not in self._read:
-            return Outcome(label, ALREADY, "not used: another line of the config has the say")
-        return Outcome(label, ALREADY, "this is the default, or needs nothing")
+        return Outcome(label, ALREADY, "the default, or without effect in this config")
 
 
 @dataclass(frozen=True)
@@ -176,13 +170,10 @@ class Options:
                 key = self.renamed.get(name, name)
             if level.values.get(key) is not None:
                 label = level.label(key)
-                self.report.read(label)
                 try:
                     return Given(as_kind(level.values[key], kind), (label,))
                 except ValueError as error:
                     raise ValueError(f"{level.path}: {label}: {error}") from None
-            if key in level.values:
-                self.report.read(level.label(key))
         return Given(default)
 
     def fail(self, name: str, text: str) -> ValueError:

@@ -42,7 +42,7 @@ FILES = {
 
 
 @pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def examples_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder to be in, with the files that examples name."""
     monkeypatch.chdir(tmp_path)
     for name, text in FILES.items():
@@ -578,7 +578,7 @@ def test_the_docs_have_the_tables() -> None:
 
 
 @pytest.mark.slow
-def test_the_commands_of_a_conversion_make_a_lora(here: Path) -> None:
+def test_the_commands_of_a_conversion_make_a_lora() -> None:
     draw_images(Path("10_shapes"), count=6)
     draw_images(Path("reg"), count=3, seed=1)
     Path("img").mkdir()

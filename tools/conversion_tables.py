@@ -3,7 +3,6 @@
 python -m tools.conversion_tables
 """
 
-import re
 from pathlib import Path
 
 from convert.tables import markdown, read_table
@@ -16,10 +15,10 @@ def with_tables(text: str) -> str:
     """The page with the tables of today between its marks."""
     for tool, title in TITLES.items():
         start, end = f"<!-- {tool} -->\n", f"<!-- end of {tool} -->\n"
-        pattern = re.escape(start) + ".*?" + re.escape(end)
-        table = f"{start}{markdown(title, read_table(tool))}{end}"
-        text, count = re.subn(pattern, lambda _, table=table: table, text, flags=re.DOTALL)
-        assert count == 1, f"{DOCS} has no marks of {tool}"
+        before, found_start, rest = text.partition(start)
+        _, found_end, after = rest.partition(end)
+        assert found_start and found_end, f"{DOCS} has no marks of {tool}"
+        text = f"{before}{start}{markdown(title, read_table(tool))}{end}{after}"
     return text
 
 
