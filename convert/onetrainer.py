@@ -318,24 +318,22 @@ def _write_memory(train: Recipe, options: Options, is_lora: bool) -> None:
     if given.value not in _DTYPES:
         raise options.fail("train_dtype", f"{shown(given.value)} is no precision to train in")
     precision = _DTYPES[given.value]
-    train.set("precision", precision, given, default="train_dtype is FLOAT_16 for OneTrainer")
     weights = options.get("unet.weight_dtype", str, "FLOAT_32")
-    if is_lora and weights.value == "NFLOAT_4":
+    default = "train_dtype is FLOAT_16 for OneTrainer"
+    if not is_lora and weights.value == "BFLOAT_16":
+        train.set("pure_bf16", True, weights)
+        if precision == "fp16":
+            options.drop(given, "--pure-bf16 computes in bf16")
+            precision, default = "bf16", "weights in bf16 are computed in it"
+    elif is_lora and weights.value == "NFLOAT_4":
         train.set("base_quant", "nf4", weights)
     elif is_lora and weights.value not in _DTYPES:
         train.set("base_quant", "int8", weights)
-    elif not is_lora and weights.value == "BFLOAT_16":
-        train.set("pure_bf16", True, weights)
-        if precision == "fp16" and given.labels:
-            options.drop(given, "--pure-bf16 computes in bf16")
-        if precision == "fp16":
-            train.set(
-                "precision", "bf16", Given(None), default="weights in bf16 are computed in it"
-            )
-    elif not is_lora and weights.value not in ("FLOAT_32", "TFLOAT_32"):
-        options.drop(weights, "weights are fp32, or with BFLOAT_16 bf16")
     elif is_lora:
         options.report.write(weights.labels, "train: the frozen base is held in --precision")
+    elif weights.value not in ("FLOAT_32", "TFLOAT_32"):
+        options.drop(weights, "weights are fp32, or with BFLOAT_16 bf16")
+    train.set("precision", precision, given, default=default)
     _write_average(train, options)
     for name in ("unet.gradient_checkpointing", "gradient_checkpointing"):
         text = options.get(name, str) if _is_text(options, name) else options.get(name, bool)

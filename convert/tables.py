@@ -115,11 +115,9 @@ class Report:
             text = "; ".join(filter(None, [written, self._dropped[label]]))
             return Outcome(label, WITHOUT, text)
         if row is None:
-            known = [
-                key.removeprefix(level.keys) for key in self.rows if key.startswith(level.keys)
-            ]
-            near = get_close_matches(name[:60], known, n=1, cutoff=0.8)
-            return Outcome(label, UNKNOWN, f"did you mean {near[0]}?" if near else "")
+            near = get_close_matches(level.keys + name[:60], self.rows, n=1, cutoff=0.8)
+            hint = f"did you mean {near[0].removeprefix(level.keys)}?" if near else ""
+            return Outcome(label, UNKNOWN, hint)
         if written:
             return Outcome(label, TRANSLATED, written)
         if row.becomes == NONE:
