@@ -5,7 +5,7 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
-from convert.onetrainer import read_json, read_json_table
+from convert.onetrainer_concepts import read_json, read_json_table
 from convert.prompts import MAX_PROMPTS, check_prompt, fit_prompt
 from convert.recipes import (
     MAX_RECIPES,
