@@ -11,11 +11,12 @@ from typing import Any
 
 import click
 
+from cli_convert import TOOLS
 from cli_pages import CheckpointPages, check_grid_page, check_pages, report_at_end, show_grid
 from runtime.errors import echo, handle_errors, silence_libraries
 from runtime.imports import skip_unused_imports
 from runtime.messages import pluralize
-from runtime.options import Commands, FilePath, PathText, StageCommand
+from runtime.options import RECIPE_OPTION, Commands, FilePath, PathText, StageCommand
 from runtime.path_kinds import check_cache, missing
 from runtime.process import keep_freed_memory, let_segments_grow, let_threads_sleep
 from runtime.signals import Stopped
@@ -85,7 +86,7 @@ def _print_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     cls=Commands,
     panels={
         "The three stages": "encode train generate",
-        "To begin with": "tune doctor demo download",
+        "To begin with": "tune doctor demo download convert",
         "Caches and weights": "inspect verify prompts export",
         "Pages to look at": "report compare",
     },
@@ -126,7 +127,8 @@ def tune(ctx: click.Context, debug: bool, **values: Any) -> None:
 
 
 @stage("encode", "precompute.settings:EncodeSettings")
-def encode(ctx: click.Context, debug: bool, **values: Any) -> None:
+@RECIPE_OPTION
+def encode(ctx: click.Context, debug: bool, recipe: Path | None, **values: Any) -> None:
     """Encode a folder of captioned images into a cache of shards.
 
     DATASET holds x.jpg beside x.txt or x.caption, in folders or in webdataset tars; or a
@@ -136,7 +138,7 @@ def encode(ctx: click.Context, debug: bool, **values: Any) -> None:
     cache.
     """
     with handle_errors(debug):
-        settings = _settings(ctx, values)
+        settings = _settings(ctx, values, recipe)
         if settings.dry_run:
             from precompute.plan.dry_run import dry_run
 
@@ -204,12 +206,7 @@ def prompts(
 
 
 @stage("train", "train.config:TrainConfig")
-@click.option(
-    "--config",
-    "recipe",
-    type=FilePath(),
-    help="Read options from a TOML file; options on the command line take precedence.",
-)
+@RECIPE_OPTION
 def train(ctx: click.Context, debug: bool, recipe: Path | None, **values: Any) -> None:
     """Fine-tune a LoRA, or the whole UNet, from the shards in CACHES.
 
@@ -254,13 +251,14 @@ def _train_command() -> StageCommand:
 
 
 @stage("generate", "infer.settings:GenerateSettings")
-def generate(ctx: click.Context, debug: bool, **values: Any) -> None:
+@RECIPE_OPTION
+def generate(ctx: click.Context, debug: bool, recipe: Path | None, **values: Any) -> None:
     """Generate images from prompts.
 
     With a LoRA, with a fine-tuned UNet, or with the base alone.
     """
     with handle_errors(debug):
-        settings = _settings(ctx, values)
+        settings = _settings(ctx, values, recipe)
         if settings.grid:
             check_grid_page(settings.out)
         if _launched(settings):
@@ -364,6 +362,27 @@ def doctor(folder: Path, base: str | None, debug: bool) -> None:
 
         if not all([show(finding) for finding in examine(folder, base)]):
             raise SystemExit(1)
+
+
+@commands.command()
+@click.argument("tool", type=click.Choice(TOOLS))
+@click.argument("config", type=FilePath())
+@click.argument("datasets", type=FilePath(), required=False)
+@click.option("--out", type=FilePath(), required=True, help="Folder for the recipes.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def convert(tool: str, config: Path, datasets: Path | None, out: Path, debug: bool) -> None:
+    """Convert the CONFIG of another trainer into recipes.
+
+    CONFIG is a .toml of kohya, whose DATASETS are its dataset config; a .json of OneTrainer; or the
+    config.json of SimpleTuner, whose DATASETS are its multidatabackend.json. What becomes of each
+    option is printed, and written beside the recipes with the commands to type.
+    """
+    with handle_errors(debug):
+        from cli_convert import convert as run
+        from cli_tune import check_command
+
+        for line in run(tool, config, datasets, out, partial(check_command, commands)):
+            echo(line)
 
 
 @commands.command()

@@ -68,7 +68,7 @@ def _printed_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if is_main_process():
-            own_modules = r"(precompute|train|infer|runtime|shards|sdxl|pages)\."
+            own_modules = r"(precompute|train|infer|convert|runtime|shards|sdxl|pages)\."
             warnings.filterwarnings("default", module=own_modules)
         warnings.showwarning = lambda message, *_, **__: echo(f"Warning: {message}", err=True)
         yield

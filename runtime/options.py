@@ -312,7 +312,14 @@ def _converted(option: click.Parameter, value: Any, recipe: Path, ctx: click.Con
         raise ValueError(f"{recipe}: {option.name}: {message}") from None
 
 
-# Recipes: options from a TOML file (``train --config``).
+# Recipes: options from a TOML file (``--config`` of encode, train and generate).
+
+RECIPE_OPTION = click.option(
+    "--config",
+    "recipe",
+    type=FilePath(),
+    help="Read options from a TOML file; options on the command line take precedence.",
+)
 
 MAX_BYTES = 1_000_000
 MAX_NAME = 60  # characters of an unknown option in a message

@@ -29,6 +29,7 @@ silence_libraries()  # before they are imported
 
 from tests.fuzz_bases import fuzz_base_folder, fuzz_prompts, fuzz_single_file
 from tests.fuzz_caches import fuzz_cache
+from tests.fuzz_convert import fuzz_convert
 from tests.fuzz_dataset import fuzz_list, fuzz_row, fuzz_tar, fuzz_text
 from tests.fuzz_images import fuzz_image
 from tests.fuzz_loras import fuzz_lora
@@ -55,6 +56,7 @@ PARSERS: dict[str, Callable[[Path, Path], Try]] = {
     "page": fuzz_page,
     "prompts": fuzz_prompts,
     "generated": fuzz_generated,
+    "convert": fuzz_convert,
 }
 MAX_SECONDS = 20  # of one input, on a busy machine too
 MAX_BYTES = 500_000_000  # by which one input may raise the most memory that was ever in use

@@ -23,6 +23,7 @@ INPUTS = {
     "run": 250,
     "page": 40,
     "generated": 250,
+    "convert": 60,
 }
 
 

@@ -17,12 +17,13 @@ import cli
 from runtime.errors import handle_errors
 
 ROOT = Path(__file__).parent.parent
-ROOMS = {"precompute", "train", "infer", "pages", "shards", "sdxl", "runtime"}
+ROOMS = {"precompute", "train", "infer", "convert", "pages", "shards", "sdxl", "runtime"}
 ROOMS |= {"cli", "tools", "tests", "benchmarks"}
 ALLOWED = {
     "precompute": {"shards", "sdxl", "runtime"},
     "train": {"shards", "sdxl", "runtime"},
     "infer": {"sdxl", "runtime"},
+    "convert": {"shards", "sdxl", "runtime"},
     "pages": {"shards", "sdxl", "runtime"},
     "shards": {"runtime"},
     "sdxl": {"runtime"},

@@ -1,0 +1,1 @@
+"""Recipes of shardtune from the configs of other trainers."""
