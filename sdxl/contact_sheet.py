@@ -1,15 +1,20 @@
 """One image that shows many, with their prompts below."""
 
+import json
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 TILE = 256  # pixels
 LINE = 18  # pixels under each tile, for its prompt
 MAX_TILES = 100  # images on one sheet
+KEY = "shardtune-sheet"  # of a PNG's texts: what ``read_sheet`` cuts the sheet apart by
+MAX_PROMPT = 2000  # characters of a prompt there
+
+Size = tuple[int, int]  # pixels: width and height, or left and top
 
 
 def contact_sheet(
@@ -20,27 +25,77 @@ def contact_sheet(
     ``tile`` is a tile's side in pixels; tiles are lower where all images are. A file is opened
     when its turn comes.
     """
-    shown = [(_fit(image, tile), prompt) for image, prompt in images[:MAX_TILES]]
-    columns = math.ceil(math.sqrt(len(shown)))
-    rows = math.ceil(len(shown) / columns)
-    high = max(fitted.height for fitted, _ in shown)
-    sheet = Image.new("RGB", (columns * tile, rows * (high + LINE)), "white")
+    shown = [(fit_tile(image, tile), prompt) for image, prompt in images[:MAX_TILES]]
+    size, high, corners = _layout([fitted.size for fitted, _ in shown], tile)
+    sheet = Image.new("RGB", size, "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
-    for number, (fitted, prompt) in enumerate(shown):
-        row, column = divmod(number, columns)
-        x, y = column * tile, row * (high + LINE)
+    for (fitted, prompt), (x, y) in zip(shown, corners, strict=True):
         sheet.paste(fitted, (x + (tile - fitted.width) // 2, y + (high - fitted.height) // 2))
         pen.text((x + 3, y + high + 1), _cut(prompt, tile - 6, pen, font), fill="black", font=font)
     return sheet
 
 
-def _fit(image: Path | Image.Image, tile: int) -> Image.Image:
+def _layout(sizes: Sequence[Size], tile: int) -> tuple[Size, int, list[Size]]:
+    """A sheet's size, its tiles' height without the prompt, and the upper left corner of each."""
+    columns = math.ceil(math.sqrt(len(sizes)))
+    rows = math.ceil(len(sizes) / columns)
+    high = max(height for _, height in sizes)
+    places = (divmod(number, columns) for number in range(len(sizes)))
+    corners = [(column * tile, row * (high + LINE)) for row, column in places]
+    return (columns * tile, rows * (high + LINE)), high, corners
+
+
+def sheet_record(
+    images: Sequence[tuple[Image.Image, str]], tile: int = TILE
+) -> PngImagePlugin.PngInfo:
+    """What the PNG of a sheet of ``images`` must say, so that ``read_sheet`` can read it."""
+    shown = images[:MAX_TILES]
+    record = {
+        "tile": tile,
+        "images": [[*_fitted_size(image.size, tile), text[:MAX_PROMPT]] for image, text in shown],
+    }
+    info = PngImagePlugin.PngInfo()
+    info.add_text(KEY, json.dumps(record), zip=True)
+    return info
+
+
+def read_sheet(path: Path) -> list[tuple[Image.Image, str]]:
+    """The images on a sheet, as they were fitted, each with its prompt (up to 2,000 characters);
+    none where the file has no record of them, or one that does not fit.
+
+    Raises:
+        OSError: the file is no image that can be read.
+    """
+    try:
+        with Image.open(path) as opened:
+            record = json.loads(opened.info[KEY])  # type: ignore[arg-type]
+            tile, entries = record["tile"], record["images"]
+            sizes = [(width, height) for width, height, _ in entries]
+            size, high, corners = _layout(sizes, tile)
+            if opened.size != size or not all(0 < w <= tile and 0 < h <= high for w, h in sizes):
+                return []
+            sheet = opened.convert("RGB")
+    except (ValueError, KeyError, TypeError, SyntaxError, ZeroDivisionError, RecursionError):
+        return []
+    boxes = [
+        (x + (tile - w) // 2, y + (high - h) // 2, w, h)
+        for (x, y), (w, h) in zip(corners, sizes, strict=True)
+    ]
+    images = [sheet.crop((left, top, left + w, top + h)) for left, top, w, h in boxes]
+    return [(image, str(text)) for image, (_, _, text) in zip(images, entries, strict=True)]
+
+
+def fit_tile(image: Path | Image.Image, tile: int) -> Image.Image:
+    """The image scaled so that its longer side is ``tile`` pixels."""
     if isinstance(image, Path):
         with Image.open(image) as opened:
-            return _fit(opened, tile)
-    scale = tile / max(image.size)
-    width, height = (max(1, round(side * scale)) for side in image.size)
-    return image.convert("RGB").resize((width, height))
+            return fit_tile(opened, tile)
+    return image.convert("RGB").resize(_fitted_size(image.size, tile))
+
+
+def _fitted_size(size: Size, tile: int) -> Size:
+    scale = tile / max(size)
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
 def _cut(
