@@ -2,7 +2,6 @@
 
 import importlib.machinery
 import importlib.util
-import json
 import shutil
 from collections import defaultdict
 from collections.abc import Callable
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from made import CPU
 from PIL import Image
 from runs import Died, at_step, config_of, die, rows, run

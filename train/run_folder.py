@@ -337,8 +337,8 @@ def begin_run(config: TrainConfig, world: DistContext, settings: dict[str, Any])
 def describe(
     config: TrainConfig, base: Base, plan: Plan, learner: Learner, num_steps: int
 ) -> dict[str, Any]:
-    """The settings, and the values that follow from them, as plain JSON without any path or account:
-    run folders are shared, and the paths of this machine are private."""
+    """The settings, and the values that follow from them, as plain JSON without any path or
+    account: run folders are shared, and the paths of this machine are private."""
     resolved = config.resolved().items()
     settings = {name: _plain(value) for name, value in resolved if name not in _PRIVATE}
     return {
