@@ -170,7 +170,8 @@ def test_previews_are_logged_apart_with_their_prompts(run: Path, parts: list[lis
         assert (previews["count"], previews["width"], previews["height"]) == (2, 512, 512)
     for name in drawn[4]["filenames"]:
         (image,) = (run / "wandb").glob(f"offline-run-*/files/{name}")
-        assert Image.open(image).size == (512, 512)
+        with Image.open(image) as opened:
+            assert opened.size == (512, 512)
 
 
 def test_the_run_has_the_names_that_were_given(parts: list[list[Any]]) -> None:
