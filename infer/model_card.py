@@ -14,46 +14,12 @@ from sdxl.user_interfaces import LORA_PLACES, MODEL_PLACES
 
 MARK = "<!-- written by shardtune push -->"
 # Licenses that the hub knows by these ids; of another one it wants the name.
-_LICENSES = frozenset(
-    [
-        "apache-2.0",
-        "mit",
-        "openrail",
-        "openrail++",
-        "creativeml-openrail-m",
-        "bigscience-openrail-m",
-        "cc",
-        "cc0-1.0",
-        "cc-by-2.0",
-        "cc-by-2.5",
-        "cc-by-3.0",
-        "cc-by-4.0",
-        "cc-by-sa-3.0",
-        "cc-by-sa-4.0",
-        "cc-by-nc-2.0",
-        "cc-by-nc-3.0",
-        "cc-by-nc-4.0",
-        "cc-by-nd-4.0",
-        "cc-by-nc-nd-3.0",
-        "cc-by-nc-nd-4.0",
-        "cc-by-nc-sa-2.0",
-        "cc-by-nc-sa-3.0",
-        "cc-by-nc-sa-4.0",
-        "bsd",
-        "bsd-2-clause",
-        "bsd-3-clause",
-        "gpl",
-        "gpl-2.0",
-        "gpl-3.0",
-        "lgpl",
-        "lgpl-3.0",
-        "agpl-3.0",
-        "mpl-2.0",
-        "unlicense",
-        "wtfpl",
-        "unknown",
-        "other",
-    ]
+_LICENSES = (
+    "apache-2.0 mit openrail openrail++ creativeml-openrail-m bigscience-openrail-m cc cc0-1.0 "
+    "cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 "
+    "cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 "
+    "cc-by-nc-sa-4.0 bsd bsd-2-clause bsd-3-clause gpl gpl-2.0 gpl-3.0 lgpl lgpl-3.0 agpl-3.0 "
+    "mpl-2.0 unlicense wtfpl unknown other"
 )
 _SPELLINGS = {  # in the metadata of single files
     "CreativeML Open RAIL++-M License": "openrail++",
@@ -85,8 +51,10 @@ class ModelCard:
         from huggingface_hub import ModelCardData
 
         base = self.base if self.base and is_hub_id(self.base) else None
+        license, license_name = _license_fields(self.license)
         front = ModelCardData(
             base_model=base,
+            base_model_relation=base and ("adapter" if self.is_lora else "finetune"),
             library_name="diffusers",
             pipeline_tag="text-to-image",
             tags=[
@@ -100,7 +68,8 @@ class ModelCard:
             instance_prompt=self.instance_prompt,
             widget=[{"text": text, "output": {"url": name}} for name, text in self.previews if text]
             or None,
-            **_license_fields(self.license),
+            license=license,
+            license_name=license_name,
         )
         parts = [
             f"---\n{front.to_yaml()}\n---\n{MARK}\n",
@@ -134,7 +103,7 @@ class ModelCard:
             for name, text in self.previews
         ]
         head = ["| image | prompt |", "|---|---|"] if self.previews[0][1] else []
-        return ["<Gallery />", "## Previews", "\n".join([*head, *rows])]
+        return ["## Previews", "\n".join([*head, *rows])]
 
     def _places(self) -> str:
         places = LORA_PLACES if self.is_lora else MODEL_PLACES
@@ -149,7 +118,7 @@ class ModelCard:
 
     def _code(self) -> str:
         base = json.dumps(self.base if self.base and is_hub_id(self.base) else "BASE")
-        prompt = json.dumps(self.instance_prompt or _first_prompt(self.previews) or "PROMPT")
+        prompt = repr(self.instance_prompt or _first_prompt(self.previews) or "PROMPT")
         repository = json.dumps(self.repository)
         if self.is_lora:
             lines = [
@@ -181,7 +150,7 @@ class ModelCard:
         return "\n".join([*lines, *self._scheduler_code(), f"image = pipeline({prompt}).images[0]"])
 
     def _scheduler_code(self) -> list[str]:
-        """What a v-prediction or zero-SNR fine-tune must be sampled with, whatever its base says."""
+        """How a v-prediction or zero-SNR fine-tune is sampled, whatever its base says."""
         changes = []
         if self.metadata.prediction_type == "v_prediction":
             changes.append('prediction_type="v_prediction"')
@@ -235,11 +204,12 @@ class ModelCard:
         return "\n".join(lines)
 
 
-def _license_fields(name: str) -> dict[str, str]:
+def _license_fields(name: str) -> tuple[str, str | None]:
+    """The hub's id of a license, and the name of one that it has no id for."""
     license = _SPELLINGS.get(name, name)
-    if license in _LICENSES:
-        return {"license": license}
-    return {"license": "other", "license_name": re.sub(r"[^a-z0-9.+-]+", "-", license.lower())}
+    if license in _LICENSES.split():
+        return license, None
+    return "other", re.sub(r"[^a-z0-9.+-]+", "-", license.lower()).strip("-")
 
 
 def _first_prompt(previews: tuple[tuple[str, str], ...]) -> str | None:

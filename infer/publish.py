@@ -143,8 +143,8 @@ def _license(base: Base | None, metadata: ModelMetadata) -> str:
 def _base_name(base: Base | None, metadata: ModelMetadata, record: RunRecord) -> str | None:
     """A hub id if there is one, else a name."""
     names = [base.name if base is not None else None, metadata.base, record.base]
-    known = [name for name in names if name]
-    return next((name for name in known if is_hub_id(name)), known[0] if known else None)
+    stated = [name for name in names if name]
+    return next((name for name in stated if is_hub_id(name)), stated[0] if stated else None)
 
 
 def _previews(sheet: Path | None, work: Path) -> dict[Path, str]:

@@ -68,7 +68,7 @@ def read_sheet(path: Path) -> list[tuple[Image.Image, str]]:
     """
     try:
         with Image.open(path) as opened:
-            record = json.loads(opened.info[KEY])  # type: ignore[arg-type]
+            record = json.loads(opened.info[KEY])
             tile, entries = record["tile"], record["images"]
             sizes = [(width, height) for width, height, _ in entries]
             size, high, corners = _layout(sizes, tile)

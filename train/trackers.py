@@ -168,7 +168,7 @@ class TensorboardTracker:
         # begins with a step hides the points from that step on in those before it.
         first = start + 1 if start else 0
         with _nameless_host():
-            self._writer: Any = SummaryWriter(  # type: ignore[no-untyped-call]
+            self._writer: Any = SummaryWriter(
                 str(folder), purge_step=first if folder.exists() else None
             )
         self._writer.add_text("settings", _table(run_config), start)
