@@ -297,10 +297,11 @@ def export(ctx: click.Context, debug: bool, **values: Any) -> None:
 
 @stage("push", "infer.settings:PushSettings")
 def push(ctx: click.Context, debug: bool, **values: Any) -> None:
-    """Send WEIGHTS to the repository OWNER/NAME of the Hugging Face Hub, with a model card.
+    """Send WEIGHTS with a model card to the Hugging Face Hub.
 
-    WEIGHTS is a run, or a LoRA or UNet of one. A LoRA goes there for diffusers and for user
-    interfaces. The card has the run's settings and previews, and how to use the weights; no path.
+    WEIGHTS is a run, or a LoRA or UNet of one; REPOSITORY is OWNER/NAME. A LoRA goes there for
+    diffusers and for user interfaces. The card has the run's settings and previews, and how to use
+    the weights; no path.
     """
     with handle_errors(debug):
         settings = _settings(ctx, values)
