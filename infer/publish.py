@@ -152,8 +152,12 @@ def _previews(sheet: Path | None, work: Path) -> dict[Path, str]:
     where it cannot be cut apart."""
     if sheet is None:
         return {}
+    try:
+        images = read_sheet(sheet)[:MAX_PREVIEWS]
+    except ValueError as error:
+        warnings.warn(f"{error}; no previews are sent", stacklevel=2)
+        return {}
     (work / "images").mkdir()
-    images = read_sheet(sheet)[:MAX_PREVIEWS]
     if not images:
         return {Path(shutil.copyfile(sheet, work / "images" / "previews.png")): ""}
     paths = {}

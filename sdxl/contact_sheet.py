@@ -5,16 +5,21 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+
+from runtime.messages import first_line
 
 TILE = 256  # pixels
 LINE = 18  # pixels under each tile, for its prompt
 MAX_TILES = 100  # images on one sheet
 KEY = "shardtune-sheet"  # of a PNG's texts: what ``read_sheet`` cuts the sheet apart by
 MAX_PROMPT = 2000  # characters of a prompt there
+MAX_TILE = 1024  # pixels of a tile there
 
 Size = tuple[int, int]  # pixels: width and height, or left and top
+Box = tuple[int, int, int, int]  # pixels: left, top, right, bottom
 
 
 def contact_sheet(
@@ -64,25 +69,36 @@ def read_sheet(path: Path) -> list[tuple[Image.Image, str]]:
     none where the file has no record of them, or one that does not fit.
 
     Raises:
-        OSError: the file is no image that can be read.
+        ValueError: the file is no image that can be read.
     """
     try:
         with Image.open(path) as opened:
-            record = json.loads(opened.info[KEY])
-            tile, entries = record["tile"], record["images"]
-            sizes = [(width, height) for width, height, _ in entries]
-            size, high, corners = _layout(sizes, tile)
-            if opened.size != size or not all(0 < w <= tile and 0 < h <= high for w, h in sizes):
-                return []
-            sheet = opened.convert("RGB")
-    except (ValueError, KeyError, TypeError, SyntaxError, ZeroDivisionError, RecursionError):
+            boxes = _boxes(opened.info.get(KEY), opened.size)
+            sheet = opened.convert("RGB") if boxes else opened
+    except Exception as error:  # Pillow raises anything
+        raise ValueError(f"{path}: cannot be read as an image ({first_line(error)})") from error
+    return [(sheet.crop(box), prompt) for box, prompt in boxes]
+
+
+def _boxes(text: Any, size: Size) -> list[tuple[Box, str]]:
+    """Where the images of a sheet of ``size`` pixels lie, by its record."""
+    try:
+        record = json.loads(text)
+        tile, entries = record["tile"], record["images"]
+        sizes = [(width, height) for width, height, _ in entries]
+        numbers = [tile, *(side for pair in sizes for side in pair)]
+        if not all(type(number) is int and 0 < number <= MAX_TILE for number in numbers):
+            return []
+        stated, high, corners = _layout(sizes, tile)
+    except (ValueError, KeyError, TypeError, RecursionError):
         return []
-    boxes = [
-        (x + (tile - w) // 2, y + (high - h) // 2, w, h)
-        for (x, y), (w, h) in zip(corners, sizes, strict=True)
-    ]
-    images = [sheet.crop((left, top, left + w, top + h)) for left, top, w, h in boxes]
-    return [(image, str(text)) for image, (_, _, text) in zip(images, entries, strict=True)]
+    if stated != size or len(sizes) > MAX_TILES or max(width for width, _ in sizes) > tile:
+        return []
+    boxes = []
+    for (x, y), (width, height), (*_, prompt) in zip(corners, sizes, entries, strict=True):
+        left, top = x + (tile - width) // 2, y + (high - height) // 2
+        boxes.append(((left, top, left + width, top + height), str(prompt)))
+    return boxes
 
 
 def fit_tile(image: Path | Image.Image, tile: int) -> Image.Image:

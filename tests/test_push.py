@@ -178,10 +178,14 @@ def test_what_cannot_be_pushed(run: Path, base: Path, tmp_path: Path) -> None:
     bare = [tmp_path / "bare", "me/x", "--dry-run", "--out", tmp_path / "out"]
     assert "state no license" in refused(*bare)
     assert push(*bare, "--license", "apache-2.0")[0] == 0
-    data = bytearray((run / LORA).read_bytes())
-    data[-1] ^= 1
-    (run / LORA).write_bytes(data)
-    assert LORA in refused(run, "me/x", "--dry-run")
+    for name in (LORA, KOHYA):
+        intact = (run / name).read_bytes()
+        (run / name).write_bytes(intact[:-1] + bytes([intact[-1] ^ 1]))
+        assert name in refused(run, "me/x", "--dry-run")
+        (run / name).write_bytes(intact)
+    (run / "previews" / "step-000144.png").write_bytes(b"no image")
+    code, output = push(run, "me/x", "--dry-run", "--out", tmp_path / "out")
+    assert code == 0 and "cannot be read as an image" in output and "no previews are sent" in output
 
 
 def test_a_kohya_file_alone(base: Path, run: Path, tmp_path: Path) -> None:

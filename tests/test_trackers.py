@@ -13,6 +13,7 @@ from made import CPU
 from PIL import Image
 from runs import Died, at_step, config_of, die, rows, run
 
+import train.config
 import train.trackers
 from pages.run_files import read_run
 from precompute.prompts import change_prompts
@@ -138,7 +139,7 @@ def test_a_missing_tensorboard_is_refused_first(
 ) -> None:
     real = importlib.util.find_spec
     monkeypatch.setattr(
-        train.trackers, "find_spec", lambda name: None if name == "tensorboard" else real(name)
+        train.config, "find_spec", lambda name: None if name == "tensorboard" else real(name)
     )
     monkeypatch.setattr(train.loop, "open_base", lambda *_: pytest.fail("asked too late"))
     with pytest.raises(ValueError, match=r"--tensorboard needs .* pip install '\.\[tensorboard\]'"):

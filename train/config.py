@@ -1,6 +1,7 @@
 """The settings of a training run, and which exclude each other. No torch: ``--help`` reads them."""
 
 from dataclasses import MISSING, dataclass, fields
+from importlib.util import find_spec
 from math import ceil
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -293,6 +294,15 @@ class TrainConfig:
             names = {"path": folder, "base": self.base}
             check_kind(folder, CACHE, {k: text.format(**names) for k, text in remedies.items()})
         check_base(self.base)
+        self.check_packages()
+
+    def check_packages(self) -> None:
+        """
+        Raises:
+            ValueError: names the extra that a setting needs and that is not installed.
+        """
+        if self.tensorboard and find_spec("tensorboard") is None:
+            raise ValueError("--tensorboard needs tensorboard: pip install '.[tensorboard]'")
 
     def num_steps(self, batches_per_epoch: int) -> int:
         """The length of the run, where each step takes a global batch."""

@@ -10,7 +10,6 @@ import re
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +31,7 @@ def check_trackers(config: TrainConfig) -> None:
     Raises:
         ValueError: what lacks, and the way out.
     """
-    if config.tensorboard and find_spec("tensorboard") is None:
-        raise ValueError("--tensorboard needs tensorboard: pip install '.[tensorboard]'")
+    config.check_packages()
     if config.wandb != "online":
         return
     import wandb
@@ -133,7 +131,8 @@ def _start_wandb(config: TrainConfig, run_config: Row) -> Any:
         run = wandb.init(
             project=config.wandb_project,
             entity=config.wandb_entity,
-            name=config.wandb_name or config.out.resolve().name,
+            # A resumed run may have been given another name on W&B's page.
+            name=config.wandb_name or (None if run_id else config.out.resolve().name),
             tags=config.tags,
             group=config.wandb_group,
             dir=str(config.out),
