@@ -166,7 +166,9 @@ def test_which_checkpoint(run: Path, files: dict[str, bytes], tmp_path: Path) ->
     )
     assert "--checkpoint is of a run" in refused(run / LORA, "me/x", "--checkpoint", "last")
     (run / LORA).unlink()
-    assert "--checkpoint last takes the newest" in refused(run, "me/x", "--dry-run")
+    assert "--checkpoint last takes the newest" in refused(
+        run, "me/x", "--dry-run", "--out", tmp_path / "out"
+    )
 
 
 def test_what_cannot_be_pushed(run: Path, base: Path, tmp_path: Path) -> None:
@@ -181,7 +183,7 @@ def test_what_cannot_be_pushed(run: Path, base: Path, tmp_path: Path) -> None:
     for name in (LORA, KOHYA):
         intact = (run / name).read_bytes()
         (run / name).write_bytes(intact[:-1] + bytes([intact[-1] ^ 1]))
-        assert name in refused(run, "me/x", "--dry-run")
+        assert name in refused(run, "me/x", "--dry-run", "--out", tmp_path / "out")
         (run / name).write_bytes(intact)
     (run / "previews" / "step-000144.png").write_bytes(b"no image")
     code, output = push(run, "me/x", "--dry-run", "--out", tmp_path / "out")
