@@ -87,7 +87,7 @@ def _print_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     panels={
         "The three stages": "encode train generate",
         "To begin with": "tune doctor demo download convert",
-        "Caches and weights": "inspect verify prompts export",
+        "Caches and weights": "inspect verify prompts export push",
         "Pages to look at": "report compare",
     },
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
@@ -300,6 +300,22 @@ def export(ctx: click.Context, debug: bool, **values: Any) -> None:
 
         done = run(settings)
         echo(f"{done.path}: {done.description}, {done.num_bytes / 1e6:.1f} MB; read back and equal")
+
+
+@stage("push", "infer.settings:PushSettings")
+def push(ctx: click.Context, debug: bool, **values: Any) -> None:
+    """Send WEIGHTS with a model card to the Hugging Face Hub.
+
+    WEIGHTS is a run, or a LoRA or UNet of one; REPOSITORY is OWNER/NAME. A LoRA goes there for
+    diffusers and for user interfaces. The card has the run's settings and previews, and how to use
+    the weights; no path.
+    """
+    with handle_errors(debug):
+        settings = _settings(ctx, values)
+        from cli_push import push as run
+
+        for line in run(settings, _train_command()):
+            echo(line)
 
 
 @commands.command()

@@ -167,11 +167,15 @@ def tune(settings: TuneSettings, run: Command, check: Command) -> None:
             if arguments[0] == "train" and "--resume" in arguments and end.code == 2:
                 click.echo(_hint_to_resume(settings), err=True)
             raise
+    from sdxl.user_interfaces import describe_weights
+
     click.echo(
         f"\nDone. {settings.out / 'run'} has the weights and report.html, {settings.out / 'images'}"
         f" what they draw, before and after. Other prompts: change {settings.previews} and type "
         "the last command again."
     )
+    for line in describe_weights(settings.out / "run", settings.base, settings.goal == "full"):
+        click.echo(line)
 
 
 def _hint_to_resume(settings: TuneSettings) -> str:

@@ -45,7 +45,7 @@ def export(settings: ExportSettings) -> Exported:
         ValueError: the weights or the base cannot be used, or something is at OUT already.
         OSError: what was read back is not what was written.
     """
-    unet = _unet_folder(settings.weights)
+    unet = unet_folder(settings.weights)
     if unet is not None and settings.merge:
         raise ValueError(f"{settings.weights}: a whole UNet; --merge takes a LoRA")
     with locked_output(settings, unet):
@@ -58,7 +58,7 @@ def export(settings: ExportSettings) -> Exported:
     return Exported(settings.out, description, sum(path.stat().st_size for path in files))
 
 
-def _unet_folder(path: Path) -> Path | None:
+def unet_folder(path: Path) -> Path | None:
     """The folder of a whole UNet that ``path`` is or has; None: it must be a LoRA."""
     path = weights_folder(path)
     if (path / "unet" / "config.json").is_file():

@@ -1,4 +1,4 @@
-"""The settings of generate and export. Imports no torch: ``--help`` is made from them."""
+"""The settings of generate, export and push. Imports no torch: ``--help`` is made from them."""
 
 import math
 import re
@@ -354,3 +354,80 @@ class ExportSettings:
     @property
     def title(self) -> str:
         return self.name or (self.out.stem if self.is_file else self.out.name)
+
+
+_REPOSITORY = re.compile(r"(?=[^/]{1,96}/[^/]{1,96}$)\w[\w.-]*/\w[\w.-]*(?<![.-])", re.ASCII)
+_CHECKPOINT = re.compile(r"best|last|[0-9]{1,15}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushSettings:
+    """Settings of one push."""
+
+    PANELS: ClassVar[dict[str, str]] = {
+        "Essentials": "public dry_run out checkpoint",
+        "Model card": "base license instance_prompt previews",
+    }
+
+    weights: Path
+    repository: str
+    public: bool = option(False, "Create a public repository. Default: a private one.")
+    dry_run: bool = option(
+        False, "Write what would be sent into a folder, without asking the hub, then exit."
+    )
+    out: Path | None = option(
+        None, "Folder of --dry-run. Default: NAME-hub in the current one.", metavar="PATH"
+    )
+    checkpoint: str | None = option(
+        None,
+        "Push this checkpoint of the run: its step, best (lowest eval loss) or last. Default: "
+        "the weights that the run ended with.",
+        metavar="STEP|best|last",
+    )
+    base: str | None = option(
+        None,
+        f"{BASE_HELP} Default: the base that the weights name, if it is a hub id. With the UNet of "
+        "train --full, a whole model for user interfaces is made and sent too.",
+        metavar="BASE",
+    )
+    license: str | None = option(
+        None,
+        "License as the hub writes it, for example openrail++. Default: the base's own.",
+        metavar="ID",
+    )
+    instance_prompt: str | None = option(
+        None, "Words that call up what was learned, such as 'photo of ohwx man'.", metavar="TEXT"
+    )
+    previews: bool = option(True, "Show the run's newest previews, with their prompts.")
+
+    def __post_init__(self) -> None:
+        if not _REPOSITORY.fullmatch(self.repository) or re.search(r"--|\.\.", self.repository):
+            raise ValueError(
+                f"{self.repository!r}: no repository of the hub; give OWNER/NAME, of letters, "
+                "digits, '-', '_' and '.'"
+            )
+        if self.out is not None and not self.dry_run:
+            raise ValueError("--out does nothing without --dry-run")
+        if self.checkpoint is not None and not _CHECKPOINT.fullmatch(self.checkpoint):
+            raise ValueError(f"--checkpoint takes a step, best or last, not {self.checkpoint!r}")
+        if self.license is not None and not re.fullmatch(r"[\w.+-]{1,100}", self.license):
+            raise ValueError(f"--license takes an id such as openrail++, not {self.license!r}")
+
+    def check_inputs(self) -> None:
+        """Refuse files and folders that are something else, before anything is loaded.
+
+        Raises:
+            ValueError: says what it is.
+        """
+        remedies = {
+            CACHE: "give the run that was trained on it",
+            IMAGES: "give a file of weights, or a run or checkpoint folder",
+        }
+        check_kind(self.weights, WEIGHTS, remedies)
+        if self.base is not None:
+            check_base(self.base)
+
+    @property
+    def name(self) -> str:
+        """Of the repository, without its owner."""
+        return self.repository.partition("/")[2]

@@ -1,11 +1,12 @@
-"""Bases on the Hugging Face hub; the only module that uses a network. Imports no torch."""
+"""Bases from the Hugging Face hub, and weights to it. Imports no torch."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from runtime.messages import first_line
 from sdxl import BaseError
 
 MODELS = ("unet", "vae", "text_encoder", "text_encoder_2")
@@ -135,6 +136,61 @@ def download_base(hub_id: str, out: Path, *, fp16: bool = False, file: str | Non
     for left in (out / ".cache").rglob("*.incomplete"):  # by a run that was killed
         left.unlink(missing_ok=True)
     return out if "model_index.json" in names else out / names[0]
+
+
+def push_files(repo: str, files: Mapping[str, Path], *, public: bool) -> tuple[str, list[str]]:
+    """Send ``files``, by their names there, to the repository OWNER/NAME, in one commit; it is
+    created if it is not there, as a private one unless ``public``. Other files in it stay.
+
+    Returns its address, and the names in it that had another file before.
+
+    Raises:
+        ValueError: nobody is logged in, or the repository is public unasked.
+        OSError: the hub refuses it, or cannot be reached.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi, get_token
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    if get_token() is None:
+        raise ValueError(
+            "nobody is logged in to the Hugging Face Hub: run `hf auth login`, or set HF_TOKEN to "
+            "a token that may write"
+        )
+    api = HfApi(library_name="shardtune")
+    with _as_push_error(f"{repo}: not pushed"):
+        api.whoami()  # a token that is not valid is told apart from a repository that is not there
+        try:
+            info = api.model_info(repo)
+        except RepositoryNotFoundError:
+            info = None
+    if info is not None and not info.private and not public:
+        raise ValueError(
+            f"{repo}: is there already, and public; --public sends it all the same, for all to see"
+        )
+    before = [] if info is None else [sibling.rfilename for sibling in info.siblings or ()]
+    with _as_push_error(f"{repo}: not pushed"):
+        if info is None:
+            api.create_repo(repo, private=not public)
+    with _as_push_error(f"{repo}: is there, and nothing in it was changed"):
+        adds = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
+        api.create_commit(repo, adds, commit_message="Pushed by shardtune")
+    return f"{api.endpoint}/{repo}", sorted(files.keys() & before)
+
+
+@contextmanager
+def _as_push_error(failure: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # the hub's client raises anything
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        reasons = {
+            401: "the hub does not know the token: run `hf auth login`, or set HF_TOKEN",
+            403: "the token has no right to write there",
+        }
+        reason = reasons.get(status) if isinstance(status, int) else None
+        if status is None and not isinstance(error, ValueError):
+            reason = f"the hub could not be reached ({first_line(error)})"
+        raise OSError(f"{failure}: {reason or first_line(error)}") from error
 
 
 def pick_files(repo: str, names: list[str], fp16: bool, file: str | None) -> list[str]:

@@ -33,7 +33,7 @@ from tests.fuzz_convert import fuzz_convert
 from tests.fuzz_dataset import fuzz_list, fuzz_row, fuzz_tar, fuzz_text
 from tests.fuzz_images import fuzz_image
 from tests.fuzz_loras import fuzz_lora
-from tests.fuzz_pages import fuzz_page
+from tests.fuzz_pages import fuzz_page, fuzz_sheet
 from tests.fuzz_runs import fuzz_checkpoint, fuzz_generated, fuzz_plan, fuzz_recipe, fuzz_run
 from tests.mutations import Try
 from tools.random_base import make_random_base
@@ -54,6 +54,7 @@ PARSERS: dict[str, Callable[[Path, Path], Try]] = {
     "checkpoint": fuzz_checkpoint,
     "run": fuzz_run,
     "page": fuzz_page,
+    "sheet": fuzz_sheet,
     "prompts": fuzz_prompts,
     "generated": fuzz_generated,
     "convert": fuzz_convert,

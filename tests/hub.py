@@ -1,5 +1,6 @@
-"""A hub of one repository on this machine, as far as downloads go."""
+"""Hubs on this machine: one of a single repository to download from, and one to push to."""
 
+import base64
 import json
 import threading
 from collections.abc import Iterator
@@ -107,9 +108,102 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
 
+USER, TOKEN, READER = "someone", "hf_may_write", "hf_may_read"
+
+
+class WritableHub(ThreadingHTTPServer):
+    """Keeps repositories in memory. TOKEN may write what is of USER, READER nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Writing)
+        self.repositories: dict[str, dict[str, bytes]] = {}
+        self.private: dict[str, bool] = {}
+        self.num_commits = 0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class _Writing(BaseHTTPRequestHandler):
+    """The requests of ``whoami``, ``model_info``, ``create_repo`` and ``create_commit``."""
+
+    protocol_version = "HTTP/1.1"
+    server: WritableHub
+
+    def do_GET(self) -> None:
+        if self._token not in (TOKEN, READER):
+            return self._answer(401, {"error": "Invalid credentials"})
+        if self.path == "/api/whoami-v2":
+            return self._answer(200, {"name": USER, "type": "user", "orgs": []})
+        name = self.path.removeprefix("/api/models/").partition("?")[0]
+        if name not in self.server.repositories:
+            return self._answer(404, {"error": "not found"}, "RepoNotFound")
+        files = [{"rfilename": file} for file in self.server.repositories[name]]
+        private = self.server.private[name]
+        self._answer(200, {"id": name, "sha": REVISION, "private": private, "siblings": files})
+
+    def do_POST(self) -> None:
+        data = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.path == "/api/validate-yaml":
+            return self._answer(200, {"errors": [], "warnings": []})
+        if self._token != TOKEN:
+            return self._answer(403, {"error": "Forbidden: you have no right"})
+        if self.path == "/api/repos/create":
+            fields = json.loads(data)
+            name = f"{fields['organization'] or USER}/{fields['name']}"
+            if fields["organization"] not in (None, USER):
+                return self._answer(403, {"error": "Forbidden: not yours"})
+            self.server.repositories[name] = {}
+            self.server.private[name] = fields["visibility"] == "private"
+            return self._answer(200, {"url": f"{self.server.url}/{name}", "name": name})
+        name, _, action = (
+            self.path.removeprefix("/api/models/").rpartition("/main")[0].rpartition("/")
+        )
+        if action == "preupload":
+            files = [
+                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                for file in json.loads(data)["files"]
+            ]
+            return self._answer(200, {"files": files})
+        assert action == "commit", self.path
+        self.server.num_commits += 1
+        for line in data.splitlines():
+            item = json.loads(line)
+            assert item["key"] in ("header", "file"), "nothing is ever deleted"
+            if item["key"] == "file":
+                content = base64.b64decode(item["value"]["content"])
+                self.server.repositories[name][item["value"]["path"]] = content
+        url = f"{self.server.url}/{name}/commit/{REVISION}"
+        self._answer(200, {"commitUrl": url, "commitOid": REVISION})
+
+    @property
+    def _token(self) -> str:
+        return self.headers.get("Authorization", "").removeprefix("Bearer ")
+
+    def _answer(self, status: int, value: Any, code: str = "") -> None:
+        data = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        if code:
+            self.send_header("X-Error-Code", code)
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
 @contextmanager
 def serve(folder: Path) -> Iterator[Hub]:
-    with Hub(folder) as hub:
+    with running(Hub(folder)) as hub:
+        yield hub
+
+
+@contextmanager
+def running(server: Any) -> Iterator[Any]:
+    with server as hub:
         thread = threading.Thread(target=hub.serve_forever, daemon=True)
         thread.start()
         try:

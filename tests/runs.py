@@ -13,11 +13,14 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
 
 import train.loop
+from sdxl.contact_sheet import contact_sheet
 from train.checkpoint import numbered, read_state
 from train.config import TrainConfig
 from train.option_values import CacheUse
+from train.preview import TILE, draw_previews
 
 LORA = "pytorch_lora_weights.safetensors"
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -112,3 +115,8 @@ def assert_same_run(left: Path, right: Path) -> None:
     assert first == second, [name for name in first if first[name] != second[name]]
     name = LORA if (left / LORA).exists() else UNET
     assert same_weights(left / name, right / name)
+
+
+def draw_sheet(*arguments: Any, **settings: Any) -> Image.Image:
+    """What ``draw_previews`` draws, on a sheet."""
+    return contact_sheet(draw_previews(*arguments, **settings), TILE)

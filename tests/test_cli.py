@@ -260,6 +260,7 @@ def test_flags_win_over_the_recipe(cache: Path, base: Path, tmp_path: Path) -> N
     page = (out / "report.html").read_text()
     assert "finished: all of its 2 steps" in page and str(tmp_path) not in page
     assert f"{out / KOHYA}: the same LoRA, for ComfyUI, A1111, InvokeAI and sd-scripts" in output
+    assert "(ComfyUI: ComfyUI/models/loras; A1111, Forge: models/Lora; InvokeAI: its " in output
 
 
 def test_what_train_says_of_a_dora_and_of_a_unet(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ INPUTS = {
     "checkpoint": 250,
     "run": 250,
     "page": 40,
+    "sheet": 200,
     "generated": 250,
     "convert": 60,
 }

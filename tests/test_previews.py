@@ -19,6 +19,7 @@ from click.testing import CliRunner
 from conftest import Encode
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
+from runs import draw_sheet
 from torch.distributed.fsdp import fully_shard
 
 import cli
@@ -35,12 +36,7 @@ from shards.manifest import MANIFEST, PROMPTS, read_manifest
 from shards.previews import PreviewFile
 from shards.reader import Cache
 from shards.verify import verify
-from train.preview import (
-    TILE,
-    PreviewPrompts,
-    draw_previews,
-    read_preview_prompts,
-)
+from train.preview import TILE, PreviewPrompts, read_preview_prompts
 
 LINES = "a red circle\n# mine\na blue square --n a black square --w 80 --h 48 --d 9 --s 3 --l 1.5\n"
 OTHER = "a green triangle\n"
@@ -445,7 +441,7 @@ def test_a_sheet_shows_what_the_pipeline_draws(
 ) -> None:
     """In true color, the same seeds, sizes and settings give diffusers' own images."""
     vae = load_vae(open_base(base).vae, torch.float32)
-    sheet = draw_previews(
+    sheet = draw_sheet(
         unet,
         load_scheduler(open_base(base)),
         previews,
@@ -491,7 +487,7 @@ def test_without_a_vae_the_colors_are_of_the_map(
         return kept[-1]
 
     monkeypatch.setattr("train.preview.latents_to_rgb", keep)
-    sheet = draw_previews(unet, load_scheduler(open_base(base)), previews, num_steps=2)
+    sheet = draw_sheet(unet, load_scheduler(open_base(base)), previews, num_steps=2)
     first, second = tiles_of(sheet)
     assert [rgb.shape for rgb in kept] == [(1, 3, 8, 8), (1, 3, 6, 10)]
     inner = first.reshape(8, 64, 8, 64, 3)[:, 24:40, :, 24:40].mean(axis=(1, 3))
@@ -510,7 +506,7 @@ def test_drawing_leaves_no_trace(base: Path, unet: Any, previews: PreviewPrompts
     modes = [module.training for module in unet.modules()]
     weights = {name: value.clone() for name, value in unet.state_dict().items()}
     before, settings = torch.get_rng_state(), dict(scheduler.config)
-    first = draw_previews(unet, scheduler, previews, num_steps=2)
+    first = draw_sheet(unet, scheduler, previews, num_steps=2)
     assert torch.equal(torch.get_rng_state(), before)
     assert [module.training for module in unet.modules()] == modes
     assert unet.is_gradient_checkpointing and torch.is_grad_enabled()
@@ -518,7 +514,7 @@ def test_drawing_leaves_no_trace(base: Path, unet: Any, previews: PreviewPrompts
     assert all(parameter.grad is None for parameter in unet.parameters())
     assert dict(scheduler.config) == settings
     torch.randn(3)
-    assert draw_previews(unet, scheduler, previews, num_steps=2).tobytes() == first.tobytes()
+    assert draw_sheet(unet, scheduler, previews, num_steps=2).tobytes() == first.tobytes()
 
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("out of memory")
@@ -526,7 +522,7 @@ def test_drawing_leaves_no_trace(base: Path, unet: Any, previews: PreviewPrompts
     unet.forward = fail
     before = torch.get_rng_state()
     with pytest.raises(RuntimeError):
-        draw_previews(unet, scheduler, previews, num_steps=2)
+        draw_sheet(unet, scheduler, previews, num_steps=2)
     assert torch.equal(torch.get_rng_state(), before)
     assert [module.training for module in unet.modules()] == modes
 
@@ -537,10 +533,10 @@ def test_under_autocast_training_keeps_its_gradients(
     """Drawn inside the caller's autocast, no weight cast without gradients may be left behind."""
     unet.requires_grad_(True)
     scheduler = load_scheduler(open_base(base))
-    exact = draw_previews(unet, scheduler, previews, num_steps=2)
+    exact = draw_sheet(unet, scheduler, previews, num_steps=2)
     with torch.autocast("cpu", torch.bfloat16):
-        rough = draw_previews(unet, scheduler, previews, autocast=torch.bfloat16, num_steps=2)
-        plain = draw_previews(unet, scheduler, previews, num_steps=2)
+        rough = draw_sheet(unet, scheduler, previews, autocast=torch.bfloat16, num_steps=2)
+        plain = draw_sheet(unet, scheduler, previews, num_steps=2)
         predicted = forward(unet, previews)
     predicted.float().sum().backward()
     without = [name for name, p in unet.named_parameters() if p.grad is None]
@@ -555,12 +551,12 @@ def test_a_sharded_unet_is_drawn_and_still_trains(
 ) -> None:
     """FSDP gathers weights into buffers made by its first forward: they must take gradients."""
     scheduler = load_scheduler(open_base(base))
-    expected = draw_previews(unet, scheduler, previews, num_steps=2)
+    expected = draw_sheet(unet, scheduler, previews, num_steps=2)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         unet.requires_grad_(True)
         fully_shard(unet, mesh=dist.init_device_mesh("cpu", (1,)))
-        assert draw_previews(unet, scheduler, previews, num_steps=2).tobytes() == expected.tobytes()
+        assert draw_sheet(unet, scheduler, previews, num_steps=2).tobytes() == expected.tobytes()
         forward(unet, previews).sum().backward()
         assert all(parameter.grad is not None for parameter in unet.parameters())
     finally:
@@ -573,13 +569,13 @@ def test_a_lora_in_half_precision_is_drawn(base: Path, previews: PreviewPrompts)
 
     unet = load_unet(open_base(base).unet, torch.bfloat16)
     scheduler = load_scheduler(open_base(base))
-    plain = draw_previews(unet, scheduler, previews, num_steps=2)
+    plain = draw_sheet(unet, scheduler, previews, num_steps=2)
     unet.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_k", "to_v"]))
     for name, parameter in unet.named_parameters():
         if "lora_" in name:
             parameter.data = torch.full(parameter.shape, 0.2)
     for autocast in (None, torch.bfloat16):
-        sheet = draw_previews(unet, scheduler, previews, autocast=autocast, num_steps=2)
+        sheet = draw_sheet(unet, scheduler, previews, autocast=autocast, num_steps=2)
         assert np.abs(np.asarray(sheet).astype(int) - np.asarray(plain)).mean() > 1
 
 
@@ -587,9 +583,7 @@ def test_a_run_that_went_astray_still_has_a_sheet(
     base: Path, unet: Any, previews: PreviewPrompts
 ) -> None:
     unet.conv_out.bias.data.fill_(float("nan"))
-    (first, _) = tiles_of(
-        draw_previews(unet, load_scheduler(open_base(base)), previews, num_steps=2)
-    )
+    (first, _) = tiles_of(draw_sheet(unet, load_scheduler(open_base(base)), previews, num_steps=2))
     assert not first.any()
 
 
@@ -612,7 +606,7 @@ def test_the_prediction_type_changes_the_sheet(
 ) -> None:
     sheets = [
         np.asarray(
-            draw_previews(unet, load_scheduler(open_base(base), *arguments), previews, num_steps=3)
+            draw_sheet(unet, load_scheduler(open_base(base), *arguments), previews, num_steps=3)
         )
         for arguments in ((), ("epsilon", False), ("v_prediction", False), ("v_prediction", True))
     ]

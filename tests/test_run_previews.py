@@ -1,6 +1,5 @@
 """A run that draws previews is the run that does not, and leaves its sheets."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,18 +13,14 @@ from runs import losses
 
 from precompute.prompts import change_prompts
 from sdxl.base import open_base
+from sdxl.contact_sheet import LINE, fit_tile, read_sheet
 from sdxl.load import load_scheduler, load_unet, load_vae
 from sdxl.lora.names import LORA
 from shards.reader import Cache
 from train.config import TrainConfig
-from train.log import RunLog
 from train.loop import train
 from train.option_values import CacheUse, Every
-from train.preview import draw_previews, read_preview_prompts
-
-CPU = torch.device("cpu")
-
-TITLE = 18  # pixels of a sheet's height
+from train.preview import TILE, draw_previews, read_preview_prompts
 
 
 @pytest.fixture
@@ -68,15 +63,20 @@ def test_previews_change_nothing_but_what_is_seen(
     assert all(torch.equal(left[key], right[key]) for key in left)
     sheets = sorted(path.name for path in (drawn / "previews").iterdir())
     assert sheets == [f"step-{step:06d}.png" for step in (0, 2, 4)]
+    apart = read_sheet(drawn / "previews" / sheets[0])
+    assert [prompt for _, prompt in apart] == ["a red circle", "a blue square"]
     previews = read_preview_prompts(Cache(prompted))
     assert previews is not None
     unet = load_unet(open_base(base).unet, torch.float32)
-    title = "step 0, averaged weights" if "ema" in settings else "step 0"
-    first = pixels(draw_previews(unet, load_scheduler(open_base(base)), previews, title=title))
-    assert np.abs(pixels(drawn / "previews" / sheets[0]) - first).max() <= 1
-    last = pixels(drawn / "previews" / sheets[2])
-    assert np.abs(last[TITLE:] - first[TITLE:]).max() > 1, "it has learned"
-    assert not np.array_equal(last[:TITLE], first[:TITLE]), "it says its step"
+    images = [image for image, _ in draw_previews(unet, load_scheduler(open_base(base)), previews)]
+    first, last = (read_sheet(drawn / "previews" / name) for name in (sheets[0], sheets[2]))
+    assert [text for _, text in first] == ["a red circle", "a blue square"]
+    pairs = list(zip(first, last, images, strict=True))
+    for (shown, _), (learned, _), image in pairs:
+        assert np.abs(pixels(shown) - pixels(fit_tile(image, TILE))).max() <= 1
+        assert np.abs(pixels(shown) - pixels(learned)).max() > 1, "it has learned"
+    titles = [pixels(drawn / "previews" / name)[:LINE] for name in (sheets[0], sheets[2])]
+    assert not np.array_equal(*titles), "each says its step"
 
 
 def test_true_colors_are_the_vaes(prompted: Path, base: Path, tmp_path: Path) -> None:
@@ -87,11 +87,10 @@ def test_true_colors_are_the_vaes(prompted: Path, base: Path, tmp_path: Path) ->
         load_unet(open_base(base).unet, torch.float32),
         load_vae(open_base(base).vae, torch.float32),
     )
-    expected = draw_previews(
-        unet, load_scheduler(open_base(base)), previews, vae=vae, title="step 0"
-    )
-    actual = pixels(out / "previews" / "step-000000.png")
-    assert np.abs(actual - pixels(expected)).max() <= 1
+    expected = draw_previews(unet, load_scheduler(open_base(base)), previews, vae=vae)
+    actual = read_sheet(out / "previews" / "step-000000.png")
+    for (shown, _), (image, _) in zip(actual, expected, strict=True):
+        assert np.abs(pixels(shown) - pixels(fit_tile(image, TILE))).max() <= 1
 
 
 @pytest.mark.slow
@@ -120,29 +119,3 @@ def test_previews_that_cannot_be_drawn_are_refused_before_the_run(
     with pytest.raises(ValueError, match=r"vae.*safetensors"):
         run(prompted, own, out, preview_every=Every(1), preview_vae=True)
     assert not out.exists()
-
-
-def test_sheets_go_to_wandb(cache: Path, base: Path, tmp_path: Path) -> None:
-    """What RunLog gives it; the rest is W&B's."""
-    from train.distributed import DistContext
-
-    sheet = tmp_path / "sheet.png"
-    Image.new("RGB", (8, 4), "red").save(sheet)
-    config = TrainConfig(caches=(CacheUse(cache),), base=str(base), out=tmp_path, steps=1)
-    log = RunLog(config, DistContext(CPU), 0, 1, {})
-    logged: list[dict[str, Any]] = []
-
-    class Recorder:
-        def log(self, row: dict[str, Any], step: int) -> None:
-            logged.append(row | {"step": step})
-
-        def finish(self, exit_code: int) -> None:
-            logged.append({"exit_code": exit_code})
-
-    log._wandb = Recorder()
-    log.preview(7, sheet)
-    log.close(failed=True)
-    assert logged[0]["trainer/step"] == logged[0]["step"] == 7
-    assert logged[0]["previews"].image.size == (8, 4)
-    assert logged[1] == {"exit_code": 1}
-    assert json.loads("[" + (tmp_path / "metrics.jsonl").read_text() + "]") == []

@@ -19,6 +19,7 @@ import cli
 import cli_tune
 from cli import commands
 from cli_tune import RECIPES, TuneSettings, check_command, tune
+from sdxl.lora.names import KOHYA
 from tools.miniature.data import write_sample_set
 
 ROOT = Path(__file__).parent.parent
@@ -224,3 +225,17 @@ def test_one_command_and_once_more(dataset: Path, tmp_path: Path) -> None:
     )
     assert {path: path.stat().st_mtime_ns for path in images} == before
     assert "it is finished" in again.stdout and "0 images drawn" in again.stdout
+
+
+def test_the_end_says_where_the_files_go(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(arguments: list[str]) -> None:
+        if arguments[0] == "train":
+            (tmp_path / "out" / "run").mkdir(parents=True)
+            (tmp_path / "out" / "run" / KOHYA).touch()
+
+    tune(TuneSettings(dataset=dataset, base="miniature", out=tmp_path / "out"), run, lambda _: None)
+    *_, last = capsys.readouterr().out.splitlines()
+    assert last.startswith(f"{tmp_path / 'out' / 'run' / KOHYA}: the same LoRA, for ComfyUI")
+    assert "ComfyUI/models/loras" in last

@@ -4,16 +4,20 @@ import base64
 import hashlib
 import json
 import os
+import shutil
 import struct
+import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from wandb.proto import wandb_internal_pb2
 
 import cli
+from precompute.prompts import change_prompts
 from runtime.files import unseal
 from tests.runs import in_child
 
@@ -45,8 +49,12 @@ def rows_of(records: list[Any]) -> list[dict[str, Any]]:
     rows = []
     for record in records:
         if record.WhichOneof("record_type") == "history":
-            items = {item.nested_key[0]: item.value_json for item in record.history.item}
-            rows.append({k: json.loads(v) for k, v in items.items() if not k.startswith("_")})
+            row: dict[str, Any] = {}
+            for item in record.history.item:
+                *outer, name = item.nested_key
+                inside = row.setdefault(outer[0], {}) if outer else row
+                inside[name] = json.loads(item.value_json)
+            rows.append({k: v for k, v in row.items() if not k.startswith("_")})
     return rows
 
 
@@ -58,8 +66,12 @@ def only(records: list[Any], kind: str) -> Any:
 
 @pytest.fixture(scope="module")
 def run(base: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run's folder: 4 steps, then resumed to 6, with an eval at every second step."""
+    """A run's folder: 4 steps, then resumed to 6, with an eval at every second step and previews at
+    every fourth."""
     folder = tmp_path_factory.mktemp("wandb")
+    cache = Path(shutil.copytree(cache, folder / "cache"))
+    (folder / "prompts.txt").write_text("a red circle --s 2\na blue square --s 2\n")
+    change_prompts(cache, folder / "prompts.txt", str(base), "cpu")
     command = [
         *(
             "train",
@@ -73,6 +85,8 @@ def run(base: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
         ),
         *("--val", str(cache), "--eval-every", "2", "--log-every", "3", "--batch-size", "4"),
         *("--warmup-steps", "3", "--wandb", "offline", "--wandb-project", "a-project"),
+        *("--wandb-entity", "a-team", "--wandb-name", "a name", "--wandb-group", "a group"),
+        *("--wandb-tags", "first, second", "--preview-every", "4"),
     ]
     commands = [[*command, "--steps", "4"], [*command, "--steps", "6", "--resume"]]
     # Nothing of the user's own W&B settings.
@@ -123,7 +137,10 @@ def test_values_are_those_of_metrics_jsonl(
     for row in metrics:
         merged.setdefault(row["trainer/step"], {}).update(row)
     assert len(parts) == 2
-    assert rows_of(parts[0]) + rows_of(parts[1]) == list(merged.values())
+    logged = rows_of(parts[0]) + rows_of(parts[1])
+    assert [{k: v for k, v in row.items() if k != "previews"} for row in logged] == [
+        *merged.values()
+    ]
     assert [row["trainer/step"] for row in metrics if "train/loss" in row] == [1, 2, 3, 4, 5, 6]
 
 
@@ -142,6 +159,48 @@ def test_metrics_are_drawn_over_the_trained_steps(parts: list[list[Any]]) -> Non
     for records in parts:
         metric = [r.metric for r in records if r.WhichOneof("record_type") == "metric"]
         assert [(m.glob_name, m.step_metric) for m in metric] == [("*", "trainer/step")]
+
+
+def test_previews_are_logged_apart_with_their_prompts(run: Path, parts: list[list[Any]]) -> None:
+    drawn = {row["trainer/step"]: row["previews"] for row in rows_of(parts[0]) if "previews" in row}
+    assert list(drawn) == [0, 4]
+    for previews in drawn.values():
+        assert previews["captions"] == ["a red circle", "a blue square"]
+        assert (previews["count"], previews["width"], previews["height"]) == (2, 512, 512)
+    for name in drawn[4]["filenames"]:
+        (image,) = (run / "wandb").glob(f"offline-run-*/files/{name}")
+        with Image.open(image) as opened:
+            assert opened.size == (512, 512)
+
+
+def test_the_run_has_the_names_that_were_given(parts: list[list[Any]]) -> None:
+    for records in parts:
+        record = only(records, "run")
+        assert (record.entity, record.display_name) == ("a-team", "a name")
+        assert (record.run_group, list(record.tags)) == ("a group", ["first", "second"])
+
+
+def test_nothing_of_the_machine_is_uploaded(run: Path, parts: list[list[Any]]) -> None:
+    """What a sync sends: the records, but for where an artifact lies here, and the files."""
+    sent = [
+        record.SerializeToString()
+        for records in parts
+        for record in records
+        if record.WhichOneof("record_type") not in ("artifact", "request")
+    ]
+    files = [path for path in (run / "wandb").glob("offline-run-*/files/**/*") if path.is_file()]
+    assert len(sent) > 10 and files
+    sent += [str(path).encode() + path.read_bytes() for path in files]
+    for records in parts:
+        assert not only(records, "run").host
+    private = [str(run.parent), sys.executable, str(Path(cli.__file__).parent)]
+    for word in private:
+        where = [data for data in sent if word.encode() in data.removeprefix(str(run).encode())]
+        assert not where, (word, where[0][:2000])
+    assert {path.name for path in files if path.suffix != ".png"} <= {
+        "wandb-summary.json",
+        "config.yaml",
+    }
 
 
 def test_the_artifact_is_the_weights_file(run: Path, parts: list[list[Any]]) -> None:
@@ -163,6 +222,7 @@ def test_the_settings_are_told(run: Path, parts: list[list[Any]]) -> None:
     after = unseal((run / "config.json").read_bytes())
     assert settings["steps"] == 4
     assert settings["lr"] == 1e-4
+    assert "wandb_entity" not in settings
     changed = {"steps", "num_steps", "resume"}
     assert {k: v for k, v in settings.items() if k not in changed} == {
         k: v for k, v in after.items() if k not in changed

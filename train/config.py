@@ -1,6 +1,7 @@
 """The settings of a training run, and which exclude each other. No torch: ``--help`` reads them."""
 
 from dataclasses import MISSING, dataclass, fields
+from importlib.util import find_spec
 from math import ceil
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -11,6 +12,7 @@ from sdxl.base import BASE_HELP, check_base
 from train.option_values import CacheUse, Every, check_ranges, flag
 
 _LORA_ONLY = ("rank", "alpha", "targets", "conv", "init_lora")
+_WANDB_ONLY = ("wandb_entity", "wandb_name", "wandb_group", "wandb_tags", "wandb_artifact")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +33,8 @@ class TrainConfig:
         "Evaluation and previews": "eval_every preview_every preview_vae",
         "Checkpoints": "checkpoint_every checkpoint_at keep publish resume allow_changed_data "
         "overwrite",
-        "Logging and the rest": "dry_run log_every wandb wandb_project",
+        "Logging and the rest": "dry_run log_every tensorboard wandb wandb_project wandb_entity "
+        "wandb_name wandb_group wandb_tags wandb_artifact",
     }
 
     caches: tuple[CacheUse, ...]
@@ -259,8 +262,26 @@ class TrainConfig:
         "Replace the run in the folder; the old one is deleted when the new one has a checkpoint.",
     )
     dry_run: bool = option(False, "Print the plan and a memory estimate, then exit.")
+    tensorboard: bool = option(
+        False, "Log to TensorBoard, in RUN/tensorboard; needs pip install .[tensorboard]."
+    )
     wandb: Literal["disabled", "offline", "online"] = option("disabled", "Log to Weights & Biases.")
     wandb_project: str = option("shardtune", "Project of --wandb.")
+    wandb_entity: str | None = option(
+        None, "User or team of --wandb. Default: that of the API key.", metavar="NAME"
+    )
+    wandb_name: str | None = option(
+        None, "Name of the run in --wandb. Default: that of RUN's folder.", metavar="NAME"
+    )
+    wandb_group: str | None = option(None, "Group of runs in --wandb.", metavar="NAME")
+    wandb_tags: str | None = option(
+        None, "Tags of the run in --wandb, with commas between.", metavar="TAG,TAG"
+    )
+    wandb_artifact: Literal["none", "lora", "full"] | None = option(
+        None,
+        "Final weights to upload with --wandb: none, a LoRA, or the whole UNet of --full too. "
+        "Default: weights of less than 1 GB.",
+    )
 
     def __post_init__(self) -> None:
         check_ranges(vars(self))
@@ -283,6 +304,15 @@ class TrainConfig:
             names = {"path": folder, "base": self.base}
             check_kind(folder, CACHE, {k: text.format(**names) for k, text in remedies.items()})
         check_base(self.base)
+        self.check_packages()
+
+    def check_packages(self) -> None:
+        """
+        Raises:
+            ValueError: names the extra that a setting needs and that is not installed.
+        """
+        if self.tensorboard and find_spec("tensorboard") is None:
+            raise ValueError("--tensorboard needs tensorboard: pip install '.[tensorboard]'")
 
     @staticmethod
     def saved_options(given: dict[str, Any]) -> dict[str, Any]:
@@ -297,6 +327,12 @@ class TrainConfig:
             return self.steps
         assert self.epochs is not None
         return max(1, ceil(round(self.epochs * batches_per_epoch, 6)))
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """Those of ``--wandb-tags``."""
+        tags = (tag.strip() for tag in (self.wandb_tags or "").split(","))
+        return tuple(tag for tag in tags if tag)
 
     @property
     def peak_lr(self) -> float:
@@ -366,6 +402,7 @@ def check_choices(config: "TrainConfig") -> None:
         ("logit_std", "--timesteps logit-normal", config.timesteps == "logit-normal"),
         ("num_cycles", "--lr-schedule cosine-restarts", config.lr_schedule == "cosine-restarts"),
         ("unconditional", "--caption-dropout", config.caption_dropout > 0),
+        *((name, "--wandb", config.wandb != "disabled") for name in _WANDB_ONLY),
     ):
         default = config.__dataclass_fields__[name].default
         if getattr(config, name) != default and not is_set:

@@ -1,14 +1,14 @@
-"""The log of a run: a progress bar, ``metrics.jsonl`` and W&B, written by the main rank alone.
+"""The log of a run: a progress bar, ``metrics.jsonl`` and the trackers, by the main rank alone.
 
 Losses stay on the device until ``flush``: between two flushes the host never waits for the GPU.
 """
 
 import json
 import math
-import re
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,13 @@ import torch
 from tqdm import tqdm
 
 from runtime.files import write_durable, writing
-from runtime.messages import printable
+from runtime.messages import first_line, printable
 from runtime.safe_parsing import open_regular
 from train.config import TrainConfig
 from train.distributed import DistContext
 from train.learner import NUM_QUARTERS, Step, losses_by_quarter
-from train.run_folder import METRICS, WANDB_ID, read_own_json, write_own_json
+from train.run_folder import METRICS
+from train.trackers import Images, start_trackers
 
 try:
     import resource
@@ -73,19 +74,14 @@ class RunLog:
         self.num_skipped = 0  # steps left out since the run was started
         self._pending: list[tuple[int, Step]] = []
         self._since = time.perf_counter()
-        self._wandb: Any = None
-        self._wandb_ahead = 0
+        self._trackers: list[Any] = []
         self.bar: Any = tqdm(
             total=num_steps, initial=start, unit="step", desc="train", disable=not world.is_main
         )
         if world.is_main:
             cut_metrics(config.out, start)
             self._path = config.out / METRICS
-            if config.wandb != "disabled":
-                self._wandb = _start_wandb(config, run_config)
-                # How far W&B's own count is ahead, in a run that was killed or that an earlier
-                # version began: it takes no row below its count.
-                self._wandb_ahead = max(0, self._wandb.step - start - 1)
+            self._trackers += start_trackers(config, run_config, start)
             self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
 
     def step(self, number: int, step: Step) -> None:
@@ -146,14 +142,10 @@ class RunLog:
         self._write([{"step": step, "eval/loss": _json(loss)}])
         self.print(f"step {step}: eval loss {loss:.5f}")
 
-    def preview(self, step: int, path: Path) -> None:
-        """Note a sheet of previews after ``step`` steps."""
+    def preview(self, step: int, path: Path, images: Images) -> None:
+        """Note previews after ``step`` steps: their sheet, and each with its prompt."""
         self.print(f"step {step}: previews in {path}")
-        if self._wandb is not None:
-            import wandb
-
-            row = {"trainer/step": step, "previews": wandb.Image(str(path))}
-            self._wandb.log(row, step=step + self._wandb_ahead)
+        self._track(lambda tracker: tracker.log_previews(step, images))
 
     def resume_clock(self) -> None:
         """Measure the rate from now on, without the time that was spent between the steps."""
@@ -167,36 +159,35 @@ class RunLog:
     def _write(self, rows: list[dict[str, Any]]) -> None:
         if not self.world.is_main:
             return
-        for row in rows:
-            if self._wandb is not None:
-                # W&B's step is the optimizer's, so that a resumed run continues its count, offline
-                # too, where W&B cannot know it.
-                numbers = {"trainer/step": row["step"], **_without_step(row)}
-                self._wandb.log(numbers, step=row["step"] + self._wandb_ahead)
         with writing(self._path):
             self._file.write("".join(json.dumps(row) + "\n" for row in rows))
             self._file.flush()
+        for row in rows:
+            self._track(lambda tracker, row=row: tracker.log_row(row))  # type: ignore[misc]
 
-    def artifact(self, path: Path) -> None:
-        """Upload the run's weights to W&B."""
-        if self._wandb is None:
-            return
-        import wandb
+    def weights(self, path: Path) -> None:
+        """Hand the run's final weights to the trackers."""
+        self._track(lambda tracker: tracker.log_weights(path))
 
-        artifact = wandb.Artifact(f"weights-{self._wandb.id}", type="model")
-        if path.is_dir():
-            artifact.add_dir(str(path))
-        else:
-            artifact.add_file(str(path))
-        self._wandb.log_artifact(artifact)
+    def _track(self, act: Callable[[Any], None]) -> None:
+        """Let each tracker act. One that fails is dropped, with a warning: hours of training are
+        worth more than their copy elsewhere, and ``metrics.jsonl`` has every number."""
+        for tracker in [*self._trackers]:
+            try:
+                act(tracker)
+            except Exception as error:
+                self._trackers.remove(tracker)
+                warnings.warn(
+                    f"{tracker.option} failed, and the run goes on without it: {first_line(error)}",
+                    stacklevel=2,
+                )
 
     def close(self, failed: bool) -> None:
         self.bar.close()
         if self.world.is_main:
             with suppress(OSError):  # rows that the full disk refused, which was reported
                 self._file.close()
-        if self._wandb is not None:
-            self._wandb.finish(exit_code=int(failed))
+        self._track(lambda tracker: tracker.close(failed))
 
 
 def _row(number: int, step: Step, loss: float, norm: float, finite: float) -> dict[str, Any]:
@@ -222,54 +213,3 @@ def _memory_bytes(device: torch.device) -> int:
 
 def _json(value: float) -> float | None:
     return value if math.isfinite(value) else None  # JSON has no NaN
-
-
-def _without_step(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in row.items() if name != "step"}
-
-
-def check_wandb(config: TrainConfig) -> None:
-    """Check that W&B lets this run log online: without an API key or an answer, the start would
-    hang for a minute and a half, and fail after an older run was set aside.
-
-    Raises:
-        ValueError: W&B's reason, and the way out.
-    """
-    if config.wandb != "online":
-        return
-    import wandb
-
-    try:
-        wandb.setup(settings=wandb.Settings(silent=True))
-        wandb.login(verify=True)
-    except wandb.errors.Error as error:
-        raise ValueError(_refusal(config, error)) from error
-
-
-def _refusal(config: TrainConfig, error: Exception) -> str:
-    offline = "; or take --wandb offline" if config.wandb == "online" else ""
-    return f"--wandb {config.wandb}: {error}{offline}"
-
-
-def _start_wandb(config: TrainConfig, run_config: Any) -> Any:
-    """A new W&B run, or the same one where the run's folder names it."""
-    import wandb
-
-    run_id = (read_own_json(config.out / WANDB_ID) or {}).get("id")
-    if not (isinstance(run_id, str) and re.fullmatch(r"[\w-]+", run_id)):
-        run_id = None
-    try:
-        run = wandb.init(
-            project=config.wandb_project,
-            dir=str(config.out),
-            mode=config.wandb,
-            id=run_id,
-            resume="allow" if run_id else None,
-            config=run_config,
-            settings=wandb.Settings(silent=True),
-        )
-    except wandb.errors.Error as error:
-        raise ValueError(_refusal(config, error)) from error
-    run.define_metric("*", step_metric="trainer/step")
-    write_own_json(config.out / WANDB_ID, {"id": run.id})
-    return run

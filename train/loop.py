@@ -46,13 +46,14 @@ from train.learner import (
     train_step,
     warm_up,
 )
-from train.log import RunLog, check_wandb
+from train.log import RunLog
 from train.memory import advice, choose_checkpointing
 from train.optim import learning_rate
 from train.option_values import Every
 from train.preview import Previewer
 from train.resume import Start, find_start, restore, state_of
 from train.run_folder import begin_run, describe, discard_replaced_run, lock_folder
+from train.trackers import check_trackers
 from train.weights import WeightsFormat, publish
 
 
@@ -101,7 +102,7 @@ def train(config: TrainConfig, after_checkpoint: Callable[[], None] | None = Non
         with ExitStack() as stack:
             stack.enter_context(lock_folder(config, world))
             if world.is_main:
-                check_wandb(config)
+                check_trackers(config)
             base = _open_base(config, world)
             caches, val = open_data(config, base, world)
             tokens = caches[0].manifest["text"]["tokens"]
@@ -213,7 +214,7 @@ def _run(run: Run) -> Path:
             steps = load_best(out, learner, run.config.full) or steps
             run.log.print(f"publishes the weights of step {steps}")
         path = publish(learner.unet, run.kind, out, world, learner.ema, steps=steps)
-        run.log.artifact(path)
+        run.log.weights(path)
         failed = False
         return path
     except Stopped:  # which is no failure
@@ -290,7 +291,7 @@ def _steps(run: Run) -> None:
             kind = _checkpoint_kind(run, done, last, stop)
             evals = last or _is_due(run, config.eval_every, done)
             previews = _is_due(run, config.preview_every, done)
-            if at_log or evals or kind or previews:  # W&B takes rows in the order of their steps
+            if at_log or evals or kind or previews:  # rows are logged in order of steps
                 _flush(run)
             run.eval_loss = _evaluate(run, done) if evals else None
             if previews:
@@ -413,5 +414,5 @@ def _evaluate(run: Run, step: int) -> float | None:
 
 def _preview(run: Run, step: int) -> None:
     if run.previewer is not None:
-        run.log.preview(step, run.previewer.draw(step))
+        run.log.preview(step, *run.previewer.draw(step))
         run.log.resume_clock()

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from runtime.files import durable_file, writing
 from sdxl.base import Base, find_weights
-from sdxl.contact_sheet import LINEAR_COLORS, MAX_TILES, contact_sheet
+from sdxl.contact_sheet import LINEAR_COLORS, MAX_TILES, contact_sheet, fit_tile, sheet_record
 from sdxl.latent_rgb import latents_to_rgb
 from sdxl.load import load_scheduler, load_vae
 from sdxl.prompt_files import Prompt
@@ -91,10 +92,9 @@ def draw_previews(
     vae: Any = None,
     num_steps: int = 20,
     guidance_scale: float = 5.0,
-    title: str = "",
-) -> Image.Image:
-    """Generate one sheet of the first 100 prompts, in the order of their file, each with the start
-    of its text.
+) -> list[tuple[Image.Image, str]]:
+    """Generate an image of each of the first 100 prompts, in the order of their file; each comes
+    with its prompt.
 
     ``scheduler`` is from ``load_scheduler``. A prompt's own size, seed, steps and guidance win over
     the defaults; prompt i has seed i. ``autocast`` is the dtype of the forward pass where the UNet
@@ -105,7 +105,7 @@ def draw_previews(
     The UNet's modes and torch's generators are restored afterwards. If the UNet is sharded, every
     rank must call this, with the same arguments except ``vae``.
     """
-    tiles: list[tuple[Any, str]] = []
+    images: list[tuple[Image.Image, str]] = []
     with _eval_mode(unet):
         for row, prompt in enumerate(previews.prompts[:MAX_TILES]):
             latents = _sample(unet, scheduler, previews, row, autocast, num_steps, guidance_scale)
@@ -114,9 +114,8 @@ def draw_previews(
                     image = latents_to_rgb(latents, previews.weight, previews.bias)
                 else:
                     image = decode_latents(vae, latents)
-            tiles.append((_to_image(image[0]), f"seed {_seed(prompt, row)}: {prompt.text}"))
-    lines = [title, LINEAR_COLORS if vae is None else ""]
-    return contact_sheet(tiles, TILE, "; ".join(filter(None, lines)))
+            images.append((_to_image(image[0]), prompt.text))
+    return images
 
 
 def _seed(prompt: Prompt, row: int) -> int:
@@ -204,28 +203,45 @@ class Previewer:
             f"`python cli.py prompts {caches[0].folder} FILE --base {base}`"
         )
 
-    def draw(self, step: int) -> Path:
-        """Generate the sheet after ``step`` steps, with the averaged weights if there are any. All
-        ranks must call it; the main one writes."""
+    def draw(self, step: int) -> tuple[Path, list[tuple[Image.Image, str]]]:
+        """Generate the images after ``step`` steps, with the averaged weights if there are any;
+        returns the file of their sheet, and each with its prompt: as the VAE decodes it, or without
+        one as large as on the sheet. All ranks must call it; the main one writes."""
         learner, precision, vae = self.learner, self.learner.precision, None
         if self.config.preview_vae and learner.world.is_main:
             vae = load_vae(self.base.vae, torch.float32).to(learner.world.device)
         with learner.eval_mode() as unet:
-            sheet = draw_previews(
+            images = draw_previews(
                 unet,
                 self.scheduler,
                 self.previews,
                 autocast=precision.dtype if precision.autocast else None,
                 vae=vae,
-                title=f"step {step:,}" + (", averaged weights" if learner.ema is not None else ""),
             )
         path = self.config.out / FOLDER / f"step-{step:06d}.png"
         if learner.world.is_main:
             with writing(path):
                 path.parent.mkdir(exist_ok=True)
                 with durable_file(path) as file:
-                    sheet.save(file, format="PNG")
-        return path
+                    sheet, record = self._sheet(step, images, has_true_colors=vae is not None)
+                    sheet.save(file, format="PNG", pnginfo=record)
+        if vae is None:  # a pixel for each latent is little to look at
+            images = [(fit_tile(image, TILE), prompt) for image, prompt in images]
+        return path, images
+
+    def _sheet(
+        self, step: int, images: list[tuple[Image.Image, str]], has_true_colors: bool
+    ) -> tuple[Image.Image, PngInfo]:
+        """All on one sheet, with the step, the colors and the seeds; and its record."""
+        weights = ", averaged weights" if self.learner.ema is not None else ""
+        colors = "" if has_true_colors else f"; {LINEAR_COLORS}"
+        title = f"step {step:,}{weights}{colors}"
+        prompts = self.previews.prompts[: len(images)]
+        shown = [
+            (image, f"seed {_seed(prompt, row)}: {text}")
+            for row, ((image, text), prompt) in enumerate(zip(images, prompts, strict=True))
+        ]
+        return contact_sheet(shown, TILE, title), sheet_record(images, TILE, title)
 
 
 @contextmanager

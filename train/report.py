@@ -8,7 +8,7 @@ import torch
 
 from runtime.workers import num_processes
 from sdxl.base import open_base
-from sdxl.lora.names import KOHYA
+from sdxl.user_interfaces import describe_weights
 from shards.buckets import bucket_name, largest_bucket
 from shards.plan import Plan
 from shards.reader import groups_of
@@ -132,12 +132,8 @@ def _rows(config: TrainConfig, plan: Plan, estimator: Estimator) -> Iterator[Buc
         yield BucketRow(bucket_name(bucket), count, batches, estimator.estimate(config, bucket))
 
 
-UIS = "ComfyUI, A1111, InvokeAI and sd-scripts"
-
-
 def describe_result(config: TrainConfig, path: Path) -> list[str]:
     """The lines to print; ``path`` is the LoRA file or the UNet folder that was written."""
-    export = f"python cli.py export {path.parent} --base {config.base}"
     how = f"--unet {path}" if config.full else f"--lora {path}"
     generate = f"python cli.py generate --base {config.base} {how} --prompt TEXT --out IMAGES"
     best = best_checkpoint(config.out)
@@ -147,24 +143,8 @@ def describe_result(config: TrainConfig, path: Path) -> list[str]:
             f"checkpoints kept: {', '.join(steps)} (the newest {config.keep} of "
             "--checkpoint-every, the last, the best, and those of --checkpoint-at)"
         )
-    if config.full:
-        return [
-            f"{path}: the UNet, for generate and diffusers",
-            f"for {UIS}: {export} --out MODEL.safetensors",
-            *lowest,
-            f"next: {generate}",
-        ]
-    kohya = path.with_name(KOHYA)
-    if kohya.exists():
-        for_uis = f"{kohya}: the same LoRA, for {UIS}"
-    else:
-        for_uis = (
-            f"Warning: {UIS} apply a DoRA otherwise than it was trained, so no file for them is "
-            f"written. They read the merged model: {export} --merge --out MODEL.safetensors"
-        )
     return [
-        f"{path}: the LoRA, for generate and diffusers",
-        for_uis,
+        *describe_weights(config.out, config.base, config.full),
         *lowest,
         f"next: {generate}",
     ]

@@ -51,17 +51,20 @@ from train.unet import trainable
 
 METRICS = "metrics.jsonl"
 WANDB_ID = "wandb.json"
+TENSORBOARD = "tensorboard"
 REPORT = "report.html"  # which the command writes after the run
 # Everything that a run writes into its folder, and so everything that --overwrite may delete.
 ENTRIES = frozenset(
     {CONFIG, METRICS, WANDB_ID, REPORT, CHECKPOINTS, LORA, KOHYA}
-    | {"wandb", "previews", "unet", "scheduler"}
+    | {"wandb", TENSORBOARD, "previews", "unet", "scheduler"}
 )
-# The names that a run gives in its two folders of many files, also half written.
+# The names that a run gives in its folders of many files, also half written.
 _FILE_NAMES = {
     CHECKPOINTS: re.compile(r"checkpoint-\d+(\.replaced)?(\.partial)?"),
     "previews": re.compile(r"step-\d+\.png(\.partial)?"),
+    TENSORBOARD: re.compile(r"events\.out\.tfevents\.[\w.-]+"),
 }
+_PRIVATE = ("wandb_entity",)  # settings that name the user
 REPLACED_RUN = "replaced-run"
 _MOVING = REPLACED_RUN + PARTIAL
 _DISCARDED = REPLACED_RUN + ".discarded" + PARTIAL
@@ -324,9 +327,10 @@ def begin_run(config: TrainConfig, world: DistContext, settings: dict[str, Any])
 def describe(
     config: TrainConfig, base: Base, plan: Plan, learner: Learner, num_steps: int
 ) -> dict[str, Any]:
-    """The settings, and the values that follow from them, as plain JSON without any path: run
-    folders are shared, and the paths of this machine are private."""
-    settings = {name: _plain(value) for name, value in config.resolved().items()}
+    """The settings, and the values that follow from them, as plain JSON without any path or
+    account: run folders are shared, and the paths of this machine are private."""
+    resolved = config.resolved().items()
+    settings = {name: _plain(value) for name, value in resolved if name not in _PRIVATE}
     return {
         **settings,
         "base": base.name,
