@@ -13,7 +13,7 @@ import click
 
 from cli_convert import TOOLS
 from cli_pages import CheckpointPages, check_grid_page, check_pages, report_at_end, show_grid
-from runtime.errors import echo, handle_errors, silence_libraries
+from runtime.errors import QUIET, echo, handle_errors, silence_libraries
 from runtime.imports import skip_unused_imports
 from runtime.messages import pluralize
 from runtime.options import RECIPE_OPTION, Commands, FilePath, PathText, StageCommand
@@ -28,11 +28,22 @@ def stage(name: str, settings: str) -> Callable[[Callable[..., None]], click.Com
 
     def declare(function: Callable[..., None]) -> click.Command:
         debug = click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+        quiet = click.option(
+            "--quiet",
+            is_flag=True,
+            expose_value=False,
+            callback=_be_quiet,
+            help="Print warnings and errors alone.",
+        )
         return commands.command(name, cls=StageCommand, settings=settings)(
-            click.pass_context(debug(function))
+            click.pass_context(quiet(debug(function)))
         )
 
     return declare
+
+
+def _be_quiet(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    ctx.meta[QUIET] = value
 
 
 def _settings(ctx: click.Context, values: dict[str, Any], recipe: Path | None = None) -> Any:

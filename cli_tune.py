@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import click
 
+from runtime.errors import echo, is_quiet
 from runtime.files import write_durable, writing
 from runtime.options import StageCommand, option
 from runtime.workers import check_gpus
@@ -153,29 +154,29 @@ def tune(settings: TuneSettings, run: Command, check: Command) -> None:
     for arguments in commands:
         check(arguments)
     num = dataset.num_images
-    click.echo(f"{num:,} images to learn from; the commands that follow do all of it:")
+    echo(f"{num:,} images to learn from; the commands that follow do all of it:")
     for arguments in commands:
-        click.secho(f"$ python cli.py {shlex.join(arguments)}", fg="cyan")
+        echo(f"$ python cli.py {shlex.join(arguments)}", fg="cyan")
     if settings.dry_run:
         return
     _write_previews(settings.previews, dataset.captions)
     for arguments in commands:
-        click.secho(f"\n$ python cli.py {shlex.join(arguments[:2])} ...", fg="cyan", bold=True)
+        echo(f"\n$ python cli.py {shlex.join(arguments[:2])} ...", fg="cyan", bold=True)
         try:
             run(arguments)
         except SystemExit as end:
             if arguments[0] == "train" and "--resume" in arguments and end.code == 2:
-                click.echo(_hint_to_resume(settings), err=True)
+                echo(_hint_to_resume(settings), err=True)
             raise
     from sdxl.user_interfaces import describe_weights
 
-    click.echo(
+    echo(
         f"\nDone. {settings.out / 'run'} has the weights and report.html, {settings.out / 'images'}"
         f" what they draw, before and after. Other prompts: change {settings.previews} and type "
         "the last command again."
     )
     for line in describe_weights(settings.out / "run", settings.base, settings.goal == "full"):
-        click.echo(line)
+        echo(line)
 
 
 def _hint_to_resume(settings: TuneSettings) -> str:
@@ -337,7 +338,8 @@ def run_as_process(arguments: list[str]) -> None:
     with _Relay() as relay:
         # In a session of its own a Ctrl-C reaches it once, by us.
         relay.child = subprocess.Popen(
-            [sys.executable, str(cli), *arguments], start_new_session=os.name == "posix"
+            [sys.executable, str(cli), *arguments, *(["--quiet"] if is_quiet() else [])],
+            start_new_session=os.name == "posix",
         )
         code = relay.wait()
     if code:

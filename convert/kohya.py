@@ -405,11 +405,15 @@ def _write_intervals(train: Recipe, options: Options) -> None:
     if interval:
         train.set("eval_every", interval, given)
     tracker = options.get("log_with", str, "")
-    project = options.get("log_tracker_name", str)
+    project, name = options.get("log_tracker_name", str), options.get("wandb_run_name", str)
+    if tracker.value in ("tensorboard", "all"):
+        train.set("tensorboard", True, tracker)
     if tracker.value in ("wandb", "all"):
         train.set("wandb", "online", tracker)
         if project.value:
             train.set("wandb_project", project.value, project)
+        if name.value:
+            train.set("wandb_name", name.value, name)
 
 
 def _write_prompts(conversion: Conversion, options: Options) -> None:

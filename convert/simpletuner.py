@@ -225,14 +225,16 @@ def _write_intervals(train: Recipe, options: Options) -> None:
     interval, given = every(options, "eval_epoch_interval", "eval_steps_interval")
     if interval:
         train.set("eval_every", interval, given)
-    tracker, project = (
-        options.get("report_to", str, "none"),
-        options.get("tracker_project_name", str),
-    )
+    tracker = options.get("report_to", str, "none")
+    project, name = options.get("tracker_project_name", str), options.get("tracker_run_name", str)
+    if tracker.value in ("tensorboard", "all"):
+        train.set("tensorboard", True, tracker)
     if tracker.value in ("wandb", "all"):
         train.set("wandb", "online", tracker)
         if project.value:
             train.set("wandb_project", project.value, project)
+        if name.value:
+            train.set("wandb_name", name.value, name)
 
 
 # Datasets

@@ -19,6 +19,7 @@ from infer.requests import ImageRequest, make_requests
 from infer.settings import GenerateSettings
 from infer.weights import Weights
 from runtime.devices import pick_device, pick_precision
+from runtime.errors import is_quiet
 from runtime.workers import POLL_SECONDS, WorkQueue
 from sdxl.base import open_base
 from sdxl.fingerprint import config_digest
@@ -131,7 +132,7 @@ def _run_pipeline(
     folder = ImageFolder(settings.out, settings.format)
     loras = pipeline.weights.lora_names
     pending: deque[Future[None]] = deque()
-    quiet = not (queue.is_main and requests)
+    quiet = is_quiet() or not (queue.is_main and requests)
     with (
         tqdm(total=len(requests), unit="img", desc="draw", bar_format=BAR, disable=quiet) as bar,
         ThreadPoolExecutor(NUM_WRITERS) as pool,
@@ -155,7 +156,7 @@ def _run_pipeline(
             pipeline.generate(requests, queue, save_later)
         while pending:
             count()
-        while queue.is_main and bar.n < len(requests):
+        while queue.is_main and (num_drawn := queue.add("drawn", 0)) < len(requests):
             time.sleep(POLL_SECONDS)
-            bar.update(queue.add("drawn", 0) - bar.n)
+            bar.update(num_drawn - bar.n)
     queue.gather("done", "")

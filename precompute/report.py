@@ -11,6 +11,7 @@ from tqdm import tqdm
 from precompute.dataset.records import Rejected
 from precompute.plan.reuse import Changes
 from precompute.settings import EncodeSettings
+from runtime.errors import is_quiet
 from runtime.messages import pluralize
 from runtime.signals import StopSignals
 from runtime.workers import POLL_SECONDS, WorkQueue
@@ -24,7 +25,9 @@ class Progress:
 
     def __init__(self, queue: WorkQueue, num_samples: int) -> None:
         self._queue, self._stops = queue, StopSignals(at_once=True)
-        self._bar = tqdm(total=num_samples, unit="img", desc="encode", disable=not queue.is_main)
+        self._bar = tqdm(
+            total=num_samples, unit="img", desc="encode", disable=is_quiet() or not queue.is_main
+        )
 
     def __enter__(self) -> "Progress":
         self._stops.__enter__()

@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import click
 
@@ -29,9 +30,20 @@ def silence_libraries() -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
-def echo(text: str, err: bool = False) -> None:
-    """Print a message; control characters in names and captions are escaped."""
-    click.echo(printable(text), err=err)
+QUIET = "shardtune.quiet"  # in the meta of a command's context: --quiet was given
+
+
+def is_quiet() -> bool:
+    """Whether the command prints warnings and errors alone."""
+    ctx = click.get_current_context(silent=True)
+    return ctx is not None and bool(ctx.meta.get(QUIET))
+
+
+def echo(text: str, err: bool = False, **style: Any) -> None:
+    """Print a message, in a ``style`` as of ``click.secho``; control characters in names and
+    captions are escaped."""
+    if err or not is_quiet():
+        click.secho(printable(text), err=err, **style)
 
 
 @contextmanager

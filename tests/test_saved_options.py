@@ -13,6 +13,9 @@ from runs import assert_same_run, at_step, rows, stop_by
 
 from cli import commands
 from runtime.files import user_cache
+from train.config import TrainConfig
+from train.option_values import CacheUse
+from train.saved_options import remember_private, saved_options
 
 OPTIONS = (
     "--steps 6 --rank 4 --lr 2e-3 --targets all --batch-size 2 --checkpoint-every 2ep --seed 7 "
@@ -106,3 +109,19 @@ def test_another_run_in_the_same_place_is_not_taken_for_it(
     (out / "config.json").write_text("{")
     words = refused("--resume", out)
     assert "config.json: cannot be read; give the run's options again" in words
+
+
+def test_whose_wandb_it_is_stays_on_this_machine(tmp_path: Path) -> None:
+    """The folder of a run does not name its user."""
+    use = CacheUse(tmp_path / "cache", repeats=2)
+    settings: dict[str, Any] = {"steps": 4, "wandb": "offline", "wandb_entity": "our-team"}
+    config = TrainConfig(caches=(use,), base="owner/name", out=tmp_path / "run", **settings)
+    saved = {"steps_per_epoch": 2, "caches": ["cache,repeats=2"], "base": "owner/name", "val": None}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(json.dumps(saved | {"wandb": "offline"}))
+    remember_private(config, saved)
+    given = {"out": tmp_path / "run", "base": "owner/name"}
+    expected = {"wandb": "offline", "steps_per_epoch": 2, "wandb_entity": "our-team"}
+    assert saved_options(given) == expected | {"caches": [f"{tmp_path / 'cache'},repeats=2"]}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(saved | {"base": "other"}))
+    assert "wandb_entity" not in saved_options({**given, "caches": (use,)})

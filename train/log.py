@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from runtime.errors import is_quiet
 from runtime.files import write_durable, writing
 from runtime.messages import first_line, printable
 from runtime.safe_parsing import open_regular
@@ -76,7 +77,11 @@ class RunLog:
         self._since = time.perf_counter()
         self._trackers: list[Any] = []
         self.bar: Any = tqdm(
-            total=num_steps, initial=start, unit="step", desc="train", disable=not world.is_main
+            total=num_steps,
+            initial=start,
+            unit="step",
+            desc="train",
+            disable=is_quiet() or not world.is_main,
         )
         if world.is_main:
             cut_metrics(config.out, start)
@@ -153,7 +158,7 @@ class RunLog:
 
     def print(self, line: str) -> None:
         """Print one line above the bar, with unsafe characters escaped."""
-        if self.world.is_main:
+        if self.world.is_main and not is_quiet():
             tqdm.write(printable(line))
 
     def _write(self, rows: list[dict[str, Any]]) -> None:

@@ -46,7 +46,7 @@ from train.config import TrainConfig
 from train.distributed import DistContext
 from train.learner import Learner
 from train.option_values import CacheUse
-from train.saved_options import CONFIG, remember_paths
+from train.saved_options import CONFIG, remember_private
 from train.unet import trainable
 
 METRICS = "metrics.jsonl"
@@ -319,7 +319,7 @@ def begin_run(config: TrainConfig, world: DistContext, settings: dict[str, Any])
     with replacing_run(config.out) if replaces else nullcontext():
         if world.is_main:
             write_own_json(config.out / CONFIG, settings)
-            remember_paths(config.out, settings, config.caches, config.base, config.val)
+            remember_private(config, settings)
         world.wait()
         yield
 

@@ -13,7 +13,7 @@ from typing import Any
 from runtime.files import canonical_json, content_digest, read_checked, user_cache, write_checked
 from runtime.path_kinds import RUN, kind_of
 from runtime.safe_parsing import parse_json, read_sealed
-from train.option_values import CacheUse, flag
+from train.option_values import flag
 
 CONFIG = "config.json"  # in the run's folder: its settings, and what followed from them
 # Settings that a checkpoint's tensors and the plan depend on: a resumed run cannot change them.
@@ -87,23 +87,22 @@ def saved_options(given: dict[str, Any]) -> dict[str, Any]:
     return options | _recall_paths(out, settings, given)
 
 
-def remember_paths(
-    out: Path,
-    settings: dict[str, Any],
-    caches: tuple[CacheUse, ...],
-    base: str,
-    val: Path | None,
-) -> None:
-    """Remember on this machine where the run in ``out``, whose ``config.json`` has ``settings``,
-    has its data and base. Where that cannot be written, the next ``--resume`` asks for them."""
+def remember_private(config: Any, settings: dict[str, Any]) -> None:
+    """Remember on this machine what ``config.json``, which has ``settings``, leaves out of a run
+    with this TrainConfig: where its data and base are, and whose W&B it logs to.
+
+    Where that cannot be written, the next ``--resume`` asks for it.
+    """
+    base, val = config.base, config.val
     paths = {
-        "caches": [str(replace(use, folder=use.folder.resolve())) for use in caches],
+        "caches": [str(replace(use, folder=use.folder.resolve())) for use in config.caches],
         "base": str(Path(base).resolve()) if os.path.exists(base) else base,
         "val": None if val is None else str(val.resolve()),
+        "wandb_entity": config.wandb_entity,
     }
     memory = {"names": _names(settings), "paths": paths}
     with suppress(OSError):
-        write_checked(_memory(out), canonical_json(memory).encode())
+        write_checked(_memory(config.out), canonical_json(memory).encode())
 
 
 def _recall_paths(out: Path, settings: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
@@ -113,14 +112,17 @@ def _recall_paths(out: Path, settings: dict[str, Any], given: dict[str, Any]) ->
         ValueError: they are not known here, or are of another run that was in this folder.
     """
     wanted = [name for name in _PATHS if name not in given and settings.get(name) is not None]
-    if not wanted:
-        return {}
     try:
         memory = parse_json(read_checked(_memory(out)))
         if memory["names"] == _names(settings):
-            return {name: memory["paths"][name] for name in wanted}
-    except (OSError, ValueError, KeyError, TypeError):
+            entity = memory["paths"].get("wandb_entity")
+            return {name: memory["paths"][name] for name in wanted} | (
+                {} if entity is None else {"wandb_entity": entity}
+            )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
+    if not wanted:
+        return {}
     words = {"caches": "CACHE", "base": "--base BASE", "val": "--val CACHE"}
     raise ValueError(
         f"{out}: where the run's data and base are is not known on this machine; give "

@@ -23,6 +23,7 @@ from precompute.images.variants import plan_variants
 from precompute.plan.placement import PlannedSample, short_digest
 from precompute.settings import EncodeSettings
 from runtime.devices import num_cores
+from runtime.errors import is_quiet
 from runtime.files import open_regular, read_checked, user_cache, write_checked
 from shards.buckets import Geometry, Size, bucket_sizes, cover, nearest_bucket, stretch
 from shards.reader import read_ahead
@@ -121,7 +122,15 @@ def add_digests(
     missing = [sample for sample in planned if is_read(sample)]
     threads = num_cores()
     reading = read_ahead(lambda sample: _digest(sample, before), missing, threads, 4 * threads)
-    bar = tqdm(reading, total=len(missing), unit="img", desc="compare", leave=False, delay=1)
+    bar = tqdm(
+        reading,
+        total=len(missing),
+        unit="img",
+        desc="compare",
+        leave=False,
+        delay=1,
+        disable=is_quiet(),
+    )
     results: dict[str, str | Rejected] = {}
     for sample, result in zip(missing, bar, strict=True):
         results[sample.record.key] = result
@@ -170,7 +179,15 @@ def _headers(
     missing = [number for number, header in enumerate(headers) if header is None]
     threads = num_cores()
     reading = read_ahead(_read_header, (records[n] for n in missing), threads, 4 * threads)
-    bar = tqdm(reading, total=len(missing), unit="img", desc="read headers", leave=False, delay=1)
+    bar = tqdm(
+        reading,
+        total=len(missing),
+        unit="img",
+        desc="read headers",
+        leave=False,
+        delay=1,
+        disable=is_quiet(),
+    )
     for number, header in zip(missing, bar, strict=True):
         headers[number] = header
         if not isinstance(header, Rejected) and len(header) == 3:  # another Pillow may know it
