@@ -31,7 +31,7 @@ from train.config import TrainConfig
 from train.distributed import DistContext
 from train.learner import build_learner
 from train.option_values import CacheUse
-from train.unet import COMPILE
+from train.unet import compile_blocks
 
 GIB = 2**30
 SHRINK = 8  # of tiny images
@@ -173,7 +173,7 @@ class Training:
             self.loop.steps(1)
         self.flops = counter.get_total_flops()
         if compiles:
-            self.learner.unet.compile_repeated_blocks(**COMPILE)
+            compile_blocks(self.learner.unet)
 
     def _start(self, batch_size: int) -> None:
         plan = Plan(self.opened.groups(), 0, batch_size)

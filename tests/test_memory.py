@@ -177,18 +177,27 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own looks at what it compiles
-def test_compiled_blocks_train_the_same(cache: Path, base: Path, traced: None) -> None:
+@pytest.mark.parametrize(
+    ("settings", "tolerance"),
+    [({}, 1e-5), ({"precision": "bf16", "allow_cpu_bf16": True, "targets": "attention"}, 2e-2)],
+    ids=["fp32", "bf16"],
+)
+def test_compiled_blocks_train_the_same(
+    cache: Path, base: Path, traced: None, settings: Settings, tolerance: float
+) -> None:
     """Over all three buckets, from a few graphs."""
     results = []
+    settings = {"targets": "attention-out", **settings}
     for compiled in (False, True):
-        config = config_of(cache, base, compile=compiled, targets="attention-out")
+        config = config_of(cache, base, compile=compiled, **settings)
         learner = learner_for(config, DistContext(CPU))
         torch._dynamo.utils.counters.clear()
         results.append(steps_of(learner, cache, 6))
         graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         assert (graphs > 0) == compiled
+        print(graphs, results)
         assert graphs <= 8, "a graph for each bucket, it seems"
-    assert results[0] == pytest.approx(results[1], abs=1e-5)
+    assert results[0] == pytest.approx(results[1], abs=tolerance)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

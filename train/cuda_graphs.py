@@ -66,7 +66,7 @@ class CudaGraphs:
         self._graphs: dict[tuple[Any, ...], _Recorded] = {}
         self._met: Counter[tuple[Any, ...]] = Counter()  # sizes of batches
         self._gradients: list[torch.Tensor | None] = []
-        self._stream = torch.cuda.Stream()
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, batch: Batch) -> Results:

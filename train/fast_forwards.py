@@ -237,8 +237,8 @@ def _groups(unet: Any) -> list[tuple[Any, ...]]:
     joined = []
     for module in unet.modules():
         if _has_forward(module, _attention):
-            layers = module.to_k, module.to_v
-            layers = layers if module.is_cross_attention else (module.to_q, *layers)
+            names = ("to_k", "to_v") if module.is_cross_attention else ("to_q", "to_k", "to_v")
+            layers = tuple(getattr(module, name) for name in names)
             joined += [layers] if _can_join(layers) else []
     grouped = {layer for layers in joined for layer in layers}
     return joined + [(m,) for m in unet.modules() if _is_direct(m) and m not in grouped]
@@ -259,7 +259,7 @@ class _CastMatrices(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.scales, ctx.ranks, ctx.dtype = scales, ranks, weights[0].dtype
         num = len(scales)
-        downs: Sequence[torch.Tensor] = weights[:num]
+        downs = weights[:num]
         joined: list[torch.Tensor] = []
         at = 0
         for group in ranks:
@@ -267,7 +267,7 @@ class _CastMatrices(torch.autograd.Function):
             at += len(group)
         ups = [torch.empty_like(weight, dtype=dtype) for weight in weights[num:]]
         if any(scale != 1 for scale in scales):
-            downs = torch._foreach_mul(downs, scales)
+            downs = tuple(torch._foreach_mul(downs, scales))
         torch._foreach_copy_(_parts(joined, ranks), downs)
         torch._foreach_copy_(ups, weights[num:])
         return *joined, *ups
