@@ -28,6 +28,7 @@ from shards.plan import Plan
 from shards.reader import Cache
 from tools.draw_images import draw_images
 from train.config import TrainConfig
+from train.cuda_graphs import WARM_UPS
 from train.distributed import DistContext
 from train.learner import build_learner
 from train.option_values import CacheUse
@@ -203,7 +204,7 @@ def train_rate(
     """Images and TFLOP a second of training, and its peaks; recomputation counts as work."""
     training = Training(place, pixels, batch_size, **settings)
     try:
-        training.loop.steps(2)
+        training.loop.steps(WARM_UPS)  # with the one counted before, a graph is recorded by then
         if place.on_cuda:
             torch.cuda.reset_peak_memory_stats()
         seconds = timed(lambda: training.loop.steps(num), place.device)

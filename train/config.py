@@ -202,7 +202,7 @@ class TrainConfig:
         "With --full: update each weight as soon as its gradient is there, so that gradients "
         "take no memory.",
     )
-    compile: bool = option(False, "Compile the transformer blocks with torch.compile.")
+    compile: bool = option(False, "Compile the transformer and ResNet blocks with torch.compile.")
     cuda_graphs: bool = option(
         False,
         "On one CUDA GPU: replay forward and backward passes as CUDA graphs, one for each size of "

@@ -127,7 +127,7 @@ def trainable(unet: Any) -> dict[str, torch.nn.Parameter]:
 # The UNet itself: loaded, cast, checkpointed, sharded, compiled.
 
 COMPILE: dict[str, Any] = {"fullgraph": True, "dynamic": True}
-MAX_GRAPHS = 64
+MAX_GRAPHS = 256
 NORMS = (torch.nn.GroupNorm, torch.nn.LayerNorm)
 BLOCKS = (BasicTransformerBlock, ResnetBlock2D)  # compiled; what FSDP gathers at a time
 
