@@ -164,6 +164,7 @@ def test_matrices_that_are_cast_together_give_the_same_bits(
     settings: Kinds, dtype: torch.dtype, checkpointed: bool
 ) -> None:
     """Also where gradients are added up, and when weights have changed since."""
+    torch.manual_seed(0)  # by chance some fp16 gradients are NaN, which equal nothing
     _, block = adapted(**settings)
     casts, given, grad = LoraCasts(block, dtype), inputs(), torch.randn(2, 16, 7)
     assert sorted(map(len, casts.groups)) == [1, 1, 1, 1, 2, 3]
@@ -190,7 +191,7 @@ def test_matrices_that_are_cast_together_give_the_same_bits(
         assert each - together == 2 * ((3 if checkpointed else 2) * (6 + 9) - 3)
         with torch.no_grad():
             for parameter in block.parameters():
-                parameter.mul_(1.5)
+                parameter.mul_(0.9)
     assert all(layers[0].cast_matrices is None for layers in casts.groups)
 
 

@@ -275,13 +275,13 @@ class _CastMatrices(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         num = len(ctx.ranks)
-        halves = _parts(grads[:num], ctx.ranks) + list(grads[num:])
-        there = [half for half in halves if half is not None]
+        grads_in_half = _parts(grads[:num], ctx.ranks) + list(grads[num:])
+        present = [half for half in grads_in_half if half is not None]
         cast = [torch.empty_like(half, dtype=ctx.dtype) for half in there]
-        if there:
-            torch._foreach_copy_(cast, there)
+        if present:
+            torch._foreach_copy_(cast, present)
         rest = iter(cast)
-        results = [None if half is None else next(rest) for half in halves]
+        results = [None if half is None else next(rest) for half in grads_in_half]
         scaled = [
             (grad, scale)
             for grad, scale in zip(results, ctx.scales, strict=False)
