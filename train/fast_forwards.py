@@ -277,7 +277,7 @@ class _CastMatrices(torch.autograd.Function):
         num = len(ctx.ranks)
         grads_in_half = _parts(grads[:num], ctx.ranks) + list(grads[num:])
         present = [half for half in grads_in_half if half is not None]
-        cast = [torch.empty_like(half, dtype=ctx.dtype) for half in there]
+        cast = [torch.empty_like(half, dtype=ctx.dtype) for half in present]
         if present:
             torch._foreach_copy_(cast, present)
         rest = iter(cast)
