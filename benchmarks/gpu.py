@@ -100,6 +100,14 @@ def _add_throughput(actual: Grid) -> None:
             compile=True,
             **{**LORA, **PLAIN},
         )
+        actual.add(
+            "train",
+            f"LoRA 4, {px}, b{batch}, no ckpt, graphs",
+            lora,
+            **at,
+            cuda_graphs=True,
+            **{**LORA, **PLAIN},
+        )
         actual.add("train", f"full, {px}, b{batch}, no ckpt", full, **at, **{**FULL, **PLAIN})
         actual.add(
             "train",

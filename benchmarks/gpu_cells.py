@@ -28,10 +28,11 @@ from shards.plan import Plan
 from shards.reader import Cache
 from tools.draw_images import draw_images
 from train.config import TrainConfig
+from train.cuda_graphs import WARM_UPS
 from train.distributed import DistContext
 from train.learner import build_learner
 from train.option_values import CacheUse
-from train.unet import COMPILE
+from train.unet import compile_blocks
 
 GIB = 2**30
 SHRINK = 8  # of tiny images
@@ -173,7 +174,7 @@ class Training:
             self.loop.steps(1)
         self.flops = counter.get_total_flops()
         if compiles:
-            self.learner.unet.compile_repeated_blocks(**COMPILE)
+            compile_blocks(self.learner.unet)
 
     def _start(self, batch_size: int) -> None:
         plan = Plan(self.opened.groups(), 0, batch_size)
@@ -203,7 +204,7 @@ def train_rate(
     """Images and TFLOP a second of training, and its peaks; recomputation counts as work."""
     training = Training(place, pixels, batch_size, **settings)
     try:
-        training.loop.steps(2)
+        training.loop.steps(WARM_UPS)  # with the one counted before, a graph is recorded by then
         if place.on_cuda:
             torch.cuda.reset_peak_memory_stats()
         seconds = timed(lambda: training.loop.steps(num), place.device)

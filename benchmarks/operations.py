@@ -11,7 +11,7 @@ attention are elementwise here, norms among them.
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -62,7 +62,7 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.counts["launches"] += 1
         if not any(part in name for part in PRODUCTS):
             self.counts["elementwise bytes"] += sum(map(_bytes, (*given, *made)))
-        if name == "_to_copy" and args[0].dtype != result.dtype:
+        if name in ("_to_copy", "copy_", "_foreach_copy_") and _is_cast(args, result):
             self.counts["casts"] += 1
         if name == "div" and args[1] == 1:
             self.counts["divisions by 1"] += 1
@@ -71,6 +71,11 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def _is_cast(args: Any, result: Any) -> bool:
+    """Whether a copy changes the dtype; ``result`` is None where it is into a list of tensors."""
+    return len({tensor.dtype for tensor in _tensors((args, result))}) > 1
 
 
 def _bytes(tensor: torch.Tensor) -> int:
@@ -130,7 +135,8 @@ def step_of(config: TrainConfig, pixels: int, num: int) -> Counter[str]:
                 saved[storage._cdata] = storage
             return tensor
 
-        with Operations() as operations:
+        casts = nullcontext() if learner.casts is None else learner.casts.in_place()
+        with Operations() as operations, casts:
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
                 loss = learner.losses(learner.unet, batch).mean()
             loss.backward()  # type: ignore[no-untyped-call]

@@ -73,6 +73,22 @@ def test_any_number_of_processes_and_any_change_of_it_is_one_run(
 
 
 @pytest.mark.slow
+def test_matrices_that_are_cast_together_are_trained_over_processes(
+    cache: Path, base: Path, tmp_path: Path
+) -> None:
+    """DDP sees all their gradients at the end of a backward pass; some are not exchanged."""
+    settings: dict[str, Any] = {"precision": "bf16", "allow_cpu_bf16": True, "steps": 4}
+    settings |= {"batch_size": 1, "log_every": 1}
+    for world in (1, 2):
+        config = config_of(cache, base, tmp_path / str(world), accumulate=4 // world, **settings)
+        train_on(config, world)
+    first, second = (dict(losses(tmp_path / str(world))) for world in (1, 2))
+    assert second == pytest.approx(first, rel=0.01) and len(first) == 4
+    weights = [safetensors.torch.load_file(tmp_path / str(world) / LORA) for world in (1, 2)]
+    assert all(torch.allclose(weights[0][n], weights[1][n], atol=3e-3) for n in weights[0])
+
+
+@pytest.mark.slow
 def test_ranks_that_see_other_folders_are_refused_at_once(
     cache: Path, base: Path, tmp_path: Path
 ) -> None:

@@ -3,6 +3,8 @@ where they may be."""
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks.operations import Operations
 from train.distributed import DistContext
-from train.fast_forwards import use_direct_forwards
+from train.fast_forwards import LoraCasts, use_direct_forwards
 from train.quantize import Int8Linear
 
 CPU = torch.device("cpu")
@@ -135,6 +137,7 @@ def test_one_layer_in_fp32_is_pefts_to_1e_6(scale: float) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("half_base", [True, False])
 def test_rounding_is_no_worse_than_pefts(dtype: torch.dtype, half_base: bool) -> None:
+    torch.manual_seed(0)  # of few numbers, some have larger errors by chance
     reference, actual = adapted()
     for block in (reference, actual):
         for name, parameter in block.named_parameters():
@@ -152,6 +155,44 @@ def test_rounding_is_no_worse_than_pefts(dtype: torch.dtype, half_base: bool) ->
             errors[whose].append(float((tensors[name] - value).norm() / value.norm()))
     first, other = (sum(values) for values in errors.values())
     assert first < 1.2 * other, errors
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_matrices_that_are_cast_together_give_the_same_bits(
+    settings: Kinds, dtype: torch.dtype, checkpointed: bool
+) -> None:
+    """Also where gradients are added up, and when weights have changed since."""
+    torch.manual_seed(0)  # by chance some fp16 gradients are NaN, which equal nothing
+    _, block = adapted(**settings)
+    casts, given, grad = LoraCasts(block, dtype), inputs(), torch.randn(2, 16, 7)
+    assert sorted(map(len, casts.groups)) == [1, 1, 1, 1, 2, 3]
+
+    def passes(casts: LoraCasts | None) -> tuple[dict[str, torch.Tensor], int]:
+        """Outputs and gradients of two, and how many casts they took."""
+        results = {}
+        with torch.autocast("cpu", dtype), Operations() as operations:
+            for number in range(2):
+                with nullcontext() if casts is None else casts.in_place():
+                    call = partial(checkpoint, block, use_reentrant=False)
+                    output = (call if checkpointed else block)(*given)
+                    output.backward(grad.to(output.dtype))
+                results[f"output {number}"] = output.detach()
+        grads: Any = {name: p.grad for name, p in block.named_parameters() if p.requires_grad}
+        block.zero_grad()
+        return results | grads, operations.counts["casts"]
+
+    for _ in range(2):
+        (expected, each), (result, together) = passes(None), passes(casts)
+        assert len(expected) == 2 + 2 * 12 and expected.keys() == result.keys()
+        assert all(torch.equal(result[name], value) for name, value in expected.items())
+        # 6 joined A and 9 B, forward, backward, and where the block is computed again.
+        assert each - together == 2 * ((3 if checkpointed else 2) * (6 + 9) - 3)
+        with torch.no_grad():
+            for parameter in block.parameters():
+                parameter.mul_(0.9)
+    assert all(layers[0].cast_matrices is None for layers in casts.groups)
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
@@ -239,9 +280,20 @@ def test_a_run_uses_them_for_every_layer(base: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the compiler
-def test_joined_layers_compile_whole() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_joined_layers_compile_whole(dtype: torch.dtype) -> None:
+    """In bf16 with matrices that are cast outside."""
     reference, actual = adapted()
     given, grad = [torch.randn(2, TOKENS, WIDTH)], torch.randn(2, TOKENS, WIDTH)
     compiled = torch.compile(actual.own, fullgraph=True, dynamic=True)
     expected = result_of(reference.own, given, grad)
-    assert_close(result_of(actual.own, given, grad, compiled), expected, 1e-4)
+    casts = LoraCasts(actual.own, dtype)
+    is_half = dtype != torch.float32
+    with torch.autocast("cpu", dtype, enabled=is_half):
+        for _ in range(2):
+            with casts.in_place() if is_half else nullcontext():
+                result = result_of(actual.own, given, grad, compiled)
+            assert set(result) == set(expected)
+            for name, value in expected.items():
+                error = (result[name] - value).float().norm() / value.norm()
+                assert error < (0.03 if is_half else 1e-4), (name, error)

@@ -30,5 +30,7 @@ def test_the_stages_print_nothing(images: Path, base: Path, tmp_path: Path) -> N
 
 
 def test_what_is_wrong_is_said(tmp_path: Path) -> None:
-    code, output = quietly("train", tmp_path / "no", "--base", "miniature", "--out", "x")
+    code, output = quietly(
+        "train", tmp_path / "no", "--base", "miniature", "--out", "x", "--steps", 2
+    )
     assert code == 2 and "no such folder" in output

@@ -28,7 +28,7 @@ class TrainConfig:
         "Optimizer": "optimizer lr_schedule num_cycles warmup_steps accumulate "
         "weight_decay max_grad_norm max_skipped ema ema_on_cpu ema_every seed",
         "Memory and speed": "device gpus precision fit gradient_checkpointing base_quant pure_bf16 "
-        "fused_backward compile channels_last warm_up reader_threads "
+        "fused_backward compile cuda_graphs channels_last warm_up reader_threads "
         "allow_cpu_bf16",
         "Evaluation and previews": "eval_every preview_every preview_vae",
         "Checkpoints": "checkpoint_every checkpoint_at keep publish resume allow_changed_data "
@@ -206,7 +206,12 @@ class TrainConfig:
         "With --full: update each weight as soon as its gradient is there, so that gradients "
         "take no memory.",
     )
-    compile: bool = option(False, "Compile the transformer blocks with torch.compile.")
+    compile: bool = option(False, "Compile the transformer and ResNet blocks with torch.compile.")
+    cuda_graphs: bool = option(
+        False,
+        "On one CUDA GPU: replay forward and backward passes as CUDA graphs, one for each size of "
+        "batches (16 at most). Takes the memory of two passes.",
+    )
     channels_last: bool = option(False, "Use the channels-last memory layout.")
     warm_up: bool | None = option(
         None,

@@ -1,4 +1,5 @@
-"""Faster forward passes for training: LoRA layers, attention and ResNet blocks.
+"""Faster forward passes for training: LoRA layers, attention and ResNet blocks; and one cast of all
+LoRA matrices for each pass.
 
 They compute what those of peft and diffusers do, in fewer operations.
 
@@ -9,8 +10,10 @@ Shapes: B batch, N tokens of all images together, r the rank, s the scale of a L
 alpha / sqrt(r) in rsLoRA).
 """
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
@@ -28,6 +31,7 @@ def use_direct_forwards(unet: Any) -> None:
     for module in unet.modules():
         if isinstance(module, LoraLayer) and _is_plain(module):
             forward: Any = _lora_convolution if isinstance(module, Conv2d) else _lora_linear
+            module.cast_matrices = None
         elif isinstance(module, Attention) and _has_no_extras(module):
             forward = _attention
         elif isinstance(module, ResnetBlock2D) and _is_sdxls(module):
@@ -57,26 +61,24 @@ def _is_plain(layer: Any) -> bool:
 
 def _is_direct(layer: Any) -> bool:
     """Whether the layer is a LoRA whose forward is ``_lora_linear``, and is switched on."""
-    forward = getattr(layer, "forward", None)
-    if getattr(forward, "__func__", None) is not _lora_linear:
-        return False
-    return not (layer.disable_adapters or layer.merged)
+    return _has_forward(layer, _lora_linear) and not (layer.disable_adapters or layer.merged)
+
+
+def _has_forward(module: Any, function: Any) -> bool:
+    return getattr(getattr(module, "forward", None), "__func__", None) is function
 
 
 def _lora_linear(layer: Any, inputs: torch.Tensor) -> torch.Tensor:
     """[..., in] to [..., out]."""
     if layer.disable_adapters or layer.merged:
         return type(layer).forward(layer, inputs)  # type: ignore[no-any-return]
-    (name,) = layer.lora_A
-    down, up, scale = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
     if type(layer.base_layer) is torch.nn.Linear:
         return _adapted((layer,), inputs)[0]
-    # A quantized base has its own product. The scale goes to the small factor.
+    # A quantized base has its own product.
     output: torch.Tensor = layer.base_layer(inputs)
-    inputs = inputs.to(output.dtype).flatten(0, -2)
-    small = linear(inputs, _scaled(down, scale).to(output.dtype))  # [N, r]
-    sum_ = torch.addmm(output.flatten(0, -2), small, up.to(output.dtype).t())
-    return sum_.to(output.dtype).view_as(output)
+    down, (up,) = _matrices((layer,), output.dtype)
+    small = linear(inputs.to(output.dtype).flatten(0, -2), down)  # [N, r]
+    return torch.addmm(output.flatten(0, -2), small, up.t()).to(output.dtype).view_as(output)
 
 
 def _lora_convolution(layer: Any, inputs: torch.Tensor) -> torch.Tensor:
@@ -99,49 +101,51 @@ def _adapted(layers: tuple[Any, ...], inputs: torch.Tensor) -> tuple[torch.Tenso
     kind = inputs.device.type
     if torch.is_autocast_enabled(kind):
         inputs = inputs.to(torch.get_autocast_dtype(kind))
-    tensors: list[Any] = []
-    for layer in layers:
-        (name,) = layer.lora_A
-        base = layer.base_layer
-        tensors += base.weight, base.bias, layer.lora_A[name].weight, layer.lora_B[name].weight
-    scales = tuple(layer.scaling[next(iter(layer.lora_A))] for layer in layers)
-    outputs: tuple[torch.Tensor, ...] = _AdaptedLinears.apply(inputs, scales, *tensors)  # type: ignore[no-untyped-call]
+    down, ups = _matrices(layers, inputs.dtype)
+    bases = [layer.base_layer for layer in layers]
+    tensors = *ups, *(base.weight for base in bases), *(base.bias for base in bases)
+    ranks = [up.shape[1] for up in ups]
+    outputs: tuple[torch.Tensor, ...] = _AdaptedLinears.apply(inputs, ranks, down, *tensors)  # type: ignore[no-untyped-call]
     return outputs
 
 
 def _projected(layers: tuple[Any, ...], inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The outputs of linear layers on one input, together where they can be."""
-    if all(_is_direct(layer) and type(layer.base_layer) is torch.nn.Linear for layer in layers):
+    if _can_join(layers):
         return _adapted(layers, inputs)
     return tuple(layer(inputs) for layer in layers)
 
 
+def _can_join(layers: tuple[Any, ...]) -> bool:
+    return all(_is_direct(layer) and type(layer.base_layer) is torch.nn.Linear for layer in layers)
+
+
 class _AdaptedLinears(torch.autograd.Function):
     """y_i = x W_i^T + b_i + s_i (x A_i^T) B_i^T for layers i that share x [..., in], with W_i and
-    b_i frozen.
+    b_i frozen; ``down`` [R, in] is all s_i A_i, one below the other.
 
     peft has autograd do this: it multiplies [N, out] by s, adds it in another pass, and adds up the
-    gradients of x layer by layer. Here s goes into A [r, in], the A_i are one matrix [R, in], and
-    what is added to [N, out] or [N, in] is added by the matrix product itself.
+    gradients of x layer by layer. Here s is in A [r, in], the A_i are one matrix, and what is added
+    to [N, out] or [N, in] is added by the matrix product itself.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, inputs: torch.Tensor, scales: tuple[float, ...], *tensors: torch.Tensor
+        ctx: Any,
+        inputs: torch.Tensor,
+        ranks: list[int],
+        down: torch.Tensor,
+        *tensors: Any,  # all B_i [out, r] in the inputs' dtype; all W_i; all b_i, or None
     ) -> tuple[torch.Tensor, ...]:
-        weights, biases, downs, ups = (tensors[start::4] for start in range(4))
-        flat, dtype = inputs.flatten(0, -2), inputs.dtype
-        ranks = [down.shape[0] for down in downs]
-        downs = tuple(map(_scaled, downs, scales))
-        down = (downs[0] if len(downs) == 1 else torch.cat(downs)).to(dtype)
-        ups = tuple(up.to(dtype) for up in ups)
-        weights = tuple(weight.to(dtype) for weight in weights)  # they mostly are
+        num, flat = len(ranks), inputs.flatten(0, -2)
+        ups, biases = tensors[:num], tensors[2 * num :]
+        weights = [weight.to(inputs.dtype) for weight in tensors[num : 2 * num]]  # they mostly are
         small = flat @ down.t()  # [N, R]
         parts, outputs = torch.split(small, ranks, 1), []
         for weight, bias, part, up in zip(weights, biases, parts, ups, strict=True):
             output = linear(flat, weight, bias).addmm_(part, up.t())
             outputs.append(output.view(*inputs.shape[:-1], -1))
-        ctx.scales, ctx.ranks, ctx.grad_dtype = scales, ranks, tensors[2].dtype
+        ctx.ranks = ranks
         ctx.save_for_backward(inputs, small, down, *ups, *weights)
         return tuple(outputs)
 
@@ -159,18 +163,142 @@ class _AdaptedLinears(torch.autograd.Function):
             for grad, weight in zip(grads, weights, strict=True):
                 input_grad.addmm_(grad, weight)
             input_grad = input_grad.view(inputs.shape)
-        down_grad = (small_grad.t() @ flat).to(ctx.grad_dtype)  # [R, in]
-        result: list[Any] = [input_grad, None]
-        for grad, part, down_part, scale in zip(
-            grads,
-            torch.split(small, ctx.ranks, 1),
-            torch.split(down_grad, ctx.ranks),
-            ctx.scales,
-            strict=True,
-        ):
-            up_grad = (grad.t() @ part).to(ctx.grad_dtype)  # [out, r]
-            result += None, None, _scaled(down_part, scale), up_grad
-        return tuple(result)
+        down_grad = small_grad.t() @ flat  # [R, in]
+        up_grads = [
+            grad.t() @ part
+            for grad, part in zip(grads, torch.split(small, ctx.ranks, 1), strict=True)
+        ]
+        return input_grad, None, down_grad, *up_grads, *[None] * 2 * num
+
+
+# The matrices A and B are fp32, and the products are in autocast's dtype.
+
+
+class Matrices(NamedTuple):
+    """Those of LoRA layers that share an input, as their products take them."""
+
+    down: torch.Tensor  # [R, in]: all s_i A_i, one below the other
+    ups: tuple[torch.Tensor, ...]  # B_i [out, r]
+
+
+def _matrices(layers: tuple[Any, ...], dtype: torch.dtype) -> Matrices:
+    """Of ``layers`` in ``dtype``: those of a ``LoraCasts`` at hand, or else cast here."""
+    casts: Matrices | None = layers[0].cast_matrices
+    if casts is not None and len(casts.ups) == len(layers) and casts.down.dtype == dtype:
+        return casts
+    pairs = [_lora_of(layer) for layer in layers]
+    downs = [_scaled(down, scale) for down, _, scale in pairs]
+    down = downs[0] if len(downs) == 1 else torch.cat(downs)
+    return Matrices(down.to(dtype), tuple(up.to(dtype) for _, up, _ in pairs))
+
+
+def _lora_of(layer: Any) -> tuple[Any, Any, float]:
+    """A [r, in], B [out, r] and s."""
+    (name,) = layer.lora_A
+    return layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
+
+
+class LoraCasts:
+    """Casts the matrices of all linear LoRA layers that have a direct forward together, in three
+    foreach operations a pass, and their gradients back in two. Each layer would take two of its
+    own for each matrix. The bits are the same.
+
+    It keeps the parameters that are there when it is made.
+    """
+
+    def __init__(self, unet: Any, dtype: torch.dtype) -> None:
+        self.dtype, self.groups = dtype, _groups(unet)
+        loras = [[_lora_of(layer) for layer in layers] for layers in self.groups]
+        self._scales = [scale for group in loras for _, _, scale in group]
+        self._ranks = [[down.shape[0] for down, _, _ in group] for group in loras]
+        self._weights = [down for group in loras for down, _, _ in group]
+        self._weights += [up for group in loras for _, up, _ in group]
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """While entered, the layers use casts of what the weights are on entry. A backward pass
+        must come before the exit, as checkpointing computes layers again in it."""
+        if not self.groups:
+            yield
+            return
+        cast: Any = _CastMatrices.apply(self.dtype, self._scales, self._ranks, *self._weights)  # type: ignore[no-untyped-call]
+        ups = iter(cast[len(self.groups) :])
+        for layers, down in zip(self.groups, cast, strict=False):
+            layers[0].cast_matrices = Matrices(down, tuple(next(ups) for _ in layers))
+        try:
+            yield
+        finally:
+            for layers in self.groups:
+                layers[0].cast_matrices = None
+
+
+def _groups(unet: Any) -> list[tuple[Any, ...]]:
+    """All LoRA layers that ask for their ``_matrices``, together where they share an input."""
+    joined = []
+    for module in unet.modules():
+        if _has_forward(module, _attention):
+            names = ("to_k", "to_v") if module.is_cross_attention else ("to_q", "to_k", "to_v")
+            layers = tuple(getattr(module, name) for name in names)
+            joined += [layers] if _can_join(layers) else []
+    grouped = {layer for layers in joined for layer in layers}
+    return joined + [(m,) for m in unet.modules() if _is_direct(m) and m not in grouped]
+
+
+class _CastMatrices(torch.autograd.Function):
+    """All A [r, in], then all B [out, r], to all s A in ``dtype``, joined by group to [R, in], and
+    then all B in ``dtype``. ``ranks`` are those of each group."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        dtype: torch.dtype,
+        scales: list[float],
+        ranks: list[list[int]],
+        *weights: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.scales, ctx.ranks, ctx.dtype = scales, ranks, weights[0].dtype
+        num = len(scales)
+        downs = weights[:num]
+        joined: list[torch.Tensor] = []
+        at = 0
+        for group in ranks:
+            joined.append(downs[at].new_empty((sum(group), downs[at].shape[1]), dtype=dtype))
+            at += len(group)
+        ups = [torch.empty_like(weight, dtype=dtype) for weight in weights[num:]]
+        if any(scale != 1 for scale in scales):
+            downs = tuple(torch._foreach_mul(downs, scales))
+        torch._foreach_copy_(_parts(joined, ranks), downs)
+        torch._foreach_copy_(ups, weights[num:])
+        return *joined, *ups
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        num = len(ctx.ranks)
+        grads_in_half = _parts(grads[:num], ctx.ranks) + list(grads[num:])
+        present = [half for half in grads_in_half if half is not None]
+        cast = [torch.empty_like(half, dtype=ctx.dtype) for half in present]
+        if present:
+            torch._foreach_copy_(cast, present)
+        rest = iter(cast)
+        results = [None if half is None else next(rest) for half in grads_in_half]
+        scaled = [
+            (grad, scale)
+            for grad, scale in zip(results, ctx.scales, strict=False)
+            if grad is not None and scale != 1
+        ]
+        if scaled:
+            torch._foreach_mul_([grad for grad, _ in scaled], [scale for _, scale in scaled])
+        return None, None, None, *results
+
+
+def _parts(joined: Sequence[Any], ranks: list[list[int]]) -> list[Any]:
+    """Rows of joined matrices by layer; None for each layer of a group that is None."""
+    return [
+        part
+        for matrix, group in zip(joined, ranks, strict=True)
+        for part in ([None] * len(group) if matrix is None else torch.split(matrix, group))
+    ]
 
 
 # Attention and ResNet blocks: without diffusers' division by a factor that is 1 in SDXL

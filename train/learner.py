@@ -1,9 +1,11 @@
 """The training step, the evaluation, and the warm-up before the first step."""
 
 import time
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,8 +20,10 @@ from shards.buckets import Size, largest_bucket
 from shards.plan import Plan, RankShare
 from shards.reader import Cache, read_ahead
 from train.config import TrainConfig, check_processes
+from train.cuda_graphs import CudaGraphs, why_no_graphs
 from train.distributed import DistContext, is_dtensor
 from train.ema import Ema
+from train.fast_forwards import LoraCasts
 from train.memory import state_bytes
 from train.objective import Objective, objective_of
 from train.optim import FusedBackward, Optimizer
@@ -45,6 +49,8 @@ class Learner:
     world: DistContext
     ema: Ema | None = None
     fused: FusedBackward | None = None
+    casts: LoraCasts | None = None
+    graphs: CudaGraphs | None = None
 
     @property
     def schedule(self) -> Schedule:
@@ -61,6 +67,25 @@ class Learner:
         """The loss of each sample, [B] fp32, in the run's precision."""
         with self.autocast():
             return self.objective.losses(unet, batch, self.precision.dtype)
+
+    def compute(
+        self, batch: Batch, arm: Callable[[torch.Tensor], None] | None = None
+    ) -> tuple[torch.Tensor, ...]:
+        """The forward and the backward pass of a micro-batch on the device; gradients are added to
+        those that are there. ``arm`` is called in between, with whether the loss is finite.
+
+        Returns:
+            The loss of each sample, [B] fp32, and what they add to the loss of the step: their
+            weighted sum by the number of samples of the global batch.
+        """
+        with self.casts.in_place() if self.casts is not None else nullcontext():
+            losses = self.losses(self.forward, batch)
+            loss = (losses * batch.weights).sum() / batch.num_entries
+            if arm is not None:
+                arm(loss.detach().isfinite())
+            # DDP and FSDP take the mean over ranks, and the loss is a sum over them.
+            self.scaler.scale(loss * self.world.size).backward()  # type: ignore[no-untyped-call]
+        return losses.detach(), loss.detach()
 
     @contextmanager
     def eval_mode(self) -> Iterator[Any]:
@@ -143,7 +168,7 @@ def build_learner(
     fused = None
     if config.fused_backward:
         fused = FusedBackward(optimizer, config.max_grad_norm)
-    return Learner(
+    learner = Learner(
         unet=unet,
         forward=forward,
         optimizer=optimizer,
@@ -154,7 +179,21 @@ def build_learner(
         world=world,
         ema=_average(parameters, config),
         fused=fused,
+        casts=LoraCasts(unet, precision.dtype) if precision.autocast else None,
     )
+    if config.cuda_graphs:
+        _use_graphs(learner, config)
+    return learner
+
+
+def _use_graphs(learner: Learner, config: TrainConfig) -> None:
+    world, optimizer = learner.world, learner.optimizer
+    reason = why_no_graphs(config, world.device.type, world.size)
+    if reason is None:
+        learner.graphs = CudaGraphs(learner.compute, optimizer.parameters.values())
+        optimizer.keeps_gradients = True
+    elif world.is_main:
+        warnings.warn(f"--cuda-graphs is left out: {reason}", stacklevel=2)
 
 
 def _average(parameters: dict[str, torch.nn.Parameter], config: TrainConfig) -> Ema | None:
@@ -175,6 +214,7 @@ def train_step(learner: Learner, batches: Iterator[Batch], number: int, lr: floa
         finite=torch.ones(()),
         lr=lr,
     )
+    arm = partial(learner.fused.arm, number, lr) if learner.fused is not None else None
     last = False
     while not last:
         since = time.perf_counter()
@@ -182,14 +222,12 @@ def train_step(learner: Learner, batches: Iterator[Batch], number: int, lr: floa
         result.wait_seconds += time.perf_counter() - since
         batch, last = batch.to(device), batch.micro == batch.num_micros - 1
         with learner.grad_sync(last):
-            losses = learner.losses(learner.forward, batch)
-            loss = (losses * batch.weights).sum() / batch.num_entries
-            if learner.fused is not None:
-                learner.fused.arm(number, lr, loss.detach().isfinite())
-            # DDP and FSDP take the mean over ranks, and the loss is a sum over them.
-            learner.scaler.scale(loss * world.size).backward()  # type: ignore[no-untyped-call]
-        result.loss += loss.detach()
-        result.micros.append(_note(learner.objective, batch, losses.detach()))
+            if learner.graphs is not None:
+                losses, loss = learner.graphs(batch)
+            else:
+                losses, loss = learner.compute(batch, arm)
+        result.loss += loss
+        result.micros.append(_note(learner.objective, batch, losses))
     result.num_samples = batch.num_entries
     result.loss = world.sum(result.loss)
     _update(learner, result, number)
@@ -292,9 +330,7 @@ def warm_up(learner: Learner, config: TrainConfig, plan: Plan, tokens: int) -> N
     accumulates = plan.global_batch > config.batch_size * learner.world.size
     for last in (False, True) if accumulates else (True,):
         with learner.grad_sync(last):
-            losses = learner.losses(learner.forward, batch.to(device))
-            learner.scaler.scale(losses.mean()).backward()  # type: ignore[no-untyped-call]
-            del losses
+            learner.compute(batch.to(device))
     learner.optimizer.zero_grad()
     del state
 

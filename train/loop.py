@@ -206,6 +206,8 @@ def _run(run: Run) -> Path:
                 f"gradient checkpointing is {decided}, by the memory that the card has free"
             )
         _steps(run)
+        if learner.graphs is not None:
+            run.log.print(learner.graphs.describe())
         world, out = learner.world, run.config.out
         if learner.ema is not None:
             learner.ema.finish(run.num_steps)

@@ -21,6 +21,7 @@ from sdxl.base import Base
 from sdxl.lora.apply import num_lora_parameters
 from shards.buckets import Size
 from train.config import TrainConfig, check_processes
+from train.cuda_graphs import why_no_graphs
 from train.distributed import DistContext
 from train.fast_forwards import use_direct_forwards
 from train.quantize import is_quantized
@@ -120,6 +121,8 @@ class Estimator:
         samples = config.batch_size * (
             saved.checkpointed if self._checkpoints(config) else saved.total
         )
+        # Graphs keep the memory of the largest pass; sizes without a graph need theirs beside it.
+        num_passes = 2 if self._has_graphs(config) else 1
         shares = self.num if config.full else 1
         return Estimate(
             weights=round((base + lora + casts) / shares),
@@ -128,8 +131,8 @@ class Estimator:
             // shares,
             optimizer=state // shares,
             average=0 if config.ema_on_cpu or not config.ema else 4 * trained // shares,
-            activations=samples,
-            working=WORKING_TENSORS * config.batch_size * saved.largest,
+            activations=num_passes * samples,
+            working=num_passes * WORKING_TENSORS * config.batch_size * saved.largest,
         )
 
     def activations(self, config: TrainConfig, bucket: Size) -> Activations:
@@ -226,6 +229,10 @@ class Estimator:
         choice = config.gradient_checkpointing
         return self.on_cuda if choice is None else choice
 
+    def _has_graphs(self, config: TrainConfig) -> bool:
+        device = "cuda" if self.on_cuda else "cpu"
+        return config.cuda_graphs and why_no_graphs(config, device, self.num) is None
+
 
 def choose_checkpointing(
     config: TrainConfig, base: Base, bucket: Size, tokens: int, world: DistContext
@@ -249,6 +256,7 @@ def choose_checkpointing(
 _MEMORY_SAVERS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--gradient-checkpointing", {"gradient_checkpointing": True}),
     ("--batch-size", {}),
+    ("--no-cuda-graphs", {"cuda_graphs": False}),
     ("--base-quant int8", {"base_quant": "int8"}),
     ("--base-quant nf4", {"base_quant": "nf4"}),
     ("--fused-backward", {"fused_backward": True}),

@@ -152,6 +152,7 @@ class Optimizer:
         device: torch.device,
     ) -> None:
         self.parameters, self.seed = parameters, config.seed
+        self.keeps_gradients = False  # as zeros between steps: CUDA graphs add to them
         self.in_groups = config.pure_bf16 or config.fused_backward
         self._numbers = {parameter: number for number, parameter in enumerate(parameters.values())}
         self._stepped = {parameter: _stepped(parameter) for parameter in parameters.values()}
@@ -204,6 +205,10 @@ class Optimizer:
                 fp32.data = parameter.new_empty(0, dtype=torch.float32)
 
     def zero_grad(self) -> None:
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        if self.keeps_gradients and gradients:
+            torch._foreach_zero_(gradients)
+            return
         for parameter in self.parameters.values():
             parameter.grad = None
 

@@ -128,9 +128,9 @@ def trainable(unet: Any) -> dict[str, torch.nn.Parameter]:
 # The UNet itself: loaded, cast, checkpointed, sharded, compiled.
 
 COMPILE: dict[str, Any] = {"fullgraph": True, "dynamic": True}
-MAX_GRAPHS = 64
+MAX_GRAPHS = 256
 NORMS = (torch.nn.GroupNorm, torch.nn.LayerNorm)
-BLOCKS = (BasicTransformerBlock, ResnetBlock2D)  # what FSDP gathers at a time
+BLOCKS = (BasicTransformerBlock, ResnetBlock2D)  # compiled; what FSDP gathers at a time
 
 
 def build_unet(
@@ -171,7 +171,7 @@ def build_unet(
     else:
         unet.to(world.device)
     if config.compile:
-        _compile(unet)
+        compile_blocks(unet)
     return unet.train()
 
 
@@ -257,12 +257,14 @@ def reshard(unet: Any) -> None:
             module.reshard()
 
 
-def _compile(unet: Any) -> None:
-    """Compile each transformer block when it is first run.
+def compile_blocks(unet: Any) -> None:
+    """Compile each transformer and ResNet block when it is first run.
 
     One graph serves all buckets, as sizes are symbols in it; there are more for a batch of one, for
     no gradients, and for blocks of other widths. ``fullgraph``: what cannot be compiled, or would
     be compiled for ever anew, is an error, and never falls back to eager in silence.
     """
     torch._dynamo.config.recompile_limit = MAX_GRAPHS
-    unet.compile_repeated_blocks(**COMPILE)
+    for module in unet.modules():
+        if isinstance(module, BLOCKS):
+            module.compile(**COMPILE)
