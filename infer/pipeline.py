@@ -18,6 +18,9 @@ from infer.requests import Batch, ImageRequest, make_batches, make_windows
 from infer.settings import GenerateSettings
 from infer.weights import Weights, enable_loras, has_loras
 from runtime.devices import exact_fp32, has_tf32, tf32
+from runtime.errors import echo
+from runtime.files import format_bytes
+from runtime.options import AUTO, parse_memory
 from runtime.workers import WorkQueue
 from sdxl.lora.apply import apply_text_loras
 from sdxl.sampling import decode_latents, sample_latents, starting_noise, time_ids_of
@@ -33,7 +36,8 @@ class ModelSlots:
     the others wait in the CPU's memory.
 
     ``loaders`` give models on the CPU; ``working_bytes`` is the memory for activations.
-    ``low_memory`` None means: the card is small if the models do not all fit in its free memory.
+    ``low_memory`` None means: the card is small if the models do not all fit in its free memory, or
+    in ``budget`` bytes.
     """
 
     def __init__(
@@ -42,9 +46,10 @@ class ModelSlots:
         loaders: dict[str, Callable[[], Any]],
         working_bytes: int,
         low_memory: bool | None,
+        budget: int | None = None,
     ) -> None:
         self.device, self.loaders, self.working_bytes = device, dict(loaders), working_bytes
-        self._takes_turns = low_memory
+        self._takes_turns, self._budget = low_memory, budget
         self._loaded: dict[str, Any] = {}
         self._on_device: set[str] = set()  # names of those on the device
 
@@ -56,7 +61,13 @@ class ModelSlots:
             self._takes_turns = self.device.type == "cuda" and not self._fit()
         return self._takes_turns
 
+    def sizes(self) -> dict[str, int]:
+        """The bytes of each model's weights; all are loaded for it, on the CPU."""
+        return {name: _num_bytes(self._load(name)) for name in self.loaders}
+
     def _fit(self) -> bool:
+        if self._budget is not None:
+            return sum(self.sizes().values()) + self.working_bytes <= self._budget
         missing = [name for name in self.loaders if name not in self._on_device]
         needed = sum(_num_bytes(self._load(name)) for name in missing)
         free, _ = torch.cuda.mem_get_info(self.device)
@@ -216,12 +227,13 @@ class Pipeline:
         Raises:
             FloatingPointError: an image is not finite.
         """
-        batches = make_batches(requests, self.settings.batch_size)
+        models = self._models or self._new_models(requests, self.settings.batch_size)
+        batch_size = self._fit_batch(models, requests, queue)
+        batches = make_batches(requests, batch_size)
         windows = make_windows(batches, self.settings.window)
-        models = self._models or self._new_models(requests)
         self._models = models if self.keep_loaded else None
         plain = PLAIN_TEXT if PLAIN_TEXT in models.loaders else None
-        texts = TextEmbeddings(self.settings.batch_size, self.settings.compare, plain)
+        texts = TextEmbeddings(batch_size, self.settings.compare, plain)
         for number, window in enumerate(windows):
             is_last = number == len(windows) - 1 and not self.keep_loaded
             texts.encode(models, window, chain.from_iterable(windows[number + 1 :]))
@@ -244,7 +256,44 @@ class Pipeline:
             for batch, latents in waiting:
                 self._decode(models, batch, latents, take_images)
 
-    def _new_models(self, requests: list[ImageRequest]) -> ModelSlots:
+    def _fit_batch(self, models: ModelSlots, requests: list[ImageRequest], queue: WorkQueue) -> int:
+        """How many images are drawn at a time: ``--batch-size``, or with ``--fit`` as many of them
+        as fit beside one model. It is the same in all processes.
+
+        Raises:
+            ValueError: not even one image fits.
+        """
+        batch_size, budget = self.settings.batch_size, parse_memory(self.settings.fit or AUTO)
+        if budget is None:
+            return batch_size
+        sizes = models.sizes()
+        while (peak := self._peak(sizes, requests, batch_size)) > budget and batch_size > 1:
+            batch_size //= 2
+        if peak > budget:
+            raise ValueError(
+                f"--fit {self.settings.fit}: one image at a time takes about {format_bytes(peak)}, "
+                "with one model on the card; a smaller --size or --precision fp16 takes less"
+            )
+        models.working_bytes = max(self._working_bytes(requests, batch_size))
+        if queue.is_main:
+            turns = "one model at a time on the card" if models.takes_turns else "all models stay"
+            echo(f"--fit {self.settings.fit}: batches of {batch_size}, {turns}")
+        return batch_size
+
+    def _working_bytes(self, requests: list[ImageRequest], batch_size: int) -> tuple[int, int]:
+        """Activations of the UNet and of the VAE, estimated."""
+        most = max(request.width * request.height for request in requests)
+        rows = 2 * min(batch_size, len(requests))
+        unet = UNET_BYTES * most * rows * self.dtype.itemsize // 2
+        return unet, VAE_BYTES * max(most, MIN_DECODED_PIXELS)
+
+    def _peak(self, sizes: dict[str, int], requests: list[ImageRequest], batch_size: int) -> int:
+        """With one model at a time on the card; bytes."""
+        unet, vae = self._working_bytes(requests, batch_size)
+        working = {UNET: unet, PLAIN_UNET: unet, VAE: vae}
+        return max(size + working.get(name, 0) for name, size in sizes.items())
+
+    def _new_models(self, requests: list[ImageRequest], batch_size: int) -> ModelSlots:
         loaders: dict[str, Callable[[], Any]] = {
             TEXT: self._load_text,
             UNET: lambda: self.weights.load_unet(self.dtype),
@@ -254,11 +303,9 @@ class Pipeline:
             loaders[PLAIN_UNET] = lambda: self.weights.load_plain_unet(self.dtype)
         if self.settings.compare and self.weights.merged_parts - {"unet"}:
             loaders[PLAIN_TEXT] = self._load_plain_text
-        most = max(request.width * request.height for request in requests)
-        rows = 2 * min(self.settings.batch_size, len(requests))
-        unet = UNET_BYTES * most * rows * self.dtype.itemsize // 2
-        vae = VAE_BYTES * max(most, MIN_DECODED_PIXELS)
-        return ModelSlots(self.device, loaders, max(unet, vae), self.settings.low_memory)
+        working = max(self._working_bytes(requests, batch_size))
+        budget = parse_memory(self.settings.fit or AUTO)
+        return ModelSlots(self.device, loaders, working, self.settings.low_memory, budget)
 
     def _load_plain_text(self) -> TextEncoders:
         return TextEncoders(self.weights.base, self.dtype, CPU, self.weights.num_chunks)

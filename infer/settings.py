@@ -6,7 +6,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from runtime.options import option
+from runtime.options import option, parse_memory
 from runtime.path_kinds import BASE, CACHE, IMAGES, WEIGHTS, check_kind, missing
 from runtime.workers import check_gpus
 from sdxl.base import BASE_HELP, TOKENIZERS_HELP, check_base
@@ -88,7 +88,7 @@ class GenerateSettings:
         "guidance_rescale original_size crop",
         "Weights": "compare grid ema vae tokenizers",
         "Output": "format",
-        "Memory and speed": "batch_size device gpus precision low_memory vae_tiling window",
+        "Memory and speed": "batch_size device gpus precision fit low_memory vae_tiling window",
     }
 
     base: str = option(
@@ -184,6 +184,12 @@ class GenerateSettings:
     low_memory: bool | None = option(
         None, "Keep one model at a time on the card. Default: if they do not all fit."
     )
+    fit: str | None = option(
+        None,
+        "Stay within this much GPU memory, for example 8GB: one model at a time on the card and "
+        "fewer images at a time where it must be. auto, the default: what the card has free.",
+        metavar="SIZE|auto",
+    )
     vae_tiling: bool | None = option(
         None, "Decode in tiles, which takes less memory. Default: above 1536 x 1536 pixels."
     )
@@ -222,6 +228,8 @@ class GenerateSettings:
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"--seed must be from 0 to {2**64 - 1}, not {self.seed}")
         self._check_grid()
+        if self.fit is not None:
+            parse_memory(self.fit)
         check_gpus(self.gpus)
         self.pixels, self.original_pixels, self.crop_pixels  # noqa: B018 (they raise)
 

@@ -32,7 +32,11 @@ from precompute.plan.scan import Notes
 from precompute.report import Progress, Report
 from precompute.settings import EncodeSettings
 from runtime.devices import exact_fp32, num_cores, num_threads, pick_device, total_memory
+from runtime.errors import echo
+from runtime.files import format_bytes
 from runtime.locks import locked
+from runtime.messages import pluralize
+from runtime.options import AUTO, parse_memory
 from runtime.workers import WorkQueue
 from sdxl.base import Base, open_base
 from sdxl.prompt_files import Prompt, read_prompts
@@ -133,9 +137,16 @@ def _make_job(settings: EncodeSettings, base: Base, plans: list[CachePlan]) -> E
 
     The defaults depend neither on the number of processes nor on their environment.
     """
-    device = pick_device(settings.device)
-    batch_size = default_batch_size(settings, total_memory(device))
+    budget = parse_memory(settings.fit or AUTO)
+    batch_size = default_batch_size(settings, budget or total_memory(pick_device(settings.device)))
     before = next((plan.made_with for plan in plans if plan.made_with), {})
+    if budget is not None:
+        _check_fit(settings, budget)
+        if peak_bytes(settings, before.get("batch_size", 1)) > budget:
+            before = {**before, "batch_size": None}  # encoded with more memory than there is now
+        chosen_size = settings.batch_size or before.get("batch_size") or batch_size
+        size = format_bytes(peak_bytes(settings, chosen_size))
+        echo(f"--fit {settings.fit}: batches of {chosen_size}, about {size}")
     chosen = {}
     for name, default in (("batch_size", batch_size), ("threads", num_cores())):
         requested, earlier = getattr(settings, name), before.get(name)
@@ -169,10 +180,35 @@ def default_batch_size(settings: EncodeSettings, memory: int | None) -> int:
     if memory is None:
         return BATCH_SIZE
     pixels = settings.resolution**2
-    bytes_per_pixel = BYTES_PER_PIXEL // (2 if settings.vae_dtype in ("fp16", "bf16") else 1)
-    fitting = (memory - WEIGHTS_BYTES) // (bytes_per_pixel * pixels)
+    fitting = (memory - WEIGHTS_BYTES) // _bytes_of_image(settings)
     most = max(1, min(fitting, MAX_BATCH_PIXELS // pixels, MAX_BATCH_SIZE))
     return 1 << (most.bit_length() - 1)
+
+
+def _bytes_of_image(settings: EncodeSettings) -> int:
+    halved = 2 if settings.vae_dtype in ("fp16", "bf16") else 1
+    return BYTES_PER_PIXEL * settings.resolution**2 // halved
+
+
+def peak_bytes(settings: EncodeSettings, batch_size: int) -> int:
+    """The estimated peak of memory of the GPU."""
+    return WEIGHTS_BYTES + batch_size * _bytes_of_image(settings)
+
+
+def _check_fit(settings: EncodeSettings, budget: int) -> None:
+    """
+    Raises:
+        ValueError: not one image fits, or not as many as ``--batch-size`` asks for.
+    """
+    least = peak_bytes(settings, settings.batch_size or 1)
+    if least > budget:
+        halves = settings.vae_dtype not in ("fp16", "bf16")
+        remedy = "a smaller --batch-size" if (settings.batch_size or 1) > 1 else "--resolution"
+        raise ValueError(
+            f"--fit {settings.fit}: {pluralize(settings.batch_size or 1, 'image')} at a time take "
+            f"about {format_bytes(least)}; {'--vae-dtype bf16 or ' if halves else ''}{remedy} "
+            "takes less"
+        )
 
 
 def _write_shards(queue: WorkQueue, encoders: Encoders, job: EncodeJob) -> None:

@@ -4,7 +4,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from runtime.options import option
+from runtime.options import option, parse_memory
 from runtime.path_kinds import BASE, CACHE, IMAGES, RUN, WEIGHTS, check_kind
 from runtime.workers import check_gpus
 from sdxl.base import BASE_HELP, TOKENIZERS_HELP, check_base
@@ -26,7 +26,7 @@ class EncodeSettings:
         "Input": "val_share repeat_folders min_size max_rejected rehash",
         "Size and crop": "bucket_step square squash",
         "Variants and masks": "flip crops mask_from_alpha",
-        "Models": "vae tokenizers vae_dtype device gpus batch_size threads",
+        "Models": "vae tokenizers vae_dtype device gpus batch_size fit threads",
         "Output": "dtype mean_only shard_size preview_prompts max_removed "
         "allow_other_dataset repack",
     }
@@ -111,6 +111,12 @@ class EncodeSettings:
         "cache was encoded so far, else by the GPU's memory and the resolution, else 2.",
         aliases="--vae-batch-size",
     )
+    fit: str | None = option(
+        None,
+        "Choose the batch size for this much GPU memory, for example 12GB, or for all that the GPU "
+        "has (auto, the default).",
+        metavar="SIZE|auto",
+    )
     threads: int | None = option(
         None, "CPU threads per process. Default: as the cache was encoded so far, else all."
     )
@@ -141,6 +147,8 @@ class EncodeSettings:
         if self.square and self.squash:
             raise ValueError("--square and --squash exclude each other")
         check_gpus(self.gpus)
+        if self.fit is not None:
+            parse_memory(self.fit)
         minima = {"batch_size": 1, "shard_size": 1, "resolution": 1}
         minima |= {"shuffle_tags": 0, "keep_tokens": 0, "min_size": 0, "crops": 0}
         for name, minimum in minima.items():

@@ -5,6 +5,7 @@ Imports no torch.
 
 import math
 import os
+import re
 import types
 import typing
 from collections.abc import Collection
@@ -132,6 +133,25 @@ class Option(click.Option):
         self.opts = shown
         if self._off:
             parser.add_option(self, self._off, self.name, action="store_const", const=False)
+
+
+AUTO = "auto"  # of --fit: what the device has
+_MEMORY = {"MB": 10**6, "MIB": 2**20, "GB": 10**9, "GIB": 2**30}
+
+
+def parse_memory(text: str) -> int | None:
+    """Bytes of ``12GB``, ``12 GiB``, ``8000MB``; None of ``auto``.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if text == AUTO:
+        return None
+    match = re.fullmatch(r"(\d{1,6}(?:\.\d{1,6})?) ?([MG]I?)B?", text.strip().upper())
+    size = int(float(match[1]) * _MEMORY[f"{match[2]}B"]) if match else 0
+    if size <= 0:
+        raise ValueError(f"--fit takes a size such as 12GB, or auto, not {text[:50]!r}")
+    return size
 
 
 class Commands(click.Group):

@@ -3,12 +3,14 @@
 Functions of this file that take no fixtures run in a process where CUDA is pretended.
 """
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import encodes
 import pytest
+from PIL import Image
 from pretended_cuda import PretendedCuda
 from test_cuda import Traffic
 
@@ -17,6 +19,7 @@ from precompute.encode_samples import Failed, in_batches
 from precompute.encoders import Encoders
 from precompute.settings import EncodeSettings
 from shards.index import Index
+from shards.reader import Cache
 
 
 class Steps:
@@ -172,3 +175,31 @@ def test_a_cache_keeps_the_batch_size_that_it_began_with(
     (tmp_path / "000.txt").rename(data / "000.txt")
     more = cuda(shards_on_cuda, data, base, tmp_path / "cache", settings, total_memory=1 << 30)
     assert first["made_with"] == more["made_with"] == [{"batch_size": 16, "device": "cuda"}]
+
+
+def test_fit_chooses_the_batch_size_and_says_so(
+    images: Path, encode_to: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The weights are counted as 3 GB, an image of 64 x 64 pixels as 12.3 MB."""
+
+    def size_of(out: Path, **settings: Any) -> tuple[int, str]:
+        encode_to(images, out, **{"batch_size": None, **settings})
+        header = next(iter(Cache(out).shards())).index.header
+        return header["made_with"][-1]["batch_size"], capsys.readouterr().out
+
+    size, output = size_of(tmp_path / "a", fit="3.06GB")
+    assert size == 4 and "--fit 3.06GB: batches of 4, about 3.05 GB" in output
+    assert size_of(tmp_path / "b", fit="3060 MB", batch_size=3)[0] == 3
+    for settings, words in (
+        ({"fit": "3GB"}, "--fit 3GB: 1 image at a time take.* about 3.01 GB; --vae-dtype bf16 or"),
+        ({"fit": "3.03GB", "batch_size": 9}, "9 images at a time take about 3.11 GB"),
+        ({"fit": "much"}, "--fit takes a size such as 12GB"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            size_of(tmp_path / "c", **settings)
+    more = tmp_path / "more"
+    shutil.copytree(images, more)
+    Image.new("RGB", (64, 64), "red").save(more / "new.png")
+    (more / "new.txt").write_text("red")
+    encode_to(more, tmp_path / "a", batch_size=None, fit="3.02GB")  # less than when it was begun
+    assert "batches of 1, about 3.01 GB" in capsys.readouterr().out

@@ -10,12 +10,12 @@ import torch
 from ranks import train_on
 from runs import LORA, config_of, losses, run
 
+from runtime.options import parse_memory
 from sdxl.base import open_base
 from shards.reader import Cache
 from train.checkpoint import numbered, read_state
 from train.fit import budget_of, fit_into, fit_run, ways_to_fit
 from train.memory import Estimator
-from train.option_values import parse_memory
 from train.report import dry_run
 
 GB = 10**9

@@ -282,3 +282,26 @@ def test_lines_take_turns(tmp_path: Path) -> None:
     batches = make_batches(drawings, 3)
     assert [[request.number for request in batch] for batch in batches] == [[0, 1, 3], [4, 2]]
     assert np.prod([len(batch) for batch in batches]) == 6
+
+
+def test_fit_draws_fewer_images_at_a_time(
+    base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A pixel of a row is made to count 1 MB in fp32: 8.2 GB an image of two rows."""
+    monkeypatch.setattr("infer.pipeline.UNET_BYTES", 500_000)
+    singly = draw(base, tmp_path / "1", PROMPTS, batch_size=1, num_steps=2)
+    assert "--fit" not in capsys.readouterr().out
+    check_same(draw(base, tmp_path / "fit", PROMPTS, fit="9GB", num_steps=2), singly)
+    assert "--fit 9GB: batches of 1, all models stay" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"--fit 8GB: one image at a time takes about 8.2\d GB"):
+        draw(base, tmp_path / "none", PROMPTS, fit="8GB", num_steps=2)
+
+
+@pytest.mark.parametrize(("budget", "small"), [(1300, False), (1299, True)])
+def test_a_budget_decides_whether_models_take_turns(budget: int, small: bool) -> None:
+    fakes = {TEXT: FakeModel(300), UNET: FakeModel(400), VAE: FakeModel(200)}
+    loaders: Any = {name: (lambda model=model: model) for name, model in fakes.items()}
+    assert ModelSlots(torch.device("cuda"), loaders, 400, None, budget).takes_turns == small

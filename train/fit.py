@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from runtime.devices import has_bf16
+from runtime.options import AUTO, parse_memory
 from runtime.process import free_memory
 from sdxl.base import Base
 from shards.buckets import Size, bucket_name, largest_bucket
@@ -23,7 +24,6 @@ from shards.reader import Cache, groups_of
 from train.config import TrainConfig, check_processes
 from train.distributed import DistContext
 from train.memory import FREE_SHARE, Estimator, size_text
-from train.option_values import AUTO, parse_memory
 from train.resume import with_init_lora
 
 ROUNDINGS = frozenset({"base_quant", "pure_bf16"})  # how the weights of a run are kept

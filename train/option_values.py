@@ -8,6 +8,7 @@ from math import floor
 from pathlib import Path
 from typing import Any
 
+from runtime.options import parse_memory
 from runtime.workers import check_gpus
 
 MAX_COUNT = 2**31 - 1  # of steps, samples, threads: far beyond what can be trained
@@ -106,25 +107,6 @@ class Every:
             return step % int(self.amount) == 0
         length = self.amount * num_batches
         return floor(batches_done / length + 1e-9) > floor((batches_done - 1) / length + 1e-9)
-
-
-AUTO = "auto"  # of --fit: what the device has free
-_MEMORY = {"MB": 10**6, "MIB": 2**20, "GB": 10**9, "GIB": 2**30}
-
-
-def parse_memory(text: str) -> int | None:
-    """Bytes of ``12GB``, ``12 GiB``, ``8000MB``; None of ``auto``.
-
-    Raises:
-        ValueError: anything else.
-    """
-    if text == AUTO:
-        return None
-    match = re.fullmatch(r"(\d{1,6}(?:\.\d{1,6})?) ?([MG]I?)B?", text.strip().upper())
-    size = int(float(match[1]) * _MEMORY[f"{match[2]}B"]) if match else 0
-    if size <= 0:
-        raise ValueError(f"--fit takes a size such as 12GB, or auto, not {text[:50]!r}")
-    return size
 
 
 def check_ranges(settings: Mapping[str, Any]) -> None:
