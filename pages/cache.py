@@ -50,6 +50,7 @@ class Card:
     num_more_captions: int
     num_variants: int
     has_cut_captions: bool
+    same_as: str  # the path of another sample of an equal image file; empty if there is none
 
 
 def write_cache_page(
@@ -79,6 +80,7 @@ def write_cache_page(
         lengths=lengths[:1] + lengths[-1:],
         tokens=(min(tokens), statistics.median_low(tokens), max(tokens)) if tokens else None,
         num_cut=sum(card.has_cut_captions for card in cards),
+        num_equal=sum(bool(card.same_as) for card in cards),
         room=_room(cache),
         common=contents.captions.most_common(MAX_COMMON),
         folders=contents.folders.most_common(MAX_COMMON),
@@ -109,8 +111,11 @@ def _cards(cache: Cache, num_samples: int, count_tokens: CountTokens | None) -> 
     chosen = thinned(rows, MAX_SAMPLES)
     side = next(side for most, side in SIDES if len(chosen) <= most)
     colors = cache.manifest.get("latent_rgb")
+    paths: dict[str, str] = {}  # of the first sample of each image file, by its digest
     for shard, row in tqdm(chosen, unit="sample", desc="page", leave=False):
         fields = shard.metadata(row)
+        digest = fields["digests"].get("picture")
+        first = paths.setdefault(digest, fields["path"]) if digest else fields["path"]
         notes = fields.get("notes", {}).get("text")
         shown = fields["captions"][:MAX_CAPTIONS]
         captions = [_caption(text, count_tokens, _room(cache)) for text in shown]
@@ -123,6 +128,7 @@ def _cards(cache: Cache, num_samples: int, count_tokens: CountTokens | None) -> 
             num_more_captions=len(fields["captions"]) - len(captions),
             num_variants=int(shard.index.records[row]["num_variants"]),
             has_cut_captions=bool(num_cut) or any(caption.is_cut for caption in captions),
+            same_as="" if first == fields["path"] else first,
         )
 
 

@@ -132,6 +132,21 @@ def test_captions_are_text_and_many_samples_are_thinned(
     assert page.text.count("and 2 more captions") == 4 and "2 variants" in page.text
 
 
+def test_equal_images_are_told_of(tmp_path: Path) -> None:
+    samples = [
+        replace(made_sample(f"{name}.png"), digests={"picture": digest} if digest else {})
+        for name, digest in (("a", "1"), ("b", "2"), ("c", "1"), ("d", ""), ("e", ""))
+    ]
+    cache = write_cache(tmp_path / "train", samples)
+    out = tmp_path / "page.html"
+    assert not inspect(cache, "--html", out).exit_code
+    cards = cards_of(Page(out.read_text()))  # in the order of their keys
+    (card,) = [card for card in cards if "the same image as" in card]
+    pair = {name for name in ("a.png", "c.png") if name in card}
+    assert len(cards) == 5 and pair == {"a.png", "c.png"}
+    assert "Samples of an equal image" in out.read_text()
+
+
 def test_a_split_cache_has_two_pages(split_cache: Path, tmp_path: Path) -> None:
     out = tmp_path / "page.html"
     assert not inspect(split_cache, "--html", out).exit_code
