@@ -180,11 +180,13 @@ class Commands(click.Group):
             raise
         except click.MissingParameter as error:
             # The first sentence of an option's help, or what the command does with its argument.
-            command, param = (error.ctx or ctx).command, error.param
-            is_option = isinstance(param, click.Option)
-            text = param.help if is_option else command.get_short_help_str(limit=200)
-            error.message = error.message or f"{(text or '').split('.')[0]}."
-            raise
+            param = error.param
+            if isinstance(param, click.Option):
+                text = param.help or ""
+            else:
+                text = (error.ctx or ctx).command.get_short_help_str(limit=200)
+            message = error.message or f"{text.split('.')[0]}."
+            raise click.MissingParameter(message, error.ctx, param=param) from None
 
     def _remedy(self, error: click.NoSuchOption) -> str | None:
         """What to type for an option that the command does not have."""
