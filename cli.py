@@ -93,8 +93,15 @@ def _print_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
         ctx.exit()
 
 
+def _explain_option(name: str) -> str | None:
+    from convert.tables import explain
+
+    return explain(name)
+
+
 @click.group(
     cls=Commands,
+    explain=_explain_option,
     panels={
         "The three stages": "encode train generate",
         "To begin with": "tune doctor demo download convert",

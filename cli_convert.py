@@ -6,6 +6,8 @@ Imports nothing of the converters before one is asked for.
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from runtime.path_kinds import missing
+
 if TYPE_CHECKING:
     from convert.recipes import CommandCheck
 
@@ -29,6 +31,9 @@ def convert(
     from convert.recipes import check_replaceable, write_conversion
     from convert.simpletuner import convert_simpletuner
 
+    for path in filter(None, (config, datasets)):
+        if not path.exists():
+            raise ValueError(missing(path))
     check_replaceable(out)
     if tool == "onetrainer":
         if datasets is not None:

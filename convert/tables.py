@@ -61,6 +61,18 @@ def read_table(tool: str) -> tuple[Row, ...]:
     return tuple(rows)
 
 
+def explain(name: str) -> str | None:
+    """What stands here in place of another trainer's option, for someone who typed it (``name`` has
+    ``_`` for ``-``); None if no table has it."""
+    for tool in ("kohya", "simpletuner", "onetrainer"):
+        for row in read_table(tool):
+            if name in row.names.split():
+                if row.becomes in (ALWAYS, NONE):
+                    return f"Of {tool}'s options: {row.note}."
+                return f"Of {tool}'s options; here it is {row.becomes}."
+    return None
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What became of one option that a config holds."""

@@ -14,6 +14,11 @@ from sdxl.prompt_files import MAX_PIXELS, MAX_SIDE, MAX_STEPS
 
 Size = tuple[int, int]  # pixels: width and height, or left and top
 
+_REMEDIES = {  # for what is no weights
+    CACHE: "give the run that was trained on it",
+    IMAGES: "give a file of weights, or a run or checkpoint folder",
+}
+
 
 @dataclass(frozen=True)
 class LoraUse:
@@ -256,16 +261,13 @@ class GenerateSettings:
             ValueError: says what it is.
         """
         check_base(self.base)
-        remedies = {
-            CACHE: "give the run that was trained on it",
-            IMAGES: "give a file of weights, or a run or checkpoint folder",
-        }
         for use in self.lora:
-            check_kind(use.path, WEIGHTS, remedies | {BASE: "give it as --base, or as --unet"})
+            check_kind(use.path, WEIGHTS, _REMEDIES | {BASE: "give it as --base, or as --unet"})
         if self.unet is not None:  # a checkpoint of --full has the form of a base
-            check_kind(self.unet, WEIGHTS, remedies)
+            check_kind(self.unet, WEIGHTS, _REMEDIES)
         if self.prompts is not None and not self.prompts.exists():
-            raise ValueError(missing(self.prompts))
+            hint = "" if self.prompts.suffix else "; --prompt TEXT is a prompt itself"
+            raise ValueError(missing(self.prompts) + hint)
 
     @property
     def pixels(self) -> Size | None:
@@ -354,6 +356,16 @@ class ExportSettings:
         if self.out.resolve() == self.weights.resolve():
             raise ValueError(f"--out {self.out}: is what is to be exported; give another")
 
+    def check_inputs(self) -> None:
+        """Refuse files and folders that are something else, before anything is loaded.
+
+        Raises:
+            ValueError: says what it is.
+        """
+        check_kind(self.weights, WEIGHTS, _REMEDIES)
+        if self.base is not None:
+            check_base(self.base)
+
     @property
     def is_file(self) -> bool:
         """Whether OUT is one file."""
@@ -427,11 +439,7 @@ class PushSettings:
         Raises:
             ValueError: says what it is.
         """
-        remedies = {
-            CACHE: "give the run that was trained on it",
-            IMAGES: "give a file of weights, or a run or checkpoint folder",
-        }
-        check_kind(self.weights, WEIGHTS, remedies)
+        check_kind(self.weights, WEIGHTS, _REMEDIES)
         if self.base is not None:
             check_base(self.base)
 

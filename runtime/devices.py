@@ -76,7 +76,7 @@ def pick_device(name: str) -> torch.device:
         name = next(device for device, is_available in available.items() if is_available)
     match = re.fullmatch(r"(cuda|mps|cpu)(:\d+)?", name)
     if not match or not available[match[1]]:
-        raise ValueError(f"--device {name}: torch finds no such device here")
+        raise ValueError(f"--device {name}: torch finds no such device here; doctor says why")
     info = rank_info()
     if match[1] == "cuda" and info.size > 1:
         if match[2]:

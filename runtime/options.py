@@ -8,7 +8,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import MISSING, Field, field, fields
 from difflib import get_close_matches
 from importlib import import_module
@@ -37,7 +37,8 @@ class Number(click.ParamType[Any]):
         try:
             number = self.kind(value)
         except (ValueError, OverflowError):
-            self.fail(f"{_short(value)} is not a valid {self.name}.", param, ctx)
+            hint = " A decimal is written with a point." if "," in str(value) else ""
+            self.fail(f"{_short(value)} is not a valid {self.name}.{hint}", param, ctx)
         if not math.isfinite(number) if self.kind is float else abs(number) >= LIMIT:
             self.fail(f"{_short(value)} is out of range.", param, ctx)
         return number
@@ -155,13 +156,56 @@ def parse_memory(text: str) -> int | None:
 
 
 class Commands(click.Group):
-    """Commands under the headings of ``panels``; for a misspelled one, the nearest is named."""
+    """Commands under the headings of ``panels``. What is typed wrongly is refused with what to type
+    instead; ``explain`` says of an option that no command has what is done in its place, or None.
+    """
 
-    def __init__(self, *args: Any, panels: dict[str, str], **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        panels: dict[str, str],
+        explain: Callable[[str], str | None],
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self._panels = {name: names.split() for name, names in panels.items()}
+        self._explain = explain
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except click.NoSuchOption as error:
+            if remedy := self._remedy(error):
+                raise click.UsageError(f"{error.message} {remedy}", error.ctx) from None
+            raise
+        except click.MissingParameter as error:
+            # The first sentence of an option's help, or what the command does with its argument.
+            param = error.param
+            if isinstance(param, click.Option):
+                text = param.help or ""
+            else:
+                text = (error.ctx or ctx).command.get_short_help_str(limit=200)
+            message = error.message or f"{text.split('.')[0]}."
+            raise click.MissingParameter(message, error.ctx, param=param) from None
+
+    def _remedy(self, error: click.NoSuchOption) -> str | None:
+        """What to type for an option that the command does not have."""
+        name = error.option_name
+        if not name.startswith("--"):
+            return "Options begin with two dashes, as --lr."
+        owners = [
+            command.name
+            for command in self.commands.values()
+            for param in command.get_params(click.Context(command))
+            if name in (*param.opts, *param.secondary_opts, *getattr(param, "aliases", ()))
+        ]
+        if owners:
+            return f"It is an option of {' and '.join(map(str, owners))}."
+        return self._explain(name[2:].replace("-", "_"))
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        if args and args[0] == "help":
+            ctx.fail("no such command 'help'; type --help, alone or after a command")
         if args and args[0] not in self.commands:
             near = get_close_matches(args[0], self.commands, n=1)
             hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(self.commands)}"

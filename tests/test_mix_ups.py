@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 from runs import run
 
 from cli import commands
@@ -100,6 +101,11 @@ CASES = {
     "verify {0}/images": "a folder of images; give the cache that encode made",
     "inspect {0}/run": "a run of train; give the cache that encode made",
     "prompts {0}/cache {0}/prompt.txt --base miniature": "did you mean {0}/prompts.txt?",
+    "encode {0}/prompts.txt --base miniature --out x": "a file; give its folder",
+    "generate --base miniature --prompts a_cat --out x": "no such folder; --prompt TEXT is a",
+    "export {0}/cache --out x.safetensors": "a cache of shards, as encode makes it; give the run",
+    "export {0}/lora.safetensor --out x.safetensors": "did you mean {0}/lora.safetensors?",
+    "convert kohya {0}/prompts.tx --out x": "no such file; did you mean {0}/prompts.txt?",
 }
 
 
@@ -119,3 +125,35 @@ def test_nothing_heavy_is_imported_to_refuse_a_path(things: Path) -> None:
         )
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout.splitlines()[-1]) == []
+
+
+TYPED_WRONGLY = {
+    "train {0}/cache --base b --out x --resolution 512": "It is an option of tune and encode.",
+    "generate --base b --out x --prompt a --flip": "It is an option of encode.",
+    "train {0}/cache --base b --out x --text-encoder-lr 1e-5": "Of kohya's options: the text "
+    "encoders are not trained: their outputs are cached.",
+    "train {0}/cache --base b --out x --train-data-dir d": "here it is encode DATASET",
+    "train {0}/cache --base b --out x -lr 1e-4": "Options begin with two dashes, as --lr.",
+    "train {0}/cache --base b --out x --stepz 1": "'--steps'",
+    "train {0}/cache --base b --out x --lr 1,5e-4": "A decimal is written with a point.",
+    "train {0}/cache --out x": "Missing option '--base'. SDXL base: a diffusers",
+    "encode --base b --out x": "Missing argument 'DATASET'. Encode a folder of captioned",
+    "help train": "type --help, alone or after a command",
+}
+
+
+@pytest.mark.parametrize("command", TYPED_WRONGLY)
+def test_what_is_typed_wrongly_is_answered_with_what_to_type(things: Path, command: str) -> None:
+    result = CliRunner().invoke(commands, command.format(things).split())
+    assert result.exit_code == 2, result.output
+    assert TYPED_WRONGLY[command] in result.output.splitlines()[-1], result.output
+
+
+def test_a_folder_without_captions_is_told_what_takes_it(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "images/a.png")
+    command = f"encode {tmp_path}/images --base {base} --out {tmp_path}/c --resolution 64"
+    result = CliRunner().invoke(commands, [*command.split(), "--bucket-step", "16"])
+    assert result.exit_code == 2
+    assert "1 rejected: no caption: X.txt is missing: a.png" in result.output
+    assert "--missing-caption takes images without" in result.output.splitlines()[-1]

@@ -54,9 +54,12 @@ CHOICES: list[tuple[dict[str, Any], str]] = [
 RANGES: list[tuple[dict[str, Any], str]] = [
     *(({name: 0}, "must be at least 1, not 0") for name in ("rank", "steps", "batch_size")),
     *(({name: 0}, "must be at least 1, not 0") for name in ("accumulate", "max_skipped")),
-    *(({name: 0.0}, "must be above 0 and finite") for name in ("lr", "min_snr_gamma", "alpha")),
-    *(({name: 0.0}, "must be above 0 and finite") for name in ("huber_delta", "logit_std")),
-    *(({"lr": value}, "must be above 0 and finite") for value in (math.nan, math.inf, 1e9)),
+    *(
+        ({name: 0.0}, "must be above 0 and at most 1e6")
+        for name in ("lr", "min_snr_gamma", "alpha")
+    ),
+    *(({name: 0.0}, "must be above 0 and at most 1e6") for name in ("huber_delta", "logit_std")),
+    *(({"lr": value}, "must be above 0 and at most 1e6") for value in (math.nan, math.inf, 1e9)),
     *(({"ema": value}, "must be in 0..1, 1 excl") for value in (-0.1, 1.0, math.nan)),
     *(({"caption_dropout": value}, "must be in 0..1, 1 excl") for value in (-0.1, 1.0, math.nan)),
     *(({"noise_offset": value}, "must be") for value in (-1.0, math.nan)),

@@ -124,7 +124,7 @@ def check_ranges(settings: Mapping[str, Any]) -> None:
     for name in _POSITIVE:
         value = settings[name]
         if value is not None and not 0 < value <= 1e6:
-            raise ValueError(f"{flag(name)} must be above 0 and finite, not {value}")
+            raise ValueError(f"{flag(name)} must be above 0 and at most 1e6, not {value}")
     for name in _FINITE:
         if not math.isfinite(settings[name]):
             raise ValueError(f"{flag(name)} must be finite, not {settings[name]}")

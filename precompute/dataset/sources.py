@@ -55,7 +55,7 @@ def read_dataset(settings: EncodeSettings, memory: Memory | None = None) -> dict
     """
     root, val_share, memory = settings.dataset, settings.val_share, memory or Memory()
     if not root.is_dir():
-        raise ValueError(f"{root}: no such folder" if not root.exists() else f"{root}: no folder")
+        raise ValueError(f"{root}: {'a file; give its' if root.exists() else 'no such'} folder")
     folders = find_layout(root)
     sources = (
         None if _has_image_list(root) else _read_layout(root, folders, settings, memory)

@@ -40,10 +40,12 @@ def refuse_losses(plans: list[CachePlan], settings: EncodeSettings, notes: Notes
         share = num / max(1, num + len(plan.planned))
         if share > settings.max_rejected:
             warn_of_reasons(plan.rejected)
+            no_caption = any(file.reason.startswith("no caption") for file in plan.rejected)
+            hint = "; --missing-caption takes images without a caption" if no_caption else ""
             raise ValueError(
                 f"{plan.folder}: {share:.0%} of the images were rejected ({num:,} of "
                 f"{num + len(plan.planned):,}; --max-rejected {settings.max_rejected}). Nothing "
-                "was written; --dry-run lists them"
+                f"was written; --dry-run lists them{hint}"
             )
 
 
