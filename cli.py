@@ -1,10 +1,6 @@
 #!/usr/bin/env python
 """The command line. Each stage is imported inside its command, so that ``--help`` is quick."""
 
-import os
-import sys
-import tomllib
-from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,120 +8,14 @@ from typing import Any
 import click
 
 from cli_convert import TOOLS
+from cli_group import commands, launched, make_settings, prepare_process, stage
 from cli_pages import CheckpointPages, check_grid_page, check_pages, report_at_end, show_grid
-from runtime.errors import QUIET, echo, handle_errors, silence_libraries
-from runtime.imports import skip_unused_imports
+from runtime.errors import echo, handle_errors
 from runtime.messages import pluralize
-from runtime.options import RECIPE_OPTION, Commands, FilePath, PathText, StageCommand
+from runtime.options import RECIPE_OPTION, FilePath, PathText, StageCommand
 from runtime.path_kinds import check_cache, missing
-from runtime.process import keep_freed_memory, let_segments_grow, let_threads_sleep
 from runtime.signals import Stopped
-from runtime.workers import is_main_process, launch, num_processes, rank_info
-
-
-def stage(name: str, settings: str) -> Callable[[Callable[..., None]], click.Command]:
-    """Declare a stage's command."""
-
-    def declare(function: Callable[..., None]) -> click.Command:
-        debug = click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-        quiet = click.option(
-            "--quiet",
-            is_flag=True,
-            expose_value=False,
-            callback=_be_quiet,
-            help="Print warnings and errors alone.",
-        )
-        return commands.command(name, cls=StageCommand, settings=settings)(
-            click.pass_context(quiet(debug(function)))
-        )
-
-    return declare
-
-
-def _be_quiet(ctx: click.Context, _: click.Parameter, value: bool) -> None:
-    ctx.meta[QUIET] = value
-
-
-def _settings(ctx: click.Context, values: dict[str, Any], recipe: Path | None = None) -> Any:
-    assert isinstance(ctx.command, StageCommand)
-    settings = ctx.command.make_settings(ctx, values, recipe)
-    if hasattr(settings, "check_inputs"):
-        settings.check_inputs()  # a wrong path is refused before torch is imported
-    _prepare_process(getattr(settings, "special_imports", ()), _is_alone(settings))
-    return settings
-
-
-def _is_alone(settings: Any) -> bool:
-    """Whether the command is a single process."""
-    gpus = getattr(settings, "gpus", None)
-    if gpus == "auto":
-        return rank_info().size == 1 and num_processes(gpus, settings.device) == 1
-    return rank_info().size == 1 and gpus in (None, "1")
-
-
-def _is_own_process() -> bool:
-    """Whether this process is of the command alone, and not of another program that called it."""
-    return sys.argv[1:2] == [click.get_current_context().info_name]
-
-
-def _prepare_process(used: Collection[str] = (), alone: bool = True) -> None:
-    """Before torch is imported. Other programs that call a command keep their process as it is."""
-    if _is_own_process():
-        if click.get_current_context().info_name != "train":  # which keeps its tensors: no gain
-            keep_freed_memory()
-        skip_unused_imports(used, alone=alone)
-
-
-def _launched(settings: Any) -> bool:
-    """Whether this command was run by processes of its own, to the end."""
-    if not _is_own_process():
-        return False  # of a demo or a test, whose command line is not this one
-    num = num_processes(settings.gpus, settings.device)
-    if num > 1:
-        launch(num)
-    return num > 1
-
-
-def _print_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
-    if value:
-        project = tomllib.loads((Path(__file__).parent / "pyproject.toml").read_text())["project"]
-        click.echo(f"shardtune {project['version']}")
-        ctx.exit()
-
-
-def _explain_option(name: str) -> str | None:
-    from convert.tables import explain
-
-    return explain(name)
-
-
-@click.group(
-    cls=Commands,
-    explain=_explain_option,
-    panels={
-        "The three stages": "encode train generate",
-        "To begin with": "tune doctor demo download convert",
-        "Caches and weights": "inspect verify prompts export push",
-        "Pages to look at": "report compare",
-    },
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-)
-@click.option(
-    "--version",
-    is_flag=True,
-    expose_value=False,
-    is_eager=True,
-    callback=_print_version,
-    help="Print the version, then exit.",
-)
-def commands() -> None:
-    """Fine-tune SDXL from precomputed shards: encode once, train, generate."""
-    silence_libraries()
-    let_segments_grow()
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_MININTERVAL", "10")  # a log is no screen
-    if sys.argv[1:2] == [click.get_current_context().invoked_subcommand]:
-        let_threads_sleep()
+from runtime.workers import is_main_process
 
 
 @stage("tune", "cli_tune:TuneSettings")
@@ -137,7 +27,7 @@ def tune(ctx: click.Context, debug: bool, **values: Any) -> None:
     after an interruption.
     """
     with handle_errors(debug):
-        settings = _settings(ctx, values)
+        settings = make_settings(ctx, values)
         from cli_tune import check_command, run_as_process
         from cli_tune import tune as run
 
@@ -156,14 +46,14 @@ def encode(ctx: click.Context, debug: bool, recipe: Path | None, **values: Any) 
     cache.
     """
     with handle_errors(debug):
-        settings = _settings(ctx, values, recipe)
+        settings = make_settings(ctx, values, recipe)
         if settings.dry_run:
             from precompute.plan.dry_run import dry_run
 
             for line in dry_run(settings):
                 echo(line)
             return
-        if _launched(settings):
+        if launched(settings):
             return
         from precompute.encode import encode as run
         from precompute.report import describe, warn_of_rejected
@@ -216,7 +106,7 @@ def prompts(
         check_base(base)
         if not file.exists():
             raise ValueError(missing(file))
-        _prepare_process()
+        prepare_process()
         from precompute.prompts import change_prompts
 
         path, count = change_prompts(cache, file, base, device, tokenizers)
@@ -232,7 +122,7 @@ def train(ctx: click.Context, debug: bool, recipe: Path | None, **values: Any) -
     three times per epoch. Prior images and other resolutions are caches of their own.
     """
     with handle_errors(debug):
-        config = _settings(ctx, values, recipe)
+        config = make_settings(ctx, values, recipe)
         if config.overwrite and recipe is not None:
             from train.run_folder import check_input
 
@@ -243,7 +133,7 @@ def train(ctx: click.Context, debug: bool, recipe: Path | None, **values: Any) -
             for line in dry_run(config):
                 echo(line)
             return
-        if _launched(config):
+        if launched(config):
             return
         from train.loop import train as run
 
@@ -276,10 +166,10 @@ def generate(ctx: click.Context, debug: bool, recipe: Path | None, **values: Any
     With a LoRA, with a fine-tuned UNet, or with the base alone.
     """
     with handle_errors(debug):
-        settings = _settings(ctx, values, recipe)
+        settings = make_settings(ctx, values, recipe)
         if settings.grid:
             check_grid_page(settings.out)
-        if _launched(settings):
+        if launched(settings):
             return
         if settings.grid:
             from infer.grid import generate_grid
@@ -313,7 +203,7 @@ def export(ctx: click.Context, debug: bool, **values: Any) -> None:
     read back and compared.
     """
     with handle_errors(debug):
-        settings = _settings(ctx, values)
+        settings = make_settings(ctx, values)
         from infer.export import export as run
 
         done = run(settings)
@@ -329,7 +219,7 @@ def push(ctx: click.Context, debug: bool, **values: Any) -> None:
     the weights; no path.
     """
     with handle_errors(debug):
-        settings = _settings(ctx, values)
+        settings = make_settings(ctx, values)
         from cli_push import push as run
 
         for line in run(settings, _train_command()):
@@ -370,7 +260,7 @@ def demo(out: Path, debug: bool) -> None:
     It learns two new shapes; images before and after show it.
     """
     with handle_errors(debug):
-        _prepare_process()
+        prepare_process()
         from tools.miniature.demo import run_demo
 
         run_demo(out, lambda arguments: commands.main(arguments, standalone_mode=False))
