@@ -17,6 +17,8 @@ from runtime.path_kinds import check_cache, missing
 from runtime.signals import Stopped
 from runtime.workers import is_main_process
 
+__all__ = ["commands"]
+
 
 @stage("tune", "cli_tune:TuneSettings")
 def tune(ctx: click.Context, debug: bool, **values: Any) -> None:

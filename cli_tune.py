@@ -152,7 +152,12 @@ def tune(settings: TuneSettings, run: Command, check: Command) -> None:
     dataset = _read_dataset(settings)
     commands = list(plan_commands(settings, dataset))
     for arguments in commands:
-        check(arguments)
+        try:
+            check(arguments)
+        except ValueError as error:
+            if arguments[0] == "train" and "--resume" in arguments:
+                error.add_note(_hint_to_resume(settings) + ".")
+            raise
     num = dataset.num_images
     echo(f"{num:,} images to learn from; the commands that follow do all of it:")
     for arguments in commands:

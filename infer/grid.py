@@ -18,7 +18,7 @@ from PIL import PngImagePlugin
 from infer.generate import draw, read_settings_prompts
 from infer.outputs import SETTINGS_KEY, ImageFolder, read_record
 from infer.requests import ImageRequest, make_requests
-from infer.settings import GenerateSettings, GridAxis, LoraUse
+from infer.settings import GenerateSettings, GridAxis, LoraUse, digits
 from runtime.files import durable_file, writing
 from runtime.workers import WorkQueue
 from sdxl.contact_sheet import GridBlock, grid_sheet
@@ -136,7 +136,7 @@ def _cells(
                 lora = (LoraUse(lora[0].path / CHECKPOINTS / name, lora[0].weight),)
         if "weight" in values:
             lora = (LoraUse(lora[0].path, values["weight"]),)
-        folder = "_".join(f"{name}-{value:g}" for name, value in values.items()) or "images"
+        folder = "_".join(f"{name}-{digits(value)}" for name, value in values.items()) or "images"
         yield values, replace(settings, grid=(), lora=lora, unet=unet, out=settings.out / folder)
 
 
@@ -158,7 +158,7 @@ def _with_checkpoints(axis: GridAxis, settings: GenerateSettings) -> GridAxis:
 
 
 def _label(axis: GridAxis, value: float) -> str:
-    return f"{axis.name} {value:g}" if axis.name != "checkpoint" else f"step {int(value):,}"
+    return f"{axis.name} {digits(value)}" if axis.name != "checkpoint" else f"step {int(value):,}"
 
 
 def _free_memory() -> None:

@@ -49,6 +49,11 @@ class LoraUse:
         return str(self.path) if self.weight == 1 else f"{self.path},{self.weight:g}"
 
 
+def digits(value: float) -> str:
+    """All digits of a number, so that different ones have different texts."""
+    return str(value) if isinstance(value, int) else repr(value).removesuffix(".0")
+
+
 @dataclass(frozen=True)
 class GridAxis:
     """What a grid varies: ``checkpoint`` (all, or steps), ``weight`` or ``guidance``."""
@@ -80,7 +85,7 @@ class GridAxis:
         return cls(name, values)
 
     def __str__(self) -> str:
-        return f"{self.name}={','.join(f'{value:g}' for value in self.values) or 'all'}"
+        return f"{self.name}={','.join(map(digits, self.values)) or 'all'}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,6 +266,11 @@ class GenerateSettings:
             ValueError: says what it is.
         """
         check_base(self.base)
+        for folder in (self.out.resolve(), *self.out.resolve().parents):
+            if folder.name == "checkpoints" and (folder.parent / "metrics.jsonl").is_file():
+                raise ValueError(
+                    f"--out {self.out}: lies in the checkpoints of a run; give another"
+                )
         for use in self.lora:
             check_kind(use.path, WEIGHTS, _REMEDIES | {BASE: "give it as --base, or as --unet"})
         if self.unet is not None:  # a checkpoint of --full has the form of a base

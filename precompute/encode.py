@@ -202,11 +202,11 @@ def _check_fit(settings: EncodeSettings, budget: int) -> None:
     """
     least = peak_bytes(settings, settings.batch_size or 1)
     if least > budget:
-        halves = settings.vae_dtype not in ("fp16", "bf16")
+        is_fp32 = settings.vae_dtype not in ("fp16", "bf16")
         remedy = "a smaller --batch-size" if (settings.batch_size or 1) > 1 else "--resolution"
         raise ValueError(
             f"--fit {settings.fit}: {pluralize(settings.batch_size or 1, 'image')} at a time take "
-            f"about {format_bytes(least)}; {'--vae-dtype bf16 or ' if halves else ''}{remedy} "
+            f"about {format_bytes(least)}; {'--vae-dtype bf16 or ' if is_fp32 else ''}{remedy} "
             "takes less"
         )
 

@@ -144,7 +144,7 @@ def variants_label(num: int, num_samples: int, settings: EncodeSettings) -> str:
         f"variants of them ({', '.join([*kinds, *(['mirrored too'] if settings.flip else [])])})"
     )
     wanted = num_samples * max(1, settings.crops) * (2 if settings.flip else 1)
-    if num < wanted:
+    if settings.crops and num < wanted:
         label += f"; not {wanted:,}, as not every image has room for {settings.crops} crops"
     return label
 
@@ -162,7 +162,7 @@ def describe(report: Report, settings: EncodeSettings) -> Iterator[str]:
     for number, usual, label in (
         (
             report.num_variants,
-            report.num_samples,
+            -1 if settings.crops else report.num_samples,
             variants_label(report.num_variants, report.num_samples, settings),
         ),
         (report.num_captions, report.num_samples, "captions"),

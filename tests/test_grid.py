@@ -14,7 +14,7 @@ from PIL import Image
 
 from cli import commands
 from infer.grid import Grid, generate_grid
-from infer.settings import GridAxis, LoraUse
+from infer.settings import GenerateSettings, GridAxis, LoraUse
 from pages.grid import write_grid
 from sdxl.lora.names import LORA
 
@@ -151,6 +151,14 @@ def test_axes_that_a_run_does_not_have(base: Path, run: Path, tmp_path: Path) ->
     with pytest.raises(ValueError, match="has no checkpoints; --grid checkpoint needs a run"):
         grid_of(base, run / "checkpoints" / "checkpoint-2", tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+
+def test_values_that_are_alike_have_folders_of_their_own(base: Path, run: Path) -> None:
+    axis = GridAxis.parse("weight=0.1234567,0.12345671,1")
+    assert str(axis) == "weight=0.1234567,0.12345671,1"
+    with pytest.raises(ValueError, match="lies in the checkpoints of a run"):
+        (run / "metrics.jsonl").write_text("")
+        GenerateSettings(base="miniature", out=run / "checkpoints" / "x", prompt="a").check_inputs()
 
 
 def test_a_damaged_image_is_noted_on_the_page(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from runs import assert_same_run, at_step, rows, stop_by
 from cli import commands
 from runtime.files import user_cache
 from train.config import TrainConfig
-from train.option_values import CacheUse
+from train.option_values import DEPENDENTS, CacheUse, flag
 from train.saved_options import remember_private, saved_options
 
 OPTIONS = (
@@ -116,12 +116,89 @@ def test_whose_wandb_it_is_stays_on_this_machine(tmp_path: Path) -> None:
     use = CacheUse(tmp_path / "cache", repeats=2)
     settings: dict[str, Any] = {"steps": 4, "wandb": "offline", "wandb_entity": "our-team"}
     config = TrainConfig(caches=(use,), base="owner/name", out=tmp_path / "run", **settings)
-    saved = {"steps_per_epoch": 2, "caches": ["cache,repeats=2"], "base": "owner/name", "val": None}
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.json").write_text(json.dumps(saved | {"wandb": "offline"}))
-    remember_private(config, saved)
+    paths = {"caches": ["cache,repeats=2"], "base": "owner/name", "val": None}
+    config_json(tmp_path / "run", **paths, wandb="offline")
+    remember_private(config, paths)
     given = {"out": tmp_path / "run", "base": "owner/name"}
     expected = {"wandb": "offline", "steps_per_epoch": 2, "wandb_entity": "our-team"}
     assert saved_options(given) == expected | {"caches": [f"{tmp_path / 'cache'},repeats=2"]}
-    (tmp_path / "run" / "config.json").write_text(json.dumps(saved | {"base": "other"}))
+    config_json(tmp_path / "run", **paths | {"base": "other"})
     assert "wandb_entity" not in saved_options({**given, "caches": (use,)})
+
+
+def config_json(out: Path, **settings: Any) -> Path:
+    """A folder with a run's settings and a checkpoint's name."""
+    saved = {"steps_per_epoch": 2, "caches": ["cache"], "base": "owner/name", "val": None}
+    (out / "checkpoints" / "checkpoint-4").mkdir(parents=True, exist_ok=True)
+    (out / "config.json").write_text(json.dumps(saved | settings))
+    return out
+
+
+def saved(out: Path, **given: Any) -> dict[str, Any]:
+    typed: dict[str, Any] = {"out": out, "base": "b", "caches": (CacheUse(Path("c")),)}
+    options = saved_options(typed | given)
+    return {name: value for name, value in options.items() if name != "steps_per_epoch"}
+
+
+def test_what_is_typed_takes_its_dependents_along(tmp_path: Path) -> None:
+    """--caption-dropout 0 of a run with --unconditional zeros, and so on: not refused for an option
+    that nobody has typed."""
+    wandb = {"wandb_name": "a", "wandb_project": "p"}
+    out = config_json(tmp_path, caption_dropout=0.1, unconditional="zeros", wandb="online", **wandb)
+    assert saved(out, caption_dropout=0.0) == {"wandb": "online", **wandb}
+    assert "unconditional" in saved(out, caption_dropout=0.1)
+    kept = {"caption_dropout", "unconditional", "wandb_project"}
+    assert saved(out, wandb="disabled").keys() == kept
+    for controller, names in DEPENDENTS.items():
+        for name in names:
+            config: Any = {"caches": (CacheUse(Path("c")),), "base": "b", "out": out, "steps": 1}
+            default = TrainConfig.__dataclass_fields__[name].default
+            value = {bool: True, int: 3, float: 0.3, tuple: ("x",)}.get(type(default), "zeros")
+            with pytest.raises(ValueError, match="does nothing without --" + flag(controller)[2:]):
+                TrainConfig(**config, **{name: value})
+
+
+def test_a_batch_is_not_multiplied_by_what_was_chosen_for_another(tmp_path: Path) -> None:
+    out = config_json(tmp_path, batch_size=1, accumulate=4, fit="12GB", ema_on_cpu=True)
+    assert saved(out, batch_size=4) == {"batch_size": 1, "ema_on_cpu": True}
+    assert saved(out, fit="8GB") == {"batch_size": 4}
+    assert saved(out) == {"batch_size": 1, "accumulate": 4, "ema_on_cpu": True}
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({"gradient_checkpointing": True, "decided_checkpointing": False}, True),
+        ({"gradient_checkpointing": True, "decided_checkpointing": True}, False),
+        ({"gradient_checkpointing": True}, False),  # of an earlier version
+        ({"gradient_checkpointing": True, "fit": "12GB"}, True),
+    ],
+)
+def test_checkpointing_is_kept_where_it_was_typed(
+    tmp_path: Path, settings: dict[str, Any], kept: bool
+) -> None:
+    assert ("gradient_checkpointing" in saved(config_json(tmp_path, **settings))) == kept
+
+
+def test_without_a_checkpoint_the_run_begins_with_what_is_typed(tmp_path: Path) -> None:
+    out = config_json(tmp_path, rank=8)
+    with pytest.raises(ValueError, match="cannot resume with --rank 4: the run has 8"):
+        saved(out, rank=4)
+    shutil.rmtree(out / "checkpoints")
+    assert saved(out, rank=4) == {}
+
+
+def test_a_moved_base_is_given_beside_the_run(tmp_path: Path) -> None:
+    out = config_json(tmp_path / "run", rank=8)
+    (out / "metrics.jsonl").write_text("")
+    config = TrainConfig(caches=(CacheUse(tmp_path / "c"),), base="b", out=out, steps=1)
+    remember_private(config, json.loads((out / "config.json").read_text()))
+    given: dict[str, Any] = {"caches": (CacheUse(out),), "base": "elsewhere"}
+    assert saved_options(given)["caches"] == [str(tmp_path / "c")]
+    assert given == {"out": out, "base": "elsewhere"}
+
+
+def test_a_path_that_is_no_unicode_ends_no_run(tmp_path: Path) -> None:
+    out = Path(f"{tmp_path}/caf\udce9")
+    config = TrainConfig(caches=(CacheUse(tmp_path / "c"),), base="b", out=out, steps=1)
+    remember_private(config, {})

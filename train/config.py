@@ -9,10 +9,9 @@ from typing import Any, ClassVar, Literal
 from runtime.options import option
 from runtime.path_kinds import BASE, CACHE, IMAGES, RUN, WEIGHTS, check_kind
 from sdxl.base import BASE_HELP, check_base
-from train.option_values import CacheUse, Every, check_ranges, flag
+from train.option_values import DEPENDENTS, CacheUse, Every, check_ranges, flag
 
 _LORA_ONLY = ("rank", "alpha", "targets", "conv", "init_lora")
-_WANDB_ONLY = ("wandb_entity", "wandb_name", "wandb_group", "wandb_tags", "wandb_artifact")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -407,7 +406,7 @@ def check_choices(config: "TrainConfig") -> None:
         ("logit_std", "--timesteps logit-normal", config.timesteps == "logit-normal"),
         ("num_cycles", "--lr-schedule cosine-restarts", config.lr_schedule == "cosine-restarts"),
         ("unconditional", "--caption-dropout", config.caption_dropout > 0),
-        *((name, "--wandb", config.wandb != "disabled") for name in _WANDB_ONLY),
+        *((name, "--wandb", config.wandb != "disabled") for name in DEPENDENTS["wandb"]),
     ):
         default = config.__dataclass_fields__[name].default
         if getattr(config, name) != default and not is_set:

@@ -156,9 +156,9 @@ class RunLog:
         """Measure the rate from now on, without the time that was spent between the steps."""
         self._since = time.perf_counter()
 
-    def print(self, line: str) -> None:
-        """Print one line above the bar, with unsafe characters escaped."""
-        if self.world.is_main and not is_quiet():
+    def print(self, line: str, *, is_warning: bool = False) -> None:
+        """Print one line above the bar, with unsafe characters escaped; --quiet prints warnings."""
+        if self.world.is_main and (is_warning or not is_quiet()):
             tqdm.write(printable(line))
 
     def _write(self, rows: list[dict[str, Any]]) -> None:

@@ -74,6 +74,7 @@ class Run:
     writer: CheckpointWriter
     fitted: Fitted | None = None  # how --fit made it
     skipped_in_a_row: int = 0
+    has_broken_data: bool = False  # whether the newest skipped step had a damaged sample
     eval_loss: float | None = None  # of the newest step, if it was evaluated
 
     @property
@@ -106,6 +107,8 @@ def train(config: TrainConfig, after_checkpoint: Callable[[], None] | None = Non
             base = _open_base(config, world)
             caches, val = open_data(config, base, world)
             tokens = caches[0].manifest["text"]["tokens"]
+            if config.publish == "best" and val is None:
+                raise ValueError("--publish best: there is no eval to choose by; give --val CACHE")
             checkpoint = newest_checkpoint(config.out) if config.resume else None
             fitted = fit(config, base, caches, world, checkpoint)
             config = fitted.config if fitted else config
@@ -118,7 +121,14 @@ def train(config: TrainConfig, after_checkpoint: Callable[[], None] | None = Non
             kind = WeightsFormat.of(config, base, learner.schedule, caches)
             previewer = Previewer.of(config, base, caches, learner)
             num_steps = _num_steps(config, plan, start)
-            settings = describe(config, base, plan, learner, num_steps)
+            settings = describe(
+                config,
+                base,
+                plan,
+                learner,
+                num_steps,
+                decided_checkpointing=start.config.gradient_checkpointing is None,
+            )
             warm_up(learner, config, plan, tokens)
             if world.is_main and start.step < num_steps:
                 warn_of_space(config, num_steps, learner, kind)
@@ -353,15 +363,19 @@ def _report_skipped(run: Run, number: int, step: Step) -> None:
     gather = run.learner.world.gather
     bad, broken, every = gather(bad), gather(broken), gather(every)
     reason = f"step {number} left out, its {'loss' if bad else 'gradient'} is not finite"
+    run.has_broken_data = bool(broken)
     if broken:
-        run.log.print(f"{reason}: the cache holds values that are not finite of {_listed(broken)}")
+        run.log.print(
+            f"{reason}: the cache holds values that are not finite of {_listed(broken)}",
+            is_warning=True,
+        )
     elif bad and (len(bad) < len(every) or (len(every) == 1 and run.skipped_in_a_row == 1)):
-        run.log.print(f"{reason}: {_listed(bad)}")
+        run.log.print(f"{reason}: {_listed(bad)}", is_warning=True)
     elif not bad and run.learner.scaler.is_enabled():
         pass  # fp16's scale was too high, and is halved
     elif run.skipped_in_a_row <= 2:
         more = "; of those that follow in a row nothing is printed" * (run.skipped_in_a_row == 2)
-        run.log.print(reason + more)
+        run.log.print(reason + more, is_warning=True)
 
 
 def _divergence(run: Run, number: int, step: Step) -> str:
@@ -372,7 +386,9 @@ def _divergence(run: Run, number: int, step: Step) -> str:
         f"{config.max_skipped} steps in a row up to step {number} had a {part} that is not finite"
     )
     usual = replace(config, lr=None).peak_lr
-    if config.peak_lr > usual:
+    if run.has_broken_data:
+        reason = "the cache holds values that are not finite; `python cli.py verify` checks it"
+    elif config.peak_lr > usual:
         reason = f"--lr {config.peak_lr:g} is probably too high (the default is {usual:g})"
     else:
         reason = "a smaller --lr may help, or --precision bf16 or fp32"

@@ -32,6 +32,16 @@ _MINIMA = {
 _POSITIVE = ("lr", "alpha", "epochs", "min_snr_gamma", "huber_delta", "logit_std")
 _FINITE = ("weight_decay", "max_grad_norm", "noise_offset", "logit_mean")
 _SHARES = ("ema", "caption_dropout")
+# Options that mean something with another one alone, by that one.
+DEPENDENTS = {
+    "ema": ("ema_on_cpu", "ema_every"),
+    "preview_every": ("preview_vae",),
+    "loss": ("huber_delta",),
+    "timesteps": ("logit_mean", "logit_std"),
+    "lr_schedule": ("num_cycles",),
+    "caption_dropout": ("unconditional",),
+    "wandb": ("wandb_entity", "wandb_name", "wandb_group", "wandb_tags", "wandb_artifact"),
+}
 MAX_REPEATS = 1_000_000
 MAX_EPOCHS = 1e6  # of an interval, and its inverse the least
 

@@ -75,8 +75,9 @@ def dry_run(config: TrainConfig) -> Iterator[str]:
         f"global batch {plan.global_batch}; {plan.num_batches:,} steps an epoch"
     )
     yield f"steps: {steps:,} ({steps / plan.num_batches:.2f} epochs)"
-    if device == "cuda" or device.startswith("cuda:"):
-        yield _hours(config, plan, steps, estimator, num)
+    if device.startswith("cuda") and config.precision != "fp32":  # the cards' peaks are of bf16
+        left = steps - (checkpoint[1]["step"] if checkpoint else 0)
+        yield _hours(config, plan, left, estimator, num)
     each = f"each of {num} processes" if num > 1 else "the process"
     yield f"estimated peak memory of {each}, on {device}:"
     yield f"  {'bucket':>10} {'samples':>8} {'batches':>8} {'peak':>10}"

@@ -138,7 +138,9 @@ def with_init_lora(
         return config, None if init_lora is None else file_digest(find_lora(init_lora))
     if init_lora is not None:
         try:
-            lora = file_digest(find_lora(init_lora))
+            # Of a checkpoint with an average, earlier versions took what was averaged.
+            digests = [file_digest(find_lora(init_lora, average)) for average in (None, False)]
+            lora = lora if lora in digests else digests[0]
         except (ValueError, OSError):
             warnings.warn(
                 f"{init_lora}: cannot be read, and is not needed: the run goes on from "

@@ -46,7 +46,7 @@ from train.config import TrainConfig
 from train.distributed import DistContext
 from train.learner import Learner
 from train.option_values import CacheUse
-from train.saved_options import CONFIG, remember_private
+from train.saved_options import CONFIG, has_checkpoint, remember_private
 from train.unet import trainable
 
 METRICS = "metrics.jsonl"
@@ -84,12 +84,6 @@ def run_entries(out: Path) -> list[Path]:
 def has_replaced_run(out: Path) -> bool:
     """Whether a run that was to be replaced, or a part of it, still lies in the folder."""
     return (out / REPLACED_RUN).exists() or (out / _MOVING).exists()
-
-
-def has_checkpoint(out: Path) -> bool:
-    """Whether the run in the folder has come far enough to be resumed."""
-    names = [path.name.removeprefix("checkpoint-") for path in (out / CHECKPOINTS).glob("c*-*")]
-    return any(name.isdecimal() for name in names)
 
 
 def check_input(path: Path, out: Path) -> None:
@@ -325,7 +319,13 @@ def begin_run(config: TrainConfig, world: DistContext, settings: dict[str, Any])
 
 
 def describe(
-    config: TrainConfig, base: Base, plan: Plan, learner: Learner, num_steps: int
+    config: TrainConfig,
+    base: Base,
+    plan: Plan,
+    learner: Learner,
+    num_steps: int,
+    *,
+    decided_checkpointing: bool,
 ) -> dict[str, Any]:
     """The settings, and the values that follow from them, as plain JSON without any path or
     account: run folders are shared, and the paths of this machine are private."""
@@ -334,6 +334,7 @@ def describe(
     return {
         **settings,
         "base": base.name,
+        "decided_checkpointing": decided_checkpointing,  # by the memory that was free
         "num_steps": num_steps,
         "global_batch": plan.global_batch,
         "num_samples": plan.num_entries,

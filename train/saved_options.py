@@ -5,6 +5,7 @@ those are remembered on this machine, in the user's cache. Imports no torch.
 """
 
 import os
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 from runtime.files import canonical_json, content_digest, read_checked, user_cache, write_checked
 from runtime.path_kinds import RUN, kind_of
 from runtime.safe_parsing import parse_json, read_sealed
-from train.option_values import flag
+from train.option_values import DEPENDENTS, flag
 
 CONFIG = "config.json"  # in the run's folder: its settings, and what followed from them
 # Settings that a checkpoint's tensors and the plan depend on: a resumed run cannot change them.
@@ -46,21 +47,12 @@ def saved_options(given: dict[str, Any]) -> dict[str, Any]:
         ValueError: there is no run, its paths are not known here, or a given option would make
             another run of it.
     """
-    is_named_alone = "out" not in given
-    if is_named_alone:
-        caches = given.get("caches", ())
-        if len(caches) != 1 or any(name in given for name in ("base", "val")):
-            return {}
-        run = caches[0].folder
-        if kind_of(run) != RUN:
-            reason = "not a run of train" if run.exists() else "no such folder"
-            raise ValueError(
-                f"{run}: {reason}, and so nothing to --resume; give the folder of a run, or CACHE, "
-                "--base and --out"
-            )
-        del given["caches"]
-        given["out"] = run
+    is_named_alone = _takes_the_run(given)
+    if "out" not in given:
+        return {}
     out = given["out"]
+    if not is_named_alone and not has_checkpoint(out):
+        return {}  # it begins at step 0, with the options that are given
     try:
         settings = read_sealed(out / CONFIG)
     except (OSError, ValueError) as error:
@@ -69,22 +61,71 @@ def saved_options(given: dict[str, Any]) -> dict[str, Any]:
                 f"{out / CONFIG}: cannot be read; give the run's options again, beside --out {out} "
                 "--resume"
             ) from error
-        return {}  # no run yet, or a damaged one: what a checkpoint has is compared
+        return {}  # damaged: what a checkpoint has is compared
     if "steps_per_epoch" not in settings:
         return {}
+    for name in FIXED:
+        value = settings.get(name)
+        if name in given and value not in (None, given[name]):
+            raise ValueError(
+                f"{out}: cannot resume with {flag(name)} {given[name]}: the run has {value}"
+            )
     options = {
         name: value
         for name, value in settings.items()
         if value is not None and name not in (*_PATHS, *_OF_THE_START)
     }
-    if options.pop("fit", None) is None:  # else its choices stand
-        options.pop("gradient_checkpointing", None)  # which is decided by the memory that is free
-    for name in FIXED:
-        if name in given and name in options and given[name] != options[name]:
-            raise ValueError(
-                f"{out}: cannot resume with {flag(name)} {given[name]}: the run has {options[name]}"
-            )
-    return options | _recall_paths(out, settings, given)
+    options |= _recall_paths(out, settings, given)
+    for name in (*_not_taken(settings, given), *given):
+        options.pop(name, None)
+    if "fit" in given and "batch_size" not in given:  # which is to be divided anew
+        options["batch_size"] = settings.get("batch_size", 1) * settings.get("accumulate", 1)
+    return options
+
+
+def _takes_the_run(given: dict[str, Any]) -> bool:
+    """Whether the run stands where a cache does; then it is ``out``.
+
+    Raises:
+        ValueError: what stands there, with nothing else, is no run.
+    """
+    caches = given.get("caches", ())
+    if len(caches) != 1:
+        return False
+    run = caches[0].folder
+    if kind_of(run) == RUN and given.get("out", run).resolve() == run.resolve():
+        del given["caches"]
+        given["out"] = run
+        return True
+    if "out" not in given and "base" not in given:
+        reason = "not a run of train" if run.exists() else "no such folder"
+        raise ValueError(
+            f"{run}: {reason}, and so nothing to --resume; give the folder of a run, or CACHE, "
+            "--base and --out"
+        )
+    return False
+
+
+def _not_taken(settings: dict[str, Any], given: dict[str, Any]) -> Iterator[str]:
+    """Settings of the run that do not go with what is given, or that the machine decides."""
+    for name, dependents in DEPENDENTS.items():
+        if name in given and str(given[name]) != str(settings.get(name)):
+            yield from dependents
+    if "batch_size" in given or "fit" in given:
+        yield "accumulate"
+    if "fit" in given:
+        yield from ("gradient_checkpointing", "ema_on_cpu")
+    was_fitted = settings.get("fit") is not None
+    yield "fit"  # its choices stand
+    # What is recorded was decided by the free memory, unless it was typed or chosen by --fit.
+    if settings.get("decided_checkpointing", not was_fitted):
+        yield "gradient_checkpointing"
+
+
+def has_checkpoint(out: Path) -> bool:
+    """Whether the run in the folder has come far enough to be resumed."""
+    names = [path.name.removeprefix("checkpoint-") for path in (out / "checkpoints").glob("c*-*")]
+    return any(name.isdecimal() for name in names)
 
 
 def remember_private(config: Any, settings: dict[str, Any]) -> None:
@@ -101,7 +142,7 @@ def remember_private(config: Any, settings: dict[str, Any]) -> None:
         "wandb_entity": config.wandb_entity,
     }
     memory = {"names": _names(settings), "paths": paths}
-    with suppress(OSError):
+    with suppress(OSError, ValueError):  # ValueError: a path that is no Unicode
         write_checked(_memory(config.out), canonical_json(memory).encode())
 
 

@@ -66,7 +66,11 @@ def _describe_plan(plan: CachePlan, settings: EncodeSettings) -> Iterator[str]:
     taken = sum(sample.record.repeats for sample in planned)
     masks = sum(sample.record.mask is not None for sample in planned)
     for number, usual, label in (
-        (variants, len(planned), variants_label(variants, len(planned), settings)),
+        (
+            variants,
+            -1 if settings.crops else len(planned),
+            variants_label(variants, len(planned), settings),
+        ),
         (taken, len(planned), "images an epoch, with repeats"),
         (masks, 0, "mask images"),
     ):
