@@ -21,9 +21,9 @@ class EncodeSettings:
 
     PANELS: ClassVar[dict[str, str]] = {
         "Essentials": "base out resolution dry_run",
-        "Captions": "missing_caption empty_captions caption_prefix caption_lines "
+        "Captions": "caption_column missing_caption empty_captions caption_prefix caption_lines "
         "shuffle_tags keep_tokens long_captions",
-        "Input": "val_share repeat_folders min_size max_rejected rehash",
+        "Input": "image_column val_share repeat_folders min_size max_rejected rehash",
         "Size and crop": "bucket_step square squash",
         "Variants and masks": "flip crops mask_from_alpha",
         "Models": "vae tokenizers vae_dtype device gpus batch_size fit threads",
@@ -48,6 +48,18 @@ class EncodeSettings:
     squash: bool = option(False, "Stretch every image to a square.")
     val_share: float = option(
         0.0, "Share of the images, chosen by their key, that goes into a validation cache OUT/val."
+    )
+    image_column: str = option(
+        "",
+        "Column or field of a list that names the image, or of a parquet file that holds it. "
+        "Default: the first usual name that there is.",
+        metavar="NAME",
+    )
+    caption_column: tuple[str, ...] = option(
+        (),
+        "Column or field with a caption, for each time it is given. Default: the first usual name "
+        "that there is.",
+        metavar="NAME",
     )
     empty_captions: bool = option(
         False, "Keep images whose caption is empty; they train the model without a prompt."

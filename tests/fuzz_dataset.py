@@ -4,7 +4,9 @@ import io
 import json
 import random
 import tarfile
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from precompute.dataset.captions import decode_text
 from precompute.dataset.records import Source, parse_row, read_entry
@@ -110,6 +112,57 @@ def fuzz_tar(work: Path, base: Path) -> Try:
                 assert len(record.image.read()) == record.image.size
 
         return ending(read, work)  # refused is a whole tar without images
+
+    return try_one
+
+
+def fuzz_table(work: Path, base: Path) -> Try:
+    """Parquet: a list of images, and tables with the images' bytes."""
+    import pyarrow
+    from pyarrow import parquet
+
+    (work / "a.png").write_bytes(b"")
+    kinds: list[list[Any]] = [
+        [{"bytes": b"x" * 40, "path": "a"}, {"bytes": None, "path": "\u65e5"}, None] * 9,
+        [b"\x89PNG\r\n\x1a\n" + bytes(50)] * 27,
+        ["a.png", "b.png", None] * 9,
+        [["one", "two"], [], None] * 9,
+        [1e308] * 27,
+        [-1] * 27,
+        [True] * 27,
+    ]
+
+    def try_one(rng: random.Random) -> str:
+        path = work / rng.choice(["metadata.parquet", "x.parquet", "captions.parquet"])
+        names = rng.sample(["image", "file_name", "text", "weight", "repeats", "mask", "split"], 4)
+        columns = {name: rng.choice(kinds) for name in names}
+        if rng.random() < 0.7:
+            image = kinds[rng.randrange(2) if path.name[0] == "x" else 2]
+            columns = {"image": image, "text": kinds[2], "mask": columns.get("mask", kinds[5])}
+            columns |= {} if path.name[0] == "x" else {"mask": [None] * 27}
+        file = io.BytesIO()
+        parquet.write_table(
+            pyarrow.table(columns),
+            file,
+            row_group_size=rng.choice([1, 5, 100]),
+            compression=rng.choice(["none", "snappy", "zstd", "gzip"]),
+            use_dictionary=rng.random() < 0.5,
+        )
+        data = file.getvalue()
+        for _ in range(rng.randrange(3)):
+            data = damage(rng, data)
+        path.write_bytes(data)
+        try:
+            source = read_all(work)
+            for record in source.records:
+                with suppress(ValueError):
+                    record.image.read()
+        finally:
+            path.unlink()
+        assert source.records or source.rejected
+        for item in source.rejected:
+            assert len(item.path) < 6000 and len(item.reason) < 6000, item
+        return "read" if source.records else "refused"
 
     return try_one
 

@@ -1,4 +1,4 @@
-"""A list of images: captions.jsonl or metadata.jsonl, one JSON object a line, or a .csv.
+"""A list of images: captions.jsonl or metadata.jsonl, one JSON object a line, a .csv or a .parquet.
 
 A list is read line by line, each within a bound, so that one bad line or one without an end is one
 rejected entry, and the other lines are read.
@@ -7,6 +7,7 @@ rejected entry, and the other lines are read.
 import csv
 import io
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,12 @@ from typing import Any
 from precompute.dataset.captions import detect_encoding, is_text, normalize_captions
 from precompute.dataset.file_roles import TEXTS, is_image
 from precompute.dataset.folder import Tree
+from precompute.dataset.parquet_files import NEEDS_PYARROW, has_pyarrow, read_columns, read_rows
 from precompute.dataset.records import (
+    FILE_FIELDS,
     TEXT_FIELDS,
     Blob,
+    Columns,
     Rejected,
     SourceImage,
     first_field,
@@ -29,7 +33,8 @@ from runtime.messages import shortened
 
 LISTS = ("captions.jsonl", "metadata.jsonl")
 TABLES = ("captions.csv", "metadata.csv")
-FILE_FIELDS = ("file_name", "file", "image")
+PARQUETS = ("captions.parquet", "metadata.parquet")
+OTHER_FIELDS = ("weight", "repeats", "mask", "split")
 MAX_LINE = 1 << 20  # characters
 MAX_LIST_BYTES = 8 * 10**9
 MAX_NAME = 4096  # characters; no file system has longer paths
@@ -37,17 +42,22 @@ HEAD_BYTES = 4096  # tell a list's encoding
 OUTSIDE = "lies outside the dataset"
 
 
+def is_list(path: str) -> bool:
+    """Whether a file would be read as the list of its folder."""
+    return path.rpartition("/")[2].lower() in (*LISTS, *TABLES, *PARQUETS)
+
+
 def find_image_list(tree: Tree) -> str | None:
-    """The list directly in the folder, by any letter case; a .csv only where no image has a text.
+    """The list directly in the folder, by any letter case; a .csv only where no image has a text,
+    and a .parquet where there is no .csv either.
 
     Raises:
         ValueError: there are two.
     """
-    top = [path for path in tree.files if "/" not in path and path.lower() in (*LISTS, *TABLES)]
-    tables = [name for name in top if name.lower() in TABLES]
-    lists = [name for name in top if name not in tables]
-    if not lists and tables and not any(path.lower().endswith(TEXTS) for path in tree.files):
-        lists = tables
+    top = [path for path in tree.files if "/" not in path and is_list(path)]
+    lists = [name for name in top if name.lower() in LISTS]
+    if not lists and top and not any(path.lower().endswith(TEXTS) for path in tree.files):
+        lists = [name for name in top if name.lower() in TABLES] or top
     if len(lists) > 1:
         raise ValueError(f"{tree.root}: both {lists[0]} and {lists[1]}; keep one")
     return lists[0] if lists else None
@@ -60,27 +70,52 @@ def read_image_list(
 
     Raises:
         OSError: the list cannot be read.
+        ValueError: it is parquet, and there is no pyarrow.
     """
     tree.used.add(name)
-    seen = set[str]()
-    read_rows = _csv_rows if name.lower() in TABLES else _json_rows
-    for number, row in read_rows(tree.root / name):
+    seen, guessed = set[str](), set[tuple[str, ...]]()
+    columns, is_parquet = Columns.of(settings), name.lower() in PARQUETS
+    if is_parquet and not has_pyarrow():
+        raise ValueError(f"{tree.root / name}: {NEEDS_PYARROW}")
+    if name.lower() in TABLES:
+        columns = columns.lower()
+        rows = _csv_rows(tree.root / name, columns)
+    else:
+        rows = (_parquet_rows if is_parquet else _json_rows)(tree.root / name, columns)
+    for number, row in rows:
         line_label = f"{name}:{number}"
-        item = (
-            Rejected(line_label, row)
-            if isinstance(row, str)
-            else _read_item(tree, line_label, row, settings)
-        )
+        if isinstance(row, str):
+            item: SourceImage | Rejected = Rejected(line_label, row)
+        else:
+            item = _read_item(tree, line_label, row, columns, settings)
+            guessed.add(_guessed_fields(row, columns, is_parquet))
         if item.path in seen:
             item = Rejected(line_label, f"{item.path} is named a second time")
         seen.add(item.path)
         yield item
+    for fields in sorted(filter(None, guessed)):
+        warnings.warn(
+            f"{tree.root / name}: images are named by its {fields[0]}, captions are from "
+            f"{fields[1]}; --image-column and --caption-column choose",
+            stacklevel=2,
+        )
+
+
+def _guessed_fields(row: dict[str, Any], columns: Columns, is_parquet: bool) -> tuple[str, ...]:
+    """The fields of a row from which image and caption are taken, where both are guessed and not
+    those that the documentation names; else empty."""
+    names = [
+        next((name for name in fields if row.get(name) is not None), "")
+        for fields in (columns.image, columns.captions)
+    ]
+    is_usual = names[0] in FILE_FIELDS and names[1] in TEXT_FIELDS and not is_parquet
+    return () if columns.are_chosen or is_usual or not all(names) else tuple(names)
 
 
 Rows = Iterator[tuple[int, dict[str, Any] | str]]  # a line's number, and its row or why it has none
 
 
-def _json_rows(path: Path) -> Rows:
+def _json_rows(path: Path, _: Columns) -> Rows:
     for number, line in _lines(path):
         if not isinstance(line, str):
             yield number, str(line)
@@ -91,7 +126,23 @@ def _json_rows(path: Path) -> Rows:
                 yield number, str(error)
 
 
-def _csv_rows(path: Path) -> Rows:
+def _parquet_rows(path: Path, columns: Columns) -> Rows:
+    """Rows of a parquet table, numbered from 0: the columns that may be used, and no others."""
+    number = -1
+    try:
+        present = read_columns(path)
+        names = [name for name in (*columns.image, *columns.captions) if name in present]
+        if not {*names} & {*columns.image}:
+            yield 0, f"none of its columns is {', '.join(columns.image)}"
+            return
+        names += [name for name in OTHER_FIELDS if name in present]
+        for number, row in read_rows(path, [*dict.fromkeys(names)]):
+            yield number, str(row) if isinstance(row, ValueError) else row
+    except ValueError as error:
+        yield number + 1, str(error)
+
+
+def _csv_rows(path: Path, names: Columns) -> Rows:
     """Rows of a table whose first line names its columns; weight and repeats become numbers."""
     number = 0
 
@@ -108,8 +159,8 @@ def _csv_rows(path: Path) -> Rows:
         header = next(lines, "")
         separator = max(",;\t", key=header.count)  # Excel writes ";" where "," is for decimals
         columns = [name.strip().lower() for name in next(csv.reader([header], delimiter=separator))]
-        if not {*FILE_FIELDS} & {*columns}:
-            yield 1, f"none of its columns is {', '.join(FILE_FIELDS)}"
+        if not {*names.image} & {*columns}:
+            yield 1, f"none of its columns is {', '.join(names.image)}"
             return
         for cells in csv.reader(lines, delimiter=separator, strict=True):
             if len(cells) > len(columns):
@@ -165,11 +216,13 @@ def _lines(path: Path) -> Iterator[tuple[int, str | ValueError]]:
 
 
 def _read_item(
-    tree: Tree, line_label: str, row: dict[str, Any], settings: EncodeSettings
+    tree: Tree, line_label: str, row: dict[str, Any], columns: Columns, settings: EncodeSettings
 ) -> SourceImage | Rejected:
-    name = first_field(row, FILE_FIELDS)
+    name = first_field(row, columns.image)
     if not isinstance(name, str) or not name:
-        return Rejected(line_label, f"names no image: none of {', '.join(FILE_FIELDS)} is text")
+        return Rejected(line_label, f"names no image: none of {', '.join(columns.image)} is text")
+    if name.lower().startswith(("http://", "https://")):
+        return Rejected(line_label, "names a URL: download its image first, encode never does")
     if not is_text(name):
         return Rejected(line_label, "its name holds half a character (a lone surrogate)")
     if len(name) > MAX_NAME:
@@ -177,7 +230,7 @@ def _read_item(
     path = name
     try:
         path, image = _find_file(tree, name)
-        entry = read_entry(row)
+        entry = read_entry(row, columns.captions, columns.every_caption)
         mask = None if row.get("mask") is None else _find_mask(tree, row["mask"])
     except ValueError as error:
         return Rejected(path, f"{line_label}: {error}")
@@ -185,7 +238,7 @@ def _read_item(
         path, image, entry.captions, entry.weight, entry.repeats, mask, split=entry.split
     )
     return normalize_captions(
-        record, settings, f"{line_label}: no caption: none of {', '.join(TEXT_FIELDS)} is text"
+        record, settings, f"{line_label}: no caption: none of {', '.join(columns.captions)} is text"
     )
 
 
