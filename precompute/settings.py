@@ -1,5 +1,6 @@
 """The settings of the encode stage. Imports no torch: ``--help`` is made from them."""
 
+import re
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -12,6 +13,8 @@ from sdxl.base import BASE_HELP, TOKENIZERS_HELP, check_base
 MAX_CROPS = 1000
 MAX_CHUNKS = 4000  # of captions an image: 1.3 GB in two bytes; an index counts to 4 GB
 Dtype = Literal["fp16", "bf16", "fp32"]
+CaptionFrom = Literal["files", "filename", "folder"]
+ENDING = re.compile(r"[.]?[^\s./\\\0]+")
 VaeDtype = Literal["fp16", "bf16", "tf32", "fp32"]
 
 
@@ -21,7 +24,8 @@ class EncodeSettings:
 
     PANELS: ClassVar[dict[str, str]] = {
         "Essentials": "base out resolution dry_run",
-        "Captions": "caption_column missing_caption empty_captions caption_prefix caption_lines "
+        "Captions": "caption_extension caption_column caption_from missing_caption empty_captions "
+        "caption_prefix caption_suffix caption_lines "
         "shuffle_tags keep_tokens long_captions",
         "Input": "image_column val_share repeat_folders min_size max_rejected rehash",
         "Size and crop": "bucket_step square squash",
@@ -49,6 +53,16 @@ class EncodeSettings:
     val_share: float = option(
         0.0, "Share of the images, chosen by their key, that goes into a validation cache OUT/val."
     )
+    caption_extension: str = option(
+        "txt,caption",
+        "Endings of the texts beside an image; the first one that exists is its caption.",
+        metavar="EXT,...",
+    )
+    caption_from: CaptionFrom = option(
+        "files",
+        "Caption of an image that has none: none (files), its own name without ending, or that of "
+        "its folder without repeats, as 10_NAME.",
+    )
     image_column: str = option(
         "",
         "Column or field of a list that names the image, or of a parquet file that holds it. "
@@ -70,6 +84,7 @@ class EncodeSettings:
         metavar="reject|empty|TEXT",
     )
     caption_prefix: str = option("", "Text put before each caption, with a space.", metavar="TEXT")
+    caption_suffix: str = option("", "Text put behind each caption, with a space.", metavar="TEXT")
     caption_lines: bool = option(False, "Treat each line of a text file as a caption of its own.")
     shuffle_tags: int = option(
         0, "Number of random orders of each caption's comma-separated tags to cache."
@@ -189,6 +204,19 @@ class EncodeSettings:
             raise ValueError(f"--val-share must be in 0..1, 1 excluded, not {self.val_share}")
         if self.resolution % 8:
             raise ValueError(f"--resolution must be a multiple of 8, not {self.resolution}")
+
+        endings = self.caption_extension.split(",")
+        if not all(ENDING.fullmatch(text.strip()) for text in endings) or ".json" in self.texts:
+            raise ValueError(
+                f"--caption-extension must be endings with commas between, such as txt,caption, "
+                f"and not json, not {self.caption_extension!r}"
+            )
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The endings of texts beside an image, in lower case with their dot, the first first."""
+        endings = self.caption_extension.lower().split(",")
+        return tuple(dict.fromkeys("." + text.strip().removeprefix(".") for text in endings))
 
     def check_inputs(self) -> None:
         """Refuse a dataset or a base that is something else, before anything is loaded.

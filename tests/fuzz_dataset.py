@@ -25,6 +25,7 @@ TABLES = (
     b"File\tText\nimages/a.png\ta cat\n",
 )
 LISTS = ("captions.jsonl", "metadata.jsonl", "captions.csv", "metadata.csv", "a.txt", "a.caption")
+LISTS += ("a.json", "meta_cap.json", "meta_lat.json")
 
 
 def fuzz_text(work: Path, base: Path) -> Try:
@@ -175,6 +176,11 @@ def fuzz_list(work: Path, base: Path) -> Try:
         path = work / rng.choice(LISTS)
         if path.suffix == ".jsonl":
             data = b"\n".join(random_row(rng) for _ in range(rng.randrange(4)))
+        elif path.suffix == ".json":
+            data = random_row(rng)
+            if path.stem != "a":
+                key = rng.choice(["a", "a.png", "C:\\\\x\\\\a.png", "", "/" * 5000])
+                data = b'{"' + key.encode() + b'": ' + data + b"}"
         else:
             data = rng.choice(TABLES) if path.suffix == ".csv" else TEXT.encode()
         data = damage(rng, data) if rng.random() < 0.8 else data.decode("latin-1").encode("utf-16")

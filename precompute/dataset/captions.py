@@ -2,15 +2,17 @@
 
 import codecs
 import math
+import re
 from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 
-from precompute.dataset.records import Rejected, SourceImage
+from precompute.dataset.records import PACKS, Rejected, SourceImage
 from precompute.settings import EncodeSettings
 from shards.plan import derive_key
 
+REPEATS = re.compile(r"\d{1,4}_(?=.)")  # how often an epoch takes the images of a folder
 MAX_CAPTIONS = 65_535  # the index counts them in 16 bits
 MAX_TEXT_BYTES = 1 << 20  # of a text file; no encoder reads more than a few thousand tokens
 _BYTE_ORDER_MARKS = (  # longest first: that of UTF-32 begins as that of UTF-16
@@ -69,6 +71,8 @@ def normalize_captions(
 ) -> SourceImage | Rejected:
     """The record with its captions as they are encoded; ``missing_reason`` is said of one without
     any."""
+    if not record.captions and (name := _name_as_caption(record.path, settings)):
+        record = replace(record, captions=(name,))
     captions = tuple(map(unify_lines, record.captions)) or ("",)
     if any(captions) and not all(captions) and not settings.empty_captions:
         # One of several that a tool left blank: the others say what the image shows.
@@ -97,8 +101,23 @@ def normalize_captions(
     if len(captions) > MAX_CAPTIONS:
         return Rejected(record.path, f"{len(captions)} captions; at most {MAX_CAPTIONS} fit")
     return replace(
-        record, captions=tuple(_prefixed(caption, settings.caption_prefix) for caption in captions)
+        record,
+        captions=tuple(
+            _framed(caption, settings.caption_prefix, settings.caption_suffix)
+            for caption in captions
+        ),
     )
+
+
+def _name_as_caption(path: str, settings: EncodeSettings) -> str:
+    """What ``--caption-from`` makes of an image's path; empty where it has no folder."""
+    *folders, name = path.split("/")
+    if settings.caption_from == "filename":
+        return name.rpartition(".")[0] or name
+    if settings.caption_from == "folder":
+        folders = [folder for folder in folders if not folder.lower().endswith(PACKS)]
+        return REPEATS.sub("", folders[-1]).strip() if folders else ""
+    return ""
 
 
 def captions_of_text(text: str, settings: EncodeSettings) -> tuple[str, ...]:
@@ -128,12 +147,17 @@ def shuffled_tags(caption: str, num: int, num_kept: int, key: str) -> list[str]:
     return [*orders]
 
 
-def _prefixed(caption: str, prefix: str) -> str:
-    """Put the prefix before a caption; an empty one stays empty, for it teaches the empty
-    prompt."""
-    if not prefix or not caption:
+def _framed(caption: str, prefix: str, suffix: str) -> str:
+    """Put the prefix before a caption and the suffix behind it; an empty one stays empty, for it
+    teaches the empty prompt."""
+    if not caption:
         return caption
-    return prefix + caption if prefix[-1].isspace() else f"{prefix} {caption}"
+    if prefix:
+        caption = prefix + caption if prefix[-1].isspace() else f"{prefix} {caption}"
+    if suffix:
+        begins_apart = suffix[0].isspace() or suffix[0] == ","
+        caption = caption + suffix if begins_apart else f"{caption} {suffix}"
+    return caption
 
 
 def is_text(text: str) -> bool:

@@ -14,7 +14,7 @@ from collections import Counter
 from functools import lru_cache
 from pathlib import Path
 
-from precompute.dataset.records import Rejected, Source, SourceImage
+from precompute.dataset.records import PACKS, Rejected, Source, SourceImage
 from runtime.messages import pluralize
 
 IMAGE_ENDINGS = (  # of formats that encode opens; the content decides which one it is
@@ -192,7 +192,6 @@ _SPLIT_OF = {
 }
 _FILLER = re.compile("(data)?sets?|data|split|(image|img|picture|photo|sample)s?|folder|dir")
 _JOINED = re.compile(r"(set|data|dataset|split|images|imgs)$")
-PACKS = (".tar", ".parquet")  # files that are read as a folder of their images would be
 MAX_NAMED = 5
 
 

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from precompute.dataset.captions import detect_encoding, is_text, normalize_captions
-from precompute.dataset.file_roles import TEXTS, is_image
+from precompute.dataset.captions import decode_text, detect_encoding, is_text, normalize_captions
+from precompute.dataset.file_roles import TEXTS, is_image, stem_of
 from precompute.dataset.folder import Tree
 from precompute.dataset.parquet_files import NEEDS_PYARROW, has_pyarrow, read_columns, read_rows
 from precompute.dataset.records import (
@@ -23,10 +23,12 @@ from precompute.dataset.records import (
     Columns,
     Rejected,
     SourceImage,
+    captions_of_object,
     first_field,
     parse_row,
     read_entry,
 )
+from precompute.dataset.tars import too_large
 from precompute.settings import EncodeSettings
 from runtime.files import open_regular
 from runtime.messages import shortened
@@ -34,7 +36,11 @@ from runtime.messages import shortened
 LISTS = ("captions.jsonl", "metadata.jsonl")
 TABLES = ("captions.csv", "metadata.csv")
 PARQUETS = ("captions.parquet", "metadata.parquet")
+# kohya's, which each step of its preparation writes anew, the last one first.
+KOHYA = ("meta_lat.json", "meta_clean.json", "meta_cap_dd.json", "meta_cap.json")
+MAX_KOHYA_BYTES = 1 << 28  # it is parsed in memory
 OTHER_FIELDS = ("weight", "repeats", "mask", "split")
+KOHYA_COLUMNS = Columns(("file_name",), ("text",), are_chosen=True)
 MAX_LINE = 1 << 20  # characters
 MAX_LIST_BYTES = 8 * 10**9
 MAX_NAME = 4096  # characters; no file system has longer paths
@@ -44,12 +50,12 @@ OUTSIDE = "lies outside the dataset"
 
 def is_list(path: str) -> bool:
     """Whether a file would be read as the list of its folder."""
-    return path.rpartition("/")[2].lower() in (*LISTS, *TABLES, *PARQUETS)
+    return path.rpartition("/")[2].lower() in (*LISTS, *TABLES, *PARQUETS, *KOHYA)
 
 
 def find_image_list(tree: Tree) -> str | None:
     """The list directly in the folder, by any letter case; a .csv only where no image has a text,
-    and a .parquet where there is no .csv either.
+    a .parquet where there is no .csv either, and kohya's metadata where there is none of these.
 
     Raises:
         ValueError: there are two.
@@ -57,7 +63,10 @@ def find_image_list(tree: Tree) -> str | None:
     top = [path for path in tree.files if "/" not in path and is_list(path)]
     lists = [name for name in top if name.lower() in LISTS]
     if not lists and top and not any(path.lower().endswith(TEXTS) for path in tree.files):
-        lists = [name for name in top if name.lower() in TABLES] or top
+        by_name = {name.lower(): name for name in reversed(top)}
+        kohya = [by_name[name] for name in KOHYA if name in by_name]
+        tables, parquets = ([p for p in top if p.lower() in names] for names in (TABLES, PARQUETS))
+        lists = tables or parquets or kohya[:1]
     if len(lists) > 1:
         raise ValueError(f"{tree.root}: both {lists[0]} and {lists[1]}; keep one")
     return lists[0] if lists else None
@@ -80,6 +89,8 @@ def read_image_list(
     if name.lower() in TABLES:
         columns = columns.lower()
         rows = _csv_rows(tree.root / name, columns)
+    elif name.lower() in KOHYA:
+        rows, columns = _kohya_rows(tree, name), KOHYA_COLUMNS
     else:
         rows = (_parquet_rows if is_parquet else _json_rows)(tree.root / name, columns)
     for number, row in rows:
@@ -140,6 +151,51 @@ def _parquet_rows(path: Path, columns: Columns) -> Rows:
             yield number, str(row) if isinstance(row, ValueError) else row
     except ValueError as error:
         yield number + 1, str(error)
+
+
+def _kohya_rows(tree: Tree, listing: str) -> Rows:
+    """The entries of kohya's metadata, numbered from 1: an object by the path of each image, which
+    may be another machine's, or by its stem."""
+    try:
+        with open_regular(tree.root / listing) as file:
+            data = file.read(MAX_KOHYA_BYTES + 1)
+        if len(data) > MAX_KOHYA_BYTES:
+            raise ValueError(too_large(len(data), MAX_KOHYA_BYTES))
+        entries = parse_row(decode_text(data))
+    except ValueError as error:
+        yield 1, str(error)
+        return
+    by_stem: dict[str, list[str]] = {}
+    for path in filter(is_image, tree.files):
+        by_stem.setdefault(stem_of(path), []).append(path)
+    for number, (key, entry) in enumerate(entries.items(), 1):
+        try:
+            if not isinstance(entry, dict):
+                raise ValueError(f"{shortened(key)}: not a JSON object")
+            captions = captions_of_object(entry, joined=True)
+            name = _file_of_kohya(key, tree, by_stem)
+            yield number, {"file_name": name, "text": [*captions] or None}
+        except ValueError as error:
+            yield number, str(error)
+
+
+def _file_of_kohya(key: str, tree: Tree, by_stem: dict[str, list[str]]) -> str:
+    """The image that a key means: the longest end of it that is a file or a stem in the dataset.
+
+    Raises:
+        ValueError: there are several of this stem.
+    """
+    parts = [part for part in key[:MAX_NAME].replace("\\", "/").split("/") if part]
+    for start in range(len(parts)):
+        end = "/".join(parts[start:])
+        if end in tree.files:
+            return end
+        images = by_stem.get(end, [])
+        if len(images) > 1:
+            raise ValueError(f"{shortened(key)} is both {images[0]} and {images[1]}")
+        if images:
+            return images[0]
+    return key
 
 
 def _csv_rows(path: Path, names: Columns) -> Rows:

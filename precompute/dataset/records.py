@@ -17,6 +17,7 @@ from runtime.messages import shortened
 from shards.format import sample_key
 
 MAX_IMAGE_BYTES = 2 * 10**9  # 180 million pixels of 16 bits and four channels take 1.4 GB
+PACKS = (".tar", ".parquet")  # files that are read as a folder of their images would be
 DIGEST_DIGITS = 20  # of a sha256 in hex, as a key has
 MTIME_GRACE_NS = 2_000_000_000  # a file changed within it may change again and keep its mtime
 
@@ -93,7 +94,8 @@ class SourceImage:
     The path of a tar's member is ``pack.tar/member.jpg``. ``weight`` is the weight of its loss,
     ``repeats`` how often an epoch takes it, ``split`` the split that its list names (else empty),
     ``num_blank_captions`` how many blank captions were dropped because there are others,
-    ``header`` the short digest, width and height, where the image had to be read with the dataset.
+    ``header`` the short digest, width and height, where the image had to be read with the dataset,
+    ``has_other_caption`` whether another text beside it says something else.
     """
 
     path: str
@@ -105,6 +107,7 @@ class SourceImage:
     split: str = ""
     num_blank_captions: int = 0
     header: tuple[str, int, int] | None = None
+    has_other_caption: bool = False
 
     @cached_property
     def key(self) -> str:
@@ -185,6 +188,7 @@ class Memory:
 # One JSON object about an image, from a list or a tar: its captions, weight and repeats.
 
 TEXT_FIELDS = ("text", "caption")
+JSON_FIELDS = ("caption", "text", "prompt", "tags")  # of a file beside an image
 FILE_FIELDS = ("file_name", "file", "image")
 # Guessed where a row has none of these.
 MORE_TEXT_FIELDS = ("prompt", "captions", "prompts", "description", "tags")
@@ -278,6 +282,26 @@ def read_entry(
         for caption in _captions(value, text_fields)
     )
     return MetadataEntry(captions, float(weight), repeats, split if isinstance(split, str) else "")
+
+
+def captions_of_object(row: dict[str, Any], joined: bool = False) -> tuple[str, ...]:
+    """The captions in a JSON object about an image: text or a list of texts, or else its tags.
+
+    ``joined`` is kohya's metadata, where tags go behind the caption.
+
+    Raises:
+        ValueError: a field is neither text nor a list of texts.
+    """
+    named = next(
+        (name for name in JSON_FIELDS[:-1] if row.get(name) is not None and row[name] != ""), None
+    )
+    captions = () if named is None else _captions(row[named], (named,))
+    if row.get("tags") is None or (captions and not joined):
+        return captions
+    tags = ", ".join(filter(None, _captions(row["tags"], ("tags",))))
+    if not captions:
+        return (tags,) if tags else ()
+    return tuple(f"{caption}, {tags}" if tags else caption for caption in captions)
 
 
 def first_field(row: dict[str, Any], names: tuple[str, ...]) -> Any:

@@ -15,7 +15,6 @@ from pathlib import Path
 from precompute.dataset.captions import is_text
 from precompute.dataset.file_roles import (
     IMAGE_ENDINGS,
-    PACKS,
     TEXTS,
     TRAIN,
     VAL,
@@ -38,7 +37,7 @@ from precompute.dataset.metadata_files import (
     unlisted_images,
 )
 from precompute.dataset.parquet_files import PARQUET
-from precompute.dataset.records import MAX_REPEATS, Memory, Rejected, Source, SourceImage
+from precompute.dataset.records import MAX_REPEATS, PACKS, Memory, Rejected, Source, SourceImage
 from precompute.dataset.tables import read_table_images
 from precompute.dataset.tars import COMPRESSED, TarMembers, open_tar, too_large
 from precompute.settings import EncodeSettings
@@ -100,9 +99,9 @@ def _read_layout(
 
 def _has_image_list(folder: Path) -> bool:
     lists = [path for path in folder.iterdir() if is_list(path.name) and path.is_file()]
-    if any(not is_packed(path.name) for path in lists):
+    if any(path.name.lower() in (*LISTS, *TABLES) for path in lists):
         return True
-    # A table in parquet is the list only where it will be read: where no image has a text.
+    # Other lists are read only where no image has a text.
     return bool(lists) and not any(path.name.lower().endswith(TEXTS) for path in folder.rglob("*"))
 
 
@@ -155,6 +154,7 @@ def read_source(folder: Path, settings: EncodeSettings, memory: Memory, prefix: 
     unused += _unused(tree, {item.path for item in items})
     source = _sorted(items, hidden, unused)
     _warn(folder, source)
+    _warn_of_other_captions(folder, source, settings.texts)
     if not items:
         endings = " ".join([*sorted(IMAGE_ENDINGS), *PACKS])
         raise ValueError(f"{folder}: no images in it ({endings})")
@@ -274,6 +274,16 @@ def _warn(folder: Path, source: Source) -> None:
         warnings.warn(
             f"{folder}: {pluralize(number, 'blank caption')} dropped beside others, e.g. of "
             f"{blank[0].path}",
+            stacklevel=3,
+        )
+
+
+def _warn_of_other_captions(folder: Path, source: Source, endings: tuple[str, ...]) -> None:
+    differing = [record.path for record in source.records if record.has_other_caption]
+    if differing:
+        warnings.warn(
+            f"{folder}: {pluralize(len(differing), 'image')} with texts beside them that differ; "
+            f"the first of {' '.join(endings)} is taken, e.g. of {differing[0]}",
             stacklevel=3,
         )
 
