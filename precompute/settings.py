@@ -25,8 +25,8 @@ class EncodeSettings:
     PANELS: ClassVar[dict[str, str]] = {
         "Essentials": "base out resolution dry_run",
         "Captions": "caption_extension caption_column caption_from missing_caption empty_captions "
-        "caption_prefix caption_suffix caption_lines "
-        "shuffle_tags keep_tokens long_captions",
+        "caption_prefix caption_suffix caption_lines wildcards "
+        "shuffle_tags keep_tokens tag_dropout long_captions",
         "Input": "image_column val_share repeat_folders min_size max_rejected rehash",
         "Size and crop": "bucket_step square squash",
         "Variants and masks": "flip crops mask_from_alpha",
@@ -90,6 +90,12 @@ class EncodeSettings:
         0, "Number of random orders of each caption's comma-separated tags to cache."
     )
     keep_tokens: int = option(0, "Number of first tags that --shuffle-tags leaves in place.")
+    tag_dropout: float = option(
+        0.0, "Probability with which --shuffle-tags drops each tag that it may move."
+    )
+    wildcards: int = option(
+        0, "Number of expansions of each caption with {a|b|2::c} to cache; 0 keeps it as it is."
+    )
     repeat_folders: bool = option(
         False, "Repeat the images of folders named N_name N times per epoch."
     )
@@ -177,7 +183,7 @@ class EncodeSettings:
         if self.fit is not None:
             parse_memory(self.fit)
         minima = {"batch_size": 1, "shard_size": 1, "resolution": 1}
-        minima |= {"shuffle_tags": 0, "keep_tokens": 0, "min_size": 0, "crops": 0}
+        minima |= {"shuffle_tags": 0, "keep_tokens": 0, "wildcards": 0, "min_size": 0, "crops": 0}
         for name, minimum in minima.items():
             value = getattr(self, name)
             if value is not None and value < minimum:
@@ -187,11 +193,17 @@ class EncodeSettings:
             raise ValueError(f"--long-captions must be from 1 to 32, not {self.long_captions}")
         if self.crops > MAX_CROPS:
             raise ValueError(f"--crops must be at most {MAX_CROPS}, not {self.crops}")
-        if self.shuffle_tags * self.long_captions > MAX_CHUNKS:
+        num_variants = max(1, self.wildcards) * max(1, self.shuffle_tags)
+        if num_variants * self.long_captions > MAX_CHUNKS:
+            of_wildcards = f" of --wildcards {self.wildcards}" if self.wildcards else ""
             raise ValueError(
-                f"--shuffle-tags {self.shuffle_tags} of --long-captions {self.long_captions} are "
-                f"more than {MAX_CHUNKS} chunks an image"
+                f"--shuffle-tags {self.shuffle_tags}{of_wildcards} of --long-captions "
+                f"{self.long_captions} are more than {MAX_CHUNKS} chunks an image"
             )
+        if not 0 <= self.tag_dropout < 1:
+            raise ValueError(f"--tag-dropout must be in 0..1, 1 excluded, not {self.tag_dropout}")
+        if self.tag_dropout and not self.shuffle_tags:
+            raise ValueError("--tag-dropout goes with --shuffle-tags")
         if self.keep_tokens and not self.shuffle_tags:
             raise ValueError("--keep-tokens goes with --shuffle-tags")
         if self.threads is not None and not 1 <= self.threads <= 1024:

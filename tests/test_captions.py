@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from precompute.dataset.captions import shuffled_tags
+from precompute.dataset.captions import expand_wildcards, shuffled_tags
 from precompute.settings import EncodeSettings
 from tests.folders import captions, put, put_list, read_one, read_set, reasons
 from tests.test_tars import put_tar
@@ -234,6 +234,49 @@ def test_shuffles_depend_on_the_sample_alone() -> None:
     assert all(abs(count - 100) < 5 * math.sqrt(100 * 8 / 9) for count in counts), counts
 
 
+def test_dropout_draws_from_orders_and_subsets() -> None:
+    caption = "k, " + ", ".join("abcdefgh")
+    texts = shuffled_tags(caption, 200, 1, "key", 0.25)
+    assert len(set(texts)) == 200 and texts[:50] == shuffled_tags(caption, 50, 1, "key", 0.25)
+    assert texts != shuffled_tags(caption, 200, 1, "other", 0.25)
+    tails = [text.split(", ")[1:] for text in texts]
+    assert all(text.startswith("k") for text in texts)
+    assert all(len(set(tail)) == len(tail) and set(tail) <= set("abcdefgh") for tail in tails)
+    share = sum(map(len, tails)) / (8 * 200)
+    assert abs(share - 0.75) < 5 * math.sqrt(0.25 * 0.75 / (8 * 200)), share
+    assert any(sorted(tail) != tail for tail in tails), "shuffled too"
+    assert shuffled_tags("a, b", 9, 0, "key", 0.999) != [""]
+    assert set(shuffled_tags("a, b", 99, 0, "key", 0.5)) == {"a", "b", "a, b", "b, a"}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_a_separator_keeps_what_stands_before_it(dropout: float) -> None:
+    texts = shuffled_tags("x, y ||| a, b, c ||| z", 30, 0, "key", dropout)
+    assert all(text.startswith("x, y") and text.endswith(", z") for text in texts), texts
+    assert not any("|" in text for text in texts)
+    orders = {", ".join(["x, y", *order, "z"]) for order in permutations("abc")}
+    assert orders == set(texts) if not dropout else len(set(texts)) > 6
+    assert shuffled_tags("x, y ||| a", 3, 0, "key") == ["x, y, a"]
+
+
+def test_wildcards_are_expanded_by_key_and_weight(tmp_path: Path) -> None:
+    caption = "a {red|{dark|light} blue|2::green} {cat} {0::x|y}"
+    texts = expand_wildcards(caption, 9, "key")
+    assert set(texts) == {
+        f"a {color} {{cat}} y" for color in ("red", "dark blue", "light blue", "green")
+    }
+    assert texts[:2] == expand_wildcards(caption, 2, "key")
+    first = [expand_wildcards("{a|3::b}", 1, str(key))[0] for key in range(900)]
+    assert abs(first.count("b") - 675) < 5 * math.sqrt(900 * 0.75 * 0.25)
+    for plain in ("no braces", "{one}", "a | b", "{a|b", ""):
+        assert expand_wildcards(plain, 5, "key") == [plain]
+    put(tmp_path / "a.png", "{a|b}, c")
+    assert captions(read_one(tmp_path)) == {"a.png": ("{a|b}, c",)}, "only if asked for"
+    assert {*captions(read_one(tmp_path, wildcards=4))["a.png"]} == {"a, c", "b, c"}
+    both = captions(read_one(tmp_path, wildcards=4, shuffle_tags=4))["a.png"]
+    assert {*both} == {"a, c", "c, a", "b, c", "c, b"}
+
+
 def test_each_caption_is_shuffled_behind_its_prefix(tmp_path: Path) -> None:
     put(tmp_path / "a.png", "k, a, b, c\nk, d, e, f")
     put(tmp_path / "twin.png", "k, a, b, c\nk, d, e, f")
@@ -264,6 +307,9 @@ def test_each_caption_is_shuffled_behind_its_prefix(tmp_path: Path) -> None:
         ({"shuffle_tags": 500, "long_captions": 9}, "are more than 4000 chunks an image"),
         ({"caption_extension": "txt,,x"}, "--caption-extension must be endings"),
         ({"caption_extension": "txt,.JSON"}, "--caption-extension must be endings"),
+        ({"tag_dropout": 0.1}, "--tag-dropout goes with --shuffle-tags"),
+        ({"shuffle_tags": 2, "tag_dropout": 1.0}, "--tag-dropout must be in 0..1"),
+        ({"wildcards": 99, "shuffle_tags": 99}, "of --wildcards 99 of --long-captions 1 are more"),
         ({"min_size": -1}, "--min-size must be at least 0, not -1"),
     ],
 )
