@@ -29,6 +29,7 @@ EXTRAS = {
     "nf4": "--base-quant nf4",
     "prodigy": "--optimizer prodigy",
     "pages": "report and compare",
+    "tables": "encode of parquet",
     "tensorboard": "--tensorboard",
 }
 

@@ -15,12 +15,13 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from precompute.dataset.records import short_digest
 from precompute.encoders import Encoders
 from precompute.images.decode import limit_large_images, open_image
 from precompute.images.masks import Gray, open_alpha, open_mask, render_mask, shows_anything
 from precompute.images.rejections import explain
 from precompute.images.variants import normalize, render_variants
-from precompute.plan.placement import PlannedSample, short_digest
+from precompute.plan.placement import PlannedSample
 from precompute.settings import EncodeSettings
 from runtime.devices import DTYPES, num_cores
 from runtime.files import content_digest

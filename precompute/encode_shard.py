@@ -9,6 +9,7 @@ from typing import Any
 import safetensors.torch
 from safetensors import SafetensorError
 
+from precompute.dataset.records import short_digest
 from precompute.encode_samples import (
     EncodedPart,
     Failed,
@@ -18,7 +19,7 @@ from precompute.encode_samples import (
 )
 from precompute.encoders import Encoders
 from precompute.images.masks import shows_anything
-from precompute.plan.placement import UNMATCHED, PlannedSample, short_digest
+from precompute.plan.placement import UNMATCHED, PlannedSample
 from precompute.plan.plan_file import CopySource, SampleTask, ShardTask
 from precompute.plan.reuse import remove_shard
 from precompute.prompts import text_shape

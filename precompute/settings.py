@@ -1,5 +1,6 @@
 """The settings of the encode stage. Imports no torch: ``--help`` is made from them."""
 
+import re
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -12,6 +13,8 @@ from sdxl.base import BASE_HELP, TOKENIZERS_HELP, check_base
 MAX_CROPS = 1000
 MAX_CHUNKS = 4000  # of captions an image: 1.3 GB in two bytes; an index counts to 4 GB
 Dtype = Literal["fp16", "bf16", "fp32"]
+CaptionFrom = Literal["files", "filename", "folder"]
+ENDING = re.compile(r"[.]?[^\s./\\\0]+")
 VaeDtype = Literal["fp16", "bf16", "tf32", "fp32"]
 
 
@@ -21,9 +24,10 @@ class EncodeSettings:
 
     PANELS: ClassVar[dict[str, str]] = {
         "Essentials": "base out resolution dry_run",
-        "Captions": "missing_caption empty_captions caption_prefix caption_lines "
-        "shuffle_tags keep_tokens long_captions",
-        "Input": "val_share repeat_folders min_size max_rejected rehash",
+        "Captions": "caption_extension caption_column caption_from missing_caption empty_captions "
+        "caption_prefix caption_suffix caption_lines wildcards "
+        "shuffle_tags keep_tokens tag_dropout long_captions",
+        "Input": "image_column val_share repeat_folders min_size max_rejected rehash",
         "Size and crop": "bucket_step square squash",
         "Variants and masks": "flip crops mask_from_alpha",
         "Models": "vae tokenizers vae_dtype device gpus batch_size fit threads",
@@ -49,6 +53,28 @@ class EncodeSettings:
     val_share: float = option(
         0.0, "Share of the images, chosen by their key, that goes into a validation cache OUT/val."
     )
+    caption_extension: str = option(
+        "txt,caption",
+        "Endings of the texts beside an image; the first one that exists is its caption.",
+        metavar="EXT,...",
+    )
+    caption_from: CaptionFrom = option(
+        "files",
+        "Caption of an image that has none: none (files), its own name without ending, or that of "
+        "its folder without repeats, as 10_NAME.",
+    )
+    image_column: str = option(
+        "",
+        "Column or field of a list that names the image, or of a parquet file that holds it. "
+        "Default: the first usual name that there is.",
+        metavar="NAME",
+    )
+    caption_column: tuple[str, ...] = option(
+        (),
+        "Column or field with a caption, for each time it is given. Default: the first usual name "
+        "that there is.",
+        metavar="NAME",
+    )
     empty_captions: bool = option(
         False, "Keep images whose caption is empty; they train the model without a prompt."
     )
@@ -58,11 +84,18 @@ class EncodeSettings:
         metavar="reject|empty|TEXT",
     )
     caption_prefix: str = option("", "Text put before each caption, with a space.", metavar="TEXT")
+    caption_suffix: str = option("", "Text put behind each caption, with a space.", metavar="TEXT")
     caption_lines: bool = option(False, "Treat each line of a text file as a caption of its own.")
     shuffle_tags: int = option(
         0, "Number of random orders of each caption's comma-separated tags to cache."
     )
     keep_tokens: int = option(0, "Number of first tags that --shuffle-tags leaves in place.")
+    tag_dropout: float = option(
+        0.0, "Probability with which --shuffle-tags drops each tag that it may move."
+    )
+    wildcards: int = option(
+        0, "Number of expansions of each caption with {a|b|2::c} to cache; 0 keeps it as it is."
+    )
     repeat_folders: bool = option(
         False, "Repeat the images of folders named N_name N times per epoch."
     )
@@ -150,7 +183,7 @@ class EncodeSettings:
         if self.fit is not None:
             parse_memory(self.fit)
         minima = {"batch_size": 1, "shard_size": 1, "resolution": 1}
-        minima |= {"shuffle_tags": 0, "keep_tokens": 0, "min_size": 0, "crops": 0}
+        minima |= {"shuffle_tags": 0, "keep_tokens": 0, "wildcards": 0, "min_size": 0, "crops": 0}
         for name, minimum in minima.items():
             value = getattr(self, name)
             if value is not None and value < minimum:
@@ -160,11 +193,17 @@ class EncodeSettings:
             raise ValueError(f"--long-captions must be from 1 to 32, not {self.long_captions}")
         if self.crops > MAX_CROPS:
             raise ValueError(f"--crops must be at most {MAX_CROPS}, not {self.crops}")
-        if self.shuffle_tags * self.long_captions > MAX_CHUNKS:
+        num_variants = max(1, self.wildcards) * max(1, self.shuffle_tags)
+        if num_variants * self.long_captions > MAX_CHUNKS:
+            of_wildcards = f" of --wildcards {self.wildcards}" if self.wildcards else ""
             raise ValueError(
-                f"--shuffle-tags {self.shuffle_tags} of --long-captions {self.long_captions} are "
-                f"more than {MAX_CHUNKS} chunks an image"
+                f"--shuffle-tags {self.shuffle_tags}{of_wildcards} of --long-captions "
+                f"{self.long_captions} are more than {MAX_CHUNKS} chunks an image"
             )
+        if not 0 <= self.tag_dropout < 1:
+            raise ValueError(f"--tag-dropout must be in 0..1, 1 excluded, not {self.tag_dropout}")
+        if self.tag_dropout and not self.shuffle_tags:
+            raise ValueError("--tag-dropout goes with --shuffle-tags")
         if self.keep_tokens and not self.shuffle_tags:
             raise ValueError("--keep-tokens goes with --shuffle-tags")
         if self.threads is not None and not 1 <= self.threads <= 1024:
@@ -177,6 +216,19 @@ class EncodeSettings:
             raise ValueError(f"--val-share must be in 0..1, 1 excluded, not {self.val_share}")
         if self.resolution % 8:
             raise ValueError(f"--resolution must be a multiple of 8, not {self.resolution}")
+
+        endings = self.caption_extension.split(",")
+        if not all(ENDING.fullmatch(text.strip()) for text in endings) or ".json" in self.texts:
+            raise ValueError(
+                f"--caption-extension must be endings with commas between, such as txt,caption, "
+                f"and not json, not {self.caption_extension!r}"
+            )
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The endings of texts beside an image, in lower case with their dot, the first first."""
+        endings = self.caption_extension.lower().split(",")
+        return tuple(dict.fromkeys("." + text.strip().removeprefix(".") for text in endings))
 
     def check_inputs(self) -> None:
         """Refuse a dataset or a base that is something else, before anything is loaded.

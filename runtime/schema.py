@@ -71,6 +71,11 @@ def row(*checks: Check) -> Check:
     )
 
 
+def either(*checks: Check) -> Check:
+    """What passes any of the checks."""
+    return lambda value: any(check(value) for check in checks)
+
+
 def maybe(check: Check) -> Check:
     """What passes ``check``, or null."""
     return lambda value: value is None or check(value)

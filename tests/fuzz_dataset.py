@@ -4,7 +4,9 @@ import io
 import json
 import random
 import tarfile
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from precompute.dataset.captions import decode_text
 from precompute.dataset.records import Source, parse_row, read_entry
@@ -23,6 +25,7 @@ TABLES = (
     b"File\tText\nimages/a.png\ta cat\n",
 )
 LISTS = ("captions.jsonl", "metadata.jsonl", "captions.csv", "metadata.csv", "a.txt", "a.caption")
+LISTS += ("a.json", "meta_cap.json", "meta_lat.json")
 
 
 def fuzz_text(work: Path, base: Path) -> Try:
@@ -114,6 +117,57 @@ def fuzz_tar(work: Path, base: Path) -> Try:
     return try_one
 
 
+def fuzz_table(work: Path, base: Path) -> Try:
+    """Parquet: a list of images, and tables with the images' bytes."""
+    import pyarrow
+    from pyarrow import parquet
+
+    (work / "a.png").write_bytes(b"")
+    kinds: list[list[Any]] = [
+        [{"bytes": b"x" * 40, "path": "a"}, {"bytes": None, "path": "\u65e5"}, None] * 9,
+        [b"\x89PNG\r\n\x1a\n" + bytes(50)] * 27,
+        ["a.png", "b.png", None] * 9,
+        [["one", "two"], [], None] * 9,
+        [1e308] * 27,
+        [-1] * 27,
+        [True] * 27,
+    ]
+
+    def try_one(rng: random.Random) -> str:
+        path = work / rng.choice(["metadata.parquet", "x.parquet", "captions.parquet"])
+        names = rng.sample(["image", "file_name", "text", "weight", "repeats", "mask", "split"], 4)
+        columns = {name: rng.choice(kinds) for name in names}
+        if rng.random() < 0.7:
+            image = kinds[rng.randrange(2) if path.name[0] == "x" else 2]
+            columns = {"image": image, "text": kinds[2], "mask": columns.get("mask", kinds[5])}
+            columns |= {} if path.name[0] == "x" else {"mask": [None] * 27}
+        file = io.BytesIO()
+        parquet.write_table(
+            pyarrow.table(columns),
+            file,
+            row_group_size=rng.choice([1, 5, 100]),
+            compression=rng.choice(["none", "snappy", "zstd", "gzip"]),
+            use_dictionary=rng.random() < 0.5,
+        )
+        data = file.getvalue()
+        for _ in range(rng.randrange(3)):
+            data = damage(rng, data)
+        path.write_bytes(data)
+        try:
+            source = read_all(work)
+            for record in source.records:
+                with suppress(ValueError):
+                    record.image.read()
+        finally:
+            path.unlink()
+        assert source.records or source.rejected
+        for item in source.rejected:
+            assert len(item.path) < 6000 and len(item.reason) < 6000, item
+        return "read" if source.records else "refused"
+
+    return try_one
+
+
 def fuzz_list(work: Path, base: Path) -> Try:
     """Lists as JSON lines and as CSV, and texts beside an image."""
     (work / "a.png").write_bytes(b"")
@@ -122,6 +176,11 @@ def fuzz_list(work: Path, base: Path) -> Try:
         path = work / rng.choice(LISTS)
         if path.suffix == ".jsonl":
             data = b"\n".join(random_row(rng) for _ in range(rng.randrange(4)))
+        elif path.suffix == ".json":
+            data = random_row(rng)
+            if path.stem != "a":
+                key = rng.choice(["a", "a.png", "C:\\\\x\\\\a.png", "", "/" * 5000])
+                data = b'{"' + key.encode() + b'": ' + data + b"}"
         else:
             data = rng.choice(TABLES) if path.suffix == ".csv" else TEXT.encode()
         data = damage(rng, data) if rng.random() < 0.8 else data.decode("latin-1").encode("utf-16")

@@ -21,7 +21,19 @@ FOLDERS = ["", "", "", "sub", "sub/deep", "masks", "images", "Test", "validation
 FOLDERS += [".ipynb_checkpoints", "__MACOSX", "@eaDir", "10_cat", "test shots", "a.b"]
 STEMS = ["a", "A", "b", "photo.v2", "a_mask", "mask-b", "a.mask", "._a", "Thumbs", "c d", "é"]
 ENDINGS = [".jpg", ".PNG", ".webp", ".mpo", ".heif", ".jxl", ".tga", ".CR2", "", ""]
-ENDINGS += [".txt", ".TXT", ".caption", ".json", ".md", ".csv", ".db", ".tar", ".tar.gz", ".npz"]
+ENDINGS += [
+    ".txt",
+    ".TXT",
+    ".caption",
+    ".json",
+    ".md",
+    ".csv",
+    ".db",
+    ".tar",
+    ".tar.gz",
+    ".npz",
+    ".parquet",
+]
 LISTED = ["captions.jsonl", "metadata.csv", "Metadata.JSONL"]
 PNG = image_bytes()
 

@@ -1,5 +1,6 @@
 """A rerun encodes what is new or changed, and nothing else; it says what, and why."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -15,6 +16,7 @@ from encodes import (
     counted,
     encode,
     make_old,
+    samples_of,
     shards_of,
     stamps,
 )
@@ -26,8 +28,44 @@ from precompute.dataset.records import Blob
 from precompute.plan.reuse import PREPROCESSING
 from precompute.report import summarize
 from shards.index import Index
+from shards.reader import Shard
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*settings changed")
+
+
+def test_a_policy_of_captions_encodes_texts_alone_and_each_as_if_written(
+    work: Path, base: Path
+) -> None:
+    for path in (work / "data").glob("*.txt"):
+        path.write_text(f"{{a|an old}} thing ||| {', '.join(path.stem)}, b, c, d")
+    make_old(work / "data")
+    again(work, base)
+    for policy in ({"shuffle_tags": 2}, {"shuffle_tags": 2, "tag_dropout": 0.4, "wildcards": 2}):
+        with counted() as count:
+            report = again(work, base, **policy)
+        assert count == (0, report.num_captions), "no image is encoded"
+    samples = samples_of(work / "cache")
+    texts = {path: captions for path, captions in captions_of(work / "cache").items()}
+    assert all(len(set(captions)) == 4 for captions in texts.values())
+    for path in (work / "data").glob("*.txt"):
+        path.unlink()
+    lines = [json.dumps({"file_name": path, "text": [*text]}) for path, text in texts.items()]
+    (work / "data" / "captions.jsonl").write_text("\n".join(lines))
+    encode(work / "data", base, work / "written")
+    assert samples_of(work / "written") == samples
+    with counted() as count:
+        again(work, base)
+    assert count == (0, 0), "the same texts, wherever they come from"
+
+
+def captions_of(folder: Path) -> dict[str, list[str]]:
+    results = {}
+    for path in sorted(folder.glob("*.index")):
+        shard = Shard(folder, path.stem, Index(path).sha256)
+        for row in range(len(shard.index)):
+            metadata = shard.metadata(row)
+            results[metadata["path"]] = [*metadata["captions"]]
+    return results
 
 
 def test_nothing_changed_nothing_is_touched(

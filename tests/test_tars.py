@@ -73,7 +73,9 @@ def test_a_tar_is_read_as_its_files_would_be(tmp_path: Path, kind: int) -> None:
         (tmp_path / "loose" / name).write_bytes(data)
     put_tar(tmp_path / "packed" / "p.tar", {f"./{n}": d for n, d in (files | texts | more).items()})
     settings = {"caption_lines": True, "repeat_folders": True}
-    loose, packed = (read_one(tmp_path / name, **settings) for name in ("loose", "packed"))
+    with pytest.warns(UserWarning, match="1 image with texts beside them that differ") as caught:
+        loose, packed = (read_one(tmp_path / name, **settings) for name in ("loose", "packed"))
+    assert sum("differ" in str(warning.message) for warning in caught) == 2
 
     def plain(record: SourceImage) -> tuple[Any, ...]:
         mask = record.mask and record.mask.read()
@@ -83,7 +85,7 @@ def test_a_tar_is_read_as_its_files_would_be(tmp_path: Path, kind: int) -> None:
         record.path: plain(record) for record in packed.records
     }
     assert {f"p.tar/{path}": why for path, why in reasons(loose).items()} == reasons(packed)
-    assert len(loose.records) == 3 and len(loose.rejected) == 3
+    assert len(loose.records) == 4 and len(loose.rejected) == 2
 
 
 def test_weight_repeats_and_captions_from_json(tmp_path: Path) -> None:

@@ -2,15 +2,22 @@
 
 import codecs
 import math
+import re
 from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 
-from precompute.dataset.records import Rejected, SourceImage
+from precompute.dataset.records import PACKS, Rejected, SourceImage
 from precompute.settings import EncodeSettings
 from shards.plan import derive_key
 
+REPEATS = re.compile(r"\d{1,4}_(?=.)")  # how often an epoch takes the images of a folder
+KEEP_SEPARATOR = "|||"
+WILDCARD = re.compile(r"\{([^{}|]*\|[^{}]*)\}")
+WEIGHT = re.compile(r"\s*([0-9]{1,6}(?:\.[0-9]{1,6})?)::")
+MAX_NESTED = 20  # wildcards in wildcards
+MAX_MISSES = 100  # draws in a row that give no new variant: there may be no more of them
 MAX_CAPTIONS = 65_535  # the index counts them in 16 bits
 MAX_TEXT_BYTES = 1 << 20  # of a text file; no encoder reads more than a few thousand tokens
 _BYTE_ORDER_MARKS = (  # longest first: that of UTF-32 begins as that of UTF-16
@@ -69,6 +76,8 @@ def normalize_captions(
 ) -> SourceImage | Rejected:
     """The record with its captions as they are encoded; ``missing_reason`` is said of one without
     any."""
+    if not record.captions and (name := _name_as_caption(record.path, settings)):
+        record = replace(record, captions=(name,))
     captions = tuple(map(unify_lines, record.captions)) or ("",)
     if any(captions) and not all(captions) and not settings.empty_captions:
         # One of several that a tool left blank: the others say what the image shows.
@@ -86,19 +95,44 @@ def normalize_captions(
         return Rejected(record.path, "its caption holds half a character (a lone surrogate)")
     if any("\0" in caption for caption in captions):
         return Rejected(record.path, "its caption holds NUL characters: save it as UTF-8")
+    if settings.wildcards:
+        captions = tuple(
+            text
+            for number, caption in enumerate(captions)
+            for text in expand_wildcards(caption, settings.wildcards, f"{record.key}/{number}")
+        )
     if settings.shuffle_tags:
         captions = tuple(
             order
             for number, caption in enumerate(captions)
             for order in shuffled_tags(
-                caption, settings.shuffle_tags, settings.keep_tokens, f"{record.key}/{number}"
+                caption,
+                settings.shuffle_tags,
+                settings.keep_tokens,
+                f"{record.key}/{number}",
+                settings.tag_dropout,
             )
         )
     if len(captions) > MAX_CAPTIONS:
         return Rejected(record.path, f"{len(captions)} captions; at most {MAX_CAPTIONS} fit")
     return replace(
-        record, captions=tuple(_prefixed(caption, settings.caption_prefix) for caption in captions)
+        record,
+        captions=tuple(
+            _framed(caption, settings.caption_prefix, settings.caption_suffix)
+            for caption in captions
+        ),
     )
+
+
+def _name_as_caption(path: str, settings: EncodeSettings) -> str:
+    """What ``--caption-from`` makes of an image's path; empty where it has no folder."""
+    *folders, name = path.split("/")
+    if settings.caption_from == "filename":
+        return name.rpartition(".")[0] or name
+    if settings.caption_from == "folder":
+        folders = [folder for folder in folders if not folder.lower().endswith(PACKS)]
+        return REPEATS.sub("", folders[-1]).strip() if folders else ""
+    return ""
 
 
 def captions_of_text(text: str, settings: EncodeSettings) -> tuple[str, ...]:
@@ -109,31 +143,105 @@ def captions_of_text(text: str, settings: EncodeSettings) -> tuple[str, ...]:
     return lines or ("",)
 
 
-def shuffled_tags(caption: str, num: int, num_kept: int, key: str) -> list[str]:
+def shuffled_tags(
+    caption: str, num: int, num_kept: int, key: str, dropout: float = 0.0
+) -> list[str]:
     """``num`` different orders of the comma-separated tags behind the first ``num_kept``.
 
     If there are fewer orders, all of them. They depend on ``key`` alone, so they are the same in
-    every run, and a larger ``num`` only adds more.
+    every run, and a larger ``num`` only adds more. With ``dropout`` each of these tags is dropped
+    with that probability; a caption is never left empty, and it may be fewer than ``num``.
+
+    In a caption with ``|||``, as kohya's keep_tokens_separator, what stands before it keeps its
+    place instead of the first ``num_kept``, and so does what stands behind a second one.
     """
-    tags = [tag.strip() for tag in caption.split(",")]
-    tags = [tag for tag in tags if tag]
-    head, tail = tags[:num_kept], tags[num_kept:]
+    first, separator, rest = caption.partition(KEEP_SEPARATOR)
+    middle, _, last = rest.partition(KEEP_SEPARATOR)
+    end = _split_tags(last)
+    if separator:
+        head, tail = _split_tags(first), _split_tags(middle)
+    else:
+        tags = _split_tags(caption)
+        head, tail = tags[:num_kept], tags[num_kept:]
+    if dropout:
+        return _dropped_tags(head, tail, end, num, key, dropout)
     num_equal = math.prod(math.factorial(count) for count in Counter(tail).values())
     num = min(num, math.factorial(len(tail)) // num_equal)
     generator = np.random.Generator(np.random.Philox(key=derive_key("tags", key)))
     orders: dict[str, None] = {}
     while len(orders) < num:
         order = generator.permutation(len(tail))
-        orders[", ".join([*head, *(tail[place] for place in order)])] = None
+        orders[", ".join([*head, *(tail[place] for place in order), *end])] = None
     return [*orders]
 
 
-def _prefixed(caption: str, prefix: str) -> str:
-    """Put the prefix before a caption; an empty one stays empty, for it teaches the empty
-    prompt."""
-    if not prefix or not caption:
+def _split_tags(text: str) -> list[str]:
+    return [tag for tag in map(str.strip, text.split(",")) if tag]
+
+
+def _dropped_tags(
+    head: list[str], tail: list[str], end: list[str], num: int, key: str, dropout: float
+) -> list[str]:
+    generator = np.random.Generator(np.random.Philox(key=derive_key("tags", key)))
+    texts: dict[str, None] = {}
+    misses = 0
+    while len(texts) < num and misses < MAX_MISSES:
+        order = generator.permutation(len(tail))
+        is_kept = generator.random(len(tail)) >= dropout
+        kept = [tail[place] for place, keep in zip(order, is_kept, strict=True) if keep]
+        text = ", ".join([*head, *kept, *end])
+        misses = 0 if text and text not in texts else misses + 1
+        if text:
+            texts[text] = None
+    return [*texts] or [", ".join([*head, *tail, *end])]
+
+
+def expand_wildcards(caption: str, num: int, key: str) -> list[str]:
+    """At most ``num`` different expansions of the ``{a|b|2::c}`` in a caption, inner ones first.
+
+    ``2::`` is a weight; a part without one has weight 1. Braces without ``|`` stay. The expansions
+    depend on ``key`` alone, and a larger ``num`` only adds more.
+    """
+    if not WILDCARD.search(caption):
+        return [caption]
+    generator = np.random.Generator(np.random.Philox(key=derive_key("wildcards", key)))
+    texts: dict[str, None] = {}
+    misses = 0
+    while len(texts) < num and misses < MAX_MISSES:
+        text = caption
+        for _ in range(MAX_NESTED):
+            text, number = WILDCARD.subn(lambda match: _choose(match[1], generator), text)
+            if not number:
+                break
+        text = text.strip()
+        misses = misses + 1 if text in texts else 0
+        texts[text] = None
+    return [*texts]
+
+
+def _choose(group: str, generator: np.random.Generator) -> str:
+    """One of the parts of a wildcard, by their weights."""
+    weights, parts = [], []
+    for text in group.split("|"):
+        match = WEIGHT.match(text)
+        weights.append(float(match[1]) if match else 1.0)
+        parts.append(text[match.end() :] if match else text)
+    shares = np.cumsum(weights)
+    place = int(np.searchsorted(shares, generator.random() * shares[-1], side="right"))
+    return parts[min(place, len(parts) - 1)]
+
+
+def _framed(caption: str, prefix: str, suffix: str) -> str:
+    """Put the prefix before a caption and the suffix behind it; an empty one stays empty, for it
+    teaches the empty prompt."""
+    if not caption:
         return caption
-    return prefix + caption if prefix[-1].isspace() else f"{prefix} {caption}"
+    if prefix:
+        caption = prefix + caption if prefix[-1].isspace() else f"{prefix} {caption}"
+    if suffix:
+        begins_apart = suffix[0].isspace() or suffix[0] == ","
+        caption = caption + suffix if begins_apart else f"{caption} {suffix}"
+    return caption
 
 
 def is_text(text: str) -> bool:

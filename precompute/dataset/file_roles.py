@@ -14,7 +14,7 @@ from collections import Counter
 from functools import lru_cache
 from pathlib import Path
 
-from precompute.dataset.records import Rejected, Source, SourceImage
+from precompute.dataset.records import PACKS, Rejected, Source, SourceImage
 from runtime.messages import pluralize
 
 IMAGE_ENDINGS = (  # of formats that encode opens; the content decides which one it is
@@ -121,6 +121,11 @@ def unread_image(name: str) -> str:
     return UNREAD.get("." + name.rpartition(".")[2].lower(), "") if "." in name else ""
 
 
+def is_packed(path: str) -> bool:
+    """Whether a file would be a tar or a table of images."""
+    return path.lower().endswith(PACKS)
+
+
 def has_ending(path: str) -> bool:
     return "." in path.rpartition("/")[2]
 
@@ -187,7 +192,6 @@ _SPLIT_OF = {
 }
 _FILLER = re.compile("(data)?sets?|data|split|(image|img|picture|photo|sample)s?|folder|dir")
 _JOINED = re.compile(r"(set|data|dataset|split|images|imgs)$")
-TAR = ".tar"
 MAX_NAMED = 5
 
 
@@ -197,9 +201,9 @@ def split_of_name(name: str) -> str:
 
     ``10_test`` is none: so are folders named that repeat the images of "test" ten times.
     """
-    is_tar = name.lower().endswith(TAR)
-    words = _words(name[: -len(TAR)] if is_tar else name)
-    if is_tar:  # a tar's name has the set's too
+    is_pack = is_packed(name)
+    words = _words(name.rpartition(".")[0] if is_pack else name)
+    if is_pack:  # a tar's name has the set's too
         ends = [words[0], words[-1]] if words else []
         return next((_SPLIT_OF[word] for word in ends if word in _SPLIT_OF), "")
     if name[:1].isdigit():
@@ -228,13 +232,13 @@ def split_of_folder(folder: str) -> tuple[str, str]:
     for split in (TEST, VAL, TRAIN):
         if split in splits:
             name = "/".join(parts[: splits.index(split) + 1])
-            return split, name if name.lower().endswith(TAR) else f"{name}/"
+            return split, name if is_packed(name) else f"{name}/"
     return "", ""
 
 
 def folder_of(path: str) -> str:
     """The folder or tar of an image; for a tar that cannot be read, the tar itself."""
-    return path if path.lower().endswith(TAR) else path.rpartition("/")[0]
+    return path if is_packed(path) else path.rpartition("/")[0]
 
 
 def find_layout(root: Path) -> dict[str, Path]:

@@ -25,6 +25,7 @@ from precompute.dataset.file_roles import (
     unread_image,
 )
 from precompute.dataset.records import (
+    JSON_FIELDS,
     MAX_IMAGE_BYTES,
     NO_ENTRY,
     Blob,
@@ -32,6 +33,8 @@ from precompute.dataset.records import (
     MetadataEntry,
     Rejected,
     SourceImage,
+    captions_of_object,
+    parse_row,
 )
 from precompute.dataset.tars import HEAD_BYTES, TarMembers, too_large
 from precompute.settings import EncodeSettings
@@ -210,7 +213,7 @@ class Tree:
         return str(self.memory.recall(self.prefix + path, size, mtime_ns, read))
 
     def row(self, path: str) -> MetadataEntry:
-        """No entry: a JSON file in a folder may be any tool's. Only tars have such entries."""
+        """No entry: only tars have such entries. Of a JSON file in a folder the caption is read."""
         return NO_ENTRY
 
 
@@ -289,7 +292,7 @@ def read_images(
         unread_format = unread_image(path)
         # If it is among the stems, the same image exists in a format that encode reads.
         if unread_format and stem_of(path) not in container.stems:
-            container.used.update((path, *find_sidecars(container, stem_of(path), TEXTS)))
+            container.used.update((path, *find_sidecars(container, stem_of(path), settings.texts)))
             yield Rejected(
                 container.dataset_path(path),
                 f"{unread_format} that encode does not read: save it as PNG or JPEG",
@@ -336,19 +339,18 @@ def _read_captions(
         ValueError: a text that cannot be read, or more than one.
     """
     stem = stem_of(path)
-    texts = find_sidecars(container, stem, TEXTS)
-    names = [text.rpartition("/")[2] for text in texts]
-    if len(texts) > 1:
-        container.used.update(texts)
-        raise ValueError(f"both {names[0]} and {names[1]}: which is its caption?")
-    captions: tuple[str, ...] = ()
-    if texts:
-        try:
-            captions = captions_of_text(container.text(texts[0]), settings)
-        except ValueError as error:
-            raise ValueError(f"no caption: {names[0]} {error}") from None
-    rows = find_sidecars(container, stem, (".json",)) if isinstance(container, TarMembers) else []
-    row = container.row(rows[0]) if rows else NO_ENTRY
+    texts = find_sidecars(container, stem, settings.texts)
+    texts = texts or find_sidecars(container, path, settings.texts)  # x.jpg.txt
+    captions, has_other = _first_text(container, texts, settings)
+    is_tar = isinstance(container, TarMembers)
+    rows = find_sidecars(container, stem, (".json",)) if is_tar or not texts else []
+    missing = f"no caption: {stem.rpartition('/')[2]}{settings.texts[0]} is missing"
+    row = NO_ENTRY
+    if rows and isinstance(container, TarMembers):
+        row = container.row(rows[0])
+    elif rows and isinstance(container, Tree):
+        captions, why = _captions_of_json(container, rows[0])
+        missing += why
     if not any(captions):
         captions = row.captions or captions
     record = SourceImage(
@@ -358,8 +360,52 @@ def _read_captions(
         row.weight,
         row.repeats,
         split=row.split,
+        has_other_caption=has_other,
     )
-    return record, f"no caption: {stem.rpartition('/')[2]}{TEXTS[0]} is missing"
+    return record, missing
+
+
+def _first_text(
+    container: Tree | TarMembers, texts: list[str], settings: EncodeSettings
+) -> tuple[tuple[str, ...], bool]:
+    """The captions of the first text beside an image, and whether another one differs from it.
+
+    Raises:
+        ValueError: the first one cannot be read.
+    """
+    captions: list[tuple[str, ...]] = []
+    for path in texts:
+        try:
+            captions.append(captions_of_text(container.text(path), settings))
+        except ValueError as error:
+            if not captions:
+                raise ValueError(f"no caption: {path.rpartition('/')[2]} {error}") from None
+            captions.append(())  # what cannot be read is not the same
+    return captions[0] if captions else (), len({*captions}) > 1
+
+
+def _captions_of_json(tree: Tree, path: str) -> tuple[tuple[str, ...], str]:
+    """The captions in a JSON file beside an image of a folder, and why it has none.
+
+    It may be any tool's: one without captions is not used, and no reason to reject the image.
+    """
+
+    def read() -> list[list[str] | str]:
+        try:
+            if size > MAX_TEXT_BYTES:
+                raise ValueError(f"it has {too_large(size, MAX_TEXT_BYTES)}")
+            row = parse_row(decode_text(Blob(tree.root / path, size, mtime_ns).read()))
+            return [[*captions_of_object(row)], f"has no {', '.join(JSON_FIELDS)} that is text"]
+        except ValueError as error:
+            return [[], f"is no JSON of a caption: {error}"]
+
+    if path in tree.irregular:
+        return (), ""
+    size, mtime_ns = tree.files[path]
+    captions, why = tree.memory.recall(f"caption {tree.prefix}{path}", size, mtime_ns, read)
+    if captions:
+        tree.used.add(path)
+    return tuple(captions), f", and {path.rpartition('/')[2]} {why}"
 
 
 def find_sidecars(container: Tree | TarMembers, stem: str, endings: tuple[str, ...]) -> list[str]:

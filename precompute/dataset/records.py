@@ -10,11 +10,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from precompute.dataset.parquet_files import read_cell
+from precompute.settings import EncodeSettings
 from runtime.files import open_regular
 from runtime.messages import shortened
 from shards.format import sample_key
 
 MAX_IMAGE_BYTES = 2 * 10**9  # 180 million pixels of 16 bits and four channels take 1.4 GB
+PACKS = (".tar", ".parquet")  # files that are read as a folder of their images would be
+DIGEST_DIGITS = 20  # of a sha256 in hex, as a key has
 MTIME_GRACE_NS = 2_000_000_000  # a file changed within it may change again and keep its mtime
 
 
@@ -31,17 +35,24 @@ FILE_ERRNOS = (
 )
 
 
+def short_digest(sha256: str) -> str:
+    """A sha256 in hex, shortened to what fingerprints store; empty stays empty."""
+    return sha256[:DIGEST_DIGITS]
+
+
 @dataclass(frozen=True)
 class Blob:
     """A span of bytes in a file or a tar, as it was when the dataset was read.
 
     ``size`` is in bytes; ``mtime_ns`` is of the file, so for a member of a tar that of the tar.
+    With a ``column`` the file is a parquet table, and ``offset`` the number of a row.
     """
 
     file: Path
     size: int
     mtime_ns: int
     offset: int = 0
+    column: str = ""
 
     @classmethod
     def of(cls, file: Path) -> "Blob":
@@ -59,8 +70,11 @@ class Blob:
         try:
             with open_regular(self.file) as file:
                 changed = os.fstat(file.fileno()).st_mtime_ns != self.mtime_ns
-                file.seek(self.offset)
-                data = file.read(self.size)
+                if self.column and not changed:
+                    data = read_cell(file, self.column, self.offset)
+                else:
+                    file.seek(self.offset)
+                    data = file.read(self.size)
         except OSError as error:
             if error.errno not in FILE_ERRNOS:
                 error.filename = os.fspath(self.file)  # an error of a read names no file
@@ -79,7 +93,9 @@ class SourceImage:
 
     The path of a tar's member is ``pack.tar/member.jpg``. ``weight`` is the weight of its loss,
     ``repeats`` how often an epoch takes it, ``split`` the split that its list names (else empty),
-    ``num_blank_captions`` how many blank captions were dropped because there are others.
+    ``num_blank_captions`` how many blank captions were dropped because there are others,
+    ``header`` the short digest, width and height, where the image had to be read with the dataset,
+    ``has_other_caption`` whether another text beside it says something else.
     """
 
     path: str
@@ -90,6 +106,8 @@ class SourceImage:
     mask: Blob | None = None
     split: str = ""
     num_blank_captions: int = 0
+    header: tuple[str, int, int] | None = None
+    has_other_caption: bool = False
 
     @cached_property
     def key(self) -> str:
@@ -170,8 +188,42 @@ class Memory:
 # One JSON object about an image, from a list or a tar: its captions, weight and repeats.
 
 TEXT_FIELDS = ("text", "caption")
+JSON_FIELDS = ("caption", "text", "prompt", "tags")  # of a file beside an image
+FILE_FIELDS = ("file_name", "file", "image")
+# Guessed where a row has none of these.
+MORE_TEXT_FIELDS = ("prompt", "captions", "prompts", "description", "tags")
+MORE_FILE_FIELDS = ("path", "file_path", "filepath", "filename", "image_path", "image_file", "url")
 MAX_WEIGHT = 1e6
 MAX_REPEATS = 10**6  # an epoch's entries are counted, shuffled and stored
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The fields or columns that name an image and hold its captions, likeliest first.
+
+    With ``every_caption`` all of them are captions, else the first one that a row has.
+    """
+
+    image: tuple[str, ...]
+    captions: tuple[str, ...]
+    every_caption: bool = False
+    are_chosen: bool = False
+
+    @classmethod
+    def of(cls, settings: EncodeSettings) -> "Columns":
+        """Those of the settings, and for what they do not name the usual ones."""
+        image, captions = settings.image_column, settings.caption_column
+        return cls(
+            (image,) if image else FILE_FIELDS + MORE_FILE_FIELDS,
+            captions or TEXT_FIELDS + MORE_TEXT_FIELDS,
+            bool(captions),
+            bool(image or captions),
+        )
+
+    def lower(self) -> "Columns":
+        """As the header of a .csv is read: in any letter case."""
+        image, captions = (tuple(map(str.lower, names)) for names in (self.image, self.captions))
+        return Columns(image, captions, self.every_caption, self.are_chosen)
 
 
 @dataclass(frozen=True)
@@ -202,8 +254,12 @@ def parse_row(line: str | bytes) -> dict[str, Any]:
     return row
 
 
-def read_entry(row: dict[str, Any]) -> MetadataEntry:
+def read_entry(
+    row: dict[str, Any], text_fields: tuple[str, ...] = TEXT_FIELDS, every_caption: bool = False
+) -> MetadataEntry:
     """Check the fields of a row that encode uses; missing ones have their defaults.
+
+    The captions are those of the first of ``text_fields`` that the row has, or of all of them.
 
     Raises:
         ValueError: a field has a value that it cannot have.
@@ -219,8 +275,33 @@ def read_entry(row: dict[str, Any]) -> MetadataEntry:
             f"its repeats must be a whole number from 1 to {MAX_REPEATS}, not {shortened(repeats)}"
         )
     split = row.get("split")
-    captions = _captions(first_field(row, TEXT_FIELDS))
+    values = [row[name] for name in text_fields if row.get(name) is not None]
+    captions = tuple(
+        caption
+        for value in (values if every_caption else values[:1])
+        for caption in _captions(value, text_fields)
+    )
     return MetadataEntry(captions, float(weight), repeats, split if isinstance(split, str) else "")
+
+
+def captions_of_object(row: dict[str, Any], joined: bool = False) -> tuple[str, ...]:
+    """The captions in a JSON object about an image: text or a list of texts, or else its tags.
+
+    ``joined`` is kohya's metadata, where tags go behind the caption.
+
+    Raises:
+        ValueError: a field is neither text nor a list of texts.
+    """
+    named = next(
+        (name for name in JSON_FIELDS[:-1] if row.get(name) is not None and row[name] != ""), None
+    )
+    captions = () if named is None else _captions(row[named], (named,))
+    if row.get("tags") is None or (captions and not joined):
+        return captions
+    tags = ", ".join(filter(None, _captions(row["tags"], ("tags",))))
+    if not captions:
+        return (tags,) if tags else ()
+    return tuple(f"{caption}, {tags}" if tags else caption for caption in captions)
 
 
 def first_field(row: dict[str, Any], names: tuple[str, ...]) -> Any:
@@ -228,12 +309,10 @@ def first_field(row: dict[str, Any], names: tuple[str, ...]) -> Any:
     return next((row[name] for name in names if row.get(name) is not None), None)
 
 
-def _captions(value: Any) -> tuple[str, ...]:
-    if value is None:
-        return ()
+def _captions(value: Any, fields: tuple[str, ...]) -> tuple[str, ...]:
     texts = value if isinstance(value, list) else [value]
     if not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"no caption: none of {', '.join(TEXT_FIELDS)} is text or a list of texts")
+        raise ValueError(f"no caption: none of {', '.join(fields)} is text or a list of texts")
     return tuple(text.strip() for text in texts)
 
 

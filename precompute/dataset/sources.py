@@ -22,6 +22,7 @@ from precompute.dataset.file_roles import (
     find_layout,
     is_hidden,
     is_image,
+    is_packed,
     stem_of,
     unread_image,
 )
@@ -31,10 +32,13 @@ from precompute.dataset.metadata_files import (
     MAX_LIST_BYTES,
     TABLES,
     find_image_list,
+    is_list,
     read_image_list,
     unlisted_images,
 )
-from precompute.dataset.records import MAX_REPEATS, Memory, Rejected, Source, SourceImage
+from precompute.dataset.parquet_files import PARQUET
+from precompute.dataset.records import MAX_REPEATS, PACKS, Memory, Rejected, Source, SourceImage
+from precompute.dataset.tables import read_table_images
 from precompute.dataset.tars import COMPRESSED, TarMembers, open_tar, too_large
 from precompute.settings import EncodeSettings
 from runtime.messages import pluralize
@@ -94,8 +98,11 @@ def _read_layout(
 
 
 def _has_image_list(folder: Path) -> bool:
-    lists = (*LISTS, *TABLES)
-    return any(path.name.lower() in lists and path.is_file() for path in folder.iterdir())
+    lists = [path for path in folder.iterdir() if is_list(path.name) and path.is_file()]
+    if any(path.name.lower() in (*LISTS, *TABLES) for path in lists):
+        return True
+    # Other lists are read only where no image has a text.
+    return bool(lists) and not any(path.name.lower().endswith(TEXTS) for path in folder.rglob("*"))
 
 
 def _is_image_or_tar(path: Path) -> bool:
@@ -130,6 +137,9 @@ def read_source(folder: Path, settings: EncodeSettings, memory: Memory, prefix: 
     unused: list[str] = []
     hidden = [path for path in tree.hidden if path not in tree.used]  # a list may name one
     for path in sorted(tree.files):
+        if path.lower().endswith(PARQUET) and not (is_list(path) or path in tree.used):
+            items += read_table_images(tree, path, settings)
+            continue
         tar = _open_if_tar(tree, path)
         if isinstance(tar, Rejected):
             items.append(tar)
@@ -144,8 +154,10 @@ def read_source(folder: Path, settings: EncodeSettings, memory: Memory, prefix: 
     unused += _unused(tree, {item.path for item in items})
     source = _sorted(items, hidden, unused)
     _warn(folder, source)
+    _warn_of_other_captions(folder, source, settings.texts)
     if not items:
-        raise ValueError(f"{folder}: no images in it ({' '.join(sorted(IMAGE_ENDINGS))} .tar)")
+        endings = " ".join([*sorted(IMAGE_ENDINGS), *PACKS])
+        raise ValueError(f"{folder}: no images in it ({endings})")
     return source
 
 
@@ -231,7 +243,7 @@ def _read_tar_images(tree: Tree, tar: TarMembers, settings: EncodeSettings) -> I
 
 def _is_input(path: str) -> bool:
     """Whether a file would be read if it were a regular file."""
-    endings = (*IMAGE_ENDINGS, *TEXTS, ".tar", *LISTS, *TABLES)
+    endings = (*IMAGE_ENDINGS, *TEXTS, ".tar", PARQUET, *LISTS, *TABLES)
     return path.lower().endswith(endings) or bool(unread_image(path))
 
 
@@ -266,6 +278,16 @@ def _warn(folder: Path, source: Source) -> None:
         )
 
 
+def _warn_of_other_captions(folder: Path, source: Source, endings: tuple[str, ...]) -> None:
+    differing = [record.path for record in source.records if record.has_other_caption]
+    if differing:
+        warnings.warn(
+            f"{folder}: {pluralize(len(differing), 'image')} with texts beside them that differ; "
+            f"the first of {' '.join(endings)} is taken, e.g. of {differing[0]}",
+            stacklevel=3,
+        )
+
+
 def _named(paths: list[str]) -> str:
     if len(paths) <= MAX_NAMED:
         return ", ".join(paths)
@@ -279,7 +301,7 @@ def repeat_folders(items: Iterable[Item], enabled: bool) -> Iterator[Item]:
     count."""
     folders: dict[str, int] = {}
     for item in items:
-        parts = [part for part in item.path.split("/")[:-1] if not part.lower().endswith(".tar")]
+        parts = [part for part in item.path.split("/")[:-1] if not is_packed(part)]
         name = next((part for part in reversed(parts) if REPEATS.fullmatch(part)), "")
         if name and (enabled or isinstance(item, SourceImage)):
             folders[name] = int(name.partition("_")[0])

@@ -103,7 +103,7 @@ class TarMembers:
         return Blob(self.file, min(size, HEAD_BYTES), self.mtime_ns, offset).read()
 
     def text(self, path: str) -> str:
-        """The text of a .txt or .caption member.
+        """The text of a member.
 
         Raises:
             ValueError: it has no text; the message continues a sentence after its name.
@@ -111,7 +111,14 @@ class TarMembers:
         self.used.add(path)
         if path in self.unread:
             raise ValueError(self.unread[path])
-        return str(self.texts[path])
+        if path in self.texts:
+            return str(self.texts[path])
+        if path in self.refused:
+            raise ValueError(f"is {self.refused[path]}")
+        offset, size = self.files[path]  # an ending that only --caption-extension names
+        if size > MAX_TEXT_BYTES:
+            raise ValueError(f"has {too_large(size, MAX_TEXT_BYTES)}")
+        return decode_text(Blob(self.file, size, self.mtime_ns, offset).read())
 
     def row(self, path: str) -> MetadataEntry:
         """The entry in an image's .json member; img2dataset writes "caption" in it.

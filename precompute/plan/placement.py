@@ -13,11 +13,10 @@ from functools import lru_cache
 from itertools import count
 from typing import Any
 
-from precompute.dataset.records import SourceImage
+from precompute.dataset.records import DIGEST_DIGITS, SourceImage
 from shards.buckets import Geometry, Size
 from shards.writer import shard_name
 
-DIGEST_DIGITS = 20  # of a sha256 in hex, as a key has
 FINGERPRINT_FIELDS = ("picture", "mask", "geometry", "captions", "weight")
 UNMATCHED = ["", "", "", "", 0.0]  # a fingerprint that no image has, so it is tried again next time
 
@@ -50,11 +49,6 @@ class PlannedSample:
             _json_digest(self.record.captions),
             self.record.weight,
         ]
-
-
-def short_digest(sha256: str) -> str:
-    """A sha256 in hex, shortened to what fingerprints store; empty stays empty."""
-    return sha256[:DIGEST_DIGITS]
 
 
 def _json_digest(value: Any) -> str:

@@ -147,7 +147,8 @@ def _is_path(value: Any) -> bool:
 _HEADER = {"recipe": schema.record, "made_with": schema.record}
 _COUNT = schema.integer()
 _TIME = schema.integer(-(2**63), 2**63)  # in ns
-_BLOB = schema.row(_is_path, _COUNT, _TIME, _COUNT)
+_BLOB_PARTS = (_is_path, _COUNT, _TIME, _COUNT)
+_BLOB = schema.either(schema.row(*_BLOB_PARTS), schema.row(*_BLOB_PARTS, schema.text))
 _GEOMETRY = schema.row(*[schema.each(_COUNT, 2)] * 4, schema.flag)
 _COPY_SOURCE = schema.row(schema.SHARD, _COUNT, schema.text, schema.text, _COUNT)
 _TASK = {
@@ -224,7 +225,8 @@ def _geometry_from_json(row: list[Any]) -> Geometry:
 
 
 def _blob_to_json(blob: Blob) -> list[Any]:
-    return [str(blob.file), blob.size, blob.mtime_ns, blob.offset]
+    row = [str(blob.file), blob.size, blob.mtime_ns, blob.offset]
+    return [*row, blob.column] if blob.column else row
 
 
 def _blob_from_json(row: list[Any]) -> Blob:

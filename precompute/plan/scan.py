@@ -15,12 +15,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from precompute.dataset.records import Blob, Memory, Rejected, SourceImage
+from precompute.dataset.records import Blob, Memory, Rejected, SourceImage, short_digest
 from precompute.images.decode import image_size, open_image
 from precompute.images.masks import check_mask_size
 from precompute.images.rejections import ImageError, explain
 from precompute.images.variants import plan_variants
-from precompute.plan.placement import PlannedSample, short_digest
+from precompute.plan.placement import PlannedSample
 from precompute.settings import EncodeSettings
 from runtime.devices import num_cores
 from runtime.errors import is_quiet
@@ -175,7 +175,10 @@ def _headers(
     records: list[SourceImage], memory: Memory, stamp: Callable[[Blob], tuple[str, int, int]]
 ) -> list[Header | Rejected]:
     """The header of each record's image; those not remembered are read by threads."""
-    headers: list[Any] = [memory.find(*stamp(record.image)) for record in records]
+    headers: list[Any] = [
+        list(record.header) if record.header else memory.find(*stamp(record.image))
+        for record in records
+    ]
     missing = [number for number, header in enumerate(headers) if header is None]
     threads = num_cores()
     reading = read_ahead(_read_header, (records[n] for n in missing), threads, 4 * threads)
@@ -238,7 +241,8 @@ def _make_stamp_function(dataset: Path) -> Callable[..., tuple[str, int, int]]:
 
     def stamp(blob: Blob, role: str = "picture") -> tuple[str, int, int]:
         inside = str(blob.file).removeprefix(root)
-        return f"{role} {inside}:{blob.offset}", blob.size, blob.mtime_ns
+        column = f" {blob.column}" if blob.column else ""
+        return f"{role} {inside}:{blob.offset}{column}", blob.size, blob.mtime_ns
 
     return stamp
 
@@ -298,6 +302,8 @@ def _head(blob: Blob) -> bytes | None:
     They do in a JPEG, whose segments come before its data. A PNG may have EXIF behind its data: its
     chunks are walked to see that there is none. In other formats anything may come last.
     """
+    if blob.column:
+        return None
     with open_regular(blob.file) as file:
         file.seek(blob.offset)
         head = file.read(min(HEAD_BYTES, blob.size))
