@@ -122,10 +122,13 @@ def _unet_files(
 ) -> tuple[dict[str, Path], ModelMetadata]:
     """A UNet with its schedule, and with ``--base`` a whole model for user interfaces."""
     # By name: whatever else lies there (notes, an .env) is the user's own, and stays here.
-    weights = (path for pattern in _WEIGHTS for path in sorted(unet.glob(pattern)))
-    paths = [unet / "config.json", unet / NOTES_FILE, *weights]
-    paths.append(unet.parent / "scheduler" / SCHEDULER_CONFIG)
-    files = {f"{path.parent.name}/{path.name}": path for path in paths if path.is_file()}
+    weights = {path for pattern in _WEIGHTS for path in unet.glob(pattern)}
+    weights.update(find_weights(unet).files)  # an index may name its pieces as it likes
+    paths = [unet / "config.json", unet / NOTES_FILE, *sorted(weights)]
+    files = {f"unet/{path.name}": path for path in paths if path.is_file()}
+    schedule = unet.parent / "scheduler" / SCHEDULER_CONFIG
+    if schedule.is_file():
+        files[f"scheduler/{schedule.name}"] = schedule
     if settings.base is not None:
         model = work / f"{settings.name}{SUFFIX}"
         export(ExportSettings(weights=unet, out=model, base=settings.base))

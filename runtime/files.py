@@ -256,8 +256,8 @@ def check_own_folder(out: Path, mark: str, writer: str) -> None:
         for path in sorted(islice(folders.pop().iterdir(), MAX_LISTED)):
             name = path.relative_to(out).as_posix()
             is_folder = path.is_dir()
-            known = own_folders if is_folder else own_files
-            if path.is_symlink() or name not in known:
+            own = own_folders if is_folder else own_files
+            if path.is_symlink() or name not in own:
                 raise ValueError(
                     f"--out {out}: holds {name}, which {writer} did not write; {remedy}"
                 )

@@ -30,6 +30,7 @@ from sdxl.metadata import ModelMetadata
 from train.config import TrainConfig
 
 TILE = 64
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 PREVIEWS = [
     (Image.new("RGB", (40, 90), "red"), "a tall | red <b>one</b>"),
     (Image.new("RGB", (90, 40), "blue"), "a wide \U0001f600 one"),
@@ -254,14 +255,12 @@ def test_only_a_unets_own_files_are_sent(base: Path, tmp_path: Path) -> None:
     (folder / "unet" / "diffusion_pytorch_model.fp16.safetensors").mkdir()
     code, output = push(folder, "me/x", "--license", "other", "--dry-run", "--out", out)
     assert code == 0, output
-    assert {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()} == {
-        "README.md",
-        "push.json",
-        "unet/config.json",
-        "unet/diffusion_pytorch_model.safetensors",
-        "unet/shardtune.json",
-        "scheduler/scheduler_config.json",
-    }
+    weights = {f"unet/{name}" for name in ("config.json", "shardtune.json", WEIGHTS)}
+    names = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    assert names == {"README.md", "push.json", *weights, "scheduler/scheduler_config.json"}
+    renamed = (folder / "unet").rename(folder / "step-7")
+    code, output = push(renamed, "me/x", "--license", "other", "--dry-run", "--out", out)
+    assert code == 0 and weights < set(output.split()), "of a UNet's folder by another name too"
 
 
 @pytest.mark.slow
