@@ -41,10 +41,16 @@ def push(settings: PushSettings, train: StageCommand) -> Iterator[str]:
                 yield f"  {name}  {format_bytes(path.stat().st_size)}"
             yield f"look at {out / 'README.md'}: it shows all that is said, prompts too"
             return
-        address, replaced = push_files(settings.repository, files, public=settings.public)
-    if replaced:
-        yield f"replaced by a new commit: {', '.join(replaced)}; other files stay as they were"
-    yield f"{address}: {len(files)} files are there"
+        pushed = push_files(settings.repository, files, public=settings.public)
+    if pushed.replaced:
+        names = ", ".join(pushed.replaced)
+        yield f"replaced by a new commit: {names}; other files stay as they were"
+    yield f"{pushed.address}: {len(files)} files are there"
+    if settings.public and pushed.is_private:
+        yield (
+            f"{settings.repository} was there already, and stays private in spite of --public: "
+            f"make it public in {pushed.address}/settings"
+        )
 
 
 def _find(settings: PushSettings, train: StageCommand) -> tuple[Path, RunRecord]:
@@ -55,7 +61,7 @@ def _find(settings: PushSettings, train: StageCommand) -> tuple[Path, RunRecord]
         return settings.weights, RunRecord()
     run = read_run(settings.weights)
     if settings.checkpoint is None:
-        return settings.weights, _record(run, run.last_step, train)
+        return settings.weights, _record(run, None, train)
     checkpoint = _choose(settings, run)
     folder = settings.weights / CHECKPOINTS / checkpoint.name
     return weights_folder(folder), _record(run, checkpoint.step, train)
@@ -78,8 +84,7 @@ def _choose(settings: PushSettings, run: RunFiles) -> Checkpoint:
     )
 
 
-def _record(run: RunFiles, step: int, train: StageCommand) -> RunRecord:
-    sheets = [path for number, path in run.previews.items() if 0 < number <= step]
+def _record(run: RunFiles, step: int | None, train: StageCommand) -> RunRecord:
     shown = (
         (setting.flag, " ".join(setting.value.split()))
         for setting in describe_settings(run.settings, train)
@@ -88,7 +93,9 @@ def _record(run: RunFiles, step: int, train: StageCommand) -> RunRecord:
     base, batch = run.settings.get("base"), run.settings.get("global_batch")
     return RunRecord(
         base=base if isinstance(base, str) and is_hub_id(base) else None,
-        sheet=sheets[-1] if sheets else None,
+        sheets=run.previews,
+        step=step,
+        last_step=run.last_step,
         settings=tuple(shown),
         facts=(("images a step", f"{batch:,}"),) if type(batch) is int else (),
     )

@@ -14,16 +14,8 @@ from typing import Any
 import click
 
 from convert.tables import CLASSES, WRITTEN, Given, Options, Report
-from runtime.files import (
-    canonical_json,
-    file_sha256,
-    replacement,
-    seal,
-    unseal,
-    write_durable,
-)
+from runtime.files import check_own_folder, replacement, write_mark
 from runtime.messages import printable
-from runtime.safe_parsing import read_bounded
 from shards.buckets import bucket_sizes
 
 MARK = "conversion.json"  # in a folder that a conversion wrote: the digests of its files
@@ -31,7 +23,6 @@ PROMPTS = "prompts.jsonl"
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl", ".gif", ".tif", ".tiff")
 MAX_LISTED = 1_000_000  # names of a folder that are looked at
 MAX_RECIPES = 1000  # datasets of one config
-MAX_MARK_BYTES = 1_000_000
 NUM_ORDERS = 8  # cached orders of tags, where the source shuffles anew at each step
 NUM_CROPS = 4  # cached crops, where the source crops anew at each step
 CommandCheck = Callable[[list[str]], None]
@@ -217,9 +208,7 @@ def write_conversion(conversion: Conversion, check: CommandCheck) -> list[str]:
         text = "".join(f"{line}\n" for line in lines)
         (folder / "README.txt").write_text(text, encoding="utf-8")
         _check_recipes(conversion, folder, check)
-        digests = {path.name: file_sha256(path) for path in sorted(folder.iterdir())}
-        mark = canonical_json(seal({"tool": conversion.tool, "files": digests}))
-        write_durable(folder / MARK, mark.encode())
+        write_mark(folder, MARK, tool=conversion.tool)
     return lines
 
 
@@ -243,25 +232,7 @@ def check_replaceable(out: Path) -> None:
     Raises:
         ValueError: names what is in the way.
     """
-    remedy = "give another --out, or delete it yourself"
-    if not os.path.lexists(out):
-        return
-    if not out.is_dir() or out.is_symlink():
-        raise ValueError(f"--out {out}: is no folder of a former conversion; {remedy}")
-    names = {entry.name for entry in islice(out.iterdir(), MAX_LISTED)}
-    if not names:
-        return
-    try:
-        files = unseal(read_bounded(out / MARK, MAX_MARK_BYTES)).get("files")
-    except (OSError, ValueError):
-        files = None
-    if not isinstance(files, dict):
-        raise ValueError(f"--out {out}: holds something else than a former conversion; {remedy}")
-    if others := sorted(names - {*files, MARK}):
-        raise ValueError(f"--out {out}: holds {others[0]}, which convert did not write; {remedy}")
-    for name in sorted(names - {MARK}):
-        if not (out / name).is_file() or file_sha256(out / name) != files[name]:
-            raise ValueError(f"--out {out}: {name} was changed since it was converted; {remedy}")
+    check_own_folder(out, MARK, "convert")
 
 
 def readme_lines(conversion: Conversion) -> list[str]:

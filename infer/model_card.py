@@ -12,7 +12,6 @@ from sdxl.hub import is_hub_id
 from sdxl.metadata import ModelMetadata
 from sdxl.user_interfaces import LORA_PLACES, MODEL_PLACES
 
-MARK = "<!-- written by shardtune push -->"
 # Licenses that the hub knows by these ids; of another one it wants the name.
 _LICENSES = (
     "apache-2.0 mit openrail openrail++ creativeml-openrail-m bigscience-openrail-m cc cc0-1.0 "
@@ -72,7 +71,7 @@ class ModelCard:
             license_name=license_name,
         )
         parts = [
-            f"---\n{front.to_yaml()}\n---\n{MARK}\n",
+            f"---\n{front.to_yaml()}\n---\n",
             f"# {self.repository.partition('/')[2]}",
             self._introduction(),
             *self._gallery(),

@@ -4,14 +4,14 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from infer.export import export, unet_folder
-from infer.model_card import MARK, ModelCard
+from infer.model_card import ModelCard
 from infer.settings import SUFFIX, ExportSettings, PushSettings
-from runtime.files import PARTIAL, fsync_tree, remove_path, replace_path, writing
+from runtime.files import check_own_folder, replacement, write_mark, writing
 from runtime.path_kinds import missing
 from sdxl.base import Base, find_weights, open_base
 from sdxl.contact_sheet import read_sheet
@@ -19,11 +19,13 @@ from sdxl.hub import is_hub_id
 from sdxl.lora.names import KOHYA, LORA
 from sdxl.lora.read import find_lora, lora_metadata, read_lora_file
 from sdxl.lora.weights import LoraWeights
-from sdxl.metadata import ModelMetadata, read_model_metadata
+from sdxl.metadata import NOTES_FILE, SCHEDULER_CONFIG, ModelMetadata, read_model_metadata
 from sdxl.single_file import read_header
 from sdxl.tensor_files import check_digest
 
 CARD = "README.md"
+MARK = "push.json"  # in the folder of a dry run, and never sent: the digests of its files
+_WEIGHTS = ("diffusion_pytorch_model*.safetensors", "diffusion_pytorch_model*.index*.json")
 MAX_PREVIEWS = 12  # on a card
 
 
@@ -32,7 +34,9 @@ class RunRecord:
     """What a run adds to its weights."""
 
     base: str | None = None
-    sheet: Path | None = None  # of previews, at the weights' step
+    sheets: Mapping[int, Path] = field(default_factory=dict)  # of previews, by step
+    step: int | None = None  # of the weights, if they are those of a checkpoint
+    last_step: int = 0  # of the run: the weights' step where nothing else states it
     settings: tuple[tuple[str, str], ...] = ()  # flags and values that differ from the defaults
     facts: tuple[tuple[str, str], ...] = ()
 
@@ -57,7 +61,7 @@ def gathered(settings: PushSettings, weights: Path, record: RunRecord) -> Iterat
             if path.suffix == SUFFIX:
                 check_digest(path)
         license = settings.license or _license(base, metadata)
-        previews = _previews(record.sheet, work) if settings.previews else {}
+        previews = _previews(_sheet(record, metadata), work) if settings.previews else {}
         ui_file = f"{settings.name}{SUFFIX}"
         card = ModelCard(
             repository=settings.repository,
@@ -117,10 +121,14 @@ def _unet_files(
     settings: PushSettings, unet: Path, work: Path
 ) -> tuple[dict[str, Path], ModelMetadata]:
     """A UNet with its schedule, and with ``--base`` a whole model for user interfaces."""
-    files = {f"unet/{path.name}": path for path in sorted(unet.iterdir()) if path.is_file()}
-    scheduler = unet.parent / "scheduler"
-    if scheduler.is_dir():
-        files |= {f"scheduler/{path.name}": path for path in sorted(scheduler.iterdir())}
+    # By name: whatever else lies there (notes, an .env) is the user's own, and stays here.
+    weights = {path for pattern in _WEIGHTS for path in unet.glob(pattern)}
+    weights.update(find_weights(unet).files)  # an index may name its pieces as it likes
+    paths = [unet / "config.json", unet / NOTES_FILE, *sorted(weights)]
+    files = {f"unet/{path.name}": path for path in paths if path.is_file()}
+    schedule = unet.parent / "scheduler" / SCHEDULER_CONFIG
+    if schedule.is_file():
+        files[f"scheduler/{schedule.name}"] = schedule
     if settings.base is not None:
         model = work / f"{settings.name}{SUFFIX}"
         export(ExportSettings(weights=unet, out=model, base=settings.base))
@@ -146,6 +154,15 @@ def _base_name(base: Base | None, metadata: ModelMetadata, record: RunRecord) ->
     return next((name for name in stated if is_hub_id(name)), stated[0] if stated else None)
 
 
+def _sheet(record: RunRecord, metadata: ModelMetadata) -> Path | None:
+    """The newest sheet that shows the weights or what they were before, never what came after: a
+    run may publish its best weights, which are not its last."""
+    stated = (record.step, metadata.steps, record.last_step)
+    end = next(step for step in stated if step is not None)
+    steps = [step for step in record.sheets if 0 < step <= end]
+    return record.sheets[max(steps)] if steps else None
+
+
 def _previews(sheet: Path | None, work: Path) -> dict[Path, str]:
     """The images of a sheet as files, each with its prompt; the sheet itself, without a prompt,
     where it cannot be cut apart."""
@@ -168,31 +185,17 @@ def _previews(sheet: Path | None, work: Path) -> dict[Path, str]:
 
 
 def write_folder(files: Mapping[str, Path], out: Path) -> None:
-    """Copy ``files`` into the folder ``out``, which they replace as a whole.
+    """Copy ``files`` into the folder ``out``, in place of those of a former call.
 
     Raises:
-        ValueError: something else is there.
+        ValueError: something else is there, or one of those files was changed; nothing is written.
         OSError: it cannot be written.
     """
-    if out.exists() and not _is_own_folder(out):
-        raise ValueError(f"{out}: is there already, and push did not write it; give another --out")
+    check_own_folder(out, MARK, "push --dry-run")
     if not out.parent.is_dir():
         raise ValueError(missing(out.parent))
-    partial = out.with_name(out.name + PARTIAL)
-    with writing(out):
-        try:
-            remove_path(partial)
-            for name, path in files.items():
-                (partial / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, partial / name)
-            fsync_tree(partial)
-            replace_path(partial, out)
-        finally:
-            remove_path(partial)
-
-
-def _is_own_folder(out: Path) -> bool:
-    try:
-        return MARK in (out / CARD).read_text(encoding="utf-8")
-    except (OSError, ValueError):
-        return False
+    with writing(out), replacement(out) as folder:
+        for name, path in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, folder / name)
+        write_mark(folder, MARK)

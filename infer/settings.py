@@ -401,7 +401,10 @@ class PushSettings:
 
     weights: Path
     repository: str
-    public: bool = option(False, "Create a public repository. Default: a private one.")
+    public: bool = option(
+        False,
+        "Create a public repository. Default: a private one. One that is there stays as it is.",
+    )
     dry_run: bool = option(
         False, "Write what would be sent into a folder, without asking the hub, then exit."
     )
@@ -428,7 +431,9 @@ class PushSettings:
     instance_prompt: str | None = option(
         None, "Words that call up what was learned, such as 'photo of ohwx man'.", metavar="TEXT"
     )
-    previews: bool = option(True, "Show the run's newest previews, with their prompts.")
+    previews: bool = option(
+        True, "Show the run's newest previews up to the weights' step, with their prompts."
+    )
 
     def __post_init__(self) -> None:
         if not _REPOSITORY.fullmatch(self.repository) or re.search(r"--|\.\.", self.repository):

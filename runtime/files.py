@@ -14,7 +14,8 @@ import shutil
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from itertools import islice
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
@@ -22,6 +23,8 @@ from safetensors import SafetensorError
 PARTIAL = ".partial"
 REPLACED = ".replaced" + PARTIAL  # what a new file or folder is about to replace
 DIGEST = "digest"  # the field of our JSON files that vouches for the others
+MAX_MARK_BYTES = 1_000_000
+MAX_LISTED = 1_000_000  # names of a folder that are looked at
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -214,6 +217,56 @@ def removed_on_error(path: Path) -> Iterator[None]:
         with suppress(OSError):
             remove_path(path)
         raise
+
+
+def write_mark(folder: Path, mark: str, **fields: Any) -> None:
+    """Write the file ``mark`` into a folder that is complete: ``fields``, and the digests of all
+    its files, by which ``check_own_folder`` knows them again."""
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    digests = {path.relative_to(folder).as_posix(): file_sha256(path) for path in paths}
+    write_durable(folder / mark, canonical_json(seal({**fields, "files": digests})).encode())
+
+
+def check_own_folder(out: Path, mark: str, writer: str) -> None:
+    """Refuse to replace ``out`` where it has anything but the files, unchanged, that the command
+    ``writer`` wrote there with ``write_mark``. What is not there, or empty, may be written.
+
+    Raises:
+        ValueError: names what is in the way.
+        OSError: a file cannot be read.
+    """
+    remedy = "give another --out, or delete it yourself"
+    if not os.path.lexists(out):
+        return
+    if not out.is_dir() or out.is_symlink():
+        raise ValueError(f"--out {out}: is no folder that {writer} wrote; {remedy}")
+    if not any(out.iterdir()):
+        return
+    try:
+        with open_regular(out / mark) as file:
+            digests = unseal(file.read(MAX_MARK_BYTES)).get("files")
+    except (OSError, ValueError):
+        digests = None
+    if not isinstance(digests, dict):
+        raise ValueError(f"--out {out}: holds something else than {writer} wrote; {remedy}")
+    own_files = {*digests, mark}
+    own_folders = {str(folder) for name in digests for folder in PurePosixPath(name).parents}
+    folders = [out]
+    while folders:
+        for path in sorted(islice(folders.pop().iterdir(), MAX_LISTED)):
+            name = path.relative_to(out).as_posix()
+            is_folder = path.is_dir()
+            own = own_folders if is_folder else own_files
+            if path.is_symlink() or name not in own:
+                raise ValueError(
+                    f"--out {out}: holds {name}, which {writer} did not write; {remedy}"
+                )
+            if is_folder:
+                folders.append(path)
+            elif name != mark and not (path.is_file() and file_sha256(path) == digests[name]):
+                raise ValueError(
+                    f"--out {out}: {name} was changed since {writer} wrote it; {remedy}"
+                )
 
 
 def is_inside(path: Path, folder: Path) -> bool:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from runtime.messages import first_line
 from sdxl import BaseError
@@ -138,11 +138,18 @@ def download_base(hub_id: str, out: Path, *, fp16: bool = False, file: str | Non
     return out if "model_index.json" in names else out / names[0]
 
 
-def push_files(repo: str, files: Mapping[str, Path], *, public: bool) -> tuple[str, list[str]]:
-    """Send ``files``, by their names there, to the repository OWNER/NAME, in one commit; it is
-    created if it is not there, as a private one unless ``public``. Other files in it stay.
+class Pushed(NamedTuple):
+    """What became of a push."""
 
-    Returns its address, and the names in it that had another file before.
+    address: str
+    replaced: list[str]  # names in the repository that had another file before
+    is_private: bool  # as it was made, or as it was before
+
+
+def push_files(repo: str, files: Mapping[str, Path], *, public: bool) -> Pushed:
+    """Send ``files``, by their names there, to the repository OWNER/NAME, in one commit; it is
+    created if it is not there, as a private one unless ``public``. Other files in it stay, and a
+    private one stays private.
 
     Raises:
         ValueError: nobody is logged in, or the repository is public unasked.
@@ -174,7 +181,8 @@ def push_files(repo: str, files: Mapping[str, Path], *, public: bool) -> tuple[s
     with _as_push_error(f"{repo}: is there, and nothing in it was changed"):
         adds = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
         api.create_commit(repo, adds, commit_message="Pushed by shardtune")
-    return f"{api.endpoint}/{repo}", sorted(files.keys() & before)
+    is_private = not public if info is None else bool(info.private)
+    return Pushed(f"{api.endpoint}/{repo}", sorted(files.keys() & before), is_private)
 
 
 @contextmanager

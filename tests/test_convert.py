@@ -536,7 +536,7 @@ def test_only_a_former_conversion_is_replaced() -> None:
     note.unlink()
     with open("recipes/train.toml", "a") as file:
         file.write("rank = 8\n")
-    with pytest.raises(ValueError, match=r"train\.toml was changed since it was converted"):
+    with pytest.raises(ValueError, match=r"train\.toml was changed since convert wrote it"):
         run("kohya", config, FILES["data.toml"])
     assert recipe("train")["seed"] == 2
     Path("folder").mkdir()

@@ -7,7 +7,7 @@ import shutil
 import socket
 import typing
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from sdxl.metadata import ModelMetadata
 from train.config import TrainConfig
 
 TILE = 64
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 PREVIEWS = [
     (Image.new("RGB", (40, 90), "red"), "a tall | red <b>one</b>"),
     (Image.new("RGB", (90, 40), "blue"), "a wide \U0001f600 one"),
@@ -116,8 +117,9 @@ def test_the_folder_of_a_dry_run(run: Path, files: dict[str, bytes], tmp_path: P
     assert f"{out}: what push would send to me/my-style (private):" in output
     names = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
     images = {f"images/{number:02d}.png" for number in (1, 2, 3)}
-    assert names == {"README.md", LORA, "my-style.safetensors", *images}
-    assert all(f"  {name}  " in output for name in names)
+    sent = {"README.md", LORA, "my-style.safetensors", *images}
+    assert names == {*sent, "push.json"} and "push.json" not in output
+    assert all(f"  {name}  " in output for name in sent)
     assert (out / LORA).read_bytes() == files[LORA]
     assert (out / "my-style.safetensors").read_bytes() == files[KOHYA]
     with Image.open(out / "images" / "02.png") as image:
@@ -148,9 +150,23 @@ def test_the_folder_of_a_dry_run(run: Path, files: dict[str, bytes], tmp_path: P
 
     assert push(*arguments)[0] == 0, "its own folder is written anew"
     assert not list(tmp_path.glob("*.partial"))
-    (out / "README.md").write_text("mine")
-    assert "push did not write it; give another --out" in refused(*arguments)
-    assert (out / "README.md").read_text() == "mine"
+    for name in ("README.md", "images/01.png", "notes.txt", "images/.git/HEAD", ".git/HEAD"):
+        path = out / name
+        before = path.read_bytes() if path.exists() else None
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"mine" + (before or b""))
+        line = refused(*arguments)
+        assert name.removesuffix("/HEAD") in line and "give another --out" in line
+        assert path.read_bytes().startswith(b"mine") and not list(tmp_path.glob("*.partial"))
+        if before is not None:
+            path.write_bytes(before)
+        elif path.name == "HEAD":
+            shutil.rmtree(path.parent)
+        else:
+            path.unlink()
+    (out / "push.json").unlink()
+    assert "holds something else than push --dry-run wrote" in refused(*arguments)
+    assert (out / LORA).exists()
 
 
 def test_which_checkpoint(run: Path, files: dict[str, bytes], tmp_path: Path) -> None:
@@ -171,6 +187,28 @@ def test_which_checkpoint(run: Path, files: dict[str, bytes], tmp_path: Path) ->
     assert "--checkpoint last takes the newest" in refused(
         run, "me/x", "--dry-run", "--out", tmp_path / "out"
     )
+
+
+def test_previews_are_of_the_weights_step(
+    run: Path, files: dict[str, bytes], base: Path, tmp_path: Path
+) -> None:
+    """A run that publishes its best weights ends with those of an earlier step."""
+
+    def shown(steps: int | None) -> bytes | None:
+        unet = made_lora(base, tmp_path / f"lora-{steps}")
+        for name, data in lora_bytes(unet, None, replace(METADATA, steps=steps)).items():
+            (run / name).write_bytes(data)
+        code, output = push(run, "me/x", "--dry-run", "--out", tmp_path / "out")
+        assert code == 0, output
+        path = tmp_path / "out" / "images" / "previews.png"
+        return path.read_bytes() if path.exists() else None
+
+    sheets = {step: run / "previews" / f"step-{step:06d}.png" for step in (36, 72, 108, 144)}
+    sheets[144].write_bytes(sheets[36].read_bytes() + b"of the last step")
+    assert shown(72) == sheets[72].read_bytes()
+    assert shown(107) == sheets[72].read_bytes(), "the nearest before"
+    assert shown(35) is None, "none is of an earlier step"
+    assert shown(None) == sheets[144].read_bytes()
 
 
 def test_what_cannot_be_pushed(run: Path, base: Path, tmp_path: Path) -> None:
@@ -205,6 +243,24 @@ def test_a_kohya_file_alone(base: Path, run: Path, tmp_path: Path) -> None:
     with_warning = push(given, "me/x", "--dry-run", "--out", out)[1]
     assert f"Warning: {LORA} is not made:" in with_warning
     assert not (out / LORA).exists()
+
+
+def test_only_a_unets_own_files_are_sent(base: Path, tmp_path: Path) -> None:
+    out, folder = tmp_path / "out", tmp_path / "full"
+    for part in ("unet", "scheduler"):
+        shutil.copytree(base / part, folder / part)
+        for name in (".env", "notes.txt", "config.json.bak", "train.json"):
+            (folder / part / name).write_text("secret")
+    (folder / "unet" / "shardtune.json").write_text('{"long_captions": 3}')
+    (folder / "unet" / "diffusion_pytorch_model.fp16.safetensors").mkdir()
+    code, output = push(folder, "me/x", "--license", "other", "--dry-run", "--out", out)
+    assert code == 0, output
+    weights = {f"unet/{name}" for name in ("config.json", "shardtune.json", WEIGHTS)}
+    names = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    assert names == {"README.md", "push.json", *weights, "scheduler/scheduler_config.json"}
+    renamed = (folder / "unet").rename(folder / "step-7")
+    code, output = push(renamed, "me/x", "--license", "other", "--dry-run", "--out", out)
+    assert code == 0 and weights < set(output.split()), "of a UNet's folder by another name too"
 
 
 @pytest.mark.slow
@@ -310,7 +366,13 @@ def test_a_hub_receives_it(hub: WritableHub, run: Path, files: dict[str, bytes])
     assert not hub.private["someone/shown"]
     before = dict(hub.repositories["someone/shown"])
     assert "is there already, and public; --public" in refused(run, "someone/shown")
-    assert hub.repositories["someone/shown"] == before and hub.num_commits == 3
+    assert "stays private" not in push(run, "someone/shown", "--public")[1]
+    assert hub.repositories["someone/shown"] == before and hub.num_commits == 4
+
+    code, output = push(run, "someone/x", "--public")
+    assert code == 0 and hub.private["someone/x"]
+    assert "someone/x was there already, and stays private in spite of --public" in output
+    assert f"make it public in {hub.url}/someone/x/settings" in output
 
 
 def test_a_hub_that_refuses(
