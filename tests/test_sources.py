@@ -295,7 +295,7 @@ def test_what_cannot_be_read_is_an_error(
 
 def test_a_file_is_no_folder(tmp_path: Path) -> None:
     put(tmp_path / "a.png")
-    with pytest.raises(ValueError, match=r"a\.png: no folder$"):
+    with pytest.raises(ValueError, match=r"a\.png: a file; give its folder$"):
         read_set(tmp_path / "a.png")
 
 
