@@ -84,6 +84,12 @@ def test_the_best_average_is_published_at_once(
     assert equal == [False, True, False]
 
 
+def test_the_best_of_no_evals_is_refused_at_once(cache: Path, base: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--publish best: there is no eval to choose by"):
+        run(cache, base, tmp_path / "run", steps=1, publish="best")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 def test_without_evals_the_newest_stay_and_a_stop_is_one_of_them(
     cache: Path, base: Path, tmp_path: Path
 ) -> None:

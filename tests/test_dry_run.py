@@ -171,3 +171,13 @@ def test_images_without_room_for_crops_or_much_too_small_are_told_of(
         (text,) = [line for line in output.splitlines() if "enlarged" in line and "Warn" in line]
         assert "1 of 3 images are enlarged more than 2 times (most: tiny.png, 3.2 times)" in text
         assert text.endswith("--min-size 32 leaves them out")
+
+
+def test_crops_of_which_none_has_room_are_told_of(base: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        put(tmp_path / "set" / f"{name}.png", name)
+        Image.linear_gradient("L").resize((64, 64)).save(tmp_path / "set" / f"{name}.png")
+    words = ["encode", tmp_path / "set", "--base", base, "--out", tmp_path / "out", *SETTINGS]
+    code, output = run(*words, "--crops", 4, "--dry-run")
+    assert code == 0, output
+    assert "  2 variants of them (4 random crops); not 8, as not every image has room" in output

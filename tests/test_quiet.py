@@ -25,6 +25,9 @@ def test_the_stages_print_nothing(images: Path, base: Path, tmp_path: Path) -> N
     assert quietly("generate", *given, out, "--lora", run, *draw) == (0, "")
     assert sorted(path.name for path in out.glob("0*.png")) == ["000000.png"]
     assert quietly("export", run, "--out", tmp_path / "x.safetensors", "--base", base) == (0, "")
+    bad = ["--steps", 9, "--lr", 1e6, "--max-skipped", 3, "--max-grad-norm", 0]
+    code, output = quietly("train", cache, *given, tmp_path / "bad", *bad)
+    assert code == 1 and "left out, its" in output, "warnings are printed"
     code, output = quietly(*train)
     assert code == 2 and output.startswith("Error: ") and "--overwrite" in output
 
