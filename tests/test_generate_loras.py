@@ -89,7 +89,7 @@ def test_compare_draws_with_and_without(
     check_equal(with_loras, reference(base, PROMPTS, with_loras_of(loras)))
     assert differ(without, with_loras) > 1
     with Image.open(tmp_path / "both" / "contact-sheet.png") as sheet:
-        assert sheet.size[0] == 2 * 512
+        assert sheet.size[0] == 2 * 512 + 4
 
 
 @pytest.mark.slow
