@@ -9,11 +9,11 @@ import click
 
 from cli_convert import TOOLS
 from cli_group import commands, launched, make_settings, prepare_process, stage
-from cli_pages import CheckpointPages, check_grid_page, check_pages, report_at_end, show_grid
+from cli_pages import GRID_PAGE, CheckpointPages, check_pages, report_at_end, show_grid
 from runtime.errors import echo, handle_errors
 from runtime.messages import pluralize
 from runtime.options import RECIPE_OPTION, FilePath, PathText, StageCommand
-from runtime.path_kinds import check_cache, missing
+from runtime.path_kinds import check_cache, check_page, missing
 from runtime.signals import Stopped
 from runtime.workers import is_main_process
 
@@ -170,7 +170,7 @@ def generate(ctx: click.Context, debug: bool, recipe: Path | None, **values: Any
     with handle_errors(debug):
         settings = make_settings(ctx, values, recipe)
         if settings.grid:
-            check_grid_page(settings.out)
+            check_page(settings.out / GRID_PAGE)
         if launched(settings):
             return
         if settings.grid:
@@ -195,7 +195,7 @@ def generate(ctx: click.Context, debug: bool, recipe: Path | None, **values: Any
             )
 
 
-@stage("export", "infer.settings:ExportSettings")
+@stage("export", "infer.export_settings:ExportSettings")
 def export(ctx: click.Context, debug: bool, **values: Any) -> None:
     """Convert WEIGHTS to a format that other tools read.
 
@@ -212,7 +212,7 @@ def export(ctx: click.Context, debug: bool, **values: Any) -> None:
         echo(f"{done.path}: {done.description}, {done.num_bytes / 1e6:.1f} MB; read back and equal")
 
 
-@stage("push", "infer.settings:PushSettings")
+@stage("push", "infer.export_settings:PushSettings")
 def push(ctx: click.Context, debug: bool, **values: Any) -> None:
     """Send WEIGHTS with a model card to the Hugging Face Hub.
 
@@ -257,7 +257,7 @@ def download(hub_id: str, out: Path, fp16: bool, file: str | None, debug: bool) 
 )
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def demo(out: Path, debug: bool) -> None:
-    """Fine-tune a miniature SDXL on a CPU in two minutes.
+    """Fine-tune a miniature SDXL on a CPU in two to three minutes.
 
     It learns two new shapes; images before and after show it.
     """

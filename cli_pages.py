@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from runtime.errors import describe_error, echo
 from runtime.messages import pluralize
 from runtime.options import StageCommand
-from runtime.path_kinds import is_own_page
 from runtime.workers import is_main_process
 
 if TYPE_CHECKING:
@@ -70,17 +69,6 @@ def report_at_end(run: Path, command: StageCommand) -> None:
 
 
 GRID_PAGE = "grid.html"
-
-
-def check_grid_page(out: Path) -> None:
-    """Refuse, before a grid is drawn, to replace a page that is not ours.
-
-    Raises:
-        ValueError: another program wrote ``OUT/grid.html``.
-    """
-    page = out / GRID_PAGE
-    if page.exists() and not is_own_page(page):
-        raise ValueError(f"{page}: not written by shardtune; move it away, or give another --out")
 
 
 def show_grid(out: Path, grid: "Grid") -> None:

@@ -6,13 +6,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from infer.export_settings import PushSettings
 from infer.publish import RunRecord, gathered, write_folder
-from infer.settings import PushSettings
-from pages.run_files import CHECKPOINTS, Checkpoint, RunFiles, read_run
+from pages.run_files import Checkpoint, RunFiles, read_run
 from pages.settings import describe_settings
 from runtime.files import format_bytes
 from runtime.options import StageCommand
-from runtime.path_kinds import RUN, kind_of
+from runtime.path_kinds import CHECKPOINTS, RUN, kind_of
 from sdxl.hub import is_hub_id, push_files
 from sdxl.metadata import weights_folder
 

@@ -13,16 +13,18 @@ from convert.kohya_datasets import (
     write_base,
     write_encodes,
 )
-from convert.optimizers import OptimizerChoice, choose_adafactor
 from convert.prompts import read_kohya_prompts, sampler_of
 from convert.recipes import (
     Conversion,
+    OptimizerChoice,
     Recipe,
+    choose_adafactor,
     copy_rows,
     every,
     located,
     same_in_all,
     steps_per_epoch,
+    write_trackers,
 )
 from convert.tables import Given, Options, Report, read_table, shown
 
@@ -41,7 +43,6 @@ _OPTIMIZERS = {
     "adafactor": ("adafactor", ""),
     "prodigy": ("prodigy", ""),
 }
-_LORA_SIGNS = ("module", "dim", "alpha", "weights", "args")
 _SCHEDULES = {
     "constant": "constant",
     "constant_with_warmup": "constant",
@@ -404,16 +405,7 @@ def _write_intervals(train: Recipe, options: Options) -> None:
     interval, given = every(options, "validate_every_n_epochs", "validate_every_n_steps")
     if interval:
         train.set("eval_every", interval, given)
-    tracker = options.get("log_with", str, "")
-    project, name = options.get("log_tracker_name", str), options.get("wandb_run_name", str)
-    if tracker.value in ("tensorboard", "all"):
-        train.set("tensorboard", True, tracker)
-    if tracker.value in ("wandb", "all"):
-        train.set("wandb", "online", tracker)
-        if project.value:
-            train.set("wandb_project", project.value, project)
-        if name.value:
-            train.set("wandb_name", name.value, name)
+    write_trackers(train, options, "log_with", "log_tracker_name", "wandb_run_name")
 
 
 def _write_prompts(conversion: Conversion, options: Options) -> None:

@@ -5,9 +5,16 @@ from pathlib import Path
 from typing import Any
 
 from convert.onetrainer_concepts import flat, read_json, read_json_table, write_base, write_concepts
-from convert.optimizers import OptimizerChoice, choose_adafactor
 from convert.prompts import MAX_PROMPTS, check_prompt, fit_prompt
-from convert.recipes import Conversion, Recipe, copy_rows, located, steps_per_epoch
+from convert.recipes import (
+    Conversion,
+    OptimizerChoice,
+    Recipe,
+    choose_adafactor,
+    copy_rows,
+    located,
+    steps_per_epoch,
+)
 from convert.tables import Given, Level, Options, Report, read_table, shown
 
 SDXL = "STABLE_DIFFUSION_XL_10_BASE"

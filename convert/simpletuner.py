@@ -18,6 +18,7 @@ from convert.recipes import (
     every,
     located,
     write_resolution,
+    write_trackers,
 )
 from convert.tables import Given, Options, Report, read_table, shown
 
@@ -225,16 +226,8 @@ def _write_intervals(train: Recipe, options: Options) -> None:
     interval, given = every(options, "eval_epoch_interval", "eval_steps_interval")
     if interval:
         train.set("eval_every", interval, given)
-    tracker = options.get("report_to", str, "none")
-    project, name = options.get("tracker_project_name", str), options.get("tracker_run_name", str)
-    if tracker.value in ("tensorboard", "all"):
-        train.set("tensorboard", True, tracker)
-    if tracker.value in ("wandb", "all"):
-        train.set("wandb", "online", tracker)
-        if project.value:
-            train.set("wandb_project", project.value, project)
-        if name.value:
-            train.set("wandb_name", name.value, name)
+    names = "report_to", "tracker_project_name", "tracker_run_name"
+    write_trackers(train, options, *names)
 
 
 # Datasets

@@ -14,7 +14,7 @@ import torch
 
 from infer.export_files import locked_output, new_file
 from infer.export_model import export_model
-from infer.settings import ExportSettings
+from infer.export_settings import ExportSettings
 from runtime.devices import DTYPES
 from runtime.files import write_durable
 from sdxl.base import Base, open_base

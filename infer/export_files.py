@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from infer.settings import ExportSettings
+from infer.export_settings import ExportSettings
 from runtime.files import (
     format_bytes,
     free_bytes,

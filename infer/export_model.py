@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 
 from infer.export_files import new_file, new_folder
-from infer.settings import ExportSettings
+from infer.export_settings import ExportSettings
 from sdxl.base import Base, ModelSource, find_weights, open_base
 from sdxl.load import load_text_encoders, load_unet, load_vae
 from sdxl.lora.apply import merged_weights

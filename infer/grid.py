@@ -5,7 +5,6 @@ as generate fills it, so that a grid that was interrupted or gets more values go
 """
 
 import gc
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,14 +19,13 @@ from infer.outputs import SETTINGS_KEY, ImageFolder, read_record
 from infer.requests import ImageRequest, make_requests
 from infer.settings import GenerateSettings, GridAxis, LoraUse, digits
 from runtime.files import durable_file, writing
+from runtime.path_kinds import CHECKPOINTS, checkpoints_in
 from runtime.workers import WorkQueue
 from sdxl.contact_sheet import GridBlock, grid_sheet
 from sdxl.prompt_files import Prompt
 
 SHEET = "grid.png"
 MAX_IMAGES = 2_000
-CHECKPOINTS = "checkpoints"  # in a run
-_CHECKPOINT = re.compile(r"checkpoint-(\d{1,15})")
 Values = tuple[float | None, ...]  # one of each axis, in the order of the axes
 
 
@@ -145,8 +143,7 @@ def _with_checkpoints(axis: GridAxis, settings: GenerateSettings) -> GridAxis:
     if axis.name != "checkpoint":
         return axis
     run = settings.unet or settings.lora[0].path
-    names = [path.name for path in (run / CHECKPOINTS).glob("checkpoint-*")]
-    steps = sorted(int(match[1]) for name in names if (match := _CHECKPOINT.fullmatch(name)))
+    steps = [*checkpoints_in(run)]
     if not steps:
         raise ValueError(f"{run}: has no {CHECKPOINTS}; --grid checkpoint needs a run's folder")
     for value in axis.values:

@@ -9,8 +9,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from infer.export import export, unet_folder
+from infer.export_settings import SUFFIX, ExportSettings, PushSettings
 from infer.model_card import ModelCard
-from infer.settings import SUFFIX, ExportSettings, PushSettings
 from runtime.files import check_own_folder, replacement, write_mark, writing
 from runtime.path_kinds import missing
 from sdxl.base import Base, find_weights, open_base

@@ -14,8 +14,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from pages.images import Embedded, thinned
-from pages.page import check_page, render, write_page
+from pages.page import render, write_page
 from pages.settings import show
+from runtime.path_kinds import check_page
 from sdxl.latent_rgb import latents_to_rgb
 from shards.buckets import bucket_name
 from shards.inspect import Contents, read_rejected

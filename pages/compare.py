@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from pages.curves import DASHES, NUM_COLORS, Chart, Line, draw_chart, short, smoothed
-from pages.page import check_page, render, write_page
+from pages.page import render, write_page
 from pages.report import status_of
 from pages.run_files import RunFiles, read_run
 from pages.settings import describe_settings, flag, other_values, show
 from runtime.options import StageCommand
+from runtime.path_kinds import check_page
 
 MAX_RUNS = NUM_COLORS * len(DASHES)  # that look different
 # Evals of runs that differ in one of these are of different questions.

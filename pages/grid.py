@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pages.images import embed_all
-from pages.page import check_page, render, write_page
+from pages.page import render, write_page
+from runtime.path_kinds import check_page
 
 
 def write_grid(

@@ -7,7 +7,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from runtime.files import write_durable, writing
 from runtime.messages import printable
-from runtime.path_kinds import is_own_page
+from runtime.path_kinds import check_page
 
 
 def _safe(value: Any) -> Any:
@@ -26,18 +26,6 @@ def render(template: str, **values: Any) -> str:
         finalize=_safe,
     )
     return environment.get_template(template).render(**values)
-
-
-def check_page(path: Path) -> None:
-    """Refuse to replace what is no page of ours.
-
-    Raises:
-        ValueError: a folder, or a file that shardtune did not write.
-    """
-    if path.is_dir():
-        raise ValueError(f"{path}: a folder; name a file, for example {path / 'page.html'}")
-    if path.exists() and not is_own_page(path):
-        raise ValueError(f"{path}: not written by shardtune; move it away, or give another --out")
 
 
 def write_page(path: Path, html: str) -> None:

@@ -8,11 +8,12 @@ import numpy as np
 
 from pages.curves import Chart, Line, draw_chart, short, smoothed
 from pages.images import Embedded, embed_images
-from pages.page import check_page, render, write_page
+from pages.page import render, write_page
 from pages.run_files import Checkpoint, RunFiles, read_run
 from pages.settings import command_line, describe_settings, other_values, show
 from runtime.messages import pluralize
 from runtime.options import StageCommand
+from runtime.path_kinds import check_page
 
 REPORT = "report.html"
 MAX_CHECKPOINTS = 500  # in the table

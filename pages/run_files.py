@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 
 from runtime.files import unseal
 from runtime.messages import pluralize
+from runtime.path_kinds import checkpoints_in
 from runtime.safe_parsing import MAX_JSON_BYTES, open_regular, read_bounded, read_sealed
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
-CHECKPOINTS = "checkpoints"
 STATE = "state.json"
 PREVIEWS = "previews"
 CACHE_MANIFEST = "manifest.json"
@@ -31,7 +31,6 @@ MAX_LINE_BYTES = 100_000
 MAX_CHECKPOINTS = 10_000
 MAX_NUMBER = 1e300  # beyond it a number is not finite to us
 _PREVIEW = re.compile(r"step-(\d{1,15})\.png")
-_CHECKPOINT = re.compile(r"checkpoint-(\d{1,15})")
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,7 @@ def read_run(folder: Path) -> RunFiles:
     run = RunFiles(folder.resolve().name)
     run.settings = _read_settings(folder / CONFIG, run.notes)
     run.metrics = read_metrics(folder / METRICS, run.notes)
-    run.checkpoints = list(_read_checkpoints(folder / CHECKPOINTS))
+    run.checkpoints = list(_read_checkpoints(folder))
     is_run = "steps_per_epoch" in run.settings or len(run.series("train/loss")) > 0
     if not is_run and all(checkpoint.problem for checkpoint in run.checkpoints):
         raise ValueError(f"{folder}: no run of shardtune; give the folder that train's --out named")
@@ -215,8 +214,8 @@ def _series(steps: "array[float]", values: "array[float]") -> Series:
     return Series(unique, kept[::-1][first])
 
 
-def _read_checkpoints(folder: Path) -> Iterator[Checkpoint]:
-    for step, path in [*_numbered(folder, _CHECKPOINT).items()][-MAX_CHECKPOINTS:]:
+def _read_checkpoints(run: Path) -> Iterator[Checkpoint]:
+    for step, path in [*checkpoints_in(run).items()][-MAX_CHECKPOINTS:]:
         try:
             state = unseal(read_bounded(path / STATE, MAX_JSON_BYTES))
         except FileNotFoundError:

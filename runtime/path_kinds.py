@@ -21,6 +21,8 @@ _IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".tif", ".t
 PAGE_MARK = b'<meta name="generator" content="shardtune">'
 _HEAD_BYTES = 2000  # of a page, in which the mark stands
 _SHARD_INDEX = re.compile(r"\d+x\d+-\d{6,}\.index")  # as encode names them
+CHECKPOINTS = "checkpoints"  # in the folder of a run
+_CHECKPOINT = re.compile(r"checkpoint-(\d{1,15})")
 _LOOKED_AT = 1000  # names in a folder: what it is shows in the first, and there may be millions
 
 
@@ -74,6 +76,27 @@ def check_cache(path: Path) -> None:
     """
     hint = "give the cache that encode made"
     check_kind(path, CACHE, dict.fromkeys((RUN, BASE, WEIGHTS, IMAGES), hint))
+
+
+def checkpoints_in(run: Path) -> dict[int, Path]:
+    """The checkpoints in the folder of a run by their step, in order, complete or damaged."""
+    by_step = {}
+    for path in (run / CHECKPOINTS).glob("checkpoint-*"):
+        if match := _CHECKPOINT.fullmatch(path.name):
+            by_step[int(match[1])] = path
+    return dict(sorted(by_step.items()))
+
+
+def check_page(path: Path) -> None:
+    """Refuse to replace what is no page of ours.
+
+    Raises:
+        ValueError: a folder, or a file that shardtune did not write.
+    """
+    if path.is_dir():
+        raise ValueError(f"{path}: a folder; name a file, for example {path / 'page.html'}")
+    if path.exists() and not is_own_page(path):
+        raise ValueError(f"{path}: not written by shardtune; move it away, or give another --out")
 
 
 def is_own_page(path: Path) -> bool:

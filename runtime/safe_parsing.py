@@ -93,10 +93,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
         ValueError: damaged, or no JSON object.
     """
     data = read_bounded(path, MAX_JSON_BYTES)
-    try:
-        value = json.loads(data)
-    except RecursionError as error:
-        raise ValueError(f"not valid JSON: {error}") from None
+    value = parse_json(data)
     if isinstance(value, dict) and files.DIGEST not in value:
         return value
     return files.unseal(data)

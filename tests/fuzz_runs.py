@@ -37,11 +37,12 @@ from precompute.plan.plan_file import (
 )
 from precompute.plan.scan import Notes
 from runtime.files import aside_of, canonical_json, remove_path, seal
+from runtime.path_kinds import checkpoints_in
 from shards.buckets import Geometry
 from shards.manifest import PLAN
 from tests.made import config_of
 from tests.mutations import Try, damage, damaged_json, ending, forge, json_text
-from train.checkpoint import CHECKPOINTS, STATE, newest_checkpoint, numbered, read_state, rotate
+from train.checkpoint import CHECKPOINTS, STATE, newest_checkpoint, read_state, rotate
 from train.log import cut_metrics
 from train.run_folder import CONFIG, METRICS, check_folder, read_own_json
 
@@ -110,7 +111,7 @@ def fuzz_checkpoint(work: Path, base: Path) -> Try:
     run = work / "run"
 
     def read() -> None:
-        for path in numbered(run).values():
+        for path in checkpoints_in(run).values():
             read_state(path)
         rotate(run, 1, 4)
 

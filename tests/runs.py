@@ -16,8 +16,9 @@ import torch
 from PIL import Image
 
 import train.loop
+from runtime.path_kinds import checkpoints_in
 from sdxl.contact_sheet import contact_sheet
-from train.checkpoint import numbered, read_state
+from train.checkpoint import read_state
 from train.config import TrainConfig
 from train.option_values import CacheUse
 from train.preview import TILE, draw_previews
@@ -98,7 +99,7 @@ def evals(out: Path) -> list[tuple[int, float]]:
 
 def last_state(out: Path) -> dict[str, Any]:
     """All that the newest checkpoint says, and digests of all that it holds."""
-    return read_state(list(numbered(out).values())[-1])
+    return read_state(list(checkpoints_in(out).values())[-1])
 
 
 def same_weights(left: Path, right: Path) -> bool:

@@ -17,9 +17,10 @@ from runs import at_step, config_of, losses, run, stop_by
 import train.checkpoint
 import train.weights
 from runtime import process
+from runtime.path_kinds import checkpoints_in
 from runtime.signals import Stopped
 from sdxl.base import open_base
-from train.checkpoint import CheckpointWriter, newest_checkpoint, numbered
+from train.checkpoint import CheckpointWriter, newest_checkpoint
 from train.distributed import DistContext
 from train.option_values import Every
 from train.weights import WeightsFormat, publish
@@ -72,7 +73,7 @@ def test_where_memory_is_short_the_steps_wait(
 ) -> None:
     monkeypatch.setattr(threading.Thread, "start", fail_for_checkpoints(threading.Thread.start))
     seen = []
-    with at_step(2, lambda: seen.append(sorted(numbered(tmp_path / "run")))):
+    with at_step(2, lambda: seen.append(sorted(checkpoints_in(tmp_path / "run")))):
         run(cache, base, tmp_path / "run", **SETTINGS)
     assert seen == [[1]]
 
@@ -106,7 +107,7 @@ def test_one_checkpoint_that_finds_no_room_does_not_end_the_run(
     with pytest.warns(UserWarning, match=line) as caught:
         run(cache, base, tmp_path, **settings)
     assert len(caught) == 1
-    assert list(numbered(tmp_path)) == [1, 3, 4]
+    assert list(checkpoints_in(tmp_path)) == [1, 3, 4]
     assert not list(tmp_path.rglob("*.partial"))
 
 
@@ -123,7 +124,7 @@ def test_a_second_one_in_a_row_ends_it_with_the_good_one_kept(
     (note,) = caught.value.__notes__
     assert note.startswith(f"The newest whole checkpoint is {tmp_path}/checkpoints/checkpoint-1;")
     checkpoint = newest_checkpoint(tmp_path)
-    assert checkpoint and checkpoint[1]["step"] == 1 and list(numbered(tmp_path)) == [1]
+    assert checkpoint and checkpoint[1]["step"] == 1 and list(checkpoints_in(tmp_path)) == [1]
     assert not list(tmp_path.rglob("*.partial"))
     monkeypatch.undo()
     run(cache, base, tmp_path, **settings, resume=True)
@@ -146,7 +147,7 @@ def test_a_run_that_fails_lets_its_checkpoint_become_whole(
     monkeypatch.setattr(CheckpointWriter, "_write", write_later)
     with at_step(3, fail), pytest.raises(FloatingPointError, match="spoiled") as caught:
         run(cache, base, tmp_path, **SETTINGS)
-    assert list(numbered(tmp_path)) == [1]
+    assert list(checkpoints_in(tmp_path)) == [1]
     assert "checkpoint-1;" in caught.value.__notes__[0]
 
 
@@ -172,7 +173,7 @@ def test_a_stop_where_a_checkpoint_is_due_waits_for_it(
     settings = {**SETTINGS, "checkpoint_every": Every(2)}
     with at_step(2, stop_by(signal.SIGTERM)), pytest.raises(Stopped):
         run(cache, base, tmp_path / "whole", **settings)
-    assert 2 in numbered(tmp_path / "whole")
+    assert 2 in checkpoints_in(tmp_path / "whole")
     fill_disk(monkeypatch, "checkpoint-2")
     with (
         at_step(2, stop_by(signal.SIGTERM)),
@@ -192,7 +193,7 @@ def test_an_error_of_the_thread_itself_reaches_the_run(
     monkeypatch.setattr(CheckpointWriter, "_agreed", lost)
     with pytest.raises(RuntimeError, match="connection closed"):
         run(cache, base, tmp_path, **{**SETTINGS, "checkpoint_at": ()})
-    assert not numbered(tmp_path)
+    assert not checkpoints_in(tmp_path)
 
 
 def test_an_old_checkpoint_that_cannot_be_deleted_ends_no_run(
@@ -205,7 +206,7 @@ def test_an_old_checkpoint_that_cannot_be_deleted_ends_no_run(
     settings = {**SETTINGS, "checkpoint_at": (), "checkpoint_every": Every(1), "keep": 1}
     with pytest.warns(UserWarning, match="an old checkpoint is not deleted: .*not empty"):
         run(cache, base, tmp_path, **settings)
-    assert list(numbered(tmp_path)) == [1, 2, 3, 4]
+    assert list(checkpoints_in(tmp_path)) == [1, 2, 3, 4]
 
 
 def test_an_error_without_words_is_told_to_the_other_ranks(base: Path, tmp_path: Path) -> None:

@@ -12,9 +12,10 @@ from runs import LORA, UNET, Died, at_step, config_of, die, losses, run, same_we
 
 import train.loop
 from runtime.locks import locked
+from runtime.path_kinds import checkpoints_in
 from runtime.signals import Stopped
 from sdxl.lora.read import read_lora_file
-from train.checkpoint import CheckpointWriter, best_checkpoint, newest_checkpoint, numbered
+from train.checkpoint import CheckpointWriter, best_checkpoint, newest_checkpoint
 from train.option_values import CacheUse, Every
 from train.report import describe_result
 
@@ -28,7 +29,7 @@ def flip(path: Path) -> None:
 
 
 def kinds(out: Path) -> dict[int, str]:
-    states = {n: json.loads((p / "state.json").read_text()) for n, p in numbered(out).items()}
+    states = {n: json.loads((p / "state.json").read_text()) for n, p in checkpoints_in(out).items()}
     return {step: state["kind"] for step, state in states.items()}
 
 
@@ -76,7 +77,7 @@ def test_the_best_average_is_published_at_once(
     calls: list[list[int]] = []
     train.loop.train(
         config_of(split_cache, base, tmp_path, **settings),
-        lambda: calls.append([*numbered(tmp_path)]),
+        lambda: calls.append([*checkpoints_in(tmp_path)]),
     )
     assert calls == [[1], [1, 2], [1, 2, 3]]
     averages = [tmp_path / "checkpoints" / f"checkpoint-{step}" / "ema" for step in (1, 2, 3)]
@@ -119,7 +120,7 @@ def test_nothing_goes_unless_the_new_checkpoint_is_whole(
         patch.setattr(CheckpointWriter, "_seal", seal_badly)
         with pytest.raises(ValueError, match=f"checkpoint-3/{name}.*damaged"):
             run(cache, base, tmp_path, steps=5, **settings)
-    assert list(numbered(tmp_path)) == [2, 3]
+    assert list(checkpoints_in(tmp_path)) == [2, 3]
     with pytest.warns(UserWarning, match=f"passed over: .*checkpoint-3/{name}.*damaged"):
         run(cache, base, tmp_path, steps=5, **settings, resume=True)
     assert [step for step, _ in losses(tmp_path)] == [1, 2, 3, 4, 5]
@@ -138,13 +139,15 @@ def test_a_damaged_newer_checkpoint_costs_no_whole_one(
     with pytest.warns(UserWarning) as caught, at_step(5, die), pytest.raises(Died):
         run(cache, base, tmp_path, **settings, resume=True)
     assert len([warning for warning in caught if "passed over" in str(warning.message)]) == 2
-    assert list(numbered(tmp_path)) == [4, 5], "3 went when 4 was whole again; 5 is still damaged"
+    assert list(checkpoints_in(tmp_path)) == [4, 5], (
+        "3 went when 4 was whole again; 5 is still damaged"
+    )
     with pytest.warns(UserWarning, match="passed over: .*checkpoint-5"):
         checkpoint = newest_checkpoint(tmp_path)
     assert checkpoint and checkpoint[1]["step"] == 4
     with pytest.warns(UserWarning, match="passed over: .*checkpoint-5"):
         run(cache, base, tmp_path, **settings, resume=True)
-    assert list(numbered(tmp_path)) == [8, 9]
+    assert list(checkpoints_in(tmp_path)) == [8, 9]
 
 
 def test_a_checkpoint_and_its_name_are_on_disk_for_good(
@@ -216,7 +219,7 @@ def test_a_resume_says_what_it_takes_and_what_it_skips(
         f"goes on from {folder / 'checkpoint-1'}: 4 of 5 steps are left\n"
         in capsys.readouterr().out
     )
-    for path in numbered(tmp_path).values():
+    for path in checkpoints_in(tmp_path).values():
         (path / "state.json").unlink()
     before = (tmp_path / "pytorch_lora_weights.safetensors").read_bytes()
     with (

@@ -496,6 +496,7 @@ def test_an_sdxl_is_not_taken_for_another_by_its_name() -> None:
     for name in ("sdxl-v1-5", "noobai-v1-5", "OWNER/stable-diffusion-xl-base-1.0", "sd_xl_2.0"):
         config = f'pretrained_model_name_or_path = "{name}"'
         run("kohya", config, FILES["data.toml"])
+        assert recipe("train")["base"] == name
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,8 @@ from ranks import output_of, start
 from runs import assert_same_run, config_of, run
 
 import train.loop
-from train.checkpoint import THREAD, newest_checkpoint, numbered, read_state
+from runtime.path_kinds import checkpoints_in
+from train.checkpoint import THREAD, newest_checkpoint, read_state
 from train.option_values import Every
 
 ROOT = Path(__file__).parent.parent
@@ -43,11 +44,11 @@ def run_and_crash(cache: Path, base: Path, where: Path, **settings: Any) -> dict
         join_writer()
         if os.getpid() != parent:
             os._exit(0)
-        states.update({step: read_state(path) for step, path in numbered(RUN).items()})
+        states.update({step: read_state(path) for step, path in checkpoints_in(RUN).items()})
         return train_step(*args)
 
     def fork_and_publish(*args: Any, **more: Any) -> Any:
-        states.update({step: read_state(path) for step, path in numbered(RUN).items()})
+        states.update({step: read_state(path) for step, path in checkpoints_in(RUN).items()})
         is_child = fork_for_each_operation(RUN, where / "publish")
         path = publish(*args, **more)
         return os._exit(0) if is_child else path
@@ -75,7 +76,7 @@ def test_a_run_that_dies_in_any_file_operation_goes_on_from_a_whole_checkpoint(
     monkeypatch.chdir(tmp_path)
     settings = {**SETTINGS, **KINDS[kind]}
     states = run_and_crash(cache, base, Path("crashed").absolute(), **settings)
-    assert sorted(numbered(RUN)) == [2, 3], "the first checkpoint was to be rotated away"
+    assert sorted(checkpoints_in(RUN)) == [2, 3], "the first checkpoint was to be rotated away"
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # no power will fail from here on
     seen: set[Any] = set()
     folders = sorted(Path("crashed").glob("*/*"))
@@ -84,7 +85,7 @@ def test_a_run_that_dies_in_any_file_operation_goes_on_from_a_whole_checkpoint(
         checkpoint = newest_checkpoint(folder / RUN)
         assert checkpoint and checkpoint[1] == states[checkpoint[1]["step"]], folder
         if " cut" not in folder.name:
-            assert all(read_state(path) for path in numbered(folder / RUN).values())
+            assert all(read_state(path) for path in checkpoints_in(folder / RUN).values())
         if (left := surviving_states(folder / RUN)) not in seen:
             seen.add(left)
             run(cache, base, folder / RUN, **settings, resume=True)
@@ -153,7 +154,7 @@ def test_the_command_killed_at_a_random_time_goes_on(
         [sys.executable, "cli.py", "train", *given], cwd=ROOT, stderr=subprocess.DEVNULL
     )
     deadline = time.monotonic() + 90
-    while time.monotonic() < deadline and not numbered(out):
+    while time.monotonic() < deadline and not checkpoints_in(out):
         time.sleep(0.02)
     time.sleep(random.Random(0).uniform(0, 1))
     child.kill()

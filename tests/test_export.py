@@ -26,7 +26,7 @@ import cli
 import infer.export
 import infer.export_model
 from infer.export import export
-from infer.settings import ExportSettings
+from infer.export_settings import ExportSettings
 from sdxl.base import ModelSource, open_base
 from sdxl.load import load_text_encoders, load_unet, load_vae
 from sdxl.lora.apply import load_lora

@@ -10,7 +10,8 @@ import torch
 from loras import made_lora
 
 from infer.export import export
-from infer.settings import ExportSettings, GenerateSettings, LoraUse
+from infer.export_settings import ExportSettings
+from infer.settings import GenerateSettings, LoraUse
 from infer.weights import Weights
 from sdxl.base import open_base
 from sdxl.load import load_vae

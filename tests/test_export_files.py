@@ -9,7 +9,7 @@ from loras import made_lora
 
 import infer.export_files
 from infer.export import export
-from infer.settings import ExportSettings
+from infer.export_settings import ExportSettings
 from runtime.files import aside_of
 from runtime.locks import locked
 from sdxl.lora.names import LORA

@@ -11,9 +11,10 @@ from ranks import train_on
 from runs import LORA, config_of, losses, run
 
 from runtime.options import parse_memory
+from runtime.path_kinds import checkpoints_in
 from sdxl.base import open_base
 from shards.reader import Cache
-from train.checkpoint import numbered, read_state
+from train.checkpoint import read_state
 from train.fit import budget_of, fit_into, fit_run, ways_to_fit
 from train.memory import Estimator
 from train.report import dry_run
@@ -112,7 +113,7 @@ def test_a_run_that_is_fitted_learns_what_it_would_have(
     assert "--batch-size 1 --accumulate 4" in capsys.readouterr().out
     run(cache, base, fitted, batch_size=2, steps=4, log_every=1, fit=budget, resume=True)
     assert dict(losses(fitted)) == pytest.approx(dict(losses(plain)), rel=1e-5)
-    assert read_state(numbered(fitted)[4])["global_batch"] == 4
+    assert read_state(checkpoints_in(fitted)[4])["global_batch"] == 4
 
 
 def test_what_a_run_began_with_is_kept_when_it_goes_on(

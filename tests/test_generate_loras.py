@@ -24,9 +24,10 @@ from PIL import Image
 from runs import run
 
 from infer.export import export
+from infer.export_settings import ExportSettings
 from infer.generate import _provenance, make_pipeline
 from infer.requests import make_requests
-from infer.settings import ExportSettings, GenerateSettings, LoraUse
+from infer.settings import GenerateSettings, LoraUse
 from sdxl.lora.names import KOHYA, LORA
 from sdxl.lora.write import lora_bytes
 from sdxl.metadata import ModelMetadata

@@ -201,4 +201,6 @@ def test_a_moved_base_is_given_beside_the_run(tmp_path: Path) -> None:
 def test_a_path_that_is_no_unicode_ends_no_run(tmp_path: Path) -> None:
     out = Path(f"{tmp_path}/caf\udce9")
     config = TrainConfig(caches=(CacheUse(tmp_path / "c"),), base="b", out=out, steps=1)
+    before = set((user_cache() / "runs").glob("*"))
     remember_private(config, {})
+    assert set((user_cache() / "runs").glob("*")) == before, "nothing is remembered of it"

@@ -14,7 +14,7 @@ from made import learner_of
 from safetensors import safe_open
 
 from infer.export import export
-from infer.settings import ExportSettings
+from infer.export_settings import ExportSettings
 from sdxl.base import ModelSource, open_base
 from sdxl.load import load_unet
 from sdxl.lora.apply import apply_loras, load_lora

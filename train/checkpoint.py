@@ -31,6 +31,7 @@ from runtime.files import (
     unseal,
     writing,
 )
+from runtime.path_kinds import CHECKPOINTS, checkpoints_in
 from runtime.process import free_memory
 from runtime.safe_parsing import MAX_JSON_BYTES, read_bounded
 from runtime.workers import rank_info
@@ -51,8 +52,6 @@ from train.weights import (
     weights_bytes,
     weights_files,
 )
-
-CHECKPOINTS = "checkpoints"
 
 OPTIMIZER = "optimizer"
 STATE = "state.json"
@@ -287,17 +286,10 @@ def _digests(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): file_xxh3(path) for path in files}
 
 
-def numbered(run: Path) -> dict[int, Path]:
-    """The checkpoints of a run by their step, in order, complete or damaged."""
-    folders = (run / CHECKPOINTS).glob("checkpoint-*")
-    steps = {int(path.name[11:]): path for path in folders if path.name[11:].isdecimal()}
-    return dict(sorted(steps.items()))
-
-
 def newest_checkpoint(run: Path) -> tuple[Path, dict[str, Any]] | None:
     """The newest undamaged checkpoint and its state; warns of those that it passes over, and
     why."""
-    for path in reversed(numbered(run).values()):
+    for path in reversed(checkpoints_in(run).values()):
         try:
             return path, read_state(path)
         except ValueError as error:
@@ -313,7 +305,7 @@ def best_checkpoint(run: Path) -> tuple[Path, float] | None:
 def _by_eval_loss(run: Path) -> list[tuple[Path, float]]:
     """The checkpoints that were evaluated and their losses, the lowest first."""
     losses: dict[Path, float] = {}
-    for path in numbered(run).values():
+    for path in checkpoints_in(run).values():
         with suppress(ValueError):  # damaged
             loss = _unsealed(path).get("eval_loss")
             if loss is not None and math.isfinite(loss):
@@ -352,7 +344,7 @@ def rotate(run: Path, keep: int, newest: int) -> None:
     Raises:
         ValueError: the newest is damaged: nothing was deleted.
     """
-    paths = {step: path for step, path in numbered(run).items() if step <= newest}
+    paths = {step: path for step, path in checkpoints_in(run).items() if step <= newest}
     states = {newest: read_state(paths[newest])}
     for step, path in paths.items():
         if step != newest:

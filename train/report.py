@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from runtime.path_kinds import checkpoints_in
 from runtime.workers import num_processes
 from sdxl.base import open_base
 from sdxl.user_interfaces import describe_weights
@@ -13,7 +14,7 @@ from shards.buckets import bucket_name, largest_bucket
 from shards.plan import Plan
 from shards.reader import groups_of
 from train.caches import open_data
-from train.checkpoint import best_checkpoint, newest_checkpoint, numbered
+from train.checkpoint import best_checkpoint, newest_checkpoint
 from train.config import TrainConfig, check_processes
 from train.distributed import DistContext
 from train.fit import budget_of, describe_fit, fit_run
@@ -139,7 +140,7 @@ def describe_result(config: TrainConfig, path: Path) -> list[str]:
     generate = f"python cli.py generate --base {config.base} {how} --prompt TEXT --out IMAGES"
     best = best_checkpoint(config.out)
     lowest = [f"lowest eval loss: {best[1]:.5f}, at {best[0]}"] if best else []
-    if config.keep and (steps := [f"{step:,}" for step in numbered(config.out)]):
+    if config.keep and (steps := [f"{step:,}" for step in checkpoints_in(config.out)]):
         lowest.append(
             f"checkpoints kept: {', '.join(steps)} (the newest {config.keep} of "
             "--checkpoint-every, the last, the best, and those of --checkpoint-at)"

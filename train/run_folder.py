@@ -36,17 +36,17 @@ from runtime.files import (
     writing,
 )
 from runtime.locks import locked
-from runtime.path_kinds import is_own_page
+from runtime.path_kinds import CHECKPOINTS, checkpoints_in, is_own_page
 from runtime.safe_parsing import read_sealed
 from sdxl.base import Base, base_path
 from sdxl.lora.names import KOHYA, LORA
 from shards.plan import Plan
-from train.checkpoint import CHECKPOINTS, STATE, numbered
+from train.checkpoint import STATE
 from train.config import TrainConfig
 from train.distributed import DistContext
 from train.learner import Learner
 from train.option_values import CacheUse
-from train.saved_options import CONFIG, has_checkpoint, remember_private
+from train.saved_options import CONFIG, remember_private
 from train.unet import trainable
 
 METRICS = "metrics.jsonl"
@@ -168,7 +168,7 @@ def discard_replaced_run(out: Path) -> None:
 def recover(out: Path) -> bool:
     """After a kill, finish replacing the old run, or put it back; return whether it was put
     back."""
-    if (out / REPLACED_RUN).exists() and not has_checkpoint(out):
+    if (out / REPLACED_RUN).exists() and not checkpoints_in(out):
         for path in run_entries(out):  # of the new run, which cannot be resumed
             remove_path(path)
         rename_folder(out / REPLACED_RUN, out / _MOVING)
@@ -229,7 +229,7 @@ def _is_run(folder: Path) -> bool:
     settings = read_own_json(folder / CONFIG)
     if settings is not None and "steps_per_epoch" in settings:
         return True
-    states = (path / STATE for path in numbered(folder).values())
+    states = (path / STATE for path in checkpoints_in(folder).values())
     return has_replaced_run(folder) or any(state.is_file() for state in states)
 
 

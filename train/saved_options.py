@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.files import canonical_json, content_digest, read_checked, user_cache, write_checked
-from runtime.path_kinds import RUN, kind_of
+from runtime.path_kinds import RUN, checkpoints_in, kind_of
 from runtime.safe_parsing import parse_json, read_sealed
 from train.option_values import DEPENDENTS, flag
 
@@ -51,7 +51,7 @@ def saved_options(given: dict[str, Any]) -> dict[str, Any]:
     if "out" not in given:
         return {}
     out = given["out"]
-    if not is_named_alone and not has_checkpoint(out):
+    if not is_named_alone and not checkpoints_in(out):
         return {}  # it begins at step 0, with the options that are given
     try:
         settings = read_sealed(out / CONFIG)
@@ -120,12 +120,6 @@ def _not_taken(settings: dict[str, Any], given: dict[str, Any]) -> Iterator[str]
     # What is recorded was decided by the free memory, unless it was typed or chosen by --fit.
     if settings.get("decided_checkpointing", not was_fitted):
         yield "gradient_checkpointing"
-
-
-def has_checkpoint(out: Path) -> bool:
-    """Whether the run in the folder has come far enough to be resumed."""
-    names = [path.name.removeprefix("checkpoint-") for path in (out / "checkpoints").glob("c*-*")]
-    return any(name.isdecimal() for name in names)
 
 
 def remember_private(config: Any, settings: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -28,6 +28,7 @@ from runtime.files import open_regular, read_checked, user_cache, write_checked
 from shards.buckets import Geometry, Size, bucket_sizes, cover, nearest_bucket, stretch
 from shards.reader import read_ahead
 
+T = TypeVar("T")
 VERSION = 3  # of what is remembered, and of how a header is read
 HEAD_BYTES = 1 << 16
 MAX_CHUNKS = 100_000  # of a PNG, before it is read whole instead
@@ -122,15 +123,7 @@ def add_digests(
     missing = [sample for sample in planned if is_read(sample)]
     threads = num_cores()
     reading = read_ahead(lambda sample: _digest(sample, before), missing, threads, 4 * threads)
-    bar = tqdm(
-        reading,
-        total=len(missing),
-        unit="img",
-        desc="compare",
-        leave=False,
-        delay=1,
-        disable=is_quiet(),
-    )
+    bar = _with_bar(reading, len(missing), "compare")
     results: dict[str, str | Rejected] = {}
     for sample, result in zip(missing, bar, strict=True):
         results[sample.record.key] = result
@@ -182,15 +175,7 @@ def _headers(
     missing = [number for number, header in enumerate(headers) if header is None]
     threads = num_cores()
     reading = read_ahead(_read_header, (records[n] for n in missing), threads, 4 * threads)
-    bar = tqdm(
-        reading,
-        total=len(missing),
-        unit="img",
-        desc="read headers",
-        leave=False,
-        delay=1,
-        disable=is_quiet(),
-    )
+    bar = _with_bar(reading, len(missing), "read headers")
     for number, header in zip(missing, bar, strict=True):
         headers[number] = header
         if not isinstance(header, Rejected) and len(header) == 3:  # another Pillow may know it
@@ -339,3 +324,11 @@ def _make_geometry_function(settings: EncodeSettings) -> Callable[[Size], Geomet
         return fit(size, (resolution, resolution) if square else nearest_bucket(size, buckets))
 
     return shape
+
+
+def _with_bar(reading: Iterable[T], total: int, name: str) -> Iterable[T]:
+    """What is read, with a bar where that takes more than a second."""
+    bar: Iterable[T] = tqdm(
+        reading, total=total, unit="img", desc=name, leave=False, delay=1, disable=is_quiet()
+    )
+    return bar
