@@ -20,12 +20,14 @@ from infer.settings import GenerateSettings
 from infer.weights import Weights
 from runtime.devices import pick_device, pick_precision
 from runtime.errors import is_quiet
-from runtime.workers import POLL_SECONDS, WorkQueue
+from runtime.messages import pluralize
+from runtime.work_queue import WorkQueue
 from sdxl.base import open_base
 from sdxl.fingerprint import config_digest
 from sdxl.prompt_files import Prompt, parse_prompt, read_prompts
 
 BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
+IDLE_SECONDS = 3600  # without a step by any process; on a CPU a step may take minutes
 NUM_WRITERS = 2  # threads: PNGs are packed while the next batch is drawn
 
 
@@ -47,9 +49,9 @@ def generate(settings: GenerateSettings, pipeline: Pipeline | None = None) -> Re
         ValueError: the prompts, the base, the weights or the folder cannot be used.
         FloatingPointError: an image is not finite.
     """
-    queue = WorkQueue()
-    prompts = read_settings_prompts(settings) if queue.is_main else []
-    return draw(settings, queue, partial(make_requests, settings, prompts), pipeline)
+    with WorkQueue() as queue:
+        prompts = read_settings_prompts(settings) if queue.is_main else []
+        return draw(settings, queue, partial(make_requests, settings, prompts), pipeline)
 
 
 def draw(
@@ -59,6 +61,7 @@ def draw(
     pipeline: Pipeline | None = None,
 ) -> Report | None:
     """Generate those images of ``make(default side in pixels)`` that are missing in the folder."""
+    queue.check_shared(settings.out)
     if not queue.is_main:
         job = json.loads(queue.wait_for("job"))
         requests = [ImageRequest(**fields) for fields in job["requests"]]
@@ -156,7 +159,15 @@ def _run_pipeline(
             pipeline.generate(requests, queue, save_later)
         while pending:
             count()
-        while queue.is_main and (num_drawn := queue.add("drawn", 0)) < len(requests):
-            time.sleep(POLL_SECONDS)
-            bar.update(num_drawn - bar.n)
-    queue.gather("done", "")
+
+        def are_drawn() -> bool:
+            bar.update((num_drawn := queue.add("drawn", 0)) - bar.n)
+            return num_drawn >= len(requests)
+
+        if queue.is_main and not queue.wait_until(are_drawn, IDLE_SECONDS):
+            missing = pluralize(len(requests) - queue.add("drawn", 0), "image")
+            raise ConnectionError(
+                f"{settings.out}: other processes had claimed {missing}, and have not taken a step "
+                f"for {IDLE_SECONDS // 60} minutes; the same command draws what is missing"
+            )
+    queue.leave()

@@ -20,7 +20,7 @@ from infer.requests import ImageRequest, make_requests
 from infer.settings import GenerateSettings, GridAxis, LoraUse, digits
 from runtime.files import durable_file, writing
 from runtime.path_kinds import CHECKPOINTS, checkpoints_in
-from runtime.workers import WorkQueue
+from runtime.work_queue import WorkQueue
 from sdxl.contact_sheet import GridBlock, grid_sheet
 from sdxl.prompt_files import Prompt
 
@@ -65,7 +65,8 @@ def generate_grid(settings: GenerateSettings) -> Grid | None:
     for number, (values, cell) in enumerate(_cells(settings, axes)):
         made: list[ImageRequest] = []
         make = partial(_make_requests, made, cell, prompts, guidance)
-        report = draw(cell, WorkQueue(f"grid {number}"), make)
+        with WorkQueue(f"grid {number}") as queue:
+            report = draw(cell, queue, make)
         _free_memory()
         if report is None:
             continue

@@ -21,7 +21,7 @@ from runtime.devices import exact_fp32, has_tf32, tf32
 from runtime.errors import echo
 from runtime.files import format_bytes
 from runtime.options import AUTO, parse_memory
-from runtime.workers import WorkQueue
+from runtime.work_queue import WorkQueue
 from sdxl.lora.apply import apply_text_loras
 from sdxl.sampling import decode_latents, sample_latents, starting_noise, time_ids_of
 from sdxl.text_encoders import Conditioning, TextEncoders
@@ -243,7 +243,10 @@ class Pipeline:
             waiting = []
             for which in queue.claim(f"window {number}", len(window)):
                 batch = window[which]
-                latents = [self._sample(models, variant, batch, texts) for variant in self.variants]
+                latents = [
+                    self._sample(models, variant, batch, texts, lambda: queue.add("steps", 1))
+                    for variant in self.variants
+                ]
                 if models.takes_turns:
                     waiting.append(
                         (batch, [variant_latents.to(CPU) for variant_latents in latents])
@@ -324,7 +327,12 @@ class Pipeline:
         return copy.deepcopy(self._samplers[name, plain])
 
     def _sample(
-        self, models: ModelSlots, variant: Variant, batch: Batch, texts: TextEmbeddings
+        self,
+        models: ModelSlots,
+        variant: Variant,
+        batch: Batch,
+        texts: TextEmbeddings,
+        on_step: Callable[[], object],
     ) -> torch.Tensor:
         """Latents [N, C, h, w] of requests of one kind, on the device."""
         unet, first = models.acquire(variant.model), batch[0]
@@ -343,6 +351,7 @@ class Pipeline:
             guidance_scale=first.guidance_scale,
             guidance_rescale=first.guidance_rescale,
             generators=generators,
+            on_step=on_step,
         )
 
     def _decode(

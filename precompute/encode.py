@@ -33,11 +33,11 @@ from precompute.report import Progress, Report
 from precompute.settings import EncodeSettings
 from runtime.devices import exact_fp32, num_cores, num_threads, pick_device, total_memory
 from runtime.errors import echo
-from runtime.files import format_bytes
+from runtime.files import PARTIAL, format_bytes, remove_path
 from runtime.locks import locked
 from runtime.messages import pluralize
 from runtime.options import AUTO, parse_memory
-from runtime.workers import WorkQueue
+from runtime.work_queue import WorkQueue
 from sdxl.base import Base, open_base
 from sdxl.prompt_files import Prompt, read_prompts
 from shards.manifest import LOCK
@@ -72,15 +72,21 @@ def encode(settings: EncodeSettings) -> list[Report]:
         ValueError: the dataset, the base, the prompts or the settings cannot be used.
         OSError: a file cannot be read or written; what is whole stays.
     """
-    queue, plans = WorkQueue(), list[CachePlan]()
+    plans = list[CachePlan]()
     exact_fp32()
-    with ExitStack() as stack, _explain_full_disk(settings.out), _report_interrupt(plans):
+    with (
+        WorkQueue() as queue,
+        ExitStack() as stack,
+        _explain_full_disk(settings.out),
+        _report_interrupt(plans),
+    ):
+        queue.check_shared(settings.out)
         if not queue.is_main:
             job = EncodeJob(**json.loads(queue.wait_for("job")))
             stack.enter_context(num_threads(job.threads))
             base = _open_base(settings, job.base)
             _write_shards(queue, Encoders(settings, base, job.batch_size), job)
-            queue.gather("end", "")
+            queue.leave()
             return []
         texts = settings.preview_prompts
         prompts = None if texts is None else read_prompts(texts)
@@ -127,7 +133,7 @@ def _run_main(
     for plan, report in zip(plans, reports, strict=True):
         finish(plan, report, encoders, notes.memory)
     notes.write()
-    queue.gather("end", "")
+    queue.leave()
     return reports
 
 
@@ -218,14 +224,28 @@ def _write_shards(queue: WorkQueue, encoders: Encoders, job: EncodeJob) -> None:
         return
     files: dict[Path, PlanFile] = {}  # opened when the first shard of a cache is claimed
     with Progress(queue, job.num_encodes) as progress:
-        for claimed in queue.claim("shards", len(todo)):
+
+        def write(claimed: int, *, unless_whole: bool = False) -> None:
             folder, number = todo[claimed]
             file = files[folder] = files.get(folder) or PlanFile(folder)
             shard_task, recipe = file.shard(number), file.header["recipe"]
+            if unless_whole and (folder / f"{shard_task.name}.index").exists():
+                return
             encode_shard(shard_task, folder, encoders, recipe, progress.tick)
+
+        for claimed in queue.claim("shards", len(todo)):
+            write(claimed)
             progress.shard_done()
-        if queue.is_main:
-            progress.wait_for(len(todo))
+        if queue.is_main and not progress.wait_for(len(todo)):
+            warnings.warn(
+                "a process that had claimed shards does not write them any more; the main one does",
+                stacklevel=2,
+            )
+            for claimed in range(len(todo)):  # whoever else still writes one writes the same bytes
+                write(claimed, unless_whole=True)
+            for folder in files:  # what the lost one left
+                for left in folder.glob(f"*.tar.*{PARTIAL}"):
+                    remove_path(left)
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """Prints the progress of an encode, and a report on each cache."""
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,10 +13,12 @@ from precompute.settings import EncodeSettings
 from runtime.errors import is_quiet
 from runtime.messages import pluralize
 from runtime.signals import StopSignals
-from runtime.workers import POLL_SECONDS, WorkQueue
+from runtime.work_queue import WorkQueue
 from shards.buckets import bucket_name
 from shards.format import TENSORS
 from shards.index import Index
+
+IDLE_SECONDS = 300  # without a sample of any process; a batch takes seconds, on a CPU a minute
 
 
 class Progress:
@@ -55,12 +56,16 @@ class Progress:
     def shard_done(self) -> None:
         self._count("shards", 1)
 
-    def wait_for(self, num_shards: int) -> None:
-        """Wait until all shards are written, by whichever process."""
-        while self._count("shards", 0) < num_shards:
-            time.sleep(POLL_SECONDS)
+    def wait_for(self, num_shards: int) -> bool:
+        """Wait until all shards are written, by whichever process; False where some are claimed and
+        nobody writes them any more."""
+
+        def are_written() -> bool:
             self._stops.check()
             self._show(self._count("samples", 0))
+            return self._count("shards", 0) >= num_shards
+
+        return self._queue.wait_until(are_written, IDLE_SECONDS)
 
     def _count(self, counter: str, number: int) -> int:
         return self._queue.add(f"encode {counter}", number)

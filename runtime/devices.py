@@ -81,7 +81,8 @@ def pick_device(name: str) -> torch.device:
     if match[1] == "cuda" and info.size > 1:
         if match[2]:
             raise ValueError(f"--device {name} is one GPU for several processes; give cuda")
-        name = f"cuda:{info.local_rank}"
+        # A launcher that shows each process one GPU alone counts its processes nevertheless.
+        name = f"cuda:{info.local_rank % max(1, torch.cuda.device_count())}"
     # Off by default, and not to be switched on by a library: the algorithms that it tries on each
     # new size can double the peak of memory.
     torch.backends.cudnn.benchmark = False

@@ -10,7 +10,9 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
+import socket
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -53,13 +55,16 @@ def writing(path: Path, still_good: str = "") -> Iterator[None]:
 
 
 @contextmanager
-def durable_file(path: Path) -> Iterator[BinaryIO]:
+def durable_file(path: Path, writer: str = "") -> Iterator[BinaryIO]:
     """Open ``path + .partial`` for writing; on a clean exit it becomes ``path``, on disk for good.
+
+    Where several processes may write one file at once, the same bytes, ``writer`` is a name that
+    each has for itself (``writer_name``): the partial file is ``path + .WRITER.partial``.
 
     On an exception the partial file is removed and ``path`` is what it was before. An error of the
     system that names no file (a full disk, at a write) gets the name of this one.
     """
-    partial = path.with_name(path.name + PARTIAL)
+    partial = path.with_name(path.name + (f".{writer}" if writer else "") + PARTIAL)
     try:
         with open(partial, "wb") as file:
             yield file
@@ -74,9 +79,14 @@ def durable_file(path: Path) -> Iterator[BinaryIO]:
     fsync_folder(path.parent)
 
 
-def write_durable(path: Path, data: bytes) -> None:
-    """Replace ``path`` by ``data`` atomically."""
-    with durable_file(path) as file:
+def writer_name() -> str:
+    """A name of this process among those of all machines that share a folder."""
+    return f"{re.sub(r'[^A-Za-z0-9-]', '-', socket.gethostname())[:32]}.{os.getpid()}"
+
+
+def write_durable(path: Path, data: bytes, writer: str = "") -> None:
+    """Replace ``path`` by ``data`` atomically; ``writer`` as in ``durable_file``."""
+    with durable_file(path, writer) as file:
         file.write(data)
 
 

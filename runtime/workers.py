@@ -1,6 +1,6 @@
-"""Starts the processes of one command (``--gpus``), and shares out the work among them.
+"""Which process of a command this is, and how several are started (``--gpus``).
 
-Imports no torch until processes are counted, started or joined: the command line looks here first.
+Imports no torch until processes are counted or started: the command line looks here first.
 """
 
 import logging
@@ -11,22 +11,14 @@ import sys
 import threading
 import time
 import uuid
-from collections import Counter
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import fields
-from datetime import timedelta
-from functools import cache
 from typing import Any, NamedTuple
 
 LAUNCHER = "SHARDTUNE_LAUNCHER"  # environment variable with our own launcher's process id
 SHUTDOWN_SECONDS = 120  # for the last checkpoint, before a process that was asked to stop is killed
 ORPHAN_SECONDS = 0.5  # between looks at the launcher
-POLL_SECONDS = 0.1  # Python's signal handlers do not run inside a blocking wait
 MIN_ON_CPU = 4  # processes that any machine may try
-
-
-# Memory on a GPU.
 
 
 # Which process this is.
@@ -85,8 +77,9 @@ def num_processes(gpus: str | None, device: str) -> int:
     """How many processes this one should start; 1 means that it does the work itself.
 
     Raises:
-        ValueError: more than there are GPUs.
+        ValueError: more than there are GPUs; or SLURM has started several tasks, by itself.
     """
+    _refuse_slurm_tasks(gpus)
     if gpus is None or "RANK" in os.environ:
         return 1
     import torch
@@ -100,6 +93,21 @@ def num_processes(gpus: str | None, device: str) -> int:
     if not num_gpus and num > (num_cores := os.cpu_count() or 1) and num > MIN_ON_CPU:
         raise ValueError(f"--gpus {num}: this machine has no GPU, and {num_cores} CPU cores")
     return num
+
+
+def _refuse_slurm_tasks(gpus: str | None) -> None:
+    """Refuse to be one of several tasks of SLURM that know nothing of each other: each would do all
+    of the work. A script of SLURM's, which runs once, may start processes by ``--gpus``."""
+    tasks, in_step = os.environ.get("SLURM_NTASKS", "1"), "SLURM_STEP_NUM_TASKS" in os.environ
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", tasks)
+    if "WORLD_SIZE" in os.environ or tasks == "1" or (gpus is not None and not in_step):
+        return
+    raise ValueError(
+        f"SLURM has {tasks} tasks, and each would do all of the work. Start one task per machine, "
+        "with torchrun: srun --ntasks-per-node=1 torchrun --nnodes=$SLURM_NNODES "
+        "--nproc-per-node=gpu --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 cli.py ...; or, on "
+        "one machine, --gpus auto in a job of one task (sbatch --ntasks=1)"
+    )
 
 
 def launch(num: int) -> None:
@@ -169,85 +177,3 @@ def _watch(launcher: int) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(SHUTDOWN_SECONDS)
     os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))  # Windows has but one
-
-
-# Sharing out the work.
-
-
-@cache
-def _meeting_store() -> Any:
-    """The key-value store in which the processes meet; there is one for all queues of a process."""
-    import torch.distributed
-
-    end_with_launcher()
-    distributed: Any = torch.distributed
-    store, _, _ = next(distributed.rendezvous("env://", timeout=timedelta(minutes=5)))
-    return store
-
-
-class WorkQueue:
-    """The processes of one command that share out its work; alone, or started by torchrun.
-
-    They meet in the key-value store of torch's launcher, not in collectives: work is claimed piece
-    by piece, so that a slow process takes fewer, and none waits for another that is busy.
-
-    A command that shares out several pieces of work in turn gives each queue a name of its own.
-
-    Raises:
-        ValueError: WORLD_SIZE is set and RANK is not.
-    """
-
-    def __init__(self, name: str = "work") -> None:
-        info = rank_info()
-        self.rank, self.size = info.rank, info.size
-        self._store: Any = None
-        self._sums: Counter[str] = Counter()  # of a process alone
-        if self.size > 1:
-            import torch.distributed
-
-            distributed: Any = torch.distributed  # whose stubs hide what its manual names
-            self._store = distributed.PrefixStore(name, _meeting_store())
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
-    def publish(self, name: str, value: str) -> None:
-        """Give ``value`` to the others, once per ``name``."""
-        if self._store is not None:
-            self._store.set(name, value)
-
-    def wait_for(self, name: str) -> str:
-        """Wait until ``name`` is published; return its value."""
-        while not self._store.check([name]):
-            time.sleep(POLL_SECONDS)
-        return bytes(self._store.get(name)).decode()
-
-    def add(self, name: str, num: int) -> int:
-        """Add to the counter ``name`` that all processes share (0 at first); return its new
-        value."""
-        if self._store is None:
-            self._sums[name] += num
-            return self._sums[name]
-        return int(self._store.add(name, num))
-
-    def claim(self, name: str, num: int) -> Iterator[int]:
-        """Numbers below ``num``, in order; each goes to one of the processes that ask.
-
-        A number is claimed when it is asked for: no sooner than the one before it is done.
-        """
-        if self._store is None:
-            yield from range(num)
-            return
-        while (number := self._store.add(f"{name}/claimed", 1) - 1) < num:
-            yield number
-
-    def gather(self, name: str, value: str) -> list[str]:
-        """What every process publishes as ``name``, in rank order, for the main one, which waits
-        for all; the others get nothing and continue."""
-        if self._store is None:
-            return [value]
-        self.publish(f"{name}/{self.rank}", value)
-        if not self.is_main:
-            return []
-        return [self.wait_for(f"{name}/{rank}") for rank in range(self.size)]

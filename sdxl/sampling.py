@@ -5,6 +5,7 @@ Legend: N images, C latent channels, h w latent height and width.
 
 import inspect
 import warnings
+from collections.abc import Callable
 from dataclasses import astuple
 from typing import Any
 
@@ -88,14 +89,15 @@ def sample_latents(
     guidance_scale: float,
     guidance_rescale: float = 0.0,
     generators: list[torch.Generator],
+    on_step: Callable[[], object] = lambda: None,
 ) -> torch.Tensor:
     """Denoise ``noise`` [N, C, h, w] with classifier-free guidance (off at a scale <= 1).
 
     ``prompt`` and ``negative`` have N rows, ``time_ids`` is [N, 6]. ``generators``, one an image,
     serve samplers that add noise on the way. ``guidance_rescale`` pulls the standard deviation of
     what guidance gives towards that of the prompt's own prediction (Lin et al., "Common Diffusion
-    Noise Schedules and Sample Steps are Flawed", 3.4). Returns scaled latents in the UNet's dtype,
-    on its device.
+    Noise Schedules and Sample Steps are Flawed", 3.4). ``on_step`` is called before each step.
+    Returns scaled latents in the UNet's dtype, on its device.
     """
     guided = guidance_scale > 1
     parts = [negative, prompt] if guided else [prompt]
@@ -112,6 +114,7 @@ def sample_latents(
     takes = inspect.signature(scheduler.step).parameters
     extra = {"generator": generators} if "generator" in takes else {}
     for t in scheduler.timesteps:
+        on_step()
         model_input = scheduler.scale_model_input(torch.cat([latents] * len(parts)), t)
         predicted = unet(
             model_input,

@@ -13,7 +13,7 @@ import torch
 import xxhash
 
 from runtime.devices import DTYPES
-from runtime.files import write_durable
+from runtime.files import write_durable, writer_name
 from runtime.schema import (
     BUCKET,
     DIGEST,
@@ -150,7 +150,7 @@ def write_index(
     text += b" " * (-(len(MAGIC) + 8 + len(text)) % ALIGNMENT)
     body = MAGIC + struct.pack("<Q", len(text)) + text
     body += records.tobytes() + np.array(digests, dtype="<u8").tobytes()
-    write_durable(path, body + hashlib.sha256(body).digest())
+    write_durable(path, body + hashlib.sha256(body).digest(), writer_name())
 
 
 class Index:

@@ -10,7 +10,7 @@ import numpy as np
 import webdataset as wds
 import xxhash
 
-from runtime.files import durable_file
+from runtime.files import durable_file, writer_name
 from shards.buckets import Size, bucket_name
 from shards.format import Layout, Sample
 from shards.index import RECORD_DTYPE, describe_payload, write_index
@@ -63,7 +63,7 @@ def write_members(
     digests: list[int] = []
     rows: list[dict[str, Any]] = []
     tar = folder / f"{name}.tar"
-    with durable_file(tar) as file:
+    with durable_file(tar, writer_name()) as file:
         hashing = _HashingFile(file)
         with wds.TarWriter(hashing, encoder=False, mtime=0) as writer:
             for key, weight, members in samples:

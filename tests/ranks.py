@@ -6,6 +6,7 @@ import os
 import socket
 import sys
 from collections import Counter
+from datetime import timedelta
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
+import train.distributed
 import train.loop
 import train.unet
 import train.weights
@@ -22,12 +24,17 @@ _context = multiprocessing.get_context("forkserver")  # not fork: this process m
 _context.set_forkserver_preload(["train.loop"])
 
 
-def start(config: TrainConfig, world: int = 1, max_file_bytes: int = 0) -> list[BaseProcess]:
-    """Start the ranks of a run; ``max_file_bytes`` is of the files of weights."""
-    return start_each([config] * world, max_file_bytes)
+def start(
+    config: TrainConfig, world: int = 1, max_file_bytes: int = 0, step_seconds: float = 0
+) -> list[BaseProcess]:
+    """Start the ranks of a run; ``max_file_bytes`` is of the files of weights, ``step_seconds`` the
+    time in which the ranks must answer in a step."""
+    return start_each([config] * world, max_file_bytes, step_seconds)
 
 
-def start_each(configs: list[TrainConfig], max_file_bytes: int = 0) -> list[BaseProcess]:
+def start_each(
+    configs: list[TrainConfig], max_file_bytes: int = 0, step_seconds: float = 0
+) -> list[BaseProcess]:
     """The same, each rank with settings of its own."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -36,7 +43,9 @@ def start_each(configs: list[TrainConfig], max_file_bytes: int = 0) -> list[Base
         config.out.mkdir(parents=True, exist_ok=True)
     ranks: list[BaseProcess] = [
         _context.Process(
-            target=_rank, args=(rank, len(configs), port, config, max_file_bytes), daemon=True
+            target=_rank,
+            args=(rank, len(configs), port, config, max_file_bytes, step_seconds),
+            daemon=True,
         )
         for rank, config in enumerate(configs)
     ]
@@ -63,7 +72,14 @@ def _output(out: Path) -> Path:
     return out.with_name(out.name + ".output")
 
 
-def _rank(rank: int, world: int, port: int, config: TrainConfig, max_file_bytes: int) -> None:
+def _rank(
+    rank: int,
+    world: int,
+    port: int,
+    config: TrainConfig,
+    max_file_bytes: int,
+    step_seconds: float,
+) -> None:
     torch.set_num_threads(1)
     with open(_output(config.out), "a") as output:
         os.dup2(output.fileno(), sys.stdout.fileno())
@@ -73,6 +89,9 @@ def _rank(rank: int, world: int, port: int, config: TrainConfig, max_file_bytes:
     os.environ.update({name: str(value) for name, value in environment.items()})
     if max_file_bytes:
         train.weights.MAX_FILE_BYTES = max_file_bytes
+    if step_seconds:
+        train.distributed.STEP_TIMEOUT = timedelta(seconds=step_seconds)
+        train.loop.STEP_TIMEOUT = timedelta(seconds=step_seconds)
     save_file = safetensors.torch.save_file
 
     def note_file(tensors: Any, path: Path, **more: Any) -> None:

@@ -14,7 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 from diffusers import UNet2DConditionModel
-from ranks import has_loaded_base, output_of, seen, start_each, train_on
+from ranks import has_loaded_base, output_of, seen, start, start_each, train_on
 from runs import LORA, UNET, config_of, evals, losses, run
 
 from sdxl.base import find_weights
@@ -66,7 +66,8 @@ def test_any_number_of_processes_and_any_change_of_it_is_one_run(
         assert close(losses(other), losses(single)) and close(evals(other), evals(single)), world
         assert seen(other) == plan, world
     for number, (world, steps) in enumerate([(3, 2), (1, 4), (4, 6), (2, STEPS)]):
-        mixed = train("mixed", world, steps, resume=number > 0)
+        uneven = {"batch_size": 5} if number == 3 else {}  # 12 samples are 5 + 5 and 2 + 0
+        mixed = train("mixed", world, steps, resume=number > 0, **uneven)
     assert close(losses(mixed), losses(single)) and seen(mixed) == plan
     first, second = (safetensors.torch.load_file(out / LORA) for out in (single, mixed))
     assert all(torch.allclose(first[name], second[name], atol=1e-3) for name in first)
@@ -104,6 +105,22 @@ def test_ranks_that_see_other_folders_are_refused_at_once(
         )
         assert message in output_of(out)
         assert not (out / "ranks.nonce").exists() and not (out / "config.json").exists()
+
+
+@pytest.mark.slow
+def test_a_rank_that_stands_still_ends_the_others(cache: Path, base: Path, tmp_path: Path) -> None:
+    """One that is stopped, as behind a link that is down, closes no connection."""
+    out = tmp_path / "run"
+    ranks = start(config_of(cache, base, out, steps=10_000), world=2, step_seconds=4)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and len(seen(out)) < 3:
+        time.sleep(0.05)
+    assert ranks[1].pid is not None
+    os.kill(ranks[1].pid, signal.SIGSTOP)
+    ranks[0].join(40)
+    os.kill(ranks[1].pid, signal.SIGKILL)
+    assert ranks[0].exitcode == 1, output_of(out)
+    assert "is gone, or has not answered for 4 seconds" in output_of(out)
 
 
 @pytest.mark.slow

@@ -15,6 +15,9 @@ import torch
 from encodes import contents, encode, settings_of
 
 import precompute.encode
+import precompute.report
+import runtime.work_queue
+import shards.writer
 from tools.draw_images import draw_images
 
 ROOT = Path(__file__).parent.parent
@@ -22,30 +25,47 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["precompute.encode", "transformers", "diffusers"])
 
 
-def _rank(rank: int, world: int, port: int, settings: Any, output: Path) -> None:
+def _die_in_a_shard(*_: Any) -> None:
+    os._exit(9)
+
+
+def _rank(
+    rank: int, world: int, port: int, settings: Any, output: Path, dies: bool = False
+) -> None:
     with open(output, "a") as file:
         os.dup2(file.fileno(), sys.stdout.fileno())
         os.dup2(file.fileno(), sys.stderr.fileno())
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(world), **address})
     torch.set_num_threads(2)
+    precompute.report.IDLE_SECONDS = runtime.work_queue.SHARED_SECONDS = 3
+    if dies:
+        shards.writer.write_index = _die_in_a_shard  # its tar is whole by then
     precompute.encode.encode(settings)
 
 
 def encode_on(world: int, data: Path, base: Path, out: Path, **settings: Any) -> Path:
     """As ``encode``, on ``world`` processes."""
+    output = out.with_name(out.name + ".output")
+    codes = start_ranks([settings_of(data, base, out, **settings)] * world, output)
+    assert codes == [0] * world, output.read_text()
+    return out
+
+
+def start_ranks(settings: list[Any], output: Path, dies: int = -1) -> list[Any]:
+    """Without a launcher, as on machines of their own; the one numbered ``dies`` does so."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    output = out.with_name(out.name + ".output")
-    arguments = (world, port, settings_of(data, base, out, **settings), output)
-    ranks = [_context.Process(target=_rank, args=(rank, *arguments)) for rank in range(world)]
+    ranks = [
+        _context.Process(target=_rank, args=(rank, len(settings), port, own, output, rank == dies))
+        for rank, own in enumerate(settings)
+    ]
     for rank in ranks:
         rank.start()
     for rank in ranks:
         rank.join(120)
-    assert [rank.exitcode for rank in ranks] == [0] * world, output.read_text()
-    return out
+    return [rank.exitcode for rank in ranks]
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +98,32 @@ def test_a_rerun_on_several_processes_copies_what_is_right(
             else:
                 encode_on(world, images, base, out, val_share=0.3, **change)
     assert contents(outs[0]) == contents(outs[1])
+
+
+@pytest.mark.slow
+def test_the_main_process_writes_what_a_lost_one_had_claimed(
+    alone: Path, images: Path, base: Path, tmp_path: Path
+) -> None:
+    """No launcher tells of it, and the process says nothing: its machine is gone."""
+    out, output = tmp_path / "cache", tmp_path / "output"
+    codes = start_ranks([settings_of(images, base, out)] * 2, output, dies=1)
+    assert codes == [0, 9], output.read_text()
+    assert contents(out) == contents(alone)
+
+
+@pytest.mark.slow
+def test_processes_that_see_other_folders_are_refused(
+    images: Path, base: Path, tmp_path: Path
+) -> None:
+    outs = [tmp_path / host / "cache" for host in ("one", "two")]
+    for out in outs:
+        out.parent.mkdir()
+    output = tmp_path / "output"
+    codes = start_ranks([settings_of(images, base, out) for out in outs], output)
+    assert codes == [1, 1]
+    for out in outs:
+        assert f"{out}: the processes do not see the same folder there" in output.read_text()
+        assert [*out.parent.iterdir()] == []
 
 
 @pytest.mark.slow

@@ -279,7 +279,7 @@ def test_a_run_that_cannot_be_resumed_is_refused_by_name(
         ({}, "not empty; --resume goes on there"),
         ({"resume": True, "rank": 4}, "--rank 4: the run has 8"),
         ({"resume": True, "seed": 5}, "--seed 5: the run has 0"),
-        ({"resume": True, "batch_size": 3}, "does not divide the run's global batch of 2"),
+        ({"resume": True, "fused_backward": True}, "--fused-backward"),
     ):
         with pytest.raises(ValueError, match=message):
             run(cache, base, tmp_path, steps=2, **settings)  # type: ignore[arg-type]

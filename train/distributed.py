@@ -14,8 +14,12 @@ from runtime.workers import end_with_launcher, rank_info
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-TIMEOUT = timedelta(hours=2)  # of any exchange: the others wait while one writes a checkpoint
-LOST_SECONDS = 3  # in which the launcher, which knows why the process was lost, ends this one
+# Of the exchanges of a step, and of others. In a step all ranks do the same; else they may wait for
+# one that loads, hashes, draws or writes alone, and that is what ``DistContext.wait`` is for.
+STEP_TIMEOUT, TIMEOUT = timedelta(minutes=10), timedelta(hours=2)
+# NCCL ends the process when its own time is over. The vote of a step runs on the CPU, and can say
+# what is wrong: it comes first.
+NCCL_GRACE = timedelta(minutes=5)
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,7 @@ class DistContext:
     device: torch.device
     rank: int = 0
     size: int = 1
+    patient: Any = None  # a group of all ranks on the CPU, for exchanges that may wait for long
 
     @property
     def is_main(self) -> bool:
@@ -39,11 +44,11 @@ class DistContext:
 
     def gather(self, names: list[str], group: Any = None) -> list[str]:
         """The lists of all ranks, joined; every rank must call it, in the same ``group`` if one is
-        given."""
+        given. It may wait for long, as ``wait`` may."""
         if self.size == 1:
             return names
         gathered: list[list[str]] = [[] for _ in range(self.size)]
-        dist.all_gather_object(gathered, names, group=group)
+        dist.all_gather_object(gathered, names, group=group or self.patient)
         return [name for names in gathered for name in names]
 
     def share(self, name: str) -> str:
@@ -58,9 +63,10 @@ class DistContext:
         return dist.new_group(backend="gloo", timeout=TIMEOUT)
 
     def wait(self) -> None:
-        """Wait until every rank has called this."""
+        """Wait until every rank has called this: after what one of them does alone, so that the
+        others do not wait for it in a step."""
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(group=self.patient)
 
 
 # torch's modules for sharding take a second to import, and a single process shards nothing: no
@@ -88,7 +94,9 @@ class StopVote:
 
     def __init__(self, world: DistContext) -> None:
         self._alone = world.size == 1
-        self._group: Any = None if self._alone else dist.new_group(timeout=TIMEOUT, backend="gloo")
+        self._group: Any = (
+            None if self._alone else dist.new_group(timeout=STEP_TIMEOUT, backend="gloo")
+        )
         self._pending: tuple[Any, torch.Tensor] | None = None
 
     def any(self, flag: bool) -> bool:
@@ -123,8 +131,10 @@ def start_world(device: str) -> DistContext:
     if picked.type == "cuda":
         torch.cuda.set_device(picked)
     backend = "nccl" if picked.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=TIMEOUT)
-    return DistContext(picked, info.rank, info.size)
+    timeout = STEP_TIMEOUT + (NCCL_GRACE if backend == "nccl" else timedelta())
+    dist.init_process_group(backend, timeout=timeout)
+    patient = dist.new_group(backend="gloo", timeout=TIMEOUT)
+    return DistContext(picked, info.rank, info.size, patient)
 
 
 def is_lost(error: RuntimeError, world: DistContext) -> bool:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from runtime.signals import Stopped, StopSignals
+from runtime.work_queue import LOST_SECONDS
 from sdxl.base import Base, open_base
 from shards.batches import Reader, ReadOptions
 from shards.buckets import largest_bucket
@@ -36,7 +37,14 @@ from train.checkpoint import (
     warn_of_space,
 )
 from train.config import TrainConfig
-from train.distributed import LOST_SECONDS, DistContext, StopVote, is_lost, start_world, stop_world
+from train.distributed import (
+    STEP_TIMEOUT,
+    DistContext,
+    StopVote,
+    is_lost,
+    start_world,
+    stop_world,
+)
 from train.fit import Fitted, describe_fit, fit
 from train.learner import (
     Learner,
@@ -158,7 +166,10 @@ def train(config: TrainConfig, after_checkpoint: Callable[[], None] | None = Non
         if not is_lost(error, world):
             raise
         time.sleep(LOST_SECONDS)
-        lost = ConnectionError("another process of this run is gone")
+        seconds = int(STEP_TIMEOUT.total_seconds())
+        lost = ConnectionError(
+            f"another process of this run is gone, or has not answered for {seconds} seconds"
+        )
         raise _with_notes(lost, error) from error
 
 
@@ -433,4 +444,5 @@ def _evaluate(run: Run, step: int) -> float | None:
 def _preview(run: Run, step: int) -> None:
     if run.previewer is not None:
         run.log.preview(step, *run.previewer.draw(step))
+        run.learner.world.wait()  # for the main rank, which decodes and writes them
         run.log.resume_clock()

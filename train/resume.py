@@ -8,6 +8,7 @@ from typing import Any
 
 from runtime.devices import pick_precision
 from runtime.files import content_digest
+from runtime.messages import pluralize
 from sdxl.base import Base
 from sdxl.fingerprint import file_digest, weights_digest
 from sdxl.lora.names import LORA
@@ -237,20 +238,18 @@ def _is_changed(config: TrainConfig, identity: dict[str, Any], state: dict[str, 
 def _global_batch(config: TrainConfig, world: DistContext, size: int) -> int:
     """A resumed run keeps its global batch, whatever the number of processes."""
     at_once = config.batch_size * world.size
-    if size % at_once:
+    if size == at_once * config.accumulate:
+        return size
+    if config.fused_backward and size != at_once:
         raise ValueError(
-            f"--batch-size {config.batch_size} x {world.size} processes does not divide the "
-            f"run's global batch of {size}"
+            f"--fused-backward cannot accumulate to the run's global batch of {size}; give "
+            f"--batch-size {-(-size // world.size)}"
         )
-    if size != at_once * config.accumulate:
-        if config.fused_backward:
-            raise ValueError(
-                f"--fused-backward cannot accumulate to the run's global batch of {size}; give "
-                f"--batch-size {size}"
-            )
-        warnings.warn(
-            f"the run's global batch is {size} and stays so: {size // at_once} forward passes "
-            "are accumulated",
-            stacklevel=2,
-        )
+    passes = -(-size // at_once)
+    uneven = "" if size % at_once == 0 else ", the last one not by every process"
+    warnings.warn(
+        f"the run's global batch is {size} and stays so: {pluralize(passes, 'forward pass')} of "
+        f"{world.size} x {config.batch_size} make a step{uneven}",
+        stacklevel=2,
+    )
     return size

@@ -15,10 +15,9 @@ cache, notes, generated images) is never moved or deleted.
 import os
 import re
 import secrets
-import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +37,7 @@ from runtime.files import (
 from runtime.locks import locked
 from runtime.path_kinds import CHECKPOINTS, checkpoints_in, is_own_page
 from runtime.safe_parsing import read_sealed
+from runtime.work_queue import is_file_seen, not_shared
 from sdxl.base import Base, base_path
 from sdxl.lora.names import KOHYA, LORA
 from shards.plan import Plan
@@ -192,7 +192,6 @@ def recover_with_warning(out: Path) -> None:
 
 # A run's folder: whether it may be used, its lock, and the settings that it keeps.
 
-SHARED_SECONDS = 20  # in which each rank must see what the main one wrote
 NONCE = "ranks.nonce"  # while the ranks ask whether they see the same folder
 LOCK = "train.lock"  # while a run is at work in the folder
 
@@ -285,20 +284,12 @@ def _check_shared(out: Path, world: DistContext) -> None:
     if world.is_main:
         path.write_text(nonce)
     world.wait()
-    end = time.monotonic() + SHARED_SECONDS
-    while not path.is_file() and time.monotonic() < end:
-        with suppress(OSError):  # a network file system remembers for a while what was not there
-            os.listdir(out.parent)
-            os.listdir(out)
-        time.sleep(0.1)
-    seen = path.read_text() if path.is_file() else ""
+    seen = path.read_text() if is_file_seen(path) else ""
     all_see_it = set(world.gather([seen])) == {nonce}
     if world.is_main:
         path.unlink()
     if not all_see_it:
-        raise ValueError(
-            f"{out}: the processes do not see the same folder there; machines need a shared one"
-        )
+        raise ValueError(not_shared(out))
 
 
 @contextmanager

@@ -246,6 +246,7 @@ def _fill(unet: Any, base: Base, dtype: torch.dtype, world: DistContext) -> None
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
     weights = load_unet(base.unet, dtype).state_dict() if world.is_main else {}
+    world.wait()  # the main rank may read for long
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(unet, weights, options=options)
 

@@ -102,6 +102,7 @@ def tensor_files(
         file_name = f"{stem}{dot}{counted}.safetensors"
         files |= dict.fromkeys(names, file_name.rpartition("/")[2])
         is_owner = next(owners) == world.rank
+        world.wait()  # for the rank that writes the file before this one
         state = {}
         for name in names:
             tensor = full_tensor(get(name).detach())

@@ -5,8 +5,8 @@ The life of a shard:
     planned         a line of plan.jsonl: its samples in order, and for the latents and for the
        |            text of each whether they are copied from an old shard or encoded
        v
-    being written   X.tar.partial, by the one process that has claimed it
-       |
+    being written   X.tar.HOST.PID.partial, by the process that has claimed it, or by the
+       |            main one where that is lost
        v
     finished        X.tar has its name, then X.index: the index marks the shard, so a tar without
        |            one does not count
