@@ -8,7 +8,7 @@ import errno
 import functools
 import hashlib
 import operator
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
@@ -164,7 +164,9 @@ def join_variants(first: EncodedPart, others: EncodedPart) -> EncodedPart:
 def encode_texts(
     members: Sequence[PlannedSample], encoders: Encoders
 ) -> Iterator[EncodedPart | Failed]:
-    """The embeddings of all captions of each sample."""
+    """The embeddings of all captions of each sample. A text that several of them have is encoded
+    once; it is kept as long as one of them is to come."""
+    num_uses = Counter(text for planned in members for text in planned.record.captions)
 
     def start(rows: list[str]) -> Callable[[], list[tuple[torch.Tensor, torch.Tensor]]]:
         wait = encoders.text.start(rows, encoders.batch_size)
@@ -175,15 +177,31 @@ def encode_texts(
 
         return encoded
 
-    captions = (planned.record.captions for planned in members)
-    batches = in_batches(captions, start, encoders.batch_size, encoders.num_ahead)
-    for planned, encoded in zip(members, batches, strict=True):
-        assert not isinstance(encoded, Failed)
-        prompt, pooled = (torch.stack(parts) for parts in zip(*encoded, strict=True))
+    seen: set[str] = set()
+    new = [_not_in(seen, planned.record.captions) for planned in members]
+    encoded: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    batches = in_batches(new, start, encoders.batch_size, encoders.num_ahead)
+    for planned, texts, rows in zip(members, new, batches, strict=True):
+        assert not isinstance(rows, Failed)
+        encoded.update(zip(texts, rows, strict=True))
+        captions = planned.record.captions
+        prompt, pooled = (
+            torch.stack(parts) for parts in zip(*map(encoded.__getitem__, captions), strict=True)
+        )
+        num_uses.subtract(captions)
+        for text in {text for text in captions if not num_uses[text]}:
+            del encoded[text]
         tensors = {"prompt_embeds": prompt, "pooled_prompt_embeds": pooled}
         num_cut = sum(map(encoders.text.is_cut, planned.record.captions))
         captions_digest = content_digest(list(planned.record.captions))
         yield _cast(tensors, {"num_cut_captions": num_cut}, encoders, {"captions": captions_digest})
+
+
+def _not_in(seen: set[str], texts: Iterable[str]) -> list[str]:
+    """Each of ``texts`` that is not in ``seen``, once; it is added there."""
+    new = [text for text in dict.fromkeys(texts) if text not in seen]
+    seen.update(new)
+    return new
 
 
 def in_batches(

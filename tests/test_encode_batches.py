@@ -10,14 +10,18 @@ from typing import Any
 
 import encodes
 import pytest
+import safetensors.torch
+import torch
 from PIL import Image
 from pretended_cuda import PretendedCuda
 from test_cuda import Traffic
 
-from precompute.encode import default_batch_size
+from precompute.encode import default_batch_size, encode
 from precompute.encode_samples import Failed, in_batches
 from precompute.encoders import Encoders
 from precompute.settings import EncodeSettings
+from sdxl.base import open_base
+from sdxl.text_encoders import TextEncoders
 from shards.index import Index
 from shards.reader import Cache
 
@@ -130,7 +134,9 @@ def test_the_host_waits_for_a_batch_when_the_next_one_is_started(
 ) -> None:
     settings = {"resolution": 64, "square": True, "batch_size": 4}
     results = cuda(shards_on_cuda, images, base, tmp_path / "cache", settings)
-    assert results["order"] == {"latents": ahead_by_one(4), "text": ahead_by_one(4)}
+    texts = {file.read_text() for file in images.rglob("*.txt")}  # equal ones are encoded once
+    orders = {"latents": ahead_by_one(4), "text": ahead_by_one(-(-len(texts) // 4))}
+    assert results["order"] == orders
     assert results["copies"] == {(True, True)}, "from pinned memory, and not waited for"
     assert results["reads"] == [], "nothing else makes the host wait"
 
@@ -203,3 +209,34 @@ def test_fit_chooses_the_batch_size_and_says_so(
     (more / "new.txt").write_text("red")
     encode_to(more, tmp_path / "a", batch_size=None, fit="3.02GB")  # less than when it was begun
     assert "batches of 1, about 3.01 GB" in capsys.readouterr().out
+
+
+def test_a_text_that_several_images_have_is_encoded_once_per_shard(
+    images: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And every sample holds what that text alone gives."""
+    data = encodes.copy_old(images, tmp_path / "data")
+    for number, file in enumerate(sorted(data.rglob("*.txt"))):
+        file.write_text("a red car" if number % 3 else f"a car\nnumber {number // 6}\na red car")
+    encoded: list[str] = []
+    start = TextEncoders.start
+
+    def note(self: TextEncoders, prompts: list[str], *more: Any) -> Any:
+        encoded.extend(prompts)
+        return start(self, prompts, *more)
+
+    monkeypatch.setattr(TextEncoders, "start", note)
+    settings = encodes.settings_of(data, base, tmp_path / "cache", caption_lines=True, dtype="fp32")
+    encode(settings)
+    monkeypatch.undo()
+    shards, num_samples = list(Cache(tmp_path / "cache").shards()), 0
+    models = TextEncoders(open_base(str(base)), torch.float32, torch.device("cpu"))
+    for shard in shards:
+        for row in range(len(shard.index)):
+            captions = shard.metadata(row)["captions"]
+            tensors = safetensors.torch.load(shard.members(row)["safetensors"])
+            expected = models.encode(captions, settings.batch_size or 2)
+            assert torch.equal(tensors["prompt_embeds"], expected.prompt)
+            assert torch.equal(tensors["pooled_prompt_embeds"], expected.pooled)
+            num_samples += 1
+    assert encoded.count("a red car") == len(shards) < num_samples
