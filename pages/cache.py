@@ -124,7 +124,7 @@ def _cards(cache: Cache, num_samples: int, count_tokens: CountTokens | None) -> 
         yield Card(
             path=fields["path"],
             bucket=bucket_name(shard.index.header["bucket"]),
-            image=None if colors is None else _preview(shard, row, colors, side),
+            image=None if colors is None else draw_sample(shard, row, colors, side),
             captions=captions,
             num_more_captions=len(fields["captions"]) - len(captions),
             num_variants=int(shard.index.records[row]["num_variants"]),
@@ -139,8 +139,12 @@ def _caption(text: str, count_tokens: CountTokens | None, room: int) -> Caption:
     return Caption(short, num, num is not None and num > room)
 
 
-def _preview(shard: Shard, row: int, colors: dict[str, Any], side: int) -> Embedded:
-    """The first variant in the colors of the cache's linear map, at most ``side`` pixels."""
+def draw_sample(shard: Shard, row: int, colors: dict[str, Any], side: int) -> Embedded:
+    """The first variant in the colors of the cache's linear map, at most ``side`` pixels.
+
+    Raises:
+        CacheError: its latents are damaged.
+    """
     latents = torch.empty(shard.index.layout.latent, dtype=torch.float32)
     shard.read_into(latents, row, "latents.mean", 0)
     rgb = latents_to_rgb(

@@ -30,7 +30,7 @@ def inspect(*arguments: object) -> Result:
 
 def cards_of(page: Page) -> list[str]:
     """The HTML of each sample."""
-    return page.html.split('<ul id="cards">')[1].split("\n</ul>")[0].split("<li>")[1:]
+    return page.html.split('<ul id="cards" class="cards">')[1].split("\n</ul>")[0].split("<li>")[1:]
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 TIMEOUT = timedelta(hours=2)  # of any exchange: the others wait while one writes a checkpoint
 LOST_SECONDS = 3  # in which the launcher, which knows why the process was lost, ends this one
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -37,14 +38,14 @@ class DistContext:
             dist.all_reduce(values)
         return values
 
-    def gather(self, names: list[str], group: Any = None) -> list[str]:
+    def gather(self, items: list[T], group: Any = None) -> list[T]:
         """The lists of all ranks, joined; every rank must call it, in the same ``group`` if one is
         given."""
         if self.size == 1:
-            return names
-        gathered: list[list[str]] = [[] for _ in range(self.size)]
-        dist.all_gather_object(gathered, names, group=group)
-        return [name for names in gathered for name in names]
+            return items
+        gathered: list[list[T]] = [[] for _ in range(self.size)]
+        dist.all_gather_object(gathered, items, group=group)
+        return [item for each in gathered for item in each]
 
     def share(self, name: str) -> str:
         """The main rank's ``name``, on all ranks; every rank must call it."""
