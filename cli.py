@@ -9,7 +9,14 @@ import click
 
 from cli_convert import TOOLS
 from cli_group import commands, launched, make_settings, prepare_process, stage
-from cli_pages import GRID_PAGE, CheckpointPages, check_pages, report_at_end, show_grid
+from cli_pages import (
+    GRID_PAGE,
+    CheckpointPages,
+    check_pages,
+    report_at_end,
+    show_grid,
+    write_run_page,
+)
 from runtime.errors import echo, handle_errors
 from runtime.messages import pluralize
 from runtime.options import RECIPE_OPTION, FilePath, PathText, StageCommand
@@ -373,18 +380,22 @@ def inspect(
 @click.option(
     "--out", type=FilePath(), help="File of the page. Default: report.html in the run's folder."
 )
+@click.option(
+    "--val",
+    type=FilePath(),
+    help="The run's validation cache, to show samples of high loss. Default: where it was.",
+    metavar="CACHE",
+)
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def report(run: Path, out: Path | None, debug: bool) -> None:
-    """Write a page about RUN: curves, previews, settings, checkpoints.
+def report(run: Path, out: Path | None, val: Path | None, debug: bool) -> None:
+    """Write a page about RUN: curves, previews, samples of high loss, settings, checkpoints.
 
     RUN is the folder that train's --out named; the run may be finished, stopped or still running.
     The page is one HTML file that needs no network. train writes it by itself at its end.
     """
     with handle_errors(debug):
         check_pages()
-        from pages.report import write_report
-
-        echo(f"{write_report(run, out, _train_command())}: open it in a browser")
+        echo(f"{write_run_page(run, out, _train_command(), val)}: open it in a browser")
 
 
 @commands.command()

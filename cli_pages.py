@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from runtime.errors import describe_error, echo
 from runtime.messages import pluralize
 from runtime.options import StageCommand
+from runtime.path_kinds import check_cache
 from runtime.workers import is_main_process
 
 if TYPE_CHECKING:
@@ -60,12 +61,30 @@ def report_at_end(run: Path, command: StageCommand) -> None:
     """
     if is_main_process() and not _missing_packages():
         try:
-            from pages.report import write_report
-
-            page = write_report(run, None, command)
+            page = write_run_page(run, None, command)
             echo(f"{page}: curves, previews, settings and checkpoints, to open in a browser")
         except Exception as error:
             echo(f"Warning: the run's page is not written: {describe_error(error)}", err=True)
+
+
+def write_run_page(
+    run: Path, out: Path | None, command: StageCommand, val: Path | None = None
+) -> Path:
+    """Write a run's page. Its validation cache is ``val``, else the one that the run had, where
+    this machine knows it.
+
+    Raises:
+        ValueError: there is no run, or ``val`` is no cache.
+        OSError: the page cannot be written.
+    """
+    from pages.report import write_report
+    from train.option_values import part_of
+    from train.saved_options import recall_val
+
+    if val is not None:
+        check_cache(val)
+    cache = part_of(val, "val") if val is not None else recall_val(run)
+    return write_report(run, out, command, cache)
 
 
 GRID_PAGE = "grid.html"

@@ -17,7 +17,7 @@ from pages.images import Embedded, thinned
 from pages.page import render, write_page
 from pages.settings import show
 from runtime.path_kinds import check_page
-from sdxl.latent_rgb import latents_to_rgb
+from sdxl.latent_rgb import color_map, latents_to_rgb
 from shards.buckets import bucket_name
 from shards.inspect import Contents, read_rejected
 from shards.reader import Cache, Shard
@@ -124,7 +124,7 @@ def _cards(cache: Cache, num_samples: int, count_tokens: CountTokens | None) -> 
         yield Card(
             path=fields["path"],
             bucket=bucket_name(shard.index.header["bucket"]),
-            image=None if colors is None else _preview(shard, row, colors, side),
+            image=None if colors is None else draw_sample(shard, row, colors, side),
             captions=captions,
             num_more_captions=len(fields["captions"]) - len(captions),
             num_variants=int(shard.index.records[row]["num_variants"]),
@@ -139,13 +139,15 @@ def _caption(text: str, count_tokens: CountTokens | None, room: int) -> Caption:
     return Caption(short, num, num is not None and num > room)
 
 
-def _preview(shard: Shard, row: int, colors: dict[str, Any], side: int) -> Embedded:
-    """The first variant in the colors of the cache's linear map, at most ``side`` pixels."""
+def draw_sample(shard: Shard, row: int, colors: dict[str, Any], side: int) -> Embedded:
+    """The first variant in the colors of the cache's color map, at most ``side`` pixels.
+
+    Raises:
+        CacheError: its latents are damaged.
+    """
     latents = torch.empty(shard.index.layout.latent, dtype=torch.float32)
     shard.read_into(latents, row, "latents.mean", 0)
-    rgb = latents_to_rgb(
-        latents[None], torch.tensor(colors["weight"]), torch.tensor(colors["bias"])
-    )
+    rgb = latents_to_rgb(latents[None], **color_map(colors))
     levels = (rgb[0].permute(1, 2, 0).nan_to_num(0) * 255).round().to(torch.uint8).numpy()
     image = Image.fromarray(np.ascontiguousarray(levels))
     image.thumbnail((side, side))

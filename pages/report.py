@@ -11,6 +11,7 @@ from pages.images import Embedded, embed_images
 from pages.page import render, write_page
 from pages.run_files import Checkpoint, RunFiles, read_run
 from pages.settings import command_line, describe_settings, other_values, show
+from pages.val_samples import rank_samples
 from runtime.messages import pluralize
 from runtime.options import StageCommand
 from runtime.path_kinds import check_page
@@ -44,8 +45,12 @@ class Preview:
     image: Embedded
 
 
-def write_report(run: Path, out: Path | None, command: StageCommand) -> Path:
-    """Write the page of the run in a folder, by default into it; ``command`` is train's.
+def write_report(
+    run: Path, out: Path | None, command: StageCommand, val: Path | None = None
+) -> Path:
+    """Write the page of the run in a folder, by default into it.
+
+    ``command`` is train's; ``val`` is the run's validation cache, where that is known.
 
     Raises:
         ValueError: the folder holds no run, or ``out`` is a file of another program.
@@ -54,11 +59,11 @@ def write_report(run: Path, out: Path | None, command: StageCommand) -> Path:
     path = run / REPORT if out is None else out
     files = read_run(run)
     check_page(path)
-    write_page(path, report_page(files, command))
+    write_page(path, report_page(files, command, val))
     return path
 
 
-def report_page(run: RunFiles, command: StageCommand) -> str:
+def report_page(run: RunFiles, command: StageCommand, val: Path | None = None) -> str:
     """The page as HTML."""
     images, notes = embed_images([*run.previews.values()])
     settings = describe_settings(run.settings, command)
@@ -72,6 +77,7 @@ def report_page(run: RunFiles, command: StageCommand) -> str:
         charts=draw_curves(run),
         previews=[Preview(n, images[p]) for n, p in run.previews.items() if p in images],
         preview_notes=notes,
+        samples=rank_samples(run, val),
         checkpoints=checkpoints,
         num_older=len(run.checkpoints) - len(checkpoints),
         kinds=KINDS,

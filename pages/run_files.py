@@ -24,6 +24,7 @@ CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 STATE = "state.json"
 PREVIEWS = "previews"
+EVALS = "evals"
 CACHE_MANIFEST = "manifest.json"
 PUBLISHED = ("pytorch_lora_weights.safetensors", "kohya_lora_weights.safetensors", "unet")
 MAX_ROWS = 5_000_000  # of metrics
@@ -31,6 +32,7 @@ MAX_LINE_BYTES = 100_000
 MAX_CHECKPOINTS = 10_000
 MAX_NUMBER = 1e300  # beyond it a number is not finite to us
 _PREVIEW = re.compile(r"step-(\d{1,15})\.png")
+_EVAL = re.compile(r"step-(\d{1,15})\.json")
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class RunFiles:
     metrics: dict[str, Series] = field(default_factory=dict)  # by name, as in metrics.jsonl
     checkpoints: list[Checkpoint] = field(default_factory=list)
     previews: dict[int, Path] = field(default_factory=dict)  # by step
+    evals: dict[int, Path] = field(default_factory=dict)  # losses of single samples, by step
     published: list[str] = field(default_factory=list)  # names of the final weights
     notes: list[str] = field(default_factory=list)  # what is damaged or missing
 
@@ -124,6 +127,7 @@ def read_run(folder: Path) -> RunFiles:
     if not is_run and all(checkpoint.problem for checkpoint in run.checkpoints):
         raise ValueError(f"{folder}: no run of shardtune; give the folder that train's --out named")
     run.previews = _numbered(folder / PREVIEWS, _PREVIEW)
+    run.evals = _numbered(folder / EVALS, _EVAL)
     run.published = [name for name in PUBLISHED if (folder / name).exists()]
     return run
 

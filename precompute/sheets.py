@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from sdxl.contact_sheet import LINEAR_COLORS, MAX_TILES, TILE, contact_sheet, of_all
-from sdxl.latent_rgb import latents_to_rgb
+from sdxl.contact_sheet import MAP_COLORS, MAX_TILES, TILE, contact_sheet, of_all
+from sdxl.latent_rgb import color_map, latents_to_rgb
 from shards.buckets import bucket_name, cover
 from shards.format import CacheError
 from shards.reader import Cache, Shard
@@ -34,14 +34,13 @@ def write_sheets(cache: Cache, out: Path) -> Iterator[Path]:
         tiles = [*islice(_tiles(cache, members), MAX_TILES)]
         num = sum(int(shard.index.records["num_variants"].sum()) for shard in members)
         path = out / f"{bucket}.png"
-        title = f"{bucket}: {of_all(len(tiles), num)}; {LINEAR_COLORS}; box: what is cached"
+        title = f"{bucket}: {of_all(len(tiles), num)}; {MAP_COLORS}; box: what is cached"
         contact_sheet(tiles, title=title).save(path)
         yield path
 
 
 def _tiles(cache: Cache, shards: list[Shard]) -> Iterator[tuple[Image.Image, str]]:
-    fit = cache.manifest["latent_rgb"]
-    weight, bias = torch.tensor(fit["weight"]), torch.tensor(fit["bias"])
+    fitted = color_map(cache.manifest["latent_rgb"])
     is_squashed = cache.manifest["recipe"].get("preprocessing", {}).get("mode") == "squash"
     for shard in shards:
         layout = shard.index.layout
@@ -52,7 +51,7 @@ def _tiles(cache: Cache, shards: list[Shard]) -> Iterator[tuple[Image.Image, str
                 sizes = torch.empty(6, dtype=torch.int32)
                 shard.read_into(latents, row, "latents.mean", number)
                 shard.read_into(sizes, row, "sizes", number)
-                colors = latents_to_rgb(latents[None], weight, bias)[0]
+                colors = latents_to_rgb(latents[None], **fitted)[0]
                 place = [int(value) for value in sizes]
                 if min(*place[:2], *place[4:]) < 1 or max(map(abs, place)) > MAX_PIXELS:
                     raise CacheError(f"{shard.path}: sample {row}: its sizes are {place}")

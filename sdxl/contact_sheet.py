@@ -25,7 +25,7 @@ Box = tuple[int, int, int, int]  # pixels: left, top, right, bottom
 
 GAP = 4  # pixels between images
 MAX_GRID_PIXELS = 60_000_000  # of a grid: tiles get smaller where there are many
-LINEAR_COLORS = "colors by the cache's linear map, not by the VAE"
+MAP_COLORS = "colors by the cache's color map, not by the VAE"
 
 
 def contact_sheet(

@@ -52,7 +52,7 @@ The index header carries the shard's name, bucket, repeats, the tar's size and s
 assigned to it: its key and fingerprint), ``rejected`` (those of them that failed: path, reason),
 ``dropped_variants`` (path, number: crops that the mask hides all over; only where there are any),
 ``made_with`` (batch size and the like: they decide last bits) and sums from which the manifest's
-statistics come.
+statistics and color maps come (``sdxl.latent_rgb``; those of earlier versions lack some).
 
 While an encode is under way there are also these, which are no part of the cache::
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import struct
 from collections.abc import Iterator
+from math import comb
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -302,7 +303,10 @@ ENCODE_FIELDS = {  # what encode adds; a shard that another program wrote may la
     "members": each(_is_member_row),
     "rejected": each(each(text, 2)),
     "made_with": each(record),
-    "sums": fields(dict.fromkeys(("gram", "cross"), each(each(number)))),
+    "sums": fields(
+        dict.fromkeys(("gram", "cross"), each(each(number))),
+        {"moments": each(number), "products": each(each(number, 3))},  # since the quadratic map
+    ),
     "num_cut_captions": integer(),
     "dropped_variants": each(
         lambda value: (
@@ -324,6 +328,11 @@ def misfit_of_header(header: Any) -> str | None:
         for name, width in (("gram", size), ("cross", 3)):
             if [len(row) for row in header["sums"][name]] != size * [width]:
                 return f"its sums are not of {size - 1} channels"
+        num_products, sums = size * (size - 1) // 2, header["sums"]
+        num_moments = comb(size + 1, 3) + comb(size + 2, 4)
+        lengths = [len(sums[name]) for name in ("products", "moments") if name in sums]
+        if lengths not in ([], [num_products, num_moments]):
+            return f"its sums are not of {size - 1} channels"
     return problem
 
 

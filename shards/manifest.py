@@ -56,7 +56,16 @@ MORE_FIELDS = {  # a cache without images has none
         {
             "weight": schema.each(schema.each(schema.number, 3)),
             "bias": schema.each(schema.number, 3),
-        }
+        },
+        {  # caches of earlier versions have the linear map alone
+            "quadratic": schema.fields(
+                {
+                    "products": schema.each(schema.each(schema.number, 3)),
+                    "weight": schema.each(schema.each(schema.number, 3)),
+                    "bias": schema.each(schema.number, 3),
+                }
+            )
+        },
     ),
     "sanity": schema.fields(
         {
@@ -183,9 +192,15 @@ def _misfit_of_shards(manifest: dict[str, Any]) -> str | None:
     latents = manifest.get("latents", {})
     if manifest["num_samples"] and "channels" not in latents:
         return "its latents are not what encode writes"
-    rows = len(manifest.get("latent_rgb", {}).get("weight", ()))
-    if rows and rows != latents.get("channels"):
-        return "its latent_rgb is of other channels"
+    linear = manifest.get("latent_rgb", {})
+    quadratic, channels = linear.get("quadratic", {}), latents.get("channels", 0)
+    for fitted, name, num in (
+        (linear, "weight", channels),
+        (quadratic, "weight", channels),
+        (quadratic, "products", channels * (channels + 1) // 2),
+    ):
+        if (rows := len(fitted.get(name, ()))) and rows != num:
+            return "its latent_rgb is of other channels"
     return None
 
 

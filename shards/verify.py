@@ -207,7 +207,7 @@ class _IntactSamples:
 
     def samples(self) -> Iterator[tuple[str, float, Members]]:
         dropped: dict[str, str | None] = {}  # key to path, None where that cannot be read any more
-        sums: dict[str, Any] = {}
+        sums: dict[str, Any] | None = None
         num_cut = 0
         for row in range(len(self.index)):
             record = self.index.record(row)
@@ -218,12 +218,13 @@ class _IntactSamples:
                 continue
             self.num_kept += 1
             notes = json.loads(members["json"])["notes"]
-            for name, matrix in notes["latents"]["sums"].items():
-                sums[name] = sums.get(name, 0.0) + np.array(matrix)
+            own = {name: np.array(rows) for name, rows in notes["latents"]["sums"].items()}
+            # Samples of an earlier version have not all that later ones have.
+            sums = own if sums is None else {n: sums[n] + own[n] for n in sums if n in own}
             num_cut += notes["text"]["num_cut_captions"]
             yield key, record.weight, members
         if dropped:
-            totals = {name: matrix.tolist() for name, matrix in sums.items()}
+            totals = {name: rows.tolist() for name, rows in (sums or {}).items()}
             self.header.update(
                 _drop_members(self.header, dropped), sums=totals, num_cut_captions=num_cut
             )

@@ -16,10 +16,12 @@ import torch
 from PIL import Image
 
 import train.loop
+from runtime.files import unseal
 from runtime.path_kinds import checkpoints_in
 from sdxl.contact_sheet import contact_sheet
 from train.checkpoint import read_state
 from train.config import TrainConfig
+from train.evaluation import EVALS
 from train.option_values import CacheUse
 from train.preview import TILE, draw_previews
 
@@ -97,6 +99,12 @@ def evals(out: Path) -> list[tuple[int, float]]:
     return [(row["step"], row["eval/loss"]) for row in rows(out) if "eval/loss" in row]
 
 
+def sample_losses(out: Path) -> dict[str, dict[str, Any]]:
+    """What the run keeps of the losses of its validation samples, by file."""
+    paths = sorted((out / EVALS).glob("*"))
+    return {path.name: unseal(path.read_bytes()) for path in paths}
+
+
 def last_state(out: Path) -> dict[str, Any]:
     """All that the newest checkpoint says, and digests of all that it holds."""
     return read_state(list(checkpoints_in(out).values())[-1])
@@ -112,6 +120,7 @@ def assert_same_run(left: Path, right: Path) -> None:
     average, optimizer, scaler, place in the plan."""
     assert losses(left) == losses(right)
     assert evals(left) == evals(right)
+    assert sample_losses(left) == sample_losses(right)
     first, second = last_state(left), last_state(right)
     assert first == second, [name for name in first if first[name] != second[name]]
     name = LORA if (left / LORA).exists() else UNET

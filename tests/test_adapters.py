@@ -121,7 +121,7 @@ def eval_loss(unet: Any, config: TrainConfig, cache: Path) -> float:
     )
     learner: Learner = learner_for(bare, DistContext(CPU))
     learner.unet = unet
-    return evaluate(learner, Cache(cache), bare)
+    return evaluate(learner, Cache(cache), bare).loss
 
 
 def reloaded(base: Path, run: Path) -> Any:

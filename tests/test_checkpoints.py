@@ -16,6 +16,7 @@ from runtime.path_kinds import checkpoints_in
 from runtime.signals import Stopped
 from sdxl.lora.read import read_lora_file
 from train.checkpoint import CheckpointWriter, best_checkpoint, newest_checkpoint
+from train.evaluation import Evaluation
 from train.option_values import CacheUse, Every
 from train.report import describe_result
 
@@ -39,7 +40,7 @@ def test_rotation_keeps_the_newest_the_asked_for_and_the_best(
 ) -> None:
     """Evals are made up: that of step 4 is the best but for step 3, which stays anyway."""
     evals = iter([9.0, float("nan"), 4.0, 1.0, 2.0, float("nan"), 3.0, 3.0, 3.0, 3.0])
-    monkeypatch.setattr(train.loop, "evaluate", lambda *_: next(evals))
+    monkeypatch.setattr(train.loop, "evaluate", lambda *_: Evaluation(next(evals), {}, ""))
     settings: dict[str, Any] = {"checkpoint_every": Every(1), "keep": 2, "checkpoint_at": (2, 3)}
     run(split_cache, base, tmp_path, steps=9, eval_every=Every(1), **settings)
     assert kinds(tmp_path) == {2: "at", 3: "at", 4: "every", 7: "every", 8: "every", 9: "last"}
@@ -71,7 +72,7 @@ def test_the_best_average_is_published_at_once(
     split_cache: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evals = iter([9.0, 2.0, 1.0, 3.0])
-    monkeypatch.setattr(train.loop, "evaluate", lambda *_: next(evals))
+    monkeypatch.setattr(train.loop, "evaluate", lambda *_: Evaluation(next(evals), {}, ""))
     each: dict[str, Any] = {"checkpoint_every": Every(1), "eval_every": Every(1)}
     settings = {"steps": 3, "full": True, "ema": 0.5, "publish": "best", **each}
     calls: list[list[int]] = []

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from diffusers import UNet2DConditionModel
 from ranks import has_loaded_base, output_of, seen, start, start_each, train_on
-from runs import LORA, UNET, config_of, evals, losses, run
+from runs import LORA, UNET, config_of, evals, losses, run, sample_losses
 
 from sdxl.base import find_weights
 from shards.reader import Cache
@@ -44,6 +44,12 @@ def keys_of(cache: Path) -> list[str]:
     ]
 
 
+def losses_of_samples(out: Path) -> list[tuple[int, float]]:
+    """By evaluation and sample, numbered in their order."""
+    each = [loss for file in sample_losses(out).values() for _, loss in file["losses"].items()]
+    return [*enumerate(each)]
+
+
 @pytest.mark.slow
 def test_any_number_of_processes_and_any_change_of_it_is_one_run(
     two_caches: tuple[CacheUse, ...], cache: Path, split_cache: Path, base: Path, tmp_path: Path
@@ -65,6 +71,7 @@ def test_any_number_of_processes_and_any_change_of_it_is_one_run(
         other = train(str(world), world)
         assert close(losses(other), losses(single)) and close(evals(other), evals(single)), world
         assert seen(other) == plan, world
+        assert close(losses_of_samples(other), losses_of_samples(single)), world
     for number, (world, steps) in enumerate([(3, 2), (1, 4), (4, 6), (2, STEPS)]):
         uneven = {"batch_size": 5} if number == 3 else {}  # 12 samples are 5 + 5 and 2 + 0
         mixed = train("mixed", world, steps, resume=number > 0, **uneven)

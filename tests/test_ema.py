@@ -102,16 +102,16 @@ def test_the_average_is_what_is_evaluated_and_published(
         history.append({n: p.detach().clone() for n, p in parameters.items()})
         train_step(learner, iter([made_batch(2)]), step, 1e-2)
     history.append({n: p.detach().clone() for n, p in parameters.items()})
-    averaged = evaluate(learner, val, config)
+    averaged = evaluate(learner, val, config).loss
     kind = WeightsFormat(full, open_base(base), learner.schedule)
     publish(learner.unet, kind, tmp_path, learner.world, learner.ema, steps=4)
     assert same(parameters, history[-1])  # type: ignore[arg-type]
     learner.ema = None
-    assert evaluate(learner, val, config) != averaged
+    assert evaluate(learner, val, config).loss != averaged
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(unrolled(0.7, [weights[name] for weights in history]))
-    assert evaluate(learner, val, config) == pytest.approx(averaged, rel=1e-5)
+    assert evaluate(learner, val, config).loss == pytest.approx(averaged, rel=1e-5)
     if full:
         actual = dict(UNet2DConditionModel.from_pretrained(tmp_path / "unet").named_parameters())
         expected = dict(parameters)

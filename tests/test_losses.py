@@ -172,6 +172,7 @@ def test_eval_is_plain_whatever_the_run_learns_by(caches: list[Cache], base: Pat
         )
         assert actual == reference
         expected: list[float] = []
+        by_key: dict[str, list[float]] = {}
         reader = reader_of([val], 5, seed=0)
         with torch.no_grad():
             for pass_ in range(4):
@@ -179,5 +180,11 @@ def test_eval_is_plain_whatever_the_run_learns_by(caches: list[Cache], base: Pat
                 batch = replace(batch, times=(batch.times + pass_) / 4)
                 losses = plain_losses(learners[0].unet, batch, kind)
                 expected += losses.tolist()  # the sample of weight 0 counts too
+                for key, loss in zip(batch.keys, losses.tolist(), strict=True):
+                    by_key.setdefault(key, []).append(loss)
         assert len(expected) == 4 * 5
-        assert actual == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+        assert actual.loss == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+        assert actual.samples == pytest.approx(
+            {key: sum(each) / 4 for key, each in by_key.items()}, rel=1e-5
+        )
+        assert len(actual.samples) == 5 and actual.data == val.data_digest

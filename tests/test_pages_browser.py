@@ -15,6 +15,7 @@ from pages.compare import write_comparison
 from pages.grid import write_grid
 from pages.report import write_report
 from runtime.options import StageCommand
+from train.evaluation import Evaluation, write_evaluation
 
 TRAIN = cli.commands.commands["train"]
 assert isinstance(TRAIN, StageCommand)
@@ -81,6 +82,8 @@ def open_page(browser: str, page: Path, work: Path, width: int) -> dict[str, Any
 @pytest.mark.parametrize("width", [1280, 500])  # headless windows are not narrower
 def test_pages_in_a_browser(browser: str, tmp_path: Path, width: int) -> None:
     run = make_run(tmp_path / "cats")
+    losses = {f"{number:020x}": number / 30 for number in range(30)}
+    write_evaluation(run, 36, Evaluation(0.1, losses, "0" * 64))
     result = open_page(browser, write_report(run, None, TRAIN), tmp_path, width)
     assert result["first"] == ["144"] and result["moved"] == ["36", "36"]
     assert result["widths"] == [512] * 4

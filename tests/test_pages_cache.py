@@ -17,7 +17,7 @@ from test_pages import Page, table
 import pages.cache
 from cli import commands
 from sdxl.base import open_base
-from sdxl.latent_rgb import latents_to_rgb
+from sdxl.latent_rgb import color_map, latents_to_rgb
 from sdxl.load import load_tokenizers
 from shards.reader import Cache
 from tests.conftest import Encode
@@ -30,7 +30,7 @@ def inspect(*arguments: object) -> Result:
 
 def cards_of(page: Page) -> list[str]:
     """The HTML of each sample."""
-    return page.html.split('<ul id="cards">')[1].split("\n</ul>")[0].split("<li>")[1:]
+    return page.html.split('<ul id="cards" class="cards">')[1].split("\n</ul>")[0].split("<li>")[1:]
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +72,7 @@ def test_every_sample_is_there_with_its_image(encoded: tuple[Path, Page]) -> Non
         latents = torch.empty(shard.index.layout.latent)
         shard.read_into(latents, row, "latents.mean")
         colors = cache.manifest["latent_rgb"]
-        maps = torch.tensor(colors["weight"]), torch.tensor(colors["bias"])
-        expected = latents_to_rgb(latents[None], *maps)[0].flatten(1).T
+        expected = latents_to_rgb(latents[None], **color_map(colors))[0].flatten(1).T
         assert (seen - expected).abs().mean() < 0.1, "WebP is lossy, and these are tiny"
 
 

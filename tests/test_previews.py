@@ -402,7 +402,8 @@ def test_the_maps_colors_are_those_of_the_decoded_image(images: Path) -> None:
     drawn = [rendered(path) for path in sorted(images.glob("*.png"))]
     for image in drawn:
         sums.add(vae.scaled(image), mean_colors(image))
-    fit = {name: torch.tensor(value) for name, value in sums.fit().items()}
+    fitted = sums.fit()
+    fit = {name: torch.tensor(fitted[name]) for name in ("weight", "bias")}
     mapped, decoded = [], []
     for image in drawn:
         latents = vae.scaled(image)
@@ -416,12 +417,12 @@ def test_the_maps_colors_are_those_of_the_decoded_image(images: Path) -> None:
     assert (first - second).abs().max() < 0.01
 
 
-def test_the_cached_map_is_the_best_linear_one(
-    prompted: Path, previews: PreviewPrompts, images: Path
-) -> None:
+def test_the_cached_map_is_the_best_linear_one(prompted: Path, images: Path) -> None:
     """Against numpy's least squares, on latents as cached and images as files."""
     latents, colors, drawn = [], [], []
     opened = Cache(prompted)
+    fitted = opened.manifest["latent_rgb"]
+    linear = {name: torch.tensor(fitted[name]) for name in ("weight", "bias")}
     for group in opened.groups():
         for row in range(group.count):
             shard, at = opened.locate(group, row)
@@ -430,7 +431,7 @@ def test_the_cached_map_is_the_best_linear_one(
             image = rendered(images / shard.metadata(at)["path"])[0]
             latents.append(mean.flatten(1).T)
             colors.append(F.avg_pool2d(image, 8).flatten(1).T)
-            drawn.append(latents_to_rgb(mean[None], previews.weight, previews.bias)[0].flatten(1).T)
+            drawn.append(latents_to_rgb(mean[None], **linear)[0].flatten(1).T)
     design = np.concatenate([torch.cat(latents), np.ones((len(torch.cat(latents)), 1))], axis=1)
     best = design @ np.linalg.lstsq(design, torch.cat(colors).numpy(), rcond=None)[0]
     assert np.abs(torch.cat(drawn).numpy() - (best / 2 + 0.5).clip(0, 1)).max() < 1e-3
@@ -482,8 +483,8 @@ def test_without_a_vae_the_colors_are_of_the_map(
 ) -> None:
     kept = []
 
-    def keep(latents: torch.Tensor, *fit: torch.Tensor) -> torch.Tensor:
-        kept.append(latents_to_rgb(latents, *fit))
+    def keep(latents: torch.Tensor, **fit: torch.Tensor) -> torch.Tensor:
+        kept.append(latents_to_rgb(latents, **fit))
         return kept[-1]
 
     monkeypatch.setattr("train.preview.latents_to_rgb", keep)

@@ -7,7 +7,7 @@ from sdxl.fingerprint import encoder_digests_in_subprocess
 from shards.reader import Cache
 from train.config import TrainConfig
 from train.distributed import DistContext
-from train.option_values import CacheUse
+from train.option_values import CacheUse, part_of
 
 
 def open_data(
@@ -33,10 +33,7 @@ def open_data(
 
 def open_cache(use: CacheUse, part: str) -> Cache:
     """The cache of a folder, or its ``train`` or ``val`` where it is split in two."""
-    folder = use.folder
-    if not (folder / "manifest.json").exists() and (folder / part).is_dir():
-        folder = folder / part
-    return Cache(folder, weight=use.weight, repeats=use.repeats)
+    return Cache(part_of(use.folder, part), weight=use.weight, repeats=use.repeats)
 
 
 def open_val(config: TrainConfig, train: Cache) -> Cache | None:

@@ -230,7 +230,7 @@ class TrainConfig:
         "(2ep), and before the first step; 0: never.",
     )
     preview_vae: bool = option(
-        False, "Decode previews with the base's VAE instead of the cache's linear map."
+        False, "Decode previews with the base's VAE instead of the cache's color map."
     )
     checkpoint_every: Every = option(
         Every(),

@@ -3,7 +3,7 @@
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,7 @@ STEP_TIMEOUT, TIMEOUT = timedelta(minutes=10), timedelta(hours=2)
 # NCCL ends the process when its own time is over. The vote of a step runs on the CPU, and can say
 # what is wrong: it comes first.
 NCCL_GRACE = timedelta(minutes=5)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -42,14 +43,14 @@ class DistContext:
             dist.all_reduce(values)
         return values
 
-    def gather(self, names: list[str], group: Any = None) -> list[str]:
+    def gather(self, items: list[T], group: Any = None) -> list[T]:
         """The lists of all ranks, joined; every rank must call it, in the same ``group`` if one is
         given. It may wait for long, as ``wait`` may."""
         if self.size == 1:
-            return names
-        gathered: list[list[str]] = [[] for _ in range(self.size)]
-        dist.all_gather_object(gathered, names, group=group or self.patient)
-        return [name for names in gathered for name in names]
+            return items
+        gathered: list[list[T]] = [[] for _ in range(self.size)]
+        dist.all_gather_object(gathered, items, group=group or self.patient)
+        return [item for each in gathered for item in each]
 
     def share(self, name: str) -> str:
         """The main rank's ``name``, on all ranks; every rank must call it."""

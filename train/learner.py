@@ -23,6 +23,7 @@ from train.config import TrainConfig, check_processes
 from train.cuda_graphs import CudaGraphs, why_no_graphs
 from train.distributed import DistContext, is_dtensor
 from train.ema import Ema
+from train.evaluation import Evaluation
 from train.fast_forwards import LoraCasts
 from train.memory import state_bytes
 from train.objective import Objective, objective_of
@@ -270,10 +271,10 @@ def _update(learner: Learner, step: Step, number: int) -> None:
 
 
 @torch.no_grad()
-def evaluate(learner: Learner, val: Cache, config: TrainConfig) -> float:
+def evaluate(learner: Learner, val: Cache, config: TrainConfig) -> Evaluation:
     """Mean squared error over a validation cache, always with the same noise and timesteps, plain:
     each sample counts once, without its weight, the run's loss weights, offsets and choice of
-    timesteps."""
+    timesteps. Every rank must call it, and gets the losses of all samples."""
     world, training = learner.world, learner.objective
     plan = Plan(val.groups(), EVAL_SEED, config.batch_size * world.size)
     share = RankShare(batch_size=config.batch_size, world=world.size, rank=world.rank)
@@ -290,6 +291,8 @@ def evaluate(learner: Learner, val: Cache, config: TrainConfig) -> float:
 
     places = [(p, n) for p in range(EVAL_PASSES) for n in range(plan.num_batches)]
     total, count = torch.zeros((), device=world.device), 0
+    keys: list[str] = []
+    losses_of_keys: list[torch.Tensor] = []  # which stay on the device until the end
     with learner.eval_mode() as unet:
         for batch in read_ahead(read, places, config.reader_threads, 2 * config.reader_threads):
             batch = batch.to(world.device)
@@ -297,10 +300,21 @@ def evaluate(learner: Learner, val: Cache, config: TrainConfig) -> float:
                 losses = objective.losses(unet, batch, learner.precision.dtype)
             num = len(batch.keys)  # 0 in the dummy of a rank that has no samples of this batch
             total, count = total + losses[:num].sum(), count + num
+            keys += batch.keys
+            losses_of_keys.append(losses[:num])
     mean: torch.Tensor = world.sum(total) / world.sum(
         torch.tensor(float(count), device=total.device)
     )
-    return mean.item()
+    pairs = [*zip(keys, torch.cat(losses_of_keys).tolist(), strict=True)]
+    return Evaluation(mean.item(), _means(world.gather(pairs)), val.data_digest)
+
+
+def _means(pairs: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """The mean of the values of each key."""
+    values: dict[str, list[float]] = {}
+    for key, value in pairs:
+        values.setdefault(key, []).append(value)
+    return {key: sum(each) / len(each) for key, each in values.items()}
 
 
 # The warm-up: one forward and backward pass on the largest bucket, before the first step.

@@ -22,6 +22,7 @@ from runtime.messages import first_line, printable
 from runtime.safe_parsing import open_regular
 from train.config import TrainConfig
 from train.distributed import DistContext
+from train.evaluation import Evaluation, cut_evaluations, write_evaluation
 from train.learner import NUM_QUARTERS, Step, losses_by_quarter
 from train.run_folder import METRICS
 from train.trackers import Images, start_trackers
@@ -85,6 +86,7 @@ class RunLog:
         )
         if world.is_main:
             cut_metrics(config.out, start)
+            cut_evaluations(config.out, start)
             self._path = config.out / METRICS
             self._trackers += start_trackers(config, run_config, start)
             self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
@@ -142,10 +144,12 @@ class RunLog:
             shown["skipped"] = str(self.num_skipped)
         self.bar.set_postfix(shown)
 
-    def eval(self, step: int, loss: float) -> None:
+    def eval(self, step: int, evaluation: Evaluation) -> None:
         """Note an evaluation after ``step`` steps."""
-        self._write([{"step": step, "eval/loss": _json(loss)}])
-        self.print(f"step {step}: eval loss {loss:.5f}")
+        if self.world.is_main:
+            write_evaluation(self.config.out, step, evaluation)
+        self._write([{"step": step, "eval/loss": _json(evaluation.loss)}])
+        self.print(f"step {step}: eval loss {evaluation.loss:.5f}")
 
     def preview(self, step: int, path: Path, images: Images) -> None:
         """Note previews after ``step`` steps: their sheet, and each with its prompt."""

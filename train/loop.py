@@ -435,10 +435,10 @@ def _write_checkpoint(run: Run, step: int, kind: str, *, wait: bool) -> None:
 def _evaluate(run: Run, step: int) -> float | None:
     if run.val is None:
         return None
-    loss = evaluate(run.learner, run.val, run.config)
-    run.log.eval(step, loss)
+    evaluation = evaluate(run.learner, run.val, run.config)
+    run.log.eval(step, evaluation)
     run.log.resume_clock()
-    return loss
+    return evaluation.loss
 
 
 def _preview(run: Run, step: int) -> None:

@@ -51,6 +51,12 @@ def _digits(value: float) -> str:
     return repr(float(value)).removesuffix(".0")
 
 
+def part_of(cache: Path, part: str) -> Path:
+    """A cache's folder: its ``train`` or ``val`` where it is split in two, else itself."""
+    is_split = not (cache / "manifest.json").exists() and (cache / part).is_dir()
+    return cache / part if is_split else cache
+
+
 @dataclass(frozen=True)
 class CacheUse:
     """A cache and how a run uses it: ``FOLDER[,weight=W][,repeats=N]``."""

@@ -44,6 +44,7 @@ from shards.plan import Plan
 from train.checkpoint import STATE
 from train.config import TrainConfig
 from train.distributed import DistContext
+from train.evaluation import EVAL_FILE, EVALS
 from train.learner import Learner
 from train.option_values import CacheUse
 from train.saved_options import CONFIG, remember_private
@@ -56,12 +57,13 @@ REPORT = "report.html"  # which the command writes after the run
 # Everything that a run writes into its folder, and so everything that --overwrite may delete.
 ENTRIES = frozenset(
     {CONFIG, METRICS, WANDB_ID, REPORT, CHECKPOINTS, LORA, KOHYA}
-    | {"wandb", TENSORBOARD, "previews", "unet", "scheduler"}
+    | {"wandb", TENSORBOARD, "previews", EVALS, "unet", "scheduler"}
 )
 # The names that a run gives in its folders of many files, also half written.
 _FILE_NAMES = {
     CHECKPOINTS: re.compile(r"checkpoint-\d+(\.replaced)?(\.partial)?"),
     "previews": re.compile(r"step-\d+\.png(\.partial)?"),
+    EVALS: re.compile(rf"{EVAL_FILE.pattern}(\.partial)?"),
     TENSORBOARD: re.compile(r"events\.out\.tfevents\.[\w.-]+"),
 }
 _PRIVATE = ("wandb_entity",)  # settings that name the user

@@ -14,7 +14,7 @@ from typing import Any
 from runtime.files import canonical_json, content_digest, read_checked, user_cache, write_checked
 from runtime.path_kinds import RUN, checkpoints_in, kind_of
 from runtime.safe_parsing import parse_json, read_sealed
-from train.option_values import DEPENDENTS, flag
+from train.option_values import DEPENDENTS, CacheUse, flag, part_of
 
 CONFIG = "config.json"  # in the run's folder: its settings, and what followed from them
 # Settings that a checkpoint's tensors and the plan depend on: a resumed run cannot change them.
@@ -168,6 +168,20 @@ def _recall_paths(out: Path, settings: dict[str, Any], given: dict[str, Any]) ->
         f"{out}: where the run's data and base are is not known on this machine; give "
         f"{' and '.join(words[name] for name in wanted)}, beside --out {out} --resume"
     )
+
+
+def recall_val(run: Path) -> Path | None:
+    """The folder of a run's validation cache, if it is known on this machine; see
+    ``caches.open_val``, which opened it."""
+    try:
+        paths = _recall_paths(run, read_sealed(run / CONFIG), {})
+        if paths.get("val") is not None:
+            return part_of(Path(paths["val"]), "val")
+        first = CacheUse.parse(paths["caches"][0]).folder
+    except (OSError, ValueError, KeyError, IndexError, TypeError):
+        return None
+    is_split = part_of(first, "train") != first and (first / "val").is_dir()
+    return first / "val" if is_split else None
 
 
 def _names(settings: dict[str, Any]) -> list[Any]:
