@@ -2,7 +2,7 @@
 
 import errno
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -281,13 +281,16 @@ def _is_folder(tree: Tree, inside: str, entry: os.DirEntry[str]) -> bool:
 
 
 def read_images(
-    container: Tree | TarMembers, settings: EncodeSettings
+    container: Tree | TarMembers,
+    settings: EncodeSettings,
+    is_listed: Callable[[str], bool] = lambda path: False,
 ) -> Iterator[SourceImage | Rejected]:
-    """Every image with the text and the mask beside it, or why it is refused."""
+    """Every image with the text and the mask beside it, or why it is refused; not those that a
+    list is to name."""
     masks = find_masks(container.files)
     container.used.update(masks.paired)
     for path in container.files:
-        if path in masks.paired:
+        if path in masks.paired or is_listed(path):
             continue
         unread_format = unread_image(path)
         # If it is among the stems, the same image exists in a format that encode reads.

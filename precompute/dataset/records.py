@@ -4,7 +4,7 @@ import errno
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -219,6 +219,15 @@ class Columns:
             bool(captions),
             bool(image or captions),
         )
+
+    def image_fields(self, present: Iterable[str]) -> tuple[str, ...]:
+        """The fields that may name the image of a row with the fields ``present``: where none is
+        chosen, also ``image_file_name``, or the only one of such a name (imagefolder has them)."""
+        if len(self.image) == 1:
+            return self.image
+        more = [name for name in present if name.endswith("_file_name") and "mask" not in name]
+        more = [name for name in more if name == "image_file_name"] or more
+        return (*self.image, *more) if len(more) == 1 else self.image
 
     def lower(self) -> "Columns":
         """As the header of a .csv is read: in any letter case."""

@@ -31,7 +31,7 @@ from precompute.dataset.metadata_files import (
     LISTS,
     MAX_LIST_BYTES,
     TABLES,
-    find_image_list,
+    find_image_lists,
     is_list,
     read_image_list,
     unlisted_images,
@@ -98,11 +98,14 @@ def _read_layout(
 
 
 def _has_image_list(folder: Path) -> bool:
-    lists = [path for path in folder.iterdir() if is_list(path.name) and path.is_file()]
-    if any(path.name.lower() in (*LISTS, *TABLES) for path in lists):
+    """Whether one list says what all of a folder is."""
+    annotations = folder / "annotations"
+    paths = [*folder.iterdir(), *(annotations.iterdir() if annotations.is_dir() else ())]
+    lists = [path for path in paths if is_list(path.name) and path.is_file()]
+    if any(path.name.lower() in LISTS and path.parent == folder for path in lists):
         return True
     # Other lists are read only where no image has a text.
-    return bool(lists) and not any(path.name.lower().endswith(TEXTS) for path in folder.rglob("*"))
+    return bool(lists) and any(not each.folder for each in find_image_lists(walk(folder, Memory())))
 
 
 def _is_image_or_tar(path: Path) -> bool:
@@ -133,7 +136,7 @@ def read_source(folder: Path, settings: EncodeSettings, memory: Memory, prefix: 
     """Read one folder: the images of its list, or those with a text beside them, and its tars."""
     out = settings.out if settings.out.resolve() != folder.resolve() else None
     tree = walk(folder, memory, prefix, skip=out)
-    items = [*_listed(tree, settings)]
+    items = [*_read_tree(tree, settings)]
     unused: list[str] = []
     hidden = [path for path in tree.hidden if path not in tree.used]  # a list may name one
     for path in sorted(tree.files):
@@ -172,20 +175,30 @@ def _sorted(items: list[Item], hidden: list[str], unused: list[str]) -> Source:
     )
 
 
-def _listed(tree: Tree, settings: EncodeSettings) -> Iterator[Item]:
-    """The images that the folder's list names, or without a list all images in it."""
-    name = find_image_list(tree)
-    size = tree.files[name][0] if name else 0
-    if name and size > MAX_LIST_BYTES:
-        tree.used.add(name)
-        yield Rejected(name, too_large(size, MAX_LIST_BYTES))
-        name = None
-    if not name:
-        yield from read_images(tree, settings)
-        return
-    items = [*_with_masks(tree, read_image_list(tree, name, settings))]
-    yield from items
-    yield from unlisted_images(tree, items, name)
+def _read_tree(tree: Tree, settings: EncodeSettings) -> Iterator[Item]:
+    """The images that lists name, and in folders without a list all images."""
+    lists = []
+    for image_list in find_image_lists(tree):
+        size = tree.files[image_list.path][0]
+        if size > MAX_LIST_BYTES:
+            tree.used.add(image_list.path)
+            yield Rejected(image_list.path, too_large(size, MAX_LIST_BYTES))
+        else:
+            lists.append(image_list)
+    named: dict[str, str] = {}
+    for image_list in lists:
+        for item in _with_masks(tree, read_image_list(tree, image_list, settings)):
+            first = named.setdefault(item.path, image_list.path)
+            if first == image_list.path:
+                yield item
+            else:
+                yield Rejected(f"{image_list.path}: {item.path}", f"is named in {first} already")
+    if all(image_list.folder for image_list in lists):
+        listed = tuple(image_list.folder for image_list in lists)
+        yield from read_images(
+            tree, settings, lambda path: path in named or path.startswith(listed)
+        )
+    yield from unlisted_images(tree, lists, named)
 
 
 def _with_masks(tree: Tree, listed_items: Iterable[Item]) -> list[Item]:
