@@ -184,7 +184,7 @@ def test_without_pyarrow_one_line_names_the_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def is_missing(*_: object) -> Any:
-        raise ValueError(parquet_files.NEEDS_PYARROW)
+        raise ValueError(parquet_files.needs_pyarrow())
 
     monkeypatch.setattr(parquet_files, "_open", is_missing)
     monkeypatch.setattr(tables, "has_pyarrow", lambda: False)
@@ -195,7 +195,7 @@ def test_without_pyarrow_one_line_names_the_extra(
     put(tmp_path / "a.png", "a")
     source = read_one(tmp_path)  # what needs no pyarrow is read
     assert set(captions(source)) == {"a.png"}
-    assert reasons(source) == {"x.parquet": parquet_files.NEEDS_PYARROW}
+    assert reasons(source) == {"x.parquet": parquet_files.needs_pyarrow()}
     (tmp_path / "a.txt").unlink()
     (tmp_path / "x.parquet").rename(tmp_path / "metadata.parquet")
     with pytest.raises(ValueError, match=r"metadata.parquet: parquet needs .*'\.\[tables\]'$"):

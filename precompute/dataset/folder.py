@@ -149,6 +149,7 @@ class Tree:
     )  # folders that are not read, and why
     hidden: list[str] = field(default_factory=list)  # system files; folders end with a slash
     used: set[str] = field(default_factory=set)  # files that were read, or taken as a mask or text
+    named_columns: set[tuple[str, ...]] = field(default_factory=set)  # that were guessed, and said
 
     @cached_property
     def paths_by_lower_case(self) -> dict[str, list[str]]:

@@ -26,7 +26,7 @@ from precompute.dataset.annotation_files import (
 from precompute.dataset.captions import detect_encoding, is_text, normalize_captions
 from precompute.dataset.file_roles import TEXTS, is_image, stem_of
 from precompute.dataset.folder import Tree
-from precompute.dataset.parquet_files import NEEDS_PYARROW, has_pyarrow, read_columns, read_rows
+from precompute.dataset.parquet_files import has_pyarrow, needs_pyarrow, read_columns, read_rows
 from precompute.dataset.records import (
     FILE_FIELDS,
     TEXT_FIELDS,
@@ -138,7 +138,7 @@ def read_image_list(
     seen, guessed = set[str](), set[tuple[str, ...]]()
     columns, is_parquet = Columns.of(settings), name in PARQUETS
     if is_parquet and not has_pyarrow():
-        raise ValueError(f"{tree.root / path}: {NEEDS_PYARROW}")
+        raise ValueError(f"{tree.root / path}: {needs_pyarrow()}")
     if name in TABLES:
         columns = columns.lower()
         rows = _csv_rows(tree.root / path, columns)

@@ -17,7 +17,7 @@ from runtime.messages import shortened
 from shards.format import sample_key
 
 MAX_IMAGE_BYTES = 2 * 10**9  # 180 million pixels of 16 bits and four channels take 1.4 GB
-PACKS = (".tar", ".parquet")  # files that are read as a folder of their images would be
+PACKS = (".tar", ".parquet", ".arrow")  # files that are read as a folder of their images would be
 DIGEST_DIGITS = 20  # of a sha256 in hex, as a key has
 MTIME_GRACE_NS = 2_000_000_000  # a file changed within it may change again and keep its mtime
 

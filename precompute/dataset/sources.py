@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from precompute.dataset.arrow_files import SAVED
 from precompute.dataset.captions import is_text
 from precompute.dataset.file_roles import (
     IMAGE_ENDINGS,
@@ -36,9 +37,8 @@ from precompute.dataset.metadata_files import (
     read_image_list,
     unlisted_images,
 )
-from precompute.dataset.parquet_files import PARQUET
 from precompute.dataset.records import MAX_REPEATS, PACKS, Memory, Rejected, Source, SourceImage
-from precompute.dataset.tables import read_table_images
+from precompute.dataset.tables import TABLE_ENDINGS, read_table_images, saved_files
 from precompute.dataset.tars import COMPRESSED, TarMembers, open_tar, too_large
 from precompute.settings import EncodeSettings
 from runtime.messages import pluralize
@@ -84,7 +84,7 @@ def _read_layout(
     if loose:
         raise ValueError(f"{root}: {loose[0]} lies beside {beside}: in which is it?")
     out = os.path.realpath(settings.out)
-    others = [path for path in entries if os.path.realpath(path) != out]
+    others = [path for path in entries if os.path.realpath(path) != out and path.name not in SAVED]
     if others:
         names = [path.name + "/" * path.is_dir() for path in others]
         warnings.warn(f"{root}: not read, as only {beside} are: {_named(names)}", stacklevel=3)
@@ -139,8 +139,10 @@ def read_source(folder: Path, settings: EncodeSettings, memory: Memory, prefix: 
     items = [*_read_tree(tree, settings)]
     unused: list[str] = []
     hidden = [path for path in tree.hidden if path not in tree.used]  # a list may name one
-    for path in sorted(tree.files):
-        if path.lower().endswith(PARQUET) and not (is_list(path) or path in tree.used):
+    foreign, missing = saved_files(tree)
+    items += missing
+    for path in sorted({*tree.files} - foreign):
+        if path.lower().endswith(TABLE_ENDINGS) and not (is_list(path) or path in tree.used):
             items += read_table_images(tree, path, settings)
             continue
         tar = _open_if_tar(tree, path)
@@ -256,7 +258,7 @@ def _read_tar_images(tree: Tree, tar: TarMembers, settings: EncodeSettings) -> I
 
 def _is_input(path: str) -> bool:
     """Whether a file would be read if it were a regular file."""
-    endings = (*IMAGE_ENDINGS, *TEXTS, ".tar", PARQUET, *LISTS, *TABLES)
+    endings = (*IMAGE_ENDINGS, *TEXTS, ".tar", *TABLE_ENDINGS, *LISTS, *TABLES)
     return path.lower().endswith(endings) or bool(unread_image(path))
 
 
