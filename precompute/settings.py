@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from runtime.options import option, parse_memory
-from runtime.path_kinds import BASE, CACHE, IMAGES, RUN, WEIGHTS, check_kind
+from runtime.path_kinds import BASE, CACHE, HUB_DATASET, IMAGES, RUN, WEIGHTS, check_kind
 from runtime.workers import check_gpus
 from sdxl.base import BASE_HELP, TOKENIZERS_HELP, check_base
 
@@ -242,5 +242,6 @@ class EncodeSettings:
             BASE: "give it as --base, and here a folder of images",
             WEIGHTS: "give a folder of images",
         }
-        check_kind(self.dataset, IMAGES, remedies)
+        if not str(self.dataset).startswith(HUB_DATASET):
+            check_kind(self.dataset, IMAGES, remedies)
         check_base(self.base)
