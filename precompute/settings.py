@@ -13,7 +13,7 @@ from sdxl.base import BASE_HELP, TOKENIZERS_HELP, check_base
 MAX_CROPS = 1000
 MAX_CHUNKS = 4000  # of captions an image: 1.3 GB in two bytes; an index counts to 4 GB
 Dtype = Literal["fp16", "bf16", "fp32"]
-CaptionFrom = Literal["files", "filename", "folder"]
+CaptionFrom = Literal["files", "filename", "folder", "metadata"]
 ENDING = re.compile(r"[.]?[^\s./\\\0]+")
 VaeDtype = Literal["fp16", "bf16", "tf32", "fp32"]
 
@@ -60,8 +60,9 @@ class EncodeSettings:
     )
     caption_from: CaptionFrom = option(
         "files",
-        "Caption of an image that has none: none (files), its own name without ending, or that of "
-        "its folder without repeats, as 10_NAME.",
+        "Caption of an image that has none: none (files), its own name without ending, its "
+        "folder's without repeats, as 10_NAME, or the description in its file (IPTC, XMP, EXIF, "
+        "PNG).",
     )
     image_column: str = option(
         "",

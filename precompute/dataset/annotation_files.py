@@ -109,10 +109,10 @@ def coco_rows(tree: Tree, path: str, folder: str) -> Rows:
         try:
             if not isinstance(image, dict) or not isinstance(image.get("id"), int | str):
                 raise ValueError("an image without an id")
-            name, texts = image.get("file_name"), captions.pop(image["id"], None)
-            if not isinstance(name, str) or not name:
+            file_name, texts = image.get("file_name"), captions.pop(image["id"], None)
+            if not isinstance(file_name, str) or not file_name:
                 raise ValueError("an image without a file_name")
-            file = _file_of_coco(name, tree, folder, split, by_name)
+            file = _file_of_coco(file_name, tree, folder, split, by_name)
             yield number, {"file_name": file, "text": texts}
         except ValueError as error:
             yield number, str(error)

@@ -320,7 +320,7 @@ def _read_image(
             record = replace(record, mask=container.blob(mask))
     except ValueError as error:
         return Rejected(container.dataset_path(path), str(error))
-    return normalize_captions(record, settings, why)
+    return normalize_captions(record, settings, container.memory, why)
 
 
 def _begins_like_image(container: Tree | TarMembers, path: str) -> bool:

@@ -310,7 +310,10 @@ def _read_item(
         path, image, entry.captions, entry.weight, entry.repeats, mask, split=entry.split
     )
     return normalize_captions(
-        record, settings, f"{line_label}: no caption: none of {', '.join(columns.captions)} is text"
+        record,
+        settings,
+        tree.memory,
+        f"{line_label}: no caption: none of {', '.join(columns.captions)} is text",
     )
 
 

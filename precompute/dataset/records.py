@@ -40,7 +40,7 @@ def short_digest(sha256: str) -> str:
     return sha256[:DIGEST_DIGITS]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # there is one for each of a million rows
 class Blob:
     """A span of bytes in a file or a tar, as it was when the dataset was read.
 
@@ -59,6 +59,11 @@ class Blob:
         """A whole file, as it is now."""
         stat = file.stat()
         return cls(file, stat.st_size, stat.st_mtime_ns)
+
+    def place_in(self, dataset: Path) -> str:
+        """Where the bytes lie, as a memory knows them: the path in the dataset, offset, column."""
+        inside = str(self.file).removeprefix(f"{dataset}/")
+        return f"{inside}:{self.offset}{' ' if self.column else ''}{self.column}"
 
     def read(self) -> bytes:
         """The bytes as they were when the dataset was read.

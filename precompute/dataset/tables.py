@@ -34,6 +34,7 @@ from precompute.dataset.records import (
     MAX_IMAGE_BYTES,
     Blob,
     Columns,
+    Memory,
     Rejected,
     SourceImage,
     read_entry,
@@ -118,14 +119,16 @@ def read_table_images(
             f"{captions[0] if captions else 'none'}; --image-column and --caption-column choose",
             stacklevel=2,
         )
+    file = Blob(tree.root / path, size, mtime_ns)
     for number, row in enumerate(scan["rows"]):
-        yield _read_row(tree, path, number, row, scan, columns, settings)
+        yield _read_row(file, tree.memory, path, number, row, scan, columns, settings)
     if scan["damage"]:
         yield Rejected(path, f"{scan['damage']}; what lies before it is read")
 
 
 def _read_row(
-    tree: Tree,
+    file: Blob,
+    memory: Memory,
     path: str,
     number: int,
     row: Any,
@@ -142,7 +145,7 @@ def _read_row(
     except ValueError as error:
         return Rejected(name, str(error))
     place = (*offset, "") if offset else (number, scan["image"])
-    blob = Blob(tree.root / path, size, tree.files[path][1], *place)
+    blob = Blob(file.file, size, file.mtime_ns, *place)
     record = SourceImage(
         name,
         blob,
@@ -153,7 +156,7 @@ def _read_row(
         header=header and tuple(header),
     )
     named = " or ".join(scan["captions"]) or "no column of captions"
-    return normalize_captions(record, settings, f"no caption: {named} is empty in its row")
+    return normalize_captions(record, settings, memory, f"no caption: {named} is empty in its row")
 
 
 def _scan(file: Path, image_column: str, columns: Columns) -> dict[str, Any]:

@@ -62,6 +62,7 @@ class TarMembers:
     unread: dict[str, str]
     refused: dict[str, str]  # members that cannot be read in place, and why
     damage: str
+    memory: Memory
     hidden: list[str] = field(default_factory=list)
     used: set[str] = field(default_factory=set)
 
@@ -186,6 +187,7 @@ def open_tar(
         unread=scan["unread"],
         refused=refused,
         damage=scan["damage"],
+        memory=memory,
         hidden=sorted({*hidden.values()}),
     )
 

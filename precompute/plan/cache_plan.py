@@ -305,7 +305,7 @@ def prepare(plan: CachePlan, encoders: Encoders, prompts: list[Prompt] | None) -
             check_drawings(encoders)
         if not has_unconditional or any(task.text is None for task in tasks):
             assert encoders.text
-        header = {"recipe": recipe, "made_with": encoders.made_with}
+        header: dict[str, Any] = {"recipe": recipe, "made_with": encoders.made_with}
         if plan.dataset_revision:
             header["dataset_revision"] = plan.dataset_revision
         write_plan_file(folder, header, plan.shard_tasks)

@@ -224,12 +224,9 @@ def _mask_digest(
 
 def _make_stamp_function(dataset: Path) -> Callable[..., tuple[str, int, int]]:
     """A function from a file to what it is remembered by: path inside the dataset, size, time."""
-    root = f"{dataset}/"
 
     def stamp(blob: Blob, role: str = "picture") -> tuple[str, int, int]:
-        inside = str(blob.file).removeprefix(root)
-        column = f" {blob.column}" if blob.column else ""
-        return f"{role} {inside}:{blob.offset}{column}", blob.size, blob.mtime_ns
+        return f"{role} {blob.place_in(dataset)}", blob.size, blob.mtime_ns
 
     return stamp
 
