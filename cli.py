@@ -48,8 +48,9 @@ def tune(ctx: click.Context, debug: bool, **values: Any) -> None:
 def encode(ctx: click.Context, debug: bool, recipe: Path | None, **values: Any) -> None:
     """Encode a folder of captioned images into a cache of shards.
 
-    DATASET holds x.jpg beside x.txt or x.caption, in folders or in webdataset tars; or a
-    captions.jsonl or metadata.jsonl (file_name, text, weight, repeats, mask). The mask of an image
+    DATASET holds x.jpg beside x.txt or x.caption, in folders or in webdataset tars; a
+    captions.jsonl or metadata.jsonl (file_name, text, weight, repeats, mask); or parquet or arrow.
+    A dataset of the Hugging Face Hub is named hf://OWNER/NAME. The mask of an image
     lies beside it as x.mask.png or x-masklabel.png. With train/ and val/ in DATASET, each becomes a
     cache of its own. The same command continues an interrupted encode, and updates a finished
     cache.

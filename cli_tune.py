@@ -270,11 +270,12 @@ def _read_dataset(settings: TuneSettings) -> Dataset:
         ValueError: the dataset cannot be used, or no image has a caption.
     """
     from precompute.dataset.file_roles import TRAIN, VAL
+    from precompute.dataset.hub import locate_dataset
     from precompute.dataset.sources import read_dataset, split_by_share
 
     with warnings.catch_warnings():  # encode will say them
         warnings.simplefilter("ignore")
-        sources = read_dataset(_encode_settings(settings))
+        sources = read_dataset(locate_dataset(_encode_settings(settings)).settings)
     has_val, is_split = VAL in sources, False
     images = sources.get(TRAIN) or sources[""]
     if not has_val and _wants_split(settings.out / "cache", len(images.records)):

@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from precompute.dataset.hub import locate_dataset
 from precompute.encode_shard import encode_shard
 from precompute.encoders import Encoders
 from precompute.plan.cache_plan import (
@@ -24,6 +25,7 @@ from precompute.plan.cache_plan import (
     prepare,
     warn_about_enlarging,
     warn_about_reencoding,
+    warn_of_other_revision,
 )
 from precompute.plan.disk_space import Sizer, check_disk_space
 from precompute.plan.plan_file import PlanFile
@@ -92,18 +94,25 @@ def encode(settings: EncodeSettings) -> list[Report]:
         prompts = None if texts is None else read_prompts(texts)
         base = _open_base(settings, settings.base)
         with _no_garbage_collection():
-            notes = Notes(settings.out, settings.dataset, settings.rehash)
+            local = locate_dataset(settings)
+            notes = Notes(settings.out, local.name, settings.rehash)
             plans += plan_caches(
-                settings, base, notes, lambda folder: stack.enter_context(locked(folder / LOCK))
+                local.settings,
+                base,
+                notes,
+                lambda folder: stack.enter_context(locked(folder / LOCK)),
             )
             refuse_losses(plans, settings, notes)
+            for plan in plans:
+                plan.dataset_revision = local.commit
+                warn_of_other_revision(plan.folder, local)
             notes.write()
         shard_tasks = {plan.folder: plan.shard_tasks for plan in plans}
         check_disk_space(settings.out, shard_tasks, Sizer.of(settings, base))
         job = _make_job(settings, base, plans)
         stack.enter_context(num_threads(job.threads))
         return _run_main(
-            queue, Encoders(settings, base, job.batch_size), job, plans, prompts, notes
+            queue, Encoders(local.settings, base, job.batch_size), job, plans, prompts, notes
         )
 
 

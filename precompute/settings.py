@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from runtime.options import option, parse_memory
-from runtime.path_kinds import BASE, CACHE, IMAGES, RUN, WEIGHTS, check_kind
+from runtime.path_kinds import BASE, CACHE, HUB_DATASET, IMAGES, RUN, WEIGHTS, check_kind
 from runtime.workers import check_gpus
 from sdxl.base import BASE_HELP, TOKENIZERS_HELP, check_base
 
 MAX_CROPS = 1000
 MAX_CHUNKS = 4000  # of captions an image: 1.3 GB in two bytes; an index counts to 4 GB
 Dtype = Literal["fp16", "bf16", "fp32"]
-CaptionFrom = Literal["files", "filename", "folder"]
+CaptionFrom = Literal["files", "filename", "folder", "metadata"]
 ENDING = re.compile(r"[.]?[^\s./\\\0]+")
 VaeDtype = Literal["fp16", "bf16", "tf32", "fp32"]
 
@@ -60,8 +60,9 @@ class EncodeSettings:
     )
     caption_from: CaptionFrom = option(
         "files",
-        "Caption of an image that has none: none (files), its own name without ending, or that of "
-        "its folder without repeats, as 10_NAME.",
+        "Caption of an image that has none: none (files), its own name without ending, its "
+        "folder's without repeats, as 10_NAME, or the description in its file (IPTC, XMP, EXIF, "
+        "PNG).",
     )
     image_column: str = option(
         "",
@@ -242,5 +243,6 @@ class EncodeSettings:
             BASE: "give it as --base, and here a folder of images",
             WEIGHTS: "give a folder of images",
         }
-        check_kind(self.dataset, IMAGES, remedies)
+        if not str(self.dataset).startswith(HUB_DATASET):
+            check_kind(self.dataset, IMAGES, remedies)
         check_base(self.base)

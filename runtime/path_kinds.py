@@ -18,6 +18,7 @@ _DESCRIPTIONS = {
     IMAGES: "a folder of images",
 }
 _IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".heic")
+HUB_DATASET = "hf:"  # how the name of a dataset of the hub begins, hf://OWNER/NAME
 PAGE_MARK = b'<meta name="generator" content="shardtune">'
 _HEAD_BYTES = 2000  # of a page, in which the mark stands
 _SHARD_INDEX = re.compile(r"\d+x\d+-\d{6,}\.index")  # as encode names them

@@ -67,6 +67,7 @@ def describe_contents(cache: Cache, contents: Contents) -> list[str]:
         *_describe_buckets(contents),
         *_describe_captions(contents),
         *_describe_samples(contents),
+        *([f"dataset: commit {commit}"] if (commit := manifest.get("dataset_revision")) else []),
         *_describe_recipe(manifest.get("recipe", {})),
         *_describe_latents(manifest),
         *_top("rejected", contents.rejected),

@@ -47,7 +47,8 @@ FIELDS = {
     ),
     "text": schema.fields(dict.fromkeys(("tokens", "depth", "pooled"), schema.SIDE)),
 }
-MORE_FIELDS = {  # a cache without images has none
+MORE_FIELDS = {  # a cache without images has none of the latents
+    "dataset_revision": schema.text,  # the commit of a dataset of the hub
     "latents": schema.fields(
         {"channels": schema.SIDE},
         {name: schema.each(schema.number) for name in ("mean", "std")},
@@ -74,6 +75,9 @@ MORE_FIELDS = {  # a cache without images has none
         }
     ),
 }
+
+
+UNLEARNED = ("digest", "dataset_revision")
 
 
 def write_manifest(
@@ -126,11 +130,12 @@ def _sign_manifest(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def data_digest(manifest: dict[str, Any]) -> str:
-    """sha256 of everything that a run learns from: the manifest without the preview prompts.
+    """sha256 of everything that a run learns from: the manifest without the preview prompts, and
+    without the commit of its dataset, which may move while the images stay.
 
     In a cache without them it is the manifest's own ``digest``.
     """
-    fields = {name: value for name, value in manifest.items() if name != "digest"}
+    fields = {name: value for name, value in manifest.items() if name not in UNLEARNED}
     fields["side_files"] = {n: sha for n, sha in fields["side_files"].items() if n != PROMPTS}
     return content_digest(fields)
 

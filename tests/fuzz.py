@@ -30,7 +30,7 @@ silence_libraries()  # before they are imported
 from tests.fuzz_bases import fuzz_base_folder, fuzz_prompts, fuzz_single_file
 from tests.fuzz_caches import fuzz_cache
 from tests.fuzz_convert import fuzz_convert
-from tests.fuzz_dataset import fuzz_list, fuzz_row, fuzz_table, fuzz_tar, fuzz_text
+from tests.fuzz_dataset import fuzz_arrow, fuzz_list, fuzz_row, fuzz_table, fuzz_tar, fuzz_text
 from tests.fuzz_images import fuzz_image
 from tests.fuzz_loras import fuzz_lora
 from tests.fuzz_pages import fuzz_page, fuzz_sheet
@@ -44,6 +44,7 @@ PARSERS: dict[str, Callable[[Path, Path], Try]] = {
     "row": fuzz_row,
     "list": fuzz_list,
     "table": fuzz_table,
+    "arrow": fuzz_arrow,
     "tar": fuzz_tar,
     "image": fuzz_image,
     "plan": fuzz_plan,

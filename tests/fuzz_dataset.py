@@ -12,7 +12,7 @@ from precompute.dataset.captions import decode_text
 from precompute.dataset.records import Source, parse_row, read_entry
 from precompute.dataset.sources import read_dataset
 from precompute.settings import EncodeSettings
-from tests.mutations import Try, damage, ending
+from tests.mutations import Try, damage, ending, forge, json_text
 
 TEXT = "a red heart, \u65e5\u672c \U0001f642\r\nsecond line"
 ROW = {"file_name": "a.png", "text": ["one", " "], "weight": 0.5, "repeats": 2, "mask": "m.png"}
@@ -25,7 +25,11 @@ TABLES = (
     b"File\tText\nimages/a.png\ta cat\n",
 )
 LISTS = ("captions.jsonl", "metadata.jsonl", "captions.csv", "metadata.csv", "a.txt", "a.caption")
-LISTS += ("a.json", "meta_cap.json", "meta_lat.json")
+LISTS += ("a.json", "meta_cap.json", "meta_lat.json", "annotations.json", "captions_x.json")
+COCO: dict[str, Any] = {
+    "images": [{"id": 1, "file_name": "a.png"}, {"id": "b", "file_name": "images/a.png"}],
+    "annotations": [{"image_id": 1, "caption": "one"}, {"image_id": "b", "caption": "two"}],
+}
 
 
 def fuzz_text(work: Path, base: Path) -> Try:
@@ -168,6 +172,60 @@ def fuzz_table(work: Path, base: Path) -> Try:
     return try_one
 
 
+def fuzz_arrow(work: Path, base: Path) -> Try:
+    """Arrow files with the images' bytes, and what describes a saved dataset."""
+    import pyarrow
+
+    images: list[Any] = [
+        pyarrow.array([{"bytes": b"x" * 40, "path": "a"}, {"bytes": None, "path": "b"}, None] * 9),
+        pyarrow.array([b"\x89PNG\r\n\x1a\n" + bytes(50)] * 27),
+        pyarrow.array([b"", b"y" * 9, None] * 9, pyarrow.large_binary()),
+    ]
+    others: list[Any] = [
+        pyarrow.array(["a text", "\u65e5", None] * 9),
+        pyarrow.array(["one", "two", "one"] * 9).dictionary_encode(),
+        pyarrow.array([["one", "two"], [], None] * 9),
+        pyarrow.array([1e308] * 27),
+        pyarrow.array([{"a": [1, 2]}] * 27),
+        pyarrow.array([-1] * 27),
+    ]
+    state = {"_data_files": [{"filename": "x.arrow"}, {"filename": "y.arrow"}]}
+
+    def try_one(rng: random.Random) -> str:
+        columns = {"image": rng.choice(images), "text": rng.choice(others[:3])}
+        if rng.random() < 0.3:
+            columns[rng.choice(["text", "caption", "weight", "split"])] = rng.choice(others)
+        table, file = pyarrow.table(columns), io.BytesIO()
+        opener = rng.choice([pyarrow.ipc.new_file, *[pyarrow.ipc.new_stream] * 3])
+        compression = rng.choice([None, None, None, "lz4", "zstd"])
+        options = pyarrow.ipc.IpcWriteOptions(compression=compression)
+        with opener(file, table.schema, options=options) as writer:
+            writer.write_table(table, max_chunksize=rng.choice([1, 5, 100]))
+        data = file.getvalue()
+        for _ in range(rng.randrange(3)):
+            data = damage(rng, data)
+        (work / "x.arrow").write_bytes(data)
+        if rng.random() < 0.3:
+            text = json_text(forge(rng, state)).encode("utf-8", "surrogatepass")
+            (work / "state.json").write_bytes(text)
+
+        def read() -> None:
+            source = read_all(work)
+            for record in source.records:
+                assert len(record.image.read()) == record.image.size
+            for item in source.rejected:
+                assert len(item.path) < 6000 and len(item.reason) < 6000, item
+            if not source.records:
+                raise ValueError(f"{work}: no records")
+
+        try:
+            return ending(read, work)
+        finally:
+            (work / "state.json").unlink(missing_ok=True)
+
+    return try_one
+
+
 def fuzz_list(work: Path, base: Path) -> Try:
     """Lists as JSON lines and as CSV, and texts beside an image."""
     (work / "a.png").write_bytes(b"")
@@ -176,6 +234,8 @@ def fuzz_list(work: Path, base: Path) -> Try:
         path = work / rng.choice(LISTS)
         if path.suffix == ".jsonl":
             data = b"\n".join(random_row(rng) for _ in range(rng.randrange(4)))
+        elif path.name in ("annotations.json", "captions_x.json"):
+            data = json_text(forge(rng, COCO)).encode("utf-8", "surrogatepass")
         elif path.suffix == ".json":
             data = random_row(rng)
             if path.stem != "a":

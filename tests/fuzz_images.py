@@ -6,10 +6,12 @@ from unittest.mock import patch
 
 import precompute.images.decode
 from precompute.images.decode import image_size, open_image
+from precompute.images.described import description_of
 from precompute.images.masks import open_alpha, open_mask
 from precompute.images.rejections import explain
 from tests.image_files import SIZE, bad_files, good_files, png_part, saved, scene
 from tests.mutations import Try
+from tests.test_described import described_files
 
 PIXELS = 2_000_000  # in place of the limit of a run, so that many files are tried
 
@@ -28,6 +30,7 @@ def seeds() -> list[tuple[str, bytes]]:
     noted = saved(scene(), "PNG")
     notes = b"".join(png_part(name, b"a\0\0\0\0\0" + bytes(50)) for name in (b"iTXt", b"iCCP"))
     files.append(("noted.png", noted[:33] + notes + noted[33:]))
+    files += [(f"described.{name}", data) for name, data in described_files().items()]
     return [(name, data) for name, data in files if len(data) < 300_000]
 
 
@@ -72,6 +75,7 @@ def fuzz_image(work: Path, base: Path) -> Try:
 def use(data: bytes) -> str:
     """How it ends to open a file as an image; what reads it otherwise has a reason too."""
     how = "read"
+    description_of(data).encode("utf-8", "surrogatepass")
     for read in (image_size, open_image, open_alpha, lambda data: open_mask(data, SIZE)):
         try:
             read(data)

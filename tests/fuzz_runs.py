@@ -165,7 +165,7 @@ def fuzz_plan(work: Path, base: Path) -> Try:
     write_plan_file(work, {"recipe": {"vae": {}}, "made_with": {"batch_size": 4}}, [example_work()])
     lines = [line[17:] for line in (work / PLAN).read_bytes().splitlines()]
     members = [task.planned for task in example_work().tasks]
-    notes = Notes(work / "out", work)
+    notes = Notes(work / "out", str(work))
     for member in members:
         notes.memory.remember(f"image {member.record.path}:0", 9, 1, [member.image_digest, 64, 64])
     notes.write()
@@ -185,7 +185,7 @@ def fuzz_plan(work: Path, base: Path) -> Try:
         placed = [member for shard in assign_shards(members, places, 2) for member in shard.members]
         assert {sample.record.key for sample in placed} == {member.record.key for member in members}
         notes._path.write_bytes(damage(rng, stored))
-        Notes(work / "out", work).memory.find("image a.png:0", 9, 1)
+        Notes(work / "out", str(work)).memory.find("image a.png:0", 9, 1)
         return "read" if places else "refused"
 
     return try_one

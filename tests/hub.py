@@ -15,13 +15,13 @@ REPO = "someone/small-xl"
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves ``folder`` as REPO. A file named in ``cut`` breaks off once after so many
-    bytes; ``lost`` cannot be had. After a download of ``moves_after`` the branch stands at
-    NEXT_REVISION, which is ``next_folder``."""
+    """Serves ``folder`` as REPO, one of ``models`` or of ``datasets``. A file named in ``cut``
+    breaks off once after so many bytes; ``lost`` cannot be had. After a download of
+    ``moves_after`` the branch stands at NEXT_REVISION, which is ``next_folder``."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, kind: str = "models") -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.folder = folder
+        self.folder, self.kind = folder, kind
         self.cut: dict[str, int] = {}
         self.lost = ""
         self.requests: list[str] = []  # the file of each download
@@ -52,12 +52,13 @@ class _Handler(BaseHTTPRequestHandler):
             (r for r in (REVISION, NEXT_REVISION) if r in self.path), self.server.branch
         )
         files = self.server.files(requested)
-        if self.path.startswith("/api/models/"):
+        api = f"/api/{self.server.kind}/"
+        if self.path.startswith(api):
             self.server.listings.append(self.path)
-        if self.path.startswith(f"/api/models/{REPO}/tree/"):
+        if self.path.startswith(f"{api}{REPO}/tree/"):
             rows = [{"type": "file", "path": n, "size": s, "oid": "0"} for n, s in files.items()]
             self._send_json(rows)
-        elif self.path.startswith(f"/api/models/{REPO}"):
+        elif self.path.startswith(f"{api}{REPO}"):
             rows = [{"rfilename": name, "size": size} for name, size in files.items()]
             self._send_json({"id": REPO, "sha": requested, "siblings": rows})
         else:
@@ -196,8 +197,8 @@ class _Writing(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serve(folder: Path) -> Iterator[Hub]:
-    with running(Hub(folder)) as hub:
+def serve(folder: Path, kind: str = "models") -> Iterator[Hub]:
+    with running(Hub(folder, kind)) as hub:
         yield hub
 
 

@@ -1,6 +1,7 @@
 """A list comes through line by line: each refusal has its reason, and stops nothing."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tests.folders import (
     put,
     put_list,
     read_one,
+    read_set,
     reasons,
 )
 
@@ -241,3 +243,72 @@ def test_a_table_is_not_read_beside_texts_or_a_list(tmp_path: Path) -> None:
     source = read_one(tmp_path)
     assert captions(source) == {"a.png": ("of the list",)}
     assert source.unused == ["a.txt", "metadata.csv"]
+
+
+def test_each_folder_may_have_a_list_of_its_own(tmp_path: Path) -> None:
+    """As Hugging Face's imagefolder has them: names are relative to the list."""
+    for name in ("cats/a.png", "cats/more/b.png", "cats/left.png", "dogs/images/a.png"):
+        put(tmp_path / name)
+    put(tmp_path / "plain" / "c.png", "beside it")
+    put(tmp_path / "dogs" / "a-mask.png")
+    cats = [{"file_name": name, "text": name} for name in ("a.png", "more/b.png", "../plain/c.png")]
+    put_list(tmp_path / "cats", *cats, name="metadata.jsonl")
+    put_list(tmp_path / "cats" / "more", {"file_name": "b.png", "text": "not read"})
+    put_list(
+        tmp_path / "dogs", "file_name,text,mask", "a.png,a dog,a-mask.png", name="metadata.csv"
+    )
+    source = read_one(tmp_path)
+    assert captions(source) == {
+        "cats/a.png": ("a.png",),
+        "cats/more/b.png": ("more/b.png",),
+        "plain/c.png": ("../plain/c.png",),
+        "dogs/images/a.png": ("a dog",),
+    }
+    assert [r.path for r in source.records if r.mask] == ["dogs/images/a.png"]
+    assert reasons(source) == {
+        "cats/left.png": "not named in cats/metadata.jsonl, so it has no caption"
+    }
+    assert source.unused == ["cats/more/captions.jsonl", "plain/c.txt"]
+    put_list(tmp_path / "dogs", {"file_name": "../cats/a.png", "text": "x"})
+    why = reasons(read_one(tmp_path))
+    assert why["dogs/captions.jsonl: cats/a.png"] == "is named in cats/metadata.jsonl already"
+
+
+def test_a_list_of_a_folder_yields_to_the_texts_in_it_alone(tmp_path: Path) -> None:
+    """A .csv counts where no image has a text: README.txt is none, nor are those of a folder
+    beside it."""
+    put(tmp_path / "a" / "x.png")
+    put(tmp_path / "b" / "x.png", "a text")
+    (tmp_path / "a" / "README.txt").write_text("about the set")
+    for folder in "ab":
+        put_list(tmp_path / folder, "file_name,text", "x.png,of the list", name="metadata.csv")
+    assert captions(read_one(tmp_path)) == {"a/x.png": ("of the list",), "b/x.png": ("a text",)}
+
+
+@pytest.mark.parametrize("splits", [("train", "validation"), ("train", "test"), ("train",)])
+def test_each_split_may_have_a_list(tmp_path: Path, splits: tuple[str, ...]) -> None:
+    for split in splits:
+        put(tmp_path / split / "a.png")
+        put_list(tmp_path / split, "file_name,text", f"a.png,{split}", name="metadata.csv")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sources = read_set(tmp_path)
+    texts = {name: [*captions(source).values()] for name, source in sources.items()}
+    assert texts == (
+        {"train": [("train",)], "val": [("validation",)]}
+        if "validation" in splits
+        else {"": [("train",)]}
+    )
+
+
+def test_other_columns_that_end_in_file_name(tmp_path: Path) -> None:
+    for name in ("a.png", "a-depth.png", "a-seen.png"):
+        put(tmp_path / name)
+    row = {"image_file_name": "a.png", "mask_file_name": "a-seen.png", "text": "x"}
+    put_list(tmp_path, {**row, "depth_file_name": "a-depth.png"}, name="metadata.jsonl")
+    with pytest.warns(UserWarning, match="named by its image_file_name"):
+        (record,) = read_one(tmp_path).records
+    assert record.path == "a.png" and record.mask and record.mask.file.name == "a-seen.png"
+    put_list(tmp_path, "left_file_name,right_file_name,text", "a.png,b.png,x", name="captions.csv")
+    (tmp_path / "metadata.jsonl").unlink()
+    assert "none of its columns is" in reasons(read_one(tmp_path))["captions.csv:1"]

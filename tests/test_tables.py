@@ -1,5 +1,8 @@
 """Parquet: lists of images beside them, and tables with the images' bytes in their rows."""
 
+import csv
+import hashlib
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,8 @@ from precompute.plan.dry_run import dry_run
 from precompute.plan.plan_file import _blob_from_json, _blob_to_json
 from tests.encodes import contents, counted, encode, make_old, samples_of, settings_of
 from tests.folders import captions, image_bytes, put, put_list, read_one, reasons
+from tests.test_arrow import put_saved
+from tests.test_tars import put_tar
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(are taken from|are named by) its:UserWarning")
 PNG = image_bytes(side=64)
@@ -184,7 +189,7 @@ def test_without_pyarrow_one_line_names_the_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def is_missing(*_: object) -> Any:
-        raise ValueError(parquet_files.NEEDS_PYARROW)
+        raise ValueError(parquet_files.needs_pyarrow())
 
     monkeypatch.setattr(parquet_files, "_open", is_missing)
     monkeypatch.setattr(tables, "has_pyarrow", lambda: False)
@@ -195,7 +200,7 @@ def test_without_pyarrow_one_line_names_the_extra(
     put(tmp_path / "a.png", "a")
     source = read_one(tmp_path)  # what needs no pyarrow is read
     assert set(captions(source)) == {"a.png"}
-    assert reasons(source) == {"x.parquet": parquet_files.NEEDS_PYARROW}
+    assert reasons(source) == {"x.parquet": parquet_files.needs_pyarrow()}
     (tmp_path / "a.txt").unlink()
     (tmp_path / "x.parquet").rename(tmp_path / "metadata.parquet")
     with pytest.raises(ValueError, match=r"metadata.parquet: parquet needs .*'\.\[tables\]'$"):
@@ -221,3 +226,66 @@ def test_a_row_group_is_read_in_pieces(
     source = read_one(tmp_path, missing_caption="x")
     assert sizes[0] == piece and len(source.records) == 9
     assert {record.image.read()[-1] for record in source.records} == set(range(9))
+
+
+def put_every_form(images: Path, root: Path) -> tuple[str, ...]:
+    """The same images and captions in seven folders, each of another kind of source."""
+    paths = sorted([*images.glob("*.png"), *images.glob("*.jpg")])
+    texts = [path.with_suffix(".txt").read_text(encoding="utf-8") for path in paths]
+    names, data = [path.name for path in paths], [path.read_bytes() for path in paths]
+    for form in ("folder", "csv", "jsonl", "parquet"):
+        (root / form / "images").mkdir(parents=True)
+        for path in paths:
+            shutil.copy(path, root / form / "images")
+    for path in paths:
+        shutil.copy(path.with_suffix(".txt"), root / "folder" / "images")
+    with open(root / "csv" / "metadata.csv", "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([("file_name", "text"), *zip(names, texts, strict=True)])
+    rows = ({"file_name": n, "text": text} for n, text in zip(names, texts, strict=True))
+    put_list(root / "jsonl", *rows, name="metadata.jsonl")
+    put_table(root / "parquet" / "metadata.parquet", file_name=names, text=texts)
+    cells = [{"bytes": content, "path": name} for content, name in zip(data, names, strict=True)]
+    put_table(root / "bytes" / "x.parquet", image=cells, text=texts)
+    put_saved(
+        root / "arrow",
+        {"image": cells[:4], "text": texts[:4]},
+        {"image": cells[4:], "text": texts[4:]},
+    )
+    for number, part in enumerate((slice(0, 9), slice(9, None))):
+        files = {}
+        for path, text in zip(paths[part], texts[part], strict=True):
+            stem = path.name.replace(".", "-")
+            files[stem + path.suffix] = path.read_bytes()
+            files[stem + ".json"] = json.dumps({"caption": text}).encode()
+        put_tar(root / "tars" / f"{number}.tar", files)
+    return ("folder", "csv", "jsonl", "parquet", "bytes", "arrow", "tars")
+
+
+def test_every_kind_of_source_gives_the_same_tensors(
+    tmp_path: Path, images: Path, base: Path
+) -> None:
+    forms = put_every_form(images, tmp_path / "set")
+    report = encode(tmp_path / "set", base, tmp_path / "out")
+    tensors: dict[str, set[tuple[str, bytes]]] = {form: set() for form in forms}
+    for path, members in samples_of(tmp_path / "out").items():
+        fields = json.loads(members["json"])
+        named = {name: fields[name] for name in fields if name not in ("path", "key")}
+        tensors[path.partition("/")[0]].add((json.dumps(named), members["safetensors"]))
+    assert report.num_samples == 14 * len(forms) and not report.rejected
+    assert all(len(tensors[form]) == 14 for form in forms)
+    for form in forms[1:]:
+        assert tensors[form] == tensors["folder"], form
+
+
+def test_the_samples_of_a_source_stand_in_the_order_of_their_paths_digests(
+    tmp_path: Path, images: Path
+) -> None:
+    forms = put_every_form(images, tmp_path)
+    orders = {form: [*captions(read_one(tmp_path / form))] for form in forms}
+    for paths in orders.values():
+        assert paths == sorted(paths, key=lambda path: hashlib.sha256(path.encode()).hexdigest())
+    assert orders["folder"] == orders["csv"] == orders["jsonl"] == orders["parquet"]
+    assert {path.rpartition("/")[0] for path in orders["arrow"]} == {
+        "data-00000-of-00002.arrow",
+        "data-00001-of-00002.arrow",
+    }

@@ -249,3 +249,25 @@ def test_names_and_messages_that_are_no_text_are_told_all_the_same(tmp_path: Pat
     assert {*rejected} == {"x\\xff.tar.gz", "a.tar/1", "b.tar/l\\xff.png"}
     assert rejected["a.tar/1"] == "failed: \\ud800"
     assert all(text.encode() for text in [*rejected, *rejected.values()])
+
+
+@pytest.mark.parametrize("ending", ["jpg", "jpeg", "PNG", "webp", "avif", "bmp"])
+def test_members_of_every_ending_and_every_place_of_a_caption(tmp_path: Path, ending: str) -> None:
+    rows: dict[str, Any] = {
+        "txt": b"of txt",
+        "caption": b"of caption",
+        "json": json.dumps({"text": "of text", "caption": "not this", "weight": 0.5}).encode(),
+        "JSON": json.dumps({"caption": "of caption", "tags": ["a"]}).encode(),
+        "json ": json.dumps({"prompt": "of prompt", "tags": "a, b"}).encode(),
+        " json": json.dumps({"caption": "", "tags": ["one", "two"]}).encode(),
+    }
+    members = {f"{number}.{ending}": bytes([number]) for number in range(len(rows))}
+    members |= {f"{n}.{name.strip()}": data for n, (name, data) in enumerate(rows.items())}
+    members |= {f"9.{ending}": b"9", "9.txt": b"its text"}
+    members["9.json"] = json.dumps({"prompt": {"3": "a workflow"}, "tags": 5}).encode()
+    put_tar(tmp_path / "x.tar", members)
+    expected = ["of txt", "of caption", "of text", "of caption", "of prompt", "one, two"]
+    texts = {f"x.tar/{n}.{ending}": (text,) for n, text in enumerate(expected)}
+    source = read_one(tmp_path)
+    assert captions(source) == {**texts, f"x.tar/9.{ending}": ("its text",)}
+    assert {r.path[6]: r.weight for r in source.records if r.weight != 1} == {"2": 0.5}

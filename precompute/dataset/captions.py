@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from precompute.dataset.records import PACKS, Rejected, SourceImage
+from precompute.dataset.records import PACKS, Memory, Rejected, SourceImage
+from precompute.images.described import description_of
 from precompute.settings import EncodeSettings
 from shards.plan import derive_key
 
@@ -72,13 +73,16 @@ def unify_lines(text: str) -> str:
 
 
 def normalize_captions(
-    record: SourceImage, settings: EncodeSettings, missing_reason: str = "its caption is empty"
+    record: SourceImage,
+    settings: EncodeSettings,
+    memory: Memory,
+    missing_reason: str = "its caption is empty",
 ) -> SourceImage | Rejected:
     """The record with its captions as they are encoded; ``missing_reason`` is said of one without
-    any."""
-    if not record.captions and (name := _name_as_caption(record.path, settings)):
-        record = replace(record, captions=(name,))
-    captions = tuple(map(unify_lines, record.captions)) or ("",)
+    any. ``memory`` has what images say themselves."""
+    if not record.captions and (text := _other_caption(record, settings, memory)):
+        record = replace(record, captions=(text,))
+    captions = tuple(map(_one_form, record.captions)) or ("",)
     if any(captions) and not all(captions) and not settings.empty_captions:
         # One of several that a tool left blank: the others say what the image shows.
         record = replace(record, num_blank_captions=captions.count(""))
@@ -124,9 +128,26 @@ def normalize_captions(
     )
 
 
-def _name_as_caption(path: str, settings: EncodeSettings) -> str:
-    """What ``--caption-from`` makes of an image's path; empty where it has no folder."""
-    *folders, name = path.split("/")
+def _one_form(caption: str) -> str:
+    """A caption as it is encoded, wherever it lay: without a byte order mark that a tool took for
+    text, and with the line ends of Unix."""
+    return unify_lines(caption).strip("\ufeff").strip()
+
+
+def _other_caption(record: SourceImage, settings: EncodeSettings, memory: Memory) -> str:
+    """What ``--caption-from`` makes of an image's path, or finds in its file; may be empty."""
+    *folders, name = record.path.split("/")
+    if settings.caption_from == "metadata":
+
+        def read() -> str:
+            try:
+                return description_of(record.image.read())
+            except (OSError, ValueError):  # encode will say why
+                return ""
+
+        place = record.image.place_in(settings.dataset)
+        size, mtime_ns = record.image.size, record.image.mtime_ns
+        return str(memory.recall(f"description {place}", size, mtime_ns, read))
     if settings.caption_from == "filename":
         return name.rpartition(".")[0] or name
     if settings.caption_from == "folder":

@@ -2,7 +2,7 @@
 
 import errno
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -149,6 +149,7 @@ class Tree:
     )  # folders that are not read, and why
     hidden: list[str] = field(default_factory=list)  # system files; folders end with a slash
     used: set[str] = field(default_factory=set)  # files that were read, or taken as a mask or text
+    named_columns: set[tuple[str, ...]] = field(default_factory=set)  # that were guessed, and said
 
     @cached_property
     def paths_by_lower_case(self) -> dict[str, list[str]]:
@@ -281,13 +282,16 @@ def _is_folder(tree: Tree, inside: str, entry: os.DirEntry[str]) -> bool:
 
 
 def read_images(
-    container: Tree | TarMembers, settings: EncodeSettings
+    container: Tree | TarMembers,
+    settings: EncodeSettings,
+    is_listed: Callable[[str], bool] = lambda path: False,
 ) -> Iterator[SourceImage | Rejected]:
-    """Every image with the text and the mask beside it, or why it is refused."""
+    """Every image with the text and the mask beside it, or why it is refused; not those that a
+    list is to name."""
     masks = find_masks(container.files)
     container.used.update(masks.paired)
     for path in container.files:
-        if path in masks.paired:
+        if path in masks.paired or is_listed(path):
             continue
         unread_format = unread_image(path)
         # If it is among the stems, the same image exists in a format that encode reads.
@@ -316,7 +320,7 @@ def _read_image(
             record = replace(record, mask=container.blob(mask))
     except ValueError as error:
         return Rejected(container.dataset_path(path), str(error))
-    return normalize_captions(record, settings, why)
+    return normalize_captions(record, settings, container.memory, why)
 
 
 def _begins_like_image(container: Tree | TarMembers, path: str) -> bool:

@@ -1,7 +1,8 @@
-"""A list of images: captions.jsonl or metadata.jsonl, one JSON object a line, a .csv or a .parquet.
+"""Lists of images: captions.jsonl or metadata.jsonl, one JSON object a line, a .csv or a .parquet.
 
-A list is read line by line, each within a bound, so that one bad line or one without an end is one
-rejected entry, and the other lines are read.
+Each folder may have one, which names what lies in it and below, as Hugging Face's imagefolder has
+them. A list is read line by line, each within a bound, so that one bad line or one without an end
+is one rejected entry, and the other lines are read.
 """
 
 import csv
@@ -9,13 +10,23 @@ import io
 import os
 import warnings
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from precompute.dataset.captions import decode_text, detect_encoding, is_text, normalize_captions
+from precompute.dataset.annotation_files import (
+    ANNOTATION_COLUMNS,
+    KOHYA,
+    MAX_NAME,
+    coco_rows,
+    has_coco_captions,
+    is_coco_name,
+    kohya_rows,
+)
+from precompute.dataset.captions import detect_encoding, is_text, normalize_captions
 from precompute.dataset.file_roles import TEXTS, is_image, stem_of
 from precompute.dataset.folder import Tree
-from precompute.dataset.parquet_files import NEEDS_PYARROW, has_pyarrow, read_columns, read_rows
+from precompute.dataset.parquet_files import has_pyarrow, needs_pyarrow, read_columns, read_rows
 from precompute.dataset.records import (
     FILE_FIELDS,
     TEXT_FIELDS,
@@ -23,12 +34,10 @@ from precompute.dataset.records import (
     Columns,
     Rejected,
     SourceImage,
-    captions_of_object,
     first_field,
     parse_row,
     read_entry,
 )
-from precompute.dataset.tars import too_large
 from precompute.settings import EncodeSettings
 from runtime.files import open_regular
 from runtime.messages import shortened
@@ -36,69 +45,114 @@ from runtime.messages import shortened
 LISTS = ("captions.jsonl", "metadata.jsonl")
 TABLES = ("captions.csv", "metadata.csv")
 PARQUETS = ("captions.parquet", "metadata.parquet")
-# kohya's, which each step of its preparation writes anew, the last one first.
-KOHYA = ("meta_lat.json", "meta_clean.json", "meta_cap_dd.json", "meta_cap.json")
-MAX_KOHYA_BYTES = 1 << 28  # it is parsed in memory
-OTHER_FIELDS = ("weight", "repeats", "mask", "split")
-KOHYA_COLUMNS = Columns(("file_name",), ("text",), are_chosen=True)
+MASK_FIELDS = ("mask", "mask_file_name")
+OTHER_FIELDS = ("weight", "repeats", *MASK_FIELDS, "split")
 MAX_LINE = 1 << 20  # characters
 MAX_LIST_BYTES = 8 * 10**9
-MAX_NAME = 4096  # characters; no file system has longer paths
 HEAD_BYTES = 4096  # tell a list's encoding
 OUTSIDE = "lies outside the dataset"
 
 
+@dataclass(frozen=True)
+class ImageList:
+    """A list, and the folder whose images it names: empty, or a path that ends with a slash."""
+
+    path: str
+    folder: str
+
+
 def is_list(path: str) -> bool:
-    """Whether a file would be read as the list of its folder."""
-    return path.rpartition("/")[2].lower() in (*LISTS, *TABLES, *PARQUETS, *KOHYA)
+    """Whether a file could be read as the list of a folder."""
+    name = path.rpartition("/")[2].lower()
+    return name in (*LISTS, *TABLES, *PARQUETS, *KOHYA) or is_coco_name(name)
 
 
-def find_image_list(tree: Tree) -> str | None:
-    """The list directly in the folder, by any letter case; a .csv only where no image has a text,
-    a .parquet where there is no .csv either, and kohya's metadata where there is none of these.
+def find_image_lists(tree: Tree) -> list[ImageList]:
+    """The list of each folder, by any letter case; one that lies below another list's folder does
+    not count. A .csv counts only where no image in the folder has a text, a .parquet where there
+    is no .csv either, kohya's metadata where there is none of these, and then COCO's captions, of
+    which there may be several.
 
     Raises:
-        ValueError: there are two.
+        ValueError: a folder has two.
     """
-    top = [path for path in tree.files if "/" not in path and is_list(path)]
-    lists = [name for name in top if name.lower() in LISTS]
-    if not lists and top and not any(path.lower().endswith(TEXTS) for path in tree.files):
-        by_name = {name.lower(): name for name in reversed(top)}
-        kohya = [by_name[name] for name in KOHYA if name in by_name]
-        tables, parquets = ([p for p in top if p.lower() in names] for names in (TABLES, PARQUETS))
-        lists = tables or parquets or kohya[:1]
+    by_folder: dict[str, list[str]] = {}
+    for path in filter(is_list, tree.files):
+        folder, _, name = path.rpartition("/")
+        if is_coco_name(name.lower()) and folder.rpartition("/")[2].lower() == "annotations":
+            folder = folder.rpartition("/")[0]  # as COCO's own archives are unpacked
+        by_folder.setdefault(f"{folder}/" if folder else "", []).append(path)
+    texts = _folders_with_texts(tree) if by_folder else set()
+    lists: list[ImageList] = []
+    for folder in sorted(by_folder, key=lambda folder: folder.count("/")):
+        if not any(folder.startswith(above.folder) for above in lists):
+            lists += [
+                ImageList(path, folder)
+                for path in _choose_lists(tree, by_folder[folder], folder in texts)
+            ]
+    return lists
+
+
+def _folders_with_texts(tree: Tree) -> set[str]:
+    """The folders in which, or below which, an image has a text beside it."""
+    stems = {stem.lower() for stem in tree.stems}
+    folders: set[str] = set()
+    for path in tree.files:
+        stem = stem_of(path).lower()
+        if path.lower().endswith(TEXTS) and (stem in stems or stem_of(stem) in stems):
+            folder = path.rpartition("/")[0]
+            while folder and f"{folder}/" not in folders:
+                folders.add(f"{folder}/")
+                folder = folder.rpartition("/")[0]
+            folders.add("")
+    return folders
+
+
+def _choose_lists(tree: Tree, paths: list[str], has_texts: bool) -> list[str]:
+    """Those of a folder's lists that are read."""
+    names = {path: path.rpartition("/")[2].lower() for path in paths}
+    lists = [path for path in paths if names[path] in LISTS]
+    if not lists and not has_texts:
+        by_name = {names[path]: path for path in reversed(paths)}
+        tables, parquets = ([p for p in paths if names[p] in each] for each in (TABLES, PARQUETS))
+        lists = tables or parquets or [by_name[name] for name in KOHYA if name in by_name][:1]
+        if not lists:
+            return [path for path in paths if has_coco_captions(tree, path)]
     if len(lists) > 1:
         raise ValueError(f"{tree.root}: both {lists[0]} and {lists[1]}; keep one")
-    return lists[0] if lists else None
+    return lists
 
 
 def read_image_list(
-    tree: Tree, name: str, settings: EncodeSettings
+    tree: Tree, image_list: ImageList, settings: EncodeSettings
 ) -> Iterator[SourceImage | Rejected]:
-    """Read the image of each line of the list ``name``.
+    """Read the image of each line of a list.
 
     Raises:
         OSError: the list cannot be read.
         ValueError: it is parquet, and there is no pyarrow.
     """
-    tree.used.add(name)
+    path, folder = image_list.path, image_list.folder
+    name = path.rpartition("/")[2].lower()
+    tree.used.add(path)
     seen, guessed = set[str](), set[tuple[str, ...]]()
-    columns, is_parquet = Columns.of(settings), name.lower() in PARQUETS
+    columns, is_parquet = Columns.of(settings), name in PARQUETS
     if is_parquet and not has_pyarrow():
-        raise ValueError(f"{tree.root / name}: {NEEDS_PYARROW}")
-    if name.lower() in TABLES:
+        raise ValueError(f"{tree.root / path}: {needs_pyarrow()}")
+    if name in TABLES:
         columns = columns.lower()
-        rows = _csv_rows(tree.root / name, columns)
-    elif name.lower() in KOHYA:
-        rows, columns = _kohya_rows(tree, name), KOHYA_COLUMNS
+        rows = _csv_rows(tree.root / path, columns)
+    elif name in KOHYA or is_coco_name(name):
+        read = kohya_rows if name in KOHYA else coco_rows
+        rows, columns, folder = read(tree, path, folder), ANNOTATION_COLUMNS, ""
     else:
-        rows = (_parquet_rows if is_parquet else _json_rows)(tree.root / name, columns)
+        rows = (_parquet_rows if is_parquet else _json_rows)(tree.root / path, columns)
     for number, row in rows:
-        line_label = f"{name}:{number}"
+        line_label = f"{path}:{number}"
         if isinstance(row, str):
             item: SourceImage | Rejected = Rejected(line_label, row)
         else:
-            item = _read_item(tree, line_label, row, columns, settings)
+            item = _read_item(tree, folder, line_label, row, columns, settings)
             guessed.add(_guessed_fields(row, columns, is_parquet))
         if item.path in seen:
             item = Rejected(line_label, f"{item.path} is named a second time")
@@ -106,7 +160,7 @@ def read_image_list(
         yield item
     for fields in sorted(filter(None, guessed)):
         warnings.warn(
-            f"{tree.root / name}: images are named by its {fields[0]}, captions are from "
+            f"{tree.root / path}: images are named by its {fields[0]}, captions are from "
             f"{fields[1]}; --image-column and --caption-column choose",
             stacklevel=2,
         )
@@ -117,7 +171,7 @@ def _guessed_fields(row: dict[str, Any], columns: Columns, is_parquet: bool) -> 
     those that the documentation names; else empty."""
     names = [
         next((name for name in fields if row.get(name) is not None), "")
-        for fields in (columns.image, columns.captions)
+        for fields in (columns.image_fields(row), columns.captions)
     ]
     is_usual = names[0] in FILE_FIELDS and names[1] in TEXT_FIELDS and not is_parquet
     return () if columns.are_chosen or is_usual or not all(names) else tuple(names)
@@ -142,8 +196,9 @@ def _parquet_rows(path: Path, columns: Columns) -> Rows:
     number = -1
     try:
         present = read_columns(path)
-        names = [name for name in (*columns.image, *columns.captions) if name in present]
-        if not {*names} & {*columns.image}:
+        images = columns.image_fields(present)
+        names = [name for name in (*images, *columns.captions) if name in present]
+        if not {*names} & {*images}:
             yield 0, f"none of its columns is {', '.join(columns.image)}"
             return
         names += [name for name in OTHER_FIELDS if name in present]
@@ -151,51 +206,6 @@ def _parquet_rows(path: Path, columns: Columns) -> Rows:
             yield number, str(row) if isinstance(row, ValueError) else row
     except ValueError as error:
         yield number + 1, str(error)
-
-
-def _kohya_rows(tree: Tree, listing: str) -> Rows:
-    """The entries of kohya's metadata, numbered from 1: an object by the path of each image, which
-    may be another machine's, or by its stem."""
-    try:
-        with open_regular(tree.root / listing) as file:
-            data = file.read(MAX_KOHYA_BYTES + 1)
-        if len(data) > MAX_KOHYA_BYTES:
-            raise ValueError(too_large(len(data), MAX_KOHYA_BYTES))
-        entries = parse_row(decode_text(data))
-    except ValueError as error:
-        yield 1, str(error)
-        return
-    by_stem: dict[str, list[str]] = {}
-    for path in filter(is_image, tree.files):
-        by_stem.setdefault(stem_of(path), []).append(path)
-    for number, (key, entry) in enumerate(entries.items(), 1):
-        try:
-            if not isinstance(entry, dict):
-                raise ValueError(f"{shortened(key)}: not a JSON object")
-            captions = captions_of_object(entry, joined=True)
-            name = _file_of_kohya(key, tree, by_stem)
-            yield number, {"file_name": name, "text": [*captions] or None}
-        except ValueError as error:
-            yield number, str(error)
-
-
-def _file_of_kohya(key: str, tree: Tree, by_stem: dict[str, list[str]]) -> str:
-    """The image that a key means: the longest end of it that is a file or a stem in the dataset.
-
-    Raises:
-        ValueError: there are several of this stem.
-    """
-    parts = [part for part in key[:MAX_NAME].replace("\\", "/").split("/") if part]
-    for start in range(len(parts)):
-        end = "/".join(parts[start:])
-        if end in tree.files:
-            return end
-        images = by_stem.get(end, [])
-        if len(images) > 1:
-            raise ValueError(f"{shortened(key)} is both {images[0]} and {images[1]}")
-        if images:
-            return images[0]
-    return key
 
 
 def _csv_rows(path: Path, names: Columns) -> Rows:
@@ -215,7 +225,7 @@ def _csv_rows(path: Path, names: Columns) -> Rows:
         header = next(lines, "")
         separator = max(",;\t", key=header.count)  # Excel writes ";" where "," is for decimals
         columns = [name.strip().lower() for name in next(csv.reader([header], delimiter=separator))]
-        if not {*names.image} & {*columns}:
+        if not {*names.image_fields(columns)} & {*columns}:
             yield 1, f"none of its columns is {', '.join(names.image)}"
             return
         for cells in csv.reader(lines, delimiter=separator, strict=True):
@@ -232,7 +242,7 @@ def _csv_rows(path: Path, names: Columns) -> Rows:
 
 
 def _cell(name: str, text: str) -> Any:
-    if name in ("weight", "repeats", "mask") and not text.strip():
+    if name in ("weight", "repeats", *MASK_FIELDS) and not text.strip():
         return None
     try:
         return {"weight": float, "repeats": int}.get(name, str)(text)
@@ -272,9 +282,14 @@ def _lines(path: Path) -> Iterator[tuple[int, str | ValueError]]:
 
 
 def _read_item(
-    tree: Tree, line_label: str, row: dict[str, Any], columns: Columns, settings: EncodeSettings
+    tree: Tree,
+    folder: str,
+    line_label: str,
+    row: dict[str, Any],
+    columns: Columns,
+    settings: EncodeSettings,
 ) -> SourceImage | Rejected:
-    name = first_field(row, columns.image)
+    name = first_field(row, columns.image_fields(row))
     if not isinstance(name, str) or not name:
         return Rejected(line_label, f"names no image: none of {', '.join(columns.image)} is text")
     if name.lower().startswith(("http://", "https://")):
@@ -283,37 +298,43 @@ def _read_item(
         return Rejected(line_label, "its name holds half a character (a lone surrogate)")
     if len(name) > MAX_NAME:
         return Rejected(line_label, f"names no image: {shortened(name)} is no file's name")
-    path = name
+    path = folder + name
     try:
-        path, image = _find_file(tree, name)
+        path, image = _find_file(tree, folder, name)
         entry = read_entry(row, columns.captions, columns.every_caption)
-        mask = None if row.get("mask") is None else _find_mask(tree, row["mask"])
+        mask_name = first_field(row, MASK_FIELDS)
+        mask = None if mask_name is None else _find_mask(tree, folder, mask_name)
     except ValueError as error:
         return Rejected(path, f"{line_label}: {error}")
     record = SourceImage(
         path, image, entry.captions, entry.weight, entry.repeats, mask, split=entry.split
     )
     return normalize_captions(
-        record, settings, f"{line_label}: no caption: none of {', '.join(columns.captions)} is text"
+        record,
+        settings,
+        tree.memory,
+        f"{line_label}: no caption: none of {', '.join(columns.captions)} is text",
     )
 
 
-def _find_mask(tree: Tree, name: object) -> Blob:
+def _find_mask(tree: Tree, folder: str, name: object) -> Blob:
     if not isinstance(name, str) or not is_text(name) or len(name) > MAX_NAME:
         raise ValueError(f"its mask must be a file's name, not {shortened(name)}")
     try:
-        return _find_file(tree, name)[1]
+        return _find_file(tree, folder, name)[1]
     except ValueError as error:
         raise ValueError(f"its mask {name}: {error}") from None
 
 
-def _find_file(tree: Tree, name: str) -> tuple[str, Blob]:
-    """The path and the bytes of the file that a line names.
+def _find_file(tree: Tree, folder: str, name: str) -> tuple[str, Blob]:
+    """The path and the bytes of the file that a line of the list in ``folder`` names.
 
     Raises:
         ValueError: there is no such file, or it lies outside the dataset.
     """
-    for path in (name, f"images/{name}"):
+    if folder and os.path.isabs(name):
+        folder = ""  # the dataset's own root may be meant, wherever the list lies
+    for path in (folder + name, f"{folder}images/{name}"):
         if path in tree.files:
             return path, tree.blob(path)
         if path in tree.irregular:
@@ -351,11 +372,16 @@ def _find_by_real_path(tree: Tree, path: str) -> tuple[str, Blob]:
 
 
 def unlisted_images(
-    tree: Tree, items: Iterable[SourceImage | Rejected], listing: str
+    tree: Tree, lists: Iterable[ImageList], named: Iterable[str]
 ) -> Iterator[Rejected]:
-    """Reject the images that the list does not name."""
-    named = {item.path for item in items}
-    for path in tree.files:
-        if is_image(path) and path not in named and path not in tree.used:
-            tree.used.add(path)
-            yield Rejected(path, f"not named in {listing}, so it has no caption")
+    """Reject the images in the folders of lists that no list names."""
+    by_folder = {image_list.folder: image_list.path for image_list in lists}
+    named = {*named}
+    for path in filter(is_image, tree.files):
+        if path in named or path in tree.used:
+            continue
+        for folder, list_path in by_folder.items():
+            if path.startswith(folder):
+                tree.used.add(path)
+                yield Rejected(path, f"not named in {list_path}, so it has no caption")
+                break

@@ -14,7 +14,6 @@ from runtime.files import open_regular
 from runtime.messages import shortened
 
 PARQUET = ".parquet"
-NEEDS_PYARROW = "parquet needs pyarrow: pip install '.[tables]'"
 MAX_BATCH_ROWS = 1024
 BATCH_BYTES = 1 << 27  # a value may come again in each row: a batch has at most so many bytes
 BUFFER_BYTES = 1 << 20  # read from the file at a time; without it, all of a column of a row group
@@ -23,6 +22,10 @@ MAX_MESSAGE = 200
 
 def has_pyarrow() -> bool:
     return find_spec("pyarrow") is not None
+
+
+def needs_pyarrow(form: str = "parquet") -> str:
+    return f"{form} needs pyarrow: pip install '.[tables]'"
 
 
 def read_columns(path: Path) -> dict[str, bool]:
@@ -36,9 +39,9 @@ def read_columns(path: Path) -> dict[str, bool]:
     with open_regular(path) as file:
         try:
             schema = _open(file).schema_arrow
-            return {field.name: _holds_bytes(field.type) for field in schema}
+            return {field.name: holds_bytes(field.type) for field in schema}
         except Exception as error:  # pyarrow has errors of its own for each thing that may be wrong
-            raise _unreadable(error) from None
+            raise unreadable(error) from None
 
 
 def read_rows(
@@ -59,10 +62,10 @@ def read_rows(
                 for batch in _batches(table, group, columns):
                     arrays = [batch.column(name) for name in columns]
                     for place in range(batch.num_rows):
-                        yield number, _row(columns, arrays, place)
+                        yield number, read_fields(columns, arrays, place)
                         number += 1
         except Exception as error:
-            raise _unreadable(error) from None
+            raise unreadable(error) from None
 
 
 def read_cell(file: BinaryIO, column: str, row: int) -> bytes:
@@ -83,7 +86,7 @@ def read_cell(file: BinaryIO, column: str, row: int) -> bytes:
             first += num_rows
         raise ValueError(f"has no row {row}")
     except Exception as error:
-        raise _unreadable(error) from None
+        raise unreadable(error) from None
 
 
 def bytes_of(value: Any) -> bytes:
@@ -104,7 +107,7 @@ def _open(file: BinaryIO) -> Any:
     try:
         from pyarrow import parquet
     except ImportError:
-        raise ValueError(NEEDS_PYARROW) from None
+        raise ValueError(needs_pyarrow()) from None
     return parquet.ParquetFile(file, buffer_size=BUFFER_BYTES)
 
 
@@ -116,7 +119,10 @@ def _batches(table: Any, group: int, columns: Sequence[str]) -> Iterator[Any]:
     )
 
 
-def _row(columns: Sequence[str], arrays: list[Any], place: int) -> dict[str, Any] | ValueError:
+def read_fields(
+    columns: Sequence[str], arrays: list[Any], place: int
+) -> dict[str, Any] | ValueError:
+    """The values in one row of some columns, or why they cannot be read."""
     row = {}
     for name, array in zip(columns, arrays, strict=True):
         try:
@@ -126,20 +132,21 @@ def _row(columns: Sequence[str], arrays: list[Any], place: int) -> dict[str, Any
     return row
 
 
-def _holds_bytes(kind: Any) -> bool:
+def holds_bytes(kind: Any) -> bool:
+    """Whether a column of this type holds bytes, as images are stored."""
     from pyarrow import types
 
     if types.is_struct(kind):
         index = kind.get_field_index("bytes")
-        return index >= 0 and _holds_bytes(kind.field(index).type)
+        return index >= 0 and holds_bytes(kind.field(index).type)
     return bool(types.is_binary(kind) or types.is_large_binary(kind))
 
 
-def _unreadable(error: Exception) -> Exception:
+def unreadable(error: Exception, form: str = "parquet table") -> Exception:
     """What is raised instead of an error of pyarrow's; our own ValueErrors stay as they are."""
     if type(error) is ValueError:
         return error
-    return ValueError(f"is no parquet table that can be read: {_message(error)}")
+    return ValueError(f"is no {form} that can be read: {_message(error)}")
 
 
 def _message(error: Exception) -> str:

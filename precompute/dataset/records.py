@@ -4,7 +4,7 @@ import errno
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ from runtime.messages import shortened
 from shards.format import sample_key
 
 MAX_IMAGE_BYTES = 2 * 10**9  # 180 million pixels of 16 bits and four channels take 1.4 GB
-PACKS = (".tar", ".parquet")  # files that are read as a folder of their images would be
+PACKS = (".tar", ".parquet", ".arrow")  # files that are read as a folder of their images would be
 DIGEST_DIGITS = 20  # of a sha256 in hex, as a key has
 MTIME_GRACE_NS = 2_000_000_000  # a file changed within it may change again and keep its mtime
 
@@ -40,7 +40,7 @@ def short_digest(sha256: str) -> str:
     return sha256[:DIGEST_DIGITS]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # there is one for each of a million rows
 class Blob:
     """A span of bytes in a file or a tar, as it was when the dataset was read.
 
@@ -59,6 +59,11 @@ class Blob:
         """A whole file, as it is now."""
         stat = file.stat()
         return cls(file, stat.st_size, stat.st_mtime_ns)
+
+    def place_in(self, dataset: Path) -> str:
+        """Where the bytes lie, as a memory knows them: the path in the dataset, offset, column."""
+        inside = str(self.file).removeprefix(f"{dataset}/")
+        return f"{inside}:{self.offset}{' ' if self.column else ''}{self.column}"
 
     def read(self) -> bytes:
         """The bytes as they were when the dataset was read.
@@ -219,6 +224,15 @@ class Columns:
             bool(captions),
             bool(image or captions),
         )
+
+    def image_fields(self, present: Iterable[str]) -> tuple[str, ...]:
+        """The fields that may name the image of a row with the fields ``present``: where none is
+        chosen, also ``image_file_name``, or the only one of such a name (imagefolder has them)."""
+        if len(self.image) == 1:
+            return self.image
+        more = [name for name in present if name.endswith("_file_name") and "mask" not in name]
+        more = [name for name in more if name == "image_file_name"] or more
+        return (*self.image, *more) if len(more) == 1 else self.image
 
     def lower(self) -> "Columns":
         """As the header of a .csv is read: in any letter case."""

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from precompute.dataset.arrow_files import SAVED
 from precompute.dataset.captions import is_text
 from precompute.dataset.file_roles import (
     IMAGE_ENDINGS,
@@ -31,14 +32,13 @@ from precompute.dataset.metadata_files import (
     LISTS,
     MAX_LIST_BYTES,
     TABLES,
-    find_image_list,
+    find_image_lists,
     is_list,
     read_image_list,
     unlisted_images,
 )
-from precompute.dataset.parquet_files import PARQUET
 from precompute.dataset.records import MAX_REPEATS, PACKS, Memory, Rejected, Source, SourceImage
-from precompute.dataset.tables import read_table_images
+from precompute.dataset.tables import TABLE_ENDINGS, read_table_images, saved_files
 from precompute.dataset.tars import COMPRESSED, TarMembers, open_tar, too_large
 from precompute.settings import EncodeSettings
 from runtime.messages import pluralize
@@ -84,7 +84,7 @@ def _read_layout(
     if loose:
         raise ValueError(f"{root}: {loose[0]} lies beside {beside}: in which is it?")
     out = os.path.realpath(settings.out)
-    others = [path for path in entries if os.path.realpath(path) != out]
+    others = [path for path in entries if os.path.realpath(path) != out and path.name not in SAVED]
     if others:
         names = [path.name + "/" * path.is_dir() for path in others]
         warnings.warn(f"{root}: not read, as only {beside} are: {_named(names)}", stacklevel=3)
@@ -98,11 +98,14 @@ def _read_layout(
 
 
 def _has_image_list(folder: Path) -> bool:
-    lists = [path for path in folder.iterdir() if is_list(path.name) and path.is_file()]
-    if any(path.name.lower() in (*LISTS, *TABLES) for path in lists):
+    """Whether one list says what all of a folder is."""
+    annotations = folder / "annotations"
+    paths = [*folder.iterdir(), *(annotations.iterdir() if annotations.is_dir() else ())]
+    lists = [path for path in paths if is_list(path.name) and path.is_file()]
+    if any(path.name.lower() in LISTS and path.parent == folder for path in lists):
         return True
     # Other lists are read only where no image has a text.
-    return bool(lists) and not any(path.name.lower().endswith(TEXTS) for path in folder.rglob("*"))
+    return bool(lists) and any(not each.folder for each in find_image_lists(walk(folder, Memory())))
 
 
 def _is_image_or_tar(path: Path) -> bool:
@@ -133,11 +136,13 @@ def read_source(folder: Path, settings: EncodeSettings, memory: Memory, prefix: 
     """Read one folder: the images of its list, or those with a text beside them, and its tars."""
     out = settings.out if settings.out.resolve() != folder.resolve() else None
     tree = walk(folder, memory, prefix, skip=out)
-    items = [*_listed(tree, settings)]
+    items = [*_read_tree(tree, settings)]
     unused: list[str] = []
     hidden = [path for path in tree.hidden if path not in tree.used]  # a list may name one
-    for path in sorted(tree.files):
-        if path.lower().endswith(PARQUET) and not (is_list(path) or path in tree.used):
+    foreign, missing = saved_files(tree)
+    items += missing
+    for path in sorted({*tree.files} - foreign):
+        if path.lower().endswith(TABLE_ENDINGS) and not (is_list(path) or path in tree.used):
             items += read_table_images(tree, path, settings)
             continue
         tar = _open_if_tar(tree, path)
@@ -172,20 +177,30 @@ def _sorted(items: list[Item], hidden: list[str], unused: list[str]) -> Source:
     )
 
 
-def _listed(tree: Tree, settings: EncodeSettings) -> Iterator[Item]:
-    """The images that the folder's list names, or without a list all images in it."""
-    name = find_image_list(tree)
-    size = tree.files[name][0] if name else 0
-    if name and size > MAX_LIST_BYTES:
-        tree.used.add(name)
-        yield Rejected(name, too_large(size, MAX_LIST_BYTES))
-        name = None
-    if not name:
-        yield from read_images(tree, settings)
-        return
-    items = [*_with_masks(tree, read_image_list(tree, name, settings))]
-    yield from items
-    yield from unlisted_images(tree, items, name)
+def _read_tree(tree: Tree, settings: EncodeSettings) -> Iterator[Item]:
+    """The images that lists name, and in folders without a list all images."""
+    lists = []
+    for image_list in find_image_lists(tree):
+        size = tree.files[image_list.path][0]
+        if size > MAX_LIST_BYTES:
+            tree.used.add(image_list.path)
+            yield Rejected(image_list.path, too_large(size, MAX_LIST_BYTES))
+        else:
+            lists.append(image_list)
+    named: dict[str, str] = {}
+    for image_list in lists:
+        for item in _with_masks(tree, read_image_list(tree, image_list, settings)):
+            first = named.setdefault(item.path, image_list.path)
+            if first == image_list.path:
+                yield item
+            else:
+                yield Rejected(f"{image_list.path}: {item.path}", f"is named in {first} already")
+    if all(image_list.folder for image_list in lists):
+        listed = tuple(image_list.folder for image_list in lists)
+        yield from read_images(
+            tree, settings, lambda path: path in named or path.startswith(listed)
+        )
+    yield from unlisted_images(tree, lists, named)
 
 
 def _with_masks(tree: Tree, listed_items: Iterable[Item]) -> list[Item]:
@@ -243,7 +258,7 @@ def _read_tar_images(tree: Tree, tar: TarMembers, settings: EncodeSettings) -> I
 
 def _is_input(path: str) -> bool:
     """Whether a file would be read if it were a regular file."""
-    endings = (*IMAGE_ENDINGS, *TEXTS, ".tar", PARQUET, *LISTS, *TABLES)
+    endings = (*IMAGE_ENDINGS, *TEXTS, ".tar", *TABLE_ENDINGS, *LISTS, *TABLES)
     return path.lower().endswith(endings) or bool(unread_image(path))
 
 

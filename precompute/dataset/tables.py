@@ -1,4 +1,4 @@
-"""Images whose bytes lie in the rows of parquet files, as Hugging Face's datasets has them.
+"""Images whose bytes lie in the rows of parquet or arrow files, as Hugging Face has them.
 
 A file is read as a folder of its rows would be: the image in row 12 of ``x.parquet`` has the path
 ``x.parquet/12``. All rows are read once, in their order, with the size of each image; what was
@@ -12,12 +12,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from precompute.dataset.arrow_files import (
+    ARROW,
+    SAVED,
+    STATE,
+    read_arrow_columns,
+    read_arrow_rows,
+    read_saved_files,
+)
 from precompute.dataset.captions import normalize_captions
 from precompute.dataset.folder import Tree
 from precompute.dataset.parquet_files import (
-    NEEDS_PYARROW,
+    PARQUET,
     bytes_of,
     has_pyarrow,
+    needs_pyarrow,
     read_columns,
     read_rows,
 )
@@ -25,6 +34,7 @@ from precompute.dataset.records import (
     MAX_IMAGE_BYTES,
     Blob,
     Columns,
+    Memory,
     Rejected,
     SourceImage,
     read_entry,
@@ -37,6 +47,37 @@ from runtime.messages import shortened
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes")
 ENTRY_FIELDS = ("weight", "repeats", "split")
+TABLE_ENDINGS = (PARQUET, ARROW)
+
+
+def saved_files(tree: Tree) -> tuple[set[str], list[Rejected]]:
+    """The arrow files that are not of the dataset which was saved into their folder, and those of
+    it that are missing. What describes such a dataset counts as used."""
+    folders = {path.rpartition("/")[0] for path in tree.files if path.lower().endswith(ARROW)}
+    above = {folder.rpartition("/")[0] for folder in folders}
+    for folder in folders | above:
+        tree.used.update(
+            path for name in SAVED if (path := f"{folder}/{name}".lstrip("/")) in tree.files
+        )
+    foreign: set[str] = set()
+    missing = []
+    for folder in sorted(folders):
+        prefix = f"{folder}/" if folder else ""
+        state = prefix + STATE
+        names = read_saved_files(tree.root / state) if state in tree.files else None
+        if names is None:
+            continue
+        listed = {prefix + name for name in names}
+        missing += [
+            Rejected(path, f"no such file, though {state} names it: the dataset is not whole")
+            for path in sorted(listed - tree.files.keys())
+        ]
+        foreign |= {
+            path
+            for path in tree.files
+            if path.lower().endswith(ARROW) and path.rpartition("/")[0] == folder
+        } - listed
+    return foreign, missing
 
 
 def read_table_images(
@@ -61,7 +102,8 @@ def read_table_images(
         )
     except (OSError, ValueError) as error:
         if not has_pyarrow() and not tree.stems:
-            raise ValueError(f"{tree.root / path}: {NEEDS_PYARROW}") from None
+            form = path.lower().rpartition(".")[2]
+            raise ValueError(f"{tree.root / path}: {needs_pyarrow(form)}") from None
         tree.used.add(path)
         why = f"cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)
         yield Rejected(path, why)
@@ -69,21 +111,24 @@ def read_table_images(
     if not scan["image"]:
         return
     tree.used.add(path)
-    if not columns.are_chosen:
-        captions = scan["captions"]
+    captions = scan["captions"]
+    if not columns.are_chosen and (scan["image"], *captions) not in tree.named_columns:
+        tree.named_columns.add((scan["image"], *captions))  # a dataset has hundreds of such files
         warnings.warn(
             f"{tree.root / path}: images are taken from its column {scan['image']}, captions from "
             f"{captions[0] if captions else 'none'}; --image-column and --caption-column choose",
             stacklevel=2,
         )
+    file = Blob(tree.root / path, size, mtime_ns)
     for number, row in enumerate(scan["rows"]):
-        yield _read_row(tree, path, number, row, scan, columns, settings)
+        yield _read_row(file, tree.memory, path, number, row, scan, columns, settings)
     if scan["damage"]:
         yield Rejected(path, f"{scan['damage']}; what lies before it is read")
 
 
 def _read_row(
-    tree: Tree,
+    file: Blob,
+    memory: Memory,
     path: str,
     number: int,
     row: Any,
@@ -94,12 +139,13 @@ def _read_row(
     name = f"{path}/{number}"
     if isinstance(row, str):
         return Rejected(name, row)
-    size, header, fields = row
+    size, header, fields, *offset = row
     try:
         entry = read_entry(fields, tuple(scan["captions"]), columns.every_caption)
     except ValueError as error:
         return Rejected(name, str(error))
-    blob = Blob(tree.root / path, size, tree.files[path][1], number, scan["image"])
+    place = (*offset, "") if offset else (number, scan["image"])
+    blob = Blob(file.file, size, file.mtime_ns, *place)
     record = SourceImage(
         name,
         blob,
@@ -110,18 +156,20 @@ def _read_row(
         header=header and tuple(header),
     )
     named = " or ".join(scan["captions"]) or "no column of captions"
-    return normalize_captions(record, settings, f"no caption: {named} is empty in its row")
+    return normalize_captions(record, settings, memory, f"no caption: {named} is empty in its row")
 
 
 def _scan(file: Path, image_column: str, columns: Columns) -> dict[str, Any]:
     """What a file holds, as JSON for the memory: [size in bytes, header, fields] of each row, or
-    why it has no image. The header is [digest, width, height], or None where Pillow fails.
+    why it has no image. The header is [digest, width, height], or None where Pillow fails. In an
+    arrow file it is [size in bytes, None, fields, offset in the file]: no image is read.
 
     Raises:
         ValueError: it cannot be read at all, or lacks a column that was asked for.
         OSError: it cannot be opened.
     """
-    kinds = read_columns(file)
+    is_arrow = file.name.lower().endswith(ARROW)
+    kinds = (read_arrow_columns if is_arrow else read_columns)(file)
     scan: dict[str, Any] = {"image": "", "captions": [], "rows": [], "damage": ""}
     wanted = [image_column] if image_column else []
     wanted += columns.captions if columns.every_caption else []
@@ -140,8 +188,12 @@ def _scan(file: Path, image_column: str, columns: Columns) -> dict[str, Any]:
     fields = [*scan["captions"], *(name for name in ENTRY_FIELDS if name in kinds)]
     fields = [*dict.fromkeys(name for name in fields if name != images[0])]
     try:
-        for _, row in read_rows(file, [images[0], *fields]):
-            scan["rows"].append(_scan_row(row, images[0]))
+        if is_arrow:
+            for place, row in read_arrow_rows(file, images[0], fields):
+                scan["rows"].append(_scan_place(place, row))
+        else:
+            for _, row in read_rows(file, [images[0], *fields]):
+                scan["rows"].append(_scan_row(row, images[0]))
     except ValueError as error:
         scan["damage"] = str(error)
     return scan
@@ -162,6 +214,17 @@ def _scan_row(row: dict[str, Any] | ValueError, image_column: str) -> Any:
     except Exception:  # Pillow raises anything of a bad file; the scan reads it again and says why
         return [len(data), None, fields]
     return [len(data), header, fields]
+
+
+def _scan_place(place: tuple[int, int] | None, row: dict[str, Any] | ValueError) -> Any:
+    if isinstance(row, ValueError):
+        return str(row)
+    if place is None:
+        return "has no bytes of an image"
+    offset, size = place
+    if size > MAX_IMAGE_BYTES:
+        return too_large(size, MAX_IMAGE_BYTES)
+    return [size, None, {name: _as_json(value) for name, value in row.items()}, offset]
 
 
 def _as_json(value: Any) -> Any:

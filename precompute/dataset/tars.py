@@ -9,7 +9,8 @@ import posixpath
 import re
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,12 +18,14 @@ from typing import Any, BinaryIO
 from precompute.dataset.captions import MAX_TEXT_BYTES, decode_text
 from precompute.dataset.file_roles import hidden_part, is_image, stem_of
 from precompute.dataset.records import (
+    JSON_FIELDS,
     MAX_IMAGE_BYTES,
     NO_ENTRY,
     Blob,
     Memory,
     MetadataEntry,
     Rejected,
+    captions_of_object,
     parse_row,
     read_entry,
 )
@@ -30,7 +33,7 @@ from runtime.files import format_bytes, open_regular
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 TEXTS = (".txt", ".caption", ".json")
-KEPT = ("text", "caption", "weight", "repeats", "split", "status", "error_message")  # of a JSON
+KEPT = (*JSON_FIELDS, "weight", "repeats", "split", "status", "error_message")  # of a JSON
 END = bytes(tarfile.BLOCKSIZE)
 CHUNK = 1 << 20
 HEAD_BYTES = 32  # tell what format an image has
@@ -59,6 +62,7 @@ class TarMembers:
     unread: dict[str, str]
     refused: dict[str, str]  # members that cannot be read in place, and why
     damage: str
+    memory: Memory
     hidden: list[str] = field(default_factory=list)
     used: set[str] = field(default_factory=set)
 
@@ -130,7 +134,13 @@ class TarMembers:
         if path in self.unread:
             raise ValueError(f"{path.rpartition('/')[2]}: {self.unread[path]}")
         row = self.texts.get(path)
-        return read_entry(row) if row else NO_ENTRY
+        if not row:
+            return NO_ENTRY
+        entry = read_entry(row)
+        if not any(entry.captions):
+            with suppress(ValueError):  # another tool's fields of these names
+                entry = replace(entry, captions=captions_of_object(row) or entry.captions)
+        return entry
 
     def rejected(self, images: set[str]) -> Iterator[Rejected]:
         """Members that should be images and are not; ``images`` are stems of those that are."""
@@ -161,7 +171,7 @@ def open_tar(
         OSError: it cannot be read.
     """
     file, (size, mtime_ns) = root / path, stamp
-    scan = memory.recall(prefix + path, size, mtime_ns, lambda: _scan(file))
+    scan = memory.recall(f"members {prefix}{path}", size, mtime_ns, lambda: _scan(file))
     hidden = {name: part for name in scan["files"] if (part := hidden_part(name))}
     files = {
         name: (offset, size) for name, (offset, size) in scan["files"].items() if name not in hidden
@@ -177,6 +187,7 @@ def open_tar(
         unread=scan["unread"],
         refused=refused,
         damage=scan["damage"],
+        memory=memory,
         hidden=sorted({*hidden.values()}),
     )
 

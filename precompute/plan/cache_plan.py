@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from precompute.dataset.hub import LocalDataset
 from precompute.dataset.records import Memory, Rejected, Source
 from precompute.dataset.sources import read_dataset
 from precompute.encoders import Encoders
@@ -46,6 +47,7 @@ from runtime.files import PARTIAL, fsync_folder, remove_path, write_changed
 from sdxl.base import Base
 from sdxl.latent_rgb import LatentSums
 from sdxl.prompt_files import Prompt
+from shards.format import CacheError
 from shards.index import Index
 from shards.manifest import (
     ENCODE_FILES,
@@ -54,6 +56,7 @@ from shards.manifest import (
     REPLACED,
     SCAN,
     UNCONDITIONAL,
+    read_manifest,
     write_manifest,
 )
 
@@ -79,6 +82,7 @@ class CachePlan:
     made_with: dict[str, Any]  # what made the shards that are there; empty if there are none
     check_candidates: list[Candidate]
     sanity: dict[str, Any]  # the checks that the present manifest records
+    dataset_revision: str = ""  # the commit of a dataset of the hub
 
     @property
     def has_work(self) -> bool:
@@ -257,6 +261,20 @@ def warn_about_reencoding(plan: CachePlan) -> None:
         )
 
 
+def warn_of_other_revision(folder: Path, dataset: LocalDataset) -> None:
+    """Warn where the cache was encoded, or begun, from another commit of a dataset of the hub."""
+    try:
+        before = read_manifest(folder).get("dataset_revision")
+    except CacheError:
+        before = read_plan_header(folder).get("dataset_revision")
+    if dataset.commit and isinstance(before, str) and before not in ("", dataset.commit):
+        warnings.warn(
+            f"{folder}: encoded from {dataset.name} at commit {before[:12]}, which is at "
+            f"{dataset.commit[:12]} now; to stay, give {dataset.at(before)}",
+            stacklevel=2,
+        )
+
+
 def warn_about_enlarging(plan: CachePlan, resolution: int) -> None:
     """Warn of images that are much smaller than their bucket: what they teach is blur."""
     grown = [(sample.variants[0].enlargement, sample.record.path) for sample in plan.planned]
@@ -287,9 +305,10 @@ def prepare(plan: CachePlan, encoders: Encoders, prompts: list[Prompt] | None) -
             check_drawings(encoders)
         if not has_unconditional or any(task.text is None for task in tasks):
             assert encoders.text
-        write_plan_file(
-            folder, {"recipe": recipe, "made_with": encoders.made_with}, plan.shard_tasks
-        )
+        header: dict[str, Any] = {"recipe": recipe, "made_with": encoders.made_with}
+        if plan.dataset_revision:
+            header["dataset_revision"] = plan.dataset_revision
+        write_plan_file(folder, header, plan.shard_tasks)
         (folder / MANIFEST).unlink(missing_ok=True)
         fsync_folder(folder)
     for path in folder.glob("*" + PARTIAL):
@@ -306,6 +325,8 @@ def finish(plan: CachePlan, report: Report, encoders: Encoders, memory: Memory) 
     """Write the rejected images and the manifest, and remove what only the run needed."""
     folder, rejected = plan.folder, plan.rejected.copy()
     fields: dict[str, Any] = {"recipe": plan.recipe, "text": text_shape(folder)}
+    if plan.dataset_revision:
+        fields["dataset_revision"] = plan.dataset_revision
     total: LatentSums | None = None
     indexes = [Index(folder / f"{name}.index") for name in plan.names]
     wanted = {planned.record.key for planned in plan.planned if not planned.image_digest}

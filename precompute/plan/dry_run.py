@@ -4,8 +4,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from precompute.dataset.hub import locate_dataset
 from precompute.dataset.records import Rejected
-from precompute.plan.cache_plan import CachePlan, plan_caches, warn_about_enlarging
+from precompute.plan.cache_plan import (
+    CachePlan,
+    plan_caches,
+    warn_about_enlarging,
+    warn_of_other_revision,
+)
 from precompute.plan.disk_space import Sizer, check_disk_space
 from precompute.plan.placement import PlannedSample
 from precompute.plan.removals import refuse_losses
@@ -35,12 +41,14 @@ def dry_run(settings: EncodeSettings) -> Iterator[str]:
     if settings.preview_prompts is not None:
         read_prompts(settings.preview_prompts)
     pick_device(settings.device)
-    notes = Notes(settings.out, settings.dataset, settings.rehash)
+    local = locate_dataset(settings)
+    notes = Notes(settings.out, local.name, settings.rehash)
     base = open_base(settings.base, vae=settings.vae, tokenizers=settings.tokenizers)
     sizer = Sizer.of(settings, base)
     tokenizer, _ = load_tokenizers(base)
-    plans = plan_caches(settings, base, notes, None)
+    plans = plan_caches(local.settings, base, notes, None)
     for plan in plans:
+        warn_of_other_revision(plan.folder, local)
         yield from _describe_plan(plan, settings)
         warn_about_enlarging(plan, settings.resolution)
         yield from _describe_cropping(plan.planned)

@@ -42,14 +42,16 @@ Header = list[Any]
 class Notes:
     """What this machine remembers of a cache's dataset: sizes, times and digests of its files.
 
+    ``dataset`` is the name by which it is known: its full path, or ``hf://OWNER/NAME``.
+
     It is kept in the user's own cache folder, because it has captions and the dataset's full path.
     If it is lost, damaged, or of another dataset, the files are read again.
     """
 
-    def __init__(self, out: Path, dataset: Path, rehash: bool = False) -> None:
+    def __init__(self, out: Path, dataset: str, rehash: bool = False) -> None:
         name = hashlib.sha256(str(out.resolve()).encode("utf-8", "surrogateescape")).hexdigest()
         self._path = user_cache() / "datasets" / f"{name[:32]}.json"
-        self._dataset = str(dataset.resolve())
+        self._dataset = dataset
         self.other_dataset: str | None = None  # what the cache was made from, if not this one
         self.is_same_dataset = False  # whether it is remembered that this dataset made the cache
         self._stored = self._read()
@@ -222,12 +224,9 @@ def _mask_digest(
 
 def _make_stamp_function(dataset: Path) -> Callable[..., tuple[str, int, int]]:
     """A function from a file to what it is remembered by: path inside the dataset, size, time."""
-    root = f"{dataset}/"
 
     def stamp(blob: Blob, role: str = "picture") -> tuple[str, int, int]:
-        inside = str(blob.file).removeprefix(root)
-        column = f" {blob.column}" if blob.column else ""
-        return f"{role} {inside}:{blob.offset}{column}", blob.size, blob.mtime_ns
+        return f"{role} {blob.place_in(dataset)}", blob.size, blob.mtime_ns
 
     return stamp
 
