@@ -314,7 +314,7 @@ def test_a_file_that_is_not_as_it_must_be_rejects_its_image(
 
 def test_pickles_and_damaged_zips_are_rejected_and_never_loaded(data: Path, base: Path) -> None:
     add_caches(data, BUCKETS)
-    whole = latents_path(data / SQUARE).read_bytes()
+    intact = latents_path(data / SQUARE).read_bytes()
     (data / "stolen").write_bytes(b"")
 
     class Bomb:
@@ -322,7 +322,7 @@ def test_pickles_and_damaged_zips_are_rejected_and_never_loaded(data: Path, base
             return Path.unlink, (data / "stolen",)
 
     latents_path(data / SQUARE).write_bytes(pickle.dumps(Bomb()))
-    latents_path(data / WIDE).write_bytes(whole[: len(whole) // 2])
+    latents_path(data / WIDE).write_bytes(intact[: len(intact) // 2])
     with zipfile.ZipFile(latents_path(data / "002.png"), "w", zipfile.ZIP_DEFLATED) as bomb:
         header = b"\x93NUMPY\1\0v\0{'descr': '<f4', 'fortran_order': False, 'shape': (4, 8, 8), }"
         bomb.writestr("latents.npy", header.ljust(128) + bytes(300_000_000))
