@@ -321,6 +321,34 @@ def convert(tool: str, config: Path, datasets: Path | None, out: Path, debug: bo
 
 @commands.command()
 @click.argument("cache", type=FilePath())
+@click.option("--out", type=FilePath(), required=True, help="Folder for the images and captions.")
+@click.option(
+    "--vae",
+    type=PathText(),
+    help="Decode with this VAE: its folder or file, or a base that contains it. Without it the "
+    "previews are a color for each latent pixel.",
+)
+@click.option(
+    "--device", default="auto", show_default=True, help="Device: auto, cuda, cuda:N, mps or cpu."
+)
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def unpack(cache: Path, out: Path, vae: str | None, device: str, debug: bool) -> None:
+    """Turn CACHE back into a folder of previews with their captions.
+
+    Each image is written under its path in the dataset, with its captions and mask beside it, as
+    encode reads them; unpacked.jsonl has sizes, crops and weights. The same command continues an
+    interrupted unpack.
+    """
+    with handle_errors(debug):
+        check_cache(cache)
+        from cli_caches import caches_in, unpack_cache
+
+        for folder in caches_in(cache):
+            unpack_cache(folder, out / folder.name if folder != cache else out, vae, device)
+
+
+@commands.command()
+@click.argument("cache", type=FilePath())
 @click.option(
     "--repair", is_flag=True, help="Drop damaged samples, so that encode makes them again."
 )

@@ -1,4 +1,7 @@
-"""The commands ``verify`` and ``inspect``, apart from ``cli.py``, whose help loads no torch."""
+"""The commands ``verify``, ``inspect`` and ``unpack``.
+
+They are apart from ``cli.py``, whose help loads no torch.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,7 +9,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from precompute.sheets import write_sheets
-from runtime.errors import echo
+from precompute.unpack import LIST, unpack
+from runtime.errors import echo, is_quiet
 from runtime.locks import locked
 from runtime.messages import pluralize
 from shards.format import CacheError
@@ -76,6 +80,15 @@ def inspect_cache(folder: Path, sheets: Path | None, page: Path | None, base: st
 
         count_tokens = None if base is None else _token_counter(cache, base)
         echo(f"{write_cache_page(cache, contents, page, count_tokens)}: open it in a browser")
+
+
+def unpack_cache(folder: Path, out: Path, vae: str | None, device: str) -> None:
+    """Write the previews and captions of one cache into a folder."""
+    with tqdm(unit="img", desc=folder.name, disable=is_quiet()) as bar:
+        for done, total in unpack(folder, out, vae, device):
+            bar.total = total
+            bar.update(done - bar.n)
+    echo(f"{out}: {pluralize(done, 'image')}, from {'a VAE' if vae else 'a linear map'}; {LIST}")
 
 
 def _token_counter(cache: Cache, given: str) -> Callable[[str], int]:

@@ -99,7 +99,7 @@ def _explain_option(name: str) -> str | None:
     panels={
         "The three stages": "encode train generate",
         "To begin with": "tune doctor demo download convert",
-        "Caches and weights": "inspect verify prompts export push",
+        "Caches and weights": "inspect verify unpack prompts export push",
         "Pages to look at": "report compare",
     },
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},

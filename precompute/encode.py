@@ -133,7 +133,9 @@ def _run_main(
     for plan in plans:
         warn_about_reencoding(plan)
         warn_about_enlarging(plan, encoders.settings.resolution)
-        report = Report(plan.folder, plan.changes, num_upscaled=plan.num_upscaled)
+        report = Report(
+            plan.folder, plan.changes, num_upscaled=plan.num_upscaled, imports=plan.imports
+        )
         is_val = len(plans) > 1 and plan.folder.name == "val"  # previews are of training
         report.num_prompts = prepare(plan, encoders, None if is_val else prompts)
         reports.append(report)

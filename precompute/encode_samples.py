@@ -67,7 +67,7 @@ class Failed:
 
 
 @dataclass(frozen=True, eq=False)
-class _Opened:
+class Opened:
     """The variants of an image, or why there are none."""
 
     rows: list[Pixels] | Failed
@@ -88,7 +88,7 @@ def encode_latents(
     # Each variant is an image in memory.
     max_variants = max((len(member.variants) for member in members), default=1)
     opened = read_ahead(
-        lambda member: _open_member(member, encoders.settings),
+        lambda member: open_member(member, encoders.settings),
         members,
         threads,
         -(-(2 * size + threads) // max_variants),
@@ -122,22 +122,22 @@ def encode_latents(
             tensors["mask"] = mask
         if encoders.settings.mean_only:
             del tensors["latents.std"]
-        sums = [*map(_sums_of, mean, colors)]
-        notes = _notes(sums, len(planned.variants) - len(encoded))
-        part = _cast(tensors, notes, encoders, made_from)
+        sums = [*map(sums_of, mean, colors)]
+        notes = latent_notes(sums, len(planned.variants) - len(encoded))
+        part = cast(tensors, notes, encoders, made_from)
         if isinstance(part, EncodedPart):
             part.tensors["sizes"] = sizes
             part = replace(part, sums=tuple(sums))
         yield part
 
 
-def _sums_of(mean: torch.Tensor, colors: torch.Tensor) -> LatentSums:
+def sums_of(mean: torch.Tensor, colors: torch.Tensor) -> LatentSums:
     sums = LatentSums.empty(len(mean))
     sums.add(mean.unsqueeze(0), colors.unsqueeze(0))
     return sums
 
 
-def _notes(sums: Sequence[LatentSums], num_dropped: int) -> dict[str, Any]:
+def latent_notes(sums: Sequence[LatentSums], num_dropped: int) -> dict[str, Any]:
     notes: dict[str, Any] = {"sums": _total(sums).to_json()}
     return notes | {"num_dropped_variants": num_dropped} if num_dropped else notes
 
@@ -158,7 +158,7 @@ def join_variants(first: EncodedPart, others: EncodedPart) -> EncodedPart:
         *first.made_with,
         *(run_settings for run_settings in others.made_with if run_settings not in first.made_with),
     ]
-    return EncodedPart(tensors, _notes(sums, num_dropped), made_with, others.digests)
+    return EncodedPart(tensors, latent_notes(sums, num_dropped), made_with, others.digests)
 
 
 def encode_texts(
@@ -194,7 +194,7 @@ def encode_texts(
         tensors = {"prompt_embeds": prompt, "pooled_prompt_embeds": pooled}
         num_cut = sum(map(encoders.text.is_cut, planned.record.captions))
         captions_digest = content_digest(list(planned.record.captions))
-        yield _cast(tensors, {"num_cut_captions": num_cut}, encoders, {"captions": captions_digest})
+        yield cast(tensors, {"num_cut_captions": num_cut}, encoders, {"captions": captions_digest})
 
 
 def _not_in(seen: set[str], texts: Iterable[str]) -> list[str]:
@@ -248,7 +248,7 @@ def in_batches(
     yield from finished()
 
 
-def _cast(
+def cast(
     tensors: dict[str, torch.Tensor],
     notes: dict[str, Any],
     encoders: Encoders,
@@ -263,19 +263,19 @@ def _cast(
     return EncodedPart(cast, notes, [encoders.made_with], digests)
 
 
-def _open_member(planned: PlannedSample, settings: EncodeSettings) -> _Opened:
+def open_member(planned: PlannedSample, settings: EncodeSettings) -> Opened:
     """Open an image: pixels, mask and sizes of each variant, or why there are none."""
     record = planned.record
     try:
         data = record.image.read()
         mask = None if record.mask is None else record.mask.read()
     except ValueError as error:  # it changed
-        return _Opened(Failed(str(error), is_permanent=False), {})
+        return Opened(Failed(str(error), is_permanent=False), {})
     except OSError as error:
         if error.errno not in FILE_ERRNOS:
             raise
         failed = Failed(f"while the dataset was encoded: {explain(error)}", is_permanent=False)
-        return _Opened(failed, {})
+        return Opened(failed, {})
     digests = {"picture": hashlib.sha256(data).hexdigest()}
     if mask is not None:
         digests["mask"] = hashlib.sha256(mask).hexdigest()
@@ -285,8 +285,8 @@ def _open_member(planned: PlannedSample, settings: EncodeSettings) -> _Opened:
             "it changed, and its size and time do not show it; encode again with --rehash",
             is_permanent=False,
         )
-        return _Opened(failed, {})
-    return _Opened(_open_variants(planned, settings, data, mask), digests)
+        return Opened(failed, {})
+    return Opened(_open_variants(planned, settings, data, mask), digests)
 
 
 def _open_variants(

@@ -1,6 +1,7 @@
 """Makes one shard: copies what is still valid, encodes the rest, writes it."""
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,12 +14,11 @@ from precompute.dataset.records import short_digest
 from precompute.encode_samples import (
     EncodedPart,
     Failed,
-    encode_latents,
-    encode_texts,
     join_variants,
 )
 from precompute.encoders import Encoders
 from precompute.images.masks import shows_anything
+from precompute.imports.parts import IMPORTED, make_latents, make_texts
 from precompute.plan.placement import UNMATCHED, PlannedSample
 from precompute.plan.plan_file import CopySource, SampleTask, ShardTask
 from precompute.plan.reuse import remove_shard
@@ -90,18 +90,24 @@ class HeaderNotes:
     rejected: list[list[str]] = field(default_factory=list)
     dropped_variants: list[list[Any]] = field(default_factory=list)  # (path, how many of them)
     made_with: list[dict[str, Any]] = field(default_factory=list)
+    num_imported: Counter[str] = field(default_factory=Counter)  # "latents" and "text"
 
     def to_json(self) -> dict[str, Any]:
         dropped = {"dropped_variants": self.dropped_variants} if self.dropped_variants else {}
-        return dropped | {
-            "sums": self.sums.to_json(),
-            "num_cut_captions": self.num_cut_captions,
-            "members": self.members,
-            "rejected": self.rejected,
-            "made_with": sorted(
-                self.made_with, key=lambda run_settings: sorted(map(str, run_settings.items()))
-            ),
-        }
+        imported = {"imported": dict(self.num_imported)} if self.num_imported else {}
+        return (
+            imported
+            | dropped
+            | {
+                "sums": self.sums.to_json(),
+                "num_cut_captions": self.num_cut_captions,
+                "members": self.members,
+                "rejected": self.rejected,
+                "made_with": sorted(
+                    self.made_with, key=lambda run_settings: sorted(map(str, run_settings.items()))
+                ),
+            }
+        )
 
     def add(self, planned: PlannedSample, latents: EncodedPart, text: EncodedPart) -> None:
         self.members.append([planned.record.key, *planned.fingerprint])
@@ -109,6 +115,9 @@ class HeaderNotes:
             self.dropped_variants.append([planned.record.path, num_dropped])
         self.sums += LatentSums.from_json(latents.notes["sums"])
         self.num_cut_captions += text.notes["num_cut_captions"]
+        self.num_imported.update(
+            name for name, part in (("latents", latents), ("text", text)) if IMPORTED in part.notes
+        )
         for run_settings in latents.made_with + text.made_with:
             if run_settings not in self.made_with:
                 self.made_with.append(run_settings)
@@ -132,8 +141,8 @@ def make_samples(
     """
     parts = zip(
         tasks,
-        _copy_or_encode(tasks, lambda task: task.latents, encode_latents, copies.latents, encoders),
-        _copy_or_encode(tasks, lambda task: task.text, encode_texts, copies.text, encoders),
+        _copy_or_encode(tasks, lambda task: task.latents, make_latents, copies.latents, encoders),
+        _copy_or_encode(tasks, lambda task: task.text, make_texts, copies.text, encoders),
         strict=True,
     )
     for task, latents, text in parts:
@@ -171,7 +180,7 @@ def _join(planned: PlannedSample, latents: EncodedPart, text: EncodedPart) -> Sa
 def _copy_or_encode(
     tasks: Sequence[SampleTask],
     source_of: Callable[[SampleTask], CopySource | None],
-    encode: Callable[[Sequence[PlannedSample], Encoders], Iterator[EncodedPart | Failed]],
+    make: Callable[[Sequence[PlannedSample], Encoders], Iterator[EncodedPart | Failed]],
     copy: Callable[[CopySource], EncodedPart | None],
     encoders: Encoders,
 ) -> Iterator[EncodedPart | Failed]:
@@ -181,20 +190,20 @@ def _copy_or_encode(
         for task in tasks
         if task.reason is None and _is_encoded(source_of(task))
     ]
-    encoded = encode(missing, encoders)
+    made = make(missing, encoders)
     for task in tasks:
         stored = source_of(task)
         if task.reason is not None:
             yield Failed(task.reason)
             continue
-        new = next(encoded) if _is_encoded(stored) else None
+        new = next(made) if _is_encoded(stored) else None
         if stored is None or (isinstance(new, Failed) and not new.is_hidden):
             assert new is not None
             yield new
             continue
         copied = copy(stored)
         if copied is None or isinstance(new, Failed):  # damaged since, or all new ones are hidden
-            yield next(encode([task.planned], encoders))
+            yield next(make([task.planned], encoders))
         else:
             yield copied if new is None else join_variants(copied, new)
 

@@ -8,6 +8,7 @@ from types import TracebackType
 from tqdm import tqdm
 
 from precompute.dataset.records import Rejected
+from precompute.imports.kohya import Imports
 from precompute.plan.reuse import Changes
 from precompute.settings import EncodeSettings
 from runtime.errors import is_quiet
@@ -103,6 +104,7 @@ class Report:
     num_prompts: int = 0  # to draw previews from
     dropped_variants: list[tuple[str, int]] = field(default_factory=list)  # by image: how many
     rejected: list[Rejected] = field(default_factory=list)
+    imports: Imports | None = None
 
     @property
     def rejected_share(self) -> float:
@@ -178,6 +180,8 @@ def describe(report: Report, settings: EncodeSettings) -> Iterator[str]:
     ):
         if number != usual:
             yield f"  {number:,} {label}"
+    if report.imports is not None:
+        yield from report.imports.describe()
     if report.num_prompts:
         yield f"  {report.num_prompts} preview prompts"
 

@@ -61,8 +61,14 @@ class Candidate:
 
 
 def choose_candidates(shards: Iterable[ShardPlan]) -> list[Candidate]:
-    """The images of a cache that may be checked: the first ones in key order."""
-    members = (Candidate(shard.name, member) for shard in shards for member in shard.members)
+    """The images of a cache that may be checked: the first ones in key order whose latents are not
+    imported."""
+    members = (
+        Candidate(shard.name, member)
+        for shard in shards
+        for member in shard.members
+        if member.latents_file is None
+    )
     return heapq.nsmallest(NUM_CANDIDATES, members, key=lambda candidate: candidate.key)
 
 

@@ -15,6 +15,7 @@ MAX_CHUNKS = 4000  # of captions an image: 1.3 GB in two bytes; an index counts 
 Dtype = Literal["fp16", "bf16", "fp32"]
 CaptionFrom = Literal["files", "filename", "folder", "metadata"]
 ENDING = re.compile(r"[.]?[^\s./\\\0]+")
+ImportFrom = Literal["kohya", "onetrainer", "simpletuner"]
 VaeDtype = Literal["fp16", "bf16", "tf32", "fp32"]
 
 
@@ -27,7 +28,7 @@ class EncodeSettings:
         "Captions": "caption_extension caption_column caption_from missing_caption empty_captions "
         "caption_prefix caption_suffix caption_lines wildcards "
         "shuffle_tags keep_tokens tag_dropout long_captions",
-        "Input": "image_column val_share repeat_folders min_size max_rejected rehash",
+        "Input": "import_ image_column val_share repeat_folders min_size max_rejected rehash",
         "Size and crop": "bucket_step square squash",
         "Variants and masks": "flip crops mask_from_alpha",
         "Models": "vae tokenizers vae_dtype device gpus batch_size fit threads",
@@ -63,6 +64,11 @@ class EncodeSettings:
         "Caption of an image that has none: none (files), its own name without ending, its "
         "folder's without repeats, as 10_NAME, or the description in its file (IPTC, XMP, EXIF, "
         "PNG).",
+    )
+    import_: ImportFrom | None = option(
+        None,
+        "Take latents and embeddings from the caches that another trainer left beside the images, "
+        "and encode only the rest. Implies --mean-only.",
     )
     image_column: str = option(
         "",
@@ -203,6 +209,9 @@ class EncodeSettings:
             )
         if not 0 <= self.tag_dropout < 1:
             raise ValueError(f"--tag-dropout must be in 0..1, 1 excluded, not {self.tag_dropout}")
+        if self.import_ is not None:
+            self._check_import()
+            object.__setattr__(self, "mean_only", True)  # the others store no posterior
         if self.tag_dropout and not self.shuffle_tags:
             raise ValueError("--tag-dropout goes with --shuffle-tags")
         if self.keep_tokens and not self.shuffle_tags:
@@ -224,6 +233,16 @@ class EncodeSettings:
                 f"--caption-extension must be endings with commas between, such as txt,caption, "
                 f"and not json, not {self.caption_extension!r}"
             )
+
+    def _check_import(self) -> None:
+        if self.import_ != "kohya":
+            raise ValueError(
+                f"--import {self.import_}: its caches are pickles, which may run any program when "
+                "they are loaded, so they are never loaded; encode the images instead"
+            )
+        if self.squash or self.crops:
+            flag = "--squash" if self.squash else "--crops"
+            raise ValueError(f"--import excludes {flag}: the caches have a crop of their own")
 
     @property
     def texts(self) -> tuple[str, ...]:

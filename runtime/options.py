@@ -3,6 +3,7 @@
 Imports no torch.
 """
 
+import keyword
 import math
 import os
 import re
@@ -294,7 +295,7 @@ def _parameter(spec: Field[Any], hint: Any) -> click.Parameter:
         return click.Argument(
             [spec.name], type=kind, required=False, nargs=-1 if is_tuple else 1, metavar=name
         )
-    flag = "--" + spec.name.replace("_", "-")
+    flag = "--" + _written(spec.name)
     off = "--no-" + flag[2:]
     is_required = spec.default is MISSING
     is_switch = kind is click.BOOL and spec.default is False
@@ -400,6 +401,7 @@ def read_recipe(path: Path, names: Collection[str]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for key, value in _read_toml(path).items():
         name = key.replace("-", "_")
+        name = name + "_" if keyword.iskeyword(name) else name
         if name in values:
             raise ValueError(
                 f"{path}: {_written(name)} is there twice, with - and with _ in its name; "
@@ -431,4 +433,6 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 
 def _written(name: str) -> str:
+    """An option as it is typed; ``import_`` has its underscore because Python has the word."""
+    name = name.removesuffix("_") if keyword.iskeyword(name.removesuffix("_")) else name
     return name.replace("_", "-") if len(name) <= MAX_NAME else shortened(name)

@@ -19,7 +19,8 @@ Sample: two tar members, ``KEY.json`` and ``KEY.safetensors``. KEY is the first 
 sha256(relative posix path, with its extension, as UTF-8): webdataset ends a key at the first dot,
 so no name of the user's can be one. The JSON holds ``path``, ``captions``, ``weight``, ``digests``
 (sha256 of the image's bytes, of the captions, of its mask's) and ``notes`` (for ``latents``
-and for ``text``: what the statistics of a shard are summed up from). The tensors are
+and for ``text``: what the statistics of a shard are summed up from, and ``imported`` where another
+trainer made them). The tensors are
 
     latents.mean           [V, 4, h, w]     scaled as the UNet sees them
     latents.std            [V, 4, h, w]     of the VAE's posterior, scaled; absent in mean-only
@@ -51,6 +52,7 @@ The index header carries the shard's name, bucket, repeats, the tar's size and s
 (settings and digests of weights that made it), ``members`` (a row for each sample that was
 assigned to it: its key and fingerprint), ``rejected`` (those of them that failed: path, reason),
 ``dropped_variants`` (path, number: crops that the mask hides all over; only where there are any),
+``imported`` (how many samples have ``latents`` and ``text`` that another trainer made, if any),
 ``made_with`` (batch size and the like: they decide last bits) and sums from which the manifest's
 statistics and color maps come (``sdxl.latent_rgb``; those of earlier versions lack some).
 

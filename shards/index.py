@@ -30,6 +30,7 @@ from runtime.schema import (
     number,
     read_json,
     record,
+    table,
     text,
 )
 from shards.format import (
@@ -290,6 +291,7 @@ def _is_member_row(value: Any) -> bool:
     return is_row and all(text(item) or number(item) for item in value[1:])
 
 
+IMPORTED = table(lambda name: name in ("latents", "text"), integer())
 ENCODE_FIELDS = {  # what encode adds; a shard that another program wrote may lack it
     "bucket": BUCKET,
     "repeats": REPEATS,
@@ -308,6 +310,7 @@ ENCODE_FIELDS = {  # what encode adds; a shard that another program wrote may la
         {"moments": each(number), "products": each(each(number, 3))},  # since the quadratic map
     ),
     "num_cut_captions": integer(),
+    "imported": IMPORTED,
     "dropped_variants": each(
         lambda value: (
             isinstance(value, list) and len(value) == 2 and text(value[0]) and integer()(value[1])

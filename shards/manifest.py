@@ -8,7 +8,7 @@ from runtime import schema
 from runtime.files import canonical_json, content_digest, file_sha256, write_changed
 from runtime.schema import misfit, read_json
 from shards.format import FORMAT, VERSION, CacheError, OtherFormat
-from shards.index import Index
+from shards.index import IMPORTED, Index
 
 MANIFEST = "manifest.json"
 PROMPTS = "prompts.safetensors"
@@ -68,6 +68,7 @@ MORE_FIELDS = {  # a cache without images has none of the latents
             )
         },
     ),
+    "imported": IMPORTED,
     "sanity": schema.fields(
         {
             "drawings": schema.fields({"psnr": schema.number}),

@@ -32,6 +32,7 @@ from tests.fuzz_caches import fuzz_cache
 from tests.fuzz_convert import fuzz_convert
 from tests.fuzz_dataset import fuzz_arrow, fuzz_list, fuzz_row, fuzz_table, fuzz_tar, fuzz_text
 from tests.fuzz_images import fuzz_image
+from tests.fuzz_imports import fuzz_npz
 from tests.fuzz_loras import fuzz_lora
 from tests.fuzz_pages import fuzz_page, fuzz_sheet
 from tests.fuzz_runs import fuzz_checkpoint, fuzz_generated, fuzz_plan, fuzz_recipe, fuzz_run
@@ -47,6 +48,7 @@ PARSERS: dict[str, Callable[[Path, Path], Try]] = {
     "arrow": fuzz_arrow,
     "tar": fuzz_tar,
     "image": fuzz_image,
+    "npz": fuzz_npz,
     "plan": fuzz_plan,
     "cache": fuzz_cache,
     "base-folder": fuzz_base_folder,

@@ -14,6 +14,7 @@ INPUTS = {
     "arrow": 300,
     "tar": 300,
     "image": 400,
+    "npz": 400,
     "plan": 250,
     "cache": 50,
     "base-folder": 125,

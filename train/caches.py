@@ -2,6 +2,7 @@
 
 import warnings
 
+from runtime.messages import pluralize
 from sdxl.base import ENCODERS, Base
 from sdxl.fingerprint import encoder_digests_in_subprocess
 from shards.reader import Cache
@@ -106,6 +107,13 @@ def check_encoders(cache: Cache, base: Base) -> None:
     is opened here.
     """
     recipe, missing = cache.manifest["recipe"], []
+    if imported := cache.manifest.get("imported"):
+        counts = " and ".join(f"{name} of {num:,}" for name, num in sorted(imported.items()))
+        warnings.warn(
+            f"{cache.folder}: imported, not checked to be of this base's encoders: {counts} of "
+            f"{pluralize(cache.manifest['num_samples'], 'sample')}",
+            stacklevel=2,
+        )
     digests = encoder_digests_in_subprocess(base)
     for name in ENCODERS:
         if digests[name] is None:

@@ -120,6 +120,19 @@ class SourceImage:
 
 
 @dataclass(frozen=True)
+class ImportedFile:
+    """A file of another trainer's cache from which a sample's latents or text are taken.
+
+    ``digest`` is a short one of its arrays, ``suffix`` what stands behind the names of those that
+    are taken (``_128x96``; empty where it has one size alone).
+    """
+
+    blob: Blob
+    digest: str
+    suffix: str = ""
+
+
+@dataclass(frozen=True)
 class Rejected:
     """An image that is not encoded, and why; both as text, whatever bytes its name has."""
 

@@ -40,6 +40,7 @@ from precompute.dataset.metadata_files import (
 from precompute.dataset.records import MAX_REPEATS, PACKS, Memory, Rejected, Source, SourceImage
 from precompute.dataset.tables import TABLE_ENDINGS, read_table_images, saved_files
 from precompute.dataset.tars import COMPRESSED, TarMembers, open_tar, too_large
+from precompute.imports.kohya import cached_stem
 from precompute.settings import EncodeSettings
 from runtime.messages import pluralize
 from shards.manifest import UNCONDITIONAL
@@ -156,7 +157,7 @@ def read_source(folder: Path, settings: EncodeSettings, memory: Memory, prefix: 
     unreadable = (path for path in tree.irregular if path not in tree.used and _is_input(path))
     items += [Rejected(path, tree.irregular[path]) for path in [*unreadable]]
     items = [*repeat_folders(items, settings.repeat_folders)]
-    unused += _unused(tree, {item.path for item in items})
+    unused += _without_imports(tree, _unused(tree, {item.path for item in items}), settings)
     source = _sorted(items, hidden, unused)
     _warn(folder, source)
     _warn_of_other_captions(folder, source, settings.texts)
@@ -273,6 +274,19 @@ def _unused(tree: Tree, rejected: set[str]) -> Iterator[str]:
             folder = path[: path.rfind("/") + 1]
             if folder not in caches:
                 yield path
+
+
+def _without_imports(tree: Tree, unused: Iterable[str], settings: EncodeSettings) -> list[str]:
+    """The unused files but for kohya's caches of images, of which a warning says what takes
+    them."""
+    unused = [*unused]
+    caches = {path for path in unused if cached_stem(path) in tree.stems}
+    if caches and settings.import_ is None:
+        warnings.warn(
+            f"{tree.root}: {len(caches):,} kohya caches (.npz) found: --import kohya takes them",
+            stacklevel=4,
+        )
+    return [path for path in unused if path not in caches]
 
 
 def _warn(folder: Path, source: Source) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,11 @@ from precompute.dataset.hub import LocalDataset
 from precompute.dataset.records import Memory, Rejected, Source
 from precompute.dataset.sources import read_dataset
 from precompute.encoders import Encoders
+from precompute.imports.kohya import Imports, find_imports
 from precompute.plan.placement import Placement, PlannedSample, assign_shards
 from precompute.plan.plan_file import ShardTask, read_places, read_plan_header, write_plan_file
 from precompute.plan.reuse import (
+    IMPORT,
     SETTING_CAUSES,
     Changes,
     Comparison,
@@ -82,6 +85,7 @@ class CachePlan:
     made_with: dict[str, Any]  # what made the shards that are there; empty if there are none
     check_candidates: list[Candidate]
     sanity: dict[str, Any]  # the checks that the present manifest records
+    imports: Imports | None  # what is taken from another trainer's caches, if that is asked for
     dataset_revision: str = ""  # the commit of a dataset of the hub
 
     @property
@@ -135,7 +139,7 @@ def plan_caches(
             lock(folder)
             check_out(folder, settings.dataset / name)  # it may have changed before it was locked
             recover_retirement(folder)
-        drafts.append(_Draft.of(folder, source, settings, memory))
+        drafts.append(_Draft.of(folder, source, settings, base, memory))
     _add_digests(drafts, settings, memory)
     comparisons = [draft.assign_shards(settings) for draft in drafts]
     changes = compare(comparisons, recipe)
@@ -154,12 +158,19 @@ class _Draft:
     rejected: list[Rejected]
     current: dict[str, ExistingShard]
     retired: dict[str, ExistingShard]
+    imports: Imports | None
 
     @classmethod
-    def of(cls, folder: Path, source: Source, settings: EncodeSettings, memory: Memory) -> "_Draft":
+    def of(
+        cls, folder: Path, source: Source, settings: EncodeSettings, base: Base, memory: Memory
+    ) -> "_Draft":
         planned, unreadable = plan_images(source.records, settings, memory)
+        imports, damaged = None, list[Rejected]()
+        if settings.import_ is not None:
+            planned, damaged, imports = find_imports(planned, settings, base, memory)
         current, retired = read_existing(folder), read_existing(folder / REPLACED)
-        return cls(folder, planned, [*source.rejected, *unreadable], current, retired)
+        rejected = [*source.rejected, *unreadable, *damaged]
+        return cls(folder, planned, rejected, current, retired, imports)
 
     @property
     def existing_keys(self) -> set[str]:
@@ -205,6 +216,7 @@ class _Draft:
             or _made_with([*self.current.values()]),
             check_candidates=choose_candidates(comparison.shards),
             sanity=earlier_checks(self.folder),
+            imports=self.imports,
         )
 
 
@@ -251,7 +263,8 @@ def warn_about_reencoding(plan: CachePlan) -> None:
             "what they held is encoded again, as if it were new",
             stacklevel=2,
         )
-    causes = {c: n for c, n in plan.changes.causes.items() if c in SETTING_CAUSES}
+    setting_causes = SETTING_CAUSES | ({IMPORT} if plan.imports is None else set())
+    causes = {c: n for c, n in plan.changes.causes.items() if c in setting_causes}
     if causes and (plan.folder / MANIFEST).exists():
         listed = ", ".join(f"{cause} ({number:,})" for cause, number in sorted(causes.items()))
         warnings.warn(
@@ -298,12 +311,10 @@ def prepare(plan: CachePlan, encoders: Encoders, prompts: list[Prompt] | None) -
     folder, recipe = plan.folder, plan.recipe
     has_unconditional = unconditional_is_complete(folder, recipe)
     if plan.has_work or not has_unconditional:
-        tasks = [
-            task for shard_task in plan.shard_tasks for task in shard_task.tasks if task.is_encoded
-        ]
-        if any(task.latents is None for task in tasks):
+        tasks = [task for shard_task in plan.shard_tasks for task in shard_task.tasks]
+        if any(task.needs_vae for task in tasks):
             check_drawings(encoders)
-        if not has_unconditional or any(task.text is None for task in tasks):
+        if not has_unconditional or any(task.needs_text_encoders for task in tasks):
             assert encoders.text
         header: dict[str, Any] = {"recipe": recipe, "made_with": encoders.made_with}
         if plan.dataset_revision:
@@ -349,9 +360,12 @@ def finish(plan: CachePlan, report: Report, encoders: Encoders, memory: Memory) 
             for candidate in plan.check_candidates
             if candidate.planned.record.key not in rejected_keys
         ]
-        fields["sanity"] = check_cache(
-            folder, plan.recipe, first, fingerprints, plan.sanity, encoders
-        )
+        if plan.check_candidates:  # none where all latents are imported
+            fields["sanity"] = check_cache(
+                folder, plan.recipe, first, fingerprints, plan.sanity, encoders
+            )
+    if imported := sum((Counter(index.header.get("imported", {})) for index in indexes), Counter()):
+        fields["imported"] = dict(imported)
     report.rejected = sorted(rejected, key=lambda rejection: rejection.key)
     if not report.num_samples:
         warnings.warn(f"{folder}: no image could be encoded; {REJECTED} says why", stacklevel=2)

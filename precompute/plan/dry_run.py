@@ -84,6 +84,8 @@ def _describe_plan(plan: CachePlan, settings: EncodeSettings) -> Iterator[str]:
     ):
         if number != usual:
             yield f"  {number:,} {label}"
+    if plan.imports is not None:
+        yield from plan.imports.describe()
 
 
 def _describe_cropping(planned: Sequence[PlannedSample]) -> Iterator[str]:

@@ -13,7 +13,7 @@ from functools import lru_cache
 from itertools import count
 from typing import Any
 
-from precompute.dataset.records import DIGEST_DIGITS, SourceImage
+from precompute.dataset.records import DIGEST_DIGITS, ImportedFile, SourceImage
 from shards.buckets import Geometry, Size
 from shards.writer import shard_name
 
@@ -26,13 +26,16 @@ class PlannedSample:
     """An image that is to be encoded, with the variants (crops, mirrored or not) made of it.
 
     The digests are short sha256 of the files' bytes. The image's is empty until its bytes are
-    read, at the latest when it is encoded; the mask's is empty where there is no mask.
+    read, at the latest when it is encoded; the mask's is empty where there is no mask. Latents or
+    text that are imported are not encoded.
     """
 
     record: SourceImage
     image_digest: str
     variants: tuple[Geometry, ...]  # all of one bucket
     mask_digest: str = ""
+    latents_file: ImportedFile | None = None
+    text_file: ImportedFile | None = None
 
     @property
     def bucket(self) -> Size:
@@ -45,10 +48,19 @@ class PlannedSample:
         return [
             self.image_digest,
             self.mask_digest,
-            geometry_digest(self.variants),
-            _json_digest(self.record.captions),
+            _with_file(geometry_digest(self.variants), self.latents_file),
+            _with_file(_json_digest(self.record.captions), self.text_file),
             self.record.weight,
         ]
+
+
+IMPORTED = "imported "  # how the part of a fingerprint begins that depends on an imported file
+
+
+def _with_file(digest: str, file: ImportedFile | None) -> str:
+    if file is None:
+        return digest
+    return IMPORTED + _json_digest([digest, file.digest, file.suffix])
 
 
 def _json_digest(value: Any) -> str:

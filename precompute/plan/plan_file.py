@@ -13,7 +13,7 @@ from typing import Any
 
 import xxhash
 
-from precompute.dataset.records import Blob, SourceImage
+from precompute.dataset.records import Blob, ImportedFile, SourceImage
 from precompute.plan.placement import Placement, PlannedSample
 from runtime import schema
 from runtime.files import durable_file
@@ -47,8 +47,19 @@ class SampleTask:
     reason: str | None = None  # why it has no sample, if it failed before and is as it was
 
     @property
+    def needs_vae(self) -> bool:
+        """Whether latents must be encoded."""
+        is_copied = self.latents is not None and not self.latents.num_variants
+        return not (self.reason is not None or is_copied or self.planned.latents_file)
+
+    @property
+    def needs_text_encoders(self) -> bool:
+        """Whether captions must be encoded."""
+        return not (self.reason is not None or self.text or self.planned.text_file)
+
+    @property
     def is_encoded(self) -> bool:
-        """Whether any of it must be encoded."""
+        """Whether any of it must be encoded or imported, and not only copied."""
         is_copied = self.latents and not self.latents.num_variants and self.text
         return self.reason is None and not is_copied
 
@@ -163,12 +174,14 @@ _TASK = {
     "text": schema.maybe(_COPY_SOURCE),
     "reason": schema.maybe(schema.text),
 }
+_FILE = schema.maybe(schema.row(_BLOB, schema.text, schema.text))
+_IMPORTS = {"imports": schema.row(_FILE, _FILE)}
 _SHARD = {
     "name": schema.SHARD,
     "bucket": schema.BUCKET,
     "repeats": schema.REPEATS,
     "frees": schema.each(schema.SHARD),
-    "tasks": schema.each(schema.fields(_TASK)),
+    "tasks": schema.each(schema.fields(_TASK, _IMPORTS)),
 }
 
 
@@ -190,7 +203,9 @@ def _shard_from_json(line: dict[str, Any]) -> ShardTask:
 
 def _task_to_json(task: SampleTask) -> dict[str, Any]:
     planned, record = task.planned, task.planned.record
-    return {
+    files = [planned.latents_file, planned.text_file]
+    imports = {"imports": [file and _file_to_json(file) for file in files]} if any(files) else {}
+    return imports | {
         "path": record.path,
         "picture": _blob_to_json(record.image),
         "mask": record.mask and _blob_to_json(record.mask),
@@ -216,7 +231,17 @@ def _task_from_json(line: dict[str, Any], repeats: int) -> SampleTask:
     image, mask = line["digests"]
     variants = tuple(_geometry_from_json(row) for row in line["variants"])
     latents, text = (line[part] and CopySource(*line[part]) for part in ("latents", "text"))
-    return SampleTask(PlannedSample(record, image, variants, mask), latents, text, line["reason"])
+    files = (row and _file_from_json(row) for row in line.get("imports", (None, None)))
+    planned = PlannedSample(record, image, variants, mask, *files)
+    return SampleTask(planned, latents, text, line["reason"])
+
+
+def _file_to_json(file: ImportedFile) -> list[Any]:
+    return [_blob_to_json(file.blob), file.digest, file.suffix]
+
+
+def _file_from_json(row: list[Any]) -> ImportedFile:
+    return ImportedFile(_blob_from_json(row[0]), row[1], row[2])
 
 
 def _geometry_from_json(row: list[Any]) -> Geometry:

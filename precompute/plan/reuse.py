@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from precompute.plan.placement import (
     FINGERPRINT_FIELDS,
+    IMPORTED,
     UNMATCHED,
     Placement,
     PlannedSample,
@@ -157,6 +158,7 @@ RECIPE_CAUSES = {
 }
 STORAGE_CAUSES = {"dtype": "dtype", "mean_only": "mean-only"}
 VAE_PRECISION = "VAE precision"  # of the same VAE
+IMPORT, IMPORTED_FILE = "import", "imported file"  # it is not imported any more; from another file
 SETTING_CAUSES = {*RECIPE_CAUSES.values(), *STORAGE_CAUSES.values(), VAE_PRECISION}
 
 
@@ -353,7 +355,7 @@ class _Origin(NamedTuple):
         named = (
             changed - {"geometry"} if "picture" in changed else changed
         )  # another image has another size
-        causes = source.causes | {SAMPLE_CAUSES[name] for name in named}
+        causes = source.causes | {_cause(name, old[name], new[name]) for name in named}
         if existing.placement.repeats != planned.record.repeats:
             causes |= {"repeats"}
         if key in existing.reasons:
@@ -368,6 +370,13 @@ class _Origin(NamedTuple):
         return SampleTask(planned, latents, text), causes
 
 
+def _cause(name: str, old: Any, new: Any) -> str:
+    """Why the field ``name`` of a fingerprint changed."""
+    if str(new).startswith(IMPORTED):
+        return IMPORTED_FILE
+    return IMPORT if str(old).startswith(IMPORTED) else SAMPLE_CAUSES[name]
+
+
 def _first_variants(
     planned: PlannedSample, stored: CopySource, existing: ExistingShard, old_geometry: str
 ) -> CopySource | None:
@@ -375,7 +384,9 @@ def _first_variants(
     or more ``--crops`` were added, and only the others are encoded."""
     num = int(existing.index.records["num_variants"][stored.row])
     is_part = (
-        num < len(planned.variants) and geometry_digest(planned.variants[:num]) == old_geometry
+        not planned.latents_file
+        and num < len(planned.variants)
+        and geometry_digest(planned.variants[:num]) == old_geometry
     )
     return replace(stored, num_variants=num) if is_part else None
 
