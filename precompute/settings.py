@@ -26,7 +26,7 @@ class EncodeSettings:
     PANELS: ClassVar[dict[str, str]] = {
         "Essentials": "base out resolution dry_run",
         "Captions": "caption_extension caption_column caption_from missing_caption empty_captions "
-        "caption_prefix caption_suffix caption_lines wildcards "
+        "caption_prefix caption_suffix caption_lines wildcards wildcard_lists "
         "shuffle_tags keep_tokens tag_dropout long_captions",
         "Input": "import_ image_column val_share repeat_folders min_size max_rejected rehash",
         "Size and crop": "bucket_step square squash",
@@ -102,6 +102,11 @@ class EncodeSettings:
     )
     wildcards: int = option(
         0, "Number of expansions of each caption with {a|b|2::c} to cache; 0 keeps it as it is."
+    )
+    wildcard_lists: Path | None = option(
+        None,
+        "Folder of lists for --wildcards: __NAME__ in a caption is a line of FOLDER/NAME.txt.",
+        metavar="FOLDER",
     )
     repeat_folders: bool = option(
         False, "Repeat the images of folders named N_name N times per epoch."
@@ -200,6 +205,8 @@ class EncodeSettings:
             raise ValueError(f"--long-captions must be from 1 to 32, not {self.long_captions}")
         if self.crops > MAX_CROPS:
             raise ValueError(f"--crops must be at most {MAX_CROPS}, not {self.crops}")
+        if self.wildcard_lists is not None and not self.wildcards:
+            raise ValueError("--wildcard-lists needs --wildcards, the number of expansions")
         num_variants = max(1, self.wildcards) * max(1, self.shuffle_tags)
         if num_variants * self.long_captions > MAX_CHUNKS:
             of_wildcards = f" of --wildcards {self.wildcards}" if self.wildcards else ""
@@ -264,4 +271,6 @@ class EncodeSettings:
         }
         if not str(self.dataset).startswith(HUB_DATASET):
             check_kind(self.dataset, IMAGES, remedies)
+        if self.wildcard_lists is not None and not self.wildcard_lists.is_dir():
+            raise ValueError(f"--wildcard-lists {self.wildcard_lists}: there is no such folder")
         check_base(self.base)

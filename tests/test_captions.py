@@ -277,6 +277,57 @@ def test_wildcards_are_expanded_by_key_and_weight(tmp_path: Path) -> None:
     assert {*both} == {"a, c", "c, a", "b, c", "c, b"}
 
 
+def test_lists_of_wildcards(tmp_path: Path) -> None:
+    lists = tmp_path / "lists"
+    (lists / "clothes").mkdir(parents=True)
+    (lists / "color.txt").write_text("# colors\nred\n\n3::{dark|light} blue\r\n")
+    (lists / "clothes/hat.txt").write_text("a __color__ hat\n")
+    texts = expand_wildcards("__clothes/hat__, {x|y}", 9, "key", lists)
+    hats = ("red", "dark blue", "light blue")
+    assert set(texts) == {f"a {color} hat, {other}" for color in hats for other in "xy"}
+    assert texts[:2] == expand_wildcards("__clothes/hat__, {x|y}", 2, "key", lists)
+    first = [expand_wildcards("__color__", 1, str(key), lists)[0] for key in range(900)]
+    assert abs(first.count("red") - 225) < 5 * math.sqrt(900 * 0.75 * 0.25)
+    (lists / "color.txt").write_text("green")  # a list that was changed is read again
+    assert expand_wildcards("__color__", 9, "key", lists) == ["green"]
+    for plain in ("a__b", "______", "__ x __"):
+        assert expand_wildcards(plain, 5, "key", lists) == [plain]
+
+
+@pytest.mark.parametrize(
+    ("caption", "reason"),
+    [
+        ("__shape__", "its caption has __shape__, and no shape.txt can be read"),
+        ("__a/../../secret__", "and no a/../../secret.txt can be read"),
+        ("__self__", "wildcards hold wildcards, 20 deep"),
+        ("__twice__", "more than 100,000 characters"),
+        ("__empty__", "the list empty.txt is empty"),
+        ("__binary__", "the list binary.txt holds NUL characters"),
+    ],
+)
+def test_a_list_that_cannot_be_used_rejects_the_image(
+    tmp_path: Path, caption: str, reason: str
+) -> None:
+    lists = tmp_path / "lists"
+    (lists / "a").mkdir(parents=True)
+    (tmp_path / "secret.txt").write_text("private")
+    for name, text in (
+        ("self", "__self__"),
+        ("twice", "__twice__ and __twice__"),
+        ("empty", "# nothing\n"),
+        ("binary", "a\0\0b"),
+    ):
+        (lists / f"{name}.txt").write_text(text)
+    put(tmp_path / "data/a.png", caption)
+    put(tmp_path / "data/b.png", "plain")
+    scanned = read_one(tmp_path / "data", wildcards=2, wildcard_lists=lists)
+    assert captions(scanned) == {"b.png": ("plain",)}
+    assert [rejected.path for rejected in scanned.rejected] == ["a.png"]
+    assert reason in scanned.rejected[0].reason
+    without = read_one(tmp_path / "data", wildcards=2)
+    assert "give --wildcard-lists FOLDER with" in without.rejected[0].reason
+
+
 def test_each_caption_is_shuffled_behind_its_prefix(tmp_path: Path) -> None:
     put(tmp_path / "a.png", "k, a, b, c\nk, d, e, f")
     put(tmp_path / "twin.png", "k, a, b, c\nk, d, e, f")

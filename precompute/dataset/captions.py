@@ -4,7 +4,10 @@ import codecs
 import math
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 
@@ -16,6 +19,8 @@ from shards.plan import derive_key
 REPEATS = re.compile(r"\d{1,4}_(?=.)")  # how often an epoch takes the images of a folder
 KEEP_SEPARATOR = "|||"
 WILDCARD = re.compile(r"\{([^{}|]*\|[^{}]*)\}")
+WILDCARD_LIST = re.compile(r"__([^\W_][\w ./-]{0,99}?)__")
+MAX_EXPANDED = 100_000  # characters: a list may name itself twice
 WEIGHT = re.compile(r"\s*([0-9]{1,6}(?:\.[0-9]{1,6})?)::")
 MAX_NESTED = 20  # wildcards in wildcards
 MAX_MISSES = 100  # draws in a row that give no new variant: there may be no more of them
@@ -100,11 +105,19 @@ def normalize_captions(
     if any("\0" in caption for caption in captions):
         return Rejected(record.path, "its caption holds NUL characters: save it as UTF-8")
     if settings.wildcards:
-        captions = tuple(
-            text
-            for number, caption in enumerate(captions)
-            for text in expand_wildcards(caption, settings.wildcards, f"{record.key}/{number}")
-        )
+        try:
+            captions = tuple(
+                text
+                for number, caption in enumerate(captions)
+                for text in expand_wildcards(
+                    caption,
+                    settings.wildcards,
+                    f"{record.key}/{number}",
+                    settings.wildcard_lists,
+                )
+            )
+        except ValueError as error:
+            return Rejected(record.path, str(error))
     if settings.shuffle_tags:
         captions = tuple(
             order
@@ -217,33 +230,82 @@ def _dropped_tags(
     return [*texts] or [", ".join([*head, *tail, *end])]
 
 
-def expand_wildcards(caption: str, num: int, key: str) -> list[str]:
-    """At most ``num`` different expansions of the ``{a|b|2::c}`` in a caption, inner ones first.
+def expand_wildcards(caption: str, num: int, key: str, lists: Path | None = None) -> list[str]:
+    """At most ``num`` different expansions of the ``{a|b|2::c}`` and ``__name__`` in a caption.
 
-    ``2::`` is a weight; a part without one has weight 1. Braces without ``|`` stay. The expansions
-    depend on ``key`` alone, and a larger ``num`` only adds more.
+    Inner ones come first. ``2::`` is a weight; a part without one has weight 1. Braces without
+    ``|`` stay. ``__name__`` is a line of ``lists``/name.txt, which may hold either again. The
+    expansions depend on ``key`` and the lists alone, and a larger ``num`` only adds more.
+
+    Raises:
+        ValueError: there is no such list, or a list is its own part; to be put behind a name.
     """
-    if not WILDCARD.search(caption):
+    if not (WILDCARD.search(caption) or WILDCARD_LIST.search(caption)):
         return [caption]
     generator = np.random.Generator(np.random.Philox(key=derive_key("wildcards", key)))
     texts: dict[str, None] = {}
     misses = 0
+
+    def of_group(match: re.Match[str]) -> str:
+        return _choose(match[1].split("|"), generator)
+
+    def of_list(match: re.Match[str]) -> str:
+        return _choose(_lines_of_list(lists, match[1]), generator)
+
     while len(texts) < num and misses < MAX_MISSES:
         text = caption
         for _ in range(MAX_NESTED):
-            text, number = WILDCARD.subn(lambda match: _choose(match[1], generator), text)
-            if not number:
+            text, num_groups = WILDCARD.subn(of_group, text)
+            text, num_lists = WILDCARD_LIST.subn(of_list, text)
+            if not (num_groups or num_lists):
                 break
+            if len(text) > MAX_EXPANDED:
+                raise ValueError(f"its wildcards give more than {MAX_EXPANDED:,} characters")
+        if WILDCARD_LIST.search(text):
+            raise ValueError(f"its wildcards hold wildcards, {MAX_NESTED} deep: a circle?")
         text = text.strip()
         misses = misses + 1 if text in texts else 0
         texts[text] = None
     return [*texts]
 
 
-def _choose(group: str, generator: np.random.Generator) -> str:
+def _lines_of_list(lists: Path | None, name: str) -> list[str]:
+    """The lines of a list of wildcards, without blank ones and those that begin with #."""
+    if lists is None:
+        raise ValueError(
+            f"its caption has __{name}__: give --wildcard-lists FOLDER with {name}.txt"
+        )
+    path = lists / f"{name}.txt"
+    try:
+        if ".." in name.split("/"):
+            raise FileNotFoundError
+        stat = path.stat()
+        return _read_list(path, stat.st_mtime_ns, stat.st_size)
+    except OSError:
+        raise ValueError(
+            f"its caption has __{name}__, and no {name}.txt can be read in --wildcard-lists"
+        ) from None
+
+
+@lru_cache(maxsize=1000)
+def _read_list(path: Path, _mtime_ns: int, num_bytes: int) -> list[str]:
+    if num_bytes > MAX_TEXT_BYTES:
+        raise ValueError(f"the list {path.name} has more than {MAX_TEXT_BYTES:,} bytes")
+    try:
+        text = decode_text(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"the list {path.name} {error}") from None
+    stripped = (line.strip() for line in text.split("\n"))
+    lines = [line for line in stripped if line and not line.startswith("#")]
+    if not lines:
+        raise ValueError(f"the list {path.name} is empty")
+    return lines
+
+
+def _choose(options: Sequence[str], generator: np.random.Generator) -> str:
     """One of the parts of a wildcard, by their weights."""
     weights, parts = [], []
-    for text in group.split("|"):
+    for text in options:
         match = WEIGHT.match(text)
         weights.append(float(match[1]) if match else 1.0)
         parts.append(text[match.end() :] if match else text)
