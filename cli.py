@@ -395,13 +395,15 @@ def inspect(
         if html is not None:
             check_pages()
         check_cache(cache)
-        from cli_caches import caches_in, inspect_cache
+        from cli_caches import caches_in, inspect_cache, num_common
 
-        parts = caches_in(cache)
+        parts, images = caches_in(cache), []
         for folder in parts:
             inside = folder.name if len(parts) > 1 else ""
             page = html and (html.with_stem(f"{html.stem}-{inside}") if inside else html)
-            inspect_cache(folder, sheets and sheets / inside, page, base)
+            images.append(inspect_cache(folder, sheets and sheets / inside, page, base))
+        if len(parts) == 2 and (num := num_common(*images)):
+            echo(f"{pluralize(num, 'image')} of train equal one of val byte for byte")
 
 
 @commands.command()
@@ -417,7 +419,7 @@ def inspect(
 )
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def report(run: Path, out: Path | None, val: Path | None, debug: bool) -> None:
-    """Write a page about RUN: curves, previews, samples of high loss, settings, checkpoints.
+    """Write a page about RUN: curves, previews, samples, checkpoints.
 
     RUN is the folder that train's --out named; the run may be finished, stopped or still running.
     The page is one HTML file that needs no network. train writes it by itself at its end.

@@ -3,6 +3,7 @@
 They are apart from ``cli.py``, whose help loads no torch.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -63,9 +64,12 @@ def _verify(folder: Path, *, repair: bool) -> bool:
     return not faults and "digest" in manifest
 
 
-def inspect_cache(folder: Path, sheets: Path | None, page: Path | None, base: str | None) -> None:
+def inspect_cache(
+    folder: Path, sheets: Path | None, page: Path | None, base: str | None
+) -> Counter[str]:
     """Say what one cache holds; draw its sheets into ``sheets``, write ``page``. With the base that
-    the cache was encoded with, the page has the number of tokens of each caption."""
+    the cache was encoded with, the page has the number of tokens of each caption. Returns how often
+    it has each image, by digest."""
     cache = Cache(folder)
     num_shards = sum(1 for shard in cache.manifest["shards"] if shard["count"])
     *_, contents = tqdm(
@@ -80,6 +84,12 @@ def inspect_cache(folder: Path, sheets: Path | None, page: Path | None, base: st
 
         count_tokens = None if base is None else _token_counter(cache, base)
         echo(f"{write_cache_page(cache, contents, page, count_tokens)}: open it in a browser")
+    return contents.images
+
+
+def num_common(train: Counter[str], val: Counter[str]) -> int:
+    """How many images of train are in val too; both as counts by digest."""
+    return sum(number for image, number in train.items() if image in val)
 
 
 def unpack_cache(folder: Path, out: Path, vae: str | None, device: str) -> None:

@@ -31,7 +31,7 @@ from precompute.plan.disk_space import Sizer, check_disk_space
 from precompute.plan.plan_file import PlanFile
 from precompute.plan.removals import refuse_losses
 from precompute.plan.scan import Notes
-from precompute.report import Progress, Report
+from precompute.report import Progress, Report, count_across
 from precompute.settings import EncodeSettings
 from runtime.devices import exact_fp32, num_cores, num_threads, pick_device, total_memory
 from runtime.errors import echo
@@ -143,6 +143,7 @@ def _run_main(
     _write_shards(queue, encoders, job)
     for plan, report in zip(plans, reports, strict=True):
         finish(plan, report, encoders, notes.memory)
+    count_across(reports)
     notes.write()
     queue.leave()
     return reports

@@ -1,11 +1,14 @@
 """Prints the progress of an encode, and a report on each cache."""
 
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
+import numpy as np
 from tqdm import tqdm
+from xxhash import xxh3_64_intdigest
 
 from precompute.dataset.records import Rejected
 from precompute.imports.kohya import Imports
@@ -105,11 +108,36 @@ class Report:
     dropped_variants: list[tuple[str, int]] = field(default_factory=list)  # by image: how many
     rejected: list[Rejected] = field(default_factory=list)
     imports: Imports | None = None
+    images: "array[int]" = field(default_factory=lambda: array("Q"))  # hashes of their digests
+    num_across: int = 0  # images that equal one of val
+
+    @property
+    def num_equal(self) -> int:
+        """Images that equal another one of this cache, the first of each not counted."""
+        return len(self.images) - len(np.unique(np.frombuffer(self.images, np.uint64)))
+
+    @property
+    def bad(self) -> list[Rejected]:
+        """The rejected images without those that were dropped as equal to others."""
+        return [rejection for rejection in self.rejected if not rejection.is_duplicate]
+
+    @property
+    def num_dropped(self) -> int:
+        """Images that were dropped as equal to others."""
+        return len(self.rejected) - len(self.bad)
 
     @property
     def rejected_share(self) -> float:
         """The share of the dataset's images that were rejected."""
-        return len(self.rejected) / max(1, len(self.rejected) + self.num_samples)
+        return len(self.bad) / max(1, len(self.bad) + self.num_samples)
+
+    def add_images(self, index: Index, failed: set[str]) -> None:
+        """Note the image digests of a shard's samples, without those that ``failed``, by key."""
+        self.images.extend(
+            xxh3_64_intdigest(str(digest).encode())
+            for key, digest, *_ in index.header["members"]
+            if digest and key not in failed
+        )
 
     def add(self, index: Index) -> None:
         """Count a shard of the finished cache."""
@@ -125,6 +153,14 @@ class Report:
         self.num_captions += int(records["num_captions"].sum())
         self.num_masks += int((records["tensors"][:, TENSORS.index("mask")] > 0).sum())
         self.num_taken += len(index) * int(header["repeats"])
+
+
+def count_across(reports: list[Report]) -> None:
+    """Count the images of train that equal one of val."""
+    if len(reports) == 2:
+        train, val = sorted(reports, key=lambda report: report.folder.name)
+        of_val = np.unique(np.frombuffer(val.images, np.uint64))
+        train.num_across = int(np.isin(np.frombuffer(train.images, np.uint64), of_val).sum())
 
 
 def summarize(changes: Changes) -> str:
@@ -175,6 +211,9 @@ def describe(report: Report, settings: EncodeSettings) -> Iterator[str]:
         (report.num_captions, report.num_samples, "captions"),
         (report.num_taken, report.num_samples, "images an epoch, with repeats"),
         (report.num_masks, 0, "with a mask; train --masked-loss obeys it"),
+        (report.num_equal, 0, "equal another one byte for byte; --dedupe drop drops them"),
+        (report.num_across, 0, "equal an image of val; --dedupe drop drops them"),
+        (report.num_dropped, 0, "equal to others and dropped; see rejected.jsonl"),
         (report.num_upscaled, 0, "smaller than their bucket, so enlarged"),
         (report.num_cut_captions, 0, f"captions cut at {77 * settings.long_captions} tokens"),
     ):
@@ -189,10 +228,10 @@ def describe(report: Report, settings: EncodeSettings) -> Iterator[str]:
 def warn_of_rejected(report: Report) -> str:
     """A line where images were rejected, and one where some of their variants were."""
     lines = []
-    if report.rejected:
-        first = report.rejected[0]
+    if report.bad:
+        first = report.bad[0]
         lines.append(
-            f"Warning: {len(report.rejected):,} rejected, see {report.folder / 'rejected.jsonl'}; "
+            f"Warning: {len(report.bad):,} rejected, see {report.folder / 'rejected.jsonl'}; "
             f"e.g. {first.path}: {first.reason}"
         )
     if dropped := sorted(report.dropped_variants):

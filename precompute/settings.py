@@ -14,6 +14,7 @@ MAX_CROPS = 1000
 MAX_CHUNKS = 4000  # of captions an image: 1.3 GB in two bytes; an index counts to 4 GB
 Dtype = Literal["fp16", "bf16", "fp32"]
 CaptionFrom = Literal["files", "filename", "folder", "metadata"]
+Dedupe = Literal["keep", "drop"]
 ENDING = re.compile(r"[.]?[^\s./\\\0]+")
 ImportFrom = Literal["kohya", "onetrainer", "simpletuner"]
 VaeDtype = Literal["fp16", "bf16", "tf32", "fp32"]
@@ -28,7 +29,8 @@ class EncodeSettings:
         "Captions": "caption_extension caption_column caption_from missing_caption empty_captions "
         "caption_prefix caption_suffix caption_lines wildcards wildcard_lists "
         "shuffle_tags keep_tokens tag_dropout long_captions",
-        "Input": "import_ image_column val_share repeat_folders min_size max_rejected rehash",
+        "Input": "import_ image_column val_share repeat_folders min_size dedupe max_rejected "
+        "rehash",
         "Size and crop": "bucket_step square squash",
         "Variants and masks": "flip crops mask_from_alpha",
         "Models": "vae tokenizers vae_dtype device gpus batch_size fit threads",
@@ -112,6 +114,11 @@ class EncodeSettings:
         False, "Repeat the images of folders named N_name N times per epoch."
     )
     min_size: int = option(0, "Reject images whose shorter side has fewer pixels.")
+    dedupe: Dedupe = option(
+        "keep",
+        "What to do with images whose files are equal byte for byte: keep all, or drop all but the "
+        "first by key. An image of train that equals one of val is dropped from train.",
+    )
     mask_from_alpha: bool = option(
         False, "Use an image's own alpha as its mask, unless it has a mask file."
     )

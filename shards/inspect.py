@@ -38,6 +38,12 @@ class Contents:
     captions: Counts = field(default_factory=Counter)  # by text
     folders: Counts = field(default_factory=Counter)  # by the first part of the image's path
     rejected: Counts = field(default_factory=Counter)  # by reason, its numbers left out
+    images: Counts = field(default_factory=Counter)  # by the digest of the file, if known
+
+    @property
+    def num_equal(self) -> int:
+        """Images that equal another one byte for byte, the first of each not counted."""
+        return self.images.total() - len(self.images)
 
 
 def read_contents(cache: Cache) -> Iterator[Contents]:
@@ -46,7 +52,9 @@ def read_contents(cache: Cache) -> Iterator[Contents]:
     Raises:
         CacheError: something in it is damaged.
     """
-    reasons = (re.sub(r"\d+", "N", row["reason"]) for row in read_rejected(cache))
+    # Without the names of other images, and without numbers.
+    reasons = (re.sub(r"^(equal image);.*", r"\1", row["reason"]) for row in read_rejected(cache))
+    reasons = (re.sub(r"\d+", "N", reason) for reason in reasons)
     contents = Contents(rejected=Counter(reasons))
     for shard in cache.shards():
         _count(contents, shard)
@@ -91,6 +99,8 @@ def _count(contents: Contents, shard: Shard) -> None:
     for row in range(len(records)):
         fields = shard.metadata(row)
         contents.captions.update(fields["captions"])
+        if digest := fields.get("digests", {}).get("picture"):
+            contents.images[digest] += 1
         folder, slash, _ = fields["path"].partition("/")
         contents.folders[folder + slash if slash else "./"] += 1
 
@@ -140,6 +150,8 @@ def _describe_samples(contents: Contents) -> Iterator[str]:
         f"variants a sample: {_spread(contents.variants)}; masks: {contents.num_masks or 'none'}; "
         f"weight of a sample: {_spread(contents.weights)}; repeats: {_spread(contents.repeats)}"
     )
+    if contents.num_equal:
+        yield f"equal images: {contents.num_equal:,} equal another one byte for byte"
     if len(contents.folders) > 1:
         yield from _top("folders", contents.folders)
 

@@ -138,6 +138,7 @@ class Rejected:
 
     path: str
     reason: str
+    is_duplicate: bool = False  # dropped because that was asked for, and not because it is bad
 
     def __post_init__(self) -> None:
         for name in ("path", "reason"):

@@ -13,6 +13,7 @@ from precompute.dataset.records import Memory, Rejected, Source
 from precompute.dataset.sources import read_dataset
 from precompute.encoders import Encoders
 from precompute.imports.kohya import Imports, find_imports
+from precompute.plan.duplicates import find_equal, num_across, reject_equal, shared_sizes
 from precompute.plan.placement import Placement, PlannedSample, assign_shards
 from precompute.plan.plan_file import ShardTask, read_places, read_plan_header, write_plan_file
 from precompute.plan.reuse import (
@@ -87,6 +88,8 @@ class CachePlan:
     sanity: dict[str, Any]  # the checks that the present manifest records
     imports: Imports | None  # what is taken from another trainer's caches, if that is asked for
     dataset_revision: str = ""  # the commit of a dataset of the hub
+    num_equal: int = 0  # images that equal an earlier one; known where they were looked for
+    num_across: int = 0  # of those, the ones that equal an image of val
 
     @property
     def has_work(self) -> bool:
@@ -140,7 +143,13 @@ def plan_caches(
             check_out(folder, settings.dataset / name)  # it may have changed before it was locked
             recover_retirement(folder)
         drafts.append(_Draft.of(folder, source, settings, base, memory))
-    _add_digests(drafts, settings, memory)
+    drops = settings.dedupe == "drop"
+    sizes = set[int]()
+    if drops or lock is None:  # an encode that keeps them counts them when all is hashed
+        sizes = shared_sizes(sample for draft in drafts for sample in draft.planned)
+    _add_digests(drafts, settings, memory, sizes)
+    if sizes:
+        _handle_equal(drafts, [*sources], drops)
     comparisons = [draft.assign_shards(settings) for draft in drafts]
     changes = compare(comparisons, recipe)
     return [
@@ -159,6 +168,8 @@ class _Draft:
     current: dict[str, ExistingShard]
     retired: dict[str, ExistingShard]
     imports: Imports | None
+    num_equal: int = 0
+    num_across: int = 0
 
     @classmethod
     def of(
@@ -217,24 +228,41 @@ class _Draft:
             check_candidates=choose_candidates(comparison.shards),
             sanity=earlier_checks(self.folder),
             imports=self.imports,
+            num_equal=self.num_equal,
+            num_across=self.num_across,
         )
 
 
-def _add_digests(drafts: list[_Draft], settings: EncodeSettings, memory: Memory) -> None:
+def _add_digests(
+    drafts: list[_Draft], settings: EncodeSettings, memory: Memory, sizes: set[int]
+) -> None:
     """Hash the images that are compared with existing samples: those under an existing key, and,
-    where samples would be removed, new ones too, since they may be the same under another name."""
+    where samples would be removed, new ones too, since they may be the same under another name.
+    Those of one of the ``sizes`` in bytes are compared with each other."""
     keys = [draft.existing_keys for draft in drafts]
     wanted = [{planned.record.key for planned in draft.planned} for draft in drafts]
     any_leaves = any(existing - planned for existing, planned in zip(keys, wanted, strict=True))
     for draft, existing in zip(drafts, keys, strict=True):
 
         def is_compared(planned: PlannedSample, existing: set[str] = existing) -> bool:
-            return any_leaves or planned.record.key in existing
+            is_existing = any_leaves or planned.record.key in existing
+            return is_existing or planned.record.image.size in sizes
 
         draft.planned, unreadable = add_digests(
             draft.planned, is_compared, draft.fingerprints, settings, memory
         )
         draft.rejected += unreadable
+
+
+def _handle_equal(drafts: list[_Draft], parts: list[str], drops: bool) -> None:
+    """Count the images of each draft that equal an earlier one, and drop them if that is asked."""
+    by_part = dict(zip(parts, drafts, strict=True))
+    equal = find_equal({part: draft.planned for part, draft in by_part.items()})
+    for part, draft in by_part.items():
+        draft.num_equal, draft.num_across = len(equal[part]), num_across(part, equal[part])
+        if drops:
+            draft.planned, dropped = reject_equal(draft.planned, part, equal[part])
+            draft.rejected += dropped
 
 
 def _made_with(current: list[ExistingShard]) -> dict[str, Any]:
@@ -345,7 +373,9 @@ def finish(plan: CachePlan, report: Report, encoders: Encoders, memory: Memory) 
     fingerprints: dict[str, list[Any]] = {}
     for index in indexes:
         report.add(index)
-        rejected += [Rejected(*row) for row in index.header["rejected"]]
+        failed = [Rejected(*row) for row in index.header["rejected"]]
+        report.add_images(index, {rejection.key for rejection in failed})
+        rejected += failed
         fingerprints |= {key: row for key, *row in index.header["members"] if key in wanted}
         sums = LatentSums.from_json(index.header["sums"])
         total = sums if total is None else total + sums

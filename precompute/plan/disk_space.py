@@ -12,7 +12,7 @@ from sdxl.base import Base
 from shards.format import Layout
 from shards.manifest import REPLACED
 
-OVERHEAD = 3200  # bytes of a sample besides tensors and captions: tar and safetensors headers, JSON
+OVERHEAD = 5000  # bytes of a sample besides tensors and captions: tar and safetensors headers, JSON
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,7 @@ def dry_run(settings: EncodeSettings) -> Iterator[str]:
         yield from _describe_cropping(plan.planned)
         yield from _describe_captions(plan.planned, tokenizer, settings.long_captions)
         yield f"  about {format_bytes(sum(map(sizer.bytes_of, plan.planned)))}"
+        yield from _describe_equal(plan, settings.dedupe == "drop")
         yield from _describe_rejected(plan.rejected)
     yield f"{format_bytes(free_bytes(settings.out))} are free on the disk of {settings.out}"
     refuse_losses(plans, settings, notes)
@@ -127,6 +128,13 @@ def _describe_captions(
         )
         needed = -(-max(lengths) // max_text_tokens(tokenizer))
         yield f"  --long-captions {needed} would hold them all"
+
+
+def _describe_equal(plan: CachePlan, drops: bool) -> Iterator[str]:
+    if plan.num_equal:
+        across = f", {plan.num_across:,} of them one of val" if plan.num_across else ""
+        fate = "dropped" if drops else "kept; --dedupe drop drops them"
+        yield f"  equal: {plan.num_equal:,} images equal another one byte for byte{across}: {fate}"
 
 
 def _describe_rejected(rejected: Sequence[Rejected]) -> Iterator[str]:

@@ -1,7 +1,8 @@
 """Refuses plans that would lose too many samples, before anything is touched.
 
 A sample is lost where its key is planned no more and its image is nowhere in the dataset: one
-that was renamed, or moved between train and val, is not.
+that was renamed, or moved between train and val, is not. One that is dropped because it equals
+another is.
 """
 
 import re
@@ -36,7 +37,7 @@ def refuse_losses(plans: list[CachePlan], settings: EncodeSettings, notes: Notes
             _refuse_other_dataset(plan, lost, settings, notes)
             _refuse_removal(plan, lost, settings)
     for plan in plans:
-        num = len(plan.rejected)
+        num = sum(not rejection.is_duplicate for rejection in plan.rejected)
         share = num / max(1, num + len(plan.planned))
         if share > settings.max_rejected:
             warn_of_reasons(plan.rejected)
@@ -74,10 +75,12 @@ def num_existing(plan: CachePlan) -> int:
 def _lost(plan: CachePlan, images: set[str]) -> dict[str, tuple[str, int, bool]]:
     """The shard, row and whether the shard is retired of each sample that would be lost, by key."""
     retired = plan.comparison.retired
+    duplicates = {rejection.key for rejection in plan.rejected if rejection.is_duplicate}
     return {
         key: (existing.name, existing.rows[key], existing is retired.get(existing.name))
         for existing, key in plan.comparison.orphans()
-        if key in existing.rows and existing.fingerprints[key][0] not in images
+        if key in existing.rows
+        and (existing.fingerprints[key][0] not in images or key in duplicates)
     }
 
 
