@@ -35,8 +35,11 @@ FACTOR = 8  # image pixels per latent pixel
 MAX_PATH_BYTES, MAX_NAME_BYTES = 2000, 200
 JPEG_ENDINGS = (".jpg", ".jpeg", ".jfif")
 BAD_CHARACTERS = '\\:*?"<>|'
-SIZES = ("original_height", "original_width", "crop_top", "crop_left")
-SIZES += ("target_height", "target_width")
+SIZES = (
+    *("original_height", "original_width"),
+    *("crop_top", "crop_left"),
+    *("target_height", "target_width"),
+)
 
 
 @dataclass(frozen=True)

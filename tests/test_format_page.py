@@ -18,7 +18,7 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
 
 @pytest.fixture
-def here(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "cache").symlink_to(cache)
     monkeypatch.chdir(tmp_path)
     return tmp_path / "cache"
@@ -31,9 +31,9 @@ def run(number: int, capsys: pytest.CaptureFixture[str]) -> list[str]:
     return capsys.readouterr().out.splitlines()
 
 
-def test_plain_python_reads_every_sample(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plain_python_reads_every_sample(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wanted = []
-    for path, members in samples_of(here).items():
+    for path, members in samples_of(folder).items():
         shape = tuple(safetensors.torch.load(members["safetensors"])["latents.mean"].shape)
         wanted.append(f"{path} {json.loads(members['json'])['captions'][0]} {shape}")
     assert sorted(run(0, capsys)) == sorted(wanted)
@@ -41,7 +41,7 @@ def test_plain_python_reads_every_sample(here: Path, capsys: pytest.CaptureFixtu
 
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # webdataset leaves it so
 def test_webdataset_reads_batches_of_each_bucket(
-    here: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines = run(1, capsys)
     gc.collect()
@@ -50,23 +50,23 @@ def test_webdataset_reads_batches_of_each_bucket(
     assert all("77, 80])" in line for line in lines)
 
 
-def test_datasets_reads_every_sample(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_datasets_reads_every_sample(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("datasets")
     lines = run(2, capsys)
     assert len(lines) == 14 and all("torch.Size([1, 4," in line for line in lines)
 
 
-def test_what_the_page_says_of_fields_is_so(here: Path) -> None:
-    manifest = read_manifest(here)
+def test_what_the_page_says_of_fields_is_so(folder: Path) -> None:
+    manifest = read_manifest(folder)
     assert f"`{manifest['format']}`, {manifest['version']}" in PAGE
     assert (FORMAT, VERSION) == ("shardtune-cache", 2)
     missing = [name for name in manifest if f"`{name}`" not in PAGE]
     fields = {name for shard in manifest["shards"] for name in shard}
     fields |= {
-        name for members in samples_of(here).values() for name in json.loads(members["json"])
+        name for members in samples_of(folder).values() for name in json.loads(members["json"])
     }
     missing += [name for name in {*TENSORS, *fields} if f"`{name}`" not in PAGE]
     assert not missing
     assert f"a record of {RECORD_DTYPE.itemsize} bytes a sample" in PAGE
-    side = safetensors.torch.load_file(here / "unconditional.safetensors")
+    side = safetensors.torch.load_file(folder / "unconditional.safetensors")
     assert {name.partition(".")[0] for name in side} == {"empty", "zeros"}

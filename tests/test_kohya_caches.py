@@ -23,8 +23,9 @@ from kohya_caches import (
     text_path,
 )
 from made import write_cache
-from runs import losses, run
+from runs import Died, losses, run
 
+import precompute.encode_shard
 import train.caches
 from cli import commands
 from precompute.plan.dry_run import dry_run
@@ -209,6 +210,27 @@ def test_without_import_the_imported_are_encoded_anew_which_is_told_before(
     with pytest.warns(UserWarning):
         encode(data, base, data.parent / "plain", mean_only=True)
     assert samples_of(cache) == samples_of(data.parent / "plain")
+
+
+def test_an_import_that_was_interrupted_ends_with_the_same_bytes(
+    data: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_caches(data, BUCKETS, mask=True)
+    latents_path(data / SQUARE).unlink()
+    fresh = encode(data, base, data.parent / "fresh", import_="kohya").folder
+    write, written = precompute.encode_shard.write_shard, list[str]()
+
+    def write_some(folder: Path, name: str, *rest: Any) -> Any:
+        if written:
+            raise Died
+        written.append(name)
+        return write(folder, name, *rest)
+
+    monkeypatch.setattr(precompute.encode_shard, "write_shard", write_some)
+    with pytest.raises(Died):
+        imported(data, base)
+    monkeypatch.setattr(precompute.encode_shard, "write_shard", write)
+    assert contents(imported(data, base).folder) == contents(fresh)
 
 
 def test_of_several_sizes_the_one_of_the_bucket_is_taken(data: Path, base: Path) -> None:
