@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from precompute.dataset.hub import locate_dataset
+from precompute.encode_part import refuse_missing, write_part
 from precompute.encode_shard import encode_shard
 from precompute.encoders import Encoders
 from precompute.plan.cache_plan import (
@@ -82,6 +83,9 @@ def encode(settings: EncodeSettings) -> list[Report]:
         _explain_full_disk(settings.out),
         _report_interrupt(plans),
     ):
+        if settings.share is not None:
+            write_part(settings, *settings.share)
+            return []
         queue.check_shared(settings.out)
         if not queue.is_main:
             job = EncodeJob(**json.loads(queue.wait_for("job")))
@@ -111,6 +115,8 @@ def encode(settings: EncodeSettings) -> list[Report]:
         check_disk_space(settings.out, shard_tasks, Sizer.of(settings, base))
         job = _make_job(settings, base, plans)
         stack.enter_context(num_threads(job.threads))
+        if settings.part == "finish":
+            refuse_missing(plans)
         return _run_main(
             queue, Encoders(local.settings, base, job.batch_size), job, plans, prompts, notes
         )
@@ -139,6 +145,14 @@ def _run_main(
         is_val = len(plans) > 1 and plan.folder.name == "val"  # previews are of training
         report.num_prompts = prepare(plan, encoders, None if is_val else prompts)
         reports.append(report)
+    if encoders.settings.part == "plan":
+        num = sum(num_shards for _, num_shards in job.caches)
+        echo(
+            f"{encoders.settings.out}: {pluralize(num, 'shard')} to be written; next, on any "
+            "machines and in any order, the same command with --part 1/N to --part N/N, and then "
+            "with --part finish"
+        )
+        return []
     queue.publish("job", json.dumps(asdict(job)))
     _write_shards(queue, encoders, job)
     for plan, report in zip(plans, reports, strict=True):

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from runtime.options import option, parse_memory
 from runtime.path_kinds import BASE, CACHE, HUB_DATASET, IMAGES, RUN, WEIGHTS, check_kind
-from runtime.workers import check_gpus
+from runtime.workers import check_gpus, rank_info
 from sdxl.base import BASE_HELP, TOKENIZERS_HELP, check_base
 
 MAX_CROPS = 1000
@@ -33,7 +33,7 @@ class EncodeSettings:
         "rehash",
         "Size and crop": "bucket_step square squash",
         "Variants and masks": "flip crops mask_from_alpha",
-        "Models": "vae tokenizers vae_dtype device gpus batch_size fit threads",
+        "Models": "vae tokenizers vae_dtype device gpus part batch_size fit threads",
         "Output": "dtype mean_only shard_size preview_prompts max_removed "
         "allow_other_dataset repack",
     }
@@ -173,6 +173,12 @@ class EncodeSettings:
         None, "CPU threads per process. Default: as the cache was encoded so far, else all."
     )
     shard_size: int = option(512, "Maximum number of samples in a shard.")
+    part: str | None = option(
+        None,
+        "Encode in parts, on any machines that share the folders: plan, then every part I/N (1/16, "
+        "2/16, ...) in a process of its own, then finish.",
+        metavar="plan|I/N|finish",
+    )
     rehash: bool = option(
         False, "Read every file again, even if its size and modification time are unchanged."
     )
@@ -212,6 +218,7 @@ class EncodeSettings:
             raise ValueError(f"--long-captions must be from 1 to 32, not {self.long_captions}")
         if self.crops > MAX_CROPS:
             raise ValueError(f"--crops must be at most {MAX_CROPS}, not {self.crops}")
+        self._check_part()
         if self.wildcard_lists is not None and not self.wildcards:
             raise ValueError("--wildcard-lists needs --wildcards, the number of expansions")
         num_variants = max(1, self.wildcards) * max(1, self.shuffle_tags)
@@ -263,6 +270,22 @@ class EncodeSettings:
         """The endings of texts beside an image, in lower case with their dot, the first first."""
         endings = self.caption_extension.lower().split(",")
         return tuple(dict.fromkeys("." + text.strip().removeprefix(".") for text in endings))
+
+    def _check_part(self) -> None:
+        if self.part is None:
+            return
+        if self.share is None and self.part not in ("plan", "finish"):
+            raise ValueError(f"--part is plan, I/N such as 1/16, or finish, not {self.part}")
+        if self.gpus not in (None, "1") or rank_info().size > 1:
+            raise ValueError("--part is of one process: start a part for each GPU, without --gpus")
+
+    @property
+    def share(self) -> tuple[int, int] | None:
+        """I and N of ``--part I/N``: this process writes each N-th shard from the I-th on."""
+        match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", self.part or "")
+        if match is None or not 1 <= int(match[1]) <= int(match[2]):
+            return None
+        return int(match[1]), int(match[2])
 
     def check_inputs(self) -> None:
         """Refuse a dataset or a base that is something else, before anything is loaded.

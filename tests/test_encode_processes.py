@@ -57,15 +57,22 @@ def start_ranks(settings: list[Any], output: Path, dies: int = -1) -> list[Any]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    ranks = [
-        _context.Process(target=_rank, args=(rank, len(settings), port, own, output, rank == dies))
-        for rank, own in enumerate(settings)
-    ]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join(120)
-    return [rank.exitcode for rank in ranks]
+    world = len(settings)
+    return _run([(n, world, port, own, output, n == dies) for n, own in enumerate(settings)])
+
+
+def start_parts(settings: list[Any], output: Path, dies: int = -1) -> list[Any]:
+    """At once, and not as the processes of one command."""
+    return _run([(0, 1, 0, own, output, number == dies) for number, own in enumerate(settings)])
+
+
+def _run(arguments: list[Any]) -> list[Any]:
+    processes = [_context.Process(target=_rank, args=each) for each in arguments]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    return [process.exitcode for process in processes]
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +115,58 @@ def test_the_main_process_writes_what_a_lost_one_had_claimed(
     out, output = tmp_path / "cache", tmp_path / "output"
     codes = start_ranks([settings_of(images, base, out)] * 2, output, dies=1)
     assert codes == [0, 9], output.read_text()
+    assert contents(out) == contents(alone)
+
+
+def test_parts_in_any_order_write_the_bytes_of_one_encode(
+    images: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outs = {name: tmp_path / name for name in ("whole", "parts")}
+    same = {"shard_size": 3, "val_share": 0.3}
+    precompute.encode.encode(settings_of(images, base, outs["whole"], **same))
+
+    def part(part: str, **more: Any) -> None:
+        precompute.encode.encode(
+            settings_of(images, base, outs["parts"], part=part, **same, **more)
+        )
+
+    with pytest.raises(ValueError, match="has no plan; run the same with --part plan first"):
+        part("1/2")
+    part("plan")
+    part("2/2")
+    with pytest.raises(
+        FileNotFoundError, match=r"\d of \d+ shards are not written: .*64x64-000000"
+    ):
+        part("finish")
+    with pytest.raises(ValueError, match=r"other settings .*differing: preprocessing\)"):
+        part("1/2", flip=True)
+    for again in ("1/2", "2/2", "finish"):
+        part(again)
+    assert contents(outs["parts"]) == contents(outs["whole"])
+    capsys.readouterr()
+    part("1/2")
+    assert "is finished, nothing is left to write" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("part", ["0/3", "4/3", "plans", "1/", "1/2/3", ""])
+def test_a_part_is_one_of_its_number(base: Path, part: str) -> None:
+    with pytest.raises(ValueError, match="--part is plan, I/N such as 1/16, or finish"):
+        settings_of(Path("data"), base, Path("out"), part=part)
+    with pytest.raises(ValueError, match="--part is of one process"):
+        settings_of(Path("data"), base, Path("out"), part="1/3", gpus="2")
+
+
+@pytest.mark.slow
+def test_parts_die_and_run_twice_at_once(
+    alone: Path, images: Path, base: Path, tmp_path: Path
+) -> None:
+    out, output = tmp_path / "cache", tmp_path / "output"
+    for part in ("plan", "1/2"):
+        precompute.encode.encode(settings_of(images, base, out, part=part))
+    own = settings_of(images, base, out, part="2/2")
+    assert start_parts([own], output, dies=0) == [9]
+    assert start_parts([own, own], output) == [0, 0], output.read_text()
+    precompute.encode.encode(settings_of(images, base, out, part="finish"))
     assert contents(out) == contents(alone)
 
 
