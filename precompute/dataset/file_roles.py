@@ -52,6 +52,7 @@ IMAGE_ENDINGS = (  # of formats that encode opens; the content decides which one
     ".heics",
     ".heif",
     ".hif",
+    ".jxl",
 )
 TEXTS = (".txt", ".caption")
 
@@ -68,7 +69,6 @@ _OTHER += " jng jpm jxs fits dcm djvu ktx ktx2 pict"
 UNREAD = {
     f".{ending}": description
     for endings, description in (
-        ("jxl", "a JPEG XL image"),
         (_RAW, "a camera RAW file"),
         (_VECTOR, "a vector drawing"),
         (_LAYERED, "a layered document"),
