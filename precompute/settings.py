@@ -29,8 +29,8 @@ class EncodeSettings:
         "Captions": "caption_extension caption_column caption_from missing_caption empty_captions "
         "caption_prefix caption_suffix caption_lines wildcards wildcard_lists "
         "shuffle_tags keep_tokens tag_dropout long_captions",
-        "Input": "import_ image_column val_share repeat_folders min_size dedupe max_rejected "
-        "rehash",
+        "Input": "import_ ignore image_column val_share repeat_folders min_size dedupe "
+        "max_rejected rehash",
         "Size and crop": "bucket_step square squash",
         "Variants and masks": "flip crops mask_from_alpha",
         "Models": "vae tokenizers vae_dtype device gpus part batch_size fit threads",
@@ -83,6 +83,12 @@ class EncodeSettings:
         "Column or field with a caption, for each time it is given. Default: the first usual name "
         "that there is.",
         metavar="NAME",
+    )
+    ignore: tuple[str, ...] = option(
+        (),
+        "Leave out files and folders, for each time it is given: a name, or with a slash a path in "
+        "DATASET, where * stands for any characters.",
+        metavar="PATTERN",
     )
     empty_captions: bool = option(
         False, "Keep images whose caption is empty; they train the model without a prompt."

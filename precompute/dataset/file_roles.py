@@ -11,6 +11,8 @@ import os
 import re
 import warnings
 from collections import Counter
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
 
@@ -50,6 +52,7 @@ IMAGE_ENDINGS = (  # of formats that encode opens; the content decides which one
     ".heics",
     ".heif",
     ".hif",
+    ".jxl",
 )
 TEXTS = (".txt", ".caption")
 
@@ -66,7 +69,6 @@ _OTHER += " jng jpm jxs fits dcm djvu ktx ktx2 pict"
 UNREAD = {
     f".{ending}": description
     for endings, description in (
-        ("jxl", "a JPEG XL image"),
         (_RAW, "a camera RAW file"),
         (_VECTOR, "a vector drawing"),
         (_LAYERED, "a layered document"),
@@ -148,6 +150,21 @@ def hidden_part(path: str) -> str:
         if is_hidden(part):
             return "/".join(parts[:number]) + ("/" if number < len(parts) else "")
     return ""
+
+
+def is_ignored(path: str, patterns: Sequence[str]) -> bool:
+    """Whether a path in the dataset is left out by a pattern.
+
+    One without a slash is for the name of the file or of any folder that it lies in, one with a
+    slash for the whole path, or that of such a folder.
+    """
+    parts = path.strip("/").split("/")
+    folders = ["/".join(parts[:number]) for number in range(1, len(parts) + 1)]
+    for pattern in patterns:
+        pattern = pattern.strip("/")
+        if any(fnmatchcase(name, pattern) for name in (folders if "/" in pattern else parts)):
+            return True
+    return False
 
 
 def is_title(path: str) -> bool:

@@ -18,6 +18,7 @@ from precompute.dataset.file_roles import (
     TEXTS,
     has_ending,
     is_hidden,
+    is_ignored,
     is_image,
     is_title,
     stem_of,
@@ -148,6 +149,8 @@ class Tree:
         default_factory=dict
     )  # folders that are not read, and why
     hidden: list[str] = field(default_factory=list)  # system files; folders end with a slash
+    ignore: tuple[str, ...] = ()  # patterns of what is left out
+    ignored: list[str] = field(default_factory=list)  # by them; folders end with a slash
     used: set[str] = field(default_factory=set)  # files that were read, or taken as a mask or text
     named_columns: set[tuple[str, ...]] = field(default_factory=set)  # that were guessed, and said
 
@@ -218,16 +221,22 @@ class Tree:
         return NO_ENTRY
 
 
-def walk(root: Path, memory: Memory, prefix: str = "", skip: Path | None = None) -> Tree:
+def walk(
+    root: Path,
+    memory: Memory,
+    prefix: str = "",
+    skip: Path | None = None,
+    ignore: tuple[str, ...] = (),
+) -> Tree:
     """List all files below ``root``, in linked folders too, but not in ``skip``; no file is opened.
 
-    Hidden and system folders, those that cannot be listed and those that lie too deep are noted
-    and not entered.
+    Hidden and system folders, those to ``ignore``, those that cannot be listed and those that lie
+    too deep are noted and not entered.
 
     Raises:
         OSError: ``root`` cannot be listed.
     """
-    tree = Tree(root, memory, prefix)
+    tree = Tree(root, memory, prefix, ignore=ignore)
     skipped = [] if skip is None or not skip.exists() else [skip.stat()]
     ancestors = tuple((status.st_dev, status.st_ino) for status in skipped)
     # A stack and no recursion: a path may have more folders than Python has frames.
@@ -263,6 +272,9 @@ def _is_folder(tree: Tree, inside: str, entry: os.DirEntry[str]) -> bool:
         is_folder = entry.is_dir()
         if is_hidden(entry.name):
             tree.hidden.append(name + "/" * is_folder)
+            return False
+        if tree.ignore and is_ignored(tree.prefix + name, tree.ignore):
+            tree.ignored.append(name + "/" * is_folder)
             return False
         status = entry.stat()
     except OSError as error:

@@ -22,6 +22,7 @@ from precompute.dataset.file_roles import (
     divide_by_folders,
     find_layout,
     is_hidden,
+    is_ignored,
     is_image,
     is_packed,
     stem_of,
@@ -136,7 +137,7 @@ def split_by_share(source: Source, val_share: float) -> dict[str, Source]:
 def read_source(folder: Path, settings: EncodeSettings, memory: Memory, prefix: str = "") -> Source:
     """Read one folder: the images of its list, or those with a text beside them, and its tars."""
     out = settings.out if settings.out.resolve() != folder.resolve() else None
-    tree = walk(folder, memory, prefix, skip=out)
+    tree = walk(folder, memory, prefix, skip=out, ignore=settings.ignore)
     items = [*_read_tree(tree, settings)]
     unused: list[str] = []
     hidden = [path for path in tree.hidden if path not in tree.used]  # a list may name one
@@ -156,10 +157,10 @@ def read_source(folder: Path, settings: EncodeSettings, memory: Memory, prefix: 
     items += [Rejected(path, why) for path, why in tree.unread_folders.items()]
     unreadable = (path for path in tree.irregular if path not in tree.used and _is_input(path))
     items += [Rejected(path, tree.irregular[path]) for path in [*unreadable]]
-    items = [*repeat_folders(items, settings.repeat_folders)]
+    items = [*repeat_folders(_without_ignored(tree, items), settings.repeat_folders)]
     unused += _without_imports(tree, _unused(tree, {item.path for item in items}), settings)
     source = _sorted(items, hidden, unused)
-    _warn(folder, source)
+    _warn(folder, source, tree.ignored)
     _warn_of_other_captions(folder, source, settings.texts)
     if not items:
         endings = " ".join([*sorted(IMAGE_ENDINGS), *PACKS])
@@ -289,10 +290,21 @@ def _without_imports(tree: Tree, unused: Iterable[str], settings: EncodeSettings
     return [path for path in unused if path not in caches]
 
 
-def _warn(folder: Path, source: Source) -> None:
+def _without_ignored(tree: Tree, items: list[Item]) -> Iterator[Item]:
+    """The images without those of a tar, a table or a list that are to be ignored; these are noted
+    in the tree, as the files of the folder are."""
+    for item in items:
+        if not is_ignored(tree.prefix + item.path, tree.ignore):
+            yield item
+        elif item.path not in tree.ignored:
+            tree.ignored.append(item.path)
+
+
+def _warn(folder: Path, source: Source, ignored: list[str]) -> None:
     """Warn of the files that are neither encoded nor rejected: how many, and some names."""
     for paths, reason in (
         (source.hidden, "skipped as hidden or the system's"),
+        (sorted(ignored), "left out by --ignore"),
         (source.unused, "not used, neither images nor sidecars of one"),
     ):
         if paths:

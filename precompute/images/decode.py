@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
@@ -115,6 +116,21 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
 
 # What images are kept in. Pillow knows more, of which some run programs (EPS).
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+
+
+class Plugin(NamedTuple):
+    """What Pillow reads a format with, imported when there is such a file."""
+
+    form: str  # its name in Pillow
+    description: str
+    extra: str  # of ours, that installs it
+    module: str
+    register: str  # the function that registers it; importing does where there is none
+
+
+HEIF = Plugin("HEIF", "a HEIC image", "heif", "pillow_heif", "register_heif_opener")
+JXL = Plugin("JXL", "a JPEG XL image", "jxl", "pillow_jxl", "")
+JXL_STARTS = (b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n")
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 ORIENTATION = 0x0112  # EXIF tag; with values 5 to 8 the image is stored on its side
 TRANSPOSES = {
@@ -220,15 +236,15 @@ def open_checked(data: bytes) -> Iterator[Image.Image]:
         ImageError: it is too large, too long for its width, or no image.
         Exception: whatever Pillow raises of a file it cannot read.
     """
-    is_heif = data[4:8] == b"ftyp" and data[8:12] in HEIF_BRANDS and not _reads_avif(data)
-    if is_heif and not _heif_plugin():
+    plugin = _needed_plugin(data)
+    if plugin is not None and not _is_registered(plugin):
         raise ImageError(
-            "a HEIC image, which Pillow cannot read alone: `pip install pillow-heif`, or "
-            "save it as JPEG or PNG"
+            f"{plugin.description}, which Pillow cannot read alone: `pip install "
+            f"'.[{plugin.extra}]'`, or save it as JPEG or PNG"
         )
     if data[:4] == b"RIFF" and int.from_bytes(data[4:8], "little") + 8 > len(data):
         raise ImageError("truncated: the file is shorter than it says")
-    formats = (*FORMATS, "HEIF") if is_heif else FORMATS
+    formats = FORMATS if plugin is None else (*FORMATS, plugin.form)
     kept, profile = strip_metadata(data)
     try:
         image = Image.open(io.BytesIO(kept), formats=formats)
@@ -259,13 +275,22 @@ def _reads_avif(data: bytes) -> bool:
     return b"avif" in data[16 : min(size, 256)] or b"avis" in data[16 : min(size, 256)]
 
 
+def _needed_plugin(data: bytes) -> Plugin | None:
+    """The plugin that Pillow needs for a file; None where it needs none."""
+    if data[4:8] == b"ftyp" and data[8:12] in HEIF_BRANDS and not _reads_avif(data):
+        return HEIF
+    return JXL if data.startswith(JXL_STARTS) else None
+
+
 @cache
-def _heif_plugin() -> bool:
-    """Whether pillow-heif is installed; then it is registered with Pillow."""
+def _is_registered(plugin: Plugin) -> bool:
+    """Whether a plugin is installed; then it is registered with Pillow."""
     try:
-        importlib.import_module("pillow_heif").register_heif_opener()
+        module = importlib.import_module(plugin.module)
     except ImportError:
         return False
+    if plugin.register:
+        getattr(module, plugin.register)()
     return True
 
 

@@ -65,9 +65,11 @@ def reject_equal(
             continue
         other = f"{kept.part}: " if kept.part != part else ""
         reason = f"{EQUAL}; kept is {other}{kept.sample.record.path}"
-        fields = (("captions", kept.sample.record.captions != sample.record.captions),)
-        fields += (("mask", kept.sample.mask_digest != sample.mask_digest),)
-        if differing := " and ".join(name for name, differs in fields if differs):
+        differs = {
+            "captions": kept.sample.record.captions != sample.record.captions,
+            "mask": kept.sample.mask_digest != sample.mask_digest,
+        }
+        if differing := " and ".join(name for name in differs if differs[name]):
             reason += f" (with other {differing})"
         dropped.append(Rejected(sample.record.path, reason, is_duplicate=True))
     return stay, dropped
