@@ -78,6 +78,7 @@ def describe_contents(cache: Cache, contents: Contents) -> list[str]:
         *([f"dataset: commit {commit}"] if (commit := manifest.get("dataset_revision")) else []),
         *_describe_recipe(manifest.get("recipe", {})),
         *_describe_latents(manifest),
+        *_describe_imported(manifest),
         *_top("rejected", contents.rejected),
     ]
 
@@ -161,6 +162,11 @@ def _describe_recipe(recipe: dict[str, Any]) -> Iterator[str]:
         items = parts.items() if isinstance(parts, dict) else [("", parts)]
         values = (f"{name} {_shown(value)}".strip() for name, value in items if value is not None)
         yield f"{cause}: {', '.join(values)}"
+
+
+def _describe_imported(manifest: dict[str, Any]) -> list[str]:
+    counts = [f"{name} of {number:,}" for name, number in manifest.get("imported", {}).items()]
+    return [f"imported from another trainer, not checked: {', '.join(counts)}"] if counts else []
 
 
 def _describe_latents(manifest: dict[str, Any]) -> Iterator[str]:

@@ -5,6 +5,7 @@ import json
 import random
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from infer.outputs import (
     why_stale,
 )
 from infer.requests import ImageRequest
-from precompute.dataset.records import Blob, SourceImage
+from precompute.dataset.records import Blob, ImportedFile, SourceImage
 from precompute.plan.placement import PlannedSample, assign_shards
 from precompute.plan.plan_file import (
     CopySource,
@@ -198,10 +199,11 @@ def example_work() -> ShardTask:
     planned = sorted(
         (PlannedSample(record, "f" * 20, (geometry,), "e" * 20) for record in records), key=_key
     )
+    file = ImportedFile(blob, "d" * 20, "_8x8")
     result = CopySource("64x64-000000", 0, planned[0].record.key)
     tasks = [
         SampleTask(planned[0], result, result),
-        SampleTask(planned[1]),
+        SampleTask(replace(planned[1], latents_file=file, text_file=file)),
         SampleTask(planned[2], reason="empty"),
     ]
     return ShardTask("64x64-000001", (64, 64), 1, tuple(tasks), ("64x64-000000",))

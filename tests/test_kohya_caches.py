@@ -30,7 +30,9 @@ import train.caches
 from cli import commands
 from precompute.plan.dry_run import dry_run
 from shards.format import Sample, sample_key
+from shards.inspect import describe_contents, read_contents
 from shards.manifest import read_manifest
+from shards.reader import Cache
 from tools.random_base import SCALING_FACTOR
 
 BUCKETS = {(64, 64): (64, 64), (85, 53): (80, 48), (53, 85): (48, 80)}
@@ -114,6 +116,9 @@ def test_numbers_are_those_of_the_files_and_no_encoder_is_run(
             assert tensor.dtype == wanted[part].dtype
             torch.testing.assert_close(tensor, wanted[part], rtol=1e-3, atol=1e-6)
         assert torch.equal(tensors["sizes"], wanted["sizes"])
+    *_, seen = read_contents(Cache(report.folder))
+    lines = describe_contents(Cache(report.folder), seen)
+    assert "imported from another trainer, not checked: latents of 4, text of 4" in lines
     fields = json.loads(samples_of(report.folder)[SQUARE]["json"])
     assert {part: fields["notes"][part]["imported"] for part in ("latents", "text")} == {
         "latents": "kohya",
