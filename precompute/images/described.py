@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from xml.etree import ElementTree
 
-from PIL import Image, IptcImagePlugin
+from PIL import Image, ImageFile, IptcImagePlugin
 
 from precompute.images.damage import MAX_TEXT, SIGNATURE
 from precompute.images.decode import open_checked
@@ -42,6 +42,7 @@ def description_of(data: bytes) -> str:
 
 def _descriptions(image: Image.Image, data: bytes) -> Iterator[str]:
     with suppress(Exception):
+        assert isinstance(image, ImageFile.ImageFile)
         values = IptcImagePlugin.getiptcinfo(image) or {}
         yield _decoded(_first(values.get(IPTC_CAPTION)))
     with suppress(Exception):
@@ -52,7 +53,7 @@ def _descriptions(image: Image.Image, data: bytes) -> Iterator[str]:
             yield _decoded(_first(exif.get(IMAGE_DESCRIPTION)))
             yield _first(exif.get(XP_COMMENT)).decode("utf-16-le")
             comment = _first(exif.get_ifd(EXIF_FOLDER).get(USER_COMMENT))
-            yield _user_comment(comment, exif.endian)
+            yield _user_comment(comment, exif.endian or "<")
     texts = dict(_png_texts(data))
     yield from (texts[key] for key in PNG_KEYS if key in texts)
 
@@ -95,8 +96,8 @@ def _xmp_description(image: Image.Image) -> str:
     if not text or len(text) > MAX_TEXT or "<!" in text:
         return ""
     for element in ElementTree.fromstring(text).iter():
-        if found := element.get(DC):
-            return found
+        if text := element.get(DC, ""):
+            return text
         if element.tag == DC:
             items = sorted(element.iter(LI), key=lambda item: item.get(LANGUAGE) != "x-default")
             return next((item.text for item in items if item.text), element.text or "")
