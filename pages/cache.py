@@ -19,7 +19,7 @@ from pages.settings import show
 from runtime.path_kinds import check_page
 from sdxl.latent_rgb import color_map, latents_to_rgb
 from shards.buckets import bucket_name
-from shards.inspect import Contents, read_rejected
+from shards.inspect import Contents, describe_roles, read_rejected
 from shards.reader import Cache, Shard
 
 MAX_SAMPLES = 20_000  # on a page; of more, evenly spaced ones are shown
@@ -84,6 +84,7 @@ def write_cache_page(
         num_equal=sum(bool(card.same_as) for card in cards),
         room=_room(cache),
         common=contents.captions.most_common(MAX_COMMON),
+        roles=describe_roles(contents),
         folders=contents.folders.most_common(MAX_COMMON),
         recipe=_recipe(cache.manifest.get("recipe", {})),
         latents=cache.manifest.get("latents", {}),

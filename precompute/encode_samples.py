@@ -161,6 +161,29 @@ def join_variants(first: EncodedPart, others: EncodedPart) -> EncodedPart:
     return EncodedPart(tensors, latent_notes(sums, num_dropped), made_with, others.digests)
 
 
+def join_captions(
+    captions: Sequence[str],
+    stored: tuple[Sequence[str], EncodedPart],
+    encoded: tuple[Sequence[str], EncodedPart] | None,
+    encoders: Encoders,
+) -> EncodedPart:
+    """The embeddings of ``captions``, each of which is among the stored or the encoded ones."""
+    sources = [stored] if encoded is None else [stored, encoded]
+    rows = {
+        text: (part, row) for texts, part in reversed(sources) for row, text in enumerate(texts)
+    }
+    tensors = {
+        name: torch.stack([rows[text][0].tensors[name][rows[text][1]] for text in captions])
+        for name in stored[1].tensors
+    }
+    num_cut = sum(part.notes["num_cut_captions"] for _, part in sources)
+    if num_cut and (encoded is not None or [*captions] != [*stored[0]]):
+        num_cut = sum(map(encoders.text.is_cut, captions))
+    made_with = [run for _, part in sources for run in part.made_with]
+    digests = {"captions": content_digest(list(captions))}
+    return EncodedPart(tensors, {"num_cut_captions": num_cut}, made_with, digests)
+
+
 def encode_texts(
     members: Sequence[PlannedSample], encoders: Encoders
 ) -> Iterator[EncodedPart | Failed]:

@@ -14,6 +14,7 @@ from precompute.dataset.records import short_digest
 from precompute.encode_samples import (
     EncodedPart,
     Failed,
+    join_captions,
     join_variants,
 )
 from precompute.encoders import Encoders
@@ -49,6 +50,18 @@ class Copies:
 
     def text(self, stored: CopySource) -> EncodedPart | None:
         return self._read(stored, CAPTION_TENSORS, "text", ("captions",))
+
+    def captions(self, stored: CopySource) -> tuple[str, ...]:
+        """The texts whose embeddings can be copied; empty where that is damaged or gone."""
+        try:
+            shard = self._open(stored.shard, stored.cache)
+            if stored.row >= len(shard.index) or shard.index.key(stored.row) != stored.key:
+                return ()
+            fields = shard.metadata(stored.row)
+            is_imported = "imported" in fields["notes"]["text"]  # which no text here is the same as
+            return () if is_imported else tuple(fields["captions"])
+        except (CacheError, KeyError, TypeError):
+            return ()
 
     def _read(
         self, stored: CopySource, names: tuple[str, ...], part: str, digested: tuple[str, ...]
@@ -141,8 +154,8 @@ def make_samples(
     """
     parts = zip(
         tasks,
-        _copy_or_encode(tasks, lambda task: task.latents, make_latents, copies.latents, encoders),
-        _copy_or_encode(tasks, lambda task: task.text, make_texts, copies.text, encoders),
+        _copy_or_encode_latents(tasks, copies, encoders),
+        _copy_or_encode_texts(tasks, copies, encoders),
         strict=True,
     )
     for task, latents, text in parts:
@@ -174,25 +187,63 @@ def _join(planned: PlannedSample, latents: EncodedPart, text: EncodedPart) -> Sa
         digests=latents.digests | text.digests,
         notes={"latents": latents.notes, "text": text.notes},
         weight=planned.record.weight,
+        roles=planned.record.roles,
     )
 
 
-def _copy_or_encode(
-    tasks: Sequence[SampleTask],
-    source_of: Callable[[SampleTask], CopySource | None],
-    make: Callable[[Sequence[PlannedSample], Encoders], Iterator[EncodedPart | Failed]],
-    copy: Callable[[CopySource], EncodedPart | None],
-    encoders: Encoders,
+def _copy_or_encode_texts(
+    tasks: Sequence[SampleTask], copies: Copies, encoders: Encoders
 ) -> Iterator[EncodedPart | Failed]:
-    """The latents, or the text, of each sample, in order."""
-    missing = [
-        _without_copied(task.planned, source_of(task))
-        for task in tasks
-        if task.reason is None and _is_encoded(source_of(task))
-    ]
-    made = make(missing, encoders)
+    """The embeddings of each sample, in order: those of its captions that are stored under the same
+    text are copied."""
+    missing: list[tuple[str, ...]] = []
     for task in tasks:
-        stored = source_of(task)
+        captions, source = task.planned.record.captions, task.text
+        if task.reason is not None or (source is not None and not source.by_text):
+            captions = ()
+        elif source is not None and (known := {*copies.captions(source)}):
+            captions = tuple(text for text in captions if text not in known)
+        missing.append(captions)
+    encoded = make_texts(
+        [
+            replace(task.planned, record=replace(task.planned.record, captions=captions, roles=()))
+            for task, captions in zip(tasks, missing, strict=True)
+            if captions
+        ],
+        encoders,
+    )
+    for task, captions in zip(tasks, missing, strict=True):
+        if task.reason is not None:
+            yield Failed(task.reason)
+            continue
+        wanted, source = task.planned.record.captions, task.text
+        new = next(encoded) if captions else None
+        if new is not None and (isinstance(new, Failed) or captions == wanted):
+            yield new
+            continue
+        assert source is not None
+        copied = copies.text(source)
+        if copied is None:  # damaged since
+            yield next(make_texts([task.planned], encoders))
+        elif not source.by_text:
+            yield copied
+        else:
+            stored = copies.captions(source), copied
+            yield join_captions(wanted, stored, None if new is None else (captions, new), encoders)
+
+
+def _copy_or_encode_latents(
+    tasks: Sequence[SampleTask], copies: Copies, encoders: Encoders
+) -> Iterator[EncodedPart | Failed]:
+    """The latents of each sample, in order."""
+    missing = [
+        _without_copied(task.planned, task.latents)
+        for task in tasks
+        if task.reason is None and _is_encoded(task.latents)
+    ]
+    made = make_latents(missing, encoders)
+    for task in tasks:
+        stored = task.latents
         if task.reason is not None:
             yield Failed(task.reason)
             continue
@@ -201,9 +252,9 @@ def _copy_or_encode(
             assert new is not None
             yield new
             continue
-        copied = copy(stored)
+        copied = copies.latents(stored)
         if copied is None or isinstance(new, Failed):  # damaged since, or all new ones are hidden
-            yield next(make([task.planned], encoders))
+            yield next(make_latents([task.planned], encoders))
         else:
             yield copied if new is None else join_variants(copied, new)
 

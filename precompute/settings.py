@@ -26,8 +26,8 @@ class EncodeSettings:
 
     PANELS: ClassVar[dict[str, str]] = {
         "Essentials": "base out resolution dry_run",
-        "Captions": "caption_extension caption_column caption_from missing_caption empty_captions "
-        "caption_prefix caption_suffix caption_lines wildcards wildcard_lists "
+        "Captions": "caption_extension caption_column caption_roles caption_from missing_caption "
+        "empty_captions caption_prefix caption_suffix caption_lines wildcards wildcard_lists "
         "shuffle_tags keep_tokens tag_dropout long_captions",
         "Input": "import_ ignore image_column val_share repeat_folders min_size dedupe "
         "max_rejected rehash",
@@ -89,6 +89,13 @@ class EncodeSettings:
         "Leave out files and folders, for each time it is given: a name, or with a slash a path in "
         "DATASET, where * stands for any characters.",
         metavar="PATTERN",
+    )
+    caption_roles: str = option(
+        "",
+        "Take several texts per image, each in a role by which train --captions draws: SOURCE is "
+        "a column or field, or with a dot the ending of a text beside the image, as in "
+        "tags=.tags,short=.txt. Several --caption-column are roles by their own names.",
+        metavar="ROLE=SOURCE,...",
     )
     empty_captions: bool = option(
         False, "Keep images whose caption is empty; they train the model without a prompt."
@@ -254,6 +261,13 @@ class EncodeSettings:
         if self.resolution % 8:
             raise ValueError(f"--resolution must be a multiple of 8, not {self.resolution}")
 
+        if self.caption_roles and self.caption_column:
+            raise ValueError("--caption-roles names the columns; leave --caption-column out")
+        roles = self.roles
+        if len({*roles.values()}) < self.caption_roles.count("="):
+            raise ValueError(f"--caption-roles {self.caption_roles!r} says a role or source twice")
+        if ".json" in roles:
+            raise ValueError("--caption-roles: of a .json name the field, not the file's ending")
         endings = self.caption_extension.split(",")
         if not all(ENDING.fullmatch(text.strip()) for text in endings) or ".json" in self.texts:
             raise ValueError(
@@ -292,6 +306,33 @@ class EncodeSettings:
         if match is None or not 1 <= int(match[1]) <= int(match[2]):
             return None
         return int(match[1]), int(match[2])
+
+    @property
+    def roles(self) -> dict[str, str]:
+        """The role of the texts of each source, a column or field or, with a dot, a file's ending;
+        empty where captions have no roles.
+
+        Raises:
+            ValueError: --caption-roles is of another form.
+        """
+        if not self.caption_roles:
+            names = self.caption_column if len(self.caption_column) > 1 else ()
+            return {name: name for name in names}
+        roles = {}
+        for part in self.caption_roles.split(","):
+            role, _, source = map(str.strip, part.partition("="))
+            if not role or not source or (source[0] == "." and not ENDING.fullmatch(source)):
+                raise ValueError(
+                    f"--caption-roles: {part.strip()!r} is no ROLE=COLUMN or ROLE=.ENDING, as in "
+                    "tags=.tags,short=.txt"
+                )
+            roles[source.lower() if source[0] == "." else source] = role
+        return roles
+
+    @property
+    def caption_columns(self) -> tuple[str, ...]:
+        """The columns or fields that were named for captions."""
+        return self.caption_column or tuple(name for name in self.roles if name[0] != ".")
 
     def check_inputs(self) -> None:
         """Refuse a dataset or a base that is something else, before anything is loaded.

@@ -328,6 +328,7 @@ def _click_type(hint: Any) -> click.ParamType[Any]:
             hint,
             {
                 "Every": "STEPS|Nep",
+                "CaptionShares": "ROLE=SHARE,...",
                 "LoraUse": "FILE[,WEIGHT]",
                 "GridAxis": "AXIS=VALUE,...",
             }.get(hint.__name__, hint.__name__),

@@ -16,7 +16,16 @@ import torch
 from runtime.devices import DTYPES, to_device
 from shards.format import CAPTION_TENSORS, TENSORS, Layout, SampleSpan
 from shards.manifest import UNCONDITIONAL
-from shards.plan import Draws, Entry, GlobalBatch, Plan, RankShare, pick
+from shards.plan import (
+    Draws,
+    Entry,
+    GlobalBatch,
+    Plan,
+    RankShare,
+    RoleShares,
+    pick,
+    pick_caption,
+)
 from shards.reader import Cache, Shard, read_ahead
 
 
@@ -98,6 +107,7 @@ class ReadOptions:
 
     caption_dropout: float = 0.0  # chance that a sample's text is the unconditional one
     unconditional: Literal["zeros", "empty"] = "empty"  # zeros, or the encoded ""
+    captions: RoleShares = ()  # the share of each role; empty: all captions equally often
     offsets: bool = False
     masks: bool = False
 
@@ -205,7 +215,12 @@ class Reader:
         if options.masks:
             wanted += sample_layout.masks[variant]
         if not options.caption_dropout or draws.dropout >= options.caption_dropout:
-            wanted += sample_layout.captions[pick(draws.caption, len(sample_layout.captions))]
+            roles = shard.index.caption_roles(record) if options.captions else ()
+            wanted += sample_layout.captions[
+                pick_caption(roles, options.captions, draws.role, draws.caption)
+                if roles
+                else pick(draws.caption, len(sample_layout.captions))
+            ]
         else:
             for name in CAPTION_TENSORS:
                 dropped = self._unconditional[cache_number][f"{options.unconditional}.{name}"]

@@ -20,7 +20,8 @@ sha256(relative posix path, with its extension, as UTF-8): webdataset ends a key
 so no name of the user's can be one. The JSON holds ``path``, ``captions``, ``weight``, ``digests``
 (sha256 of the image's bytes, of the captions, of its mask's) and ``notes`` (for ``latents``
 and for ``text``: what the statistics of a shard are summed up from, and ``imported`` where another
-trainer made them). The tensors are
+trainer made them); where captions have roles (tags, short, long: see ``encode --caption-roles``)
+also ``roles``, one per caption. The tensors are
 
     latents.mean           [V, 4, h, w]     scaled as the UNet sees them
     latents.std            [V, 4, h, w]     of the VAE's posterior, scaled; absent in mean-only
@@ -53,6 +54,8 @@ The index header carries the shard's name, bucket, repeats, the tar's size and s
 assigned to it: its key and fingerprint), ``rejected`` (those of them that failed: path, reason),
 ``dropped_variants`` (path, number: crops that the mask hides all over; only where there are any),
 ``imported`` (how many samples have ``latents`` and ``text`` that another trainer made, if any),
+``caption_roles`` (the different lists of roles that its samples have; a record names its own, so
+that no JSON is read in training; only where there are any, and earlier versions ignore it),
 ``made_with`` (batch size and the like: they decide last bits) and sums from which the manifest's
 statistics and color maps come (``sdxl.latent_rgb``; those of earlier versions lack some).
 
@@ -231,6 +234,7 @@ class Sample:
     digests: dict[str, str] = field(default_factory=dict)  # cause -> sha256
     notes: dict[str, Any] = field(default_factory=dict)  # what encode notes of latents and text
     weight: float = 1.0  # of the loss, not of the sampling
+    roles: tuple[str, ...] = ()  # of each caption, "" for one without; empty if none has any
 
     def members(self) -> dict[str, bytes]:
         """The tar members by extension, the same bytes in every process."""
@@ -241,6 +245,8 @@ class Sample:
             "digests": self.digests,
             "notes": self.notes,
         }
+        if self.roles:
+            fields["roles"] = list(self.roles)
         tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
         return {
             "json": json.dumps(fields, sort_keys=True, ensure_ascii=False).encode(),
@@ -259,4 +265,5 @@ class Sample:
             digests=fields["digests"],
             notes=fields["notes"],
             weight=fields["weight"],
+            roles=tuple(fields.get("roles", ())),
         )

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import struct
+from collections import Counter
 from collections.abc import Iterator
 from math import comb
 from pathlib import Path
@@ -64,7 +65,7 @@ RECORD_DTYPE = np.dtype(
         ("first_digest", "<u8"),  # row in the digest table
         ("header_size", "<u4"),  # bytes of the safetensors header, its own length included
         ("tensors", "<u4", (len(TENSORS),)),  # offset of each in the member; 0 = absent
-        ("reserved", "<u4"),
+        ("roles", "<u4"),  # 1 + row in the header's caption_roles; 0 = its captions have none
     ]
 )
 
@@ -98,7 +99,7 @@ class IndexRecord(NamedTuple):
     first_digest: int
     header_size: int
     tensors: bytes
-    reserved: int
+    roles: int
 
 
 def map_file(path: Path) -> memoryview:
@@ -189,6 +190,10 @@ class Index:
             prompt=tuple(self.header["prompt"]),
             pooled=self.header["pooled"],
         )
+        self._caption_roles: tuple[tuple[str, ...], ...] = (
+            (),
+            *map(tuple, self.header.get("caption_roles", ())),
+        )
         self._sample_layouts: dict[tuple[bytes, bytes], SampleLayout] = {}
         self._check_records()
 
@@ -214,6 +219,12 @@ class Index:
         num_digests, tar_bytes = table_bytes // DIGEST_BYTES, self.header["tar_bytes"]
         if problem := misfit_of_records(self.records, self.layout, tar_bytes, num_digests):
             raise self._forged(problem)
+        numbers = np.array([len(roles) for roles in self._caption_roles])
+        rows = self.records["roles"]
+        if (rows >= len(numbers)).any() or (
+            numbers[rows[rows > 0]] != self.records["num_captions"][rows > 0]
+        ).any():
+            raise self._forged("its roles are not as many as its captions")
 
     def _forged(self, problem: str) -> CacheError:
         return CacheError(f"{self.path}: not an index that shardtune writes: {problem}")
@@ -235,6 +246,16 @@ class Index:
 
     def key(self, row: int) -> str:
         return self.record(row).key.decode()
+
+    def caption_roles(self, record: IndexRecord) -> tuple[str, ...]:
+        """The role of each caption of a sample, "" for one without; empty if none has any."""
+        return self._caption_roles[record.roles]
+
+    def count_roles(self) -> Counter[tuple[str, ...]]:
+        """The number of samples by the roles of their captions."""
+        rows, counts = np.unique(self.records["roles"], return_counts=True)
+        roles = (self._caption_roles[row] for row in rows)
+        return Counter(dict(zip(roles, counts.tolist(), strict=True)))
 
     def sample_layout(self, record: IndexRecord) -> SampleLayout:
         """Where the slices of a sample are."""
@@ -311,6 +332,7 @@ ENCODE_FIELDS = {  # what encode adds; a shard that another program wrote may la
     ),
     "num_cut_captions": integer(),
     "imported": IMPORTED,
+    "caption_roles": each(each(text)),
     "dropped_variants": each(
         lambda value: (
             isinstance(value, list) and len(value) == 2 and text(value[0]) and integer()(value[1])

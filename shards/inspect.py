@@ -36,6 +36,8 @@ class Contents:
     repeats: Counts = field(default_factory=Counter)
     num_masks: int = 0
     captions: Counts = field(default_factory=Counter)  # by text
+    roles: Counts = field(default_factory=Counter)  # captions by role, "" for those without
+    role_samples: Counts = field(default_factory=Counter)  # samples by each role that they have
     folders: Counts = field(default_factory=Counter)  # by the first part of the image's path
     rejected: Counts = field(default_factory=Counter)  # by reason, its numbers left out
     images: Counts = field(default_factory=Counter)  # by the digest of the file, if known
@@ -102,6 +104,9 @@ def _count(contents: Contents, shard: Shard) -> None:
         contents.captions.update(fields["captions"])
         if digest := fields.get("digests", {}).get("picture"):
             contents.images[digest] += 1
+        roles = fields.get("roles", len(fields["captions"]) * [""])
+        contents.roles.update(roles)
+        contents.role_samples.update({*roles})
         folder, slash, _ = fields["path"].partition("/")
         contents.folders[folder + slash if slash else "./"] += 1
 
@@ -144,6 +149,18 @@ def _describe_captions(contents: Contents) -> Iterator[str]:
     )
     for text, count in contents.captions.most_common(MAX_SHOWN):
         yield f"  {count:7d}  {_short(text) or '(empty)'}"
+    if roles := describe_roles(contents):
+        yield f"roles of captions: {', '.join(roles)}"
+
+
+def describe_roles(contents: Contents) -> list[str]:
+    """``tags 24 (of 12 samples)`` for each role; empty where no caption has one."""
+    if not any(contents.roles):
+        return []
+    return [
+        f"{role or '(none)'} {num} (of {pluralize(contents.role_samples[role], 'sample')})"
+        for role, num in sorted(contents.roles.items())
+    ]
 
 
 def _describe_samples(contents: Contents) -> Iterator[str]:

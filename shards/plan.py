@@ -8,7 +8,9 @@ G is the global batch: batch size x accumulation x world size.
 """
 
 import functools
+from bisect import bisect_right
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -211,7 +213,8 @@ class Draws:
     A stream is Philox keyed by (seed, epoch, cache, sample, repeat). One generator serves them all,
     as making one takes ten times as long as keying it anew.
 
-    ``variant``, ``caption``, ``dropout`` and ``time`` are uniform in [0, 1), and exact in fp32.
+    ``variant``, ``caption``, ``dropout``, ``time`` and ``role`` are uniform in [0, 1), and exact in
+    fp32.
     """
 
     def __init__(self) -> None:
@@ -225,7 +228,7 @@ class Draws:
         self._fresh["state"]["key"][:] = low, high
         self._bits.state = self._fresh
         uniforms = self._stream.random(NUM_UNIFORMS, np.float32).tolist()
-        self.variant, self.caption, self.dropout, self.time = uniforms[:4]
+        self.variant, self.caption, self.dropout, self.time, self.role = uniforms[:5]
 
     def normal(self, out: npt.NDArray[np.float32]) -> None:
         """Fill ``out`` with the stream's next standard normals."""
@@ -235,3 +238,36 @@ class Draws:
 def pick(uniform: float, size: int) -> int:
     """An index in 0..size-1, each equally likely, from a ``uniform`` number in [0, 1)."""
     return int(uniform * size)
+
+
+RoleShares = tuple[tuple[str, float], ...]  # the share of each role in the draws of captions
+
+
+def pick_caption(
+    roles: tuple[str, ...], shares: RoleShares, role_uniform: float, caption_uniform: float
+) -> int:
+    """Which caption of a sample to take, where ``roles`` has the role of each of its captions.
+
+    The role is drawn by its share among the roles that the sample has, and of the captions in this
+    role each is equally likely. A sample without any role of a share above 0 gives each of its
+    captions equally often.
+    """
+    ends, captions = _role_choices(roles, shares)
+    which = bisect_right(ends, role_uniform * ends[-1])
+    among = captions[min(which, len(captions) - 1)]
+    return among[pick(caption_uniform, len(among))]
+
+
+@functools.lru_cache(maxsize=4096)
+def _role_choices(
+    roles: tuple[str, ...], shares: RoleShares
+) -> tuple[list[float], list[tuple[int, ...]]]:
+    """Where each role's range of shares ends, and its captions; samples have few kinds of roles."""
+    captions = {
+        role: tuple(place for place, own in enumerate(roles) if own == role)
+        for role, share in shares
+        if share > 0 and role in roles
+    }
+    if not captions:
+        return [1.0], [tuple(range(len(roles)))]
+    return list(accumulate(dict(shares)[role] for role in captions)), [*captions.values()]

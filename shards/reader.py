@@ -28,6 +28,7 @@ OPTIONAL_SAMPLE_FIELDS = {
     "weight": schema.number,
     "digests": schema.table(schema.text, schema.text),
     "notes": schema.record,
+    "roles": schema.each(schema.text),
 }
 MAX_OPEN_SHARDS = 8192  # each maps two files and keeps none open; Linux maps up to 65,530
 T = TypeVar("T")
@@ -96,6 +97,10 @@ class Shard:
             problem = misfit(fields, SAMPLE_FIELDS, OPTIONAL_SAMPLE_FIELDS)
             if not problem and len(fields["captions"]) != self.index.records["num_captions"][row]:
                 problem = "its captions are not as many as their embeddings"
+            if not problem and len(fields.get("roles", fields["captions"])) != len(
+                fields["captions"]
+            ):
+                problem = "its roles are not as many as its captions"
         except ValueError as error:
             problem = f"no JSON ({str(error)[:80]})"
         if problem:

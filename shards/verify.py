@@ -146,7 +146,10 @@ def path_of(data: bytes) -> str:
 
 # Salvage: the intact samples of a damaged shard.
 
-WRITER_FIELDS = ("shard", "count", "tar_bytes", "tar_sha256", "dtype", "latent", "prompt", "pooled")
+WRITER_FIELDS = (
+    *("shard", "count", "tar_bytes", "tar_sha256", "dtype", "latent", "prompt", "pooled"),
+    "caption_roles",
+)
 PATH = re.compile(rb'"path": ("(?:[^"\\]|\\.)*")')
 # Raised for samples whose digests are right, but which shardtune did not write.
 FORGED_SAMPLE_ERRORS = (

@@ -1,6 +1,7 @@
 """Writes one shard: the tar first, and when it is on disk for good, its index."""
 
 import hashlib
+import json
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -62,6 +63,7 @@ def write_members(
     """``write_shard`` for samples given as in a tar: key, weight, members."""
     digests: list[int] = []
     rows: list[dict[str, Any]] = []
+    role_rows: dict[tuple[str, ...], int] = {(): 0}  # in the header's caption_roles, from 1 on
     tar = folder / f"{name}.tar"
     with durable_file(tar, writer_name()) as file:
         hashing = _HashingFile(file)
@@ -69,6 +71,8 @@ def write_members(
             for key, weight, members in samples:
                 writer.write({"__key__": key, **members})
                 row: dict[str, Any] = {"key": key.encode(), "weight": weight}
+                roles = tuple(json.loads(members["json"]).get("roles", ()))
+                row["roles"] = role_rows.setdefault(roles, len(role_rows))
                 row["first_digest"] = len(digests)
                 digests.append(xxhash.xxh3_64_intdigest(members["json"]))
                 rows.append(row | describe_payload(members["safetensors"], layout, digests))
@@ -91,6 +95,7 @@ def write_members(
         "prompt": layout.prompt,
         "pooled": layout.pooled,
         **header_fields,
+        **({"caption_roles": [*role_rows][1:]} if len(role_rows) > 1 else {}),
     }
     write_index(folder / f"{name}.index", header, records, digests)
 

@@ -87,6 +87,17 @@ def split_cache(tmp_path_factory: pytest.TempPathFactory, images: Path, encode_t
 
 
 @pytest.fixture(scope="session")
+def role_cache(tmp_path_factory: pytest.TempPathFactory, images: Path, encode_to: Encode) -> Path:
+    """``split_cache`` with roles: each image's text is short, and every other image has tags."""
+    folder = tmp_path_factory.mktemp("roles")
+    shutil.copytree(images, folder / "images")
+    for text in sorted((folder / "images").rglob("*.txt"))[::2]:
+        text.with_suffix(".tags").write_text("one tag, another")
+    roles = "short=.txt,tags=.tags"
+    return encode_to(folder / "images", folder / "cache", val_share=0.3, caption_roles=roles)
+
+
+@pytest.fixture(scope="session")
 def sdxl_configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base folder with the config of SDXL's UNet by its published sizes, and no weights."""
     folder = tmp_path_factory.mktemp("sdxl") / "unet"

@@ -20,16 +20,16 @@ from runs import LORA, UNET, config_of, evals, losses, run, sample_losses
 from sdxl.base import find_weights
 from shards.reader import Cache
 from train.checkpoint import newest_checkpoint
-from train.option_values import CacheUse
+from train.option_values import CacheUse, CaptionShares
 
 ROOT = Path(__file__).parent.parent
 STEPS = 7
 
 
 @pytest.fixture(scope="module")
-def two_caches(split_cache: Path, cache: Path) -> tuple[CacheUse, ...]:
-    """One taken twice and with a validation part, and one that counts half."""
-    return CacheUse(split_cache, repeats=2), CacheUse(cache, weight=0.5)
+def two_caches(role_cache: Path, cache: Path) -> tuple[CacheUse, ...]:
+    """One taken twice, with roles and a validation part, and one that counts half."""
+    return CacheUse(role_cache, repeats=2), CacheUse(cache, weight=0.5)
 
 
 def close(first: list[tuple[int, float]], second: list[tuple[int, float]]) -> bool:
@@ -52,12 +52,13 @@ def losses_of_samples(out: Path) -> list[tuple[int, float]]:
 
 @pytest.mark.slow
 def test_any_number_of_processes_and_any_change_of_it_is_one_run(
-    two_caches: tuple[CacheUse, ...], cache: Path, split_cache: Path, base: Path, tmp_path: Path
+    two_caches: tuple[CacheUse, ...], cache: Path, role_cache: Path, base: Path, tmp_path: Path
 ) -> None:
     """Global batches of 12, several of which are short: ranks often have less, or nothing."""
 
     def train(out: str, world: int, steps: int = STEPS, **more: Any) -> Path:
         settings = {"batch_size": 12 // world, "log_every": 3, "steps": steps, **more}
+        settings["captions"] = CaptionShares.parse("tags=0.6,short=0.4")
         train_on(config_of(two_caches, base, tmp_path / out, **settings), world)
         return tmp_path / out
 
@@ -66,7 +67,7 @@ def test_any_number_of_processes_and_any_change_of_it_is_one_run(
     num_batches = json.loads((single / "config.json").read_text())["steps_per_epoch"]
     assert num_batches < STEPS and {sum(batch.values()) for batch in plan.values()} > {12}
     epoch = sum((plan[0, number] for number in range(num_batches)), Counter())
-    assert epoch == Counter(2 * keys_of(split_cache / "train") + keys_of(cache))
+    assert epoch == Counter(2 * keys_of(role_cache / "train") + keys_of(cache))
     for world in (3, 4):
         other = train(str(world), world)
         assert close(losses(other), losses(single)) and close(evals(other), evals(single)), world

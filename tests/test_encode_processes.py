@@ -134,9 +134,7 @@ def test_parts_in_any_order_write_the_bytes_of_one_encode(
         part("1/2")
     part("plan")
     part("2/2")
-    with pytest.raises(
-        FileNotFoundError, match=r"\d of \d+ shards are not written: .*/train/"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"\d of \d+ shards are not written: .*/train/"):
         part("finish")
     with pytest.raises(ValueError, match=r"other settings .*differing: preprocessing\)"):
         part("1/2", flip=True)

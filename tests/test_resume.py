@@ -37,7 +37,7 @@ from runtime.files import unseal
 from runtime.signals import Stopped
 from train.checkpoint import newest_checkpoint, read_state
 from train.log import cut_metrics
-from train.option_values import CacheUse, Every
+from train.option_values import CacheUse, CaptionShares, Every
 from train.run_folder import check_folder
 
 ROOT = Path(__file__).parent.parent
@@ -65,9 +65,10 @@ def test_stopped_and_resumed_is_bit_equal(
 
 
 @pytest.fixture(scope="module")
-def two_caches(split_cache: Path, cache: Path) -> tuple[CacheUse, ...]:
-    """One taken twice and with a validation part, and one that counts half: 34 samples an epoch."""
-    return CacheUse(split_cache, repeats=2), CacheUse(cache, weight=0.5)
+def two_caches(role_cache: Path, cache: Path) -> tuple[CacheUse, ...]:
+    """One taken twice, with roles and a validation part, and one that counts half: 34 samples an
+    epoch."""
+    return CacheUse(role_cache, repeats=2), CacheUse(cache, weight=0.5)
 
 
 EVERYTHING: dict[str, Any] = {
@@ -75,6 +76,7 @@ EVERYTHING: dict[str, Any] = {
     "batch_size": 4,
     "accumulate": 2,
     "ema": 0.9,
+    "captions": CaptionShares.parse("tags=0.6,short=0.4"),
     "caption_dropout": 0.3,
     "min_snr_gamma": 5.0,
     "noise_offset": 0.1,
@@ -89,6 +91,7 @@ EVERYTHING: dict[str, Any] = {
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:--captions")  # the second cache has no roles
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
 def test_with_everything_on_random_stops_leave_no_trace(
     two_caches: tuple[CacheUse, ...], base: Path, tmp_path: Path, full: bool

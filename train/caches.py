@@ -1,6 +1,8 @@
 """Opens the caches of a run, and refuses those that do not fit its base or each other."""
 
 import warnings
+from collections import Counter
+from collections.abc import Sequence
 
 from runtime.messages import pluralize
 from sdxl.base import ENCODERS, Base
@@ -8,7 +10,7 @@ from sdxl.fingerprint import encoder_digests_in_subprocess
 from shards.reader import Cache
 from train.config import TrainConfig
 from train.distributed import DistContext
-from train.option_values import CacheUse, part_of
+from train.option_values import CacheUse, CaptionShares, part_of
 
 
 def open_data(
@@ -29,7 +31,53 @@ def open_data(
             check_encoders(cache, base)
     if config.masked_loss and not any(has_masks(cache) for cache in caches):
         raise ValueError("--masked-loss: no sample of the cache has a mask")
+    if config.captions:
+        check_roles(caches, config.captions, world.is_main)
     return caches, val
+
+
+def check_roles(caches: Sequence[Cache], shares: CaptionShares, warns: bool = True) -> None:
+    """Refuse a share of a role that no sample of any cache has, and warn of samples without any
+    of the roles, which give each of their captions equally often.
+
+    Raises:
+        ValueError: names the role, and the roles that there are.
+    """
+    counts = count_roles(caches)
+    names = sorted({role for roles in counts for role in roles if role})
+    for role, _ in shares.shares:
+        if role not in names:
+            there = f"there are {', '.join(names)}"
+            if not names:
+                there = "there are none; encode with --caption-roles or several --caption-column"
+            raise ValueError(f"--captions: no image has a caption in the role {role}: {there}")
+    drawn = {role for role, share in shares.shares if share > 0}
+    num_without = sum(count for roles, count in counts.items() if not drawn & {*roles})
+    if num_without and warns:
+        warnings.warn(
+            f"--captions: {num_without:,} of {counts.total():,} images have no caption in any of "
+            "its roles; they give each of their captions equally often",
+            stacklevel=2,
+        )
+
+
+def count_roles(caches: Sequence[Cache]) -> Counter[tuple[str, ...]]:
+    """The number of samples by the roles of their captions."""
+    counts: Counter[tuple[str, ...]] = Counter()
+    for cache in caches:
+        for shard in cache.shards():
+            counts += shard.index.count_roles()
+    return counts
+
+
+def describe_roles(caches: Sequence[Cache], shares: CaptionShares) -> str:
+    """The line of the dry run: what becomes of the shares where samples lack roles."""
+    counts = count_roles(caches)
+    parts = []
+    for role, share in shares.shares:
+        num = sum(count for roles, count in counts.items() if role in roles)
+        parts.append(f"{role} {share / sum(s for _, s in shares.shares):.0%} ({num:,} images)")
+    return f"captions by role: {', '.join(parts)}"
 
 
 def open_cache(use: CacheUse, part: str) -> Cache:

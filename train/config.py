@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 from runtime.options import option
 from runtime.path_kinds import BASE, CACHE, IMAGES, RUN, WEIGHTS, check_kind
 from sdxl.base import BASE_HELP, check_base
-from train.option_values import DEPENDENTS, CacheUse, Every, check_ranges, flag
+from train.option_values import DEPENDENTS, CacheUse, CaptionShares, Every, check_ranges, flag
 
 _LORA_ONLY = ("rank", "alpha", "targets", "conv", "init_lora")
 
@@ -20,7 +20,7 @@ class TrainConfig:
 
     PANELS: ClassVar[dict[str, str]] = {
         "Essentials": "base out steps epochs lr batch_size",
-        "Data": "val caption_dropout unconditional masked_loss",
+        "Data": "val captions caption_dropout unconditional masked_loss",
         "Adapter": "rank alpha adapter targets conv init_lora full",
         "Objective": "prediction_type zero_terminal_snr min_snr_gamma noise_offset loss "
         "huber_delta timesteps logit_mean logit_std timestep_range",
@@ -159,6 +159,11 @@ class TrainConfig:
         (), "LOW,HIGH: train on timesteps from LOW up to, not including, HIGH.", metavar="LOW,HIGH"
     )
     masked_loss: bool = option(False, "Weigh the loss by the masks of the samples that have one.")
+    captions: CaptionShares = option(
+        CaptionShares(),
+        "Share of each role among the captions that are drawn, for example tags=0.5,short=0.5, of "
+        "a cache with roles. Default: every caption of an image is equally likely.",
+    )
     caption_dropout: float = option(
         0.0, "Probability that a sample is trained without its caption."
     )

@@ -267,6 +267,7 @@ def _resume_hint(run: Run) -> str:
 
 def _reading(config: TrainConfig) -> ReadOptions:
     return ReadOptions(
+        captions=config.captions.shares,
         caption_dropout=config.caption_dropout,
         unconditional=config.unconditional,
         offsets=config.noise_offset > 0,

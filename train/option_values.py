@@ -90,6 +90,41 @@ class CacheUse:
 
 
 @dataclass(frozen=True)
+class CaptionShares:
+    """How often captions of each role are drawn: ``tags=0.5,short=0.3``; empty is without roles."""
+
+    shares: tuple[tuple[str, float], ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> "CaptionShares":
+        """Raises ValueError for anything else than that form, and for shares that are none."""
+        shares: dict[str, float] = {}
+        for part in text.split(",") if text.strip() else ():
+            role, separator, number = map(str.strip, part.rpartition("="))
+            try:
+                share = float(number)
+            except ValueError:
+                share = math.nan
+            if not separator or not role or not 0 <= share < math.inf:
+                raise ValueError(
+                    f"{part.strip()[:50]!r} is no ROLE=SHARE with a share from 0 up, as in "
+                    "tags=0.5,short=0.5"
+                )
+            if role in shares:
+                raise ValueError(f"{text[:50]!r} says {role} twice")
+            shares[role] = share
+        if shares and not 0 < sum(shares.values()) < math.inf:
+            raise ValueError(f"{text[:50]!r}: the shares must have a finite sum above 0")
+        return cls(tuple(shares.items()))
+
+    def __str__(self) -> str:
+        return ",".join(f"{role}={_digits(share)}" for role, share in self.shares)
+
+    def __bool__(self) -> bool:
+        return bool(self.shares)
+
+
+@dataclass(frozen=True)
 class Every:
     """An interval: ``500`` optimizer steps, or ``2ep`` (epochs; ``0.5ep`` too). 0 is never."""
 

@@ -13,7 +13,7 @@ from sdxl.user_interfaces import describe_weights
 from shards.buckets import bucket_name, largest_bucket
 from shards.plan import Plan
 from shards.reader import groups_of
-from train.caches import open_data
+from train.caches import describe_roles, open_data
 from train.checkpoint import best_checkpoint, newest_checkpoint
 from train.config import TrainConfig, check_processes
 from train.distributed import DistContext
@@ -75,6 +75,8 @@ def dry_run(config: TrainConfig) -> Iterator[str]:
         f"samples an epoch: {plan.num_entries:,}, from {num_caches} of {size_text(size)}; "
         f"global batch {plan.global_batch}; {plan.num_batches:,} steps an epoch"
     )
+    if config.captions:
+        yield describe_roles(caches, config.captions)
     yield f"steps: {steps:,} ({steps / plan.num_batches:.2f} epochs)"
     if device.startswith("cuda") and config.precision != "fp32":  # the cards' peaks are of bf16
         left = steps - (checkpoint[1]["step"] if checkpoint else 0)

@@ -20,7 +20,7 @@ from train.config import TrainConfig
 from train.distributed import DistContext
 from train.learner import Learner
 from train.objective import objective_of
-from train.option_values import flag
+from train.option_values import CaptionShares, flag
 from train.saved_options import FIXED
 
 # Settings that a resumed run may change; a change is reported, in case it is an accident.
@@ -42,6 +42,7 @@ NOTED = (
     "logit_std",
     "timestep_range",
     "masked_loss",
+    "captions",
     "caption_dropout",
     "unconditional",
 )
@@ -202,11 +203,14 @@ def _agree(config: TrainConfig, world: DistContext, digest: str) -> None:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, CaptionShares):
+        return str(value)
     return list(value) if isinstance(value, tuple) else value
 
 
 def _check_settings(config: TrainConfig, state: dict[str, Any]) -> None:
-    settings, saved = config.resolved(), state["config"]
+    # A run of an earlier version has no roles, and does not say so.
+    settings, saved = config.resolved(), {"captions": ""} | state["config"]
     for name in FIXED:
         if name in saved and saved[name] != settings[name]:
             raise ValueError(

@@ -1,10 +1,11 @@
 """Caption text made ready for the text encoders: bytes decoded, text normalized."""
 
 import codecs
+import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -86,11 +87,13 @@ def normalize_captions(
     """The record with its captions as they are encoded; ``missing_reason`` is said of one without
     any. ``memory`` has what images say themselves."""
     if not record.captions and (text := _other_caption(record, settings, memory)):
-        record = replace(record, captions=(text,))
+        record = replace(record, captions=(text,), roles=())
     captions = tuple(map(_one_form, record.captions)) or ("",)
+    roles = record.roles if any(captions) else ()
     if any(captions) and not all(captions) and not settings.empty_captions:
         # One of several that a tool left blank: the others say what the image shows.
         record = replace(record, num_blank_captions=captions.count(""))
+        roles = tuple(itertools.compress(roles, captions))
         captions = tuple(filter(None, captions))
     may_be_empty = bool(record.captions) and settings.empty_captions
     if not may_be_empty and not all(captions):
@@ -106,29 +109,26 @@ def normalize_captions(
         return Rejected(record.path, "its caption holds NUL characters: save it as UTF-8")
     if settings.wildcards:
         try:
-            captions = tuple(
-                text
-                for number, caption in enumerate(captions)
-                for text in expand_wildcards(
-                    caption,
-                    settings.wildcards,
-                    f"{record.key}/{number}",
-                    settings.wildcard_lists,
-                )
+            captions, roles = _expanded(
+                captions,
+                roles,
+                lambda caption, number: expand_wildcards(
+                    caption, settings.wildcards, f"{record.key}/{number}", settings.wildcard_lists
+                ),
             )
         except ValueError as error:
             return Rejected(record.path, str(error))
     if settings.shuffle_tags:
-        captions = tuple(
-            order
-            for number, caption in enumerate(captions)
-            for order in shuffled_tags(
+        captions, roles = _expanded(
+            captions,
+            roles,
+            lambda caption, number: shuffled_tags(
                 caption,
                 settings.shuffle_tags,
                 settings.keep_tokens,
                 f"{record.key}/{number}",
                 settings.tag_dropout,
-            )
+            ),
         )
     if len(captions) > MAX_CAPTIONS:
         return Rejected(record.path, f"{len(captions)} captions; at most {MAX_CAPTIONS} fit")
@@ -138,6 +138,20 @@ def normalize_captions(
             _framed(caption, settings.caption_prefix, settings.caption_suffix)
             for caption in captions
         ),
+        roles=roles if any(roles) else (),
+    )
+
+
+def _expanded(
+    captions: tuple[str, ...], roles: tuple[str, ...], expand: Callable[[str, int], list[str]]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The variants that ``expand`` makes of each caption and its number, in the role of that
+    caption where ``roles`` is not empty."""
+    variants = [expand(caption, number) for number, caption in enumerate(captions)]
+    role_each = zip(roles, variants, strict=True) if roles else ()
+    return (
+        tuple(text for texts in variants for text in texts),
+        tuple(role for role, texts in role_each for _ in texts),
     )
 
 

@@ -1,11 +1,13 @@
 """Images in a folder, each with its caption and mask beside it."""
 
 import errno
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from precompute.dataset.captions import (
     MAX_TEXT_BYTES,
@@ -34,6 +36,7 @@ from precompute.dataset.records import (
     MetadataEntry,
     Rejected,
     SourceImage,
+    captions_of_field,
     captions_of_object,
     parse_row,
 )
@@ -220,6 +223,28 @@ class Tree:
         """No entry: only tars have such entries. Of a JSON file in a folder the caption is read."""
         return NO_ENTRY
 
+    def fields(self, path: str, names: tuple[str, ...]) -> dict[str, Any]:
+        """The fields of these names in a JSON file beside an image, those that it has. It may be
+        any tool's: what is no JSON object has none."""
+
+        def read() -> dict[str, Any]:
+            try:
+                row = parse_row(decode_text(Blob(self.root / path, size, mtime_ns).read()))
+                return {name: row[name] for name in names if name in row}
+            except ValueError:
+                return {}
+
+        if path in self.irregular:
+            return {}
+        size, mtime_ns = self.files[path]
+        if size > MAX_TEXT_BYTES:
+            return {}
+        role = f"fields {json.dumps(names)} "
+        fields: dict[str, Any] = self.memory.recall(role + self.prefix + path, size, mtime_ns, read)
+        if fields:
+            self.used.add(path)
+        return fields
+
 
 def walk(
     root: Path,
@@ -357,6 +382,8 @@ def _read_captions(
     stem = stem_of(path)
     texts = find_sidecars(container, stem, settings.texts)
     texts = texts or find_sidecars(container, path, settings.texts)  # x.jpg.txt
+    by_role = _captions_by_role(container, path, settings)
+    texts = [] if by_role else texts
     captions, has_other = _first_text(container, texts, settings)
     is_tar = isinstance(container, TarMembers)
     rows = find_sidecars(container, stem, (".json",)) if is_tar or not texts else []
@@ -364,11 +391,13 @@ def _read_captions(
     row = NO_ENTRY
     if rows and isinstance(container, TarMembers):
         row = container.row(rows[0])
-    elif rows and isinstance(container, Tree):
+    elif rows and isinstance(container, Tree) and not by_role:
         captions, why = _captions_of_json(container, rows[0])
         missing += why
     if not any(captions):
         captions = row.captions or captions
+    if by_role:
+        captions = tuple(caption for caption, _ in by_role)
     record = SourceImage(
         container.dataset_path(path),
         container.blob(path),
@@ -377,8 +406,37 @@ def _read_captions(
         row.repeats,
         split=row.split,
         has_other_caption=has_other,
+        roles=tuple(role for _, role in by_role),
     )
     return record, missing
+
+
+def _captions_by_role(
+    container: Tree | TarMembers, path: str, settings: EncodeSettings
+) -> list[tuple[str, str]]:
+    """The captions beside an image that have a role, each with it; empty where there are none, and
+    then the image has the captions that it would have without roles.
+
+    Raises:
+        ValueError: a text cannot be read.
+    """
+    stem, roles = stem_of(path), settings.roles
+    names = tuple(source for source in roles if source[0] != ".")
+    rows = find_sidecars(container, stem, (".json",)) if names else []
+    fields = container.fields(rows[0], names) if rows else {}
+    pairs = []
+    for source, role in roles.items():
+        if source[0] == ".":
+            beside = find_sidecars(container, stem, (source,))
+            beside = beside or find_sidecars(container, path, (source,))
+            try:
+                texts = captions_of_text(container.text(beside[0]), settings) if beside else ()
+            except ValueError as error:
+                raise ValueError(f"no caption: {beside[0].rpartition('/')[2]} {error}") from None
+        else:
+            texts = captions_of_field(fields, source)
+        pairs += [(text, role) for text in texts]
+    return pairs if any(text for text, _ in pairs) else []
 
 
 def _first_text(

@@ -301,13 +301,20 @@ def _read_item(
     path = folder + name
     try:
         path, image = _find_file(tree, folder, name)
-        entry = read_entry(row, columns.captions, columns.every_caption)
+        entry = read_entry(row, columns.captions, columns.every_caption, columns.roles)
         mask_name = first_field(row, MASK_FIELDS)
         mask = None if mask_name is None else _find_mask(tree, folder, mask_name)
     except ValueError as error:
         return Rejected(path, f"{line_label}: {error}")
     record = SourceImage(
-        path, image, entry.captions, entry.weight, entry.repeats, mask, split=entry.split
+        path,
+        image,
+        entry.captions,
+        entry.weight,
+        entry.repeats,
+        mask,
+        split=entry.split,
+        roles=entry.roles,
     )
     return normalize_captions(
         record,

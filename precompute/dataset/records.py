@@ -4,7 +4,7 @@ import errno
 import json
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -100,7 +100,8 @@ class SourceImage:
     ``repeats`` how often an epoch takes it, ``split`` the split that its list names (else empty),
     ``num_blank_captions`` how many blank captions were dropped because there are others,
     ``header`` the short digest, width and height, where the image had to be read with the dataset,
-    ``has_other_caption`` whether another text beside it says something else.
+    ``has_other_caption`` whether another text beside it says something else, ``roles`` the role
+    of each caption, "" for one without; empty if none has any.
     """
 
     path: str
@@ -113,6 +114,7 @@ class SourceImage:
     num_blank_captions: int = 0
     header: tuple[str, int, int] | None = None
     has_other_caption: bool = False
+    roles: tuple[str, ...] = ()
 
     @cached_property
     def key(self) -> str:
@@ -220,23 +222,26 @@ MAX_REPEATS = 10**6  # an epoch's entries are counted, shuffled and stored
 class Columns:
     """The fields or columns that name an image and hold its captions, likeliest first.
 
-    With ``every_caption`` all of them are captions, else the first one that a row has.
+    With ``every_caption`` all of them are captions, else the first one that a row has. ``roles``
+    has the role of the captions of each column; empty where they have none.
     """
 
     image: tuple[str, ...]
     captions: tuple[str, ...]
     every_caption: bool = False
     are_chosen: bool = False
+    roles: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, settings: EncodeSettings) -> "Columns":
         """Those of the settings, and for what they do not name the usual ones."""
-        image, captions = settings.image_column, settings.caption_column
+        image, captions = settings.image_column, settings.caption_columns
         return cls(
             (image,) if image else FILE_FIELDS + MORE_FILE_FIELDS,
             captions or TEXT_FIELDS + MORE_TEXT_FIELDS,
             bool(captions),
             bool(image or captions),
+            settings.roles,
         )
 
     def image_fields(self, present: Iterable[str]) -> tuple[str, ...]:
@@ -251,17 +256,20 @@ class Columns:
     def lower(self) -> "Columns":
         """As the header of a .csv is read: in any letter case."""
         image, captions = (tuple(map(str.lower, names)) for names in (self.image, self.captions))
-        return Columns(image, captions, self.every_caption, self.are_chosen)
+        roles = {name.lower(): role for name, role in self.roles.items()}
+        return Columns(image, captions, self.every_caption, self.are_chosen, roles)
 
 
 @dataclass(frozen=True)
 class MetadataEntry:
-    """What a list, or the JSON of a tar's member, says of an image; ``captions`` may be empty."""
+    """What a list, or the JSON of a tar's member, says of an image; ``captions`` may be empty, and
+    ``roles`` is, where they have none."""
 
     captions: tuple[str, ...] = ()
     weight: float = 1.0
     repeats: int = 1
     split: str = ""
+    roles: tuple[str, ...] = ()
 
 
 NO_ENTRY = MetadataEntry()
@@ -283,7 +291,10 @@ def parse_row(line: str | bytes) -> dict[str, Any]:
 
 
 def read_entry(
-    row: dict[str, Any], text_fields: tuple[str, ...] = TEXT_FIELDS, every_caption: bool = False
+    row: dict[str, Any],
+    text_fields: tuple[str, ...] = TEXT_FIELDS,
+    every_caption: bool = False,
+    roles: Mapping[str, str] | None = None,
 ) -> MetadataEntry:
     """Check the fields of a row that encode uses; missing ones have their defaults.
 
@@ -303,13 +314,28 @@ def read_entry(
             f"its repeats must be a whole number from 1 to {MAX_REPEATS}, not {shortened(repeats)}"
         )
     split = row.get("split")
-    values = [row[name] for name in text_fields if row.get(name) is not None]
-    captions = tuple(
-        caption
-        for value in (values if every_caption else values[:1])
-        for caption in _captions(value, text_fields)
+    names = [name for name in text_fields if row.get(name) is not None]
+    pairs = [
+        (caption, roles.get(name, "") if roles else "")
+        for name in (names if every_caption else names[:1])
+        for caption in _captions(row[name], text_fields)
+    ]
+    return MetadataEntry(
+        tuple(caption for caption, _ in pairs),
+        float(weight),
+        repeats,
+        split if isinstance(split, str) else "",
+        tuple(role for _, role in pairs) if roles else (),
     )
-    return MetadataEntry(captions, float(weight), repeats, split if isinstance(split, str) else "")
+
+
+def captions_of_field(row: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    """The captions in one field, none where it is missing or null.
+
+    Raises:
+        ValueError: it is neither text nor a list of texts.
+    """
+    return () if row.get(name) is None else _captions(row[name], (name,))
 
 
 def captions_of_object(row: dict[str, Any], joined: bool = False) -> tuple[str, ...]:

@@ -147,7 +147,7 @@ def read_source(folder: Path, settings: EncodeSettings, memory: Memory, prefix: 
         if path.lower().endswith(TABLE_ENDINGS) and not (is_list(path) or path in tree.used):
             items += read_table_images(tree, path, settings)
             continue
-        tar = _open_if_tar(tree, path)
+        tar = _open_if_tar(tree, path, settings)
         if isinstance(tar, Rejected):
             items.append(tar)
         elif tar is not None:
@@ -226,7 +226,7 @@ def _with_masks(tree: Tree, listed_items: Iterable[Item]) -> list[Item]:
     ]
 
 
-def _open_if_tar(tree: Tree, path: str) -> TarMembers | Rejected | None:
+def _open_if_tar(tree: Tree, path: str, settings: EncodeSettings) -> TarMembers | Rejected | None:
     """Open a file of the tree if it is a tar with images; None for other files and a cache's
     shards."""
     lower = path.lower()
@@ -242,7 +242,9 @@ def _open_if_tar(tree: Tree, path: str) -> TarMembers | Rejected | None:
     if not is_text(path):
         return Rejected(path, "its name is not UTF-8 text")
     try:
-        return open_tar(tree.root, path, tree.files[path], tree.memory, tree.prefix)
+        return open_tar(
+            tree.root, path, tree.files[path], tree.memory, tree.prefix, (*settings.roles,)
+        )
     except ValueError as error:
         return Rejected(path, str(error))
     except OSError as error:

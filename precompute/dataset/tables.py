@@ -141,7 +141,7 @@ def _read_row(
         return Rejected(name, row)
     size, header, fields, *offset = row
     try:
-        entry = read_entry(fields, tuple(scan["captions"]), columns.every_caption)
+        entry = read_entry(fields, tuple(scan["captions"]), columns.every_caption, columns.roles)
     except ValueError as error:
         return Rejected(name, str(error))
     place = (*offset, "") if offset else (number, scan["image"])
@@ -154,6 +154,7 @@ def _read_row(
         entry.repeats,
         split=entry.split,
         header=header and tuple(header),
+        roles=entry.roles,
     )
     named = " or ".join(scan["captions"]) or "no column of captions"
     return normalize_captions(record, settings, memory, f"no caption: {named} is empty in its row")

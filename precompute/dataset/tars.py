@@ -4,6 +4,7 @@ A tar's headers may claim any size, offset or name. None is believed beyond the 
 bounds below, so a tar with false headers is one rejected entry.
 """
 
+import json
 import os
 import posixpath
 import re
@@ -142,6 +143,11 @@ class TarMembers:
                 entry = replace(entry, captions=captions_of_object(row) or entry.captions)
         return entry
 
+    def fields(self, path: str, names: tuple[str, ...]) -> dict[str, Any]:
+        """The fields of these names in an image's .json member, those that it has."""
+        row = self.texts.get(path)
+        return {name: row[name] for name in names if name in row} if isinstance(row, dict) else {}
+
     def rejected(self, images: set[str]) -> Iterator[Rejected]:
         """Members that should be images and are not; ``images`` are stems of those that are."""
         for path, why in self.refused.items():
@@ -162,16 +168,24 @@ def too_large(num_bytes: int, limit: int) -> str:
 
 
 def open_tar(
-    root: Path, path: str, stamp: tuple[int, int], memory: Memory, prefix: str
+    root: Path,
+    path: str,
+    stamp: tuple[int, int],
+    memory: Memory,
+    prefix: str,
+    sources: tuple[str, ...] = (),
 ) -> TarMembers:
     """The tar ``path`` of the dataset's folder ``root``; not opened if it is remembered.
+
+    ``sources`` are those of captions with roles: further fields of JSON, and endings of texts.
 
     Raises:
         ValueError: it is no regular file any more.
         OSError: it cannot be read.
     """
     file, (size, mtime_ns) = root / path, stamp
-    scan = memory.recall(f"members {prefix}{path}", size, mtime_ns, lambda: _scan(file))
+    role = f"roles {json.dumps(sources)} " if sources else "members "
+    scan = memory.recall(role + prefix + path, size, mtime_ns, lambda: _scan(file, sources))
     hidden = {name: part for name in scan["files"] if (part := hidden_part(name))}
     files = {
         name: (offset, size) for name, (offset, size) in scan["files"].items() if name not in hidden
@@ -219,8 +233,10 @@ class _BoundedReader:
 class _TarScan:
     """Lists all members of a tar, as JSON for the memory; captions are read, images are not."""
 
-    def __init__(self, raw: BinaryIO) -> None:
+    def __init__(self, raw: BinaryIO, sources: tuple[str, ...]) -> None:
         self.raw = raw
+        self.endings = (*TEXTS, *(name for name in sources if name[0] == "."))
+        self.fields = (*KEPT, *(name for name in sources if name[0] != "."))
         self.text_bytes = 0
         self.result: dict[str, Any] = {
             "files": {},
@@ -273,7 +289,7 @@ class _TarScan:
             refused[name] = "in its tar a second time"
         else:
             files[name] = place
-            if name.lower().endswith(TEXTS):
+            if name.lower().endswith(self.endings):
                 self.add_text(name, *place)
 
     def add_text(self, name: str, offset: int, size: int) -> None:
@@ -285,18 +301,18 @@ class _TarScan:
                 many = too_large(self.text_bytes, MAX_TEXTS_BYTES)
                 raise ValueError(f"is not read: the texts of its tar have {many}")
             self.raw.seek(offset)
-            self.result["texts"][name] = _read_text(name, self.raw.read(size))
+            self.result["texts"][name] = _read_text(name, self.raw.read(size), self.fields)
         except ValueError as error:
             self.result["unread"][name] = str(error)
 
 
-def _scan(file: Path) -> dict[str, Any]:
+def _scan(file: Path, sources: tuple[str, ...]) -> dict[str, Any]:
     with open_regular(file) as raw:
-        return _TarScan(raw).run()
+        return _TarScan(raw, sources).run()
 
 
-def _read_text(name: str, data: bytes) -> Any:
-    """The text of a member, or the fields of its JSON that encode uses.
+def _read_text(name: str, data: bytes, fields: tuple[str, ...]) -> Any:
+    """The text of a member, or those ``fields`` that its JSON has.
 
     Raises:
         ValueError: it cannot be read; the message says why.
@@ -304,7 +320,7 @@ def _read_text(name: str, data: bytes) -> Any:
     if not name.lower().endswith(".json"):
         return decode_text(data)
     row = parse_row(decode_text(data))
-    return {field: row[field] for field in KEPT if field in row}
+    return {field: row[field] for field in fields if field in row}
 
 
 def _check_end(raw: BinaryIO, offset: int) -> str:

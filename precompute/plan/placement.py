@@ -42,6 +42,11 @@ class PlannedSample:
         return self.variants[0].target
 
     @property
+    def _captions(self) -> tuple[Any, ...]:
+        record = self.record
+        return (record.captions, record.roles) if record.roles else record.captions
+
+    @property
     def fingerprint(self) -> list[Any]:
         """What its latents and embeddings depend on, in the order of FINGERPRINT_FIELDS. It is JSON
         and is kept in the index, so that a later run sees what changed."""
@@ -49,7 +54,7 @@ class PlannedSample:
             self.image_digest,
             self.mask_digest,
             _with_file(geometry_digest(self.variants), self.latents_file),
-            _with_file(_json_digest(self.record.captions), self.text_file),
+            _with_file(_json_digest(self._captions), self.text_file),
             self.record.weight,
         ]
 

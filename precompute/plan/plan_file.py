@@ -27,7 +27,8 @@ class CopySource:
 
     ``key`` is the sample's key in that shard. ``cache`` is empty, or the folder of the run's other
     cache (train or val). For latents, ``num_variants`` is the number of first variants that the
-    row has; 0 means all.
+    row has; 0 means all. For text, ``by_text`` means that the row has other captions: those whose
+    text is the same are copied, and the others encoded.
     """
 
     shard: str
@@ -35,6 +36,7 @@ class CopySource:
     key: str
     cache: str = ""
     num_variants: int = 0
+    by_text: bool = False
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -55,13 +57,18 @@ class SampleTask:
     @property
     def needs_text_encoders(self) -> bool:
         """Whether captions must be encoded."""
-        return not (self.reason is not None or self.text or self.planned.text_file)
+        return self.encodes_text and not self.planned.text_file
 
     @property
     def is_encoded(self) -> bool:
         """Whether any of it must be encoded or imported, and not only copied."""
         is_copied = self.latents and not self.latents.num_variants and self.text
-        return self.reason is None and not is_copied
+        return self.reason is None and not (is_copied and not self.encodes_text)
+
+    @property
+    def encodes_text(self) -> bool:
+        """Whether any of its captions may have to be encoded, or imported."""
+        return self.reason is None and (self.text is None or self.text.by_text)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -161,7 +168,8 @@ _TIME = schema.integer(-(2**63), 2**63)  # in ns
 _BLOB_PARTS = (_is_path, _COUNT, _TIME, _COUNT)
 _BLOB = schema.either(schema.row(*_BLOB_PARTS), schema.row(*_BLOB_PARTS, schema.text))
 _GEOMETRY = schema.row(*[schema.each(_COUNT, 2)] * 4, schema.flag)
-_COPY_SOURCE = schema.row(schema.SHARD, _COUNT, schema.text, schema.text, _COUNT)
+_COPY_PARTS = (schema.SHARD, _COUNT, schema.text, schema.text, _COUNT)
+_COPY_SOURCE = schema.either(schema.row(*_COPY_PARTS), schema.row(*_COPY_PARTS, schema.flag))
 _TASK = {
     "path": schema.text,
     "picture": _BLOB,
@@ -175,13 +183,21 @@ _TASK = {
     "reason": schema.maybe(schema.text),
 }
 _FILE = schema.maybe(schema.row(_BLOB, schema.text, schema.text))
-_IMPORTS = {"imports": schema.row(_FILE, _FILE)}
+_MORE = {"imports": schema.row(_FILE, _FILE), "roles": schema.each(schema.text)}
+
+
+def _is_task(value: Any) -> bool:
+    if schema.misfit(value, _TASK, _MORE):
+        return False
+    return len(value.get("roles", value["captions"])) == len(value["captions"])
+
+
 _SHARD = {
     "name": schema.SHARD,
     "bucket": schema.BUCKET,
     "repeats": schema.REPEATS,
     "frees": schema.each(schema.SHARD),
-    "tasks": schema.each(schema.fields(_TASK, _IMPORTS)),
+    "tasks": schema.each(_is_task),
 }
 
 
@@ -205,18 +221,23 @@ def _task_to_json(task: SampleTask) -> dict[str, Any]:
     planned, record = task.planned, task.planned.record
     files = [planned.latents_file, planned.text_file]
     imports = {"imports": [file and _file_to_json(file) for file in files]} if any(files) else {}
-    return imports | {
-        "path": record.path,
-        "picture": _blob_to_json(record.image),
-        "mask": record.mask and _blob_to_json(record.mask),
-        "captions": record.captions,
-        "weight": record.weight,
-        "digests": [planned.image_digest, planned.mask_digest],
-        "variants": [astuple(geometry) for geometry in planned.variants],
-        "latents": task.latents and astuple(task.latents),
-        "text": task.text and astuple(task.text),
-        "reason": task.reason,
-    }
+    roles = {"roles": record.roles} if record.roles else {}
+    return (
+        imports
+        | roles
+        | {
+            "path": record.path,
+            "picture": _blob_to_json(record.image),
+            "mask": record.mask and _blob_to_json(record.mask),
+            "captions": record.captions,
+            "weight": record.weight,
+            "digests": [planned.image_digest, planned.mask_digest],
+            "variants": [astuple(geometry) for geometry in planned.variants],
+            "latents": task.latents and astuple(task.latents),
+            "text": task.text and astuple(task.text),
+            "reason": task.reason,
+        }
+    )
 
 
 def _task_from_json(line: dict[str, Any], repeats: int) -> SampleTask:
@@ -227,6 +248,7 @@ def _task_from_json(line: dict[str, Any], repeats: int) -> SampleTask:
         line["weight"],
         repeats,
         line["mask"] and _blob_from_json(line["mask"]),
+        roles=tuple(line.get("roles", ())),
     )
     image, mask = line["digests"]
     variants = tuple(_geometry_from_json(row) for row in line["variants"])

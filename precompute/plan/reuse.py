@@ -366,7 +366,9 @@ class _Origin(NamedTuple):
         latents = stored if source.latents and not changed & LATENT_FIELDS else None
         if source.latents and changed & LATENT_FIELDS == {"geometry"}:
             latents = _first_variants(planned, stored, existing, old["geometry"])
-        text = stored if source.text and not changed & TEXT_FIELDS else None
+        text = None
+        if source.text and not (changed & TEXT_FIELDS and planned.text_file):
+            text = replace(stored, by_text=bool(changed & TEXT_FIELDS))
         return SampleTask(planned, latents, text), causes
 
 
