@@ -118,7 +118,9 @@ def unaccounted(root: Path, sources: dict[str, Source], message: str) -> list[st
         is_tar = path.endswith(".tar") and re.search(re.escape(path) + "(/|: no images)", packed)
         is_skipped = any(f"{path}/".startswith(f"{entry.rstrip('/')}/") for entry in skipped)
         is_list = path.rpartition("/")[2] in LISTED
-        return bool(is_text or is_mask or is_tar or is_skipped or is_list)
+        is_import = path.endswith(".npz") and "kohya caches (.npz) found" in message
+        is_import = is_import and path.removesuffix(".npz").lower() in stems
+        return bool(is_text or is_mask or is_tar or is_skipped or is_list or is_import)
 
     return sorted(
         path for path in leaves(root) - images - unused - held_out if not is_accounted(path)
