@@ -49,9 +49,9 @@ def test_files_beside_an_image_have_the_roles_of_their_endings(tmp_path: Path) -
     roles = "tags=.tags,short=.txt,long=prose"
     expected = [("tags", "cat, red"), ("tags", "cat, blue"), ("short", "a cat")]
     expected += [("long", "A cat."), ("long", "It sits.")]
-    found = roles_of(tmp_path, caption_roles=roles, wildcards=2)
-    assert sorted(found["a.png"]) == sorted(expected)
-    assert found["b.png"] == [("short", "a dog")]
+    by_path = roles_of(tmp_path, caption_roles=roles, wildcards=2)
+    assert sorted(by_path["a.png"]) == sorted(expected)
+    assert by_path["b.png"] == [("short", "a dog")]
     source = read_one(tmp_path, caption_roles=roles)
     (c,) = (record for record in source.records if record.path == "c.png")
     assert (c.captions, c.roles) == (("only this",), ()), "what it would have without roles"
@@ -171,10 +171,10 @@ def test_all_else_of_a_batch_is_as_without_shares(forty: tuple[Cache, dict[str, 
     plain, shared = (
         [*epoch_of(reader_of([cache], 8, **reading))] for reading in ({}, {"captions": SHARES})
     )
-    for one, other in zip(plain, shared, strict=True):
-        assert one.keys == other.keys
+    for first, other in zip(plain, shared, strict=True):
+        assert first.keys == other.keys
         for name in ("latents", "noise", "times", "time_ids", "weights"):
-            assert torch.equal(getattr(one, name), getattr(other, name)), name
+            assert torch.equal(getattr(first, name), getattr(other, name)), name
 
 
 def test_a_role_that_no_image_has_is_refused(forty: tuple[Cache, dict[str, Sample]]) -> None:

@@ -47,10 +47,14 @@ def check_roles(caches: Sequence[Cache], shares: CaptionShares, warns: bool = Tr
     names = sorted({role for roles in counts for role in roles if role})
     for role, _ in shares.shares:
         if role not in names:
-            there = f"there are {', '.join(names)}"
+            roles_shown = f"there are {', '.join(names)}"
             if not names:
-                there = "there are none; encode with --caption-roles or several --caption-column"
-            raise ValueError(f"--captions: no image has a caption in the role {role}: {there}")
+                roles_shown = (
+                    "there are none; encode with --caption-roles or several --caption-column"
+                )
+            raise ValueError(
+                f"--captions: no image has a caption in the role {role}: {roles_shown}"
+            )
     drawn = {role for role, share in shares.shares if share > 0}
     num_without = sum(count for roles, count in counts.items() if not drawn & {*roles})
     if num_without and warns:
