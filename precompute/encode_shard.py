@@ -201,8 +201,8 @@ def _copy_or_encode_texts(
         captions, source = task.planned.record.captions, task.text
         if task.reason is not None or (source is not None and not source.by_text):
             captions = ()
-        elif source is not None and (copied := {*copies.captions(source)}):
-            captions = tuple(text for text in captions if text not in copied)
+        elif source is not None and (stored_texts := {*copies.captions(source)}):
+            captions = tuple(text for text in captions if text not in stored_texts)
         missing.append(captions)
     encoded = make_texts(
         [

@@ -49,9 +49,9 @@ def test_files_beside_an_image_have_the_roles_of_their_endings(tmp_path: Path) -
     roles = "tags=.tags,short=.txt,long=prose"
     expected = [("tags", "cat, red"), ("tags", "cat, blue"), ("short", "a cat")]
     expected += [("long", "A cat."), ("long", "It sits.")]
-    roles_read = roles_of(tmp_path, caption_roles=roles, wildcards=2)
-    assert sorted(roles_read["a.png"]) == sorted(expected)
-    assert roles_read["b.png"] == [("short", "a dog")]
+    by_path = roles_of(tmp_path, caption_roles=roles, wildcards=2)
+    assert sorted(by_path["a.png"]) == sorted(expected)
+    assert by_path["b.png"] == [("short", "a dog")]
     source = read_one(tmp_path, caption_roles=roles)
     (c,) = (record for record in source.records if record.path == "c.png")
     assert (c.captions, c.roles) == (("only this",), ()), "what it would have without roles"
