@@ -28,7 +28,7 @@ from precompute.dataset.file_roles import (
     stem_of,
     unread_image,
 )
-from precompute.dataset.folder import Tree, find_masks, read_images, walk
+from precompute.dataset.folder import Tree, walk
 from precompute.dataset.metadata_files import (
     LISTS,
     MAX_LIST_BYTES,
@@ -39,6 +39,7 @@ from precompute.dataset.metadata_files import (
     unlisted_images,
 )
 from precompute.dataset.records import MAX_REPEATS, PACKS, Memory, Rejected, Source, SourceImage
+from precompute.dataset.sidecars import find_masks, read_images
 from precompute.dataset.tables import TABLE_ENDINGS, read_table_images, saved_files
 from precompute.dataset.tars import COMPRESSED, TarMembers, open_tar, too_large
 from precompute.imports.kohya import cached_stem
