@@ -32,7 +32,7 @@ class EncodeSettings:
         "Input": "import_ ignore image_column val_share repeat_folders min_size dedupe "
         "max_rejected rehash",
         "Size and crop": "bucket_step square squash",
-        "Variants and masks": "flip crops mask_from_alpha",
+        "Variants and masks": "flip crops masks mask_from_alpha",
         "Models": "vae tokenizers vae_dtype device gpus part batch_size fit threads",
         "Output": "dtype mean_only shard_size preview_prompts max_removed "
         "allow_other_dataset repack",
@@ -131,6 +131,12 @@ class EncodeSettings:
         "keep",
         "What to do with images whose files are equal byte for byte: keep all, or drop all but the "
         "first by key. An image of train that equals one of val is dropped from train.",
+    )
+    masks: Path | None = option(
+        None,
+        "Folder of masks, under the paths or the names of their images, for images without a mask "
+        "beside them.",
+        metavar="FOLDER",
     )
     mask_from_alpha: bool = option(
         False, "Use an image's own alpha as its mask, unless it has a mask file."
@@ -350,4 +356,6 @@ class EncodeSettings:
             check_kind(self.dataset, IMAGES, remedies)
         if self.wildcard_lists is not None and not self.wildcard_lists.is_dir():
             raise ValueError(f"--wildcard-lists {self.wildcard_lists}: there is no such folder")
+        if self.masks is not None and not self.masks.is_dir():
+            raise ValueError(f"--masks {self.masks}: there is no such folder")
         check_base(self.base)

@@ -11,7 +11,7 @@ import pytest
 from precompute.dataset.records import Blob, Memory
 from precompute.dataset.sources import read_dataset
 from precompute.settings import EncodeSettings
-from tests.folders import captions, put, put_list, read_one, reasons
+from tests.folders import captions, put, put_list, read_one, read_set, reasons
 
 
 def repeats(folder: Path, **settings: Any) -> dict[str, int]:
@@ -200,3 +200,44 @@ def test_a_blob_is_what_it_was_or_an_error(tmp_path: Path) -> None:
     for changed in (blob, part):
         with pytest.raises(ValueError, match="it changed"):
             changed.read()
+
+
+def test_masks_of_another_folder(tmp_path: Path) -> None:
+    """Under the image's path or its name; one beside the image, and one in a list, come first."""
+    data, masks = tmp_path / "data", tmp_path / "masks"
+    for name in ("a.jpg", "cats/b.jpg", "cats/c.jpg", "d.jpg", "e.jpg", "f.png"):
+        put(data / name, name)
+    put(data / "d.mask.png")
+    for name in ("a.png", "cats/b-masklabel.PNG", "c.png", "d.png", "f.png", "f.webp", "z.png"):
+        put(masks / name)
+    with pytest.warns(UserWarning) as warned:
+        source = read_one(data, masks=masks)
+    paths = {
+        record.path: record.mask and os.path.relpath(record.mask.file, tmp_path)
+        for record in source.records
+    }
+    assert paths == {
+        "a.jpg": "masks/a.png",
+        "cats/b.jpg": "masks/cats/b-masklabel.PNG",
+        "cats/c.jpg": "masks/c.png",
+        "d.jpg": "data/d.mask.png",
+        "e.jpg": None,
+    }
+    assert [(each.path, each.reason) for each in source.rejected] == [
+        ("f.png", "has several masks in --masks: f.png, f.webp")
+    ]
+    (message,) = [str(warning.message) for warning in warned]
+    assert message.startswith(f"--masks {masks}: 4 masks of no image") and "e.g. d.png" in message
+    (mask,) = [record.mask for record in source.records if record.path == "a.jpg"]
+    assert mask is not None and str(tmp_path) not in mask.place_in(data)
+
+
+def test_masks_of_another_folder_for_splits(tmp_path: Path) -> None:
+    for name in ("train/a.jpg", "val/a.jpg"):
+        put(tmp_path / "data" / name, "x")
+        put(tmp_path / "masks" / name.replace("jpg", "png"))
+    sources = read_set(tmp_path / "data", masks=tmp_path / "masks")
+    for name, source in sources.items():
+        (record,) = source.records
+        assert record.mask is not None
+        assert record.mask.file == tmp_path / "masks" / name / "a.png"

@@ -1,6 +1,7 @@
 """An image of the dataset as a record: its bytes on demand, and its caption, weight and repeats."""
 
 import errno
+import hashlib
 import json
 import os
 import time
@@ -63,6 +64,8 @@ class Blob:
     def place_in(self, dataset: Path) -> str:
         """Where the bytes lie, as a memory knows them: the path in the dataset, offset, column."""
         inside = str(self.file).removeprefix(f"{dataset}/")
+        if inside == str(self.file):  # of --masks, elsewhere: a cache names no folder of a machine
+            inside = f"elsewhere-{short_digest(hashlib.sha256(os.fsencode(self.file)).hexdigest())}"
         return f"{inside}:{self.offset}{' ' if self.column else ''}{self.column}"
 
     def read(self) -> bytes:

@@ -1,7 +1,9 @@
 """Images of a folder or a tar, each with the captions and the mask beside it."""
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from precompute.dataset.captions import (
     MAX_TEXT_BYTES,
@@ -19,11 +21,12 @@ from precompute.dataset.file_roles import (
     stems_of_masked,
     unread_image,
 )
-from precompute.dataset.folder import Tree
+from precompute.dataset.folder import Tree, walk
 from precompute.dataset.records import (
     JSON_FIELDS,
     NO_ENTRY,
     Blob,
+    Memory,
     Rejected,
     SourceImage,
     captions_of_field,
@@ -32,6 +35,7 @@ from precompute.dataset.records import (
 )
 from precompute.dataset.tars import TarMembers, too_large
 from precompute.settings import EncodeSettings
+from runtime.messages import pluralize
 
 
 @dataclass
@@ -98,6 +102,42 @@ def find_masks(paths: Iterable[str]) -> Masks:
             masks.by_stem.setdefault(stem, []).append(path)
         (masks.paired if matches else masks.unpaired).add(path)
     return masks
+
+
+def with_masks_of(
+    folder: Path, items: Iterable[SourceImage | Rejected], prefix: str, memory: Memory
+) -> Iterator[SourceImage | Rejected]:
+    """Give the images without a mask theirs of another folder (``--masks``).
+
+    It lies there under the image's path, which begins with ``prefix`` where the dataset is several
+    folders, or under its name alone; its ending may be another, and its name that of a mask file.
+    Masks that no image takes are counted in a warning, where the dataset is one folder.
+    """
+    tree = walk(folder, memory)
+    by_stem: dict[str, list[str]] = {}
+    for path in sorted(tree.files):
+        if is_image(path):
+            for stem in dict.fromkeys([stem_of(path), *stems_of_masked(path)]):
+                by_stem.setdefault(stem.lower(), []).append(path)
+    for item in items:
+        if isinstance(item, SourceImage) and item.mask is None:
+            stem = stem_of(item.path).lower()
+            stems = dict.fromkeys([f"{prefix}{stem}".lower(), stem, stem.rpartition("/")[2]])
+            masks = next((by_stem[name] for name in stems if name in by_stem), [])
+            try:
+                if len(masks) > 1:
+                    raise ValueError(f"has several masks in --masks: {', '.join(masks[:3])}")
+                item = replace(item, mask=tree.blob(masks[0])) if masks else item
+            except ValueError as error:
+                item = Rejected(item.path, str(error))
+        yield item
+    unused = [path for path in tree.files if is_image(path) and path not in tree.used]
+    if unused and not prefix:
+        warnings.warn(
+            f"--masks {folder}: {pluralize(len(unused), 'mask')} of no image, or of one that has a "
+            f"mask beside it, e.g. {unused[0]}",
+            stacklevel=2,
+        )
 
 
 def _matches(stem: str, own_stem: str, exact: set[str], lower: dict[str, list[str]]) -> list[str]:

@@ -39,7 +39,7 @@ from precompute.dataset.metadata_files import (
     unlisted_images,
 )
 from precompute.dataset.records import MAX_REPEATS, PACKS, Memory, Rejected, Source, SourceImage
-from precompute.dataset.sidecars import find_masks, read_images
+from precompute.dataset.sidecars import find_masks, read_images, with_masks_of
 from precompute.dataset.tables import TABLE_ENDINGS, read_table_images, saved_files
 from precompute.dataset.tars import COMPRESSED, TarMembers, open_tar, too_large
 from precompute.imports.kohya import cached_stem
@@ -158,7 +158,10 @@ def read_source(folder: Path, settings: EncodeSettings, memory: Memory, prefix: 
     items += [Rejected(path, why) for path, why in tree.unread_folders.items()]
     unreadable = (path for path in tree.irregular if path not in tree.used and _is_input(path))
     items += [Rejected(path, tree.irregular[path]) for path in [*unreadable]]
-    items = [*repeat_folders(_without_ignored(tree, items), settings.repeat_folders)]
+    items = [*_without_ignored(tree, items)]
+    if settings.masks is not None:
+        items = [*with_masks_of(settings.masks, items, prefix, memory)]
+    items = [*repeat_folders(items, settings.repeat_folders)]
     unused += _without_imports(tree, _unused(tree, {item.path for item in items}), settings)
     source = _sorted(items, hidden, unused)
     _warn(folder, source, tree.ignored)
