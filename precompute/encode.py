@@ -270,8 +270,9 @@ def _write_shards(queue: WorkQueue, encoders: Encoders, job: EncodeJob) -> None:
             for claimed in range(len(todo)):  # whoever else still writes one writes the same bytes
                 write(claimed, unless_whole=True)
             for folder in files:  # what the lost one left
-                for left in folder.glob(f"*.tar.*{PARTIAL}"):
-                    remove_path(left)
+                for ending in ("tar", "index"):
+                    for left in folder.glob(f"*.{ending}.*{PARTIAL}"):
+                        remove_path(left)
 
 
 @contextmanager

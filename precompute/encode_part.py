@@ -27,7 +27,9 @@ def write_part(settings: EncodeSettings, number: int, num_parts: int) -> None:
     """Write each ``num_parts``-th shard of the plan from the ``number``-th on, but for whole ones.
 
     It needs the plan, the dataset's files and the base, and neither a lock nor any other process.
-    Whatever part dies, is repeated or runs twice at once, the shards have the same bytes.
+    Whatever part dies, is repeated or runs twice at once, the shards have the same bytes: what is
+    whole is never replaced, what is copied from stays until ``finish``, and a part that outlives
+    its plan writes nothing more.
 
     Raises:
         ValueError: there is no plan, or it is not of these settings and this base.
@@ -53,13 +55,29 @@ def write_part(settings: EncodeSettings, number: int, num_parts: int) -> None:
     tasks = [(folder, files[folder].shard(shard)) for folder, shard in todo]
     left = [(folder, task) for folder, task in tasks if not _is_whole(folder, task.name)]
     made_with = header["made_with"]
+    for name, given in (("batch_size", settings.batch_size), ("threads", settings.threads)):
+        if given is not None and given != made_with.get(name, given):
+            raise ValueError(
+                f"--{name.replace('_', '-')} {given}: the plan has {made_with[name]}; give it with "
+                "--part plan"
+            )
     with ExitStack() as stack:
         stack.enter_context(num_threads(made_with.get("threads", num_cores())))
         encoders = Encoders(settings, base, made_with["batch_size"])
         progress = Progress(WorkQueue(), sum(task.num_encodes for _, task in left))
         stack.enter_context(progress)
         for folder, task in left:
-            encode_shard(task, folder, encoders, header["recipe"], progress.tick)
+            if _is_whole(folder, task.name):
+                continue
+            encode_shard(
+                task,
+                folder,
+                encoders,
+                header["recipe"],
+                progress.tick,
+                check=files[folder].check_current,
+                keeps_sources=True,
+            )
     echo(f"part {number}/{num_parts}: its {pluralize(len(tasks), 'shard')} are written")
 
 

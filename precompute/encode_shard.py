@@ -276,16 +276,25 @@ def _without_copied(planned: PlannedSample, stored: CopySource | None) -> Planne
 # The shard: it is written, then the retired shards that it alone copied from are removed.
 
 
+class _WrittenMeanwhile(Exception):
+    """Another process has written the shard: a whole one is never replaced."""
+
+
 def encode_shard(
     shard_task: ShardTask,
     folder: Path,
     encoders: Encoders,
     recipe: dict[str, Any],
     tick: Callable[[bool], None],
+    *,
+    check: Callable[[], None] = lambda: None,
+    keeps_sources: bool = False,
 ) -> None:
     """Write a shard, tar and index, from copied and encoded samples.
 
-    ``tick`` is called as ``make_samples`` says.
+    ``tick`` is called as ``make_samples`` says, and ``check`` before the shard gets its name.
+    ``keeps_sources`` leaves the retired shards that it copied from to ``finish``: another process
+    may be copying the same.
 
     Raises:
         OSError: a file could not be read or written; then there is no shard of that name.
@@ -297,6 +306,7 @@ def encode_shard(
         prompt=(text["tokens"], text["depth"]),
         pooled=text["pooled"],
     )
+    index = folder / f"{shard_task.name}.index"
     notes = HeaderNotes(LatentSums.empty(encoders.channels))
     header: dict[str, Any] = {
         "bucket": shard_task.bucket,
@@ -308,7 +318,15 @@ def encode_shard(
     def samples() -> Iterator[Sample]:
         yield from make_samples(shard_task.tasks, encoders, copies, notes, tick)
         header.update(notes.to_json())
+        if index.exists():
+            raise _WrittenMeanwhile
+        check()
 
-    write_shard(folder, shard_task.name, samples(), layout, header)
+    try:
+        write_shard(folder, shard_task.name, samples(), layout, header)
+    except _WrittenMeanwhile:
+        return
+    if keeps_sources:
+        return
     for name in shard_task.releases:
         remove_shard(folder / REPLACED, name)

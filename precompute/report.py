@@ -198,7 +198,7 @@ def describe(report: Report, settings: EncodeSettings) -> Iterator[str]:
         f"\n{report.folder}: {pluralize(report.num_samples, 'image')} in "
         f"{pluralize(report.num_shards, 'shard')}, "
         f"{report.num_bytes / 1e6:.1f} MB: {summarize(report.changes)}"
-        + (", so nothing was encoded" if report.changes.are_none else "")
+        + (", so nothing was encoded" if report.changes.are_none and not settings.part else "")
     )
     for bucket, count in report.buckets.items():
         yield f"  {bucket:>9}  {count:6d}  {'#' * round(40 * count / max(1, report.num_samples))}"

@@ -238,6 +238,8 @@ class EncodeSettings:
         if self.crops > MAX_CROPS:
             raise ValueError(f"--crops must be at most {MAX_CROPS}, not {self.crops}")
         self._check_part()
+        if not all(self.ignore):
+            raise ValueError("--ignore: an empty pattern leaves out nothing; give a name or a path")
         if self.wildcard_lists is not None and not self.wildcards:
             raise ValueError("--wildcard-lists needs --wildcards, the number of expansions")
         num_variants = max(1, self.wildcards) * max(1, self.shuffle_tags)

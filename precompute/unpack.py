@@ -233,8 +233,14 @@ def _write_sample(out: Path, sample: UnpackedSample, image: Image.Image) -> None
 
 def _caption_file(sample: UnpackedSample) -> tuple[str, bytes]:
     """The ending and the bytes of the file that encode reads the captions from: a text of one
-    caption, a JSON where there are several or a text would read as another one."""
-    captions = sample.fields["captions"]
+    caption, a JSON where there are several or a text would read as another one. Of captions with
+    roles the JSON has a field for each role, which ``--caption-roles ROLE=ROLE,...`` reads."""
+    captions, roles = sample.fields["captions"], sample.fields.get("roles", [])
+    if any(roles):
+        by_role: dict[str, list[str]] = {}
+        for caption, role in zip(captions, roles, strict=True):
+            by_role.setdefault(role, []).append(caption)
+        return ".json", json.dumps(by_role).encode()
     text = captions[0].encode("utf-8", "backslashreplace")
     if len(captions) == 1 and len(text) <= MAX_TEXT_BYTES:
         try:
@@ -269,6 +275,7 @@ def _entry(sample: UnpackedSample) -> dict[str, Any]:
         "file": sample.file,
         "path": sample.fields["path"],
         "captions": sample.fields["captions"],
+        **({"roles": sample.fields["roles"]} if sample.fields.get("roles") else {}),
         "weight": sample.fields["weight"],
         "repeats": index.header.get("repeats", 1),
         "variants": sizes,

@@ -12,12 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from encodes import contents, encode, settings_of
+from encodes import contents, copy_old, encode, settings_of
 
 import precompute.encode
+import precompute.encode_part
 import precompute.report
 import runtime.work_queue
 import shards.writer
+from shards.manifest import read_manifest
+from shards.verify import verify
 from tools.draw_images import draw_images
 
 ROOT = Path(__file__).parent.parent
@@ -166,6 +169,52 @@ def test_parts_die_and_run_twice_at_once(
     assert start_parts([own, own], output) == [0, 0], output.read_text()
     precompute.encode.encode(settings_of(images, base, out, part="finish"))
     assert contents(out) == contents(alone)
+
+
+@pytest.mark.filterwarnings("ignore:--batch-size 4")
+def test_a_part_that_outlives_its_plan_replaces_nothing(
+    images: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that was held up goes on after another has done its work, which copied latents."""
+    data, out = copy_old(images, tmp_path / "data"), tmp_path / "cache"
+    encode(data, base, out, batch_size=1)
+    for file in data.rglob("*.txt"):
+        file.write_text("another " + file.read_text())
+
+    def part(part: str) -> None:
+        precompute.encode.encode(settings_of(data, base, out, part=part))
+
+    part("plan")
+    real, done = precompute.encode_part.encode_shard, list[dict[str, bytes]]()
+
+    def held_up(*args: Any, **more: Any) -> None:
+        if not done:
+            monkeypatch.setattr(precompute.encode_part, "encode_shard", real)
+            part("1/1")
+            part("finish")
+            done.append(contents(out))
+        real(*args, **more)
+
+    monkeypatch.setattr(precompute.encode_part, "encode_shard", held_up)
+    part("1/1")
+    assert [contents(out)] == done and not any(verify(out, read_manifest(out)))
+    # Planned anew meanwhile, what it writes is not what is wanted.
+    for file in data.rglob("*.txt"):
+        file.write_text("third " + file.read_text())
+    part("plan")
+    again = list[int]()
+
+    def planned_anew(*args: Any, **more: Any) -> None:
+        if not again:
+            again.append(1)
+            next(data.rglob("*.txt")).write_text("fourth")
+            part("plan")
+        real(*args, **more)
+
+    monkeypatch.setattr(precompute.encode_part, "encode_shard", planned_anew)
+    with pytest.raises(ValueError, match="finished or planned anew meanwhile"):
+        part("1/1")
+    assert not list(out.glob("*.index"))
 
 
 @pytest.mark.slow

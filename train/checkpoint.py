@@ -146,6 +146,7 @@ class CheckpointWriter:
             self._thread.start()
         else:
             self._write(final, partial, files, record)
+            self.world.wait()  # for the main rank, which may delete old ones
         if wait:
             self.finish()
 

@@ -137,6 +137,7 @@ def train(config: TrainConfig, after_checkpoint: Callable[[], None] | None = Non
                 num_steps,
                 decided_checkpointing=start.config.gradient_checkpointing is None,
             )
+            world.wait()  # one may have read the base from a slower disk
             warm_up(learner, config, plan, tokens)
             if world.is_main and start.step < num_steps:
                 warn_of_space(config, num_steps, learner, kind)
@@ -156,6 +157,7 @@ def train(config: TrainConfig, after_checkpoint: Callable[[], None] | None = Non
                 fitted=fitted,
                 skipped_in_a_row=start.skipped_in_a_row,
             )
+            world.wait()  # the main rank has started the trackers
             path = _run(run)
         stop_world(world)
         return path

@@ -208,6 +208,7 @@ class Previewer:
         learner, precision, vae = self.learner, self.learner.precision, None
         if self.config.preview_vae and learner.world.is_main:
             vae = load_vae(self.base.vae, torch.float32).to(learner.world.device)
+        learner.world.wait()
         with learner.eval_mode() as unet:
             images = draw_previews(
                 unet,

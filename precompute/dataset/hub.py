@@ -52,6 +52,7 @@ def locate_dataset(settings: EncodeSettings) -> LocalDataset:
     match = _FORM.fullmatch(text)
     if match is None or ".." in (match["folder"] or "").split("/"):
         form = "hf://OWNER/NAME, with @REVISION or /FOLDER behind it"
+        text = re.sub(r":/+", "://", text, count=1)  # of which a Path takes a slash
         raise ValueError(f"{text}: a dataset of the hub is named {form}")
     repo, revision, inside = match["repo"], match["revision"], match["folder"] or ""
     name = f"hf://{repo}{'/' if inside else ''}{inside}"

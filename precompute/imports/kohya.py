@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from precompute.dataset.captions import captions_of_text, decode_text
 from precompute.dataset.file_roles import stem_of
 from precompute.dataset.records import Blob, ImportedFile, Memory, Rejected
 from precompute.imports.npz import Npz, NpzError
@@ -178,16 +179,27 @@ class _Finder:
             return sample, f"{contents['tokens']} tokens of text, not {wanted}"
         if len(sample.record.captions) != 1 or is_varied:
             return sample, "text of one caption, where the image has several or a varied one"
-        if self._caption_changed_after(sample.record.image.file, contents["blob"].mtime_ns):
+        text = self._text_beside(sample.record.image.file)
+        if text is None or self._captions_in(text) != sample.record.captions:
+            return sample, "text of the file beside the image, where the caption is another one"
+        if text.stat().st_mtime_ns > contents["blob"].mtime_ns:
             return sample, "text of a caption that was changed since"
         file = ImportedFile(contents["blob"], contents["digest"])
         return replace(sample, text_file=file), ""
 
-    def _caption_changed_after(self, image: Path, mtime_ns: int) -> bool:
-        """Whether a text beside the image is newer. Nothing else tells of another caption."""
+    def _text_beside(self, image: Path) -> Path | None:
+        """The text beside the image, of which kohya's embeddings are: the file does not hold it."""
         stem = stem_of(image.name)
         paths = [image.with_name(stem + ending) for ending in self._settings.texts]
-        return any(path.is_file() and path.stat().st_mtime_ns > mtime_ns for path in paths)
+        return next((path for path in paths if path.is_file()), None)
+
+    def _captions_in(self, text: Path) -> tuple[str, ...]:
+        """The captions of a text, or none where it cannot be read. Those of lists, with a prefix or
+        from elsewhere are others."""
+        try:
+            return captions_of_text(decode_text(Blob.of(text).read()), self._settings)
+        except (OSError, ValueError):
+            return ()
 
     def _read(self, path: Path, read: Any) -> dict[str, Any]:
         """What ``read`` finds in a file, its digest and the blob; remembered if unchanged.

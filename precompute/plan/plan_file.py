@@ -105,6 +105,7 @@ class PlanFile:
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / PLAN
+        self._opened = _identity(self._path)
         with open(self._path, "rb") as file:
             self._starts = [0]
             self._starts += [file.tell() for _ in iter(file.readline, b"")]
@@ -112,6 +113,18 @@ class PlanFile:
 
     def __len__(self) -> int:
         return len(self._starts) - 2
+
+    def check_current(self) -> None:
+        """
+        Raises:
+            ValueError: the plan is gone, or another one has taken its place.
+        """
+        try:
+            is_current = _identity(self._path) == self._opened
+        except FileNotFoundError:
+            is_current = False
+        if not is_current:
+            raise ValueError(f"{self._path}: finished or planned anew meanwhile; start again")
 
     def shard(self, number: int) -> ShardTask:
         """The ``number``-th shard to be written."""
@@ -138,6 +151,11 @@ class PlanFile:
         if xxhash.xxh3_64_hexdigest(text).encode() != digest:
             raise ValueError(f"{self._path}: damaged; run the same encode again")
         return schema.read_json(text)
+
+
+def _identity(path: Path) -> tuple[int, int, int]:
+    stat = path.stat()
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def read_plan_header(folder: Path) -> dict[str, Any]:
