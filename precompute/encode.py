@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from precompute.dataset.hub import locate_dataset
-from precompute.encode_part import refuse_missing, write_part
+from precompute.encode_part import check_planned, refuse_missing, write_part
 from precompute.encode_shard import encode_shard
 from precompute.encoders import Encoders
 from precompute.plan.cache_plan import (
@@ -86,6 +86,8 @@ def encode(settings: EncodeSettings) -> list[Report]:
         if settings.share is not None:
             write_part(settings, *settings.share)
             return []
+        if settings.part == "finish":
+            check_planned(settings.out)
         queue.check_shared(settings.out)
         if not queue.is_main:
             job = EncodeJob(**json.loads(queue.wait_for("job")))

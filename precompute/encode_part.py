@@ -37,10 +37,9 @@ def write_part(settings: EncodeSettings, number: int, num_parts: int) -> None:
     folders = [settings.out, *(settings.out / name for name in (TRAIN, VAL))]
     planned = [folder for folder in folders if (folder / PLAN).exists()]
     if not planned:
-        if any((folder / MANIFEST).exists() for folder in folders):
-            echo(f"{settings.out}: is finished, nothing is left to write")
-            return
-        raise ValueError(f"{settings.out}: has no plan; run the same with --part plan first")
+        check_planned(settings.out)
+        echo(f"{settings.out}: is finished, nothing is left to write")
+        return
     base = open_base(settings.base, vae=settings.vae, tokenizers=settings.tokenizers)
     files = {folder: PlanFile(folder) for folder in planned}
     header = next(iter(files.values())).header
@@ -79,6 +78,16 @@ def write_part(settings: EncodeSettings, number: int, num_parts: int) -> None:
                 keeps_sources=True,
             )
     echo(f"part {number}/{num_parts}: its {pluralize(len(tasks), 'shard')} are written")
+
+
+def check_planned(out: Path) -> None:
+    """
+    Raises:
+        ValueError: there is neither a plan nor a finished cache.
+    """
+    folders = [out, *(out / name for name in (TRAIN, VAL))]
+    if not any((folder / name).exists() for folder in folders for name in (PLAN, MANIFEST)):
+        raise ValueError(f"{out}: has no plan; run the same with --part plan first")
 
 
 def _is_whole(folder: Path, name: str) -> bool:

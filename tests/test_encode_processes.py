@@ -135,6 +135,8 @@ def test_parts_in_any_order_write_the_bytes_of_one_encode(
 
     with pytest.raises(ValueError, match="has no plan; run the same with --part plan first"):
         part("1/2")
+    with pytest.raises(ValueError, match="has no plan; run the same with --part plan first"):
+        part("finish")
     part("plan")
     part("2/2")
     with pytest.raises(FileNotFoundError, match=r"\d of \d+ shards are not written: .*/train/"):

@@ -47,8 +47,9 @@ def test_what_is_ignored_is_as_if_it_were_not_there(tmp_path: Path) -> None:
             tar.add(tmp_path / "raw" / name, name)
         tar.add(tmp_path / "a.txt", "d.txt")
         tar.add(tmp_path / "a.txt", "d_depth.txt")
-    patterns = ("*_depth.png", "raw/", "*_mask.*")
-    with pytest.warns(UserWarning, match=r"left out by --ignore \(4\): a_mask.png, b_depth.png, p"):
+        tar.add(tmp_path / "a.txt", "d.notes")
+    patterns = ("*_depth.png", "raw/", "*_mask.*", "*.notes")
+    with pytest.warns(UserWarning, match=r"left out by --ignore \(5\): a_mask.png, b_depth.png, p"):
         source = read_one(tmp_path, ignore=patterns)
     assert captions(source) == {"a.png": ("an a",), "b.png": ("a b",), "pack.tar/d.png": ("an a",)}
     assert not reasons(source) and not source.unused

@@ -67,11 +67,28 @@ def read_dataset(settings: EncodeSettings, memory: Memory | None = None) -> dict
     sources = (
         None if _has_image_list(root) else _read_layout(root, folders, settings, memory)
     ) or divide_by_folders(root, read_source(root, settings, memory))
+    _warn_of_roles(sources, settings)
     if not val_share:
         return sources
     if VAL in sources:
         raise ValueError(f"{root}: has its own images to validate on; remove --val-share")
     return split_by_share(sources[""], val_share)
+
+
+def _warn_of_roles(sources: dict[str, Source], settings: EncodeSettings) -> None:
+    """Warn of a source of texts that no image has: most likely its name is not spelled so."""
+    seen = {
+        role for source in sources.values() for record in source.records for role in record.roles
+    }
+    for name, role in settings.roles.items():
+        if role not in seen:
+            kind = (
+                "no text beside an image ends" if name[0] == "." else "no column or field is named"
+            )
+            warnings.warn(
+                f"{settings.dataset}: no image has a caption in the role {role}: {kind} {name}",
+                stacklevel=3,
+            )
 
 
 def _read_layout(
@@ -154,7 +171,9 @@ def read_source(folder: Path, settings: EncodeSettings, memory: Memory, prefix: 
         elif tar is not None:
             items += _read_tar_images(tree, tar, settings)
             hidden = hidden + [tar.dataset_path(name) for name in tar.hidden]
-            unused += [tar.dataset_path(name) for name in tar.files if name not in tar.used]
+            for path in (tar.dataset_path(name) for name in tar.files if name not in tar.used):
+                is_left_out = is_ignored(tree.prefix + path, tree.ignore)
+                (tree.ignored if is_left_out else unused).append(path)
     items += [Rejected(path, why) for path, why in tree.unread_folders.items()]
     unreadable = (path for path in tree.irregular if path not in tree.used and _is_input(path))
     items += [Rejected(path, tree.irregular[path]) for path in [*unreadable]]
