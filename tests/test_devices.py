@@ -24,7 +24,7 @@ from infer.settings import GenerateSettings
 from precompute.encode import encode
 from precompute.encoders import Encoders
 from precompute.settings import EncodeSettings
-from runtime.devices import has_bf16, pick_precision, to_device
+from runtime.devices import has_bf16, pick_device, pick_precision, to_device
 from runtime.process import ALLOCATOR
 from sdxl.base import open_base
 from tests.made import learner_for
@@ -111,12 +111,13 @@ def test_the_host_does_not_wait_for_cuda_and_pinned_memory_alone(kind: str, pinn
     assert moved == (kind, kind == "cuda" and pinned)
 
 
-def test_a_rank_takes_a_gpu_of_its_own_and_waits_two_hours_at_most(
+def test_a_rank_takes_a_gpu_of_its_own_and_waits_in_a_step_for_minutes(
     capability: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     capability(8, 0)
     called: list[Any] = []
     monkeypatch.setattr(torch.cuda, "set_device", called.append)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(
         dist, "init_process_group", lambda *args, **how: called.append((*args, how))
     )
@@ -126,10 +127,13 @@ def test_a_rank_takes_a_gpu_of_its_own_and_waits_two_hours_at_most(
         monkeypatch.setenv(name, value)
     world = start_world("cuda")
     StopVote(world)
-    gpu, limit = torch.device("cuda:1"), timedelta(hours=2)
+    gpu, minutes = torch.device("cuda:1"), [timedelta(minutes=n) for n in (15, 120, 10)]
     assert (world.device, world.rank, world.size) == (gpu, 5, 8)
-    vote = {"backend": "gloo", "timeout": limit}
-    assert called == [gpu, ("nccl", {"timeout": limit}), vote]
+    step, patient, vote = ({"timeout": limit} for limit in minutes)
+    gloo = {"backend": "gloo"}
+    assert called == [gpu, ("nccl", step), gloo | patient, gloo | vote]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # each sees its own alone
+    assert pick_device("cuda") == torch.device("cuda:0")
 
 
 # TF32.

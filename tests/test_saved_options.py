@@ -111,6 +111,17 @@ def test_another_run_in_the_same_place_is_not_taken_for_it(
     assert "config.json: cannot be read; give the run's options again" in words
 
 
+def test_resume_auto_is_resume_beside_out(tmp_path: Path) -> None:
+    """The word is no cache, unless there is a folder of that name."""
+    auto, cache = CacheUse(Path("auto")), CacheUse(tmp_path / "cache")
+    given: dict[str, Any] = {"out": tmp_path / "new", "base": "owner/name", "resume": True}
+    for caches, expected in (((cache, auto), (cache,)), ((auto,), None), ((cache,), (cache,))):
+        named = {**given, "caches": caches}
+        assert saved_options(named) == {}, "there is no run: it begins"
+        assert named.get("caches") == expected
+    assert "caches" not in given and saved_options(given) == {} and "caches" not in given
+
+
 def test_whose_wandb_it_is_stays_on_this_machine(tmp_path: Path) -> None:
     """The folder of a run does not name its user."""
     use = CacheUse(tmp_path / "cache", repeats=2)

@@ -19,6 +19,7 @@ from pages.run_files import read_run
 from precompute.prompts import change_prompts
 from runtime.path_kinds import RUN, kind_of
 from train.distributed import DistContext
+from train.evaluation import Evaluation
 from train.log import RunLog
 from train.option_values import Every
 from train.run_folder import run_entries
@@ -84,10 +85,10 @@ def test_a_tracker_that_fails_costs_itself_alone(start: Start, tmp_path: Path, f
     weights = tmp_path / "weights.safetensors"
     weights.write_bytes(b"1")
     with pytest.warns(UserWarning, match="--wandb failed, and the run goes on .*gone$") as warned:
-        log.eval(1, 0.5)
+        log.eval(1, Evaluation(0.5, {}, ""))
         log.preview(1, tmp_path, PREVIEWS)
         log.weights(weights)
-        log.eval(2, 0.25)
+        log.eval(2, Evaluation(0.25, {}, ""))
     log.close(failed=False)
     assert len(warned) == 1
     assert [row["eval/loss"] for row in rows(tmp_path)] == [0.5, 0.25]

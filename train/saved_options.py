@@ -50,8 +50,10 @@ def saved_options(given: dict[str, Any]) -> dict[str, Any]:
     # --resume auto, as other trainers have it, for what --resume does beside --out: go on with the
     # run that is there, or begin it. (A folder of that name is a cache.)
     caches = given.get("caches", ())
-    if len(caches) > 1 or "out" in given:
+    if caches and (len(caches) > 1 or "out" in given):
         given["caches"] = tuple(c for c in caches if str(c.folder) != "auto" or c.folder.exists())
+        if not given["caches"]:
+            del given["caches"]
     is_named_alone = _takes_the_run(given)
     if "out" not in given:
         return {}

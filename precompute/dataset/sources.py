@@ -80,7 +80,8 @@ def _warn_of_roles(sources: dict[str, Source], settings: EncodeSettings) -> None
     seen = {
         role for source in sources.values() for record in source.records for role in record.roles
     }
-    for name, role in settings.roles.items():
+    has_images = any(source.records for source in sources.values())
+    for name, role in settings.roles.items() if has_images else ():
         if role not in seen:
             kind = (
                 "no text beside an image ends" if name[0] == "." else "no column or field is named"
