@@ -31,6 +31,7 @@ from precompute.plan.cache_plan import (
 from precompute.plan.disk_space import Sizer, check_disk_space
 from precompute.plan.plan_file import PlanFile
 from precompute.plan.removals import refuse_losses
+from precompute.plan.reuse import is_whole
 from precompute.plan.scan import Notes
 from precompute.report import Progress, Report, count_across
 from precompute.settings import EncodeSettings
@@ -257,7 +258,7 @@ def _write_shards(queue: WorkQueue, encoders: Encoders, job: EncodeJob) -> None:
             folder, number = todo[claimed]
             file = files[folder] = files.get(folder) or PlanFile(folder)
             shard_task, recipe = file.shard(number), file.header["recipe"]
-            if unless_whole and (folder / f"{shard_task.name}.index").exists():
+            if unless_whole and is_whole(folder, shard_task.name):
                 return
             encode_shard(shard_task, folder, encoders, recipe, progress.tick)
 
@@ -269,7 +270,7 @@ def _write_shards(queue: WorkQueue, encoders: Encoders, job: EncodeJob) -> None:
                 "a process that had claimed shards does not write them any more; the main one does",
                 stacklevel=2,
             )
-            for claimed in range(len(todo)):  # whoever else still writes one writes the same bytes
+            for claimed in range(len(todo)):  # whoever still writes one too does not replace it
                 write(claimed, unless_whole=True)
             for folder in files:  # what the lost one left
                 for ending in ("tar", "index"):
@@ -305,11 +306,11 @@ def _report_interrupt(plans: list[CachePlan]) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as stop:
-        names = [plan.folder / f"{name}.index" for plan in plans for name in plan.names]
-        if names:
-            num_complete = sum(name.exists() for name in names)
+        shards = [(plan.folder, name) for plan in plans for name in plan.names]
+        if shards:
+            num_complete = sum(is_whole(*shard) for shard in shards)
             stop.add_note(
-                f"{num_complete} of {len(names)} shards are whole; the same command goes on from "
+                f"{num_complete} of {len(shards)} shards are whole; the same command goes on from "
                 "there"
             )
         raise

@@ -12,6 +12,7 @@ from precompute.encode_shard import encode_shard
 from precompute.encoders import Encoders
 from precompute.plan.cache_plan import CachePlan
 from precompute.plan.plan_file import PlanFile
+from precompute.plan.reuse import is_whole
 from precompute.recipe import read_recipe
 from precompute.report import Progress
 from precompute.settings import EncodeSettings
@@ -34,8 +35,7 @@ def write_part(settings: EncodeSettings, number: int, num_parts: int) -> None:
     Raises:
         ValueError: there is no plan, or it is not of these settings and this base.
     """
-    folders = [settings.out, *(settings.out / name for name in (TRAIN, VAL))]
-    planned = [folder for folder in folders if (folder / PLAN).exists()]
+    planned = [folder for folder in _folders(settings.out) if (folder / PLAN).exists()]
     if not planned:
         check_planned(settings.out)
         echo(f"{settings.out}: is finished, nothing is left to write")
@@ -52,7 +52,7 @@ def write_part(settings: EncodeSettings, number: int, num_parts: int) -> None:
     todo = [(folder, shard) for folder in planned for shard in range(len(files[folder]))]
     todo = todo[number - 1 :: num_parts]
     tasks = [(folder, files[folder].shard(shard)) for folder, shard in todo]
-    left = [(folder, task) for folder, task in tasks if not _is_whole(folder, task.name)]
+    left = [(folder, task) for folder, task in tasks if not is_whole(folder, task.name)]
     made_with = header["made_with"]
     for name, given in (("batch_size", settings.batch_size), ("threads", settings.threads)):
         if given is not None and given != made_with.get(name, given):
@@ -66,7 +66,7 @@ def write_part(settings: EncodeSettings, number: int, num_parts: int) -> None:
         progress = Progress(WorkQueue(), sum(task.num_encodes for _, task in left))
         stack.enter_context(progress)
         for folder, task in left:
-            if _is_whole(folder, task.name):
+            if is_whole(folder, task.name):
                 continue
             encode_shard(
                 task,
@@ -80,18 +80,19 @@ def write_part(settings: EncodeSettings, number: int, num_parts: int) -> None:
     echo(f"part {number}/{num_parts}: its {pluralize(len(tasks), 'shard')} are written")
 
 
+def _folders(out: Path) -> list[Path]:
+    """Where the caches of a run may be."""
+    return [out, out / TRAIN, out / VAL]
+
+
 def check_planned(out: Path) -> None:
     """
     Raises:
         ValueError: there is neither a plan nor a finished cache.
     """
-    folders = [out, *(out / name for name in (TRAIN, VAL))]
-    if not any((folder / name).exists() for folder in folders for name in (PLAN, MANIFEST)):
+    files = (folder / name for folder in _folders(out) for name in (PLAN, MANIFEST))
+    if not any(file.exists() for file in files):
         raise ValueError(f"{out}: has no plan; run the same with --part plan first")
-
-
-def _is_whole(folder: Path, name: str) -> bool:
-    return (folder / f"{name}.index").exists()
 
 
 def refuse_missing(plans: list[CachePlan]) -> None:

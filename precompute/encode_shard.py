@@ -22,7 +22,7 @@ from precompute.images.masks import shows_anything
 from precompute.imports.parts import IMPORTED, make_latents, make_texts
 from precompute.plan.placement import UNMATCHED, PlannedSample
 from precompute.plan.plan_file import CopySource, SampleTask, ShardTask
-from precompute.plan.reuse import remove_shard
+from precompute.plan.reuse import is_whole, remove_shard
 from precompute.prompts import text_shape
 from sdxl.latent_rgb import LatentSums
 from shards.format import CAPTION_TENSORS, VARIANT_TENSORS, CacheError, Layout, Sample
@@ -306,7 +306,6 @@ def encode_shard(
         prompt=(text["tokens"], text["depth"]),
         pooled=text["pooled"],
     )
-    index = folder / f"{shard_task.name}.index"
     notes = HeaderNotes(LatentSums.empty(encoders.channels))
     header: dict[str, Any] = {
         "bucket": shard_task.bucket,
@@ -318,7 +317,7 @@ def encode_shard(
     def samples() -> Iterator[Sample]:
         yield from make_samples(shard_task.tasks, encoders, copies, notes, tick)
         header.update(notes.to_json())
-        if index.exists():
+        if is_whole(folder, shard_task.name):
             raise _WrittenMeanwhile
         check()
 

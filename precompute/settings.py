@@ -238,26 +238,12 @@ class EncodeSettings:
         if self.crops > MAX_CROPS:
             raise ValueError(f"--crops must be at most {MAX_CROPS}, not {self.crops}")
         self._check_part()
+        self._check_captions()
         if not all(self.ignore):
             raise ValueError("--ignore: an empty pattern leaves out nothing; give a name or a path")
-        if self.wildcard_lists is not None and not self.wildcards:
-            raise ValueError("--wildcard-lists needs --wildcards, the number of expansions")
-        num_variants = max(1, self.wildcards) * max(1, self.shuffle_tags)
-        if num_variants * self.long_captions > MAX_CHUNKS:
-            of_wildcards = f" of --wildcards {self.wildcards}" if self.wildcards else ""
-            raise ValueError(
-                f"--shuffle-tags {self.shuffle_tags}{of_wildcards} of --long-captions "
-                f"{self.long_captions} are more than {MAX_CHUNKS} chunks an image"
-            )
-        if not 0 <= self.tag_dropout < 1:
-            raise ValueError(f"--tag-dropout must be in 0..1, 1 excluded, not {self.tag_dropout}")
         if self.import_ is not None:
             self._check_import()
             object.__setattr__(self, "mean_only", True)  # the others store no posterior
-        if self.tag_dropout and not self.shuffle_tags:
-            raise ValueError("--tag-dropout goes with --shuffle-tags")
-        if self.keep_tokens and not self.shuffle_tags:
-            raise ValueError("--keep-tokens goes with --shuffle-tags")
         if self.threads is not None and not 1 <= self.threads <= 1024:
             raise ValueError(f"--threads must be from 1 to 1024, not {self.threads}")
         if not 0 <= self.max_rejected <= 1:
@@ -269,6 +255,22 @@ class EncodeSettings:
         if self.resolution % 8:
             raise ValueError(f"--resolution must be a multiple of 8, not {self.resolution}")
 
+    def _check_captions(self) -> None:
+        if self.wildcard_lists is not None and not self.wildcards:
+            raise ValueError("--wildcard-lists needs --wildcards, the number of expansions")
+        num_variants = max(1, self.wildcards) * max(1, self.shuffle_tags)
+        if num_variants * self.long_captions > MAX_CHUNKS:
+            of_wildcards = f" of --wildcards {self.wildcards}" if self.wildcards else ""
+            raise ValueError(
+                f"--shuffle-tags {self.shuffle_tags}{of_wildcards} of --long-captions "
+                f"{self.long_captions} are more than {MAX_CHUNKS} chunks an image"
+            )
+        if not 0 <= self.tag_dropout < 1:
+            raise ValueError(f"--tag-dropout must be in 0..1, 1 excluded, not {self.tag_dropout}")
+        if self.tag_dropout and not self.shuffle_tags:
+            raise ValueError("--tag-dropout goes with --shuffle-tags")
+        if self.keep_tokens and not self.shuffle_tags:
+            raise ValueError("--keep-tokens goes with --shuffle-tags")
         if self.caption_roles and self.caption_column:
             raise ValueError("--caption-roles names the columns; leave --caption-column out")
         roles = self.roles

@@ -107,29 +107,10 @@ def normalize_captions(
         return Rejected(record.path, "its caption holds half a character (a lone surrogate)")
     if any("\0" in caption for caption in captions):
         return Rejected(record.path, "its caption holds NUL characters: save it as UTF-8")
-    if settings.wildcards:
-        try:
-            captions, roles = _expanded(
-                captions,
-                roles,
-                lambda caption, number: expand_wildcards(
-                    caption, settings.wildcards, f"{record.key}/{number}", settings.wildcard_lists
-                ),
-            )
-        except ValueError as error:
-            return Rejected(record.path, str(error))
-    if settings.shuffle_tags:
-        captions, roles = _expanded(
-            captions,
-            roles,
-            lambda caption, number: shuffled_tags(
-                caption,
-                settings.shuffle_tags,
-                settings.keep_tokens,
-                f"{record.key}/{number}",
-                settings.tag_dropout,
-            ),
-        )
+    try:
+        captions, roles = _variants(captions, roles, record.key, settings)
+    except ValueError as error:
+        return Rejected(record.path, str(error))
     if len(captions) > MAX_CAPTIONS:
         return Rejected(record.path, f"{len(captions)} captions; at most {MAX_CAPTIONS} fit")
     return replace(
@@ -140,6 +121,37 @@ def normalize_captions(
         ),
         roles=roles if any(roles) else (),
     )
+
+
+def _variants(
+    captions: tuple[str, ...], roles: tuple[str, ...], key: str, settings: EncodeSettings
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The captions, and their roles, by ``--wildcards`` and then ``--shuffle-tags``.
+
+    Raises:
+        ValueError: a wildcard cannot be expanded.
+    """
+    if settings.wildcards:
+        captions, roles = _expanded(
+            captions,
+            roles,
+            lambda caption, number: expand_wildcards(
+                caption, settings.wildcards, f"{key}/{number}", settings.wildcard_lists
+            ),
+        )
+    if settings.shuffle_tags:
+        captions, roles = _expanded(
+            captions,
+            roles,
+            lambda caption, number: shuffled_tags(
+                caption,
+                settings.shuffle_tags,
+                settings.keep_tokens,
+                f"{key}/{number}",
+                settings.tag_dropout,
+            ),
+        )
+    return captions, roles
 
 
 def _expanded(

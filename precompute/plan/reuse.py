@@ -104,6 +104,11 @@ def shard_names(folder: Path) -> list[str]:
     return sorted(stem for stem in stems if SHARD_NAME.fullmatch(stem))
 
 
+def is_whole(folder: Path, name: str) -> bool:
+    """Whether a shard is written: its index comes last."""
+    return (folder / f"{name}{SUFFIXES[0]}").exists()
+
+
 def retire(folder: Path, names: list[str]) -> None:
     """Move shards to ``replaced/``, durably, in the place of any of the same name."""
     replaced = folder / REPLACED
